@@ -1,0 +1,7 @@
+"""``python -m mixjax`` is the command line."""
+
+import sys
+
+from mixjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,141 @@
+"""The arrays of a mixed model, and the names that belong to them.
+
+``Design`` holds arrays only and is a JAX pytree. ``Labels`` holds names (of columns, levels, the formula) and never
+enters a compiled program: a new set of names compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class RandomTerm:
+    """One random term ``(effects | group)``.
+
+    Attributes:
+        Z: ``(n, q)``, one column per effect.
+        group: ``(n,)`` integers ``0 .. n_groups - 1``, the level of every row.
+        n_groups: number of levels; static, because it is a shape.
+    """
+
+    Z: ArrayLike
+    group: ArrayLike
+    n_groups: int
+
+
+@dataclass(frozen=True)
+class Design:
+    """A linear mixed model's data as arrays.
+
+    ``y = offset + X beta + sum_t Z_t b_t + e``, ``e ~ N(0, sigma^2 / weights)``.
+
+    Attributes:
+        y: ``(n,)`` response.
+        X: ``(n, p)`` fixed-effects columns of full rank; ``p`` may be 0.
+        terms: random terms, at least one. Terms that share a grouping factor are recognised and eliminated together.
+        weights: ``(n,)`` precision weights, positive, or None.
+        offset: ``(n,)`` known part of the mean, or None.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> group = np.repeat(np.arange(4), 3)
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=group, n_groups=4)
+        >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
+    """
+
+    y: ArrayLike
+    X: ArrayLike
+    terms: tuple[RandomTerm, ...]
+    weights: ArrayLike | None = None
+    offset: ArrayLike | None = None
+
+
+jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups"])
+jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset"], meta_fields=[])
+
+
+@dataclass(frozen=True)
+class TermLabels:
+    """Names of one random term: its grouping factor, its effects (q), its levels (n_groups)."""
+
+    group: str
+    effects: tuple[str, ...]
+    levels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names beside a :class:`Design`.
+
+    Attributes:
+        formula: the formula as given.
+        response: name of the response, as written.
+        fixed: names of the columns of X.
+        terms: names of the random terms, in the order of ``Design.terms``.
+        frame: the used columns of the table, used rows only (pandas); its index labels the rows.
+        dropped_columns: fixed-effects columns left out because others determine them.
+        n_missing: rows left out because of missing values.
+        specs: what new data need to get the same columns, per part of the formula.
+    """
+
+    formula: str
+    response: str
+    fixed: tuple[str, ...]
+    terms: tuple[TermLabels, ...]
+    frame: Any
+    dropped_columns: tuple[str, ...] = ()
+    n_missing: int = 0
+    specs: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+def check_design(design: Design) -> None:
+    """Raise ValueError, naming the culprit, when shapes or values do not make a model.
+
+    Values are looked at only where they are concrete: inside ``jit`` there is nothing to see.
+    """
+    if not design.terms:
+        raise ValueError("Design has no random term: give terms=(RandomTerm(...), ...), or use ordinary regression")
+    X_shape = np.shape(design.X)
+    if len(X_shape) != 2:
+        raise ValueError(f"X must be (n, p), got shape {X_shape}")
+    n = X_shape[0]
+    if n == 0:
+        raise ValueError("the design has no rows")
+    columns = {"y": design.y, "weights": design.weights, "offset": design.offset}
+    for t, term in enumerate(design.terms):
+        if len(np.shape(term.Z)) != 2:
+            raise ValueError(f"terms[{t}].Z must be (n, q), got shape {np.shape(term.Z)}")
+        columns[f"terms[{t}].Z"] = term.Z
+        columns[f"terms[{t}].group"] = term.group
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if len(np.shape(column)) == 0 or np.shape(column)[0] != n:
+            raise ValueError(f"{name} has shape {np.shape(column)}, but X has {n} rows")
+    for name, column in {"X": design.X, **columns}.items():
+        if column is not None and is_concrete(column) and not np.isfinite(np.asarray(column)).all():
+            raise ValueError(f"{name} has missing or infinite values; drop or replace those rows first")
+    if design.weights is not None and is_concrete(design.weights) and not (np.asarray(design.weights) > 0).all():
+        raise ValueError("weights must be positive: they are precisions; drop rows that should not count")
+    for t, term in enumerate(design.terms):
+        if not is_concrete(term.group):
+            continue
+        group = np.asarray(term.group)
+        if group.dtype.kind not in "iu":
+            raise ValueError(f"terms[{t}].group must be integers 0 .. n_groups - 1, got dtype {group.dtype}")
+        if group.min() < 0 or group.max() >= term.n_groups:
+            raise ValueError(
+                f"terms[{t}].group runs from {group.min()} to {group.max()}; with n_groups={term.n_groups} it must lie "
+                f"in 0 .. {term.n_groups - 1}"
+            )
+
+
+def is_concrete(x: Any) -> bool:
+    """True when x holds numbers, False inside a JAX transformation."""
+    return not isinstance(x, jax.core.Tracer)

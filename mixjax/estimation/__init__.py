@@ -1,0 +1,1 @@
+"""One fit: estimates, and predicted random effects."""

@@ -1,0 +1,236 @@
+"""From cross-products to estimates: one compiled program per structure."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.design import is_concrete
+from mixjax.estimation.blup import conditional_modes
+from mixjax.estimation.start import LOWEST, moment_start
+from mixjax.likelihood.criterion import in_bases, out_of_bases, profile
+from mixjax.likelihood.cross_products import CrossProducts
+from mixjax.likelihood.elimination import arrange
+from mixjax.optimise.newton import Simplify, Solution, judge, minimise
+from mixjax.optimise.results import Result
+
+# A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
+# as dependent: the correlation is then 1 to twice as many digits.
+RANK_RTOL = 1e-8
+# Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
+NEAR_ZERO = 1e-2
+
+
+class Estimates(NamedTuple):
+    """Estimates of one linear mixed model. A JAX pytree.
+
+    Attributes:
+        theta: ``(k,)`` relative Cholesky factors, lower triangle column by column, term by term, diagonal >= 0.
+        beta: ``(p,)`` fixed effects.
+        sigma: ``()`` residual standard deviation.
+        Sigma: per term ``(q, q)``, absolute covariance of its random effects.
+        vcov: ``(p, p)`` covariance of beta, theta taken as known.
+        b: per term ``(n_groups, q)``, conditional modes (BLUPs).
+        criterion: ``()`` ML deviance or REML criterion.
+        converged: ``()`` bool. singular: ``()`` bool, some Sigma has less than full rank.
+        iterations: ``()`` evaluations of criterion, gradient and Hessian.
+        grad_norm: ``()`` scaled gradient ``sqrt(g' H^{-1} g)`` at the end.
+        result: ``()`` code, see ``mixjax.Result``.
+    """
+
+    theta: Array
+    beta: Array
+    sigma: Array
+    Sigma: tuple[Array, ...]
+    vcov: Array
+    b: tuple[Array, ...]
+    criterion: Array
+    converged: Array
+    singular: Array
+    iterations: Array
+    grad_norm: Array
+    result: Array
+
+
+def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
+    """Fit one model by maximum likelihood or restricted maximum likelihood.
+
+    Trust-region Newton on exact derivatives, over the signed entries of the relative Cholesky factors in the basis of
+    Z, where a zero variance is an ordinary stationary point. A covariance that is singular at the optimum is returned
+    as exactly singular, with zero columns in its Cholesky factor.
+
+    Args:
+        stats: cross-products of the data. float64 is needed for REML differences and Hessians; with float32 arrays
+            the criterion is good to about six digits.
+        reml: restricted maximum likelihood if true. Static.
+        start: ``(k,)`` theta to start from, or None for moment estimates.
+
+    Returns:
+        :class:`Estimates`. Look at ``converged`` or ``result``: nothing is raised for a fit that fails.
+
+    Example:
+        >>> import jax, mixjax as mj, numpy as np
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
+        >>> with jax.enable_x64():
+        ...     est = mj.estimate(mj.cross_products(design))
+        >>> bool(est.converged), round(float(est.beta[0]), 6)
+        (True, 5.5)
+    """
+    _warn_of_float32(stats)
+    return _estimate(stats, start, reml)
+
+
+@partial(jax.jit, static_argnames="reml")
+def _estimate(stats: CrossProducts, start: Array | None, reml: bool) -> Estimates:
+    stats = jax.tree.map(jnp.asarray, stats)
+    qs = tuple(place.q for place in stats.layout.terms)
+    blocks = arrange(stats)
+
+    def objective(x):
+        return profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion
+
+    x0 = start_in_bases(stats, start)
+    solution = minimise(objective, x0, rank_reductions(qs), radius=0.5 * jnp.linalg.norm(x0))
+    return assemble(solution, stats, reml)
+
+
+def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
+    """Fit with a first-order optimiser from optax over the log-Cholesky parameters of the relative covariances.
+
+    Slower than :func:`estimate`, and a singular covariance lies at minus infinity in these parameters; it is set to
+    exactly singular afterwards where that does not raise the criterion. Not for use inside ``jit``.
+
+    Args:
+        optimizer: optax GradientTransformation, for example ``optax.lbfgs()``.
+        stats, reml, start: as in :func:`estimate`.
+
+    Returns:
+        :class:`Estimates`; ``iterations`` counts the optimiser's steps.
+    """
+    from mixjax.optimise.gradient import minimise_with  # optax is loaded only by those who ask for it
+
+    qs = tuple(place.q for place in stats.layout.terms)
+    stats = jax.tree.map(jnp.asarray, stats)
+    at = np.concatenate([[i in cov.diagonal_positions(q) for i in range(cov.n_theta(q))] for q in qs])
+    x0 = start_in_bases(stats, start)
+    lowest = jnp.where(at, jnp.maximum(x0, LOWEST), x0)
+    objective = _log_cholesky_objective(qs, reml)
+    x, steps = minimise_with(optimizer, objective, jnp.where(at, jnp.log(lowest), x0), stats)
+    x = jnp.where(at, jnp.exp(x), x)
+    solution = _settle(x, stats, reml)
+    return _assemble(solution._replace(iterations=steps), stats, reml)
+
+
+@cache
+def _log_cholesky_objective(qs: tuple[int, ...], reml: bool):
+    def objective(x, data):
+        lambdas = [
+            cov.lambda_of_theta(cov.exp_diagonal(part, q), q) for part, q in zip(cov.split(x, qs), qs, strict=True)
+        ]
+        return profile(lambdas, arrange(data), data, reml).criterion
+
+    return objective
+
+
+@partial(jax.jit, static_argnames="reml")
+def _settle(x: Array, stats: CrossProducts, reml: bool) -> Solution:
+    """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
+    qs = tuple(place.q for place in stats.layout.terms)
+    blocks = arrange(stats)
+    return judge(lambda x: profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion, x, rank_reductions(qs))
+
+
+@partial(jax.jit, static_argnames="reml")
+def _assemble(solution: Solution, stats: CrossProducts, reml: bool) -> Estimates:
+    return assemble(solution, stats, reml)
+
+
+def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
+    """The optimiser's coordinates of a start given as theta, or of the moment estimates."""
+    qs = tuple(place.q for place in stats.layout.terms)
+    dtype = stats.XX.dtype
+    if start is None:
+        return _concatenate_theta(moment_start(stats), qs)
+    lambdas = in_bases(cov.lambdas_of_theta(jnp.asarray(start, dtype), qs), stats)
+    return _concatenate_theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in lambdas], qs)
+
+
+def assemble(solution: Solution, stats: CrossProducts, reml: bool) -> Estimates:
+    """Everything that follows from the relative covariances, on the scale of the original columns."""
+    qs = tuple(place.q for place in stats.layout.terms)
+    lambdas = cov.lambdas_of_theta(solution.x, qs)
+    profiled = profile(lambdas, arrange(stats), stats, reml)
+    own = [linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in out_of_bases(lambdas, stats)]
+    singular = jnp.stack([(jnp.abs(L).max(0) == 0).any() for L in own]).any()
+    R_inv = stats.X_basis.R_inv
+    modes = conditional_modes(lambdas, stats)
+    return Estimates(
+        theta=_concatenate_theta(own, qs),
+        beta=stats.beta0 + R_inv @ profiled.delta,
+        sigma=profiled.sigma,
+        Sigma=tuple(profiled.sigma**2 * (L @ L.T) for L in own),
+        vcov=profiled.sigma**2 * (R_inv @ profiled.XX_inverse @ R_inv.T),
+        b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
+        criterion=profiled.criterion,
+        converged=solution.result == int(Result.CONVERGED),
+        singular=singular,
+        iterations=solution.iterations,
+        grad_norm=solution.scaled_gradient,
+        result=solution.result,
+    )
+
+
+def rank_reductions(qs: tuple[int, ...]) -> Simplify:
+    """Candidates with the smallest singular values of one term's Lambda set to zero: rank q - 1, then q - 2, ..."""
+    which = [(t, rank) for t, q in enumerate(qs) for rank in reversed(range(q))]
+
+    def worthwhile(x):
+        values = [_singular_values(Lambda) for Lambda in cov.lambdas_of_theta(x, qs)]
+        return jnp.stack([(values[t][rank] < NEAR_ZERO) & (values[t][rank] > 0) for t, rank in which])
+
+    def reduce_to(rank, Lambda):
+        U, values, _ = jnp.linalg.svd(Lambda)
+        return linalg.lower_factor(U * jnp.where(jnp.arange(len(values)) < rank, values, 0.0), RANK_RTOL)
+
+    def candidate(x, c):
+        lambdas = cov.lambdas_of_theta(x, qs)
+        xs, frees = [], []
+        for t, q in enumerate(qs):
+            first = sum(qs[:t])
+            rank = q - 1 - (c - first)
+            chosen = (c >= first) & (c < first + q)
+            L = reduce_to(rank, lambdas[t]) if q > 1 else jnp.zeros_like(lambdas[t])
+            L = jnp.where(chosen, L, lambdas[t])
+            xs.append(cov.theta_of_lambda(L, q))
+            frees.append(cov.theta_of_lambda(jnp.broadcast_to(jnp.abs(L).max(0) > 0, (q, q)), q))
+        return jnp.concatenate(xs), jnp.concatenate(frees)
+
+    return Simplify(len(which), worthwhile, candidate)
+
+
+def _singular_values(Lambda: Array) -> Array:
+    return jnp.abs(Lambda[0]) if Lambda.shape == (1, 1) else jnp.linalg.svd(Lambda, compute_uv=False)
+
+
+def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:
+    return jnp.concatenate([cov.theta_of_lambda(L, q) for L, q in zip(lambdas, qs, strict=True)])
+
+
+def _warn_of_float32(stats: CrossProducts) -> None:
+    leaf = stats.XX
+    single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.jax_enable_x64
+    if single and is_concrete(leaf):
+        warnings.warn(
+            "estimating in float32: the criterion is good to about six digits. For float64 call inside "
+            "`with jax.enable_x64():` with float64 arrays, or use mixjax.lmm, which does so itself",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""From text and a table to a Design and its Labels."""

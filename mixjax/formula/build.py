@@ -1,0 +1,352 @@
+"""A formula and a table -> Design and Labels."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from formulaic import Formula
+from formulaic.errors import FactorEvaluationError, FormulaicError
+from formulaic.transforms import TRANSFORMS
+
+from mixjax.design import Design, Labels, RandomTerm, TermLabels
+from mixjax.formula.errors import DataError, DataWarning, FormulaError
+from mixjax.formula.parse import Group, ParsedFormula, names_in, parse
+from mixjax.formula.table import (
+    check_columns,
+    check_finite,
+    column_names,
+    complete_rows,
+    drop_unused_categories,
+    factor_codes,
+    to_pandas,
+)
+from mixjax.likelihood.bases import orthonormal_columns
+
+# What R users write without a prefix, beside formulaic's own transforms.
+FUNCTIONS = {"sqrt": np.sqrt, "abs": np.abs, "sin": np.sin, "cos": np.cos, "round": np.round}
+WEIGHTS, OFFSET = "(weights)", "(offset)"
+
+
+def build_design(
+    formula: str,
+    data: Any,
+    weights: Any = None,
+    offset: Any = None,
+    subset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> tuple[Design, Labels]:
+    """Read a formula and a table into arrays and names.
+
+    Args:
+        formula: lme4's language; fixed effects and the effects of random terms in formulaic's.
+        data: pandas, polars or pyarrow table, or a dict of arrays.
+        weights: column name or ``(n,)`` array of precision weights: the residual variance is ``sigma^2 / weights``.
+        offset: column name or ``(n,)`` array, added to any ``offset(...)`` of the formula.
+        subset: rows to use: ``(n,)`` booleans, or an expression for ``DataFrame.eval``.
+        contrasts: column -> ``"treatment"``, ``"sum"``, ``"helmert"``, ``"poly"``, ``"diff"`` or a call such as
+            ``"contr.treatment(base='B')"``; columns of X are then named ``recipe[S.A]`` and so on.
+        context: names that the formula may use beside columns; by default those visible to the caller.
+
+    Returns:
+        Design with float64 arrays; random terms by decreasing number of levels, ties as written, as in lme4.
+
+    Raises:
+        FormulaError, DataError: with the name of the culprit.
+
+    Warns:
+        DataWarning: rows with missing values or redundant columns were left out.
+
+    Example:
+        >>> import mixjax as mj
+        >>> design, labels = mj.build_design("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> design.X.shape, labels.fixed
+        ((180, 2), ('Intercept', 'Days'))
+    """
+    parsed = parse(formula)
+    if not parsed.random:
+        raise FormulaError(
+            f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
+            "statsmodels.formula.api.ols or numpy.linalg.lstsq"
+        )
+    context = {**FUNCTIONS, **(caller_context() if context is None else context)}
+    frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context)
+    specs: dict[str, Any] = {}
+
+    y = _response(parsed.response, frame, context)
+    X, fixed, specs["fixed"] = _fixed_effects(parsed.fixed, frame, context, contrasts or {})
+    total_offset = frame[OFFSET].to_numpy(float) if OFFSET in frame else None
+    for text in parsed.offsets:
+        total_offset = _expression(text, frame, context, "offset") + (0.0 if total_offset is None else total_offset)
+    w = frame[WEIGHTS].to_numpy(float) if WEIGHTS in frame else None
+    if w is not None and not (w > 0).all():
+        raise DataError(
+            f"weights must be positive, but {int((w <= 0).sum())} of {len(w)} are zero or negative; to leave rows out, "
+            "use subset="
+        )
+    X, fixed, dropped = _full_rank(X, fixed, w)
+
+    random = _random_terms(parsed, frame, context)
+    specs["random"] = [part.spec for part in random]
+    design = Design(
+        y=y,
+        X=X,
+        terms=tuple(RandomTerm(part.Z, part.codes, len(part.labels.levels)) for part in random),
+        weights=w,
+        offset=total_offset,
+    )
+    labels = Labels(
+        formula=formula,
+        response=parsed.response,
+        fixed=tuple(fixed),
+        terms=tuple(part.labels for part in random),
+        frame=frame.drop(columns=[c for c in (WEIGHTS, OFFSET) if c in frame]),
+        dropped_columns=tuple(dropped),
+        n_missing=n_missing,
+        specs=specs,
+    )
+    return design, labels
+
+
+def caller_context() -> dict[str, Any]:
+    """Names visible where mixjax was called from."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
+        frame = frame.f_back
+    return {**frame.f_globals, **frame.f_locals}
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _used_rows(
+    parsed: ParsedFormula, data: Any, weights: Any, offset: Any, subset: Any, context: Mapping[str, Any]
+) -> tuple[pd.DataFrame, int]:
+    """The used columns, complete rows only, with weights and offset beside them; and the number of rows left out."""
+    available = column_names(data)
+    known = {*context, *TRANSFORMS}
+    used: list[str] = []
+    for text in (parsed.response, parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random)):
+        names = names_in(text)
+        check_columns([n for n in names if n not in known], available, f"in '{text}'")
+        used += [n for n in names if n in available]
+    for part in parsed.random:
+        check_columns(part.group.columns, available, f"grouping factor '{part.group.name}'")
+        used += part.group.columns
+    for name, values in (("weights", weights), ("offset", offset)):
+        if isinstance(values, str):
+            check_columns([values], available, f"{name}=")
+    extra = [values for values in (weights, offset) if isinstance(values, str)]
+    frame = to_pandas(data, [*used, *extra] if not isinstance(subset, str) else available)
+    if len(frame) == 0:
+        raise DataError("the table has no rows")
+
+    rows = np.ones(len(frame), bool)
+    if isinstance(subset, str):
+        try:
+            rows = np.asarray(frame.eval(subset))
+        except Exception as error:
+            raise DataError(f"subset {subset!r} cannot be evaluated: {error}") from error
+    elif subset is not None:
+        rows = np.asarray(subset)
+    if rows.shape != (len(frame),) or rows.dtype != bool:
+        raise DataError(f"subset must be {len(frame)} booleans or an expression giving them, got {rows.dtype}"
+                        f" of shape {rows.shape}")  # fmt: skip
+    frame = frame.loc[:, list(dict.fromkeys([*used, *extra]))]
+    for key, name, values in ((WEIGHTS, "weights", weights), (OFFSET, "offset", offset)):
+        if values is not None:
+            frame[key] = _row_values(name, frame[values] if isinstance(values, str) else values, len(frame))
+    frame = frame[rows]
+    if len(frame) == 0:
+        raise DataError("subset leaves no rows")
+    complete = complete_rows(frame)
+    n_missing = int((~complete).sum())
+    frame = frame[complete]
+    check_finite(frame)
+    return drop_unused_categories(frame.copy()), n_missing
+
+
+def _row_values(name: str, values: Any, n: int) -> np.ndarray:
+    try:
+        array = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise DataError(f"{name} must be numbers") from None
+    if array.shape != (n,):
+        raise DataError(f"{name} has shape {array.shape}, but the table has {n} rows")
+    return array
+
+
+# --- columns -----------------------------------------------------------------------------------------------------------
+
+
+def _model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
+    """Columns of a one-sided formula, their names, and formulaic's spec."""
+    try:
+        matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
+    except FactorEvaluationError as error:
+        raise FormulaError(f"'{text}' cannot be evaluated: {_plain(error)}") from error
+    except FormulaicError as error:
+        raise FormulaError(f"'{text}' is not understood: {_plain(error)}") from error
+    names = list(matrix.model_spec.column_names)
+    columns = np.asarray(matrix, dtype=float).reshape(len(frame), len(names))
+    for j, name in enumerate(names):
+        bad = ~np.isfinite(columns[:, j])
+        if bad.any():
+            raise DataError(
+                f"'{name}' is not finite in {int(bad.sum())} rows (first: row {frame.index[np.flatnonzero(bad)[0]]})"
+            )
+    return columns, names, matrix.model_spec
+
+
+def _plain(error: Exception) -> str:
+    """formulaic's message without its markers and terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*m|[⧛⧚]", "", str(error)).replace("\n", " ")
+
+
+def _expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
+    """One numeric column."""
+    if text in frame:
+        column = frame[text]
+        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+            raise DataError(f"the {what} '{text}' is not numeric: it holds {column.dtype} values")
+        return column.to_numpy(float)
+    columns, names, spec = _model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
+    if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
+        raise DataError(f"the {what} '{text}' is not one numeric column: it gives {', '.join(names)}")
+    return columns[:, 0]
+
+
+def _is_call(text: str) -> bool:
+    return re.fullmatch(r"[\w.]+\s*\(.*\)|`[^`]+`|\w+", text, flags=re.DOTALL) is not None
+
+
+def _response(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> np.ndarray:
+    y = _expression(text, frame, context, "response")
+    if (y == y[0]).all():
+        raise DataError(f"the response '{text}' is constant ({y[0]:g}): there is nothing to model")
+    return y
+
+
+def _fixed_effects(
+    text: str, frame: pd.DataFrame, context: Mapping[str, Any], contrasts: Mapping[str, str]
+) -> tuple[np.ndarray, list[str], Any]:
+    rename = {}
+    for column, spec in contrasts.items():
+        check_columns([column], list(frame.columns), "contrasts=")
+        call = spec if spec.startswith("contr.") else f"contr.{spec}"
+        text, count = re.subn(rf"(?<![\w.`]){re.escape(column)}(?![\w(`])", f"C({column}, {call})", text)
+        if not count:
+            raise DataError(f"contrasts= names '{column}', which is not among the fixed effects '{text}'")
+        rename[f"C({column}, {call})"] = column
+    X, names, spec = _model_matrix(text, frame, context)
+    for long, short in rename.items():
+        names = [name.replace(long, short) for name in names]
+    return X, names, spec
+
+
+def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> tuple[np.ndarray, list[str], list[str]]:
+    """Leave out columns that earlier ones determine, as lme4 does, and say which."""
+    independent = orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2]
+    dropped = [name for name, keep in zip(names, independent, strict=True) if not keep]
+    if dropped:
+        warnings.warn(
+            f"fixed-effects columns left out because other columns determine them: {', '.join(dropped)}",
+            DataWarning,
+            stacklevel=2,
+        )
+        X, names = X[:, independent], [name for name, keep in zip(names, independent, strict=True) if keep]
+    if X.shape[1] >= X.shape[0]:
+        raise DataError(f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from")
+    return X, names, dropped
+
+
+# --- random terms ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Term:
+    Z: np.ndarray
+    codes: np.ndarray
+    labels: TermLabels
+    spec: Any
+
+
+def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[str, Any]) -> list[_Term]:
+    factors: dict[str, tuple[np.ndarray, list[str]]] = {}
+    terms = []
+    for part in parsed.random:
+        if part.group.name not in factors:
+            factors[part.group.name] = _grouping_factor(part.group, frame)
+        codes, levels = factors[part.group.name]
+        for effects in _independent_effects(part.effects) if part.independent else [part.effects]:
+            Z, names, spec = _model_matrix(effects, frame, context)
+            if not names:
+                raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
+            _check_columns_of_term(Z, names, part.group.name)
+            terms.append(_Term(Z, codes, TermLabels(part.group.name, tuple(names), tuple(levels)), spec))
+    _check_no_effect_twice([term.labels for term in terms])
+    return sorted(terms, key=lambda term: -len(term.labels.levels))
+
+
+def _independent_effects(effects: str) -> list[str]:
+    """``x + z || g``: one term each for the intercept, x and z. A factor keeps its own block of correlated columns."""
+    try:
+        terms = [str(term) for term in Formula(effects)]
+    except FormulaicError as error:
+        raise FormulaError(f"'{effects}' is not understood: {_plain(error)}") from error
+    return ["1" if term == "1" else f"0 + {term}" for term in terms]
+
+
+def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    codes, levels = factor_codes(frame, group.columns)
+    if len(levels) < 2:
+        raise DataError(
+            f"grouping factor '{group.name}' has one level ('{levels[0]}'); a variance between levels needs at least two"
+        )
+    return codes, levels
+
+
+def _check_columns_of_term(Z: np.ndarray, names: list[str], group: str) -> None:
+    independent = orthonormal_columns(Z, None)[2]
+    if not independent.all():
+        culprits = ", ".join(name for name, keep in zip(names, independent, strict=True) if not keep)
+        raise DataError(
+            f"random effects of '{group}' cannot be told apart: other effects of the term determine {culprits}; "
+            "leave it out of the term"
+        )
+
+
+def _check_no_effect_twice(terms: list[TermLabels]) -> None:
+    seen = set()
+    for term in terms:
+        for effect in term.effects:
+            if (term.group, effect) in seen:
+                raise FormulaError(
+                    f"effect '{effect}' of group '{term.group}' stands in two random terms, so its variance cannot be "
+                    f"estimated; write one term, or 0 + in one of them: (1 | {term.group}) + (0 + x | {term.group})"
+                )
+            seen.add((term.group, effect))
+
+
+def check_identifiable(design: Design, labels: Labels) -> None:
+    """Refuse terms with as many random effects as rows: sigma is then not identified.
+
+    Raises:
+        DataError: names the term and the way to go on.
+    """
+    n = design.X.shape[0]
+    for term, names in zip(design.terms, labels.terms, strict=True):
+        effects = term.n_groups * term.Z.shape[1]
+        if effects >= n:
+            raise DataError(
+                f"{n} rows and {effects} random effects in term ({' + '.join(names.effects)} | {names.group}): the "
+                "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
+                "factor, or pass check_identifiable=False to fit it all the same"
+            )

@@ -1,0 +1,148 @@
+"""Tables of any make -> the pandas columns that a model uses, complete rows only."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.formula.errors import DataError, DataWarning
+
+
+def column_names(data: Any) -> list[str]:
+    """Column names of a pandas, polars or pyarrow table or a mapping of arrays."""
+    if isinstance(data, Mapping):
+        return [str(name) for name in data]
+    names = getattr(data, "column_names", None)  # pyarrow
+    if names is None:
+        names = getattr(data, "columns", None)
+    if names is None:
+        raise DataError(
+            f"data must be a pandas, polars or pyarrow table or a dict of arrays, got {type(data).__name__}"
+        )
+    return [str(name) for name in names]
+
+
+def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
+    """The named columns as pandas; categories and their order are kept."""
+    columns = list(dict.fromkeys(columns))
+    if isinstance(data, pd.DataFrame):
+        frame = data.loc[:, columns].copy() if columns else pd.DataFrame(index=data.index)
+        if frame.columns.has_duplicates:
+            twice = sorted(set(frame.columns[frame.columns.duplicated()]))
+            raise DataError(f"the table has more than one column named {', '.join(map(repr, twice))}")
+        return frame
+    if isinstance(data, Mapping):
+        lengths = {name: np.shape(data[name]) for name in columns}
+        if len({shape[:1] for shape in lengths.values()}) > 1:
+            raise DataError(f"columns of different length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
+        return pd.DataFrame({name: _one_dimensional(data[name], name) for name in columns})
+    if hasattr(data, "collect") and hasattr(data, "collect_schema"):  # polars LazyFrame
+        data = data.select(columns).collect()
+    series = {}
+    for name in columns:
+        column = data[name]
+        series[name] = _from_polars(column) if hasattr(column, "to_physical") else column.to_pandas()
+    return pd.DataFrame(series)
+
+
+def _one_dimensional(values: Any, name: str) -> Any:
+    if isinstance(values, pd.Series | pd.Categorical):
+        return values.reset_index(drop=True) if isinstance(values, pd.Series) else values
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise DataError(f"column '{name}' has shape {array.shape}; it must be one-dimensional")
+    return array
+
+
+def _from_polars(column: Any) -> Any:
+    kind = type(column.dtype).__name__ if not isinstance(column.dtype, type) else column.dtype.__name__
+    if kind in ("Categorical", "Enum"):
+        return pd.Categorical(column.to_list(), categories=column.cat.get_categories().to_list())
+    if kind in ("String", "Utf8", "Boolean") and column.null_count():
+        return pd.Series(column.to_list(), dtype=object)
+    if column.null_count():
+        return column.cast(_float64(column)).to_numpy()
+    return column.to_numpy()
+
+
+def _float64(column: Any) -> Any:
+    import polars
+
+    return polars.Float64
+
+
+def check_columns(names: Iterable[str], available: list[str], where: str) -> None:
+    """Raise DataError for names that are no columns, with the nearest ones that are."""
+    for name in names:
+        if name not in available:
+            close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(available)}"
+            raise DataError(f"there is no column '{name}' ({where}); {hint}")
+
+
+def complete_rows(frame: pd.DataFrame) -> pd.Series:
+    """Which rows have a value in every column; warns with counts when some do not."""
+    missing = frame.isna()
+    complete = ~missing.any(axis=1)
+    n_missing = int((~complete).sum())
+    if n_missing == len(frame) and len(frame):
+        worst = [name for name in frame.columns if missing[name].all()]
+        columns = f"'{', '.join(map(str, worst))}' is missing everywhere" if worst else "no row is complete"
+        raise DataError(f"all {len(frame)} rows have missing values: {columns}")
+    if n_missing:
+        counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
+        warnings.warn(
+            f"{n_missing} of {len(frame)} rows left out because of missing values ({counts})", DataWarning, stacklevel=2
+        )
+    return complete
+
+
+def check_finite(frame: pd.DataFrame) -> None:
+    """Raise DataError naming a numeric column with infinite values."""
+    for name in frame.columns:
+        column = frame[name]
+        if pd.api.types.is_float_dtype(column) and np.isinf(column.to_numpy(float)).any():
+            rows = np.flatnonzero(np.isinf(column.to_numpy(float)))
+            raise DataError(
+                f"column '{name}' has {len(rows)} infinite values (first in row {column.index[rows[0]]}); "
+                "replace them, or make them missing to leave the rows out"
+            )
+
+
+def drop_unused_categories(frame: pd.DataFrame) -> pd.DataFrame:
+    """Categories without rows would give columns of zeros; R drops them too."""
+    for name in frame.columns:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            frame[name] = frame[name].cat.remove_unused_categories()
+    return frame
+
+
+def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
+    """Levels of a grouping factor: codes ``(n,)`` and names.
+
+    Order as in R: the categories' own order, else sorted; of an interaction, the first column varies slowest.
+    """
+    codes, parts = None, []
+    for name in columns:
+        column = frame[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            own, levels = column.cat.codes.to_numpy(), column.cat.categories
+        else:
+            own, levels = pd.factorize(column, sort=True)
+        parts.append([_level_name(level) for level in levels])
+        codes = own.astype(np.int64) if codes is None else codes * len(levels) + own
+    present, codes = np.unique(codes, return_inverse=True)
+    names = [""] * len(present)
+    for i in reversed(range(len(parts))):
+        present, which = np.divmod(present, len(parts[i]))
+        names = [parts[i][w] + (f":{name}" if name else "") for w, name in zip(which, names, strict=True)]
+    return codes.reshape(-1).astype(np.int32), names
+
+
+def _level_name(level: Any) -> str:
+    return str(int(level)) if isinstance(level, float) and level.is_integer() else str(level)

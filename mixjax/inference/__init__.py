@@ -1,0 +1,1 @@
+"""Functions of a Fitted that say how sure one can be, and of what."""

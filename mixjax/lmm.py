@@ -1,0 +1,390 @@
+"""``lmm()``: formula and table in, fit out. A thin face over the rooms below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from mixjax.covariance import lambdas_of_theta
+from mixjax.design import Design, Labels
+from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals, fixed_part, marginal_residuals
+from mixjax.estimation.blup import conditional_covariances
+from mixjax.estimation.estimate import Estimates
+from mixjax.fitted import Fitted, OptimizerInfo, fit_design
+from mixjax.formula.build import build_design, check_identifiable as refuse_unidentified
+from mixjax.inference import variance
+from mixjax.likelihood.criterion import in_bases
+from mixjax.likelihood.cross_products import CrossProducts, pad
+from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, term_names, tidy
+
+
+def lmm(
+    formula: str,
+    data: Any,
+    reml: bool = True,
+    weights: Any = None,
+    offset: Any = None,
+    subset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    start: Any = None,
+    optimizer: Any = None,
+    check_identifiable: bool = True,
+) -> LMMFit:
+    """Fit a linear mixed model, as ``lme4::lmer`` does. Always computes in float64.
+
+    Args:
+        formula: ``"y ~ x + (x | g)"``. Fixed effects in formulaic's language; random terms in lme4's: ``(1 | g)``,
+            ``(x | g)``, ``(0 + x | g)``, ``(x || g)``, ``(1 | a/b)``, ``(1 | a:b)``, ``(1 | a*b)``.
+        data: pandas, polars or pyarrow table, or a dict of arrays.
+        reml: restricted maximum likelihood (default) or maximum likelihood.
+        weights: column name or ``(n,)``; the residual variance of a row is ``sigma^2 / weight``.
+        offset: column name or ``(n,)``, a known part of the mean.
+        subset: rows to use: booleans, or an expression such as ``"Days > 1"``.
+        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise.
+        start: theta to start from.
+        optimizer: None for trust-region Newton, or an optax GradientTransformation.
+        check_identifiable: refuse terms with as many random effects as rows.
+
+    Returns:
+        LMMFit.
+
+    Raises:
+        FormulaError, DataError: both ValueErrors, naming the culprit.
+
+    Warns:
+        DataWarning: rows or columns were left out. ConvergenceWarning: the fit did not converge.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> round(fit.criterion, 4)
+        1743.6283
+    """
+    design, labels = build_design(formula, data, weights, offset, subset, contrasts)
+    if check_identifiable:
+        refuse_unidentified(design, labels)
+    return LMMFit(fit_design(design, labels, reml, start, optimizer), optimizer)
+
+
+class LMMFit:
+    """A fitted linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
+
+    Standard deviations and covariances are absolute unless a name says relative (``theta``, ``Lambda``).
+    """
+
+    def __init__(self, fitted: Fitted, method: Any = None):
+        self._fitted = fitted
+        self._method = method
+
+    def __getstate__(self) -> dict[str, Any]:
+        # optax transformations are closures and cannot be pickled; a refit of an unpickled fit uses Newton.
+        return {"_fitted": self._fitted, "_method": None}
+
+    # --- the record ---------------------------------------------------------------------------------------------------
+
+    @property
+    def design(self) -> Design:
+        """Arrays of the model."""
+        return self._fitted.design
+
+    @property
+    def labels(self) -> Labels:
+        """Names of columns, effects and levels."""
+        return self._fitted.labels
+
+    @property
+    def stats(self) -> CrossProducts:
+        """Cross-products of the design."""
+        return self._fitted.stats
+
+    @property
+    def estimates(self) -> Estimates:
+        """Estimates as plain arrays."""
+        return self._fitted.estimates
+
+    @property
+    def reml(self) -> bool:
+        """Fitted by REML, not ML."""
+        return self._fitted.reml
+
+    @property
+    def optimizer(self) -> OptimizerInfo:
+        """Name, iterations, gradient norm and message of the search."""
+        return self._fitted.optimizer
+
+    @property
+    def converged(self) -> bool:
+        """Gradient vanished and Hessian positive semidefinite."""
+        return bool(self.estimates.converged)
+
+    @property
+    def is_singular(self) -> bool:
+        """Some covariance of random effects has less than full rank."""
+        return bool(self.estimates.singular)
+
+    # --- fixed effects ------------------------------------------------------------------------------------------------
+
+    @property
+    def fixef(self) -> pd.Series:
+        """Fixed effects beta (p,)."""
+        return self._fixed_series(self.estimates.beta, "fixef")
+
+    params = fixef
+
+    @property
+    def se(self) -> pd.Series:
+        """Standard errors of the fixed effects (p,)."""
+        return self._fixed_series(np.sqrt(np.diag(self.estimates.vcov)), "se")
+
+    bse = se
+
+    @property
+    def vcov(self) -> pd.DataFrame:
+        """Covariance of the fixed effects (p, p), theta taken as known."""
+        names = list(self.labels.fixed)
+        return pd.DataFrame(self.estimates.vcov, index=names, columns=names)
+
+    def _fixed_series(self, values: np.ndarray, name: str) -> pd.Series:
+        return pd.Series(values, index=list(self.labels.fixed), name=name)
+
+    # --- variance parameters ------------------------------------------------------------------------------------------
+
+    @property
+    def sigma(self) -> float:
+        """Residual standard deviation."""
+        return float(self.estimates.sigma)
+
+    @property
+    def theta(self) -> np.ndarray:
+        """Relative Cholesky factors (k,): lower triangle column by column, term by term, diagonal >= 0."""
+        return self.estimates.theta
+
+    @property
+    def Lambda(self) -> dict[str, np.ndarray]:
+        """Per term the relative Cholesky factor (q, q), lower triangular: ``Sigma = sigma^2 Lambda Lambda'``."""
+        with jax.enable_x64(True):
+            lambdas = lambdas_of_theta(jax.numpy.asarray(self.theta), self._qs)
+        return dict(zip(term_names(self._fitted), map(np.asarray, lambdas), strict=True))
+
+    @property
+    def Sigma(self) -> dict[str, np.ndarray]:
+        """Per term the covariance (q, q) of its random effects, absolute."""
+        return dict(zip(term_names(self._fitted), self.estimates.Sigma, strict=True))
+
+    @property
+    def varcorr(self) -> VarCorr:
+        """Standard deviations and correlations: ``str()`` for lme4's table, ``.to_frame()`` for data."""
+        return VarCorr(self._fitted)
+
+    def icc(self) -> pd.Series:
+        """Intraclass correlation, adjusted and unadjusted."""
+        return variance.icc(self._fitted)
+
+    @property
+    def _qs(self) -> tuple[int, ...]:
+        return tuple(len(term.effects) for term in self.labels.terms)
+
+    # --- random effects -----------------------------------------------------------------------------------------------
+
+    def ranef(self, condvar: bool = False) -> Any:
+        """Conditional modes (BLUPs) of the random effects.
+
+        Args:
+            condvar: also their conditional covariances, given theta and beta.
+
+        Returns:
+            dict group -> DataFrame (levels x effects); with ``condvar=True`` a pair of that and dict group ->
+            ``(levels, q, q)``. Terms on one group stand side by side, uncorrelated parts with zeros between them
+            unless the data correlate them.
+        """
+        frames = {
+            group: pd.DataFrame(
+                np.hstack([self.estimates.b[t] for t in ts]),
+                index=list(self.labels.terms[ts[0]].levels),
+                columns=[effect for t in ts for effect in self.labels.terms[t].effects],
+            )
+            for group, ts in self._terms_of_group().items()
+        }
+        if not condvar:
+            return frames
+        covariances = self._conditional_covariances()
+        return frames, covariances
+
+    def coef(self) -> dict[str, pd.DataFrame]:
+        """Coefficients per level: fixed effects plus the random effects of the same name."""
+        result = {}
+        for group, frame in self.ranef().items():
+            columns = list(dict.fromkeys([*self.labels.fixed, *frame.columns]))
+            sums = {
+                name: self.fixef.get(name, 0.0) + (frame[name] if name in frame else np.zeros(len(frame)))
+                for name in columns
+            }
+            result[group] = pd.DataFrame(sums, index=frame.index)
+        return result
+
+    def _terms_of_group(self) -> dict[str, list[int]]:
+        terms: dict[str, list[int]] = {}
+        for t, term in enumerate(self.labels.terms):
+            terms.setdefault(term.group, []).append(t)
+        return terms
+
+    def _conditional_covariances(self) -> dict[str, np.ndarray]:
+        with jax.enable_x64(True):
+            blocks = _relative_conditional_covariances(pad(self.stats), self.theta)
+        result = {}
+        for group, ts in self._terms_of_group().items():
+            m = len(self.labels.terms[ts[0]].levels)
+            block = np.asarray(blocks[self.stats.layout.terms[ts[0]].factor])[:, :, :m]
+            result[group] = self.sigma**2 * np.moveaxis(block, -1, 0)
+        return result
+
+    # --- the fit as a whole -------------------------------------------------------------------------------------------
+
+    @property
+    def criterion(self) -> float:
+        """What the fit minimised: REML criterion or ML deviance (-2 log-likelihood), all constants kept."""
+        return float(self.estimates.criterion)
+
+    @property
+    def loglik(self) -> float:
+        """Log-likelihood (restricted after a REML fit)."""
+        return information_criteria(self._fitted)["loglik"]
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion."""
+        return information_criteria(self._fitted)["aic"]
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion, with log(nobs)."""
+        return information_criteria(self._fitted)["bic"]
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return len(self.design.y)
+
+    @property
+    def npar(self) -> int:
+        """Fixed effects, covariance parameters and sigma."""
+        return n_parameters(self._fitted)
+
+    def summary(self) -> Summary:
+        """Tables to read: ``print(fit.summary())``; HTML in notebooks."""
+        return Summary(self._fitted)
+
+    def tidy(self) -> pd.DataFrame:
+        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value."""
+        return tidy(self._fitted)
+
+    def glance(self) -> pd.DataFrame:
+        """One row: nobs, npar, sigma, loglik, aic, bic, criterion, ..."""
+        return glance(self._fitted)
+
+    def augment(self) -> pd.DataFrame:
+        """The used rows and columns with ``.fitted``, ``.resid`` and ``.fixed`` (population mean) beside them."""
+        return self.labels.frame.assign(
+            **{".fitted": self.fitted, ".resid": self.residuals(), ".fixed": self.predict(random=False)}
+        )
+
+    def __repr__(self) -> str:
+        kind = "REML criterion" if self.reml else "deviance"
+        notes = ["singular"] * self.is_singular + ["NOT CONVERGED"] * (not self.converged)
+        return f"<LMMFit {self.labels.formula!r}: {kind} {self.criterion:.4f}{''.join(', ' + n for n in notes)}>"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> pd.Series:
+        """Conditional means of the rows, offset included."""
+        return self.predict()
+
+    def predict(self, random: bool = True) -> pd.Series:
+        """Means of the rows that were fitted.
+
+        Args:
+            random: with the random effects of each row's levels (conditional), or without (population).
+        """
+        values = conditional_mean(self._fitted) if random else fixed_part(self._fitted)
+        return pd.Series(values, index=self.labels.frame.index, name="fitted")
+
+    def residuals(self, kind: str = "conditional", scale: str = "raw") -> pd.Series:
+        """Response minus mean.
+
+        Args:
+            kind: ``"conditional"`` or ``"marginal"`` mean.
+            scale: ``"raw"``, or ``"pearson"``: times the square root of the weights.
+        """
+        kinds = {"conditional": conditional_residuals, "marginal": marginal_residuals}
+        if kind not in kinds:
+            raise ValueError(f"kind must be 'conditional' or 'marginal', got {kind!r}")
+        return pd.Series(kinds[kind](self._fitted, scale), index=self.labels.frame.index, name="residual")
+
+    @property
+    def X(self) -> np.ndarray:
+        """Fixed-effects columns (n, p)."""
+        return np.asarray(self.design.X)
+
+    @property
+    def Z(self) -> sparse.csc_array:
+        """Random-effects columns, sparse (n, sum of levels x q): term by term, level by level, effect by effect."""
+        blocks = []
+        for term in self.design.terms:
+            n, q = np.shape(term.Z)
+            columns = np.asarray(term.group)[:, None] * q + np.arange(q)
+            rows = np.repeat(np.arange(n), q)
+            shape = (n, term.n_groups * q)
+            blocks.append(sparse.csc_array((np.asarray(term.Z).ravel(), (rows, columns.ravel())), shape=shape))
+        return sparse.hstack(blocks, format="csc")
+
+    def marginal_cov(self, rows: Any = None) -> np.ndarray:
+        """Covariance ``V = sigma^2 W^{-1} + Z Sigma Z'`` of the responses of some rows, dense.
+
+        Args:
+            rows: positions (integers, slice or booleans) among the used rows; None for all, up to 10 000.
+        """
+        if rows is None and self.nobs > 10_000:
+            raise ValueError(f"V of all {self.nobs} rows is too large to be dense; name the rows")
+        rows = np.arange(self.nobs)[slice(None) if rows is None else rows]
+        weights = np.ones(self.nobs) if self.design.weights is None else np.asarray(self.design.weights)
+        V = np.diag(self.sigma**2 / weights[rows])
+        for term, Sigma in zip(self.design.terms, self.estimates.Sigma, strict=True):
+            Z, group = np.asarray(term.Z)[rows], np.asarray(term.group)[rows]
+            V += (Z @ Sigma @ Z.T) * (group[:, None] == group[None])
+        return V
+
+    # --- again --------------------------------------------------------------------------------------------------------
+
+    def refit(self, y: Any = None, reml: bool | None = None) -> LMMFit:
+        """The same model fitted to another response, or by the other criterion.
+
+        Args:
+            y: ``(nobs,)`` response for the used rows, or None for the same.
+            reml: None for the same.
+        """
+        design = self.design
+        if y is not None:
+            y = np.asarray(y, dtype=float)
+            if y.shape != (self.nobs,):
+                raise ValueError(f"y has shape {y.shape}, but the fit used {self.nobs} rows")
+            design = replace(design, y=y)
+        reml = self.reml if reml is None else reml
+        return LMMFit(fit_design(design, self.labels, reml, None, self._method), self._method)
+
+
+@partial(jax.jit)
+def _relative_conditional_covariances(stats: CrossProducts, theta: Any) -> list[Any]:
+    """Per grouping factor ``(q, q, m)``, all its terms side by side, on the scale of Z's own columns."""
+    lambdas = lambdas_of_theta(theta, tuple(place.q for place in stats.layout.terms))
+    return conditional_covariances(in_bases(lambdas, stats), stats)

@@ -1,0 +1,60 @@
+"""Shared data and fits: every structure is compiled once and every model fitted once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import jax
+import pandas as pd
+import pytest
+
+import mixjax as mj
+
+HERE = Path(__file__).parent
+ORACLES = sorted(path.stem.removeprefix("lmm_") for path in (HERE / "oracle").glob("lmm_*.json"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+    """Processes started by the tests share compiled programs with this one."""
+    folder = tmp_path_factory.mktemp("jax_cache")
+    os.environ["MIXJAX_CACHE_DIR"] = str(folder)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@cache
+def oracle(name: str) -> dict:
+    return json.loads((HERE / "oracle" / f"lmm_{name}.json").read_text())
+
+
+@cache
+def table(name: str) -> pd.DataFrame:
+    """A bundled data set, or one of the tests' own, factors with the levels of the oracle."""
+    if name in mj.datasets.NAMES:
+        return mj.datasets.load(name)
+    levels = next(o["factor_levels"] for o in map(oracle, ORACLES) if o["data"] == name)
+    frame = pd.read_csv(HERE / "data" / f"{name}.csv", dtype={column: str for column in levels})
+    for column, order in levels.items():
+        frame[column] = pd.Categorical(frame[column], categories=order)
+    return frame
+
+
+@cache
+def fit_of(name: str, method: str) -> mj.LMMFit:
+    """mixjax's fit of an oracle model."""
+    reference = oracle(name)
+    return mj.lmm(reference["formula"], table(reference["data"]), reml=method == "REML", weights=reference["weights"])
+
+
+def r_name(name: str) -> str:
+    """formulaic's column name -> R's."""
+    return name.replace("Intercept", "(Intercept)").replace("[T.", "").replace("]", "")
