@@ -28,15 +28,16 @@ def n_theta(q: int) -> int:
 @cache
 def triangle(q: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of every entry of theta: the lower triangle, column by column."""
+    # 32-bit: with 64-bit indices JAX's indexing fails outside the float64 scope.
     columns, rows = np.triu_indices(q)
-    return rows, columns
+    return rows.astype(np.int32), columns.astype(np.int32)
 
 
 @cache
 def diagonal_positions(q: int) -> np.ndarray:
     """Where in theta the diagonal of Lambda stands."""
     rows, columns = triangle(q)
-    return np.flatnonzero(rows == columns)
+    return np.flatnonzero(rows == columns).astype(np.int32)
 
 
 def lambda_of_theta(theta: Array, q: int) -> Array:

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
+
+# A numpy array outside JAX's transformations, a JAX array or tracer inside.
+AnyArray = Any
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class RandomTerm:
         n_groups: number of levels; static, because it is a shape.
     """
 
-    Z: ArrayLike
-    group: ArrayLike
+    Z: AnyArray
+    group: AnyArray
     n_groups: int
 
 
@@ -49,11 +51,11 @@ class Design:
         >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
     """
 
-    y: ArrayLike
-    X: ArrayLike
+    y: AnyArray
+    X: AnyArray
     terms: tuple[RandomTerm, ...]
-    weights: ArrayLike | None = None
-    offset: ArrayLike | None = None
+    weights: AnyArray | None = None
+    offset: AnyArray | None = None
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups"])

@@ -53,9 +53,7 @@ class Fitted:
     optimizer: OptimizerInfo
 
 
-def fit_design(
-    design: Design, labels: Labels, reml: bool = True, start: Any = None, optimizer: Any = None
-) -> Fitted:
+def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = None, optimizer: Any = None) -> Fitted:
     """Cross-products, estimates and names of one design, in float64 whatever JAX's default is.
 
     Args:
@@ -73,15 +71,15 @@ def fit_design(
         start = np.asarray(start, dtype=np.float64)
     with jax.enable_x64(True):
         padded = pad(stats)
-        if optimizer is None:
-            est = estimate(padded, reml, start)
-        else:
-            est = estimate_with(optimizer, padded, reml, start)
+        est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
         est = jax.tree.map(np.asarray, jax.device_get(est))
     est = est._replace(b=tuple(b[: term.n_groups] for b, term in zip(est.b, design.terms, strict=True)))
     result = Result(int(est.result))
     info = OptimizerInfo(
-        "trust-region Newton" if optimizer is None else "optax", int(est.iterations), float(est.grad_norm), result.message
+        "trust-region Newton" if optimizer is None else "optax",
+        int(est.iterations),
+        float(est.grad_norm),
+        result.message,
     )
     if not est.converged:
         warnings.warn(

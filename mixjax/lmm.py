@@ -18,7 +18,8 @@ from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, OptimizerInfo, fit_design
-from mixjax.formula.build import build_design, check_identifiable as refuse_unidentified
+from mixjax.formula.build import build_design
+from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.inference import variance
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import CrossProducts, pad

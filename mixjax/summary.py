@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mixjax.fitted import Fitted
 from mixjax.diagnostics.residuals import conditional_residuals
+from mixjax.fitted import Fitted
 
 
 def term_names(fitted: Fitted) -> list[str]:
@@ -56,7 +57,7 @@ class VarCorr:
         Columns ``group``, ``name1``, ``name2`` (None for a variance), ``vcov`` (variance or covariance), ``sdcor``
         (standard deviation or correlation; NaN where a variance is zero). The last row is ``Residual``.
         """
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for name, labels, Sigma in zip(
             term_names(self.fitted), self.fitted.labels.terms, self.fitted.estimates.Sigma, strict=True
         ):
@@ -265,7 +266,9 @@ def text_table(table: pd.DataFrame, left: int) -> str:
     cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
     widths = [max(len(row[j]) for row in cells) for j in range(len(table.columns))]
     lines = [
-        " ".join(cell.ljust(w) if j < left else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        " ".join(
+            cell.ljust(w) if j < left else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -42,7 +42,7 @@ def table(name: str) -> pd.DataFrame:
     if name in mj.datasets.NAMES:
         return mj.datasets.load(name)
     levels = next(o["factor_levels"] for o in map(oracle, ORACLES) if o["data"] == name)
-    frame = pd.read_csv(HERE / "data" / f"{name}.csv", dtype={column: str for column in levels})
+    frame = pd.read_csv(HERE / "data" / f"{name}.csv", dtype=dict.fromkeys(levels, str))
     for column, order in levels.items():
         frame[column] = pd.Categorical(frame[column], categories=order)
     return frame

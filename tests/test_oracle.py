@@ -44,7 +44,12 @@ def test_fixed_effects(case):
     # Estimates near zero are judged by their standard error.
     close(fit.fixef, [reference["fixef"][n] for n in names], rtol=1e-5, atol=1e-6 * fit.se.min())
     order = [reference["vcov"]["rows"].index(n) for n in names]
-    close(fit.vcov, np.asarray(reference["vcov"]["values"])[np.ix_(order, order)], rtol=1e-5, atol=1e-6 * fit.se.min() ** 2)
+    close(
+        fit.vcov,
+        np.asarray(reference["vcov"]["values"])[np.ix_(order, order)],
+        rtol=1e-5,
+        atol=1e-6 * fit.se.min() ** 2,
+    )
 
 
 def test_variance_parameters(case):
@@ -56,7 +61,9 @@ def test_variance_parameters(case):
         sd = np.sqrt(np.diag(Sigma))
         close(sd, term["sd"], rtol=1e-5)
         close(Sigma, term["cov"], rtol=1e-5, atol=1e-6 * sd.max() ** 2)
-    assert [r_name(e) for t in fit.labels.terms for e in t.effects] == [e for t in reference["varcorr"] for e in t["terms"]]
+    assert [r_name(e) for t in fit.labels.terms for e in t.effects] == [
+        e for t in reference["varcorr"] for e in t["terms"]
+    ]
 
 
 def test_singular_fits_end_exactly_on_the_boundary(case):

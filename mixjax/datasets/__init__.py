@@ -32,14 +32,16 @@ def load(name: str) -> pd.DataFrame:
     known = {n.lower(): n for n in NAMES}
     if name.lower() not in known:
         close = difflib.get_close_matches(name, NAMES, n=1)
-        raise KeyError(f"no data set {name!r}{f'; did you mean {close[0]!r}?' if close else ''} (have {', '.join(NAMES)})")
+        raise KeyError(
+            f"no data set {name!r}{f'; did you mean {close[0]!r}?' if close else ''} (have {', '.join(NAMES)})"
+        )
     name = known[name.lower()]
     folder = files(__name__)
     levels = json.loads((folder / "levels.json").read_text())[name]
     suffix = ".csv.gz" if name == "InstEval" else ".csv"
     with (folder / f"{name}{suffix}").open("rb") as stream:
         frame = pd.read_csv(
-            stream, dtype={column: str for column in levels}, compression="gzip" if suffix.endswith("gz") else None
+            stream, dtype=dict.fromkeys(levels, str), compression="gzip" if suffix.endswith("gz") else None
         )
     for column, order in levels.items():
         # Factors with many levels are stored without them: their levels are numbers.

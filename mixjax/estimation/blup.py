@@ -51,7 +51,9 @@ def conditional_covariances(lambdas: list[Array], stats: CrossProducts) -> list[
     gradients = jax.grad(logdet)([jnp.asarray(f.ZZ) for f in stats.factors])
     covariances = []
     for f, gradient in enumerate(gradients):
-        bases = [basis.R_inv for place, basis in zip(stats.layout.terms, stats.Z_bases, strict=True) if place.factor == f]
+        bases = [
+            basis.R_inv for place, basis in zip(stats.layout.terms, stats.Z_bases, strict=True) if place.factor == f
+        ]
         T = jax.scipy.linalg.block_diag(*bases)
         covariances.append(jnp.einsum("ia,abm,jb->ijm", T, 0.5 * (gradient + linalg.transpose(gradient)), T))
     return covariances

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.design import is_concrete
+from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.start import LOWEST, moment_start
 from mixjax.likelihood.criterion import in_bases, out_of_bases, profile
@@ -46,18 +46,18 @@ class Estimates(NamedTuple):
         result: ``()`` code, see ``mixjax.Result``.
     """
 
-    theta: Array
-    beta: Array
-    sigma: Array
-    Sigma: tuple[Array, ...]
-    vcov: Array
-    b: tuple[Array, ...]
-    criterion: Array
-    converged: Array
-    singular: Array
-    iterations: Array
-    grad_norm: Array
-    result: Array
+    theta: AnyArray
+    beta: AnyArray
+    sigma: AnyArray
+    Sigma: tuple[AnyArray, ...]
+    vcov: AnyArray
+    b: tuple[AnyArray, ...]
+    criterion: AnyArray
+    converged: AnyArray
+    singular: AnyArray
+    iterations: AnyArray
+    grad_norm: AnyArray
+    result: AnyArray
 
 
 def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
@@ -70,7 +70,7 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     Args:
         stats: cross-products of the data. float64 is needed for REML differences and Hessians; with float32 arrays
             the criterion is good to about six digits.
-        reml: restricted maximum likelihood if true. Static.
+        reml: restricted maximum likelihood if true. Both criteria share one compiled program.
         start: ``(k,)`` theta to start from, or None for moment estimates.
 
     Returns:
@@ -89,8 +89,8 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     return _estimate(stats, start, reml)
 
 
-@partial(jax.jit, static_argnames="reml")
-def _estimate(stats: CrossProducts, start: Array | None, reml: bool) -> Estimates:
+@jax.jit
+def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimates:
     stats = jax.tree.map(jnp.asarray, stats)
     qs = tuple(place.q for place in stats.layout.terms)
     blocks = arrange(stats)
@@ -99,7 +99,8 @@ def _estimate(stats: CrossProducts, start: Array | None, reml: bool) -> Estimate
         return profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion
 
     x0 = start_in_bases(stats, start)
-    solution = minimise(objective, x0, rank_reductions(qs), radius=0.5 * jnp.linalg.norm(x0))
+    radius = jnp.maximum(0.5 * jnp.linalg.norm(x0), LOWEST)
+    solution = minimise(objective, x0, rank_reductions(qs), radius=radius)
     return assemble(solution, stats, reml)
 
 
@@ -123,34 +124,36 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
     at = np.concatenate([[i in cov.diagonal_positions(q) for i in range(cov.n_theta(q))] for q in qs])
     x0 = start_in_bases(stats, start)
     lowest = jnp.where(at, jnp.maximum(x0, LOWEST), x0)
-    objective = _log_cholesky_objective(qs, reml)
-    x, steps = minimise_with(optimizer, objective, jnp.where(at, jnp.log(lowest), x0), stats)
+    x, steps = minimise_with(
+        optimizer, _log_cholesky_objective(qs), jnp.where(at, jnp.log(lowest), x0), (stats, jnp.asarray(reml))
+    )
     x = jnp.where(at, jnp.exp(x), x)
     solution = _settle(x, stats, reml)
     return _assemble(solution._replace(iterations=steps), stats, reml)
 
 
 @cache
-def _log_cholesky_objective(qs: tuple[int, ...], reml: bool):
+def _log_cholesky_objective(qs: tuple[int, ...]):
     def objective(x, data):
+        stats, reml = data
         lambdas = [
             cov.lambda_of_theta(cov.exp_diagonal(part, q), q) for part, q in zip(cov.split(x, qs), qs, strict=True)
         ]
-        return profile(lambdas, arrange(data), data, reml).criterion
+        return profile(lambdas, arrange(stats), stats, reml).criterion
 
     return objective
 
 
-@partial(jax.jit, static_argnames="reml")
-def _settle(x: Array, stats: CrossProducts, reml: bool) -> Solution:
+@jax.jit
+def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
     qs = tuple(place.q for place in stats.layout.terms)
     blocks = arrange(stats)
     return judge(lambda x: profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion, x, rank_reductions(qs))
 
 
-@partial(jax.jit, static_argnames="reml")
-def _assemble(solution: Solution, stats: CrossProducts, reml: bool) -> Estimates:
+@jax.jit
+def _assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
     return assemble(solution, stats, reml)
 
 
@@ -164,7 +167,7 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     return _concatenate_theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in lambdas], qs)
 
 
-def assemble(solution: Solution, stats: CrossProducts, reml: bool) -> Estimates:
+def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
     qs = tuple(place.q for place in stats.layout.terms)
     lambdas = cov.lambdas_of_theta(solution.x, qs)
@@ -227,7 +230,7 @@ def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:
 
 def _warn_of_float32(stats: CrossProducts) -> None:
     leaf = stats.XX
-    single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.jax_enable_x64
+    single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.read("jax_enable_x64")
     if single and is_concrete(leaf):
         warnings.warn(
             "estimating in float32: the criterion is good to about six digits. For float64 call inside "

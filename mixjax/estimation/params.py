@@ -37,8 +37,7 @@ def to_params(est: Estimates) -> MarginalParams:
     """
     qs = tuple(Sigma.shape[0] for Sigma in est.Sigma)
     chol = [
-        cov.log_diagonal(est.sigma * part, q)
-        for part, q in zip(cov.split(jnp.asarray(est.theta), qs), qs, strict=True)
+        cov.log_diagonal(est.sigma * part, q) for part, q in zip(cov.split(jnp.asarray(est.theta), qs), qs, strict=True)
     ]
     return MarginalParams(jnp.asarray(est.beta), jnp.log(est.sigma), tuple(chol))
 

@@ -16,9 +16,9 @@ def moment_start(stats: CrossProducts) -> list[Array]:
     """Per term a diagonal ``Lambda (q, q)`` in the basis of Z: MINQUE(0) of the least-squares residuals.
 
     With uncorrelated effects of variance d_j, the sums of squares ``s_i = |Z_i' r|^2`` and ``|r|^2`` have expectations
-    linear in sigma^2 and the d_j: ``E s_i = sigma^2 tr(Z_i'Z_i) + sum_j d_j |Z_i'Z_j|_F^2`` (Searle, Casella & McCulloch
-    1992, Variance Components, section 11.3, the loss of p degrees of freedom left out). Solved, and clipped to
-    reasonable ratios.
+    linear in sigma^2 and the d_j: ``E s_i = sigma^2 tr(Z_i'Z_i) + sum_j d_j |Z_i'Z_j|_F^2`` (Searle, Casella &
+    McCulloch 1992, Variance Components, section 11.3, the loss of p degrees of freedom left out). Solved, and clipped
+    to reasonable ratios.
     """
     layout = stats.layout
     first, k = [], 0

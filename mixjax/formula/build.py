@@ -92,6 +92,7 @@ def build_design(
             "use subset="
         )
     X, fixed, dropped = _full_rank(X, fixed, w)
+    _check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response)
 
     random = _random_terms(parsed, frame, context)
     specs["random"] = [part.spec for part in random]
@@ -123,7 +124,7 @@ def caller_context() -> dict[str, Any]:
     return {**frame.f_globals, **frame.f_locals}
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------
+# --- rows ----------------------------------------------------------------------------------------------------------
 
 
 def _used_rows(
@@ -183,7 +184,7 @@ def _row_values(name: str, values: Any, n: int) -> np.ndarray:
     return array
 
 
-# --- columns -----------------------------------------------------------------------------------------------------------
+# --- columns -------------------------------------------------------------------------------------------------------
 
 
 def _model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
@@ -217,7 +218,7 @@ def _expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
             raise DataError(f"the {what} '{text}' is not numeric: it holds {column.dtype} values")
         return column.to_numpy(float)
-    columns, names, spec = _model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
+    columns, names, _spec = _model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
     if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
         raise DataError(f"the {what} '{text}' is not one numeric column: it gives {', '.join(names)}")
     return columns[:, 0]
@@ -263,11 +264,23 @@ def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> t
         )
         X, names = X[:, independent], [name for name, keep in zip(names, independent, strict=True) if keep]
     if X.shape[1] >= X.shape[0]:
-        raise DataError(f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from")
+        raise DataError(
+            f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from"
+        )
     return X, names, dropped
 
 
-# --- random terms ------------------------------------------------------------------------------------------------------
+def _check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
+    """A response that the fixed effects reproduce up to rounding leaves no variance to model."""
+    sqrt_w = None if weights is None else np.sqrt(weights)
+    if not orthonormal_columns(np.column_stack([X, y]), sqrt_w)[2][-1]:
+        raise DataError(
+            f"the fixed effects reproduce the response '{response}' exactly: no variance is left; look for a column "
+            "that was computed from the response"
+        )
+
+
+# --- random terms --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -308,7 +321,7 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, lis
     codes, levels = factor_codes(frame, group.columns)
     if len(levels) < 2:
         raise DataError(
-            f"grouping factor '{group.name}' has one level ('{levels[0]}'); a variance between levels needs at least two"
+            f"grouping factor '{group.name}' has one level ('{levels[0]}'); a variance between levels needs two or more"
         )
     return codes, levels
 

@@ -17,6 +17,8 @@ def column_names(data: Any) -> list[str]:
     """Column names of a pandas, polars or pyarrow table or a mapping of arrays."""
     if isinstance(data, Mapping):
         return [str(name) for name in data]
+    if hasattr(data, "collect_schema"):  # polars
+        return list(data.collect_schema().names())
     names = getattr(data, "column_names", None)  # pyarrow
     if names is None:
         names = getattr(data, "columns", None)
@@ -60,20 +62,12 @@ def _one_dimensional(values: Any, name: str) -> Any:
 
 
 def _from_polars(column: Any) -> Any:
-    kind = type(column.dtype).__name__ if not isinstance(column.dtype, type) else column.dtype.__name__
-    if kind in ("Categorical", "Enum"):
-        return pd.Categorical(column.to_list(), categories=column.cat.get_categories().to_list())
-    if kind in ("String", "Utf8", "Boolean") and column.null_count():
-        return pd.Series(column.to_list(), dtype=object)
-    if column.null_count():
-        return column.cast(_float64(column)).to_numpy()
+    categories = getattr(column.dtype, "categories", None)
+    if type(column.dtype).__name__ == "Enum" and categories is not None:
+        return pd.Categorical(column.to_list(), categories=list(categories))
+    if column.null_count() or type(column.dtype).__name__ == "Categorical":
+        return pd.Series(column.to_list())
     return column.to_numpy()
-
-
-def _float64(column: Any) -> Any:
-    import polars
-
-    return polars.Float64
 
 
 def check_columns(names: Iterable[str], available: list[str], where: str) -> None:
@@ -127,7 +121,8 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
 
     Order as in R: the categories' own order, else sorted; of an interaction, the first column varies slowest.
     """
-    codes, parts = None, []
+    codes = np.zeros(len(frame), np.int64)
+    parts = []
     for name in columns:
         column = frame[name]
         if isinstance(column.dtype, pd.CategoricalDtype):
@@ -135,7 +130,7 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
         else:
             own, levels = pd.factorize(column, sort=True)
         parts.append([_level_name(level) for level in levels])
-        codes = own.astype(np.int64) if codes is None else codes * len(levels) + own
+        codes = codes * len(levels) + own
     present, codes = np.unique(codes, return_inverse=True)
     names = [""] * len(present)
     for i in reversed(range(len(parts))):

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from mixjax.design import is_concrete
+from mixjax.design import AnyArray, is_concrete
 
 # A column counts as dependent when what the columns before it leave of it is smaller than RANK_TOL of its centred
 # length, or than what rounding of its entries alone could leave (ROUNDING of its raw length).
@@ -30,9 +29,9 @@ class Basis(NamedTuple):
         logdet: ``log |det R|``.
     """
 
-    R: Array
-    R_inv: Array
-    logdet: Array
+    R: AnyArray
+    R_inv: AnyArray
+    logdet: AnyArray
 
 
 def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,11 +102,11 @@ def change_basis(X: Any, sqrt_w: Any, scale: float = 1.0) -> tuple[Any, Basis]:
         Q, R, _ = orthonormal_columns(np.asarray(X), None if sqrt_w is None else np.asarray(sqrt_w, np.float64))
         return Q * scale, _basis(R / scale)
     weighted = X if sqrt_w is None else X * sqrt_w[:, None]
-    R = jnp.linalg.qr(jax.lax.stop_gradient(weighted), mode="r") / scale
-    diagonal = jnp.diagonal(R)
-    R = R + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0))
-    R_inv = jnp.linalg.inv(R)
-    return weighted @ R_inv, Basis(R, R_inv, jnp.log(jnp.abs(jnp.diagonal(R))).sum())
+    triangle = jnp.linalg.qr(jax.lax.stop_gradient(weighted), mode="r") / scale
+    diagonal = jnp.diagonal(triangle)
+    triangle = triangle + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0))
+    inverse = jnp.linalg.inv(triangle)
+    return weighted @ inverse, Basis(triangle, inverse, jnp.log(jnp.abs(jnp.diagonal(triangle))).sum())
 
 
 def _basis(R: np.ndarray) -> Basis:

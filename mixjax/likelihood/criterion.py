@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -32,14 +33,14 @@ class Profiled(NamedTuple):
     sigma: Array
 
 
-def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: bool) -> Profiled:
+def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: Array | bool) -> Profiled:
     """Profile beta and sigma out (Bates et al. 2015, eqs. 34-35 for ML, 41-42 for REML).
 
     Args:
         lambdas: per term ``(q, q)``, any factor of its relative covariance, in the bases of the products.
         blocks: ``arrange(stats)``.
         stats: cross-products.
-        reml: restricted maximum likelihood.
+        reml: restricted maximum likelihood. May be traced: one program then serves both criteria.
     """
     reduced = eliminate(lambdas, blocks)
     p = reduced.Xy.shape[0]
@@ -49,10 +50,9 @@ def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: bo
         rss = reduced.yy - linalg.quadratic_form(reduced.XX, reduced.Xy[:, None])[0, 0]
     else:
         XX_inverse, logdet_XX, delta, rss = reduced.XX, jnp.zeros(()), reduced.Xy, reduced.yy
-    df = stats.n - p if reml else stats.n
+    df = stats.n - jnp.where(reml, p, 0)
     criterion = reduced.logdet + df * (1.0 + jnp.log(2.0 * np.pi * rss / df)) - stats.sum_log_weights
-    if reml:
-        criterion = criterion + logdet_XX + 2.0 * stats.X_basis.logdet
+    criterion = criterion + jnp.where(reml, logdet_XX + 2.0 * stats.X_basis.logdet, 0.0)
     return Profiled(criterion, delta, XX_inverse, rss, jnp.sqrt(rss / df))
 
 
@@ -65,7 +65,7 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
     Args:
         theta: ``(k,)`` relative Cholesky factors, the lower triangle column by column, term by term; any signs.
         stats: cross-products of the data.
-        reml: the REML criterion if true, else the ML deviance. Static.
+        reml: the REML criterion if true, else the ML deviance.
 
     Returns:
         scalar.
@@ -77,7 +77,12 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
         >>> bool(mj.criterion(np.array([1.0]), mj.cross_products(design)) > 0)
         True
     """
-    lambdas = lambdas_of_theta(jnp.asarray(theta), tuple(place.q for place in stats.layout.terms))
+    return _criterion(theta, stats, reml)
+
+
+@jax.jit
+def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
+    lambdas = lambdas_of_theta(theta, tuple(place.q for place in stats.layout.terms))
     return profile(in_bases(lambdas, stats), arrange(stats), stats, reml).criterion
 
 

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from mixjax.design import Design, check_design, is_concrete
+from mixjax.design import AnyArray, Design, check_design, is_concrete
 from mixjax.likelihood.bases import Basis, change_basis, constant_column
 
 
@@ -25,9 +24,9 @@ class FactorProducts(NamedTuple):
         ZZ: ``(q, q, m)``. ZX: ``(q, p, m)``. Zy: ``(q, m)``.
     """
 
-    ZZ: Array
-    ZX: Array
-    Zy: Array
+    ZZ: AnyArray
+    ZX: AnyArray
+    Zy: AnyArray
 
 
 class PairProducts(NamedTuple):
@@ -38,9 +37,9 @@ class PairProducts(NamedTuple):
         nested in t, k is the number of levels of s and ``rows`` is ``0 .. k - 1``.
     """
 
-    rows: Array
-    cols: Array
-    ZZ: Array
+    rows: AnyArray
+    cols: AnyArray
+    ZZ: AnyArray
 
 
 class TermPlace(NamedTuple):
@@ -84,12 +83,12 @@ class CrossProducts:
 
     factors: tuple[FactorProducts, ...]
     pairs: tuple[PairProducts, ...]
-    XX: Array
-    Xy: Array
-    yy: Array
-    n: Array
-    sum_log_weights: Array
-    beta0: Array
+    XX: AnyArray
+    Xy: AnyArray
+    yy: AnyArray
+    n: AnyArray
+    sum_log_weights: AnyArray
+    beta0: AnyArray
     X_basis: Basis
     Z_bases: tuple[Basis, ...]
     layout: Layout
@@ -219,13 +218,11 @@ def pad(stats: CrossProducts) -> CrossProducts:
 
     def grow(x, size):
         x = np.asarray(x)
-        return np.concatenate([x, np.zeros(x.shape[:-1] + (size - x.shape[-1],), x.dtype)], axis=-1)
+        return np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]), x.dtype)], axis=-1)
 
     layout = stats.layout
     sizes = [bucket(f.ZZ.shape[2], dense=i in layout.dense) for i, f in enumerate(stats.factors)]
-    factors = tuple(
-        FactorProducts(*(grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True)
-    )
+    factors = tuple(FactorProducts(*(grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
     pairs = []
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
         nested = s in layout.chain and t in layout.chain
@@ -243,7 +240,7 @@ def bucket(m: int, dense: bool = False) -> int:
     return next((b for b in (32, 128, 512, 2048) if m <= b), 1 << (m - 1).bit_length())
 
 
-# --- least squares and grouping -------------------------------------------------------------------------------------
+# --- least squares and grouping ------------------------------------------------------------------------------------
 
 
 def _least_squares(design: Design, Q: Any, X_basis: Basis, sqrt_w: Any) -> tuple[Any, Any]:
@@ -318,7 +315,7 @@ def _order_by_levels(sizes: list[int], nested) -> tuple[list[int], list[int]]:
     return chain, dense
 
 
-# --- sums over rows ---------------------------------------------------------------------------------------------------
+# --- sums over rows ------------------------------------------------------------------------------------------------
 
 
 def _products(A: Any, B: Any) -> Any:
@@ -332,7 +329,7 @@ def _sum_by_group(values: Any, group: Any, m: int) -> Any:
         flat = np.asarray(values).reshape(-1, values.shape[-1])
         group = np.asarray(group)
         sums = np.stack([np.bincount(group, weights=row, minlength=m) for row in flat]) if len(flat) else flat[:, :m]
-        return sums.reshape(values.shape[:-1] + (m,))
+        return sums.reshape((*values.shape[:-1], m))
     moved = jnp.moveaxis(jnp.asarray(values), -1, 0)
     return jnp.moveaxis(jax.ops.segment_sum(moved, jnp.asarray(group), m), 0, -1)
 
@@ -354,7 +351,7 @@ def _pair_products(Z_s: Any, Z_t: Any, s: tuple[Any, int], t: tuple[Any, int], n
     )
 
 
-# --- adding ------------------------------------------------------------------------------------------------------------
+# --- adding --------------------------------------------------------------------------------------------------------
 
 
 def _in_bases_of(a: CrossProducts, b: CrossProducts) -> CrossProducts:
@@ -423,13 +420,13 @@ def _spread(pair: PairProducts, m_s: int, m_t: int) -> PairProducts:
     """One entry per level of s, in order."""
     keep = _present(pair, m_s, m_t)
     parent = np.full(m_s, m_t, np.int32)
-    ZZ = np.zeros(pair.ZZ.shape[:2] + (m_s,), pair.ZZ.dtype)
+    ZZ = np.zeros((*pair.ZZ.shape[:2], m_s), pair.ZZ.dtype)
     parent[pair.rows[keep]] = pair.cols[keep]
     ZZ[:, :, pair.rows[keep]] = pair.ZZ[:, :, keep]
     return PairProducts(np.arange(m_s, dtype=np.int32), parent, ZZ)
 
 
-# --- numpy for numbers, JAX inside transformations ------------------------------------------------------------------
+# --- numpy for numbers, JAX inside transformations -----------------------------------------------------------------
 
 
 def _floating_dtype(design: Design) -> np.dtype:

@@ -58,7 +58,7 @@ class Reduced(NamedTuple):
 def arrange(stats: CrossProducts) -> Blocks:
     """Lay the products out for :func:`eliminate`; linear in the products and independent of theta."""
     layout = stats.layout
-    dense = tuple((f, *stats.factors[f].ZZ.shape[1:]) for f in layout.dense)
+    dense = tuple((f, stats.factors[f].ZZ.shape[1], stats.factors[f].ZZ.shape[2]) for f in layout.dense)
     starts, n_dense = {}, 0
     for f, q, m in dense:
         starts[f] = n_dense

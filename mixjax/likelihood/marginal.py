@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mixjax.covariance import exp_diagonal, lambda_of_theta
-from mixjax.design import Design
+from mixjax.design import AnyArray, Design
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import CrossProducts, cross_products
 from mixjax.likelihood.elimination import arrange, eliminate
@@ -25,9 +26,9 @@ class MarginalParams(NamedTuple):
             triangle, its diagonal as logarithms. A singular Sigma has ``-inf`` there.
     """
 
-    beta: Array
-    log_sigma: Array
-    chol: tuple[Array, ...]
+    beta: AnyArray
+    log_sigma: AnyArray
+    chol: tuple[AnyArray, ...]
 
 
 def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> Array:
@@ -51,7 +52,11 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
         >>> bool(mj.marginal_loglik(p, design) < 0)
         True
     """
-    stats = design if isinstance(design, CrossProducts) else cross_products(design)
+    return _loglik(params, design if isinstance(design, CrossProducts) else cross_products(design))
+
+
+@jax.jit
+def _loglik(params: MarginalParams, stats: CrossProducts) -> Array:
     sigma = jnp.exp(params.log_sigma)
     lambdas = [
         lambda_of_theta(exp_diagonal(jnp.asarray(chol), place.q), place.q) / sigma
@@ -60,5 +65,5 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
     reduced = eliminate(in_bases(lambdas, stats), arrange(stats))
     delta = stats.X_basis.R @ (params.beta - stats.beta0)
     rss = reduced.yy - 2.0 * delta @ reduced.Xy + delta @ reduced.XX @ delta
-    constant = stats.n * (np.log(2.0 * np.pi) + 2.0 * params.log_sigma) - stats.sum_log_weights
+    constant = stats.n * (math.log(2.0 * math.pi) + 2.0 * params.log_sigma) - stats.sum_log_weights
     return -0.5 * (constant + reduced.logdet + rss / sigma**2)

@@ -42,12 +42,12 @@ class Simplify(NamedTuple):
     """Simpler points to try once a minimum is found, for example with a variance set to zero.
 
     Attributes:
-        count: number of candidates; static.
-        worthwhile: ``x -> (count,)`` bools, which candidates deserve an evaluation.
+        n_candidates: how many there are; static.
+        worthwhile: ``x -> (n_candidates,)`` bools, which candidates deserve an evaluation.
         candidate: ``(x, c) -> (x_c, free_c)``: candidate c and which of its coordinates stay free.
     """
 
-    count: int
+    n_candidates: int
     worthwhile: Callable[[Array], Array]
     candidate: Callable[[Array, Array], tuple[Array, Array]]
 
@@ -141,7 +141,7 @@ def minimise(
         radius: first trust region: how far from ``x0`` a quadratic model may be good.
     """
     evaluate = value_gradient_hessian(fun)
-    count = simplify.count if simplify is not None else 0
+    count = simplify.n_candidates if simplify is not None else 0
     dtype = x0.dtype
     rounding = 100 * jnp.finfo(dtype).eps
 
@@ -157,7 +157,7 @@ def minimise(
         step, predicted = _trust_region_step(g, at.eigenvalues, at.eigenvectors, state.radius)
         step = jnp.where(at.free, step, 0.0)
         trial, free, candidate, settled = at.x + step, at.free, jnp.array(-1), state.settled
-        if count:
+        if simplify is not None and count:
             start = jnp.where(state.candidate >= 0, state.candidate + 1, 0)
             trying = (state.candidate >= 0) | (converged & ~state.settled)
             left = simplify.worthwhile(at.x) & (jnp.arange(count) >= start)
@@ -216,9 +216,9 @@ def minimise(
         jnp.ones(k, dtype), jnp.eye(k, dtype=dtype),
     )  # fmt: skip
     state = _State(
-        at=nowhere, trial=x0, trial_free=nowhere.free, predicted=jnp.array(0.0, dtype), radius=jnp.asarray(radius, dtype),
-        candidate=jnp.array(-1), settled=jnp.array(count == 0), iterations=jnp.array(0),
-        result=jnp.array(int(Result.MAX_ITERATIONS)), done=jnp.array(False),
+        at=nowhere, trial=x0, trial_free=nowhere.free, predicted=jnp.array(0.0, dtype),
+        radius=jnp.asarray(radius, dtype), candidate=jnp.array(-1), settled=jnp.array(count == 0),
+        iterations=jnp.array(0), result=jnp.array(int(Result.MAX_ITERATIONS)), done=jnp.array(False),
     )  # fmt: skip
     state = jax.lax.while_loop(lambda s: ~s.done, body, state)
     at = state.at
@@ -250,7 +250,7 @@ def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Soluti
         keep = keep & is_semidefinite(full.eigenvalues)
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, at)
 
-    at = jax.lax.fori_loop(0, simplify.count, attempt, point(x, jnp.ones(k, bool)))
+    at = jax.lax.fori_loop(0, simplify.n_candidates, attempt, point(x, jnp.ones(k, bool)))
     g = jnp.where(at.free, at.g, 0.0)
     converged = has_converged(g, at.eigenvalues, at.eigenvectors)
     result = jnp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))

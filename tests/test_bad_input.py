@@ -1,0 +1,134 @@
+"""Bad input: each gets a clear error that names the culprit."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import table
+
+import mixjax as mj
+
+FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def sleep(**columns):
+    return table("sleepstudy").assign(**columns)
+
+
+CASES = {
+    "unknown column": ("Reaction ~ days + (1 | Subject)", {}, "no column 'days'.*did you mean 'Days'"),
+    "unknown response": ("reaction ~ Days + (1 | Subject)", {}, "no column 'reaction'"),
+    "unknown group": ("Reaction ~ Days + (1 | subject)", {}, "no column 'subject' \\(grouping factor 'subject'\\)"),
+    "unknown slope": ("Reaction ~ Days + (dayz | Subject)", {}, "no column 'dayz'"),
+    "unknown function": ("Reaction ~ nofunction(Days) + (1 | Subject)", {}, "nofunction"),
+    "no random term": ("Reaction ~ Days", {}, "no random term.*ordinary regression"),
+    "unbalanced parenthesis": ("Reaction ~ Days + (Days | Subject", {}, "never closed"),
+    "bad fixed effects": ("Reaction ~ Days + * Days + (1 | Subject)", {}, "not understood"),
+    "response not numeric": ("name ~ Days + (1 | Subject)", {"name": "a"}, "'name' is not numeric"),
+    "response is a factor": ("Subject ~ Days + (1 | Subject)", {}, "'Subject' is not numeric"),
+    "constant response": ("flat ~ Days + (1 | Subject)", {"flat": 3.0}, "'flat' is constant"),
+    "response made of X": ("line ~ Days + (1 | Subject)", {"line": lambda d: 1 + 2 * d.Days}, "'line' exactly"),
+    "one level": ("Reaction ~ Days + (1 | one)", {"one": "x"}, "'one' has one level"),
+    "a group per row": ("Reaction ~ Days + (1 | row)", {"row": range(180)}, "180 rows and 180 random effects"),
+    "inf in response": ("y ~ Days + (1 | Subject)", {"y": lambda d: np.where(d.Days == 1, np.inf, d.Reaction)},
+                        "'y' has 18 infinite values \\(first in row 1\\)"),
+    "inf in a column": ("Reaction ~ x + (1 | Subject)", {"x": lambda d: 1 / d.Days}, "'x' has 18 infinite"),
+    "inf from a transform": ("Reaction ~ log(Days) + (1 | Subject)", {}, "'log\\(Days\\)' is not finite in 18 rows"),
+    "all rows missing": ("Reaction ~ gone + (1 | Subject)", {"gone": np.nan}, "all 180 rows.*'gone'"),
+    "redundant random effects": ("Reaction ~ Days + (Days + twice | Subject)", {"twice": lambda d: 2 * d.Days},
+                                 "of 'Subject' cannot be told apart.*twice"),
+    "an effect twice": ("Reaction ~ Days + (1 | Subject) + (Days | Subject)", {}, "'Intercept' of group 'Subject'"),
+    "more columns than rows": ("Reaction ~ 0 + C(row) + (1 | Subject)", {"row": range(180)}, "exactly|for 180 rows"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize(("formula", "columns", "message"), CASES.values(), ids=CASES.keys())
+def test_formula_and_columns(formula, columns, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        mj.lmm(formula, sleep(**columns))
+    assert isinstance(caught.value, mj.FormulaError | mj.DataError)
+
+
+ARGUMENTS = {
+    "weights name": ({"weights": "nope"}, "no column 'nope' \\(weights=\\)"),
+    "zero weight": ({"weights": np.r_[0.0, np.ones(179)]}, "weights must be positive, but 1 of 180"),
+    "negative weights": ({"weights": -np.ones(180)}, "weights must be positive, but 180 of 180"),
+    "weights of wrong length": ({"weights": np.ones(3)}, "weights has shape \\(3,\\), but the table has 180 rows"),
+    "weights not numbers": ({"weights": np.array(["a"] * 180)}, "weights must be numbers"),
+    "offset of wrong length": ({"offset": np.ones(181)}, "offset has shape \\(181,\\)"),
+    "offset name": ({"offset": "nope"}, "no column 'nope' \\(offset=\\)"),
+    "subset length": ({"subset": np.ones(4, bool)}, "subset must be 180 booleans"),
+    "subset empty": ({"subset": np.zeros(180, bool)}, "subset leaves no rows"),
+    "subset expression": ({"subset": "Dayz > 1"}, "subset 'Dayz > 1' cannot be evaluated"),
+    "contrasts column": ({"contrasts": {"nope": "sum"}}, "no column 'nope' \\(contrasts=\\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_arguments(arguments, message):
+    with pytest.raises(mj.DataError, match=message):
+        mj.lmm(FORMULA, table("sleepstudy"), **arguments)
+
+
+def test_empty_table():
+    with pytest.raises(mj.DataError, match="no rows"):
+        mj.lmm(FORMULA, table("sleepstudy").iloc[:0])
+
+
+def test_not_a_table():
+    with pytest.raises(mj.DataError, match="got int"):
+        mj.lmm(FORMULA, 3)
+
+
+def test_dict_columns_of_different_length():
+    with pytest.raises(mj.DataError, match="different length"):
+        mj.lmm("y ~ 1 + (1 | g)", {"y": [1.0, 2.0], "g": ["a"]})
+
+
+def test_column_with_two_dimensions():
+    with pytest.raises(mj.DataError, match="column 'y' has shape"):
+        mj.lmm("y ~ 1 + (1 | g)", {"y": np.ones((2, 2)), "g": ["a", "b"]})
+
+
+def test_columns_of_the_same_name():
+    frame = pd.concat([table("sleepstudy"), table("sleepstudy")[["Days"]]], axis=1)
+    with pytest.raises(mj.DataError, match="more than one column named 'Days'"):
+        mj.lmm(FORMULA, frame)
+
+
+def test_as_many_effects_as_rows_can_be_fitted_on_request():
+    data = sleep(row=range(180)).iloc[:60]
+    with pytest.raises(mj.DataError, match="check_identifiable=False"):
+        mj.lmm("Reaction ~ Days + (1 | row)", data)
+    fit = mj.lmm("Reaction ~ Days + (1 | row)", data, check_identifiable=False)
+    total = fit.sigma**2 + fit.Sigma["row"][0, 0]  # only the sum is identified
+    residual = data.Reaction - np.polyval(np.polyfit(data.Days, data.Reaction, 1), data.Days)
+    np.testing.assert_allclose(total, (residual**2).sum() / 58, rtol=1e-6)
+
+
+# --- arrays --------------------------------------------------------------------------------------------------------
+
+
+def arrays(**changes):
+    term = {"Z": np.ones((6, 1)), "group": np.repeat([0, 1, 2], 2), "n_groups": 3} | changes.pop("term", {})
+    return mj.Design(**({"y": np.arange(6.0), "X": np.ones((6, 1)), "terms": (mj.RandomTerm(**term),)} | changes))
+
+
+DESIGNS = {
+    "no terms": ({"terms": ()}, "no random term"),
+    "X not a matrix": ({"X": np.ones(6)}, "X must be"),
+    "y of wrong length": ({"y": np.ones(5)}, "y has shape \\(5,\\), but X has 6 rows"),
+    "Z not a matrix": ({"term": {"Z": np.ones(6)}}, r"terms\[0\].Z must be"),
+    "group of wrong length": ({"term": {"group": np.zeros(5, int)}}, r"terms\[0\].group has shape"),
+    "group out of range": ({"term": {"n_groups": 2}}, "runs from 0 to 2; with n_groups=2"),
+    "group not integer": ({"term": {"group": np.zeros(6)}}, "must be integers"),
+    "weights not positive": ({"weights": np.zeros(6)}, "weights must be positive"),
+    "nan": ({"y": np.array([1, 2, 3, 4, 5, np.nan])}, "y has missing or infinite"),
+    "no rows": ({"X": np.ones((0, 1)), "y": np.ones(0)}, "no rows"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), DESIGNS.values(), ids=DESIGNS.keys())
+def test_designs_from_arrays(changes, message):
+    with pytest.raises(ValueError, match=message):
+        mj.cross_products(arrays(**changes))

@@ -1,0 +1,97 @@
+"""The command line, as a user's shell runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import fit_of, table
+
+from mixjax.cli import main
+
+FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "mixjax", *arguments], capture_output=True, text=True)
+
+
+def test_fit_prints_the_summary_and_keeps_compiled_programs(tmp_path):
+    done = run("fit", FORMULA, "sleepstudy", "--cache-dir", str(tmp_path / "programs"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(fit_of("sleepstudy_slopes", "REML").summary())
+    assert done.stderr == ""
+    assert any((tmp_path / "programs").iterdir())
+
+
+def test_json_by_ml_from_a_csv_with_weights(tmp_path, capsys):
+    table("sleepstudy_wo").to_csv(tmp_path / "data.csv", index=False)
+    code = main(["fit", FORMULA, str(tmp_path / "data.csv"), "--ml", "--weights", "w", "--json", "--no-cache"])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0
+    reference = fit_of("sleepstudy_weighted", "ML")
+    assert result["method"] == "ML"
+    assert result["criterion"] == pytest.approx(reference.criterion, abs=1e-9)
+    assert result["fixef"]["Days"] == pytest.approx(reference.fixef["Days"], rel=1e-9)
+    assert result["varcorr"][-1]["group"] == "Residual"
+
+
+def test_json_has_null_where_there_is_no_number(capsys):
+    assert main(["fit", "Yield ~ 1 + (1 | Batch)", "dyestuff2", "--json", "--no-cache"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["singular"] is True
+    assert result["varcorr"][0]["name2"] is None
+
+
+def test_parquet(tmp_path, capsys):
+    table("sleepstudy").to_parquet(tmp_path / "data.parquet")
+    assert main(["fit", FORMULA, str(tmp_path / "data.parquet"), "--no-cache"]) == 0
+    assert "1743.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([FORMULA, "nosuchfile.csv"], "there is no file 'nosuchfile.csv'"),
+        (["Reaction ~ dayz + (1 | Subject)", "sleepstudy"], "no column 'dayz'"),
+        ([FORMULA, "sleepstudy", "--weights", "nope"], "no column 'nope' (weights=)"),
+        (["Reaction ~ Days", "sleepstudy"], "no random term"),
+        (["Reaction ~ Days + (1 | Subject", "sleepstudy"], "never closed"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_a_message(arguments, message, capsys):
+    assert main(["fit", *arguments, "--no-cache"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mixjax: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_rows_left_out_are_told_on_stderr(tmp_path, capsys):
+    frame = table("sleepstudy").copy()
+    frame.loc[0, "Reaction"] = None
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--no-cache"]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 180 rows left out" in captured.err
+    assert "1 rows left out" in captured.out
+
+
+def test_wrong_usage():
+    with pytest.raises(SystemExit) as caught:
+        main(["fit"])
+    assert caught.value.code == 2
+
+
+def test_default_folder_is_under_the_users_cache_directory(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MIXJAX_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")}
+    code = "import mixjax as mj; print(mj.enable_compilation_cache())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "mixjax"), done.stderr

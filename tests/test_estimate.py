@@ -1,0 +1,160 @@
+"""The estimator: boundary, starts, optax, failures, dtypes, transformations."""
+
+import warnings
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import fit_of, table
+from designs import STRUCTURES, random_design
+
+import mixjax as mj
+from mixjax.likelihood.cross_products import pad
+
+FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def design_of(formula, name):
+    return mj.build_design(formula, table(name))[0]
+
+
+def test_estimates_are_those_of_lmm(x64):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    est = mj.estimate(mj.cross_products(fit.design))  # not padded
+    for name in ("theta", "beta", "sigma", "vcov", "criterion"):
+        np.testing.assert_allclose(getattr(est, name), getattr(fit.estimates, name), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(est.b[0], fit.estimates.b[0], rtol=1e-6, atol=1e-8)
+    assert est.b[0].shape == (18, 2)
+
+
+def test_works_inside_jit_and_compiles_once_per_shape(x64):
+    traces = []
+
+    @jax.jit
+    def slope(stats):
+        traces.append(1)
+        return mj.estimate(stats).beta[1]
+
+    for seed in range(3):
+        slope(pad(mj.cross_products(random_design(STRUCTURES["one factor, q=2, weights"], seed))))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("start", [[1e-3, 0.0, 1e-3], [50.0, -20.0, 30.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+def test_any_start_ends_at_the_same_minimum(start):
+    """Zero columns are stationary points: a start on one has to be left along negative curvature."""
+    fit = mj.lmm(FORMULA, table("sleepstudy"), start=start)
+    reference = fit_of("sleepstudy_slopes", "REML")
+    np.testing.assert_allclose(fit.criterion, reference.criterion, atol=1e-8)
+    np.testing.assert_allclose(fit.theta, reference.theta, rtol=1e-6)
+
+
+def test_start_of_wrong_length_is_refused():
+    with pytest.raises(ValueError, match=r"theta has shape \(2,\)"):
+        mj.lmm(FORMULA, table("sleepstudy"), start=[1.0, 1.0])
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.adam(0.05)], ids=["lbfgs", "adam"])
+def test_optax(optimizer):
+    fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optimizer)
+    reference = fit_of("sleepstudy_slopes", "REML")
+    assert fit.converged
+    assert fit.optimizer.name == "optax"
+    np.testing.assert_allclose(fit.theta, reference.theta, rtol=1e-6)
+    np.testing.assert_allclose(fit.criterion, reference.criterion, atol=1e-8)
+    assert fit.refit(table("sleepstudy")["Reaction"] * 2).optimizer.name == "optax"
+
+
+def test_optax_ends_on_the_boundary():
+    fit = mj.lmm("Yield ~ 1 + (1 | Batch)", table("Dyestuff2"), optimizer=optax.lbfgs())
+    assert fit.is_singular
+    assert fit.converged
+    assert fit.theta[0] == 0.0
+
+
+def test_optax_that_stops_early_warns():
+    with pytest.warns(mj.ConvergenceWarning, match="did not converge after 5000 iterations"):
+        fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optax.sgd(1e-7))
+    assert not fit.converged
+    assert "NOT CONVERGED" in str(fit.summary())
+    assert "NOT CONVERGED" in repr(fit)
+
+
+@pytest.mark.parametrize(
+    "name", ["dyestuff2", "singular_correlation_one", "singular_crossed_zero", "singular_rank_two"]
+)
+def test_no_warnings_at_a_singular_fit(name):
+    from conftest import oracle
+
+    reference = oracle(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = mj.lmm(reference["formula"], table(reference["data"]))
+    assert fit.is_singular
+    assert fit.converged
+
+
+def test_derivative_in_the_direction_of_growing_variance_at_a_singular_fit(x64):
+    """At a zero variance the criterion rises, or is flat, as the variance grows."""
+    stats = mj.cross_products(design_of("Yield ~ 1 + (1 | Batch)", "Dyestuff2"))
+    at_zero, nearby = (float(mj.criterion(np.array([t]), stats)) for t in (0.0, 1e-3))
+    assert nearby >= at_zero
+
+
+def test_nan_in_the_response_gives_a_code(x64):
+    design = design_of(FORMULA, "sleepstudy")
+    stats = mj.cross_products(design)
+    est = mj.estimate(replace(stats, yy=np.float64(np.nan)))
+    assert int(est.result) == mj.Result.NOT_FINITE
+    assert not est.converged
+
+
+def test_a_nearly_exact_fit_is_found():
+    """Random effects a thousand times larger than the noise."""
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=18).repeat(10)
+    data = table("sleepstudy").assign(y=lambda d: b + 1e-3 * rng.normal(size=180))
+    fit = mj.lmm("y ~ 1 + (1 | Subject)", data)
+    assert fit.converged
+    within = data.groupby("Subject", observed=True)["y"].var().mean()  # balanced: REML is the analysis of variance
+    np.testing.assert_allclose(fit.sigma**2, within, rtol=1e-8)
+    between = data.groupby("Subject", observed=True)["y"].mean().var() - within / 10
+    np.testing.assert_allclose(fit.Sigma["Subject"][0, 0], between, rtol=1e-8)
+
+
+def test_float32_warns_and_is_near():
+    reference = fit_of("sleepstudy_slopes", "REML")
+    single = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, reference.design)
+    with pytest.warns(UserWarning, match="float32"):
+        est = mj.estimate(mj.cross_products(single))
+    assert est.theta.dtype == np.float32
+    assert est.converged
+    np.testing.assert_allclose(est.criterion, reference.criterion, rtol=1e-5)
+    np.testing.assert_allclose(est.theta, reference.theta, rtol=0.02, atol=0.005)
+    np.testing.assert_allclose(est.beta, reference.fixef, rtol=1e-4)
+
+
+def test_params_round_trip(x64):
+    fit = fit_of("sleepstudy_slopes", "ML")
+    p = mj.to_params(fit.estimates)
+    np.testing.assert_allclose(-2 * mj.marginal_loglik(p, fit.design), fit.criterion, rtol=1e-12)
+    natural = mj.from_params(p)
+    np.testing.assert_allclose(natural.theta, fit.theta, rtol=1e-12)
+    np.testing.assert_allclose(natural.Sigma[0], fit.Sigma["Subject"], rtol=1e-12)
+    np.testing.assert_allclose(natural.sigma, fit.sigma, rtol=1e-12)
+    gradient = jax.grad(mj.marginal_loglik)(p, fit.stats)
+    for leaf, scale in zip(jax.tree.leaves(gradient), (1e-6, 1e-4, 1e-4), strict=True):
+        np.testing.assert_allclose(leaf, 0.0, atol=scale)
+
+
+def test_params_of_a_singular_fit_have_minus_infinity():
+    assert mj.to_params(fit_of("dyestuff2", "REML").estimates).chol[0][0] == -np.inf
+
+
+def test_default_precision_of_jax_is_left_alone():
+    assert not jax.config.jax_enable_x64
+    fit_of("sleepstudy_slopes", "REML")
+    assert not jax.config.jax_enable_x64
+    assert jax.numpy.ones(1).dtype == np.float32

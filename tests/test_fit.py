@@ -1,0 +1,226 @@
+"""LMMFit: what an analyst sees and types."""
+
+import pickle
+import re
+
+import dense
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import HERE, fit_of, table
+from scipy import sparse
+
+import mixjax as mj
+
+
+@pytest.fixture(scope="module")
+def sleep():
+    return fit_of("sleepstudy_slopes", "REML")
+
+
+def test_summary_of_sleepstudy(sleep):
+    text = str(sleep.summary())
+    for line in (
+        "Linear mixed model fit by REML",
+        "REML criterion at convergence: 1743.6",
+        "-3.9536 -0.4634 0.0231 0.4634 5.1793",
+        "Subject  Intercept   612.09   24.740",
+        "         Days         35.07    5.922 0.07",
+        "Residual             654.94   25.592",
+        "Number of obs: 180, groups: Subject, 18",
+        "Intercept  251.405      6.825  36.838",
+        "Days        10.467      1.546   6.771",
+        "Days    -0.138",
+    ):
+        assert line in text, text
+
+
+def test_blups_of_subject_309(sleep):
+    np.testing.assert_allclose(sleep.ranef()["Subject"].loc["309"], [-40.399, -8.620], atol=5e-4)
+
+
+def test_summary_of_an_ml_fit():
+    text = str(fit_of("sleepstudy_slopes", "ML").summary())
+    assert "fit by maximum likelihood" in text
+    assert re.search(r"AIC +BIC +logLik +-2\*log\(L\) +df.resid\n *1763.9 1783.1 -876.0 +1751.9 +174", text), text
+
+
+def test_summary_says_what_is_special():
+    assert "singular fit" in str(fit_of("dyestuff2", "REML").summary())
+    crossed = str(fit_of("penicillin", "REML").summary())
+    assert "groups: plate, 24; sample, 6" in crossed
+    assert "Corr" not in crossed
+    assert "Subject.1" in str(fit_of("sleepstudy_zerocorr", "REML").varcorr)
+
+
+def test_html_escapes_and_has_both_tables(sleep):
+    data = table("sleepstudy").rename(columns={"Days": "a<b"})
+    page = mj.lmm("Reaction ~ `a<b` + (1 | Subject)", data)._repr_html_()
+    assert "a&lt;b" in page
+    assert "<b " not in page
+    assert sleep._repr_html_().count("<table") == 2
+
+
+def test_varcorr_frame(sleep):
+    frame = sleep.varcorr.to_frame()
+    assert list(frame.columns) == ["group", "name1", "name2", "vcov", "sdcor"]
+    assert frame.iloc[-1]["group"] == "Residual"
+    np.testing.assert_allclose(frame["sdcor"], [24.74045, 5.92213, 0.06555, 25.59182], rtol=1e-4)
+    np.testing.assert_allclose(frame["vcov"][2], sleep.Sigma["Subject"][0, 1])
+
+
+def test_correlation_of_a_zero_variance_is_nan():
+    data = table("Dyestuff2").assign(x=np.tile(np.arange(5.0) - 2, 6))
+    fit = mj.lmm("Yield ~ x + (x | Batch)", data)
+    assert fit.is_singular
+    frame = fit.varcorr.to_frame()
+    zero = frame["sdcor"][:2].min() == 0
+    assert np.isnan(frame["sdcor"][2]) == zero
+    assert str(fit.summary())
+
+
+def test_tidy_glance_augment(sleep):
+    tidy = sleep.tidy()
+    assert list(tidy.columns) == ["effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"]
+    assert list(tidy["term"]) == [
+        "Intercept", "Days", "sd__Intercept", "sd__Days", "cor__Intercept.Days", "sd__Observation"]  # fmt: skip
+    assert list(tidy["effect"]) == ["fixed"] * 2 + ["ran_pars"] * 4
+    np.testing.assert_allclose(tidy["statistic"][:2], sleep.fixef / sleep.se)
+    glance = sleep.glance()
+    assert glance.shape[0] == 1
+    assert glance["nobs"][0] == 180
+    np.testing.assert_allclose(glance["bic"][0], sleep.bic)
+    augmented = sleep.augment()
+    np.testing.assert_allclose(augmented[".fitted"] + augmented[".resid"], augmented["Reaction"])
+    np.testing.assert_allclose(augmented[".fixed"], sleep.X @ sleep.fixef)
+    assert list(augmented.columns) == ["Reaction", "Days", "Subject", ".fitted", ".resid", ".fixed"]
+
+
+@pytest.mark.parametrize("name", ["sleepstudy_weighted", "penicillin", "pastes_nested", "sleepstudy_zerocorr"])
+def test_matrices_satisfy_the_model(name):
+    """X, Z, Lambda, Sigma, V against each other and against the mixed-model equations."""
+    fit = fit_of(name, "REML")
+    Z = fit.Z
+    assert sparse.issparse(Z)
+    V = fit.marginal_cov()
+    Sigmas = list(fit.Sigma.values())
+    blocks = [np.kron(np.eye(t.n_groups), S) for t, S in zip(fit.design.terms, Sigmas, strict=True)]
+    G = sparse.block_diag(blocks).toarray()
+    w = np.ones(fit.nobs) if fit.design.weights is None else fit.design.weights
+    np.testing.assert_allclose(V, Z @ G @ Z.T + np.diag(fit.sigma**2 / w), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(V, dense.covariance(fit.design, Sigmas, fit.sigma), rtol=1e-12, atol=1e-12)
+    rows = [3, 8, 20]
+    np.testing.assert_allclose(fit.marginal_cov(rows), V[np.ix_(rows, rows)])
+    for Lambda, Sigma in zip(fit.Lambda.values(), Sigmas, strict=True):
+        np.testing.assert_allclose(fit.sigma**2 * Lambda @ Lambda.T, Sigma, rtol=1e-12)
+        assert (np.triu(Lambda, 1) == 0).all()
+    # BLUP = G Z' V^{-1} (y - X beta), conditional covariance = (Z'W Z / sigma^2 + G^{-1})^{-1}.
+    offset = 0 if fit.design.offset is None else fit.design.offset
+    b = G @ Z.T @ np.linalg.solve(V, fit.design.y - offset - fit.X @ fit.fixef)
+    np.testing.assert_allclose(np.concatenate([x.ravel() for x in fit.estimates.b]), b, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(fit.fitted, offset + fit.X @ fit.fixef + Z @ b, rtol=1e-8)
+    full = np.linalg.inv((Z.T @ (Z * (w[:, None])) / fit.sigma**2) + np.linalg.inv(G))
+    first = next(iter(fit.ranef(condvar=True)[1].values()))
+    q = fit.design.terms[0].Z.shape[1]
+    np.testing.assert_allclose(first[0][:q, :q], full[:q, :q], rtol=1e-6)
+
+
+def test_marginal_cov_of_many_rows_is_refused():
+    with pytest.raises(ValueError, match="too large to be dense; name the rows"):
+        fit_of("insteval_crossed", "REML").marginal_cov()
+
+
+def test_coef_adds_fixed_and_random(sleep):
+    coef = sleep.coef()["Subject"]
+    np.testing.assert_allclose(coef["Days"], sleep.fixef["Days"] + sleep.ranef()["Subject"]["Days"])
+    machines = fit_of("machines_nested", "REML").coef()["Worker"]
+    assert machines["Machine[T.B]"].nunique() == 1  # not random: the same for every worker
+
+
+def test_residuals(sleep):
+    data = table("sleepstudy")
+    np.testing.assert_allclose(sleep.residuals(), data.Reaction - sleep.fitted)
+    np.testing.assert_allclose(sleep.residuals("marginal"), data.Reaction - sleep.predict(random=False))
+    weighted = fit_of("sleepstudy_weighted", "REML")
+    np.testing.assert_allclose(
+        weighted.residuals(scale="pearson"), weighted.residuals() * np.sqrt(weighted.design.weights)
+    )
+    with pytest.raises(ValueError, match="kind must be"):
+        sleep.residuals("other")
+    with pytest.raises(ValueError, match="scale must be"):
+        sleep.residuals(scale="other")
+
+
+def test_rows_keep_the_index_of_the_table():
+    data = table("sleepstudy").set_axis([f"row{i}" for i in range(180)])
+    data.loc["row3", "Reaction"] = np.nan
+    with pytest.warns(mj.DataWarning):
+        fit = mj.lmm("Reaction ~ Days + (1 | Subject)", data)
+    assert fit.nobs == 179
+    assert list(fit.fitted.index[:4]) == ["row0", "row1", "row2", "row4"]
+
+
+def test_refit(sleep):
+    again = sleep.refit(table("sleepstudy")["Reaction"])
+    np.testing.assert_allclose(again.theta, sleep.theta, rtol=1e-9)
+    doubled = sleep.refit(2 * table("sleepstudy")["Reaction"].to_numpy())
+    np.testing.assert_allclose(doubled.fixef, 2 * sleep.fixef, rtol=1e-7)
+    ml = sleep.refit(reml=False)
+    assert not ml.reml
+    np.testing.assert_allclose(ml.criterion, fit_of("sleepstudy_slopes", "ML").criterion)
+    with pytest.raises(ValueError, match=r"y has shape \(3,\)"):
+        sleep.refit(np.ones(3))
+    assert sleep.criterion == fit_of("sleepstudy_slopes", "REML").criterion  # a refit leaves the fit alone
+
+
+def test_pickle(sleep):
+    again = pickle.loads(pickle.dumps(sleep))
+    assert str(again.summary()) == str(sleep.summary())
+    pd.testing.assert_series_equal(again.fitted, sleep.fitted)
+    assert again.refit(reml=False).converged
+    optax = pytest.importorskip("optax")
+    first_order = mj.lmm("Yield ~ 1 + (1 | Batch)", table("Dyestuff"), optimizer=optax.lbfgs())
+    assert pickle.loads(pickle.dumps(first_order)).optimizer.name == "optax"
+
+
+def test_icc_against_the_definition():
+    import json
+
+    reference = json.loads((HERE / "oracle" / "inference_performance.json").read_text())
+    checked = 0
+    for name, methods in reference.items():
+        if name in ("versions", "note"):
+            continue
+        for method, values in methods.items():
+            icc = fit_of(name, method).icc()
+            np.testing.assert_allclose(icc["adjusted"], values["definition"]["ICC_adjusted"], rtol=1e-5)
+            np.testing.assert_allclose(icc["unadjusted"], values["definition"]["ICC_unadjusted"], rtol=1e-5)
+            checked += 1
+    assert checked >= 4
+
+
+def test_results_are_numpy_and_pandas_in_float64(sleep):
+    for values in (sleep.theta, sleep.X, sleep.estimates.beta, sleep.stats.XX, sleep.estimates.b[0]):
+        assert isinstance(values, np.ndarray)
+        assert values.dtype == np.float64
+    assert isinstance(sleep.sigma, float)
+    assert sleep.fixef.dtype == np.float64
+
+
+def test_no_fixed_effects_at_all():
+    data = table("Dyestuff").assign(Yield=lambda d: d.Yield - 1500)
+    fit = mj.lmm("Yield ~ 0 + (1 | Batch)", data)
+    assert len(fit.fixef) == 0
+    assert "none" in str(fit.summary())
+    assert fit.npar == 2
+
+
+def test_second_data_set_of_the_same_structure_compiles_nothing(sleep, caplog):
+    """Other numbers of rows and groups, and the other criterion, use the program that is there."""
+    from mixjax.estimation.estimate import _estimate
+
+    before = _estimate._cache_size()
+    data = table("sleepstudy")
+    mj.lmm("Reaction ~ Days + (Days | Subject)", data[data.Subject.isin(data.Subject.unique()[:11])])
+    mj.lmm("Reaction ~ Days + (Days | Subject)", data.iloc[3:], reml=False)
+    assert _estimate._cache_size() == before

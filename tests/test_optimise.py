@@ -1,0 +1,80 @@
+"""The trust-region Newton method on functions that have nothing to do with mixed models."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixjax.optimise.newton import Simplify, minimise
+from mixjax.optimise.results import Result
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def test_rosenbrock():
+    solution = minimise(lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2, jnp.array([-1.2, 1.0]))
+    assert int(solution.result) == Result.CONVERGED
+    np.testing.assert_allclose(solution.x, [1.0, 1.0], rtol=1e-9)
+    assert int(solution.iterations) < 40
+
+
+def test_a_quadratic_takes_one_step_once_the_region_is_large_enough():
+    solution = minimise(lambda x: 0.5 * (x - 3.0) @ (x - 3.0), jnp.zeros(4), radius=100.0)
+    np.testing.assert_allclose(solution.x, 3.0, rtol=1e-12)
+    assert int(solution.iterations) == 2
+
+
+def test_leaves_a_saddle_that_it_starts_on():
+    solution = minimise(lambda x: x[0] ** 2 - x[1] ** 2 + 0.25 * x[1] ** 4, jnp.zeros(2))
+    assert int(solution.result) == Result.CONVERGED
+    np.testing.assert_allclose(jnp.abs(solution.x), [0.0, np.sqrt(2.0)], atol=1e-8)
+
+
+def test_leaves_a_maximum():
+    solution = minimise(lambda x: -jnp.exp(-((x - 2.0) ** 2).sum()) + 1e-3 * (x**2).sum(), jnp.array([-1.0]))
+    assert int(solution.result) == Result.CONVERGED
+    assert abs(float(solution.x[0]) - 2.0) < 0.01
+
+
+def test_unbounded_function_hits_the_limit():
+    solution = minimise(lambda x: -(x**3).sum(), jnp.ones(1), max_iterations=20)
+    assert int(solution.result) in (Result.MAX_ITERATIONS, Result.NOT_FINITE)
+
+
+def test_not_finite():
+    solution = minimise(lambda x: jnp.log(x).sum() * jnp.nan, jnp.ones(2))
+    assert int(solution.result) == Result.NOT_FINITE
+    assert int(solution.iterations) == 1
+
+
+def test_steps_into_infinity_are_taken_back():
+    solution = minimise(lambda x: (x - jnp.log(x)).sum(), jnp.array([10.0]), radius=50.0)
+    assert int(solution.result) == Result.CONVERGED
+    np.testing.assert_allclose(solution.x, 1.0, rtol=1e-9)
+
+
+def zero_last():
+    return Simplify(
+        n_candidates=1,
+        worthwhile=lambda x: jnp.abs(x[-1:]) < 0.1,
+        candidate=lambda x, c: (x.at[-1].set(0.0), jnp.ones(x.shape, bool).at[-1].set(False)),
+    )
+
+
+def test_simplification_is_kept_when_the_value_does_not_rise():
+    solution = minimise(lambda x: (x[0] - 1) ** 2 + x[1] ** 4, jnp.array([0.0, 0.05]), zero_last())
+    np.testing.assert_array_equal(solution.x[1], 0.0)
+    assert not bool(solution.free[1])
+
+
+def test_simplification_is_refused_at_a_saddle():
+    """Two minima at +-a, only a^4 = 8e-11 below the saddle between them: less than a simplification may cost."""
+    a = 0.003
+    solution = minimise(
+        lambda x: (x[0] - 1) ** 2 + x[1] ** 4 - 2 * a**2 * x[1] ** 2, jnp.array([0.0, 0.05]), zero_last()
+    )
+    np.testing.assert_allclose(solution.x[1], a, rtol=1e-2)
+
+
+@pytest.mark.parametrize("result", list(Result))
+def test_every_result_has_a_message(result):
+    assert len(result.message) > 5

@@ -1,0 +1,124 @@
+"""The plan of the house: import direction, laziness, public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mixjax as mj
+
+PACKAGE = Path(mj.__file__).parent
+
+# From the ground up: a room may import only what is listed above it (docs/architecture.md).
+ROOMS = [
+    "mixjax.linalg", "mixjax.design", "mixjax.optimise", "mixjax.datasets", "mixjax.covariance",
+    "mixjax.likelihood.bases", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.fitted",
+    "mixjax.inference", "mixjax.diagnostics", "mixjax.summary", "mixjax.lmm", "mixjax.cache", "mixjax.cli",
+    "mixjax.__main__",
+]  # fmt: skip
+CORE = (
+    "mixjax.linalg",
+    "mixjax.design",
+    "mixjax.optimise",
+    "mixjax.covariance",
+    "mixjax.likelihood",
+    "mixjax.estimation",
+)
+OUTSIDE_THE_CORE = ("pandas", "formulaic", "matplotlib", "mixjax.formula", "mixjax.summary", "mixjax.datasets")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["mixjax", *path.relative_to(PACKAGE).with_suffix("").parts]
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def room_of(module):
+    matching = [room for room in ROOMS if module == room or module.startswith(room + ".")]
+    return max(matching, key=len) if matching else None
+
+
+def imports_of(path):
+    """Every import, also those inside functions: laziness must not hide a circle."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_downwards(module, path):
+    if module == "mixjax":
+        return
+    own = room_of(module)
+    assert own is not None, f"{module} belongs to no room: add it to ROOMS in its place"
+    for imported in imports_of(path):
+        room = room_of(imported)
+        if room and room != own:
+            assert ROOMS.index(room) < ROOMS.index(own), f"{module} imports {imported}, which lies above it"
+        if module.startswith(CORE):
+            assert not imported.startswith(OUTSIDE_THE_CORE), f"the core's {module} imports {imported}"
+
+
+def test_no_circles_between_modules():
+    known = {module for module, _ in modules()}
+    graph = {module: {i for i in imports_of(path) if i in known and i != module} for module, path in modules()
+             if module != "mixjax" and path.name != "__init__.py"}  # fmt: skip
+    state = {}
+
+    def visit(node, trail):
+        assert state.get(node) != "open", f"import circle: {' -> '.join([*trail, node])}"
+        if node not in state:
+            state[node] = "open"
+            for other in graph.get(node, ()):
+                visit(other, [*trail, node])
+            state[node] = "done"
+
+    for node in graph:
+        visit(node, [])
+
+
+def fresh(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("touch", "absent"),
+    [
+        ("", ["jax", "numpy", "pandas", "formulaic", "optax", "scipy", "matplotlib"]),
+        ("mj.estimate; mj.criterion; mj.marginal_loglik; mj.Design", ["pandas", "formulaic", "optax", "matplotlib"]),
+        ("mj.lmm", ["optax", "matplotlib"]),
+        ("mj.datasets.NAMES", ["jax", "pandas"]),
+    ],
+)
+def test_a_name_loads_only_what_it_needs(touch, absent):
+    loaded = fresh(f"import sys, mixjax as mj; {touch}\nprint(*sys.modules)")
+    assert not set(absent) & set(loaded)
+
+
+def test_import_changes_no_setting_of_jax():
+    code = "import jax; a = dict(jax.config.values); import mixjax as mj; mj.lmm, mj.estimate"
+    assert fresh(f"{code}; print(a == jax.config.values)") == ["True"]
+
+
+def test_public_names():
+    assert {"lmm", "Design", "RandomTerm", "build_design", "cross_products", "criterion", "marginal_loglik",
+            "MarginalParams", "estimate", "to_params", "from_params", "enable_compilation_cache", "datasets"} <= set(
+        mj.__all__)  # fmt: skip
+    for name in mj.__all__:
+        assert getattr(mj, name) is not None
+    assert set(mj.__all__) <= set(dir(mj))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mj.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [n for n in mj.__all__ if n not in ("datasets", "__version__")])
+def test_public_names_have_docstrings(name):
+    assert len(getattr(mj, name).__doc__ or "") > 20
