@@ -204,7 +204,9 @@ def main() -> None:
     arguments = parser.parse_args()
     peers = [p for p in SNIPPETS if importlib.util.find_spec(p)]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("mixjax", "jax", *peers))
-    print(f"{date.today()}, {os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, {versions}")
+    print(
+        f"{date.today()}, {os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, {versions}"
+    )
     warnings.simplefilter("ignore")
     fresh_processes(arguments.runs, peers)
     repeat_calls(arguments.repeats, peers)

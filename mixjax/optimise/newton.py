@@ -70,6 +70,7 @@ class _State(NamedTuple):
     radius: Array
     candidate: Array  # -1: the trial is a Newton step; else which simplification it is
     settled: Array  # simplifications have been tried
+    at_rounding: Array  # the last step promised less than rounding and did not lower the gradient
     iterations: Array
     result: Array
     done: Array
@@ -149,11 +150,16 @@ def minimise(
         f, g, H = evaluate(x)
         return _diagonalise(_Point(x, free, f, g, H, g, H))
 
+    def distance(at):
+        return scaled_gradient(jnp.where(at.free, at.g, 0.0), at.eigenvalues, at.eigenvectors)
+
     def next_trial(state: _State) -> _State:
         """Converged: next candidate or end. Else: a trust-region step."""
         at = state.at
         g = jnp.where(at.free, at.g, 0.0)
+        # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
         converged = has_converged(g, at.eigenvalues, at.eigenvectors)
+        converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
         step, predicted = _trust_region_step(g, at.eigenvalues, at.eigenvectors, state.radius)
         step = jnp.where(at.free, step, 0.0)
         trial, free, candidate, settled = at.x + step, at.free, jnp.array(-1), state.settled
@@ -192,7 +198,11 @@ def minimise(
         finite = jnp.isfinite(new.f) & jnp.isfinite(new.g).all() & jnp.isfinite(new.H).all()
         noise = rounding * jnp.maximum(1.0, jnp.abs(new.f))
         ratio = (at.f - new.f + noise) / (state.predicted + noise)
-        good_step = finite & (ratio > 1e-3)
+        # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer.
+        promised = jnp.maximum(state.predicted, 0.5 * distance(at) ** 2)
+        judged_by_gradient = jnp.isfinite(at.f) & (promised < 100 * value_tolerance(dtype))
+        closer = distance(new) < distance(at)
+        good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
         # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
         full = _diagonalise(new._replace(free=jnp.ones_like(new.free)))
         good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & is_semidefinite(full.eigenvalues)
@@ -201,10 +211,12 @@ def minimise(
         length = jnp.linalg.norm(state.trial - at.x)
         radius = jnp.where(ratio > 0.75, jnp.maximum(state.radius, 3.0 * length), state.radius)
         radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
+        radius = jnp.where(judged_by_gradient, jnp.where(closer, state.radius, 0.25 * length), radius)
         radius = jnp.where(finite, radius, 0.25 * length)
         state = state._replace(
             at=jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, at),
             radius=jnp.where(is_step, radius, state.radius),
+            at_rounding=is_step & finite & judged_by_gradient & ~closer,
             iterations=state.iterations + 1,
         )
         return next_trial(state)
@@ -218,15 +230,14 @@ def minimise(
     state = _State(
         at=nowhere, trial=x0, trial_free=nowhere.free, predicted=jnp.array(0.0, dtype),
         radius=jnp.asarray(radius, dtype), candidate=jnp.array(-1), settled=jnp.array(count == 0),
-        iterations=jnp.array(0), result=jnp.array(int(Result.MAX_ITERATIONS)), done=jnp.array(False),
+        at_rounding=jnp.array(False), iterations=jnp.array(0), result=jnp.array(int(Result.MAX_ITERATIONS)),
+        done=jnp.array(False),
     )  # fmt: skip
     state = jax.lax.while_loop(lambda s: ~s.done, body, state)
     at = state.at
-    g = jnp.where(at.free, at.g, 0.0)
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
     x = jnp.where(state.result == int(Result.CONVERGED), state.trial, at.x)
-    grad_norm = scaled_gradient(g, at.eigenvalues, at.eigenvectors)
-    return Solution(x, at.f, at.g, at.H, at.free, grad_norm, state.iterations, state.result)
+    return Solution(x, at.f, at.g, at.H, at.free, distance(at), state.iterations, state.result)
 
 
 def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Solution:
