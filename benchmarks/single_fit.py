@@ -58,7 +58,7 @@ def tables() -> dict[str, pd.DataFrame]:
     return {name: mj.datasets.load(name) for name in ("sleepstudy", "cake", "Pastes")} | {"chem-sized": chem_sized()}
 
 
-# --- fresh processes ---------------------------------------------------------------------------------------------------
+# --- fresh processes -----------------------------------------------------------------------------------------------
 
 SNIPPETS = {
     "glmm": """
@@ -121,7 +121,7 @@ def report(what: str, seconds: float, target: float) -> None:
     print(f"  {what:<28} {seconds:7.2f} s   target {target:g} s: {verdict}")
 
 
-# --- repeat calls -------------------------------------------------------------------------------------------------------
+# --- repeat calls --------------------------------------------------------------------------------------------------
 
 
 def repeat_call(call, runs: int) -> tuple[float, float]:
