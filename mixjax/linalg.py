@@ -164,7 +164,7 @@ def _gain_jvp(primals, tangents):
 _gain.defjvp(_gain_jvp, symbolic_zeros=True)
 
 
-def lower_factor(F: Array, rtol: float) -> Array:
+def lower_factor(F: Array, rtol: Array | float) -> Array:
     """The lower-triangular ``L`` with non-negative diagonal and ``L L' = F F'``, for F of any rank.
 
     Row j of F that lies, up to ``rtol`` times its length, in the span of the rows above it gives a zero column j:

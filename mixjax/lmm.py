@@ -311,7 +311,7 @@ class LMMFit:
         """Conditional means of the rows, offset included."""
         return self.predict()
 
-    def predict(self, random: bool = True) -> pd.Series:
+    def predict(self, *, random: bool = True) -> pd.Series:
         """Means of the rows that were fitted.
 
         Args:

@@ -66,3 +66,14 @@ def test_columns_of_any_size(factor):
     np.testing.assert_allclose(fit.sigma * factor, reference.sigma, rtol=1e-7)
     np.testing.assert_allclose(fit.theta * [1, 1 * factor, factor], reference.theta, rtol=1e-6)
     assert not fit.is_singular
+
+
+def test_slopes_on_seconds_since_1970_are_not_singular():
+    """The effects' own correlation rounds to -1, but the covariance has full rank."""
+    reference = fit_of("sleepstudy_slopes", "REML")
+    data = table("sleepstudy").assign(t=lambda d: 1.7e9 + d.Days)
+    fit = mj.lmm("Reaction ~ t + (t | Subject)", data)
+    assert abs(fit.criterion - reference.criterion) < 1e-6
+    assert not fit.is_singular
+    np.testing.assert_allclose(fit.Sigma["Subject"][1, 1], reference.Sigma["Subject"][1, 1], rtol=1e-6)
+    np.testing.assert_allclose(fit.fitted, reference.fitted, atol=1e-5)

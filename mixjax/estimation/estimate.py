@@ -172,8 +172,12 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
     qs = tuple(place.q for place in stats.layout.terms)
     lambdas = cov.lambdas_of_theta(solution.x, qs)
     profiled = profile(lambdas, arrange(stats), stats, reml)
-    own = [linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in out_of_bases(lambdas, stats)]
-    singular = jnp.stack([(jnp.abs(L).max(0) == 0).any() for L in own]).any()
+    # Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
+    deficient = [(jnp.abs(linalg.lower_factor(L, RANK_RTOL)).max(0) == 0).any() for L in lambdas]
+    own = [
+        linalg.lower_factor(L, jnp.where(less, RANK_RTOL, 0.0))
+        for L, less in zip(out_of_bases(lambdas, stats), deficient, strict=True)
+    ]
     R_inv = stats.X_basis.R_inv
     modes = conditional_modes(lambdas, stats)
     return Estimates(
@@ -185,7 +189,7 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
         b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
         criterion=profiled.criterion,
         converged=solution.result == int(Result.CONVERGED),
-        singular=singular,
+        singular=jnp.stack(deficient).any(),
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
         result=solution.result,
