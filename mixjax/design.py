@@ -101,6 +101,8 @@ def check_design(design: Design) -> None:
 
     Values are looked at only where they are concrete: inside ``jit`` there is nothing to see.
     """
+    if isinstance(design.terms, RandomTerm):
+        raise ValueError("terms must be a tuple of RandomTerm: write terms=(term,)")
     if not design.terms:
         raise ValueError("Design has no random term: give terms=(RandomTerm(...), ...), or use ordinary regression")
     X_shape = np.shape(design.X)
@@ -110,6 +112,7 @@ def check_design(design: Design) -> None:
     if n == 0:
         raise ValueError("the design has no rows")
     columns = {"y": design.y, "weights": design.weights, "offset": design.offset}
+    vectors = {"y", "weights", "offset", *(f"terms[{t}].group" for t in range(len(design.terms)))}
     for t, term in enumerate(design.terms):
         if len(np.shape(term.Z)) != 2:
             raise ValueError(f"terms[{t}].Z must be (n, q), got shape {np.shape(term.Z)}")
@@ -120,6 +123,10 @@ def check_design(design: Design) -> None:
             continue
         if len(np.shape(column)) == 0 or np.shape(column)[0] != n:
             raise ValueError(f"{name} has shape {np.shape(column)}, but X has {n} rows")
+        if name in vectors and len(np.shape(column)) != 1:
+            raise ValueError(f"{name} has shape {np.shape(column)}; it must be one-dimensional, ({n},)")
+        if np.issubdtype(getattr(column, "dtype", np.dtype(float)), np.complexfloating):
+            raise ValueError(f"{name} is complex; mixed models here are real")
     for name, column in {"X": design.X, **columns}.items():
         if column is not None and is_concrete(column) and not np.isfinite(np.asarray(column)).all():
             raise ValueError(f"{name} has missing or infinite values; drop or replace those rows first")

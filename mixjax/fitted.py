@@ -19,6 +19,20 @@ class ConvergenceWarning(UserWarning):
     """A fit did not converge: its numbers are not estimates."""
 
 
+# As DataWarning: a second fit that fails on the same line is news again.
+warnings.filterwarnings("always", category=ConvergenceWarning, append=True)
+
+
+def check_options(reml: Any, optimizer: Any) -> None:
+    """Raise ValueError for options that are none."""
+    if not isinstance(reml, bool | np.bool_):
+        raise ValueError(f"reml must be True (REML) or False (maximum likelihood), got {reml!r}")
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer must be None or an optax GradientTransformation such as optax.lbfgs(), got {optimizer!r}"
+        )
+
+
 class OptimizerInfo(NamedTuple):
     """How the search ended.
 
@@ -69,6 +83,8 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
     stats = cross_products(design)
     if start is not None:
         start = np.asarray(start, dtype=np.float64)
+        if not np.isfinite(start).all():
+            raise ValueError(f"start must be finite, got {start}")
     with jax.enable_x64(True):
         padded = pad(stats)
         est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)

@@ -17,9 +17,10 @@ from mixjax.design import Design, Labels
 from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals, fixed_part, marginal_residuals
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted import Fitted, OptimizerInfo, fit_design
+from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design
 from mixjax.formula.build import build_design
 from mixjax.formula.build import check_identifiable as refuse_unidentified
+from mixjax.formula.table import row_values
 from mixjax.inference import variance
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import CrossProducts, pad
@@ -68,6 +69,7 @@ def lmm(
         >>> round(fit.criterion, 4)
         1743.6283
     """
+    check_options(reml, optimizer)
     design, labels = build_design(formula, data, weights, offset, subset, contrasts)
     if check_identifiable:
         refuse_unidentified(design, labels)
@@ -169,14 +171,17 @@ class LMMFit:
 
     @property
     def Lambda(self) -> dict[str, np.ndarray]:
-        """Per term the relative Cholesky factor (q, q), lower triangular: ``Sigma = sigma^2 Lambda Lambda'``."""
+        """Dict group -> relative Cholesky factor (q, q), lower triangular: ``Sigma = sigma^2 Lambda Lambda'``.
+
+        A second term on the same group is called ``Subject.1``, as in lme4.
+        """
         with jax.enable_x64(True):
             lambdas = lambdas_of_theta(jax.numpy.asarray(self.theta), self._qs)
         return dict(zip(term_names(self._fitted), map(np.asarray, lambdas), strict=True))
 
     @property
     def Sigma(self) -> dict[str, np.ndarray]:
-        """Per term the covariance (q, q) of its random effects, absolute."""
+        """Dict group -> covariance (q, q) of a term's random effects, absolute; keys as in :attr:`Lambda`."""
         return dict(zip(term_names(self._fitted), self.estimates.Sigma, strict=True))
 
     @property
@@ -194,7 +199,7 @@ class LMMFit:
 
     # --- random effects -----------------------------------------------------------------------------------------------
 
-    def ranef(self, condvar: bool = False) -> Any:
+    def ranef(self, *, condvar: bool = False) -> Any:
         """Conditional modes (BLUPs) of the random effects.
 
         Args:
@@ -357,7 +362,7 @@ class LMMFit:
         """
         if rows is None and self.nobs > 10_000:
             raise ValueError(f"V of all {self.nobs} rows is too large to be dense; name the rows")
-        rows = np.arange(self.nobs)[slice(None) if rows is None else rows]
+        rows = np.atleast_1d(np.arange(self.nobs)[slice(None) if rows is None else rows])
         weights = np.ones(self.nobs) if self.design.weights is None else np.asarray(self.design.weights)
         V = np.diag(self.sigma**2 / weights[rows])
         for term, Sigma in zip(self.design.terms, self.estimates.Sigma, strict=True):
@@ -376,11 +381,10 @@ class LMMFit:
         """
         design = self.design
         if y is not None:
-            y = np.asarray(y, dtype=float)
-            if y.shape != (self.nobs,):
-                raise ValueError(f"y has shape {y.shape}, but the fit used {self.nobs} rows")
+            y = row_values("y", y, self.labels.frame.index, self.nobs)
             design = replace(design, y=y)
         reml = self.reml if reml is None else reml
+        check_options(reml, self._method)
         return LMMFit(fit_design(design, self.labels, reml, None, self._method), self._method)
 
 

@@ -194,9 +194,14 @@ class Summary:
     def _correlation_table(self) -> pd.DataFrame:
         names = list(self.fitted.labels.fixed)
         cor = correlation(self.fitted.estimates.vcov)
-        rows = [[names[i], *[f"{cor[i, j]:.3f}" if j < i else "" for j in range(len(names) - 1)]]
-                for i in range(1, len(names))]  # fmt: skip
-        return pd.DataFrame(rows, columns=["", *[_abbreviate(name) for name in names[:-1]]])
+        heads = _abbreviate(names[:-1])
+        numbered = heads[0] == "(1)"
+        rows = [
+            [f"({i + 1}) {names[i]}" if numbered else names[i]]
+            + [f"{cor[i, j]:.3f}" if j < i else "" for j in range(len(names) - 1)]
+            for i in range(0 if numbered else 1, len(names))
+        ]
+        return pd.DataFrame(rows, columns=["", *heads])
 
     def _notes(self) -> list[str]:
         notes = []
@@ -279,5 +284,7 @@ def html_table(table: pd.DataFrame) -> str:
     return table.to_html(index=False, border=0, escape=True)
 
 
-def _abbreviate(name: str, width: int = 9) -> str:
-    return name if len(name) <= width else name[: width - 1] + "."
+def _abbreviate(names: list[str], width: int = 9) -> list[str]:
+    """Names cut to a width, or numbered where cutting would make two of them equal."""
+    cut = [name if len(name) <= width else name[: width - 1] + "." for name in names]
+    return cut if len(set(cut)) == len(cut) else [f"({i + 1})" for i in range(len(names))]

@@ -1,5 +1,6 @@
 """Bad input: each gets a clear error that names the culprit."""
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,6 +38,11 @@ CASES = {
     "redundant random effects": ("Reaction ~ Days + (Days + twice | Subject)", {"twice": lambda d: 2 * d.Days},
                                  "of 'Subject' cannot be told apart.*twice"),
     "an effect twice": ("Reaction ~ Days + (1 | Subject) + (Days | Subject)", {}, "'Intercept' of group 'Subject'"),
+    "dates": ("Reaction ~ when + (1 | Subject)", {"when": lambda d: pd.to_datetime(d.Days, unit="D")},
+              "'when' holds datetime64.* values; make numbers of them first"),
+    "fixed and random": ("Reaction ~ Subject + (1 | Subject)", {}, "hold 'Intercept' of every level of 'Subject'"),
+    "fixed and random slopes": ("Reaction ~ Subject*Days + (0 + Days | Subject)", {}, "hold 'Days' of every level"),
+    "R function": ("Reaction ~ ns(Days, 3) + (1 | Subject)", {}, r"use cr\(x, df=...\)"),
     "more columns than rows": ("Reaction ~ 0 + C(row) + (1 | Subject)", {"row": range(180)}, "exactly|for 180 rows"),
 }  # fmt: skip
 
@@ -57,9 +63,12 @@ ARGUMENTS = {
     "weights not numbers": ({"weights": np.array(["a"] * 180)}, "weights must be numbers"),
     "offset of wrong length": ({"offset": np.ones(181)}, "offset has shape \\(181,\\)"),
     "offset name": ({"offset": "nope"}, "no column 'nope' \\(offset=\\)"),
-    "subset length": ({"subset": np.ones(4, bool)}, "subset must be 180 booleans"),
+    "subset length": ({"subset": np.ones(4, bool)}, r"subset has shape \(4,\), but the table has 180 rows"),
     "subset empty": ({"subset": np.zeros(180, bool)}, "subset leaves no rows"),
     "subset expression": ({"subset": "Dayz > 1"}, "subset 'Dayz > 1' cannot be evaluated"),
+    "contrasts name": ({"contrasts": {"Subject": "summ"}}, "must be one of treatment, SAS, sum.*got 'summ'"),
+    "contrasts array": ({"contrasts": {"Subject": np.eye(2)}}, "must be one of treatment"),
+    "contrasts of a number": ({"contrasts": {"Days": "sum"}}, "'Days', which is numeric"),
     "contrasts column": ({"contrasts": {"nope": "sum"}}, "no column 'nope' \\(contrasts=\\)"),
 }
 
@@ -124,6 +133,9 @@ DESIGNS = {
     "group not integer": ({"term": {"group": np.zeros(6)}}, "must be integers"),
     "weights not positive": ({"weights": np.zeros(6)}, "weights must be positive"),
     "nan": ({"y": np.array([1, 2, 3, 4, 5, np.nan])}, "y has missing or infinite"),
+    "y of two dimensions": ({"y": np.ones((6, 1))}, "y has shape \\(6, 1\\); it must be one-dimensional"),
+    "a bare term": ({"terms": mj.RandomTerm(np.ones((6, 1)), np.zeros(6, int), 1)}, "write terms=\\(term,\\)"),
+    "complex": ({"y": np.arange(6.0) + 1j}, "y is complex"),
     "no rows": ({"X": np.ones((0, 1)), "y": np.ones(0)}, "no rows"),
 }
 
@@ -132,3 +144,51 @@ DESIGNS = {
 def test_designs_from_arrays(changes, message):
     with pytest.raises(ValueError, match=message):
         mj.cross_products(arrays(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reml": "ML"}, "reml must be True"),
+        ({"optimizer": "bobyqa"}, "optax GradientTransformation"),
+        ({"start": [np.nan, 0, 1]}, "start must be finite"),
+    ],
+)
+def test_options(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mj.lmm(FORMULA, table("sleepstudy"), **arguments)
+
+
+def test_index_levels_are_not_columns():
+    with pytest.raises(mj.DataError, match=r"'Days'.*level of the index.*reset_index"):
+        mj.lmm(FORMULA, table("sleepstudy").set_index(["Subject", "Days"]))
+
+
+def test_a_design_is_not_its_cross_products():
+    for call in (mj.estimate, lambda d: mj.criterion(np.ones(1), d)):
+        with pytest.raises(TypeError, match=r"pass mixjax\.cross_products"):
+            call(arrays())
+
+
+def test_parameters_of_the_wrong_shape():
+    good = mj.MarginalParams(beta=np.zeros(1), log_sigma=np.array(0.0), chol=(np.zeros(1),))
+    for bad in ({"beta": np.array(0.0)}, {"log_sigma": np.zeros(1)}, {"chol": (np.zeros(3),)}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} has shape"):
+            mj.marginal_loglik(good._replace(**bad), arrays())
+
+
+def test_adding_inside_jit_is_refused_and_sum_works():
+    stats = mj.cross_products(arrays())
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(lambda a, b: (a + b).XX)(stats, stats)
+    assert float(sum([stats, stats]).n) == 12.0
+
+
+def test_collinear_columns_are_a_code_never_an_estimate():
+    X = np.column_stack([np.ones(6), np.arange(6.0), 2 * np.arange(6.0)])
+    design = arrays(X=X, y=np.array([1.0, 3.0, 2.0, 5.0, 4.0, 9.0]))
+    with jax.enable_x64(True):
+        for run in (lambda d: mj.estimate(mj.cross_products(d)), jax.jit(lambda d: mj.estimate(mj.cross_products(d)))):
+            est = run(design)
+            assert not bool(est.converged)
+            assert int(est.result) == mj.Result.NOT_FINITE

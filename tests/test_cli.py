@@ -95,3 +95,21 @@ def test_default_folder_is_under_the_users_cache_directory(tmp_path):
         text=True,
     )
     assert done.stdout.strip() == str(tmp_path / "mixjax"), done.stderr
+
+
+def test_a_cache_that_cannot_be_made_does_not_stop_the_fit(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["fit", FORMULA, "sleepstudy", "--cache-dir", str(tmp_path / "file" / "programs")]) == 0
+    captured = capsys.readouterr()
+    assert "1743.6" in captured.out
+    assert "compiled programs are not kept" in captured.err
+
+
+def test_other_separators_and_unreadable_files(tmp_path, capsys):
+    table("sleepstudy").to_csv(tmp_path / "data.csv", index=False, sep=";")
+    assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--sep", ";", "--no-cache"]) == 0
+    (tmp_path / "empty.csv").write_text("")
+    assert main(["fit", FORMULA, str(tmp_path / "empty.csv"), "--no-cache"]) == 2
+    assert "empty.csv cannot be read" in capsys.readouterr().err
+    assert main(["fit", FORMULA, "sleepstdy", "--no-cache"]) == 2
+    assert "did you mean 'sleepstudy'" in capsys.readouterr().err

@@ -224,3 +224,22 @@ def test_second_data_set_of_the_same_structure_compiles_nothing(sleep, caplog):
     mj.lmm("Reaction ~ Days + (Days | Subject)", data[data.Subject.isin(data.Subject.unique()[:11])])
     mj.lmm("Reaction ~ Days + (Days | Subject)", data.iloc[3:], reml=False)
     assert _estimate._cache_size() == before
+
+
+def test_long_names_are_numbered_in_the_correlation_table():
+    text = str(fit_of("cake_temp", "REML").summary())
+    assert re.search(r"\(1\) +\(2\) +\(3\)\n\(1\) Intercept\n\(2\) recipe\[T.B\] +-0", text), text
+
+
+def test_what_takes_only_keywords_does_not_swallow_a_table(sleep):
+    with pytest.raises(TypeError):
+        sleep.predict(table("sleepstudy"))
+    with pytest.raises(TypeError):
+        sleep.ranef("Subject")
+
+
+def test_refit_lines_a_series_up(sleep):
+    y = table("sleepstudy")["Reaction"].iloc[::-1]
+    np.testing.assert_allclose(sleep.refit(y).criterion, sleep.criterion, atol=1e-9)
+    with pytest.raises(ValueError, match="y must be numbers"):
+        sleep.refit("Days")

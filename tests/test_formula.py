@@ -1,5 +1,8 @@
 """The formula language: what is read, how terms expand, what tables are taken."""
 
+import warnings
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -269,3 +272,79 @@ def test_weighted_rank_is_judged_on_the_weighted_columns():
     data = table("sleepstudy_wo").assign(twice=lambda d: 2 * d.Days)
     with pytest.warns(mj.DataWarning, match="twice"):
         mj.build_design("Reaction ~ Days + twice + (1 | Subject)", data, weights="w")
+
+
+def test_dotted_names_need_no_backticks():
+    data = table("sleepstudy").rename(columns={"Reaction": "reaction.time", "Subject": "subj.id", "Days": "days"})
+    design, labels = mj.build_design("reaction.time ~ days + I(days^2) + (days | subj.id)", data)
+    np.testing.assert_array_equal(design.y, data["reaction.time"])
+    assert labels.response == "reaction.time"
+    data = data.rename(columns={"days": "x.1"})
+    _, labels = mj.build_design("log(reaction.time) ~ x.1 + (x.1 | subj.id)", data)
+    assert labels.fixed == ("Intercept", "x.1")
+
+
+def test_variables_of_the_caller_do_not_hide_functions():
+    C, scale, log, I = 1, 2.0, table("cake"), np.eye(2)  # noqa: E741, F841
+    data = table("sleepstudy")
+    mj.build_design("log(Reaction) ~ factor(Days) + (1 | Subject)", data)
+    mj.build_design("Reaction ~ scale(Days) + I(Days^2) + (1 | Subject)", data)
+
+
+def test_arrays_of_the_caller_are_columns():
+    data = table("sleepstudy")
+    age = data["Days"].to_numpy() + 0.5
+    design, _ = mj.build_design("Reaction ~ age + (1 | Subject)", data, subset="Days > 1")
+    np.testing.assert_array_equal(design.X[:, 1], age[data["Days"] > 1])
+    shuffled = {"shuffled": data["Days"].sample(frac=1, random_state=1) * 1.0}
+    design, _ = mj.build_design("Reaction ~ shuffled + (1 | Subject)", data, context=shuffled)
+    np.testing.assert_array_equal(design.X[:, 1], data["Days"])
+    with pytest.raises(mj.DataError, match="'short' has shape"):
+        mj.build_design("Reaction ~ short + (1 | Subject)", data, context={"short": age[:3]})
+    design, _ = mj.build_design("Reaction ~ I(two * Days) + (1 | Subject)", data, context={"two": 2.0})
+    np.testing.assert_array_equal(design.X[:, 1], 2 * data["Days"])
+
+
+def test_series_are_lined_up_by_their_index():
+    data = table("sleepstudy_wo")
+    expected = mj.build_design("Reaction ~ Days + (1 | Subject)", data, weights="w", offset="off", subset="Days > 4")[0]
+    back = data.iloc[::-1]
+    design, _ = mj.build_design(
+        "Reaction ~ Days + (1 | Subject)", data, weights=back["w"], offset=back["off"], subset=back["Days"] > 4
+    )
+    np.testing.assert_array_equal(design.weights, expected.weights)
+    np.testing.assert_array_equal(design.offset, expected.offset)
+    np.testing.assert_array_equal(design.y, expected.y)
+    with pytest.raises(mj.DataError, match="index of weights differs"):
+        mj.build_design("Reaction ~ Days + (1 | Subject)", data, weights=data["w"].set_axis(range(1000, 1180)))
+
+
+@pytest.mark.parametrize("make", [lambda s: s.astype(object), lambda s: s.map(Decimal)], ids=["object", "Decimal"])
+def test_numbers_in_object_columns_are_numbers(make):
+    data = table("sleepstudy").assign(Days=lambda d: make(d["Days"].astype(int)))
+    assert mj.build_design("Reaction ~ Days + (1 | Subject)", data)[1].fixed == ("Intercept", "Days")
+
+
+def test_integer_column_names():
+    data = table("sleepstudy").set_axis([0, "Days", 2], axis=1)
+    design, _ = mj.build_design("`0` ~ Days + (1 | `2`)", data)
+    assert design.X.shape == (180, 2)
+
+
+def test_missing_weights_are_counted_once():
+    data = table("sleepstudy_wo").copy()
+    data.loc[0, "w"] = np.nan
+    with pytest.warns(mj.DataWarning, match=r"\(\(weights\) 1\)"):
+        mj.build_design("Reaction ~ Days + (1 | Subject)", data, weights="w")
+
+
+def test_warnings_are_shown_every_time_and_point_at_the_call():
+    data = table("sleepstudy").copy()
+    data.loc[0, "Reaction"] = np.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        warnings.filterwarnings("always", category=mj.DataWarning)
+        for _ in range(2):
+            mj.build_design("Reaction ~ Days + (1 | Subject)", data)
+    assert len(caught) == 2
+    assert caught[0].filename == __file__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation.blup import conditional_modes
+from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.start import LOWEST, moment_start
-from mixjax.likelihood.criterion import in_bases, out_of_bases, profile
+from mixjax.likelihood.criterion import check_products, in_bases, out_of_bases, profile
 from mixjax.likelihood.cross_products import CrossProducts
 from mixjax.likelihood.elimination import arrange
 from mixjax.optimise.newton import Simplify, Solution, judge, minimise
@@ -76,6 +78,11 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     Returns:
         :class:`Estimates`. Look at ``converged`` or ``result``: nothing is raised for a fit that fails.
 
+    Derivatives of any order with respect to the products, and so to y, X, Z, weights and offset, in forward and
+    reverse mode, follow from the implicit function theorem (:mod:`mixjax.estimation.implicit`). At a singular fit the
+    entries of theta that are zero have derivative zero and everything else moves; that is right unless the fit sits
+    exactly on the edge between a singular and a regular one.
+
     Example:
         >>> import jax, mixjax as mj, numpy as np
         >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
@@ -85,6 +92,7 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
         >>> bool(est.converged), round(float(est.beta[0]), 6)
         (True, 5.5)
     """
+    check_products(stats)
     _warn_of_float32(stats)
     return _estimate(stats, start, reml)
 
@@ -93,15 +101,24 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
 def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimates:
     stats = jax.tree.map(jnp.asarray, stats)
     qs = tuple(place.q for place in stats.layout.terms)
-    blocks = arrange(stats)
-
-    def objective(x):
-        return profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion
-
-    x0 = start_in_bases(stats, start)
+    # The search itself is not differentiated: what its end depends on is known without it.
+    data = jax.lax.stop_gradient(stats)
+    x0 = start_in_bases(data, jax.lax.stop_gradient(start))
     radius = jnp.maximum(0.5 * jnp.linalg.norm(x0), LOWEST)
-    solution = minimise(objective, x0, rank_reductions(qs), radius=radius)
-    return assemble(solution, stats, reml)
+    solution = minimise(_objective_at(data, reml), x0, rank_reductions(qs), radius=radius)
+    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, (stats, reml))
+    return assemble(solution._replace(x=x), stats, reml)
+
+
+def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:
+    """The criterion over the optimiser's coordinates, products arranged once."""
+    qs = tuple(place.q for place in stats.layout.terms)
+    blocks = arrange(stats)
+    return lambda x: profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion
+
+
+def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array]) -> Array:
+    return _objective_at(*data)(x)
 
 
 def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
@@ -148,8 +165,7 @@ def _log_cholesky_objective(qs: tuple[int, ...]):
 def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
     qs = tuple(place.q for place in stats.layout.terms)
-    blocks = arrange(stats)
-    return judge(lambda x: profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion, x, rank_reductions(qs))
+    return judge(_objective_at(stats, reml), x, rank_reductions(qs))
 
 
 @jax.jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +15,34 @@ from formulaic.errors import FactorEvaluationError, FormulaicError
 from formulaic.transforms import TRANSFORMS
 
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
-from mixjax.formula.errors import DataError, DataWarning, FormulaError
-from mixjax.formula.parse import Group, ParsedFormula, names_in, parse
+from mixjax.formula.errors import DataError, FormulaError, warn
+from mixjax.formula.parse import Group, ParsedFormula, names_in, parse, quote_columns
 from mixjax.formula.table import (
-    check_columns,
     check_finite,
     column_names,
     complete_rows,
     drop_unused_categories,
     factor_codes,
+    refuse_dates,
+    refuse_unknown,
+    row_values,
     to_pandas,
 )
 from mixjax.likelihood.bases import orthonormal_columns
 
 # What R users write without a prefix, beside formulaic's own transforms.
-FUNCTIONS = {"sqrt": np.sqrt, "abs": np.abs, "sin": np.sin, "cos": np.cos, "round": np.round}
+FUNCTIONS = {name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")}
+# What R users write and formulaic does not know.
+CURES = {
+    "ns": "use cr(x, df=...) or bs(x, df=...)",
+    "cut": "make a column with pandas.cut first",
+    "relevel": "order the categories of the column; the first is the base",
+    "ifelse": "use np.where(...)",
+    "cbind": "fit one response at a time",
+    "TRUE": "write True",
+    "FALSE": "write False",
+}
+CONTRASTS = ("treatment", "SAS", "sum", "helmert", "diff", "poly")
 WEIGHTS, OFFSET = "(weights)", "(offset)"
 
 
@@ -76,7 +88,8 @@ def build_design(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
-    context = {**FUNCTIONS, **(caller_context() if context is None else context)}
+    parsed = quote_columns(parsed, column_names(data))
+    context = _usable(caller_context() if context is None else context)
     frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context)
     specs: dict[str, Any] = {}
 
@@ -105,7 +118,7 @@ def build_design(
     )
     labels = Labels(
         formula=formula,
-        response=parsed.response,
+        response=parsed.response.strip("`"),
         fixed=tuple(fixed),
         terms=tuple(part.labels for part in random),
         frame=frame.drop(columns=[c for c in (WEIGHTS, OFFSET) if c in frame]),
@@ -132,39 +145,44 @@ def _used_rows(
 ) -> tuple[pd.DataFrame, int]:
     """The used columns, complete rows only, with weights and offset beside them; and the number of rows left out."""
     available = column_names(data)
-    known = {*context, *TRANSFORMS}
-    used: list[str] = []
+    columns: list[str] = []  # of the table
+    arrays: list[str] = []  # variables of the caller that stand for columns
+    numeric: list[str] = []  # what is read as numbers or categories, not only as a grouping factor
     for text in (parsed.response, parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random)):
-        names = names_in(text)
-        check_columns([n for n in names if n not in known], available, f"in '{text}'")
-        used += [n for n in names if n in available]
+        for name in names_in(text):
+            if name in available:
+                columns.append(name)
+                numeric.append(name)
+            elif _is_array(context.get(name)):
+                arrays.append(name)
+            elif name not in context and name not in TRANSFORMS:
+                refuse_unknown(name, available, f"in '{text}'", data)
     for part in parsed.random:
-        check_columns(part.group.columns, available, f"grouping factor '{part.group.name}'")
-        used += part.group.columns
+        for name in part.group.columns:
+            if name not in available:
+                refuse_unknown(name, available, f"grouping factor '{part.group.name}'", data)
+            columns.append(name)
+    extra = []
     for name, values in (("weights", weights), ("offset", offset)):
         if isinstance(values, str):
-            check_columns([values], available, f"{name}=")
-    extra = [values for values in (weights, offset) if isinstance(values, str)]
-    frame = to_pandas(data, [*used, *extra] if not isinstance(subset, str) else available)
-    if len(frame) == 0:
+            if values not in available:
+                refuse_unknown(values, available, f"{name}=", data)
+            extra.append(values)
+    table = to_pandas(data, [*columns, *extra] if not isinstance(subset, str) else available)
+    if len(table) == 0:
         raise DataError("the table has no rows")
+    # Only a pandas table has an index that other pandas columns can be lined up with.
+    index = table.index if isinstance(data, pd.DataFrame) else None
 
-    rows = np.ones(len(frame), bool)
-    if isinstance(subset, str):
-        try:
-            rows = np.asarray(frame.eval(subset))
-        except Exception as error:
-            raise DataError(f"subset {subset!r} cannot be evaluated: {error}") from error
-    elif subset is not None:
-        rows = np.asarray(subset)
-    if rows.shape != (len(frame),) or rows.dtype != bool:
-        raise DataError(f"subset must be {len(frame)} booleans or an expression giving them, got {rows.dtype}"
-                        f" of shape {rows.shape}")  # fmt: skip
-    frame = frame.loc[:, list(dict.fromkeys([*used, *extra]))]
+    frame = table.loc[:, list(dict.fromkeys(columns))].copy()
+    for name in arrays:
+        frame[name] = row_values(f"'{name}'", context[name], index, len(table), numbers=False)
     for key, name, values in ((WEIGHTS, "weights", weights), (OFFSET, "offset", offset)):
         if values is not None:
-            frame[key] = _row_values(name, frame[values] if isinstance(values, str) else values, len(frame))
-    frame = frame[rows]
+            column = table[values] if isinstance(values, str) else values
+            frame[key] = row_values(name, column, index, len(table))
+    refuse_dates(frame, [*numeric, *arrays])
+    frame = frame[_subset_rows(subset, table, index)]
     if len(frame) == 0:
         raise DataError("subset leaves no rows")
     complete = complete_rows(frame)
@@ -174,14 +192,35 @@ def _used_rows(
     return drop_unused_categories(frame.copy()), n_missing
 
 
-def _row_values(name: str, values: Any, n: int) -> np.ndarray:
-    try:
-        array = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
-        raise DataError(f"{name} must be numbers") from None
-    if array.shape != (n,):
-        raise DataError(f"{name} has shape {array.shape}, but the table has {n} rows")
-    return array
+def _subset_rows(subset: Any, table: pd.DataFrame, index: Any) -> np.ndarray:
+    if subset is None:
+        return np.ones(len(table), bool)
+    if isinstance(subset, str):
+        try:
+            subset = table.eval(subset)
+        except Exception as error:
+            raise DataError(f"subset {subset!r} cannot be evaluated: {error}") from error
+    rows = row_values("subset", subset, index, len(table), numbers=False)
+    if rows.dtype != bool:
+        raise DataError(f"subset must be {len(table)} booleans or an expression giving them, got {rows.dtype}")
+    return rows
+
+
+def _is_array(value: Any) -> bool:
+    """A variable that can stand for a column, as opposed to a number, a function or a module."""
+    if isinstance(value, list | tuple):
+        return len(value) > 1
+    return hasattr(value, "shape") and not callable(value) and len(np.shape(value)) == 1
+
+
+def _usable(context: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's names, less those that would hide a function of the formula language without being one.
+
+    R looks functions up in the same way: a variable called ``scale`` does not get in the way of ``scale(x)``.
+    """
+    taken = {*TRANSFORMS, *FUNCTIONS}
+    own = {name: value for name, value in context.items() if name not in taken or callable(value)}
+    return {**FUNCTIONS, **own}
 
 
 # --- columns -------------------------------------------------------------------------------------------------------
@@ -190,9 +229,11 @@ def _row_values(name: str, values: Any, n: int) -> np.ndarray:
 def _model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
     """Columns of a one-sided formula, their names, and formulaic's spec."""
     try:
-        matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
+        with np.errstate(all="ignore"):  # what is not finite is reported below, by name
+            matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
     except FactorEvaluationError as error:
-        raise FormulaError(f"'{text}' cannot be evaluated: {_plain(error)}") from error
+        cures = [cure for name, cure in CURES.items() if re.search(rf"(?<![\w.]){name}\b", text)]
+        raise FormulaError("; ".join([f"'{text}' cannot be evaluated: {_plain(error)}", *cures])) from error
     except FormulaicError as error:
         raise FormulaError(f"'{text}' is not understood: {_plain(error)}") from error
     names = list(matrix.model_spec.column_names)
@@ -201,7 +242,8 @@ def _model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) ->
         bad = ~np.isfinite(columns[:, j])
         if bad.any():
             raise DataError(
-                f"'{name}' is not finite in {int(bad.sum())} rows (first: row {frame.index[np.flatnonzero(bad)[0]]})"
+                f"'{name}' is not finite in {int(bad.sum())} rows (first: row {frame.index[np.flatnonzero(bad)[0]]}); "
+                "leave them out with subset=, or change the expression"
             )
     return columns, names, matrix.model_spec
 
@@ -213,10 +255,11 @@ def _plain(error: Exception) -> str:
 
 def _expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
     """One numeric column."""
-    if text in frame:
-        column = frame[text]
+    name = text.strip("`")
+    if name in frame:
+        column = frame[name]
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
-            raise DataError(f"the {what} '{text}' is not numeric: it holds {column.dtype} values")
+            raise DataError(f"the {what} '{name}' is not numeric: it holds {column.dtype} values")
         return column.to_numpy(float)
     columns, names, _spec = _model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
     if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
@@ -240,8 +283,14 @@ def _fixed_effects(
 ) -> tuple[np.ndarray, list[str], Any]:
     rename = {}
     for column, spec in contrasts.items():
-        check_columns([column], list(frame.columns), "contrasts=")
-        call = spec if spec.startswith("contr.") else f"contr.{spec}"
+        if column not in frame:
+            refuse_unknown(column, list(frame.columns), "contrasts=")
+        name = spec.removeprefix("contr.").split("(")[0] if isinstance(spec, str) else spec
+        if not isinstance(spec, str) or name not in CONTRASTS:
+            raise DataError(f"contrasts for '{column}' must be one of {', '.join(CONTRASTS)}, got {spec!r}")
+        if pd.api.types.is_numeric_dtype(frame[column]):
+            raise DataError(f"contrasts= names '{column}', which is numeric: make it a category first")
+        call = f"contr.{spec.removeprefix('contr.')}"
         text, count = re.subn(rf"(?<![\w.`]){re.escape(column)}(?![\w(`])", f"C({column}, {call})", text)
         if not count:
             raise DataError(f"contrasts= names '{column}', which is not among the fixed effects '{text}'")
@@ -257,11 +306,7 @@ def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> t
     independent = orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2]
     dropped = [name for name, keep in zip(names, independent, strict=True) if not keep]
     if dropped:
-        warnings.warn(
-            f"fixed-effects columns left out because other columns determine them: {', '.join(dropped)}",
-            DataWarning,
-            stacklevel=2,
-        )
+        warn(f"fixed-effects columns left out because other columns determine them: {', '.join(dropped)}")
         X, names = X[:, independent], [name for name, keep in zip(names, independent, strict=True) if keep]
     if X.shape[1] >= X.shape[0]:
         raise DataError(
@@ -349,12 +394,13 @@ def _check_no_effect_twice(terms: list[TermLabels]) -> None:
 
 
 def check_identifiable(design: Design, labels: Labels) -> None:
-    """Refuse terms with as many random effects as rows: sigma is then not identified.
+    """Refuse random terms whose variance the data cannot tell: too many effects, or effects that are fixed as well.
 
     Raises:
         DataError: names the term and the way to go on.
     """
-    n = design.X.shape[0]
+    n, p = design.X.shape
+    Q = None
     for term, names in zip(design.terms, labels.terms, strict=True):
         effects = term.n_groups * term.Z.shape[1]
         if effects >= n:
@@ -363,3 +409,16 @@ def check_identifiable(design: Design, labels: Labels) -> None:
                 "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
                 "factor, or pass check_identifiable=False to fit it all the same"
             )
+        if term.n_groups > p:
+            continue  # the levels' columns cannot all lie in the span of X
+        Q = orthonormal_columns(design.X, None)[0] if Q is None else Q
+        for j, effect in enumerate(names.effects):
+            columns = np.zeros((n, term.n_groups))
+            columns[np.arange(n), term.group] = term.Z[:, j]
+            left = np.linalg.norm(columns - Q @ (Q.T @ columns), axis=0)
+            if (left <= 1e-8 * np.linalg.norm(columns, axis=0)).all():
+                raise DataError(
+                    f"the fixed effects already hold '{effect}' of every level of '{names.group}', so its variance "
+                    "cannot be estimated; leave it out of the fixed or of the random effects (or pass "
+                    "check_identifiable=False to fit it all the same)"
+                )

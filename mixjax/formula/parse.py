@@ -7,7 +7,7 @@ read here are the random terms themselves, offsets, and the algebra of grouping 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixjax.formula.errors import FormulaError
 
@@ -128,6 +128,25 @@ def names_in(text: str) -> list[str]:
         if name and name not in names and name not in ("True", "False", "None"):
             names.append(name)
     return names
+
+
+def quote_columns(parsed: ParsedFormula, columns: list[str]) -> ParsedFormula:
+    """Backticks around column names with dots, as R users write them bare: to Python ``a.b`` is an attribute."""
+    dotted = sorted((c for c in columns if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", c)), key=len, reverse=True)
+    if not dotted:
+        return parsed
+    pattern = re.compile(r"(?<![\w.`])(" + "|".join(map(re.escape, dotted)) + r")(?![\w.`(])")
+
+    def quote(text: str) -> str:
+        return pattern.sub(r"`\1`", text)
+
+    return replace(
+        parsed,
+        response=quote(parsed.response),
+        fixed=quote(parsed.fixed),
+        offsets=tuple(map(quote, parsed.offsets)),
+        random=tuple(replace(part, effects=quote(part.effects)) for part in parsed.random),
+    )
 
 
 def _random_term(inner: str) -> list[RandomPart]:

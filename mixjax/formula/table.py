@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
 
-from mixjax.formula.errors import DataError, DataWarning
+from mixjax.formula.errors import DataError, warn
 
 
 def column_names(data: Any) -> list[str]:
@@ -33,23 +32,33 @@ def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
     """The named columns as pandas; categories and their order are kept."""
     columns = list(dict.fromkeys(columns))
     if isinstance(data, pd.DataFrame):
-        frame = data.loc[:, columns].copy() if columns else pd.DataFrame(index=data.index)
+        frame = data.set_axis(data.columns.map(str), axis=1).loc[:, columns].copy()
         if frame.columns.has_duplicates:
             twice = sorted(set(frame.columns[frame.columns.duplicated()]))
             raise DataError(f"the table has more than one column named {', '.join(map(repr, twice))}")
-        return frame
+        return _numbers_as_numbers(frame)
     if isinstance(data, Mapping):
         lengths = {name: np.shape(data[name]) for name in columns}
         if len({shape[:1] for shape in lengths.values()}) > 1:
             raise DataError(f"columns of different length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
-        return pd.DataFrame({name: _one_dimensional(data[name], name) for name in columns})
+        return _numbers_as_numbers(pd.DataFrame({name: _one_dimensional(data[name], name) for name in columns}))
     if hasattr(data, "collect") and hasattr(data, "collect_schema"):  # polars LazyFrame
         data = data.select(columns).collect()
     series = {}
     for name in columns:
         column = data[name]
         series[name] = _from_polars(column) if hasattr(column, "to_physical") else column.to_pandas()
-    return pd.DataFrame(series)
+    return _numbers_as_numbers(pd.DataFrame(series))
+
+
+def _numbers_as_numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of Python objects that are all numbers (or missing) are numeric, whatever made them objects."""
+    for name in frame.columns:
+        if frame[name].dtype == object:
+            kind = pd.api.types.infer_dtype(frame[name], skipna=True)
+            if kind in ("integer", "floating", "mixed-integer-float", "decimal"):
+                frame[name] = frame[name].astype(float)
+    return frame
 
 
 def _one_dimensional(values: Any, name: str) -> Any:
@@ -70,13 +79,47 @@ def _from_polars(column: Any) -> Any:
     return column.to_numpy()
 
 
-def check_columns(names: Iterable[str], available: list[str], where: str) -> None:
-    """Raise DataError for names that are no columns, with the nearest ones that are."""
+def refuse_unknown(name: str, available: list[str], where: str, data: Any = None) -> NoReturn:
+    """Raise DataError for a name that is no column, with the nearest ones that are."""
+    if isinstance(data, pd.DataFrame) and name in data.index.names:
+        raise DataError(f"'{name}' ({where}) is a level of the index, not a column: pass data.reset_index()")
+    close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(available)}"
+    raise DataError(f"there is no column '{name}' ({where}); {hint}")
+
+
+def row_values(name: str, values: Any, index: pd.Index | None, n: int, numbers: bool = True) -> Any:
+    """A column given beside the table, as an array ``(n,)``.
+
+    A pandas Series whose index holds the table's labels in another order is lined up with it; other labels are
+    refused, for nobody can tell whether position or label was meant.
+
+    Args:
+        name: for messages. values: array, list or Series. index: of the table, or None where it has none.
+        n: rows of the table. numbers: turn into floats.
+    """
+    if isinstance(values, pd.Series) and index is not None and not values.index.equals(index):
+        same = len(values) == n and values.index.is_unique and index.is_unique and index.isin(values.index).all()
+        if len(values) == n and not same:
+            raise DataError(f"the index of {name} differs from the table's; pass its .to_numpy() to go by position")
+        values = values.reindex(index) if same else values
+    try:
+        array = np.asarray(values, dtype=float if numbers else None)
+    except (TypeError, ValueError):
+        raise DataError(f"{name} must be numbers") from None
+    if array.shape != (n,):
+        raise DataError(f"{name} has shape {array.shape}, but the table has {n} rows")
+    return array
+
+
+def refuse_dates(frame: pd.DataFrame, names: list[str]) -> None:
+    """Dates have no zero and no unit: a model needs numbers, and only the user knows which."""
     for name in names:
-        if name not in available:
-            close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(available)}"
-            raise DataError(f"there is no column '{name}' ({where}); {hint}")
+        if frame[name].dtype.kind in "mM" or isinstance(frame[name].dtype, pd.DatetimeTZDtype | pd.PeriodDtype):
+            raise DataError(
+                f"column '{name}' holds {frame[name].dtype} values; make numbers of them first, for example days: "
+                f"(data['{name}'] - data['{name}'].min()) / pandas.Timedelta(days=1)"
+            )
 
 
 def complete_rows(frame: pd.DataFrame) -> pd.Series:
@@ -90,9 +133,7 @@ def complete_rows(frame: pd.DataFrame) -> pd.Series:
         raise DataError(f"all {len(frame)} rows have missing values: {columns}")
     if n_missing:
         counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
-        warnings.warn(
-            f"{n_missing} of {len(frame)} rows left out because of missing values ({counts})", DataWarning, stacklevel=2
-        )
+        warn(f"{n_missing} of {len(frame)} rows left out because of missing values ({counts})")
     return complete
 
 

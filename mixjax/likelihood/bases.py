@@ -18,6 +18,7 @@ from mixjax.design import AnyArray, is_concrete
 # length, or than what rounding of its entries alone could leave (ROUNDING of its raw length).
 RANK_TOL = 1e-10
 ROUNDING = 100 * np.finfo(np.float64).eps
+ROUNDING_OF = {8: ROUNDING, 4: 100 * float(np.finfo(np.float32).eps)}
 
 
 class Basis(NamedTuple):
@@ -92,19 +93,25 @@ def constant_column(X: np.ndarray) -> int | None:
     return None
 
 
-def change_basis(X: Any, sqrt_w: Any, scale: float = 1.0) -> tuple[Any, Basis]:
+def change_basis(X: Any, sqrt_w: Any, scale: float = 1.0, full_rank: bool = False) -> tuple[Any, Basis]:
     """``Q (n, p)`` and the :class:`Basis` with ``sqrt(w) X = Q R``; columns of Q have length ``scale``.
 
     Under a JAX transformation R is held constant (``stop_gradient``): any R gives the same likelihood, so derivatives
-    with respect to X flow through Q alone.
+    with respect to X flow through Q alone. Columns that earlier ones determine become zero columns of Q; where
+    ``full_rank`` is demanded, NaN, so that nothing computed from them looks like a result.
     """
     if is_concrete(X) and is_concrete(sqrt_w):
-        Q, R, _ = orthonormal_columns(np.asarray(X), None if sqrt_w is None else np.asarray(sqrt_w, np.float64))
+        Q, R, independent = orthonormal_columns(
+            np.asarray(X), None if sqrt_w is None else np.asarray(sqrt_w, np.float64)
+        )
+        if full_rank and not independent.all():
+            Q = np.full_like(Q, np.nan)
         return Q * scale, _basis(R / scale)
     weighted = X if sqrt_w is None else X * sqrt_w[:, None]
     triangle = jnp.linalg.qr(jax.lax.stop_gradient(weighted), mode="r") / scale
     diagonal = jnp.diagonal(triangle)
-    triangle = triangle + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0))
+    tiny = jnp.abs(diagonal) <= ROUNDING_OF[triangle.dtype.itemsize] * jnp.linalg.norm(triangle, axis=0)
+    triangle = triangle + jnp.diag(jnp.where(tiny, jnp.nan if full_rank else 1.0, 0.0).astype(triangle.dtype))
     inverse = jnp.linalg.inv(triangle)
     return weighted @ inverse, Basis(triangle, inverse, jnp.log(jnp.abs(jnp.diagonal(triangle))).sum())
 

@@ -77,7 +77,14 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
         >>> bool(mj.criterion(np.array([1.0]), mj.cross_products(design)) > 0)
         True
     """
+    check_products(stats)
     return _criterion(theta, stats, reml)
+
+
+def check_products(stats: CrossProducts) -> None:
+    """Raise TypeError for anything but cross-products, above all a Design."""
+    if not isinstance(stats, CrossProducts):
+        raise TypeError(f"cross-products are needed, got {type(stats).__name__}: pass mixjax.cross_products(design)")
 
 
 @jax.jit

@@ -69,7 +69,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class CrossProducts:
-    """Everything the likelihood needs to know of the data. A JAX pytree; ``a + b`` adds the rows of b to those of a.
+    """Everything the likelihood needs to know of the data. A JAX pytree.
+
+    ``a + b`` adds the rows of b to those of a, outside ``jit``; see :func:`add`.
 
     Attributes:
         factors: products by level, one per grouping factor.
@@ -95,6 +97,10 @@ class CrossProducts:
 
     def __add__(self, other: CrossProducts) -> CrossProducts:
         return add(self, other)
+
+    def __radd__(self, other: int) -> CrossProducts:
+        """So that ``sum()`` works: it starts from 0."""
+        return self if other == 0 else NotImplemented
 
 
 jax.tree_util.register_dataclass(
@@ -130,7 +136,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
     check_design(design)
     dtype = _floating_dtype(design)
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
-    Q, X_basis = change_basis(design.X, sqrt_w)
+    Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True)
     residual, beta0 = _least_squares(design, Q, X_basis, sqrt_w)
 
     n = np.shape(design.X)[0]
@@ -179,6 +185,8 @@ def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
     Both must describe the same columns and the same levels (equal ``n_groups``). Not for use inside ``jit``: whether
     one factor is nested in another is looked up in the data.
     """
+    if not all(map(is_concrete, jax.tree.leaves((a, b)))):
+        raise TypeError("cross-products are added outside jit: which levels occur together is looked up in the data")
     if [f.ZZ.shape for f in a.factors] != [f.ZZ.shape for f in b.factors] or a.layout.terms != b.layout.terms:
         raise ValueError("cross-products of different structure cannot be added: same terms and same levels are needed")
     if a.XX.shape != b.XX.shape:
@@ -432,8 +440,10 @@ def _spread(pair: PairProducts, m_s: int, m_t: int) -> PairProducts:
 def _floating_dtype(design: Design) -> np.dtype:
     """The widest floating dtype among the arrays; integers count as float64."""
     arrays = [design.y, design.X, *(term.Z for term in design.terms), design.weights, design.offset]
+    traced = any(not is_concrete(x) for x in arrays if x is not None)
     dtypes = [x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype for x in arrays if x is not None]
-    return np.result_type(*([d for d in dtypes if jnp.issubdtype(d, jnp.floating)] or [np.float64]))
+    widest = np.result_type(*([d for d in dtypes if jnp.issubdtype(d, jnp.floating)] or [np.float64]))
+    return jax.dtypes.canonicalize_dtype(widest) if traced else widest
 
 
 def _sqrt(x: Any) -> Any:

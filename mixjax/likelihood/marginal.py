@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from mixjax.covariance import exp_diagonal, lambda_of_theta
+from mixjax.covariance import exp_diagonal, lambda_of_theta, n_theta
 from mixjax.design import AnyArray, Design
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import CrossProducts, cross_products
@@ -52,7 +53,18 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
         >>> bool(mj.marginal_loglik(p, design) < 0)
         True
     """
-    return _loglik(params, design if isinstance(design, CrossProducts) else cross_products(design))
+    stats = design if isinstance(design, CrossProducts) else cross_products(design)
+    check_shapes(params, stats)
+    return _loglik(params, stats)
+
+
+def check_shapes(params: MarginalParams, stats: CrossProducts) -> None:
+    """Raise ValueError for parameters that would broadcast to something else than the model's."""
+    wanted = MarginalParams(stats.beta0.shape, (), tuple((n_theta(place.q),) for place in stats.layout.terms))
+    found = MarginalParams(np.shape(params.beta), np.shape(params.log_sigma), tuple(map(np.shape, params.chol)))
+    for name, a, b in zip(MarginalParams._fields, found, wanted, strict=True):
+        if a != b:
+            raise ValueError(f"{name} has shape {a}; this model needs {b}")
 
 
 @jax.jit

@@ -24,11 +24,12 @@ _MESSAGES = {
         "the iteration limit was reached before the gradient vanished; try another start=, or fewer random effects"
     ),
     Result.NOT_FINITE: (
-        "the criterion is not finite; look for missing or infinite values, for collinear columns of X, and for a "
-        "response that the model fits exactly"
+        "the criterion is not finite; look for missing or infinite values, for columns of X that others determine, and "
+        "for a response that the model reproduces exactly"
     ),
     Result.STALLED: (
-        "no step lowers the criterion although its gradient has not vanished; rescale columns of very different size, "
-        "or try another start="
+        "no step lowers the criterion although its gradient has not vanished: rounding is in the way, as when random "
+        "effects are 100 000 times larger than residuals or the response is reproduced exactly; try another start=, "
+        "or a simpler model"
     ),
 }
