@@ -28,7 +28,7 @@ from mixjax.formula.table import (
     row_values,
     to_pandas,
 )
-from mixjax.likelihood.bases import orthonormal_columns
+from mixjax.bases import orthonormal_columns
 
 # What R users write without a prefix, beside formulaic's own transforms.
 FUNCTIONS = {name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")}

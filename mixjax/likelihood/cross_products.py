@@ -1,6 +1,6 @@
 """The sums over rows that the likelihood needs. After this step nothing costs O(n).
 
-All products are formed in the orthonormal bases of :mod:`mixjax.likelihood.bases`, with y replaced by its
+All products are formed in the orthonormal bases of :mod:`mixjax.bases`, with y replaced by its
 least-squares residual. They are additive over rows: ``a + b`` holds the rows of both.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.design import AnyArray, Design, check_design, is_concrete
-from mixjax.likelihood.bases import Basis, change_basis, constant_column
+from mixjax.bases import Basis, change_basis, constant_column
 
 
 class FactorProducts(NamedTuple):
