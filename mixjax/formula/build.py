@@ -14,6 +14,7 @@ from formulaic import Formula
 from formulaic.errors import FactorEvaluationError, FormulaicError
 from formulaic.transforms import TRANSFORMS
 
+from mixjax.bases import orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.errors import DataError, FormulaError, warn
 from mixjax.formula.parse import Group, ParsedFormula, names_in, parse, quote_columns
@@ -28,7 +29,6 @@ from mixjax.formula.table import (
     row_values,
     to_pandas,
 )
-from mixjax.bases import orthonormal_columns
 
 # What R users write without a prefix, beside formulaic's own transforms.
 FUNCTIONS = {name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")}

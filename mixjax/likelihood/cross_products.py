@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.design import AnyArray, Design, check_design, is_concrete
 from mixjax.bases import Basis, change_basis, constant_column
+from mixjax.design import AnyArray, Design, check_design, is_concrete
 
 
 class FactorProducts(NamedTuple):
