@@ -75,6 +75,14 @@ def test_simplification_is_refused_at_a_saddle():
     np.testing.assert_allclose(solution.x[1], a, rtol=1e-2)
 
 
+def test_leaves_a_saddle_too_shallow_for_the_value_to_show():
+    """Negative curvature of 1e-2 between two minima 1e-9 deep: steps down make the gradient grow before it vanishes."""
+    c = 2500.0
+    solution = minimise(lambda x: x[0] ** 2 - 5e-3 * x[1] ** 2 + c * x[1] ** 4 + 1678.0, jnp.array([0.3, 2e-5]))
+    assert int(solution.result) == Result.CONVERGED
+    np.testing.assert_allclose(jnp.abs(solution.x[1]), np.sqrt(5e-3 / (2 * c)), rtol=1e-3)
+
+
 @pytest.mark.parametrize("result", list(Result))
 def test_every_result_has_a_message(result):
     assert len(result.message) > 5

@@ -21,7 +21,7 @@ from mixjax.estimation.start import LOWEST, moment_start
 from mixjax.likelihood.criterion import check_products, in_bases, out_of_bases, profile
 from mixjax.likelihood.cross_products import CrossProducts
 from mixjax.likelihood.elimination import arrange
-from mixjax.optimise.newton import Simplify, Solution, judge, minimise
+from mixjax.optimise.newton import Simplify, Solution, judge, minimise, value_tolerance
 from mixjax.optimise.results import Result
 
 # A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
@@ -29,6 +29,8 @@ from mixjax.optimise.results import Result
 RANK_RTOL = 1e-8
 # Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
 NEAR_ZERO = 1e-2
+# Standard deviation ratio, in the basis of Z, from which a second search comes down.
+FAR = 10.0
 
 
 class Estimates(NamedTuple):
@@ -67,7 +69,8 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
 
     Trust-region Newton on exact derivatives, over the signed entries of the relative Cholesky factors in the basis of
     Z, where a zero variance is an ordinary stationary point. A covariance that is singular at the optimum is returned
-    as exactly singular, with zero columns in its Cholesky factor.
+    as exactly singular, with zero columns in its Cholesky factor; because a search can fall into such a corner on its
+    way, a second one then comes down from large variances, and the better end is taken.
 
     Args:
         stats: cross-products of the data. float64 is needed for REML differences and Hessians; with float32 arrays
@@ -104,10 +107,40 @@ def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimat
     # The search itself is not differentiated: what its end depends on is known without it.
     data = jax.lax.stop_gradient(stats)
     x0 = start_in_bases(data, jax.lax.stop_gradient(start))
-    radius = jnp.maximum(0.5 * jnp.linalg.norm(x0), LOWEST)
-    solution = minimise(_objective_at(data, reml), x0, rank_reductions(qs), radius=radius)
+    solution = _search(_objective_at(data, reml), x0, qs)
     x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, (stats, reml))
     return assemble(solution._replace(x=x), stats, reml)
+
+
+def _search(objective: Callable[[Array], Array], x0: Array, qs: tuple[int, ...]) -> Solution:
+    """One search; a second one from large variances if the first ends singular or fails, and the better of the two.
+
+    Local minima that are not global are singular in all cases seen: the search fell into rank deficiency on its way.
+    """
+    far = _concatenate_theta([FAR * jnp.eye(q, dtype=x0.dtype) for q in qs], qs)
+
+    def attempt(state):
+        count, start, best = state
+        radius = jnp.maximum(0.5 * jnp.linalg.norm(start), LOWEST)
+        new = minimise(objective, start, rank_reductions(qs), radius=radius)
+        converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
+        lower = new.value < best.value - value_tolerance(x0.dtype)
+        take = (count == 0) | (converged & (~had | lower))
+        iterations = best.iterations + new.iterations
+        best = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best)
+        return count + 1, far, best._replace(iterations=iterations)
+
+    def goes_on(state):
+        count, _, best = state
+        doubtful = ~best.free.all() | (best.result != int(Result.CONVERGED))
+        return (count == 0) | ((count == 1) & doubtful)
+
+    k = x0.shape[0]
+    nothing = Solution(
+        x0, jnp.array(jnp.inf, x0.dtype), x0, jnp.zeros((k, k), x0.dtype), jnp.ones(k, bool),
+        jnp.array(jnp.inf, x0.dtype), jnp.array(0), jnp.array(int(Result.NOT_FINITE)),
+    )  # fmt: skip
+    return jax.lax.while_loop(goes_on, attempt, (jnp.array(0), x0, nothing))[2]
 
 
 def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:

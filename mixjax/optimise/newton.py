@@ -198,9 +198,11 @@ def minimise(
         finite = jnp.isfinite(new.f) & jnp.isfinite(new.g).all() & jnp.isfinite(new.H).all()
         noise = rounding * jnp.maximum(1.0, jnp.abs(new.f))
         ratio = (at.f - new.f + noise) / (state.predicted + noise)
-        # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer.
+        # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
+        # the curvature is negative: there the gradient grows on the way down.)
         promised = jnp.maximum(state.predicted, 0.5 * distance(at) ** 2)
-        judged_by_gradient = jnp.isfinite(at.f) & (promised < 100 * value_tolerance(dtype))
+        judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
+        judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
         closer = distance(new) < distance(at)
         good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
         # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
