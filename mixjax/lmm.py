@@ -247,7 +247,9 @@ class LMMFit:
         result = {}
         for group, ts in self._terms_of_group().items():
             m = len(self.labels.terms[ts[0]].levels)
-            block = np.asarray(blocks[self.stats.layout.terms[ts[0]].factor])[:, :, :m]
+            places = [self.stats.layout.terms[t] for t in ts]
+            own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
+            block = np.asarray(blocks[places[0].factor])[np.ix_(own, own, np.arange(m))]
             result[group] = self.sigma**2 * np.moveaxis(block, -1, 0)
         return result
 

@@ -38,6 +38,8 @@ CASES = {
     "redundant random effects": ("Reaction ~ Days + (Days + twice | Subject)", {"twice": lambda d: 2 * d.Days},
                                  "of 'Subject' cannot be told apart.*twice"),
     "an effect twice": ("Reaction ~ Days + (1 | Subject) + (Days | Subject)", {}, "'Intercept' of group 'Subject'"),
+    "one grouping under two names": ("Reaction ~ Days + (1 | Subject) + (1 | other)", {"other": lambda d: d.Subject},
+                                     "'Intercept' of group 'Subject' and 'other' stands in two random terms"),
     "dates": ("Reaction ~ when + (1 | Subject)", {"when": lambda d: pd.to_datetime(d.Days, unit="D")},
               "'when' holds datetime64.* values; make numbers of them first"),
     "fixed and random": ("Reaction ~ Subject + (1 | Subject)", {}, "hold 'Intercept' of every level of 'Subject'"),

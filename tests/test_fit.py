@@ -243,3 +243,16 @@ def test_refit_lines_a_series_up(sleep):
     np.testing.assert_allclose(sleep.refit(y).criterion, sleep.criterion, atol=1e-9)
     with pytest.raises(ValueError, match="y must be numbers"):
         sleep.refit("Days")
+
+
+def test_one_grouping_factor_under_two_names():
+    """Recognised as one factor inside; outside each name keeps its own effects."""
+    data = table("sleepstudy").assign(person=lambda d: d.Subject)
+    fit = mj.lmm("Reaction ~ Days + (1 | Subject) + (0 + Days | person)", data)
+    reference = fit_of("sleepstudy_zerocorr", "REML")
+    np.testing.assert_allclose(fit.criterion, reference.criterion, atol=1e-8)
+    modes, covariances = fit.ranef(condvar=True)
+    assert {group: frame.shape for group, frame in modes.items()} == {"Subject": (18, 1), "person": (18, 1)}
+    both = reference.ranef(condvar=True)[1]["Subject"]
+    np.testing.assert_allclose(covariances["Subject"][:, 0, 0], both[:, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(covariances["person"][:, 0, 0], both[:, 1, 1], rtol=1e-6)

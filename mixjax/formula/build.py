@@ -349,7 +349,7 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[s
                 raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
             _check_columns_of_term(Z, names, part.group.name)
             terms.append(_Term(Z, codes, TermLabels(part.group.name, tuple(names), tuple(levels)), spec))
-    _check_no_effect_twice([term.labels for term in terms])
+    _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
 
 
@@ -381,16 +381,20 @@ def _check_columns_of_term(Z: np.ndarray, names: list[str], group: str) -> None:
         )
 
 
-def _check_no_effect_twice(terms: list[TermLabels]) -> None:
-    seen = set()
+def _check_no_effect_twice(terms: list[_Term]) -> None:
+    """One effect of one grouping factor in two terms has two variances of which only the sum is known."""
+    seen: list[tuple[_Term, str]] = []
     for term in terms:
-        for effect in term.effects:
-            if (term.group, effect) in seen:
-                raise FormulaError(
-                    f"effect '{effect}' of group '{term.group}' stands in two random terms, so its variance cannot be "
-                    f"estimated; write one term, or 0 + in one of them: (1 | {term.group}) + (0 + x | {term.group})"
-                )
-            seen.add((term.group, effect))
+        for effect in term.labels.effects:
+            for other, same in seen:
+                if effect == same and np.array_equal(term.codes, other.codes):
+                    groups = " and ".join(dict.fromkeys(f"'{t.labels.group}'" for t in (other, term)))
+                    raise FormulaError(
+                        f"effect '{effect}' of group {groups} stands in two random terms with the same levels, so its "
+                        "variance cannot be estimated; write one term, or 0 + in one of them: "
+                        f"(1 | {term.labels.group}) + (0 + x | {term.labels.group})"
+                    )
+            seen.append((term, effect))
 
 
 def check_identifiable(design: Design, labels: Labels) -> None:

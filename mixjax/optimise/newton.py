@@ -21,7 +21,7 @@ class Solution(NamedTuple):
 
     Attributes:
         x: ``(k,)``, a Newton step beyond the last evaluation when that one was found converged.
-        value: ``()``. gradient: ``(k,)``. hessian: ``(k, k)``, at the last evaluation.
+        value: ``()``. gradient: ``(k,)``, zero where fixed. hessian: ``(k, k)``, of all; at the last evaluation.
         free: ``(k,)`` False where a simplification fixed the coordinate.
         scaled_gradient: ``sqrt(g' H^{-1} g)``: distance to the minimum in units of the curvature.
         iterations: number of evaluations of value, gradient and Hessian.
@@ -104,7 +104,11 @@ def is_semidefinite(eigenvalues: Array) -> Array:
 
 
 def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
-    """The one definition of convergence: scaled gradient below tolerance, Hessian positive semidefinite."""
+    """The one definition of convergence: scaled gradient below tolerance, Hessian positive semidefinite.
+
+    :func:`minimise` also stops, as converged, where rounding leaves nothing to gain: less than 1e-7 is promised
+    (float64) and the step does not bring the gradient closer to zero.
+    """
     small = scaled_gradient(gradient, eigenvalues, eigenvectors) <= gradient_tolerance(gradient.dtype)
     return small & is_semidefinite(eigenvalues)
 
@@ -141,26 +145,18 @@ def minimise(
         max_iterations: limit on evaluations.
         radius: first trust region: how far from ``x0`` a quadratic model may be good.
     """
-    evaluate = value_gradient_hessian(fun)
+    point = _evaluator(fun)
     count = simplify.n_candidates if simplify is not None else 0
     dtype = x0.dtype
     rounding = 100 * jnp.finfo(dtype).eps
 
-    def point(x, free):
-        f, g, H = evaluate(x)
-        return _diagonalise(_Point(x, free, f, g, H, g, H))
-
-    def distance(at):
-        return scaled_gradient(jnp.where(at.free, at.g, 0.0), at.eigenvalues, at.eigenvectors)
-
     def next_trial(state: _State) -> _State:
         """Converged: next candidate or end. Else: a trust-region step."""
         at = state.at
-        g = jnp.where(at.free, at.g, 0.0)
         # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
-        converged = has_converged(g, at.eigenvalues, at.eigenvectors)
+        converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
         converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
-        step, predicted = _trust_region_step(g, at.eigenvalues, at.eigenvectors, state.radius)
+        step, predicted = _trust_region_step(at.g, at.eigenvalues, at.eigenvectors, state.radius)
         step = jnp.where(at.free, step, 0.0)
         trial, free, candidate, settled = at.x + step, at.free, jnp.array(-1), state.settled
         if simplify is not None and count:
@@ -200,10 +196,10 @@ def minimise(
         ratio = (at.f - new.f + noise) / (state.predicted + noise)
         # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
         # the curvature is negative: there the gradient grows on the way down.)
-        promised = jnp.maximum(state.predicted, 0.5 * distance(at) ** 2)
+        promised = jnp.maximum(state.predicted, 0.5 * _distance(at) ** 2)
         judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
         judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
-        closer = distance(new) < distance(at)
+        closer = _distance(new) < _distance(at)
         good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
         # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
         full = _diagonalise(new._replace(free=jnp.ones_like(new.free)))
@@ -239,7 +235,7 @@ def minimise(
     at = state.at
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
     x = jnp.where(state.result == int(Result.CONVERGED), state.trial, at.x)
-    return Solution(x, at.f, at.g, at.H, at.free, distance(at), state.iterations, state.result)
+    return Solution(x, at.f, at.g, at.H, at.free, _distance(at), state.iterations, state.result)
 
 
 def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Solution:
@@ -248,12 +244,8 @@ def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Soluti
     Unlike in :func:`minimise` the candidates are tried before convergence is looked at: an optimiser over logarithms
     cannot reach a zero.
     """
-    evaluate = value_gradient_hessian(fun)
+    point = _evaluator(fun)
     k, dtype = x.shape[0], x.dtype
-
-    def point(x, free):
-        f, g, H = evaluate(x)
-        return _diagonalise(_Point(x, free, f, g, H, g, H))
 
     def attempt(c, at):
         candidate, free = simplify.candidate(at.x, c)
@@ -264,12 +256,25 @@ def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Soluti
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, at)
 
     at = jax.lax.fori_loop(0, simplify.n_candidates, attempt, point(x, jnp.ones(k, bool)))
-    g = jnp.where(at.free, at.g, 0.0)
-    converged = has_converged(g, at.eigenvalues, at.eigenvectors)
+    converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
     result = jnp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
     result = jnp.where(jnp.isfinite(at.f), result, int(Result.NOT_FINITE))
-    grad_norm = scaled_gradient(g, at.eigenvalues, at.eigenvectors)
-    return Solution(at.x, at.f, at.g, at.H, at.free, grad_norm, jnp.array(0), result)
+    return Solution(at.x, at.f, at.g, at.H, at.free, _distance(at), jnp.array(0), result)
+
+
+def _evaluator(fun: Callable[[Array], Array]) -> Callable[[Array, Array], _Point]:
+    evaluate = value_gradient_hessian(fun)
+
+    def point(x, free):
+        f, g, H = evaluate(x)
+        return _diagonalise(_Point(x, free, f, jnp.where(free, g, 0.0), H, g, H))
+
+    return point
+
+
+def _distance(at: _Point) -> Array:
+    """How far the minimum is, in units of the curvature."""
+    return scaled_gradient(at.g, at.eigenvalues, at.eigenvectors)
 
 
 def _diagonalise(point: _Point) -> _Point:
