@@ -23,12 +23,14 @@ _HOMES = {
     "RandomTerm": "mixjax.design",
     "Labels": "mixjax.design",
     "build_design": "mixjax.formula.build",
-    "CrossProducts": "mixjax.likelihood.cross_products",
+    "CrossProducts": "mixjax.likelihood.statistics",
     "cross_products": "mixjax.likelihood.cross_products",
     "criterion": "mixjax.likelihood.criterion",
     "MarginalParams": "mixjax.likelihood.marginal",
     "marginal_loglik": "mixjax.likelihood.marginal",
+    "stack": "mixjax.likelihood.statistics",
     "estimate": "mixjax.estimation.estimate",
+    "estimate_many": "mixjax.estimation.many",
     "Estimates": "mixjax.estimation.estimate",
     "to_params": "mixjax.estimation.params",
     "from_params": "mixjax.estimation.params",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from mixjax.design import RandomTerm as RandomTerm
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
+    from mixjax.estimation.many import estimate_many as estimate_many
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params
     from mixjax.fitted import ConvergenceWarning as ConvergenceWarning
@@ -58,10 +61,11 @@ if TYPE_CHECKING:
     from mixjax.formula.errors import DataWarning as DataWarning
     from mixjax.formula.errors import FormulaError as FormulaError
     from mixjax.likelihood.criterion import criterion as criterion
-    from mixjax.likelihood.cross_products import CrossProducts as CrossProducts
     from mixjax.likelihood.cross_products import cross_products as cross_products
     from mixjax.likelihood.marginal import MarginalParams as MarginalParams
     from mixjax.likelihood.marginal import marginal_loglik as marginal_loglik
+    from mixjax.likelihood.statistics import CrossProducts as CrossProducts
+    from mixjax.likelihood.statistics import stack as stack
     from mixjax.lmm import LMMFit as LMMFit
     from mixjax.lmm import lmm as lmm
     from mixjax.optimise.results import Result as Result

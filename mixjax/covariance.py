@@ -41,19 +41,25 @@ def diagonal_positions(q: int) -> np.ndarray:
 
 
 def lambda_of_theta(theta: Array, q: int) -> Array:
-    """``Lambda (q, q)``, lower triangular, from ``theta (q (q + 1) / 2,)``."""
-    return jnp.zeros((q, q), theta.dtype).at[triangle(q)].set(theta)
+    """``Lambda (q, q, ...)``, lower triangular, from ``theta (q (q + 1) / 2, ...)``."""
+    at = {(int(row), int(column)): i for i, (row, column) in enumerate(zip(*triangle(q), strict=True))}
+    zero = jnp.zeros_like(theta[0])
+    rows = [[theta[at[a, b]] if (a, b) in at else zero for b in range(q)] for a in range(q)]
+    return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def theta_of_lambda(Lambda: Array, q: int) -> Array:
-    """``theta`` from a lower-triangular ``Lambda (q, q)``; numpy in, numpy out."""
-    return Lambda[triangle(q)]
+    """``theta (q (q + 1) / 2, ...)`` from a lower-triangular ``Lambda (q, q, ...)``; numpy in, numpy out."""
+    rows, columns = triangle(q)
+    if isinstance(Lambda, np.ndarray):
+        return Lambda[rows, columns]
+    return jnp.stack([Lambda[int(row), int(column)] for row, column in zip(rows, columns, strict=True)])
 
 
 def split(theta: Array, qs: tuple[int, ...]) -> list[Array]:
     """Cut a parameter vector into the pieces of the terms."""
     ends = np.cumsum([n_theta(q) for q in qs])
-    if theta.shape != (int(ends[-1]),):
+    if theta.shape[:1] != (int(ends[-1]),):
         raise ValueError(f"theta has shape {theta.shape}; terms with {qs} effects need ({int(ends[-1])},)")
     return [theta[end - n_theta(q) : end] for q, end in zip(qs, ends, strict=True)]
 

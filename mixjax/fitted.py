@@ -11,7 +11,8 @@ import numpy as np
 
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates, estimate, estimate_with
-from mixjax.likelihood.cross_products import CrossProducts, cross_products, pad
+from mixjax.likelihood.cross_products import cross_products
+from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.optimise.results import Result
 
 

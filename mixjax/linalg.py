@@ -30,6 +30,8 @@ def matmul(A: Array, B: Array) -> Array:
     if A.ndim == 2 and B.ndim == 2:
         return A @ B
     A, B = _align(A, B)
+    if A.shape[1] == 0:
+        return jnp.zeros((A.shape[0], B.shape[1], *jnp.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
     return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
 
 
@@ -171,20 +173,146 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
     the semidefinite Cholesky factor, zero columns where the rank ends.
 
     Args:
-        F: ``(q, r)``.
+        F: ``(q, r, ...)``. rtol: a number, or one for each of the trailing axes.
 
     Returns:
-        ``(q, q)``.
+        ``(q, q, ...)``.
     """
+    q = F.shape[0]
     columns = []
     rest = F
-    for j in range(F.shape[0]):
+    for j in range(q):
         row = rest[j]
-        square = row @ row
-        independent = square > rtol**2 * (F[j] @ F[j])
+        square = (row * row).sum(0)
+        independent = square > rtol**2 * (F[j] * F[j]).sum(0)
         length = jnp.sqrt(jnp.where(independent, square, 1.0))
         unit = jnp.where(independent, row / length, 0.0)
-        column = rest @ unit
-        columns.append(jnp.where(jnp.arange(F.shape[0]) >= j, column, 0.0))
-        rest = rest - jnp.outer(column, unit)
+        column = (rest * unit).sum(1)
+        below = (jnp.arange(q) >= j).reshape(q, *(1,) * (F.ndim - 2))
+        columns.append(jnp.where(below, column, 0.0))
+        rest = rest - column[:, None] * unit
     return jnp.stack(columns, axis=1)
+
+
+# --- decompositions of a stack -------------------------------------------------------------------------------------
+
+# Up to this size matrices are diagonalised by rotations on whole vectors, beyond it one by one by LAPACK.
+ROTATIONS_UP_TO = 3
+
+
+def eigh(H: Array) -> tuple[Array, Array]:
+    """Eigenvalues ``(k, m)``, ascending, and eigenvectors ``(k, k, m)`` of symmetric ``H (k, k, m)``.
+
+    Cyclic Jacobi rotations (Golub & Van Loan 2013, Matrix Computations, section 8.5) for k <= 3. NaN where H is not
+    finite. Not for differentiation.
+    """
+    k = H.shape[0]
+    if k == 1:
+        return H[0], jnp.ones_like(H)
+    if k > ROTATIONS_UP_TO:
+        finite = jnp.isfinite(H).all((0, 1))
+        values, vectors = jnp.linalg.eigh(jnp.moveaxis(jnp.where(finite, H, jnp.eye(k)[..., None]), -1, 0))
+        values, vectors = jnp.moveaxis(values, 0, -1), jnp.moveaxis(vectors, 0, -1)
+        return jnp.where(finite, values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
+
+    def sweep(_, entries):
+        H, V = entries
+        for i in range(k):
+            for j in range(i + 1, k):
+                H, V = _rotate(H, V, i, j)
+        return H, V
+
+    upper = {(i, j): H[i, j] for i in range(k) for j in range(i, k)}
+    zero, one = jnp.zeros_like(H[0, 0]), jnp.ones_like(H[0, 0])
+    V = {(i, j): one if i == j else zero for i in range(k) for j in range(k)}
+    upper, V = sweep(0, (upper, V)) if k == 2 else jax.lax.fori_loop(0, 5, sweep, (upper, V))
+    values = [upper[i, i] for i in range(k)]
+    vectors = [[V[i, j] for i in range(k)] for j in range(k)]
+    for end in range(k - 1, 0, -1):  # a sorting network
+        for j in range(end):
+            swap = values[j] > values[j + 1]
+            values[j], values[j + 1] = _exchange(swap, values[j], values[j + 1])
+            pairs = [_exchange(swap, a, b) for a, b in zip(vectors[j], vectors[j + 1], strict=True)]
+            vectors[j], vectors[j + 1] = ([pair[side] for pair in pairs] for side in (0, 1))
+    return jnp.stack(values), jnp.stack([jnp.stack(column) for column in vectors], axis=1)
+
+
+def _rotate(H: dict, V: dict, i: int, j: int) -> tuple[dict, dict]:
+    """One Jacobi rotation that zeroes entry (i, j) of H, given by its upper entries; V collects the rotations."""
+    k = 1 + max(a for a, _ in H)
+    zero = H[i, j] == 0
+    cot = 0.5 * (H[j, j] - H[i, i]) / jnp.where(zero, 1.0, H[i, j])
+    t = jnp.where(zero, 0.0, jnp.where(cot < 0, -1.0, 1.0) / (jnp.abs(cot) + jnp.sqrt(1.0 + cot * cot)))
+    c = jax.lax.rsqrt(1.0 + t * t)
+    s = t * c
+    new = dict(H)
+    new[i, i] = H[i, i] - t * H[i, j]
+    new[j, j] = H[j, j] + t * H[i, j]
+    new[i, j] = jnp.zeros_like(H[i, j])
+    for r in range(k):
+        if r not in (i, j):
+            ri, rj = (min(r, i), max(r, i)), (min(r, j), max(r, j))
+            new[ri], new[rj] = c * H[ri] - s * H[rj], s * H[ri] + c * H[rj]
+    turned = dict(V)
+    for r in range(k):
+        turned[r, i], turned[r, j] = c * V[r, i] - s * V[r, j], s * V[r, i] + c * V[r, j]
+    return new, turned
+
+
+def _exchange(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    return jnp.where(swap, b, a), jnp.where(swap, a, b)
+
+
+def is_positive(H: Array) -> Array:
+    """Which of the symmetric ``H (k, k, m)`` are positive definite: ``(m,)``, by the pivots of Gaussian elimination."""
+    positive = jnp.ones(H.shape[2:], bool)
+    for j in range(H.shape[0]):
+        pivot = H[0, 0]
+        positive = positive & (pivot > 0)
+        if j + 1 < H.shape[0]:
+            H = H[1:, 1:] - H[1:, :1] * (H[:1, 1:] / jnp.where(pivot > 0, pivot, 1.0))
+    return positive
+
+
+def orthogonal_columns(F: Array) -> tuple[Array, Array]:
+    """``F V = U S`` for the orthogonal V of the singular value decomposition, and the singular values, descending.
+
+    One-sided Jacobi rotations, which keep small singular values to their own relative accuracy (Golub & Van Loan 2013,
+    section 8.6.3), up to q = 3.
+
+    Args:
+        F: ``(q, q, m)``.
+
+    Returns:
+        ``(q, q, m)`` and ``(q, m)``.
+    """
+    q = F.shape[0]
+    if q > ROTATIONS_UP_TO:
+        finite = jnp.isfinite(F).all((0, 1))
+        U, S, _ = jnp.linalg.svd(jnp.moveaxis(jnp.where(finite, F, 0.0), -1, 0))
+        return jnp.moveaxis(U * S[:, None], 0, -1), jnp.moveaxis(S, 0, -1)
+
+    def sweep(_, columns):
+        columns = list(columns)
+        for i in range(q):
+            for j in range(i + 1, q):
+                a, b = columns[i], columns[j]
+                inner, difference = (a * b).sum(0), (b * b).sum(0) - (a * a).sum(0)
+                zero = inner == 0
+                cot = 0.5 * difference / jnp.where(zero, 1.0, inner)
+                t = jnp.where(zero, 0.0, jnp.where(cot < 0, -1.0, 1.0) / (jnp.abs(cot) + jnp.sqrt(1.0 + cot * cot)))
+                c = jax.lax.rsqrt(1.0 + t * t)
+                columns[i], columns[j] = c * a - t * c * b, t * c * a + c * b
+        return tuple(columns)
+
+    columns = tuple(F[:, j] for j in range(q))
+    if q > 1:
+        columns = sweep(0, columns) if q == 2 else jax.lax.fori_loop(0, 6, sweep, columns)
+    columns = list(columns)
+    values = [jnp.sqrt((column * column).sum(0)) for column in columns]
+    for end in range(q - 1, 0, -1):
+        for j in range(end):
+            swap = values[j] < values[j + 1]
+            values[j], values[j + 1] = _exchange(swap, values[j], values[j + 1])
+            columns[j], columns[j + 1] = _exchange(swap, columns[j], columns[j + 1])
+    return jnp.stack(columns, axis=1), jnp.stack(values)

@@ -23,7 +23,7 @@ from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.table import row_values
 from mixjax.inference import variance
 from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.cross_products import CrossProducts, pad
+from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, term_names, tidy
 
 

@@ -11,7 +11,7 @@ from conftest import fit_of, table
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
-from mixjax.likelihood.cross_products import pad
+from mixjax.likelihood.statistics import pad
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 

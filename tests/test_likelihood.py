@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import mixjax as mj
 from mixjax.covariance import lambdas_of_theta
-from mixjax.likelihood.cross_products import pad
+from mixjax.likelihood.statistics import pad
 
 pytestmark = pytest.mark.usefixtures("x64")
 NAMES = list(STRUCTURES)

@@ -1,13 +1,21 @@
 """The trust-region Newton method on functions that have nothing to do with mixed models."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixjax.optimise.newton import Simplify, minimise
+from mixjax.optimise import newton
+from mixjax.optimise.newton import Simplify, by_differentiation
 from mixjax.optimise.results import Result
 
 pytestmark = pytest.mark.usefixtures("x64")
+
+
+def minimise(fun, x0, simplify=None, radius=1.0, **options):
+    """One lane."""
+    solution = newton.minimise(by_differentiation(fun), x0[:, None], simplify, radius=radius, **options)
+    return jax.tree.map(lambda a: a[..., 0], solution)
 
 
 def test_rosenbrock():

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mixjax import linalg
-from mixjax.likelihood.cross_products import CrossProducts
 from mixjax.likelihood.elimination import arrange, eliminate
+from mixjax.likelihood.statistics import CrossProducts
 
 
 def conditional_modes(lambdas: list[Array], stats: CrossProducts) -> list[Array]:

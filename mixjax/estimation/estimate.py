@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +15,18 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import AnyArray, is_concrete
+from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
-from mixjax.estimation.start import LOWEST, moment_start
+from mixjax.estimation.search import RANK_RTOL, leading_zero, result_code
+from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.likelihood.criterion import check_products, in_bases, out_of_bases, profile
-from mixjax.likelihood.cross_products import CrossProducts
+from mixjax.likelihood.curvature import value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
-from mixjax.optimise.newton import Simplify, Solution, judge, minimise, value_tolerance
+from mixjax.likelihood.moments import has_closed_form, moments_of
+from mixjax.likelihood.statistics import CrossProducts
+from mixjax.optimise.newton import Solution, by_differentiation, judge
 from mixjax.optimise.results import Result
-
-# A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
-# as dependent: the correlation is then 1 to twice as many digits.
-RANK_RTOL = 1e-8
-# Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
-NEAR_ZERO = 1e-2
-# Standard deviation ratio, in the basis of Z, from which a second search comes down.
-FAR = 10.0
 
 
 class Estimates(NamedTuple):
@@ -96,58 +92,31 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
         (True, 5.5)
     """
     check_products(stats)
-    _warn_of_float32(stats)
+    warn_of_float32(stats)
     return _estimate(stats, start, reml)
 
 
 @jax.jit
 def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimates:
     stats = jax.tree.map(jnp.asarray, stats)
-    qs = tuple(place.q for place in stats.layout.terms)
     # The search itself is not differentiated: what its end depends on is known without it.
-    data = jax.lax.stop_gradient(stats)
-    x0 = start_in_bases(data, jax.lax.stop_gradient(start))
-    solution = _search(_objective_at(data, reml), x0, qs)
+    data, start = jax.lax.stop_gradient((stats, start))
+    if has_closed_form(data):
+        moments = moments_of(data)
+        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
+        x0 = minque_start(moments)[:, 0] if start is None else start_in_bases(data, start)
+    else:
+        evaluate = by_differentiation(_objective_at(data, reml))
+        x0 = start_in_bases(data, start)
+    solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.qs))
     x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, (stats, reml))
     return assemble(solution._replace(x=x), stats, reml)
 
 
-def _search(objective: Callable[[Array], Array], x0: Array, qs: tuple[int, ...]) -> Solution:
-    """One search; a second one from large variances if the first ends singular or fails, and the better of the two.
-
-    Local minima that are not global are singular in all cases seen: the search fell into rank deficiency on its way.
-    """
-    far = _concatenate_theta([FAR * jnp.eye(q, dtype=x0.dtype) for q in qs], qs)
-
-    def attempt(state):
-        count, start, best = state
-        radius = jnp.maximum(0.5 * jnp.linalg.norm(start), LOWEST)
-        new = minimise(objective, start, rank_reductions(qs), radius=radius)
-        converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
-        lower = new.value < best.value - value_tolerance(x0.dtype)
-        take = (count == 0) | (converged & (~had | lower))
-        iterations = best.iterations + new.iterations
-        best = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best)
-        return count + 1, far, best._replace(iterations=iterations)
-
-    def goes_on(state):
-        count, _, best = state
-        doubtful = ~best.free.all() | (best.result != int(Result.CONVERGED))
-        return (count == 0) | ((count == 1) & doubtful)
-
-    k = x0.shape[0]
-    nothing = Solution(
-        x0, jnp.array(jnp.inf, x0.dtype), x0, jnp.zeros((k, k), x0.dtype), jnp.ones(k, bool),
-        jnp.array(jnp.inf, x0.dtype), jnp.array(0), jnp.array(int(Result.NOT_FINITE)),
-    )  # fmt: skip
-    return jax.lax.while_loop(goes_on, attempt, (jnp.array(0), x0, nothing))[2]
-
-
 def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:
     """The criterion over the optimiser's coordinates, products arranged once."""
-    qs = tuple(place.q for place in stats.layout.terms)
     blocks = arrange(stats)
-    return lambda x: profile(cov.lambdas_of_theta(x, qs), blocks, stats, reml).criterion
+    return lambda x: profile(cov.lambdas_of_theta(x, stats.layout.qs), blocks, stats, reml).criterion
 
 
 def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array]) -> Array:
@@ -169,7 +138,7 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
     """
     from mixjax.optimise.gradient import minimise_with  # optax is loaded only by those who ask for it
 
-    qs = tuple(place.q for place in stats.layout.terms)
+    qs = stats.layout.qs
     stats = jax.tree.map(jnp.asarray, stats)
     at = np.concatenate([[i in cov.diagonal_positions(q) for i in range(cov.n_theta(q))] for q in qs])
     x0 = start_in_bases(stats, start)
@@ -197,8 +166,9 @@ def _log_cholesky_objective(qs: tuple[int, ...]):
 @jax.jit
 def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
-    qs = tuple(place.q for place in stats.layout.terms)
-    return judge(_objective_at(stats, reml), x, rank_reductions(qs))
+    evaluate = by_differentiation(_objective_at(stats, reml))
+    solution = judge(evaluate, x[:, None], search.rank_reductions(stats.layout.qs))
+    return jax.tree.map(lambda a: a[..., 0], solution)
 
 
 @jax.jit
@@ -208,7 +178,7 @@ def _assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimate
 
 def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     """The optimiser's coordinates of a start given as theta, or of the moment estimates."""
-    qs = tuple(place.q for place in stats.layout.terms)
+    qs = stats.layout.qs
     dtype = stats.XX.dtype
     if start is None:
         return _concatenate_theta(moment_start(stats), qs)
@@ -218,7 +188,7 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
 
 def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
-    qs = tuple(place.q for place in stats.layout.terms)
+    qs = stats.layout.qs
     lambdas = cov.lambdas_of_theta(solution.x, qs)
     profiled = profile(lambdas, arrange(stats), stats, reml)
     # Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
@@ -227,6 +197,7 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
         linalg.lower_factor(L, jnp.where(less, RANK_RTOL, 0.0))
         for L, less in zip(out_of_bases(lambdas, stats), deficient, strict=True)
     ]
+    result = result_code(solution, jnp.stack([leading_zero(L) for L in own]).any())
     R_inv = stats.X_basis.R_inv
     modes = conditional_modes(lambdas, stats)
     return Estimates(
@@ -237,51 +208,19 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
         vcov=profiled.sigma**2 * (R_inv @ profiled.XX_inverse @ R_inv.T),
         b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
         criterion=profiled.criterion,
-        converged=solution.result == int(Result.CONVERGED),
+        converged=(result == int(Result.CONVERGED)) | (result == int(Result.NONDIFFERENTIABLE)),
         singular=jnp.stack(deficient).any(),
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
-        result=solution.result,
+        result=result,
     )
-
-
-def rank_reductions(qs: tuple[int, ...]) -> Simplify:
-    """Candidates with the smallest singular values of one term's Lambda set to zero: rank q - 1, then q - 2, ..."""
-    which = [(t, rank) for t, q in enumerate(qs) for rank in reversed(range(q))]
-
-    def worthwhile(x):
-        values = [_singular_values(Lambda) for Lambda in cov.lambdas_of_theta(x, qs)]
-        return jnp.stack([(values[t][rank] < NEAR_ZERO) & (values[t][rank] > 0) for t, rank in which])
-
-    def reduce_to(rank, Lambda):
-        U, values, _ = jnp.linalg.svd(Lambda)
-        return linalg.lower_factor(U * jnp.where(jnp.arange(len(values)) < rank, values, 0.0), RANK_RTOL)
-
-    def candidate(x, c):
-        lambdas = cov.lambdas_of_theta(x, qs)
-        xs, frees = [], []
-        for t, q in enumerate(qs):
-            first = sum(qs[:t])
-            rank = q - 1 - (c - first)
-            chosen = (c >= first) & (c < first + q)
-            L = reduce_to(rank, lambdas[t]) if q > 1 else jnp.zeros_like(lambdas[t])
-            L = jnp.where(chosen, L, lambdas[t])
-            xs.append(cov.theta_of_lambda(L, q))
-            frees.append(cov.theta_of_lambda(jnp.broadcast_to(jnp.abs(L).max(0) > 0, (q, q)), q))
-        return jnp.concatenate(xs), jnp.concatenate(frees)
-
-    return Simplify(len(which), worthwhile, candidate)
-
-
-def _singular_values(Lambda: Array) -> Array:
-    return jnp.abs(Lambda[0]) if Lambda.shape == (1, 1) else jnp.linalg.svd(Lambda, compute_uv=False)
 
 
 def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:
     return jnp.concatenate([cov.theta_of_lambda(L, q) for L, q in zip(lambdas, qs, strict=True)])
 
 
-def _warn_of_float32(stats: CrossProducts) -> None:
+def warn_of_float32(stats: CrossProducts) -> None:
     leaf = stats.XX
     single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.read("jax_enable_x64")
     if single and is_concrete(leaf):

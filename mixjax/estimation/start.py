@@ -6,10 +6,77 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mixjax.likelihood.cross_products import CrossProducts
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.likelihood.curvature import minque_equations
+from mixjax.likelihood.moments import Moments, pairs_of
+from mixjax.likelihood.statistics import CrossProducts
 
 # Limits of the standard deviation ratios that a start may have, in the basis of Z. Zero would be a stationary point.
 LOWEST, HIGHEST = 0.1, 100.0
+
+
+def minque_start(moments: Moments) -> Array:
+    """MINQUE(0) of all variances and covariances: ``theta (k, B)`` in the bases of the products.
+
+    The quadratic forms ``y'M V_j M y``, M the projection that takes the fixed effects out, have expectations linear in
+    the covariances (Searle, Casella & McCulloch 1992, Variance Components, section 11.3). Solved, and clipped to
+    reasonable ratios. In balanced designs this is the REML estimate itself, wherever that is not singular.
+    """
+    equations, traces, spots = minque_equations(moments)
+    d = sum(q * m for _, q, m in moments.dense)
+    XX, XdX = moments.UU[d:, d:], moments.UU[:d, d:]
+    p = XX.shape[0]
+    Xy, e, rss = moments.Uy[d:], moments.Uy[:d], moments.yy
+    c = jnp.zeros_like(moments.Uy)
+    if p:
+        delta = linalg.matmul(linalg.inverse_logdet(XX)[0], Xy[:, None])[:, 0]
+        e = e - linalg.matmul(XdX, delta[:, None])[:, 0]
+        rss = rss - (Xy * delta).sum(0)
+        c = jnp.concatenate([c[:d], -delta])
+    squares = moments.pull_back(c[:, None] * c[None], c, jnp.ones_like(rss))
+    forms = {
+        (moments.layout.chain[0], pair): x.sum(0) for pair, x in zip(pairs_of(moments.A.shape[0]), squares, strict=True)
+    }
+    at = 0
+    for f, q, m in moments.dense:
+        effects = e[at : at + q * m].reshape(q, m, -1)
+        at += q * m
+        forms |= {(f, (a, b)): (effects[a] * effects[b]).sum(0) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)}
+    rhs = jnp.stack([*(forms[spot] for spot in spots), rss])
+    df = jnp.broadcast_to(moments.n - p, traces.shape[1:])
+    lhs = jnp.concatenate(
+        [
+            jnp.concatenate([equations, traces[:, None]], axis=1),
+            jnp.concatenate([traces, df[None]])[None],
+        ]
+    )
+    solution = _solve_scaled(lhs, rhs)
+    sigma2 = jnp.maximum(solution[-1], 1e-3 * rss / moments.n)
+    values = {spot: solution[j] / sigma2 for j, spot in enumerate(spots)}
+    parts = []
+    for place in moments.layout.terms:
+        D = [
+            [values[place.factor, (place.start + min(a, b), place.start + max(a, b))] for b in range(place.q)]
+            for a in range(place.q)
+        ]
+        squared, vectors = linalg.eigh(jnp.stack([jnp.stack(row) for row in D]))
+        root = jnp.sqrt(jnp.clip(squared, LOWEST**2, HIGHEST**2))
+        parts.append(cov.theta_of_lambda(linalg.lower_factor(vectors * root[None], 0.0), place.q))
+    theta = jnp.concatenate(parts)
+    fallback = jnp.concatenate([cov.theta_of_lambda(jnp.eye(q, dtype=theta.dtype), q) for q in moments.layout.qs])
+    return jnp.where(jnp.isfinite(theta).all(0), theta, fallback[:, None])
+
+
+def _solve_scaled(lhs: Array, rhs: Array) -> Array:
+    """Equations ``(k, k, L)`` of very different size, solved for ``rhs (k, B)``; an unsolvable system does not fail."""
+    k = lhs.shape[0]
+    diagonal = jnp.stack([lhs[j, j] for j in range(k)])
+    scale = jnp.sqrt(jnp.maximum(diagonal, jnp.finfo(lhs.dtype).tiny))
+    scaled = lhs / scale[:, None] / scale[None]
+    ridge = 1e4 * jnp.finfo(lhs.dtype).eps * jnp.eye(k, dtype=lhs.dtype)[..., None]
+    inverse = linalg.inverse_logdet(scaled + ridge)[0]
+    return linalg.matmul(inverse, (rhs / scale)[:, None])[:, 0] / scale
 
 
 def moment_start(stats: CrossProducts) -> list[Array]:

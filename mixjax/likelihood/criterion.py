@@ -11,8 +11,8 @@ from jax import Array
 
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
-from mixjax.likelihood.cross_products import CrossProducts
 from mixjax.likelihood.elimination import Blocks, arrange, eliminate
+from mixjax.likelihood.statistics import CrossProducts
 
 
 class Profiled(NamedTuple):

@@ -1,112 +1,33 @@
-"""The sums over rows that the likelihood needs. After this step nothing costs O(n).
+"""From rows to sums over rows. After this step nothing costs O(n).
 
-All products are formed in the orthonormal bases of :mod:`mixjax.bases`, with y replaced by its
-least-squares residual. They are additive over rows: ``a + b`` holds the rows of both.
+Concrete arrays are summed by numpy; inside a JAX transformation the same sums are JAX operations.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 
 from mixjax.bases import Basis, change_basis, constant_column
-from mixjax.design import AnyArray, Design, check_design, is_concrete
-
-
-class FactorProducts(NamedTuple):
-    """Products by level of one grouping factor with m levels and q effects (all its terms side by side).
-
-    Attributes:
-        ZZ: ``(q, q, m)``. ZX: ``(q, p, m)``. Zy: ``(q, m)``.
-    """
-
-    ZZ: AnyArray
-    ZX: AnyArray
-    Zy: AnyArray
-
-
-class PairProducts(NamedTuple):
-    """``Z_s' Z_t`` of two grouping factors, by pair of levels that occur together.
-
-    Attributes:
-        rows: ``(k,)`` levels of s. cols: ``(k,)`` levels of t. ZZ: ``(q_s, q_t, k)``. Repeated pairs add up. When s is
-        nested in t, k is the number of levels of s and ``rows`` is ``0 .. k - 1``.
-    """
-
-    rows: AnyArray
-    cols: AnyArray
-    ZZ: AnyArray
-
-
-class TermPlace(NamedTuple):
-    """Where a random term lives: its q effects are effects ``start .. start + q - 1`` of grouping factor ``factor``."""
-
-    q: int
-    factor: int
-    start: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The structure of a model: all that is static when a program is compiled.
-
-    Attributes:
-        terms: place of every random term, in the order of the Design.
-        chain: factors eliminated group by group, each nested in the next.
-        dense: the other factors; what crosses the chain becomes one dense block.
-        pairs: the pairs of factors that have :class:`PairProducts`, the one eliminated first in front.
-    """
-
-    terms: tuple[TermPlace, ...]
-    chain: tuple[int, ...]
-    dense: tuple[int, ...]
-    pairs: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class CrossProducts:
-    """Everything the likelihood needs to know of the data. A JAX pytree.
-
-    ``a + b`` adds the rows of b to those of a, outside ``jit``; see :func:`add`.
-
-    Attributes:
-        factors: products by level, one per grouping factor.
-        pairs: products by pair of levels, in the order of ``layout.pairs``.
-        XX, Xy, yy: ``(p, p), (p,), ()`` products of the basis of X and of y's least-squares residual.
-        n: ``()`` number of rows. sum_log_weights: ``()``.
-        beta0: ``(p,)`` the least-squares coefficients taken out of y.
-        X_basis: basis of X's columns. Z_bases: one per random term.
-        layout: static structure.
-    """
-
-    factors: tuple[FactorProducts, ...]
-    pairs: tuple[PairProducts, ...]
-    XX: AnyArray
-    Xy: AnyArray
-    yy: AnyArray
-    n: AnyArray
-    sum_log_weights: AnyArray
-    beta0: AnyArray
-    X_basis: Basis
-    Z_bases: tuple[Basis, ...]
-    layout: Layout
-
-    def __add__(self, other: CrossProducts) -> CrossProducts:
-        return add(self, other)
-
-    def __radd__(self, other: int) -> CrossProducts:
-        """So that ``sum()`` works: it starts from 0."""
-        return self if other == 0 else NotImplemented
-
-
-jax.tree_util.register_dataclass(
+from mixjax.design import Design, check_design, is_concrete
+from mixjax.likelihood.moments import has_closed_form
+from mixjax.likelihood.statistics import (
+    ClassProducts,
     CrossProducts,
-    data_fields=["factors", "pairs", "XX", "Xy", "yy", "n", "sum_log_weights", "beta0", "X_basis", "Z_bases"],
-    meta_fields=["layout"],
+    FactorProducts,
+    Layout,
+    PairProducts,
+    TermPlace,
+    order_by_levels,
+    sum_by_group,
 )
 
 
@@ -116,10 +37,12 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
     Args:
         design: arrays of the model. Concrete arrays are summed by numpy in float64; inside a JAX transformation the
             same sums are JAX operations, differentiable with respect to y, X, Z, weights and offset.
-        y: ``(n,)`` another response for the same design, or None for ``design.y``.
+        y: ``(n,)`` another response for the same design, ``(B, n)`` many, or None for ``design.y``. Missing values in
+            one of many give that one the result code ``NOT_FINITE``.
 
     Returns:
-        :class:`CrossProducts`; its floating dtype is that of the inputs.
+        :class:`CrossProducts`; its floating dtype is that of the inputs. Many responses share what does not depend on
+        y; theirs has a leading axis.
 
     Raises:
         ValueError: shapes or values do not make a model.
@@ -131,25 +54,44 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         >>> float(mj.cross_products(design).n)
         12.0
     """
+    if y is not None and np.ndim(y) == 2:
+        return _of_many(design, y)
     if y is not None:
         design = replace(design, y=y)
     check_design(design)
-    dtype = _floating_dtype(design)
+    columns = _columns(design)
+    residual, beta0 = _least_squares(design, columns.Q, columns.X_basis, columns.sqrt_w)
+    stats = _products_of(design, columns, residual, beta0)
+    return jax.tree.map(partial(_astype, dtype=_floating_dtype(design)), stats)
+
+
+class _Columns(NamedTuple):
+    """Columns in their bases: Q of X, one block of columns per grouping factor."""
+
+    Q: Any
+    X_basis: Basis
+    Z: list[Any]
+    Z_bases: tuple[Basis, ...]
+    groups: list[tuple[Any, int]]
+    places: tuple[TermPlace, ...]
+    sqrt_w: Any
+
+
+def _columns(design: Design) -> _Columns:
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
     Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True)
-    residual, beta0 = _least_squares(design, Q, X_basis, sqrt_w)
-
-    n = np.shape(design.X)[0]
-    scale = float(np.sqrt(n))
+    scale = float(np.sqrt(np.shape(design.X)[0]))
     Zs, Z_bases = zip(*(change_basis(term.Z, sqrt_w, scale) for term in design.terms), strict=True)
     groups, places = _grouping_factors(design)
-    Z_of_factor = [
-        _concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(groups))
-    ]
+    Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(groups))]
+    return _Columns(Q, X_basis, Z, tuple(Z_bases), groups, places, sqrt_w)
 
+
+def _products_of(design: Design, columns: _Columns, residual: Any, beta0: Any) -> CrossProducts:
+    Q, groups = columns.Q, columns.groups
     factors = []
-    for (group, m), Z in zip(groups, Z_of_factor, strict=True):
-        sums = _sum_by_group(_products(Z, _concatenate([Z, Q, residual[:, None]])), group, m)
+    for (group, m), Z in zip(groups, columns.Z, strict=True):
+        sums = sum_by_group(_products(Z, _concatenate([Z, Q, residual[:, None]])), group, m)
         q = Z.shape[1]
         factors.append(FactorProducts(sums[:, :q], sums[:, q:-1], sums[:, -1]))
 
@@ -159,93 +101,199 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
     for i, s in enumerate(order):
         for t in order[i + 1 :]:
             nested = s in chain and t in chain
-            pairs.append(_pair_products(Z_of_factor[s], Z_of_factor[t], groups[s], groups[t], nested))
+            pairs.append(_pair_products(columns.Z[s], columns.Z[t], groups[s], groups[t], nested))
             keys.append((s, t))
 
-    log_w = 0.0 if design.weights is None else 2.0 * _log(sqrt_w).sum()
-    stats = CrossProducts(
+    return CrossProducts(
         factors=tuple(factors),
         pairs=tuple(pairs),
         XX=Q.T @ Q,
         Xy=Q.T @ residual,
         yy=residual @ residual,
-        n=np.float64(n),
-        sum_log_weights=log_w,
+        n=np.float64(np.shape(design.X)[0]),
+        sum_log_weights=0.0 if columns.sqrt_w is None else 2.0 * _log(columns.sqrt_w).sum(),
         beta0=beta0,
-        X_basis=X_basis,
-        Z_bases=tuple(Z_bases),
-        layout=Layout(places, tuple(chain), tuple(dense), tuple(keys)),
+        X_basis=columns.X_basis,
+        Z_bases=columns.Z_bases,
+        layout=Layout(columns.places, tuple(chain), tuple(dense), tuple(keys)),
     )
-    return jax.tree.map(lambda leaf: _astype(leaf, dtype), stats)
 
 
-def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
-    """The cross-products of the rows of a and b together, in the bases of a.
+# --- many responses ------------------------------------------------------------------------------------------------
 
-    Both must describe the same columns and the same levels (equal ``n_groups``). Not for use inside ``jit``: whether
-    one factor is nested in another is looked up in the data.
+# Numbers that one block of responses may hold, so that a few passes over it stay in the cache.
+BLOCK = 2**18
+
+
+def _of_many(design: Design, Y: Any) -> CrossProducts:
+    """Products of responses ``Y (B, n)`` with one design: y's own in a leading axis, all others shared."""
+    B, n = np.shape(Y)
+    if n != np.shape(design.X)[0]:
+        raise ValueError(f"y has shape {(B, n)}, but X has {np.shape(design.X)[0]} rows; many responses are (B, n)")
+    if not all(map(is_concrete, jax.tree.leaves((design, Y)))):
+        return jax.vmap(lambda y: cross_products(design, y))(Y)
+    Y = np.asarray(Y)
+    design = replace(design, y=np.zeros(n))
+    check_design(design)
+    columns = _columns(design)
+    shared = _products_of(design, columns, np.zeros(n), np.zeros(columns.Q.shape[1]))
+    Z_sums = [_sparse_transpose(Z, group, m) for Z, (group, m) in zip(columns.Z, columns.groups, strict=True)]
+    classes = _classes(shared)
+    p = columns.Q.shape[1]
+    # Allocated with the responses last, as they are computed, and shown with the responses first.
+    Zy = [np.empty((*f.Zy.shape, B)) for f in shared.factors]
+    Xy, yy, beta0 = np.empty((p, B)), np.empty(B), np.empty((p, B))
+    if classes is not None:
+        class_Uy, class_yy = np.empty((*classes.Uy_shape, B)), np.empty((*classes.yy_shape, B))
+
+    def work(start: int) -> None:
+        at = slice(start, start + size)
+        y = np.zeros((n, size))  # blocks of one size: the last bits do not depend on how many responses there are
+        rows = Y[at]
+        y[:, : len(rows)] = rows.T
+        residual, coefficients = _least_squares_of_many(design, columns, y)
+        kept = slice(0, len(rows))
+        beta0[:, at] = coefficients[:, kept]
+        Xy[:, at] = (columns.Q.T @ residual)[:, kept]
+        yy[at] = np.einsum("ib,ib->b", residual, residual)[kept]
+        for total, sums in zip(Zy, Z_sums, strict=True):
+            total[..., at] = (sums @ residual).reshape(*total.shape[:2], size)[..., kept]
+        if classes is not None:
+            Uy, squares = classes.of(Zy[shared.layout.chain[0]][..., at])
+            class_Uy[..., at], class_yy[..., at] = Uy, squares
+
+    size = max(1, min(1024, 1 << max(0, (BLOCK // n).bit_length() - 1)))
+    with ThreadPoolExecutor(n_cores()) as pool:
+        list(pool.map(work, range(0, B, size)))
+    dtype = _floating_dtype(replace(design, y=Y))
+
+    def first(a):
+        return np.moveaxis(a, -1, 0)
+
+    stats = replace(
+        shared,
+        factors=tuple(f._replace(Zy=first(z)) for f, z in zip(shared.factors, Zy, strict=True)),
+        Xy=first(Xy),
+        yy=yy,
+        beta0=first(beta0),
+        classes=None if classes is None else ClassProducts(classes.of_level, first(class_Uy), first(class_yy)),
+    )
+    return jax.tree.map(partial(_astype, dtype=dtype), stats)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sparse_transpose(Z: np.ndarray, group: Any, m: int) -> scipy.sparse.csr_matrix:
+    """``(q m, n)``: its product with y is Z'y, effect by effect and level by level."""
+    n, q = Z.shape
+    rows = (np.arange(q) * m + np.asarray(group)[:, None]).ravel()
+    columns = np.repeat(np.arange(n), q)
+    return scipy.sparse.csr_matrix((Z.ravel(), (rows, columns)), shape=(q * m, n))
+
+
+def _least_squares_of_many(design: Design, columns: _Columns, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_least_squares`, for responses ``(n, B)``, which are overwritten."""
+    Q, sqrt_w, X = columns.Q, columns.sqrt_w, np.asarray(design.X)
+    if design.offset is not None:
+        y -= np.asarray(design.offset)[:, None]
+    constant = constant_column(X)
+    level = 0.0 if constant is None else y.mean(axis=0)
+    y -= level
+    if sqrt_w is not None:
+        y *= sqrt_w[:, None]
+    coefficients = np.zeros((Q.shape[1], y.shape[1]))
+    for _ in range(2):
+        step = Q.T @ y
+        y -= Q @ step
+        coefficients += step
+    beta0 = columns.X_basis.R_inv @ coefficients
+    if constant is not None:
+        beta0[constant] += level / X[0, constant]
+    return y, beta0
+
+
+class _Classes(NamedTuple):
+    """How the class moments of a response follow from its ``z = Z'y (q, m)`` of the first factor.
+
+    Attributes:
+        of_level: ``(m,)``. sums: ``(C, m)`` indicator. linear: ``(pairs C u, q m)``.
     """
-    if not all(map(is_concrete, jax.tree.leaves((a, b)))):
-        raise TypeError("cross-products are added outside jit: which levels occur together is looked up in the data")
-    if [f.ZZ.shape for f in a.factors] != [f.ZZ.shape for f in b.factors] or a.layout.terms != b.layout.terms:
-        raise ValueError("cross-products of different structure cannot be added: same terms and same levels are needed")
-    if a.XX.shape != b.XX.shape:
-        raise ValueError(f"cross-products with {a.XX.shape[0]} and {b.XX.shape[0]} fixed-effects columns cannot add")
-    b = _in_bases_of(a, b)
-    factors = tuple(
-        FactorProducts(*(np.asarray(u) + np.asarray(v) for u, v in zip(fa, fb, strict=True)))
-        for fa, fb in zip(a.factors, b.factors, strict=True)
+
+    of_level: np.ndarray
+    sums: scipy.sparse.csr_matrix
+    linear: scipy.sparse.csr_matrix
+    Uy_shape: tuple[int, int, int]
+
+    @property
+    def yy_shape(self) -> tuple[int, int]:
+        return self.Uy_shape[:2]
+
+    def of(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(pairs, C, u, B)`` and ``(pairs, C, B)`` from ``(q, m, B)``."""
+        q, m, B = z.shape
+        Uy = (self.linear @ z.reshape(q * m, B)).reshape(*self.Uy_shape, B)
+        squares = [self.sums @ (z[a] * z[b]) * (1.0 if a == b else 2.0) for a in range(q) for b in range(a, q)]
+        return Uy, np.stack(squares)
+
+
+# Levels whose Z'Z agree to this many digits of its largest entry form a class.
+SAME_DIGITS = 11
+
+
+def _classes(shared: CrossProducts) -> _Classes | None:
+    """The classes of the first factor's levels, where they are few enough to be worth their moments."""
+    first, *others = shared.layout.chain + shared.layout.dense
+    ZZ = np.asarray(shared.factors[first].ZZ)
+    q, _, m = ZZ.shape
+    rounded = np.round(ZZ.reshape(q * q, m) / max(np.abs(ZZ).max(), np.finfo(float).tiny), SAME_DIGITS)
+    _, of_level = np.unique(rounded, axis=1, return_inverse=True)
+    of_level = of_level.reshape(-1)
+    C = int(of_level.max()) + 1
+    sizes = [shared.factors[f].ZZ.shape[1:] for f in others]
+    d = sum(width * levels for width, levels in sizes)
+    u = d + shared.XX.shape[0]
+    if C * q * u > m or not has_closed_form(shared):
+        return None
+    rows, values, columns = [], [], []
+    U = _columns_of_first(shared, first, others, d)  # per effect: level, column, value
+    pairs = [(a, b) for a in range(q) for b in range(a, q)]
+    for v, (a, b) in enumerate(pairs):
+        for x, y in {(a, b), (b, a)}:
+            level, column, value = U[x]
+            rows.append((v * C + of_level[level]) * u + column)
+            columns.append(y * m + level)
+            values.append(value)
+    linear = scipy.sparse.csr_matrix(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(len(pairs) * C * u, q * m)
     )
-    merged: dict[tuple[int, int], PairProducts] = {}
-    for stats in (a, b):
-        for key, pair in zip(stats.layout.pairs, stats.pairs, strict=True):
-            key, pair = _ascending(key, pair)
-            merged[key] = _merge(merged[key], pair) if key in merged else pair
-    sizes = [f.ZZ.shape[2] for f in factors]
-    chain, dense = _order_by_levels(sizes, lambda s, t: _is_nested(merged, s, t, sizes))
-    order, pairs, keys = chain + dense, [], []
-    for i, s in enumerate(order):
-        for t in order[i + 1 :]:
-            pair = merged[(s, t)] if (s, t) in merged else _swap(merged[(t, s)])
-            pairs.append(_spread(pair, sizes[s], sizes[t]) if s in chain and t in chain else pair)
-            keys.append((s, t))
-    return replace(
-        a,
-        factors=factors,
-        pairs=tuple(pairs),
-        **{name: getattr(a, name) + getattr(b, name) for name in ("XX", "Xy", "yy", "n", "sum_log_weights")},
-        layout=Layout(a.layout.terms, tuple(chain), tuple(dense), tuple(keys)),
-    )
+    sums = scipy.sparse.csr_matrix((np.ones(m), (of_level, np.arange(m))), shape=(C, m))
+    return _Classes(of_level.astype(np.int32), sums, linear, (len(pairs), C, u))
 
 
-def pad(stats: CrossProducts) -> CrossProducts:
-    """Add empty levels so that data sets of one structure share a few shapes, and with them compiled programs.
-
-    An empty level has zero products and contributes nothing to the likelihood.
-    """
-
-    def grow(x, size):
-        x = np.asarray(x)
-        return np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]), x.dtype)], axis=-1)
-
-    layout = stats.layout
-    sizes = [bucket(f.ZZ.shape[2], dense=i in layout.dense) for i, f in enumerate(stats.factors)]
-    factors = tuple(FactorProducts(*(grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
-    pairs = []
-    for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
-        nested = s in layout.chain and t in layout.chain
-        size = sizes[s] if nested else bucket(pair.rows.shape[0])
-        rows = np.arange(size, dtype=np.int32) if nested else grow(pair.rows, size)
-        pairs.append(PairProducts(rows, grow(pair.cols, size), grow(pair.ZZ, size)))
-    return replace(stats, factors=factors, pairs=tuple(pairs))
-
-
-def bucket(m: int, dense: bool = False) -> int:
-    """The padded number of levels: 32, 128, 512, 2048, then powers of two. Where cost grows with its cube: 16, 32, 64,
-    then multiples of 64."""
-    if dense:
-        return next((b for b in (16, 32, 64) if m <= b), -(-m // 64) * 64)
-    return next((b for b in (32, 128, 512, 2048) if m <= b), 1 << (m - 1).bit_length())
+def _columns_of_first(shared: CrossProducts, first: int, others: list[int], d: int) -> list[tuple[np.ndarray, ...]]:
+    """Products of the first factor's effects with U, sparse: per effect arrays of levels, columns of U and values."""
+    ZX = np.asarray(shared.factors[first].ZX)
+    q, p, m = ZX.shape
+    starts, at = {}, 0
+    for f in others:
+        starts[f] = at
+        at += shared.factors[f].ZZ.shape[1] * shared.factors[f].ZZ.shape[2]
+    entries = []
+    for a in range(q):
+        parts = [(np.tile(np.arange(m), p), np.repeat(d + np.arange(p), m), ZX[a].ravel())]
+        for (s, t), pair in zip(shared.layout.pairs, shared.pairs, strict=True):
+            if s != first:
+                continue
+            m_t = shared.factors[t].ZZ.shape[2]
+            present = np.asarray(pair.cols) < m_t
+            for effect in range(pair.ZZ.shape[1]):
+                column = starts[t] + effect * m_t + pair.cols[present]
+                parts.append((pair.rows[present], column, pair.ZZ[a, effect][present]))
+        entries.append(tuple(np.concatenate(part) for part in zip(*parts, strict=True)))
+    return entries
 
 
 # --- least squares and grouping ------------------------------------------------------------------------------------
@@ -307,20 +355,7 @@ def _elimination_order(groups: list[tuple[Any, int]]) -> tuple[list[int], list[i
         parent[inner] = outer
         return bool((parent[inner] == outer).all())
 
-    return _order_by_levels([m for _, m in groups], nested)
-
-
-def _order_by_levels(sizes: list[int], nested) -> tuple[list[int], list[int]]:
-    """The factor with most levels is eliminated first; then those that it is nested in, from the finest up.
-
-    Eliminating a factor that is nested in the next leaves the next block diagonal. All others end in the dense block
-    (Bates, Alday & Kokandakar 2025, arXiv 2505.11674, section 4).
-    """
-    chain: list[int] = []
-    dense: list[int] = []
-    for f in sorted(range(len(sizes)), key=lambda f: -sizes[f]):
-        (chain if not chain or nested(chain[-1], f) else dense).append(f)
-    return chain, dense
+    return order_by_levels([m for _, m in groups], nested)
 
 
 # --- sums over rows ------------------------------------------------------------------------------------------------
@@ -329,17 +364,6 @@ def _order_by_levels(sizes: list[int], nested) -> tuple[list[int], list[int]]:
 def _products(A: Any, B: Any) -> Any:
     """Row-wise outer products: ``(n, i), (n, j) -> (i, j, n)``."""
     return A.T[:, None] * B.T[None]
-
-
-def _sum_by_group(values: Any, group: Any, m: int) -> Any:
-    """Sum ``(..., n)`` over the rows of every level: ``(..., m)``."""
-    if is_concrete(values) and is_concrete(group):
-        flat = np.asarray(values).reshape(-1, values.shape[-1])
-        group = np.asarray(group)
-        sums = np.stack([np.bincount(group, weights=row, minlength=m) for row in flat]) if len(flat) else flat[:, :m]
-        return sums.reshape((*values.shape[:-1], m))
-    moved = jnp.moveaxis(jnp.asarray(values), -1, 0)
-    return jnp.moveaxis(jax.ops.segment_sum(moved, jnp.asarray(group), m), 0, -1)
 
 
 def _pair_products(Z_s: Any, Z_t: Any, s: tuple[Any, int], t: tuple[Any, int], nested: bool) -> PairProducts:
@@ -351,87 +375,12 @@ def _pair_products(Z_s: Any, Z_t: Any, s: tuple[Any, int], t: tuple[Any, int], n
     if nested:
         parent = np.full(m_s, m_t, np.int32)  # a level without rows has no parent: out of range
         parent[group_s] = group_t
-        return PairProducts(np.arange(m_s, dtype=np.int32), parent, _sum_by_group(products, group_s, m_s))
+        return PairProducts(np.arange(m_s, dtype=np.int32), parent, sum_by_group(products, group_s, m_s))
     code, inverse = np.unique(group_s.astype(np.int64) * m_t + group_t, return_inverse=True)
     rows, cols = np.divmod(code, m_t)
     return PairProducts(
-        rows.astype(np.int32), cols.astype(np.int32), _sum_by_group(products, inverse.reshape(-1), len(code))
+        rows.astype(np.int32), cols.astype(np.int32), sum_by_group(products, inverse.reshape(-1), len(code))
     )
-
-
-# --- adding --------------------------------------------------------------------------------------------------------
-
-
-def _in_bases_of(a: CrossProducts, b: CrossProducts) -> CrossProducts:
-    """b's products expressed in a's bases, with a's least-squares fit taken out of y."""
-    G = np.asarray(b.X_basis.R) @ np.asarray(a.X_basis.R_inv)  # Q_a = Q_b G
-    shift = np.asarray(b.X_basis.R) @ (np.asarray(b.beta0) - np.asarray(a.beta0))  # y_a = y_b + Q_b shift
-    H = [np.asarray(vb.R) @ np.asarray(va.R_inv) for va, vb in zip(a.Z_bases, b.Z_bases, strict=True)]
-    H_of_factor = []
-    for f, products in enumerate(b.factors):
-        H_f = np.zeros((products.ZZ.shape[0],) * 2)
-        for place, block in zip(b.layout.terms, H, strict=True):
-            if place.factor == f:
-                H_f[place.start : place.start + place.q, place.start : place.start + place.q] = block
-        H_of_factor.append(H_f)
-    factors = tuple(
-        FactorProducts(
-            np.einsum("ai,abm,bj->ijm", H_f, f.ZZ, H_f),
-            np.einsum("ai,apm,pr->irm", H_f, f.ZX, G),
-            np.einsum("ai,am->im", H_f, f.Zy + np.einsum("apm,p->am", f.ZX, shift)),
-        )
-        for f, H_f in zip(b.factors, H_of_factor, strict=True)
-    )
-    pairs = tuple(
-        PairProducts(pair.rows, pair.cols, np.einsum("ai,abk,bj->ijk", H_of_factor[s], pair.ZZ, H_of_factor[t]))
-        for (s, t), pair in zip(b.layout.pairs, b.pairs, strict=True)
-    )
-    return replace(
-        b,
-        factors=factors,
-        pairs=pairs,
-        XX=G.T @ b.XX @ G,
-        Xy=G.T @ (b.Xy + b.XX @ shift),
-        yy=b.yy + 2 * shift @ b.Xy + shift @ b.XX @ shift,
-    )
-
-
-def _swap(pair: PairProducts) -> PairProducts:
-    return PairProducts(pair.cols, pair.rows, np.swapaxes(pair.ZZ, 0, 1))
-
-
-def _ascending(key: tuple[int, int], pair: PairProducts) -> tuple[tuple[int, int], PairProducts]:
-    return (key, pair) if key[0] < key[1] else (key[::-1], _swap(pair))
-
-
-def _merge(a: PairProducts, b: PairProducts) -> PairProducts:
-    rows, cols = np.concatenate([a.rows, b.rows]), np.concatenate([a.cols, b.cols])
-    width = int(cols.max()) + 1
-    code, inverse = np.unique(rows.astype(np.int64) * width + cols, return_inverse=True)
-    ZZ = _sum_by_group(np.concatenate([a.ZZ, b.ZZ], axis=-1), inverse.reshape(-1), len(code))
-    new_rows, new_cols = np.divmod(code, width)
-    return PairProducts(new_rows.astype(np.int32), new_cols.astype(np.int32), ZZ)
-
-
-def _present(pair: PairProducts, m_s: int, m_t: int) -> np.ndarray:
-    """Entries that stand for rows; levels without rows point out of range."""
-    return (np.asarray(pair.rows) < m_s) & (np.asarray(pair.cols) < m_t)
-
-
-def _is_nested(merged: dict[tuple[int, int], PairProducts], s: int, t: int, sizes: list[int]) -> bool:
-    pair = merged[(s, t)] if (s, t) in merged else _swap(merged[(t, s)])
-    rows = np.asarray(pair.rows)[_present(pair, sizes[s], sizes[t])]
-    return len(np.unique(rows)) == len(rows)
-
-
-def _spread(pair: PairProducts, m_s: int, m_t: int) -> PairProducts:
-    """One entry per level of s, in order."""
-    keep = _present(pair, m_s, m_t)
-    parent = np.full(m_s, m_t, np.int32)
-    ZZ = np.zeros((*pair.ZZ.shape[:2], m_s), pair.ZZ.dtype)
-    parent[pair.rows[keep]] = pair.cols[keep]
-    ZZ[:, :, pair.rows[keep]] = pair.ZZ[:, :, keep]
-    return PairProducts(np.arange(m_s, dtype=np.int32), parent, ZZ)
 
 
 # --- numpy for numbers, JAX inside transformations -----------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mixjax import linalg
-from mixjax.likelihood.cross_products import CrossProducts, Layout
+from mixjax.likelihood.statistics import CrossProducts, Layout
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from jax import Array
 from mixjax.covariance import exp_diagonal, lambda_of_theta, n_theta
 from mixjax.design import AnyArray, Design
 from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.cross_products import CrossProducts, cross_products
+from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.elimination import arrange, eliminate
+from mixjax.likelihood.statistics import CrossProducts
 
 
 class MarginalParams(NamedTuple):

@@ -1,7 +1,9 @@
-"""Trust-region Newton with exact Hessians, for few parameters, inside one compiled loop.
+"""Trust-region Newton with exact Hessians, for few parameters and many problems at once.
 
-The trust-region step follows Conn, Gould & Toint (2000, Trust-Region Methods, section 7.3): the Hessian is
-diagonalised, so negative curvature is seen and followed and a saddle point is never mistaken for a minimum.
+Problems are lanes: they stand in the last axis of every array, and each step is a few vector operations over all of
+them. One problem is one lane. The trust-region step follows Conn, Gould & Toint (2000, Trust-Region Methods, section
+7.3): the Hessian is diagonalised, so negative curvature is seen and followed and a saddle point is never mistaken for
+a minimum.
 """
 
 from __future__ import annotations
@@ -13,26 +15,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mixjax import linalg
 from mixjax.optimise.results import Result
+
+# x (k, B) -> value (B,), gradient (k, B), Hessian (k, k, B)
+Evaluate = Callable[[Array], tuple[Array, Array, Array]]
 
 
 class Solution(NamedTuple):
-    """A minimum, or where the search ended.
+    """Minima, or where the searches ended.
 
     Attributes:
-        x: ``(k,)``, a Newton step beyond the last evaluation when that one was found converged.
-        value: ``()``. gradient: ``(k,)``, zero where fixed. hessian: ``(k, k)``, of all; at the last evaluation.
-        free: ``(k,)`` False where a simplification fixed the coordinate.
-        scaled_gradient: ``sqrt(g' H^{-1} g)``: distance to the minimum in units of the curvature.
-        iterations: number of evaluations of value, gradient and Hessian.
-        result: code of :class:`~mixjax.optimise.results.Result`.
+        x: ``(k, B)``, a Newton step beyond the last evaluation when that one was found converged.
+        value: ``(B,)`` at the last evaluation.
+        free: ``(k, B)`` False where a simplification fixed the coordinate.
+        kink: ``(B,)`` True where a fixed coordinate has no curvature: the smallest change of the data can free it.
+        scaled_gradient: ``(B,)`` ``sqrt(g' H^{-1} g)``: distance to the minimum in units of the curvature.
+        iterations: ``(B,)`` number of evaluations of value, gradient and Hessian.
+        result: ``(B,)`` code of :class:`~mixjax.optimise.results.Result`.
     """
 
     x: Array
     value: Array
-    gradient: Array
-    hessian: Array
     free: Array
+    kink: Array
     scaled_gradient: Array
     iterations: Array
     result: Array
@@ -43,8 +49,8 @@ class Simplify(NamedTuple):
 
     Attributes:
         n_candidates: how many there are; static.
-        worthwhile: ``x -> (n_candidates,)`` bools, which candidates deserve an evaluation.
-        candidate: ``(x, c) -> (x_c, free_c)``: candidate c and which of its coordinates stay free.
+        worthwhile: ``x (k, B) -> (n_candidates, B)`` bools, which candidates deserve an evaluation.
+        candidate: ``(x (k, B), c (B,)) -> (x_c, free_c)``: candidate c and which of its coordinates stay free.
     """
 
     n_candidates: int
@@ -56,13 +62,15 @@ class _Point(NamedTuple):
     x: Array
     free: Array
     f: Array
-    g: Array
+    g: Array  # zero where fixed
     H: Array
-    eigenvalues: Array
+    eigenvalues: Array  # of H among the free coordinates, ascending; fixed ones count as curvature 1
     eigenvectors: Array
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """Where every search stands. ``done (B,)`` says which have ended."""
+
     at: _Point
     trial: Array
     trial_free: Array
@@ -90,17 +98,21 @@ def value_tolerance(dtype) -> float:
     return 1e-9 if jnp.finfo(dtype).bits == 64 else 1e-3
 
 
+def curvature_tolerance(dtype) -> float:
+    """Curvature that counts as none, relative to the largest: 1e-10 in float64, 1e-4 in float32."""
+    return 1e-10 if jnp.finfo(dtype).bits == 64 else 1e-4
+
+
 def scaled_gradient(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
     """``sqrt(g' |H|^{-1} g)``, with eigenvalues of a flat Hessian bounded from below."""
-    floor = 1e-8 * jnp.maximum(jnp.abs(eigenvalues).max(), jnp.finfo(eigenvalues.dtype).tiny)
-    along = eigenvectors.T @ gradient
-    return jnp.sqrt((along**2 / jnp.maximum(jnp.abs(eigenvalues), floor)).sum())
+    floor = 1e-8 * jnp.maximum(jnp.abs(eigenvalues).max(0), jnp.finfo(eigenvalues.dtype).tiny)
+    along = (eigenvectors * gradient[:, None]).sum(0)
+    return jnp.sqrt((along**2 / jnp.maximum(jnp.abs(eigenvalues), floor)).sum(0))
 
 
 def is_semidefinite(eigenvalues: Array) -> Array:
     """No eigenvalue negative beyond rounding."""
-    slack = 1e-10 if jnp.finfo(eigenvalues.dtype).bits == 64 else 1e-4
-    return eigenvalues.min() >= -slack * jnp.abs(eigenvalues).max()
+    return eigenvalues.min(0) >= -curvature_tolerance(eigenvalues.dtype) * jnp.abs(eigenvalues).max(0)
 
 
 def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
@@ -113,163 +125,170 @@ def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> A
     return small & is_semidefinite(eigenvalues)
 
 
-def value_gradient_hessian(fun: Callable[[Array], Array]) -> Callable[[Array], tuple[Array, Array, Array]]:
-    """``x -> value, gradient, Hessian`` by forward-over-reverse differentiation."""
+def by_differentiation(fun: Callable[[Array], Array]) -> Evaluate:
+    """The evaluation of one lane of ``fun: (k,) -> ()``, forward over reverse."""
 
     def evaluate(x):
         def along(direction):
-            return jax.jvp(jax.value_and_grad(fun), (x,), (direction,))
+            return jax.jvp(jax.value_and_grad(fun), (x[:, 0],), (direction,))
 
         (f, g), (_, H) = jax.vmap(along, out_axes=((None, None), (0, 0)))(jnp.eye(x.shape[0], dtype=x.dtype))
-        return f, g, 0.5 * (H + H.T)
+        return f[None], g[:, None], 0.5 * (H + H.T)[..., None]
 
     return evaluate
 
 
 def minimise(
-    fun: Callable[[Array], Array],
+    evaluate: Evaluate,
     x0: Array,
     simplify: Simplify | None = None,
     max_iterations: int = 200,
     radius: Array | float = 1.0,
 ) -> Solution:
-    """Minimise ``fun``; then try simplifications and keep those that do not raise it.
+    """Minimise; then try simplifications and keep those that do not raise the value.
 
     A candidate is kept if the value rises by no more than :func:`value_tolerance` and the Hessian there, fixed
     coordinates included, is positive semidefinite. The search then ends with Newton steps in the free coordinates.
 
     Args:
-        fun: ``(k,) -> ()``, twice differentiable.
-        x0: ``(k,)``.
+        evaluate: ``x (k, B)`` -> values ``(B,)``, gradients ``(k, B)``, Hessians ``(k, k, B)``.
+        x0: ``(k, B)``.
         simplify: candidates, or None.
         max_iterations: limit on evaluations.
-        radius: first trust region: how far from ``x0`` a quadratic model may be good.
+        radius: ``(B,)`` or scalar, first trust region: how far from ``x0`` a quadratic model may be good.
     """
-    point = _evaluator(fun)
-    count = simplify.n_candidates if simplify is not None else 0
-    dtype = x0.dtype
-    rounding = 100 * jnp.finfo(dtype).eps
+    state = begin(x0, jnp.broadcast_to(jnp.asarray(radius, x0.dtype), x0.shape[1:]), simplify)
+    step = lambda state: advance(state, evaluate, simplify, max_iterations)  # noqa: E731
+    return solution_of(jax.lax.while_loop(lambda state: ~state.done.all(), step, state))
 
-    def next_trial(state: _State) -> _State:
-        """Converged: next candidate or end. Else: a trust-region step."""
-        at = state.at
-        # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
-        converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
-        converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
-        step, predicted = _trust_region_step(at.g, at.eigenvalues, at.eigenvectors, state.radius)
-        step = jnp.where(at.free, step, 0.0)
-        trial, free, candidate, settled = at.x + step, at.free, jnp.array(-1), state.settled
-        if simplify is not None and count:
-            start = jnp.where(state.candidate >= 0, state.candidate + 1, 0)
-            trying = (state.candidate >= 0) | (converged & ~state.settled)
-            left = simplify.worthwhile(at.x) & (jnp.arange(count) >= start)
-            chosen = jnp.argmax(left)
-            found = trying & left.any()
-            x_c, free_c = simplify.candidate(at.x, chosen)
-            trial = jnp.where(found, x_c, trial)
-            free = jnp.where(found, free_c, free)
-            candidate = jnp.where(found, chosen, -1)
-            settled = settled | trying
-            converged = converged & ~found
-        shrunk = (state.radius < rounding * (1.0 + jnp.abs(at.x).max())) & (candidate < 0)
-        exhausted = state.iterations >= max_iterations
-        result = jnp.where(
-            converged,
-            int(Result.CONVERGED),
-            jnp.where(shrunk, int(Result.STALLED), int(Result.MAX_ITERATIONS)),
-        )
-        return state._replace(
-            trial=trial,
-            trial_free=free,
-            predicted=predicted,
-            candidate=candidate,
-            settled=settled,
-            result=jnp.where(jnp.isfinite(at.f), result, int(Result.NOT_FINITE)),
-            done=converged | shrunk | exhausted | ~jnp.isfinite(at.f),
-        )
 
-    def body(state: _State) -> _State:
-        at = state.at
-        new = point(state.trial, state.trial_free)
-        finite = jnp.isfinite(new.f) & jnp.isfinite(new.g).all() & jnp.isfinite(new.H).all()
-        noise = rounding * jnp.maximum(1.0, jnp.abs(new.f))
-        ratio = (at.f - new.f + noise) / (state.predicted + noise)
-        # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
-        # the curvature is negative: there the gradient grows on the way down.)
-        promised = jnp.maximum(state.predicted, 0.5 * _distance(at) ** 2)
-        judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
-        judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
-        closer = _distance(new) < _distance(at)
-        good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
-        # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
-        full = _diagonalise(new._replace(free=jnp.ones_like(new.free)))
-        good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & is_semidefinite(full.eigenvalues)
-        is_step = state.candidate < 0
-        accept = jnp.where(is_step, good_step, good_candidate)
-        length = jnp.linalg.norm(state.trial - at.x)
-        radius = jnp.where(ratio > 0.75, jnp.maximum(state.radius, 3.0 * length), state.radius)
-        radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
-        radius = jnp.where(judged_by_gradient, jnp.where(closer, state.radius, 0.25 * length), radius)
-        radius = jnp.where(finite, radius, 0.25 * length)
-        state = state._replace(
-            at=jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, at),
-            radius=jnp.where(is_step, radius, state.radius),
-            at_rounding=is_step & finite & judged_by_gradient & ~closer,
-            iterations=state.iterations + 1,
-        )
-        return next_trial(state)
+def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
+    """The state before the first evaluation, at ``x0 (k, B)`` with trust regions ``radius (B,)``."""
+    (k, lanes), dtype = x0.shape, x0.dtype
+
+    def full(value, of=dtype):
+        return jnp.full(lanes, value, of)
 
     # The first trial is the start itself, and a start of infinite value accepts anything.
-    k = x0.shape[0]
-    nowhere = _Point(
-        x0, jnp.ones(k, bool), jnp.array(jnp.inf, dtype), jnp.zeros(k, dtype), jnp.eye(k, dtype=dtype),
-        jnp.ones(k, dtype), jnp.eye(k, dtype=dtype),
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=dtype)[..., None], (k, k, lanes))
+    free = jnp.ones((k, lanes), bool)
+    nowhere = _Point(x0, free, full(jnp.inf), jnp.zeros_like(x0), eye, jnp.ones_like(x0), eye)
+    return State(
+        at=nowhere, trial=x0, trial_free=free, predicted=full(0.0), radius=radius, candidate=full(-1, int),
+        settled=full(simplify is None, bool), at_rounding=full(False, bool), iterations=full(0, int),
+        result=full(int(Result.MAX_ITERATIONS), int), done=full(False, bool),
     )  # fmt: skip
-    state = _State(
-        at=nowhere, trial=x0, trial_free=nowhere.free, predicted=jnp.array(0.0, dtype),
-        radius=jnp.asarray(radius, dtype), candidate=jnp.array(-1), settled=jnp.array(count == 0),
-        at_rounding=jnp.array(False), iterations=jnp.array(0), result=jnp.array(int(Result.MAX_ITERATIONS)),
-        done=jnp.array(False),
-    )  # fmt: skip
-    state = jax.lax.while_loop(lambda s: ~s.done, body, state)
+
+
+def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, max_iterations: int = 200) -> State:
+    """One evaluation in every lane, and the next trial. Lanes that are done do not change."""
+    at, dtype = state.at, state.trial.dtype
+    rounding = 100 * jnp.finfo(dtype).eps
+    new = _point(evaluate, state.trial, state.trial_free)
+    finite = jnp.isfinite(new.f) & jnp.isfinite(new.g).all(0) & jnp.isfinite(new.H).all((0, 1))
+    noise = rounding * jnp.maximum(1.0, jnp.abs(new.f))
+    ratio = (at.f - new.f + noise) / (state.predicted + noise)
+    # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
+    # the curvature is negative: there the gradient grows on the way down.)
+    distance, distance_new = _distance(at), _distance(new)
+    promised = jnp.maximum(state.predicted, 0.5 * distance**2)
+    judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
+    judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
+    closer = distance_new < distance
+    good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
+    # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
+    good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
+    is_step = state.candidate < 0
+    accept = jnp.where(is_step, good_step, good_candidate)
+    length = jnp.sqrt(((state.trial - at.x) ** 2).sum(0))
+    radius = jnp.where(ratio > 0.75, jnp.maximum(state.radius, 3.0 * length), state.radius)
+    radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
+    radius = jnp.where(judged_by_gradient, jnp.where(closer, state.radius, 0.25 * length), radius)
+    radius = jnp.where(finite, radius, 0.25 * length)
+    moved = state._replace(
+        at=_where(accept, new, at),
+        radius=jnp.where(is_step, radius, state.radius),
+        at_rounding=is_step & finite & judged_by_gradient & ~closer,
+        iterations=state.iterations + 1,
+    )
+    return _where(state.done, state, _next_trial(moved, simplify, max_iterations))
+
+
+def solution_of(state: State) -> Solution:
+    """What the searches have found."""
     at = state.at
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
     x = jnp.where(state.result == int(Result.CONVERGED), state.trial, at.x)
-    return Solution(x, at.f, at.g, at.H, at.free, _distance(at), state.iterations, state.result)
+    return Solution(x, at.f, at.free, _kink(at), _distance(at), state.iterations, state.result)
 
 
-def judge(fun: Callable[[Array], Array], x: Array, simplify: Simplify) -> Solution:
-    """Simplifications of a point found by another optimiser, then :func:`has_converged`; no step is taken.
+def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
+    """Simplifications of points found by another optimiser, then :func:`has_converged`; no step is taken.
 
     Unlike in :func:`minimise` the candidates are tried before convergence is looked at: an optimiser over logarithms
     cannot reach a zero.
     """
-    point = _evaluator(fun)
-    k, dtype = x.shape[0], x.dtype
+    lanes, dtype = x.shape[1], x.dtype
 
     def attempt(c, at):
-        candidate, free = simplify.candidate(at.x, c)
-        new = point(candidate, free)
-        full = _diagonalise(new._replace(free=jnp.ones(k, bool)))
-        keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype))
-        keep = keep & is_semidefinite(full.eigenvalues)
-        return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, at)
+        candidate, free = simplify.candidate(at.x, jnp.full(lanes, c))
+        new = _point(evaluate, candidate, free)
+        keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
+        return _where(keep, new, at)
 
-    at = jax.lax.fori_loop(0, simplify.n_candidates, attempt, point(x, jnp.ones(k, bool)))
+    at = jax.lax.fori_loop(0, simplify.n_candidates, attempt, _point(evaluate, x, jnp.ones(x.shape, bool)))
     converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
     result = jnp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
     result = jnp.where(jnp.isfinite(at.f), result, int(Result.NOT_FINITE))
-    return Solution(at.x, at.f, at.g, at.H, at.free, _distance(at), jnp.array(0), result)
+    return Solution(at.x, at.f, at.free, _kink(at), _distance(at), jnp.zeros(lanes, int), result)
 
 
-def _evaluator(fun: Callable[[Array], Array]) -> Callable[[Array, Array], _Point]:
-    evaluate = value_gradient_hessian(fun)
+def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) -> State:
+    """Converged: next candidate or end. Else: a trust-region step."""
+    at = state.at
+    rounding = 100 * jnp.finfo(at.x.dtype).eps
+    # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
+    converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
+    converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
+    step, predicted = _trust_region_step(at.g, at.eigenvalues, at.eigenvectors, state.radius)
+    trial, free, candidate, settled = at.x + jnp.where(at.free, step, 0.0), at.free, state.candidate, state.settled
+    if simplify is not None:
+        start = jnp.where(candidate >= 0, candidate + 1, 0)
+        trying = (candidate >= 0) | (converged & ~settled)
+        left = simplify.worthwhile(at.x) & (jnp.arange(simplify.n_candidates)[:, None] >= start)
+        chosen = jnp.argmax(left, axis=0)
+        found = trying & left.any(0)
+        x_c, free_c = simplify.candidate(at.x, chosen)
+        trial = jnp.where(found, x_c, trial)
+        free = jnp.where(found, free_c, free)
+        candidate = jnp.where(found, chosen, -1)
+        settled = settled | trying
+        converged = converged & ~found
+    shrunk = (state.radius < rounding * (1.0 + jnp.abs(at.x).max(0))) & (candidate < 0)
+    finite = jnp.isfinite(at.f)
+    result = jnp.where(shrunk, int(Result.STALLED), int(Result.MAX_ITERATIONS))
+    result = jnp.where(converged, int(Result.CONVERGED), result)
+    return state._replace(
+        trial=trial,
+        trial_free=free,
+        predicted=predicted,
+        candidate=candidate,
+        settled=settled,
+        result=jnp.where(finite, result, int(Result.NOT_FINITE)),
+        done=converged | shrunk | (state.iterations >= max_iterations) | ~finite,
+    )
 
-    def point(x, free):
-        f, g, H = evaluate(x)
-        return _diagonalise(_Point(x, free, f, jnp.where(free, g, 0.0), H, g, H))
 
-    return point
+def _where(condition: Array, a, b):
+    """``a`` in the lanes where the condition holds, else ``b``."""
+    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
+
+
+def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
+    f, g, H = evaluate(x)
+    among = free[:, None] & free[None]
+    eye = jnp.eye(x.shape[0], dtype=x.dtype)[..., None]
+    return _Point(x, free, f, jnp.where(free, g, 0.0), H, *linalg.eigh(jnp.where(among, H, eye)))
 
 
 def _distance(at: _Point) -> Array:
@@ -277,46 +296,52 @@ def _distance(at: _Point) -> Array:
     return scaled_gradient(at.g, at.eigenvalues, at.eigenvectors)
 
 
-def _diagonalise(point: _Point) -> _Point:
-    """Eigenvalues and -vectors of the Hessian among the free coordinates; fixed ones count as curvature 1."""
-    free = point.free
-    H = jnp.where(free[:, None] & free[None], point.H, jnp.diag(jnp.where(free, 0.0, 1.0)).astype(point.H.dtype))
-    finite = jnp.isfinite(H).all()
-    eigenvalues, eigenvectors = jnp.linalg.eigh(jnp.where(finite, H, jnp.eye(H.shape[0], dtype=H.dtype)))
-    return point._replace(eigenvalues=eigenvalues, eigenvectors=eigenvectors)
+def _fixed_is_semidefinite(at: _Point) -> Array:
+    """The Hessian, fixed coordinates included, is positive semidefinite up to rounding."""
+    scale = curvature_tolerance(at.H.dtype) * jnp.abs(at.H).max((0, 1))
+    return linalg.is_positive(at.H + scale * jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None])
+
+
+def _kink(at: _Point) -> Array:
+    """Some fixed coordinate, or a direction among them, without curvature."""
+    fixed = ~at.free
+    scale = jnp.abs(at.H).max((0, 1))
+    eye = jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None]
+    block = jnp.where(fixed[:, None] & fixed[None], at.H, scale * eye)
+    return fixed.any(0) & ~linalg.is_positive(block - 1e3 * curvature_tolerance(at.H.dtype) * scale * eye)
 
 
 def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius: Array) -> tuple[Array, Array]:
     """Minimiser of ``g's + s'Hs/2`` over ``|s| <= radius``, and the decrease that the model promises."""
-    along = eigenvectors.T @ g
+    along = (eigenvectors * g[:, None]).sum(0)
     lowest = eigenvalues[0]
-    eps = jnp.finfo(g.dtype).eps
+    eps, tiny = jnp.finfo(g.dtype).eps, jnp.finfo(g.dtype).tiny
     # The hard case (no gradient along negative curvature) becomes the easy one by a push along the lowest eigenvector.
     push = 1e-3 * jnp.abs(lowest) * radius
     pushed = jnp.where((lowest < 0) & (jnp.abs(along[0]) < push), jnp.where(along[0] < 0, -push, push), along[0])
-    along = along.at[0].set(pushed)
-    floor = eps * jnp.maximum(jnp.abs(eigenvalues).max(), jnp.finfo(g.dtype).tiny)
-    shift0 = jnp.maximum(0.0, -lowest)
-    curvature = eigenvalues + shift0
+    along = jnp.concatenate([pushed[None], along[1:]])
+    floor = eps * jnp.maximum(jnp.abs(eigenvalues).max(0), tiny)
+    curvature = eigenvalues + jnp.maximum(0.0, -lowest)
 
-    def length(extra):
-        return jnp.linalg.norm(along / jnp.maximum(curvature + extra, floor))
+    def norm(v):
+        return jnp.sqrt((v * v).sum(0))
 
-    interior = (lowest > 0) & (length(0.0) <= radius)
+    interior = (lowest > 0) & (norm(along / jnp.maximum(curvature, floor)) <= radius)
     # |s| falls from |along| / extra or more to zero: the root lies below |along| / radius.
-    high = jnp.linalg.norm(along) / radius
+    high = norm(along) / radius
     low = jnp.where(lowest > 0, 0.0, jnp.abs(along[0]) / radius)
 
     def improve(_, extra):
-        s = along / jnp.maximum(curvature + extra, floor)
-        norm = jnp.linalg.norm(s)
-        slope = (s**2 / jnp.maximum(curvature + extra, floor)).sum()
-        step = (norm / radius - 1.0) * norm**2 / jnp.maximum(slope, jnp.finfo(g.dtype).tiny)
+        inverse = 1.0 / jnp.maximum(curvature + extra, floor)
+        s = along * inverse
+        length = norm(s)
+        slope = (s * s * inverse).sum(0)
+        step = (length / radius - 1.0) * length**2 / jnp.maximum(slope, tiny)
         return jnp.clip(extra + step, low, high)
 
     extra = jax.lax.fori_loop(0, 12, improve, low)
     extra = jnp.where(interior, 0.0, extra)
     s = -along / jnp.maximum(curvature + extra, floor)
-    s = s * jnp.minimum(1.0, radius / jnp.maximum(jnp.linalg.norm(s), jnp.finfo(g.dtype).tiny))
-    predicted = -(along @ s + 0.5 * (eigenvalues * s**2).sum())
-    return eigenvectors @ s, predicted
+    s = s * jnp.minimum(1.0, radius / jnp.maximum(norm(s), tiny))
+    predicted = -(along * s + 0.5 * eigenvalues * s**2).sum(0)
+    return (eigenvectors * s[None]).sum(1), predicted

@@ -6,12 +6,17 @@ from enum import IntEnum
 
 
 class Result(IntEnum):
-    """How an optimisation ended. Anything but ``CONVERGED`` is not a solution."""
+    """How an optimisation ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
     NOT_FINITE = 2
     STALLED = 3
+    NONDIFFERENTIABLE = 4
+
+    @property
+    def is_solution(self) -> bool:
+        return self in (Result.CONVERGED, Result.NONDIFFERENTIABLE)
 
     @property
     def message(self) -> str:
@@ -31,5 +36,9 @@ _MESSAGES = {
         "no step lowers the criterion although its gradient has not vanished: rounding is in the way, as when random "
         "effects are 100 000 times larger than residuals or the response is reproduced exactly; try another start=, "
         "or a simpler model"
+    ),
+    Result.NONDIFFERENTIABLE: (
+        "converged, on the edge between a singular and a regular fit: the estimates stand, but have no derivatives "
+        "with respect to the data there"
     ),
 }

@@ -1,0 +1,361 @@
+"""The driver of many fits: blocks, threads, devices, and what of the results is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixjax import covariance as cov
+from mixjax.bases import Basis
+from mixjax.design import is_concrete
+from mixjax.estimation.blup import conditional_modes
+from mixjax.estimation.estimate import Estimates, check_products, estimate, warn_of_float32
+from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
+from mixjax.likelihood.cross_products import n_cores
+from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
+from mixjax.likelihood.statistics import ClassProducts, CrossProducts
+from mixjax.optimise.results import Result
+
+KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
+# Replicates of one call where no closed form applies.
+VMAP_BLOCK = 32
+
+
+def estimate_many(
+    stats: CrossProducts,
+    reml: bool = True,
+    start: Any = None,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+    keep: Sequence[str] = KEEP,
+) -> Estimates:
+    """Fit many responses of one design, or many designs of one structure.
+
+    The same estimates as :func:`mixjax.estimate`, to rounding, and much faster than a loop over it: all fits of a block
+    take their Newton steps side by side, and a fit that is done makes room for the next. All cores of the CPU are used.
+
+    Args:
+        stats: ``cross_products(design, Y)`` with ``Y (B, n)``, or ``stack([...])`` of B data sets. Arrays of numbers:
+            inside ``jit`` use ``jax.vmap(mixjax.estimate)``.
+        reml: restricted maximum likelihood if true.
+        start: ``(k,)`` or ``(B, k)`` theta to start from, or None for moment estimates, which are better.
+        chunk: at most about so many replicates are worked on at the same time (rounded to blocks of fixed size); None
+            for one block per core. Results do not depend on it.
+        mesh: devices to spread the replicates over, all its axes together. None: the threads of the default device.
+            With several processes (``jax.distributed``) every process passes all of ``stats`` and gets all results.
+        keep: names of the fields of :class:`~mixjax.Estimates` to return. ``vcov (B, p, p)``, ``Sigma`` and above all
+            ``b`` (per term ``(B, n_groups, q)``) are large and left out unless named.
+
+    Returns:
+        :class:`~mixjax.Estimates` of numpy arrays with a leading axis B; None for what is not kept. A fit that fails
+        carries its code in ``result`` (see ``mixjax.Result``) and touches no other.
+
+    Raises:
+        ValueError: ``stats`` is of one response; a name in ``keep`` is unknown.
+
+    Not for differentiation: for that, ``jax.vmap(mixjax.estimate)``.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.zeros(12), X=np.ones((12, 1)), terms=(term,))
+        >>> Y = np.random.default_rng(0).normal(size=(100, 12))
+        >>> fits = mj.estimate_many(mj.cross_products(design, Y))
+        >>> fits.beta.shape, bool(fits.converged.all())
+        ((100, 1), True)
+    """
+    check_products(stats)
+    unknown = set(keep) - set(Estimates._fields)
+    if unknown:
+        raise ValueError(f"keep names {sorted(unknown)}; there are {list(Estimates._fields)}")
+    if not all(map(is_concrete, jax.tree.leaves(stats))):
+        raise TypeError("estimate_many runs outside jit, on arrays of numbers; inside use jax.vmap(mixjax.estimate)")
+    if np.ndim(stats.yy) != 1:
+        raise ValueError(
+            "these are the cross-products of one response: use mixjax.estimate, or cross_products(design, Y) with Y "
+            "(B, n), or stack([...]) of several data sets"
+        )
+    with jax.enable_x64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
+        warn_of_float32(stats)
+        B = len(stats.yy)
+        start = None if start is None else np.broadcast_to(np.asarray(start, np.asarray(stats.XX).dtype), (
+            B, stats.layout.n_theta))  # fmt: skip
+        if B == 0:
+            raise ValueError("there are no responses to fit")
+        if not has_closed_form(stats):
+            return _one_by_one(stats, reml, start, keep)
+        batch = _Batch(stats, start, _platform(mesh))
+        workers = n_cores() if batch.platform == "cpu" else 2
+        if chunk is not None:
+            workers = max(1, min(workers, -(-int(chunk) // batch.sizes.block)))
+        results = _Results(batch, keep)
+        if mesh is None:
+            _on_threads(batch, reml, results, workers)
+        else:
+            _on_mesh(batch, reml, results, mesh)
+        return results.estimates()
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+# --- the batch, block by block -------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """Replicates of one call, cut into blocks of N. What all share is prepared once."""
+
+    def __init__(self, stats: CrossProducts, start: np.ndarray | None, platform: str):
+        self.stats, self.start, self.platform = stats, start, platform
+        self.B = len(stats.yy)
+        self.stacked = np.ndim(stats.XX) == 3
+        self.axes = _batch_axes(stats)
+        if self.stacked:
+            n_classes = stats.factors[stats.layout.chain[0]].ZZ.shape[-1]
+        else:
+            single = _index(stats, self.axes, 0)
+            self.shared = jax.tree.map(np.asarray, _jitted_moments(replace(single, classes=None)))
+            n_classes = self.shared.A.shape[2]
+            if stats.classes is not None:
+                self.shared = _by_class(self.shared, np.asarray(stats.classes.of_level), stats.classes.yy.shape[2])
+                n_classes = stats.classes.yy.shape[2]
+        self.sizes: Sizes = sizes_for(n_classes, platform)
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.B // self.sizes.block)
+
+    def count(self, block: int) -> int:
+        return max(0, min(self.sizes.block, self.B - block * self.sizes.block))
+
+    def part(self, block: int) -> CrossProducts:
+        """The block's replicates, padded by repeating one to N."""
+        N = self.sizes.block
+        index = np.minimum(np.arange(block * N, (block + 1) * N), self.B - 1)
+        return _index(self.stats, self.axes, slice(index[0], index[0] + N) if index[-1] - index[0] == N - 1 else index)
+
+    def inputs(self, block: int) -> tuple[Moments, Bases, np.ndarray | None]:
+        """Arguments of :func:`~mixjax.estimation.lanes.fit_block`, lanes last."""
+        part = self.part(block)
+        if self.stacked:
+            moments = _jitted_stacked_moments(part)
+            bases = Bases(_last(part.X_basis.R_inv), _last(part.beta0), jax.tree.map(_last, part.Z_bases))
+        else:
+            moments = self._with_responses(part)
+            bases = Bases(
+                np.asarray(part.X_basis.R_inv)[..., None],
+                _last(part.beta0),
+                tuple(Basis(*(np.asarray(a)[..., None] for a in basis)) for basis in part.Z_bases),
+            )
+        if self.start is None:
+            return moments, bases, None
+        N = self.sizes.block
+        index = np.minimum(np.arange(block * N, (block + 1) * N), self.B - 1)
+        return moments, bases, _last(self.start[index])
+
+    def _with_responses(self, part: CrossProducts) -> Moments:
+        shared, layout = self.shared, self.shared.layout
+        dense = [_last(part.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
+        if part.classes is not None:
+            sums: Any = ClassSums(_last(part.classes.Uy), _last(part.classes.yy))
+        else:
+            sums = LevelSums(shared.sums.U, _last(part.factors[layout.chain[0]].Zy))
+        return replace(shared, sums=sums, Uy=np.concatenate([*dense, _last(part.Xy)]), yy=np.asarray(part.yy))
+
+
+def _last(a: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(a), 0, -1))
+
+
+def _batch_axes(stats: CrossProducts) -> CrossProducts:
+    """0 for leaves with a leading axis of replicates, None for shared ones, in the shape of ``stats``."""
+    if np.ndim(stats.XX) == 3:
+        return jax.tree.map(lambda _: 0, stats)
+    none = jax.tree.map(lambda _: -1, stats)
+    return replace(
+        none,
+        factors=tuple(f._replace(Zy=0) for f in none.factors),
+        Xy=0,
+        yy=0,
+        beta0=0,
+        classes=None if stats.classes is None else ClassProducts(-1, 0, 0),
+    )
+
+
+def _index(stats: CrossProducts, axes: CrossProducts, at: Any) -> CrossProducts:
+    return jax.tree.map(lambda a, axis: np.asarray(a)[at] if axis == 0 else a, stats, axes)
+
+
+@jax.jit
+def _jitted_moments(stats: CrossProducts) -> Moments:
+    return moments_of(stats)
+
+
+@jax.jit
+def _jitted_stacked_moments(stats: CrossProducts) -> Moments:
+    moments = jax.vmap(moments_of, out_axes=-1)(stats)
+    return jax.tree.map(lambda a: a[..., 0, :], moments)
+
+
+def _by_class(moments: Moments, of_level: np.ndarray, n_classes: int) -> Moments:
+    """Levels of one class summed; y's part is left to be filled in."""
+    m = len(of_level)
+    count = np.bincount(of_level, minlength=n_classes).astype(moments.A.dtype)
+    representative = np.zeros(n_classes, int)
+    representative[of_level[::-1]] = np.arange(m)[::-1]
+    order = np.argsort(of_level, kind="stable")
+    edges = np.concatenate([[0], np.cumsum(np.bincount(of_level, minlength=n_classes))[:-1]]).astype(int)
+    pair_UU = np.add.reduceat(moments.pair_UU[:, order], edges, axis=1)
+    return replace(moments, A=moments.A[:, :, representative], count=count[:, None], pair_UU=pair_UU)
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+class _Results:
+    """Arrays of all B replicates, filled block by block."""
+
+    def __init__(self, batch: _Batch, keep: Sequence[str]):
+        self.batch, self.keep = batch, keep
+        self.arrays: dict[str, Any] = {}
+
+    def put(self, block: int, fits: Fits) -> None:
+        """Store the block's replicates; ``fits`` has them in the last axis."""
+        N, count = self.batch.sizes.block, self.batch.count(block)
+        at = slice(block * N, block * N + count)
+        fits = Fits(*(np.moveaxis(np.asarray(a), -1, 0) for a in fits))
+        values: dict[str, Any] = {name: getattr(fits, name) for name in Fits._fields if name in self.keep}
+        if "converged" in self.keep:
+            values["converged"] = np.isin(fits.result, [code for code in Result if code.is_solution])
+        if "Sigma" in self.keep:
+            values["Sigma"] = _Sigma(fits.theta, fits.sigma, self.batch.stats.layout.qs)
+        if "b" in self.keep:
+            values["b"] = _modes(self.batch, block, fits.x)
+        for name, value in values.items():
+            if name not in self.arrays:
+                self.arrays[name] = jax.tree.map(lambda a: np.empty((self.batch.B, *a.shape[1:]), a.dtype), value)
+            for whole, part in zip(jax.tree.leaves(self.arrays[name]), jax.tree.leaves(value), strict=True):
+                whole[at] = part[:count]
+
+    def estimates(self) -> Estimates:
+        return Estimates(**{name: self.arrays.get(name) for name in Estimates._fields})
+
+
+def _Sigma(theta: np.ndarray, sigma: np.ndarray, qs: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    parts = []
+    for part, q in zip(np.split(theta, np.cumsum([cov.n_theta(q) for q in qs])[:-1], axis=1), qs, strict=True):
+        Lambda = np.zeros((len(theta), q, q), theta.dtype)
+        Lambda[(slice(None), *cov.triangle(q))] = part
+        parts.append(sigma[:, None, None] ** 2 * (Lambda @ np.swapaxes(Lambda, 1, 2)))
+    return tuple(parts)
+
+
+def _modes(batch: _Batch, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    part, axes = batch.part(block), batch.axes
+    part, axes = replace(part, classes=None), replace(axes, classes=None)
+    return tuple(np.asarray(b) for b in _jitted_modes(tuple(jax.tree.leaves(axes)))(part, x))
+
+
+@cache
+def _jitted_modes(axes: tuple[int, ...]) -> Callable:
+    def one(stats, x):
+        modes = conditional_modes(cov.lambdas_of_theta(x, stats.layout.qs), stats)
+        return tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True))
+
+    def many(stats, x):
+        tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
+        return jax.vmap(one, in_axes=(tree, 0))(stats, x)
+
+    return jax.jit(many)
+
+
+# --- where the blocks run ------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _fit_block(moments, bases, count, reml, start, sizes):
+    return fit_block(moments, bases, count, reml, start, sizes)
+
+
+def _on_threads(batch: _Batch, reml: bool, results: _Results, workers: int) -> None:
+    """Blocks by a pool of threads: XLA lets go of Python's lock, and one program runs on one core at a time."""
+    x64 = jax.config.read("jax_enable_x64")
+
+    def work(block: int) -> None:
+        with jax.enable_x64(x64):  # the scope is each thread's own
+            moments, bases, start = batch.inputs(block)
+            fits = _fit_block(moments, bases, np.int32(batch.count(block)), np.bool_(reml), start, batch.sizes)
+            results.put(block, jax.device_get(fits))
+
+    work(0)  # compiles, and makes room for the results
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, range(1, batch.n_blocks)))
+
+
+def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
+    """As many blocks at a time as the mesh has devices, one on each."""
+    D, N = mesh.size, batch.sizes.block
+    over = PartitionSpec(mesh.axis_names)
+    template = batch.inputs(0)
+    spec = jax.tree.map(lambda a: over if a.shape[-1] == N else PartitionSpec(), template)
+
+    def body(inputs, count, reml):
+        inputs = jax.tree.map(lambda a, where: a[0] if where == over else a, inputs, spec)
+        fits = fit_block(*inputs[:2], count[0], reml, inputs[2], batch.sizes)
+        return jax.tree.map(lambda a: a[None], fits)
+
+    run = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(spec, over, PartitionSpec()), out_specs=over, check_vma=False)
+    )
+
+    def spread(where, *parts):
+        host = np.stack([np.asarray(part) for part in parts]) if where == over else np.asarray(parts[0])
+        return jax.make_array_from_callback(host.shape, NamedSharding(mesh, where), lambda index: host[index])
+
+    for first in range(0, batch.n_blocks, D):
+        blocks = [min(first + i, batch.n_blocks - 1) for i in range(D)]
+        counts = np.array([batch.count(first + i) for i in range(D)], np.int32)
+        inputs = jax.tree.map(spread, spec, *(batch.inputs(block) for block in blocks))
+        fits = run(inputs, spread(over, *counts), spread(PartitionSpec(), np.bool_(reml)))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            fits = multihost_utils.process_allgather(fits, tiled=True)
+        fits = jax.device_get(fits)
+        for i in range(D):
+            if first + i < batch.n_blocks:
+                results.put(first + i, jax.tree.map(lambda a, i=i: a[i], fits))
+
+
+# --- structures without a closed form ------------------------------------------------------------------------------
+
+
+def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
+    """``jax.vmap`` of the single fit, a few replicates at a time."""
+    axes = replace(_batch_axes(stats), classes=None)
+    stats = replace(stats, classes=None)
+    run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
+    B = len(stats.yy)
+    parts = []
+    for first in range(0, B, VMAP_BLOCK):
+        index = np.minimum(np.arange(first, first + VMAP_BLOCK), B - 1)
+        est = run(_index(stats, axes, index), reml, None if start is None else start[index])
+        parts.append(est._replace(**{name: None for name in Estimates._fields if name not in keep}))
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts)
+
+
+@cache
+def _jitted_estimates(axes: tuple[int, ...]) -> Callable:
+    def many(stats, reml, start):
+        tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
+        return jax.vmap(estimate, in_axes=(tree, None, None if start is None else 0))(stats, reml, start)
+
+    return jax.jit(many)

@@ -1,0 +1,220 @@
+"""What the closed-form derivatives need to know of the data: second moments of the first factor's products.
+
+The first factor of the elimination has products ``A_i = Z_i'Z_i`` and ``B_i = Z_i'[U y]`` per level i, where U holds
+the effects of all other factors and the basis of X. The likelihood depends on them only through sums over levels of
+``B_i' W(A_i) B_i``, where the matrix W depends on the level through A_i alone. Levels of equal A_i form a class, and of
+a class only ``sum_i B_i (x) B_i`` matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixjax.design import AnyArray
+from mixjax.likelihood.elimination import arrange
+from mixjax.likelihood.statistics import CrossProducts, Layout
+
+
+class ClassSums(NamedTuple):
+    """Sums over the levels of C classes, per pair (a, b) of effects: ``S_ab + S_ba``, or ``S_aa`` on the diagonal.
+
+    Attributes:
+        Uy: ``(pairs, C, u, L)`` of ``U_i (x) z_i``. yy: ``(pairs, C, L)`` of ``z_i (x) z_i``.
+    """
+
+    Uy: AnyArray
+    yy: AnyArray
+
+
+class LevelSums(NamedTuple):
+    """Where every level is a class of its own the products themselves are shorter than their moments.
+
+    Attributes:
+        U: ``(q, u, C, L)``. z: ``(q, C, L)``, ``Z_i'y``.
+    """
+
+    U: AnyArray
+    z: AnyArray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Products of B fits, lanes last. An axis L has length B, or 1 for what all lanes share. A JAX pytree.
+
+    Attributes:
+        A: ``(q, q, C, L)`` of the C classes. count: ``(C, L)`` how many levels each has.
+        pair_UU: ``(pairs, C, t, L)`` moments among the u columns of U, by pair of effects and pair of columns.
+        sums: moments with y.
+        UU, Uy, yy: ``(u, u, L), (u, L), (L,)`` products of U's columns and of y.
+        n, sum_log_weights, X_logdet: ``(L,)``.
+        dense: ``(factor, q, m)`` of the factors whose effects stand first in U.
+        layout: the structure.
+    """
+
+    A: AnyArray
+    count: AnyArray
+    pair_UU: AnyArray
+    sums: ClassSums | LevelSums
+    UU: AnyArray
+    Uy: AnyArray
+    yy: AnyArray
+    n: AnyArray
+    sum_log_weights: AnyArray
+    X_logdet: AnyArray
+    dense: tuple[tuple[int, int, int], ...]
+    layout: Layout
+
+    @property
+    def widths(self) -> list[int]:
+        """Number of effects of every factor."""
+        n_factors = 1 + max(place.factor for place in self.layout.terms)
+        return [sum(place.q for place in self.layout.terms if place.factor == f) for f in range(n_factors)]
+
+    def without_response(self) -> Moments:
+        """The same with y = 0, so that lanes of one design are one lane."""
+
+        def zero(a):
+            return jnp.zeros((*a.shape[:-1], self.UU.shape[-1]), a.dtype)
+
+        part = {name: getattr(self.sums, name) for name in self.sums._fields if name != "U"}
+        sums = self.sums._replace(**{name: zero(a) for name, a in part.items()})
+        return replace(self, sums=sums, Uy=zero(self.Uy), yy=zero(self.yy))
+
+    def contract(self, weights: list) -> tuple:
+        """``sum_i [U_i z_i]' W(A_i) [U_i z_i]`` for j symmetric matrices W at once.
+
+        Args:
+            weights: per pair a <= b of effects ``(C, j, B)``, the entry of every W.
+
+        Returns:
+            ``(u, u, j, B), (u, j, B), (j, B)``.
+        """
+        if self.pair_UU.shape[-1] == 1:
+            upper = jnp.tensordot(self.pair_UU[..., 0], jnp.stack(weights), ((0, 1), (0, 1)))
+        else:
+            upper = sum((S[:, :, None] * w[:, None]).sum(0) for S, w in zip(self.pair_UU, weights, strict=True))
+        UU = upper[_position(self.Uy.shape[0])]
+        if isinstance(self.sums, ClassSums):
+            pairs = list(zip(weights, self.sums.Uy, self.sums.yy, strict=True))
+            Uy = sum((S[:, :, None] * w[:, None]).sum(0) for w, S, _ in pairs)
+            return UU, Uy, sum((S[:, None] * w).sum(0) for w, _, S in pairs)
+        U, z = self.sums
+        q = len(z)
+        at = {pair: v for v, pair in enumerate(pairs_of(q))}
+        Wz = [sum(weights[at[min(a, b), max(a, b)]] * z[b][:, None] for b in range(q)) for a in range(q)]
+        if U.shape[-1] == 1:
+            Uy = jnp.tensordot(jnp.swapaxes(U[..., 0], 1, 2), jnp.stack(Wz), ((0, 1), (0, 1)))
+        else:
+            Uy = sum((U[a][:, :, None] * Wz[a][None]).sum(1) for a in range(q))
+        return UU, Uy, sum((z[a][:, None] * Wz[a]).sum(0) for a in range(q))
+
+    def pull_back(self, UU, Uy, yy) -> list:
+        """``Q_i = [U_i z_i] Psi [U_i z_i]'`` summed over the levels of every class, for a symmetric Psi.
+
+        Args:
+            UU, Uy, yy: ``(u, u, B), (u, B), (B,)``, the parts of Psi.
+
+        Returns:
+            Per pair a <= b of effects ``(C, B)``: ``Q_aa``, or ``Q_ab + Q_ba``.
+        """
+        rows, columns = np.triu_indices(Uy.shape[0])
+        twice = jnp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
+        upper = UU[rows.astype(np.int32), columns.astype(np.int32)] * twice[:, None]
+        if self.pair_UU.shape[-1] == 1:
+            Q = list(jnp.tensordot(self.pair_UU[..., 0], upper, 1))
+        else:
+            Q = [(S * upper).sum(1) for S in self.pair_UU]
+        if isinstance(self.sums, ClassSums):
+            pairs = zip(Q, self.sums.Uy, self.sums.yy, strict=True)
+            return [x + 2.0 * (S * Uy).sum(1) + yy * s for x, S, s in pairs]
+        U, z = self.sums
+        shared = U.shape[-1] == 1
+        w = jnp.tensordot(jnp.swapaxes(U[..., 0], 1, 2), Uy, 1) if shared else (U * Uy[:, None]).sum(1)
+        w = w + (0.5 * yy) * z
+        return [
+            x + (2.0 * w[a] * z[a] if a == b else 2.0 * (w[a] * z[b] + w[b] * z[a]))
+            for x, (a, b) in zip(Q, pairs_of(len(z)), strict=True)
+        ]
+
+
+jax.tree_util.register_dataclass(
+    Moments,
+    data_fields=[
+        "A", "count", "pair_UU", "sums", "UU", "Uy", "yy", "n", "sum_log_weights", "X_logdet",
+    ],
+    meta_fields=["dense", "layout"],
+)  # fmt: skip
+
+
+# Limits of the closed form, which is written out entry by entry for the first factor's effects, keeps the products of
+# every pair of columns of U per level, and treats all other effects as one small dense block.
+MOST_EFFECTS, MOST_DENSE, MOST_PRODUCTS = 3, 64, 2**24
+
+
+def has_closed_form(stats: CrossProducts) -> bool:
+    """Whether :class:`Moments` are worth building: few effects per level of the first factor, few other effects."""
+    first, *rest = stats.layout.chain + stats.layout.dense
+    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
+    d = sum(q * m for q, m in (sizes[f] for f in rest))
+    q, m = sizes[first]
+    u = d + stats.XX.shape[-1]
+    return q <= MOST_EFFECTS and d <= MOST_DENSE and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
+
+
+def moments_of(stats: CrossProducts) -> Moments:
+    """Moments of one fit, with a last axis of 1; every level a class. Factors nested in the first's parents are dense.
+
+    Inside ``vmap`` over fits with ``out_axes=-1`` drop that axis.
+    """
+    layout = stats.layout
+    first, rest = layout.chain[:1], layout.chain[1:] + layout.dense
+    layout = Layout(layout.terms, first, rest, layout.pairs)
+    blocks = arrange(replace(stats, layout=layout))
+    A, B = blocks.A[first[0]], blocks.B[first[0]]
+    U, z = B[:, :-1], B[:, -1]
+    moments = Moments(
+        A=A,
+        count=jnp.ones(A.shape[2], A.dtype),
+        pair_UU=pair_moments(U),
+        sums=LevelSums(U, z),
+        UU=blocks.G[:-1, :-1],
+        Uy=blocks.G[:-1, -1],
+        yy=blocks.G[-1, -1],
+        n=jnp.asarray(stats.n),
+        sum_log_weights=jnp.asarray(stats.sum_log_weights),
+        X_logdet=jnp.asarray(stats.X_basis.logdet),
+        dense=blocks.dense,
+        layout=layout,
+    )
+    return jax.tree.map(lambda x: x[..., None], moments)
+
+
+def pair_moments(U):
+    """``S_ab + S_ba`` of ``S_ab = U_a (x) U_b``, upper entries only: ``(q, u, m) -> (pairs, m, t)``."""
+    rows, columns = (i.astype(np.int32) for i in np.triu_indices(U.shape[1]))
+
+    def moment(a, b):
+        one = U[a][rows] * U[b][columns]
+        return (one if a == b else one + U[b][rows] * U[a][columns]).T
+
+    return jnp.stack([moment(a, b) for a, b in pairs_of(U.shape[0])])
+
+
+@cache
+def pairs_of(q: int) -> tuple[tuple[int, int], ...]:
+    """Pairs a <= b of q effects, row by row."""
+    return tuple((a, b) for a in range(q) for b in range(a, q))
+
+
+@cache
+def _position(u: int) -> np.ndarray:
+    """Where entry (r, s) of a symmetric matrix stands among its upper entries, row by row."""
+    position = np.zeros((u, u), np.int32)
+    position[np.triu_indices(u)] = np.arange(u * (u + 1) // 2)
+    return np.maximum(position, position.T)
