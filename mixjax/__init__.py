@@ -16,6 +16,7 @@ _HOMES = {
     # formula and data frame
     "lmm": "mixjax.lmm",
     "LMMFit": "mixjax.lmm",
+    "BatchFit": "mixjax.batch",
     "datasets": "mixjax.datasets",
     "enable_compilation_cache": "mixjax.cache",
     # functional core: arrays in, arrays out
@@ -46,6 +47,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from mixjax import datasets as datasets
+    from mixjax.batch import BatchFit as BatchFit
     from mixjax.cache import enable_compilation_cache as enable_compilation_cache
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels

@@ -305,10 +305,8 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
                 columns[i], columns[j] = c * a - t * c * b, t * c * a + c * b
         return tuple(columns)
 
-    columns = tuple(F[:, j] for j in range(q))
-    if q > 1:
-        columns = sweep(0, columns) if q == 2 else jax.lax.fori_loop(0, 6, sweep, columns)
-    columns = list(columns)
+    start = tuple(F[:, j] for j in range(q))
+    columns = list(start if q == 1 else sweep(0, start) if q == 2 else jax.lax.fori_loop(0, 6, sweep, start))
     values = [jnp.sqrt((column * column).sum(0)) for column in columns]
     for end in range(q - 1, 0, -1):
         for j in range(end):

@@ -12,17 +12,21 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from mixjax.batch import BatchFit
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals, fixed_part, marginal_residuals
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design
 from mixjax.formula.build import build_design
 from mixjax.formula.build import check_identifiable as refuse_unidentified
+from mixjax.formula.errors import DataError
 from mixjax.formula.table import row_values
 from mixjax.inference import variance
 from mixjax.likelihood.criterion import in_bases
+from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, term_names, tidy
 
@@ -388,6 +392,26 @@ class LMMFit:
         reml = self.reml if reml is None else reml
         check_options(reml, self._method)
         return LMMFit(fit_design(design, self.labels, reml, None, self._method), self._method)
+
+    def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None) -> BatchFit:
+        """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
+
+        Args:
+            Y: ``(B, nobs)``, one response per row, in the order of the used rows. Missing values make that one fit fail
+                and no other.
+            reml: None for the same criterion.
+            chunk: how many replicates are worked on at the same time, about; None for all cores.
+
+        Returns:
+            :class:`~mixjax.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
+        """
+        Y = np.asarray(Y, dtype=np.float64)
+        if Y.ndim != 2 or Y.shape[1] != self.nobs:
+            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}), one per row")
+        reml = self.reml if reml is None else reml
+        check_options(reml, None)
+        est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=(*KEEP, "Sigma", "vcov"))
+        return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self._fitted), self.labels.terms, strict=True)))
 
 
 @partial(jax.jit)

@@ -14,6 +14,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.compiling import jit
 from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
@@ -25,7 +26,7 @@ from mixjax.likelihood.curvature import value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.optimise.newton import Solution, by_differentiation, judge
+from mixjax.optimise.newton import Evaluate, Solution, by_differentiation, judge
 from mixjax.optimise.results import Result
 
 
@@ -79,8 +80,9 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
 
     Derivatives of any order with respect to the products, and so to y, X, Z, weights and offset, in forward and
     reverse mode, follow from the implicit function theorem (:mod:`mixjax.estimation.implicit`). At a singular fit the
-    entries of theta that are zero have derivative zero and everything else moves; that is right unless the fit sits
-    exactly on the edge between a singular and a regular one.
+    entries of theta that are zero have derivative zero and everything else moves. On the very edge between a singular
+    and a regular fit, and where a zero column of Lambda stands in front of one that is not zero, there are no
+    derivatives: ``result`` is ``NONDIFFERENTIABLE`` and they are NaN.
 
     Example:
         >>> import jax, mixjax as mj, numpy as np
@@ -96,20 +98,23 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     return _estimate(stats, start, reml)
 
 
-@jax.jit
+@jit
 def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimates:
     stats = jax.tree.map(jnp.asarray, stats)
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))
     if has_closed_form(data):
         moments = moments_of(data)
-        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
+        evaluate: Evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
         x0 = minque_start(moments)[:, 0] if start is None else start_in_bases(data, start)
     else:
         evaluate = by_differentiation(_objective_at(data, reml))
         x0 = start_in_bases(data, start)
     solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.qs))
-    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, (stats, reml))
+    own, _ = own_factors(solution.x, data)
+    solution = solution._replace(result=result_code(solution, jnp.stack([leading_zero(L) for L in own]).any()))
+    exists = solution.result != int(Result.NONDIFFERENTIABLE)
+    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml))
     return assemble(solution._replace(x=x), stats, reml)
 
 
@@ -163,7 +168,7 @@ def _log_cholesky_objective(qs: tuple[int, ...]):
     return objective
 
 
-@jax.jit
+@jit
 def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
     evaluate = by_differentiation(_objective_at(stats, reml))
@@ -191,13 +196,7 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
     qs = stats.layout.qs
     lambdas = cov.lambdas_of_theta(solution.x, qs)
     profiled = profile(lambdas, arrange(stats), stats, reml)
-    # Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
-    deficient = [(jnp.abs(linalg.lower_factor(L, RANK_RTOL)).max(0) == 0).any() for L in lambdas]
-    own = [
-        linalg.lower_factor(L, jnp.where(less, RANK_RTOL, 0.0))
-        for L, less in zip(out_of_bases(lambdas, stats), deficient, strict=True)
-    ]
-    result = result_code(solution, jnp.stack([leading_zero(L) for L in own]).any())
+    own, deficient = own_factors(solution.x, stats)
     R_inv = stats.X_basis.R_inv
     modes = conditional_modes(lambdas, stats)
     return Estimates(
@@ -208,12 +207,26 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
         vcov=profiled.sigma**2 * (R_inv @ profiled.XX_inverse @ R_inv.T),
         b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
         criterion=profiled.criterion,
-        converged=(result == int(Result.CONVERGED)) | (result == int(Result.NONDIFFERENTIABLE)),
-        singular=jnp.stack(deficient).any(),
+        converged=(solution.result == int(Result.CONVERGED)) | (solution.result == int(Result.NONDIFFERENTIABLE)),
+        singular=deficient,
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
-        result=result,
+        result=solution.result,
     )
+
+
+def own_factors(x: Array, stats: CrossProducts) -> tuple[list[Array], Array]:
+    """Lower-triangular Lambda of every term's own columns, and whether one has less than full rank.
+
+    Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
+    """
+    lambdas = cov.lambdas_of_theta(x, stats.layout.qs)
+    deficient = [(jnp.abs(linalg.lower_factor(L, RANK_RTOL)).max(0) == 0).any() for L in lambdas]
+    own = [
+        linalg.lower_factor(L, jnp.where(less, RANK_RTOL, 0.0))
+        for L, less in zip(out_of_bases(lambdas, stats), deficient, strict=True)
+    ]
+    return own, jnp.stack(deficient).any()
 
 
 def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:

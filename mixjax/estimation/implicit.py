@@ -18,13 +18,14 @@ from jax import Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def as_minimum(fun: Callable[[Array, Any], Array], x: Array, free: Array, data: Any) -> Array:
+def as_minimum(fun: Callable[[Array, Any], Array], x: Array, free: Array, exists: Array, data: Any) -> Array:
     """``x``, known to minimise ``fun(., data)`` over its free coordinates, with the derivatives that this implies.
 
     Args:
         fun: ``(x (k,), data) -> ()``, twice differentiable.
         x: ``(k,)`` the minimum, found by any means; its own derivatives are not looked at.
         free: ``(k,)`` bools; the others are fixed and have derivative zero.
+        exists: ``()`` False where there is no derivative; it is NaN then.
         data: pytree.
     """
     return x
@@ -32,9 +33,10 @@ def as_minimum(fun: Callable[[Array, Any], Array], x: Array, free: Array, data: 
 
 @as_minimum.defjvp
 def _as_minimum_jvp(fun, primals, tangents):
-    x, free, data = primals
-    x = as_minimum(fun, x, free, data)
-    _, dg = jax.jvp(lambda d: jax.grad(fun)(x, d), (data,), (tangents[2],))
+    x, free, exists, data = primals
+    x = as_minimum(fun, x, free, exists, data)
+    _, dg = jax.jvp(lambda d: jax.grad(fun)(x, d), (data,), (tangents[3],))
     H = jax.hessian(fun)(x, data)
     H = jnp.where(free[:, None] & free[None], H, jnp.eye(x.shape[0], dtype=x.dtype))
-    return x, -jnp.linalg.solve(H, jnp.where(free, dg, 0.0))
+    dx = -jnp.linalg.solve(H, jnp.where(free, dg, 0.0))
+    return x, jnp.where(exists, dx, jnp.nan)

@@ -19,6 +19,7 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
+from mixjax.design import AnyArray
 from mixjax.estimation import search
 from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, result_code
 from mixjax.estimation.start import minque_start
@@ -42,24 +43,24 @@ class Sizes(NamedTuple):
 class Bases(NamedTuple):
     """What leads back to the user's columns, lanes last or 1: X's ``R_inv``, ``beta0``, each Z's basis."""
 
-    X_R_inv: Array
-    beta0: Array
+    X_R_inv: AnyArray
+    beta0: AnyArray
     Z: tuple[Basis, ...]
 
 
 class Fits(NamedTuple):
     """Results of N fits, last axis; see :class:`~mixjax.estimation.estimate.Estimates`. ``x`` are the coordinates."""
 
-    x: Array
-    theta: Array
-    beta: Array
-    sigma: Array
-    vcov: Array
-    criterion: Array
-    singular: Array
-    iterations: Array
-    grad_norm: Array
-    result: Array
+    x: AnyArray
+    theta: AnyArray
+    beta: AnyArray
+    sigma: AnyArray
+    vcov: AnyArray
+    criterion: AnyArray
+    singular: AnyArray
+    iterations: AnyArray
+    grad_norm: AnyArray
+    result: AnyArray
 
 
 def sizes_for(n_classes: int, platform: str) -> Sizes:
@@ -175,7 +176,9 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
         own, solution, own_bases = (_slice(tree, tile * L, L, N) for tree in (moments, best, bases))
         return _put(fits, finish(solution, own, own_bases, reml), tile * L)
 
-    shapes = jax.eval_shape(lambda: finish(*(_slice(tree, 0, L, N) for tree in (best, moments, bases)), reml))
+    shapes = jax.eval_shape(
+        lambda: finish(_slice(best, 0, L, N), _slice(moments, 0, L, N), _slice(bases, 0, L, N), reml)
+    )
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, tiles, finish_tile, empty)
 

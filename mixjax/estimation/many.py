@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
+from mixjax.compiling import LANES, jit
 from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.estimate import Estimates, check_products, estimate, warn_of_float32
@@ -246,7 +247,7 @@ class _Results:
                 whole[at] = part[:count]
 
     def estimates(self) -> Estimates:
-        return Estimates(**{name: self.arrays.get(name) for name in Estimates._fields})
+        return Estimates._make(self.arrays.get(name) for name in Estimates._fields)
 
 
 def _Sigma(theta: np.ndarray, sigma: np.ndarray, qs: tuple[int, ...]) -> tuple[np.ndarray, ...]:
@@ -280,7 +281,7 @@ def _jitted_modes(axes: tuple[int, ...]) -> Callable:
 # --- where the blocks run ------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="sizes")
+@partial(jit, compiler_options=LANES, static_argnames="sizes")
 def _fit_block(moments, bases, count, reml, start, sizes):
     return fit_block(moments, bases, count, reml, start, sizes)
 
@@ -309,11 +310,13 @@ def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
 
     def body(inputs, count, reml):
         inputs = jax.tree.map(lambda a, where: a[0] if where == over else a, inputs, spec)
-        fits = fit_block(*inputs[:2], count[0], reml, inputs[2], batch.sizes)
+        moments, bases, start = inputs
+        fits = fit_block(moments, bases, count[0], reml, start, batch.sizes)
         return jax.tree.map(lambda a: a[None], fits)
 
-    run = jax.jit(
-        jax.shard_map(body, mesh=mesh, in_specs=(spec, over, PartitionSpec()), out_specs=over, check_vma=False)
+    run = jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(spec, over, PartitionSpec()), out_specs=over, check_vma=False),
+        compiler_options=LANES,
     )
 
     def spread(where, *parts):

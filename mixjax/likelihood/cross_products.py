@@ -151,7 +151,8 @@ def _of_many(design: Design, Y: Any) -> CrossProducts:
         y = np.zeros((n, size))  # blocks of one size: the last bits do not depend on how many responses there are
         rows = Y[at]
         y[:, : len(rows)] = rows.T
-        residual, coefficients = _least_squares_of_many(design, columns, y)
+        with np.errstate(invalid="ignore"):  # missing values spoil their own response only
+            residual, coefficients = _least_squares_of_many(design, columns, y)
         kept = slice(0, len(rows))
         beta0[:, at] = coefficients[:, kept]
         Xy[:, at] = (columns.Q.T @ residual)[:, kept]

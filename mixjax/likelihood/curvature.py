@@ -153,8 +153,8 @@ def _by_covariance(lambdas: dict, moments: Moments, reml: Array | bool, with_res
 
     # Psi = C + s c c' over (U, y), pulled back to the classes.
     Q = _pairs_to_matrix(moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s))
-    FQF, count = _sandwich(first.F, Q), moments.count
-    FQF, N = (jnp.stack([entries[pair] for pair in first.N]) for entries in (FQF, first.N))
+    sandwich, count = _sandwich(first.F, Q), moments.count
+    FQF, N = (jnp.stack([entries[pair] for pair in first.N]) for entries in (sandwich, first.N))
     N_and_Y = (N[:, None] * (2.0 * FQF - count * N)).sum(2)
     at, twice, products = _first_directions(tuple(own), tuple(first.N))
     moved = _sum(N_and_Y[row, column] * jnp.asarray(weight, N.dtype)[..., None] for row, column, weight in products)
@@ -201,7 +201,7 @@ def _eliminate_first(Lambda: list[list[Array | None]], moments: Moments) -> _Fir
     A = {(a, b): moments.A[a, b] for a, b in _square(len(Lambda))}
     q = len(Lambda)
     if q == 1:
-        D = Lambda[0][0] ** 2
+        D = _dot([(Lambda[0][0], Lambda[0][0])])
         pivot = 1.0 + D * A[0, 0]
         inverse = 1.0 / pivot
         return _First({(0, 0): D * inverse}, {(0, 0): inverse}, {(0, 0): A[0, 0] * inverse}, jnp.log(pivot))
@@ -220,9 +220,9 @@ def _eliminate_first(Lambda: list[list[Array | None]], moments: Moments) -> _Fir
 def _inverse_of_entries(M: Entries, q: int) -> tuple[Entries, Array]:
     """Gauss-Jordan elimination of a symmetric positive definite matrix given by its upper entries."""
     M = {(a, b): M[_ordered(a, b)] for a, b in _square(q)}
-    product = None
+    product = M[0, 0]
     for k in range(q):
-        product = M[k, k] if product is None else product * M[k, k]
+        product = product * M[k, k] if k else product
         inverse = 1.0 / M[k, k]
         new = {(k, k): inverse}
         for a, b in _square(q):
@@ -287,7 +287,7 @@ def _first_directions(own: tuple, pairs: tuple) -> tuple[np.ndarray, np.ndarray,
 # --- all other factors, fixed effects, residual --------------------------------------------------------------------
 
 
-def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, reml: Array) -> _Rest:
+def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, reml: Array | bool) -> _Rest:
     """Eliminate the dense effects and the fixed effects from what the first factor leaves."""
     UU, Uy, yy = moments.UU - contracted[0], moments.Uy - contracted[1], moments.yy - contracted[2]
     u = Uy.shape[0]

@@ -1,0 +1,298 @@
+"""Many fits at once: the same numbers as one by one, whatever the batch, its blocks, threads and devices."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from conftest import fit_of, table
+from designs import STRUCTURES, Structure, random_design
+from test_curvature import balanced
+
+import mixjax as mj
+from mixjax.estimation import many
+from mixjax.likelihood.statistics import pad
+from mixjax.optimise.results import Result
+
+ALL = (*many.KEEP, "Sigma", "vcov", "b")
+
+
+def responses(design, B, seed=0, scale=1.5):
+    """Simulated responses; every third without random effects, so that some fits are singular."""
+    rng = np.random.default_rng(seed)
+    noise = 1.0 if design.weights is None else 1 / np.sqrt(design.weights)
+    Y = design.X @ np.arange(1.0, design.X.shape[1] + 1) + noise * rng.normal(size=(B, len(design.y)))
+    for term in design.terms:
+        b = scale * rng.normal(size=(B, term.n_groups, term.Z.shape[1]))
+        b[::3] = 0.0
+        Y += np.einsum("nq,bnq->bn", term.Z, b[:, term.group])
+    return Y
+
+
+CASES = {
+    **{name: random_design(STRUCTURES[name], 0) for name in ("one factor, q=2, weights", "nested", "crossed")},
+    "two terms on a factor": random_design(STRUCTURES["two terms on a factor"], 1),
+    "no closed form": random_design(STRUCTURES["one factor, q=4"], 2, n=60),
+    "one class": balanced(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("x64")
+def test_equal_to_one_by_one(name):
+    design = CASES[name]
+    Y = responses(design, 6)
+    fits = mj.estimate_many(mj.cross_products(design, Y), keep=ALL)
+    assert fits.singular.any()
+    assert fits.converged.all()
+    for i, y in enumerate(Y):
+        one = mj.estimate(mj.cross_products(design, y))
+        # The criterion is flat to second order at the minimum; theta is settled to about 1e-9 standard errors.
+        np.testing.assert_allclose(fits.criterion[i], one.criterion, rtol=1e-12)
+        assert fits.singular[i] == one.singular
+        for field in ("theta", "beta", "sigma", "vcov"):
+            np.testing.assert_allclose(getattr(fits, field)[i], getattr(one, field), rtol=1e-6, atol=1e-7)
+        for ours, theirs in zip((*fits.Sigma, *fits.b), (*one.Sigma, *one.b), strict=True):
+            np.testing.assert_allclose(ours[i], theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_maximum_likelihood_and_starts():
+    design = CASES["one class"]
+    Y = responses(design, 20)
+    stats = mj.cross_products(design, Y)
+    fits = mj.estimate_many(stats, reml=False)
+    again = mj.estimate_many(stats, reml=False, start=[1.0, 0.0, 1.0])
+    np.testing.assert_allclose(fits.criterion, again.criterion, rtol=1e-11)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(fits.criterion[4], mj.estimate(mj.cross_products(design, Y[4]), False).criterion)
+    settled = mj.estimate_many(stats, reml=False, start=fits.theta)
+    np.testing.assert_allclose(settled.criterion, fits.criterion, rtol=1e-12)
+
+
+def sleepstudy_replicates(B, zero_slopes):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    rng = np.random.default_rng(11)
+    factor = np.linalg.cholesky(fit.Sigma["Subject"])
+    if zero_slopes:
+        factor[1] = 0.0
+    b = rng.normal(size=(B, 18, 2)) @ factor.T
+    (term,) = fit.design.terms
+    Y = np.asarray(fit.X) @ fit.fixef.to_numpy() + np.einsum("nq,bnq->bn", term.Z, b[:, term.group])
+    return fit.design, Y + fit.sigma * rng.normal(size=Y.shape)
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize("zero_slopes", [False, True])
+def test_a_thousand_replicates_each_at_the_best_of_all_starts(zero_slopes, reml):
+    """None is worse than the best of five starts by 1e-6, and none fails; singular is said by all that get there."""
+    design, Y = sleepstudy_replicates(1_000, zero_slopes)
+    stats = mj.cross_products(design, Y)
+    fits = mj.estimate_many(stats, reml)
+    starts = np.random.default_rng(0).normal(size=(3, 1_000, 3)) * [[[0.3]], [[1.0]], [[5.0]]]
+    others = [mj.estimate_many(stats, reml, start=start) for start in (np.array([1.0, 0.0, 1.0]), *starts)]
+    best = np.min([fits.criterion, *(other.criterion for other in others)], axis=0)
+    assert fits.converged.all()
+    assert (fits.criterion <= best + 1e-6).all()
+    for other in others:
+        level = np.abs(other.criterion - fits.criterion) < 1e-8
+        assert (other.singular == fits.singular)[level].all()
+    share = fits.singular.mean()
+    assert (0.4 < share < 0.75) if zero_slopes else (0.005 < share < 0.05)
+    # Singular means an exact zero: a column of Lambda, seen here as a determinant.
+    assert ((fits.theta[:, 0] * fits.theta[:, 2] == 0) == fits.singular).all()
+
+
+def test_missing_values_in_one_response_touch_no_other():
+    design, Y = sleepstudy_replicates(50, False)
+    clean = mj.estimate_many(mj.cross_products(design, Y))
+    Y[7, 3], Y[9] = np.nan, np.inf
+    fits = mj.estimate_many(mj.cross_products(design, Y))
+    assert fits.result[7] == fits.result[9] == Result.NOT_FINITE
+    rest = np.delete(np.arange(50), [7, 9])
+    for field in ("theta", "beta", "sigma", "criterion"):
+        np.testing.assert_array_equal(getattr(fits, field)[rest], getattr(clean, field)[rest])
+
+
+@cache
+def three_blocks():
+    design, Y = sleepstudy_replicates(9_000, True)
+    stats = mj.cross_products(design, Y)
+    return design, Y, mj.estimate_many(stats)
+
+
+def test_results_do_not_depend_on_chunks_or_on_how_many_there_are():
+    design, Y, fits = three_blocks()
+    stats = mj.cross_products(design, Y)
+    for other, B in (
+        (mj.estimate_many(stats, chunk=1), 9_000),
+        (mj.estimate_many(mj.cross_products(design, Y[:5_000])), 5_000),
+    ):
+        for field in many.KEEP:
+            np.testing.assert_array_equal(getattr(other, field), getattr(fits, field)[:B], err_msg=field)
+
+
+def test_one_shape_compiles_once():
+    design, Y, _ = three_blocks()
+    before = many._fit_block._cache_size()
+    mj.estimate_many(mj.cross_products(design, Y[:10] + 3.0), reml=False)
+    other = balanced(m=18, n=10)
+    mj.estimate_many(mj.cross_products(other, responses(other, 3)))
+    assert many._fit_block._cache_size() == before
+
+
+def test_a_batch_of_different_designs():
+    rng = np.random.default_rng(0)
+    structures = [
+        random_design(Structure(((2, m, "free"), (1, k, "free"))), seed, n=n)
+        for seed, (m, k, n) in enumerate([(9, 5, 40), (7, 4, 35), (12, 3, 60), (9, 5, 44)])
+    ]
+    # In the last one the second factor happens to hold the first.
+    group = structures[3].terms[0].group
+    nested = replace(structures[3].terms[1], group=rng.integers(0, 5, 9)[group])
+    designs = [*structures[:3], replace(structures[3], terms=(structures[3].terms[0], nested))]
+    designs = [replace(d, y=responses(d, 2, seed=i)[1]) for i, d in enumerate(designs)]
+    fits = mj.estimate_many(mj.stack([mj.cross_products(d) for d in designs]), keep=ALL)
+    assert fits.b[0].shape == (4, 12, 2)
+    with jax.enable_x64(True):
+        for i, design in enumerate(designs):
+            one = mj.estimate(pad(mj.cross_products(design)))
+            np.testing.assert_allclose(fits.criterion[i], one.criterion, rtol=1e-12)
+            np.testing.assert_allclose(fits.theta[i], one.theta, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(fits.beta[i], one.beta, rtol=1e-6)
+            m = design.terms[0].n_groups
+            np.testing.assert_allclose(fits.b[0][i, :m], one.b[0][:m], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(fits.b[0][i, m:], 0.0)
+
+
+def test_what_is_not_kept_is_none():
+    design = CASES["one class"]
+    fits = mj.estimate_many(mj.cross_products(design, responses(design, 3)), keep=("beta",))
+    assert fits.beta.shape == (3, 2)
+    assert all(value is None for name, value in fits._asdict().items() if name != "beta")
+
+
+def test_bad_input():
+    design = CASES["one class"]
+    stats = mj.cross_products(design, responses(design, 3))
+    with pytest.raises(ValueError, match=r"\['ranef'\]"):
+        mj.estimate_many(stats, keep=("ranef",))
+    with pytest.raises(ValueError, match="of one response"):
+        mj.estimate_many(mj.cross_products(design))
+    with pytest.raises(TypeError, match="cross_products"):
+        mj.estimate_many(design)
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(mj.estimate_many)(stats)
+    with pytest.raises(ValueError, match=r"y has shape \(3, 7\), but X has 72 rows"):
+        mj.cross_products(design, np.zeros((3, 7)))
+    with pytest.raises(ValueError, match="already a batch"):
+        mj.stack([stats])
+    with pytest.raises(ValueError, match="data set 1 has another structure"):
+        mj.stack([mj.cross_products(design), mj.cross_products(CASES["crossed"])])
+    with pytest.raises(ValueError, match="at least one"):
+        mj.stack([])
+
+
+def test_refit_many_names_and_counts():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    _, Y = sleepstudy_replicates(40, True)
+    Y[0] = np.asarray(table("sleepstudy")["Reaction"])
+    Y[5, 0] = np.nan
+    batch = fit.refit_many(Y)
+    frame = batch.to_frame()
+    assert len(batch) == len(frame) == 40
+    np.testing.assert_allclose(frame.loc[0, ["Intercept", "Days"]].to_numpy(float), fit.fixef, rtol=1e-10)
+    np.testing.assert_allclose(batch.se.loc[0], fit.se, rtol=1e-6)
+    columns = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma"]
+    expected = fit.varcorr.to_frame()["sdcor"].to_numpy()[[0, 2, 1, 3]]
+    np.testing.assert_allclose(frame.loc[0, columns].to_numpy(float), expected, rtol=1e-6)
+    assert batch.counts["fits"] == 40
+    assert batch.counts["failed"] == batch.counts["failed: NOT_FINITE"] == 1
+    assert batch.counts["converged"] == 39 == len(batch.ok)
+    assert batch.counts["singular"] == batch.singular.sum() > 5
+    assert "39 converged" in repr(batch)
+    with pytest.raises(mj.DataError, match=r"\(B, 180\)"):
+        fit.refit_many(Y[0])
+
+
+def test_responses_in_float32():
+    design = CASES["one class"]
+    Y = responses(design, 4)
+    single = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, mj.cross_products(design, Y))
+    with pytest.warns(UserWarning, match="float32"):
+        fits = mj.estimate_many(single)
+    assert fits.beta.dtype == np.float32
+    np.testing.assert_allclose(fits.criterion, mj.estimate_many(mj.cross_products(design, Y)).criterion, rtol=1e-4)
+
+
+def run(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return done.stdout
+
+
+SETUP = """
+    import jax, numpy as np, mixjax as mj
+    rng = np.random.default_rng(0)
+    X = np.column_stack([np.ones(60), np.tile(np.arange(6.0), 10)])
+    term = mj.RandomTerm(Z=X, group=np.repeat(np.arange(10), 6), n_groups=10)
+    design = mj.Design(y=np.zeros(60), X=X, terms=(term,))
+    Y = rng.normal(size=(30_000, 60)) + rng.normal(size=(30_000, 10)).repeat(6, 1)
+    stats = mj.cross_products(design, Y)
+"""
+
+
+def test_sharding_over_eight_devices():
+    """Each device runs the same program on its own blocks: nothing is reordered, so the numbers are the same."""
+    out = run(
+        SETUP
+        + """
+    assert len(jax.devices()) == 8
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    one, eight = mj.estimate_many(stats), mj.estimate_many(stats, mesh=mesh)
+    for name, a, b in zip(one._fields, one, eight):
+        if a is not None:
+            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
+    print("same", one.singular.mean())
+    """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    assert "same" in out
+
+
+def test_two_processes_over_loopback():
+    """Slow: two processes of two devices each give the numbers of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    join = f"""
+    import sys, jax
+    jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
+    """
+    compare = """
+    assert jax.process_count() == 2 and len(jax.devices()) == 4
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("replicates",))
+    fits, local = mj.estimate_many(stats, mesh=mesh), mj.estimate_many(stats)
+    for name, a, b in zip(fits._fields, fits, local):
+        if a is not None:
+            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
+    print("same")
+    """
+    code = join + SETUP + compare
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    processes = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        for i in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3_000:]
+        assert "same" in out
