@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fit_of
 from designs import STRUCTURES, random_design
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mixjax as mj
+from mixjax.likelihood.statistics import pad
 
 pytestmark = pytest.mark.usefixtures("x64")
 STEP = 1e-5
@@ -21,11 +25,11 @@ def outputs(y, X, Z, weights, design):
 
 
 @pytest.mark.parametrize("seed", [0, 4], ids=["regular", "singular"])
-@pytest.mark.parametrize("name", ["one factor, q=2, weights", "crossed"])
+@pytest.mark.parametrize("name", ["one factor, q=2, weights", "crossed", "nested"])
 def test_against_refits(name, seed):
     design = random_design(STRUCTURES[name], seed)
     if seed == 0:  # a clear covariance of full rank
-        rng = np.random.default_rng(1)
+        rng = np.random.default_rng(4 if name == "nested" else 1)
         y = design.y + sum(
             (t.Z * (1.5 * rng.normal(size=(t.n_groups, t.Z.shape[1])))[t.group]).sum(1) for t in design.terms
         )
@@ -80,3 +84,120 @@ def test_vmap_over_responses_equals_a_loop():
         one = mj.estimate(mj.cross_products(design, y))
         np.testing.assert_allclose(batch.theta[i], one.theta, rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(batch.criterion[i], one.criterion, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["singular_correlation_one", "singular_crossed_zero", "singular_rank_two", "pastes_nested"]
+)
+def test_reference_data_against_refits(name):
+    """theta, beta, sigma, Sigma and b move with y as refits say, at singular and nested fits."""
+    fit = fit_of(name, "REML")
+    assert fit.is_singular == name.startswith("singular")
+    design, y = fit.design, np.asarray(fit.design.y)
+    rng = np.random.default_rng(3)
+    direction = rng.normal(size=y.shape) * y.std()
+
+    def fun(stats):
+        est = mj.estimate(stats)
+        return {key: getattr(est, key) for key in ("theta", "beta", "sigma", "Sigma", "b")}
+
+    # The products are quadratic in y at most, so their own derivative by differences is exact.
+    stats = pad(mj.cross_products(design))
+    ahead, behind = (pad(mj.cross_products(design, y + s * direction)) for s in (1.0, -1.0))
+    tangent = jax.tree.map(lambda a, b, c: float0_or(c, 0.5 * (np.asarray(a) - np.asarray(b))), ahead, behind, stats)
+    value, moved = jax.jit(lambda s, t: jax.jvp(fun, (s,), (t,)))(jax.tree.map(jnp.asarray, stats), tangent)
+    shifted = [jax.jit(fun)(pad(mj.cross_products(design, y + s * STEP * direction))) for s in (1.0, -1.0)]
+    for key in value:
+        for t, u, v in zip(*map(jax.tree.leaves, (moved[key], *(s[key] for s in shifted))), strict=True):
+            numeric = (np.asarray(u) - np.asarray(v)) / (2 * STEP)
+            np.testing.assert_allclose(t, numeric, rtol=1e-5, atol=1e-5 * np.abs(numeric).max() + 1e-7, err_msg=key)
+
+
+def float0_or(leaf, tangent):
+    """Integers have no tangent."""
+    integer = np.issubdtype(np.asarray(leaf).dtype, np.integer)
+    return np.zeros(np.shape(leaf), jax.dtypes.float0) if integer else np.asarray(tangent, float)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_random_designs_against_refits(seed):
+    """One compiled program for many designs: derivatives along random directions of the cross-products themselves."""
+    stats = jax.tree.map(jnp.asarray, pad(mj.cross_products(random_design(STRUCTURES["one factor, q=1"], seed))))
+    if int(jitted_fit(stats)[1]) != 0 or float(jitted_fit(stats)[0]["theta"][0]) < 0.05:
+        return  # no derivative, or one of a huge curvature next to the edge
+    rng = np.random.default_rng(seed)
+    direction = replace(
+        jax.tree.map(lambda a: float0_or(a, np.zeros(a.shape)), stats),
+        factors=tuple(f._replace(ZZ=np.asarray(f.ZZ) * rng.normal(), ZX=0 * f.ZX, Zy=np.asarray(f.Zy) * rng.normal())
+                      for f in stats.factors),
+        Xy=np.asarray(rng.normal(size=stats.Xy.shape)),
+        yy=np.asarray(rng.normal()),
+    )  # fmt: skip
+    moved, pulled = jitted_derivatives(stats, direction)
+
+    def shift(s):
+        return jax.tree.map(
+            lambda a, d: a if np.asarray(d).dtype == jax.dtypes.float0 else a + s * 1e-5 * d, stats, direction
+        )
+
+    ahead, behind = jitted_fit(shift(1.0))[0], jitted_fit(shift(-1.0))[0]
+    for key in moved:
+        numeric = (np.asarray(ahead[key]) - np.asarray(behind[key])) / 2e-5
+        np.testing.assert_allclose(moved[key], numeric, rtol=1e-5, atol=1e-5 * np.abs(numeric).max() + 1e-7)
+    np.testing.assert_allclose(pulled, sum(np.asarray(m).sum() for m in jax.tree.leaves(moved)), rtol=1e-9, atol=1e-10)
+
+
+@jax.jit
+def jitted_fit(stats):
+    est = mj.estimate(stats)
+    return {"theta": est.theta, "beta": est.beta, "sigma": est.sigma}, est.result
+
+
+@jax.jit
+def jitted_derivatives(stats, direction):
+    """Forward along the direction, and backward from the sum of all outputs, along the same direction."""
+    fun = lambda s: jitted_fit(s)[0]  # noqa: E731
+    _, moved = jax.jvp(fun, (stats,), (direction,))
+    gradient = jax.grad(lambda s: sum(leaf.sum() for leaf in jax.tree.leaves(fun(s))), allow_int=True)(stats)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    return moved, sum((g * d).sum() for g, d in pairs if d.dtype != jax.dtypes.float0)
+
+
+def on_the_kink():
+    """One-way layout whose mean squares between and within are equal: the estimate 0 has derivative 0 on both sides."""
+    m, n = 6, 4
+    group = np.repeat(np.arange(m), n)
+    y = np.random.default_rng(0).normal(size=m * n)
+    means = np.bincount(group, y) / n
+    within, between = y - means[group], (means - y.mean())[group]
+    ratio = (between @ between / (m - 1)) / (within @ within / (m * (n - 1)))
+    term = mj.RandomTerm(Z=np.ones((m * n, 1)), group=group, n_groups=m)
+    return mj.Design(y=within + between / np.sqrt(ratio), X=np.ones((m * n, 1)), terms=(term,))
+
+
+def zero_leading_column():
+    """Slopes vary between groups, intercepts do not at all: the first column of Lambda is zero, the second is not."""
+    m, n = 8, 5
+    group, x = np.repeat(np.arange(m), n), np.tile(np.arange(n) - 2.0, m)
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=m * n)
+    noise -= (np.bincount(group, noise) / n)[group]
+    Z = np.column_stack([np.ones(m * n), x])
+    term = mj.RandomTerm(Z=Z, group=group, n_groups=m)
+    return mj.Design(y=noise + 2.0 * x * rng.normal(size=m)[group], X=Z, terms=(term,))
+
+
+@pytest.mark.parametrize("make", [on_the_kink, zero_leading_column])
+def test_where_derivatives_do_not_exist_they_are_nan_and_the_code_says_so(make):
+    design = make()
+    est, tangent = jax.jvp(
+        lambda y: mj.estimate(mj.cross_products(design, y)), (design.y,), (np.cos(np.arange(len(design.y))),)
+    )
+    assert int(est.result) == mj.Result.NONDIFFERENTIABLE
+    assert bool(est.converged)
+    assert bool(est.singular)
+    assert np.isnan(tangent.theta).all()
+    many = mj.estimate_many(mj.cross_products(design, design.y[None]))
+    assert many.result[0] == mj.Result.NONDIFFERENTIABLE
+    assert many.converged[0]

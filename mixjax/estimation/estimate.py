@@ -19,9 +19,9 @@ from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
-from mixjax.estimation.search import RANK_RTOL, leading_zero, result_code
+from mixjax.estimation.search import RANK_RTOL, leading_zero, own_factor, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
-from mixjax.likelihood.criterion import check_products, in_bases, out_of_bases, profile
+from mixjax.likelihood.criterion import check_products, in_bases, profile
 from mixjax.likelihood.curvature import value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.moments import has_closed_form, moments_of
@@ -115,7 +115,9 @@ def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimat
     solution = solution._replace(result=result_code(solution, jnp.stack([leading_zero(L) for L in own]).any()))
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
     x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml))
-    return assemble(solution._replace(x=x), stats, reml)
+    est = assemble(solution._replace(x=x), stats, reml)
+    # Where there are no derivatives, the zeros of theta, which are constants, have none either.
+    return est._replace(theta=est.theta + 0.0 * x.sum())
 
 
 def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:
@@ -216,17 +218,10 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
 
 
 def own_factors(x: Array, stats: CrossProducts) -> tuple[list[Array], Array]:
-    """Lower-triangular Lambda of every term's own columns, and whether one has less than full rank.
-
-    Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
-    """
+    """Lower-triangular Lambda of every term's own columns, and whether one has less than full rank."""
     lambdas = cov.lambdas_of_theta(x, stats.layout.qs)
-    deficient = [(jnp.abs(linalg.lower_factor(L, RANK_RTOL)).max(0) == 0).any() for L in lambdas]
-    own = [
-        linalg.lower_factor(L, jnp.where(less, RANK_RTOL, 0.0))
-        for L, less in zip(out_of_bases(lambdas, stats), deficient, strict=True)
-    ]
-    return own, jnp.stack(deficient).any()
+    pairs = [own_factor(basis.R_inv, Lambda) for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
+    return [factor for factor, _ in pairs], jnp.stack([deficient for _, deficient in pairs]).any()
 
 
 def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:

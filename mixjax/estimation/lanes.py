@@ -21,7 +21,7 @@ from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.design import AnyArray
 from mixjax.estimation import search
-from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, result_code
+from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, own_factor, result_code
 from mixjax.estimation.start import minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
@@ -188,15 +188,10 @@ def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> F
     qs = moments.layout.qs
     lambdas = cov.lambdas_of_theta(solution.x, qs)
     lanes = profile_lanes(solution.x, moments, reml)
-    own, deficient, turned = [], [], []
-    for Lambda, basis in zip(lambdas, bases.Z, strict=True):
-        # Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero.
-        zero = ~(linalg.lower_factor(Lambda, RANK_RTOL) != 0).any(0)
-        deficient.append(zero.any(0))
-        factor = linalg.lower_factor(linalg.matmul(basis.R_inv, Lambda), jnp.where(deficient[-1], RANK_RTOL, 0.0))
-        own.append(factor)
-        turned.append(leading_zero(factor))
-    result = result_code(solution, jnp.stack(turned).any(0))
+    pairs = [own_factor(basis.R_inv, Lambda) for basis, Lambda in zip(bases.Z, lambdas, strict=True)]
+    own = [factor for factor, _ in pairs]
+    singular = jnp.stack([deficient for _, deficient in pairs]).any(0)
+    result = result_code(solution, jnp.stack([leading_zero(factor) for factor in own]).any(0))
     X_R_inv = bases.X_R_inv
     scaled = linalg.matmul(linalg.matmul(X_R_inv, lanes.XX_inverse), linalg.transpose(X_R_inv))
     return Fits(
@@ -206,7 +201,7 @@ def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> F
         sigma=lanes.sigma,
         vcov=lanes.sigma**2 * scaled,
         criterion=lanes.criterion,
-        singular=jnp.stack(deficient).any(0),
+        singular=singular,
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
         result=result,

@@ -119,6 +119,23 @@ def rank_reductions(qs: tuple[int, ...]) -> Simplify:
     return Simplify(len(which), worthwhile, candidate)
 
 
+def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
+    """Lower-triangular factor for the user's columns of Z, and whether it has less than full rank.
+
+    Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero. In a singular
+    factor a row that is nothing but rounding becomes zero.
+
+    Args:
+        R_inv: ``(q, q, ...)`` of the basis. Lambda: ``(q, q, ...)``, any factor in the basis.
+    """
+    deficient = (~(linalg.lower_factor(Lambda, RANK_RTOL) != 0).any(0)).any(0)
+    own = linalg.matmul(R_inv, Lambda)
+    longest = (Lambda * Lambda).sum(1).max(0)
+    rounding = RANK_RTOL**2 * jnp.abs(R_inv).sum(1) ** 2 * longest
+    own = jnp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
+    return linalg.lower_factor(own, jnp.where(deficient, RANK_RTOL, 0.0)), deficient
+
+
 def leading_zero(Lambda: Array) -> Array:
     """A zero column of ``Lambda (q, q, ...)`` in front of one that is not zero."""
     nonzero = (Lambda != 0).any(0)

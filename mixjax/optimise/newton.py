@@ -296,19 +296,23 @@ def _distance(at: _Point) -> Array:
     return scaled_gradient(at.g, at.eigenvalues, at.eigenvectors)
 
 
+def _no_curvature(at: _Point) -> Array:
+    """What rounding leaves of a curvature that is zero: relative to the largest, and to the value itself."""
+    smallest = curvature_tolerance(at.H.dtype)
+    return smallest * (jnp.abs(at.H).max((0, 1)) + jnp.maximum(1.0, jnp.abs(at.f)))
+
+
 def _fixed_is_semidefinite(at: _Point) -> Array:
     """The Hessian, fixed coordinates included, is positive semidefinite up to rounding."""
-    scale = curvature_tolerance(at.H.dtype) * jnp.abs(at.H).max((0, 1))
-    return linalg.is_positive(at.H + scale * jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None])
+    return linalg.is_positive(at.H + _no_curvature(at) * jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None])
 
 
 def _kink(at: _Point) -> Array:
     """Some fixed coordinate, or a direction among them, without curvature."""
     fixed = ~at.free
-    scale = jnp.abs(at.H).max((0, 1))
     eye = jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None]
-    block = jnp.where(fixed[:, None] & fixed[None], at.H, scale * eye)
-    return fixed.any(0) & ~linalg.is_positive(block - 1e3 * curvature_tolerance(at.H.dtype) * scale * eye)
+    block = jnp.where(fixed[:, None] & fixed[None], at.H, jnp.abs(at.H).max((0, 1)) * eye)
+    return fixed.any(0) & ~linalg.is_positive(block - 100 * _no_curvature(at) * eye)
 
 
 def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius: Array) -> tuple[Array, Array]:
