@@ -196,14 +196,15 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
 
 # --- decompositions of a stack -------------------------------------------------------------------------------------
 
-# Up to this size matrices are diagonalised by rotations on whole vectors, beyond it one by one by LAPACK.
-ROTATIONS_UP_TO = 3
+# Up to this size matrices are diagonalised by rotations on whole vectors, beyond it one by one by LAPACK. Programs that
+# run in several threads must stay below: XLA's LAPACK calls wait for the pool of threads that they themselves occupy.
+ROTATIONS_UP_TO = 6
 
 
 def eigh(H: Array) -> tuple[Array, Array]:
     """Eigenvalues ``(k, m)``, ascending, and eigenvectors ``(k, k, m)`` of symmetric ``H (k, k, m)``.
 
-    Cyclic Jacobi rotations (Golub & Van Loan 2013, Matrix Computations, section 8.5) for k <= 3. NaN where H is not
+    Cyclic Jacobi rotations (Golub & Van Loan 2013, Matrix Computations, section 8.5) for k <= 6. NaN where H is not
     finite. Not for differentiation.
     """
     k = H.shape[0]
@@ -225,7 +226,7 @@ def eigh(H: Array) -> tuple[Array, Array]:
     upper = {(i, j): H[i, j] for i in range(k) for j in range(i, k)}
     zero, one = jnp.zeros_like(H[0, 0]), jnp.ones_like(H[0, 0])
     V = {(i, j): one if i == j else zero for i in range(k) for j in range(k)}
-    upper, V = sweep(0, (upper, V)) if k == 2 else jax.lax.fori_loop(0, 5, sweep, (upper, V))
+    upper, V = sweep(0, (upper, V)) if k == 2 else jax.lax.fori_loop(0, 5 if k == 3 else 7, sweep, (upper, V))
     values = [upper[i, i] for i in range(k)]
     vectors = [[V[i, j] for i in range(k)] for j in range(k)]
     for end in range(k - 1, 0, -1):  # a sorting network
@@ -278,7 +279,7 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
     """``F V = U S`` for the orthogonal V of the singular value decomposition, and the singular values, descending.
 
     One-sided Jacobi rotations, which keep small singular values to their own relative accuracy (Golub & Van Loan 2013,
-    section 8.6.3), up to q = 3.
+    section 8.6.3), up to q = 6.
 
     Args:
         F: ``(q, q, m)``.
@@ -306,7 +307,9 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
         return tuple(columns)
 
     start = tuple(F[:, j] for j in range(q))
-    columns = list(start if q == 1 else sweep(0, start) if q == 2 else jax.lax.fori_loop(0, 6, sweep, start))
+    columns = list(
+        start if q == 1 else sweep(0, start) if q == 2 else jax.lax.fori_loop(0, 6 if q == 3 else 8, sweep, start)
+    )
     values = [jnp.sqrt((column * column).sum(0)) for column in columns]
     for end in range(q - 1, 0, -1):
         for j in range(end):

@@ -7,6 +7,9 @@ import os
 from functools import cache
 from pathlib import Path
 
+# Programs inside JAX's transformations cannot choose this themselves (mixjax/compiling.py): half the time to compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import jax
 import pandas as pd
 import pytest

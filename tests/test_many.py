@@ -16,6 +16,7 @@ from designs import STRUCTURES, Structure, random_design
 from test_curvature import balanced
 
 import mixjax as mj
+from mixjax import linalg
 from mixjax.estimation import many
 from mixjax.likelihood.statistics import pad
 from mixjax.optimise.results import Result
@@ -135,6 +136,32 @@ def test_results_do_not_depend_on_chunks_or_on_how_many_there_are():
     ):
         for field in many.KEEP:
             np.testing.assert_array_equal(getattr(other, field), getattr(fits, field)[:B], err_msg=field)
+
+
+def test_several_threads_of_three_effects_a_level():
+    """Six parameters, several blocks at a time: nothing in the program waits for the pool of threads that runs it."""
+    m, n = 12, 7
+    x = np.tile(np.arange(n) - 3.0, m)
+    Z = np.column_stack([np.ones(m * n), x, x**2 / 4])
+    term = mj.RandomTerm(Z=Z, group=np.repeat(np.arange(m), n), n_groups=m)
+    design = mj.Design(y=np.zeros(m * n), X=Z, terms=(term,))
+    fits = mj.estimate_many(mj.cross_products(design, responses(design, 9_000, scale=0.6)))
+    assert fits.converged.mean() > 0.999
+
+
+def test_eigenvalues_of_stacks():
+    rng = np.random.default_rng(0)
+    for k in (1, 2, 3, 5, 6, 8):
+        F = rng.normal(size=(k, k, 20))
+        H = F + np.swapaxes(F, 0, 1)
+        H[..., 0] = np.eye(k)[:, :]
+        with jax.enable_x64(True):
+            values, vectors = linalg.eigh(H)
+            columns, singular = linalg.orthogonal_columns(F)
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(np.moveaxis(H, -1, 0)).T, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(np.einsum("ijm,jm,kjm->ikm", vectors, values, vectors), H, atol=1e-12)
+        np.testing.assert_allclose(singular, np.linalg.svd(np.moveaxis(F, -1, 0))[1].T, rtol=1e-10)
+        np.testing.assert_allclose(np.einsum("ijm,kjm->ikm", columns, columns), np.einsum("ijm,kjm->ikm", F, F))
 
 
 def test_one_shape_compiles_once():

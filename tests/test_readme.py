@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import fit_of
 
@@ -31,4 +32,8 @@ def test_files_that_the_readme_names_exist():
 def test_notebooks_run_and_their_assertions_hold(path):
     cells = json.loads(path.read_text())["cells"]
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    exec(compile(code, path.name, "exec"), {"display": print})
+    precision = jax.config.read("jax_enable_x64")
+    try:
+        exec(compile(code, path.name, "exec"), {"display": print})
+    finally:
+        jax.config.update("jax_enable_x64", precision)

@@ -86,19 +86,17 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
     k = moments.layout.n_theta
     dtype = moments.UU.dtype
 
-    def starts(tile, stored):
-        at = tile * L
+    def start_of(at, own):
+        """Coordinates ``(k, L)`` of the tile's start."""
         if start is None:
-            x0 = minque_start(_slice(moments, at, L, N))
-        else:
-            theta = jax.lax.dynamic_slice_in_dim(start, at, L, -1)
-            Zs = _slice(bases, at, L, N).Z
-            x0 = _theta([linalg.lower_factor(linalg.matmul(basis.R, Lambda), RANK_RTOL)
-                         for basis, Lambda in zip(Zs, cov.lambdas_of_theta(theta, qs), strict=True)], qs)  # fmt: skip
-        return _put(stored, search.begin(jnp.broadcast_to(x0, (k, L)), qs), at)
+            return minque_start(own)
+        theta = jax.lax.dynamic_slice_in_dim(start, at, L, -1)
+        lambdas = cov.lambdas_of_theta(theta, qs)
+        in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(_slice(bases, at, L, N).Z, lambdas, strict=True)]
+        return _theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in in_basis], qs)
 
     tiles = jnp.asarray((count + L - 1) // L, jnp.int32)
-    stored = jax.lax.fori_loop(0, tiles, starts, search.begin(jnp.zeros((k, N), dtype), qs))
+    stored = search.begin(jnp.zeros((k, N), dtype), qs)
     idle = search.begin(jnp.zeros((k, L), dtype), qs)._replace(done=jnp.ones(L, bool))
 
     class Work(NamedTuple):
@@ -114,11 +112,9 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
     def first_step(work):
         """A tile of fresh replicates."""
         at = work.tile * L
-        return work._replace(
-            replicate=at + jnp.arange(L, dtype=jnp.int32),
-            lanes=_slice(work.stored, at, L, N),
-            own=_slice(moments, at, L, N),
-        )
+        own = _slice(moments, at, L, N)
+        x0 = jnp.broadcast_to(start_of(at, own), (k, L))
+        return work._replace(replicate=at + jnp.arange(L, dtype=jnp.int32), lanes=search.begin(x0, qs), own=own)
 
     def refill(work):
         """Lanes that are done get the next replicates of the queue."""

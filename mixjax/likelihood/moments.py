@@ -19,6 +19,7 @@ import numpy as np
 from mixjax.design import AnyArray
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.statistics import CrossProducts, Layout
+from mixjax.linalg import ROTATIONS_UP_TO
 
 
 class ClassSums(NamedTuple):
@@ -164,7 +165,8 @@ def has_closed_form(stats: CrossProducts) -> bool:
     d = sum(q * m for q, m in (sizes[f] for f in rest))
     q, m = sizes[first]
     u = d + stats.XX.shape[-1]
-    return q <= MOST_EFFECTS and d <= MOST_DENSE and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
+    small = q <= MOST_EFFECTS and d <= MOST_DENSE and stats.layout.n_theta <= ROTATIONS_UP_TO
+    return small and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
 
 def moments_of(stats: CrossProducts) -> Moments:
