@@ -29,8 +29,8 @@ from mixjax.optimise.newton import Solution
 
 # Newton steps between two looks at which lanes are finished. Bookkeeping costs about as much as half a step.
 STEPS = 3
-# Vectors over classes and lanes should stay in the cache: so many numbers each.
-CACHED = 2**13
+# Arrays over lanes should stay in the cache: so many numbers each.
+CACHED = 2**12
 
 
 class Sizes(NamedTuple):
@@ -63,12 +63,14 @@ class Fits(NamedTuple):
     result: AnyArray
 
 
-def sizes_for(n_classes: int, platform: str) -> Sizes:
+def sizes_for(moments: Moments, platform: str) -> Sizes:
     """Sizes for a structure; they depend on nothing else, so that results do not."""
+    u, n_classes, k = moments.Uy.shape[0], moments.A.shape[2], moments.layout.n_theta
+    numbers = max(n_classes, u * u // 2, k * k // 2)  # of the largest arrays per lane
     if platform != "cpu":
-        lanes = max(32, min(2**15, 2**22 // n_classes))
+        lanes = max(32, min(2**15, 2**22 // numbers))
         return Sizes(4 * lanes, lanes)
-    lanes = 1 << max(3, min(8, (CACHED // (n_classes or 1)).bit_length() - 1 if n_classes > 1 else 8))
+    lanes = 1 << max(3, min(8, (CACHED // numbers).bit_length() - 1 if numbers < CACHED else 3))
     return Sizes(16 * lanes, lanes)
 
 

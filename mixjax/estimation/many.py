@@ -120,15 +120,14 @@ class _Batch:
         self.stacked = np.ndim(stats.XX) == 3
         self.axes = _batch_axes(stats)
         if self.stacked:
-            n_classes = stats.factors[stats.layout.chain[0]].ZZ.shape[-1]
+            shapes = jax.eval_shape(moments_of, _index(stats, self.axes, 0))
         else:
             single = _index(stats, self.axes, 0)
             self.shared = jax.tree.map(np.asarray, _jitted_moments(replace(single, classes=None)))
-            n_classes = self.shared.A.shape[2]
             if stats.classes is not None:
                 self.shared = _by_class(self.shared, np.asarray(stats.classes.of_level), stats.classes.yy.shape[2])
-                n_classes = stats.classes.yy.shape[2]
-        self.sizes: Sizes = sizes_for(n_classes, platform)
+            shapes = self.shared
+        self.sizes: Sizes = sizes_for(shapes, platform)
 
     @property
     def n_blocks(self) -> int:
