@@ -66,7 +66,7 @@ class Fits(NamedTuple):
 def sizes_for(moments: Moments, platform: str) -> Sizes:
     """Sizes for a structure; they depend on nothing else, so that results do not."""
     u, n_classes, k = moments.Uy.shape[0], moments.A.shape[2], moments.layout.n_theta
-    numbers = max(n_classes, u * u // 2, k * k // 2)  # of the largest arrays per lane
+    numbers = max(n_classes, u * u // 2, k * k)  # of the largest arrays per lane
     if platform != "cpu":
         lanes = max(32, min(2**15, 2**22 // numbers))
         return Sizes(4 * lanes, lanes)
