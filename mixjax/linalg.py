@@ -279,7 +279,7 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
     """``F V = U S`` for the orthogonal V of the singular value decomposition, and the singular values, descending.
 
     One-sided Jacobi rotations, which keep small singular values to their own relative accuracy (Golub & Van Loan 2013,
-    section 8.6.3), up to q = 6.
+    section 8.6), up to q = 6.
 
     Args:
         F: ``(q, q, m)``.

@@ -1,1 +1,1 @@
-"""One fit: estimates, and predicted random effects."""
+"""One fit and many: estimates, and predicted random effects."""

@@ -176,7 +176,7 @@ def _last(a: Any) -> np.ndarray:
 
 
 def _batch_axes(stats: CrossProducts) -> CrossProducts:
-    """0 for leaves with a leading axis of replicates, None for shared ones, in the shape of ``stats``."""
+    """0 for leaves with a leading axis of replicates, -1 for shared ones, in the shape of ``stats``."""
     if np.ndim(stats.XX) == 3:
         return jax.tree.map(lambda _: 0, stats)
     none = jax.tree.map(lambda _: -1, stats)

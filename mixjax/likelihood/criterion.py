@@ -96,8 +96,3 @@ def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
 def in_bases(lambdas: list[Array], stats: CrossProducts) -> list[Array]:
     """Factors of the covariances of effects of Z's own columns -> of Z's basis."""
     return [jnp.asarray(basis.R) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
-
-
-def out_of_bases(lambdas: list[Array], stats: CrossProducts) -> list[Array]:
-    """Factors of the covariances of effects of Z's basis -> of Z's own columns."""
-    return [jnp.asarray(basis.R_inv) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]

@@ -11,8 +11,7 @@ Notation, with ``D = Lambda Lambda'`` and Lambda any factor: ``K = (D^{-1} + A)^
 
     ``dK = F'E F``,  ``d logdet(I + A D) = tr(N E)``,  ``dF = -A F'E F``,  ``dN = -N E N``
 
-(Bates & DebRoy 2004, J. Multivariate Analysis 91, section 3, has the same derivatives in terms of a penalised least
-squares problem). What remains after the first factor, ``G = [U y]'[U y] - sum_i B_i'K_i B_i``, changes by ``-J`` with
+which follow from differentiating ``(I + A D) F = I``. What remains after the first factor, ``G = [U y]'[U y] - sum_i B_i'K_i B_i``, changes by ``-J`` with
 ``J = sum_i B_i'F_i'E F_i B_i``. With C the inverse of the mixed-model equations of U, c the coefficients ``(-u, -beta,
 1)`` that leave the residual, ``rss = c'G c`` and ``s = df / rss``:
 
@@ -21,8 +20,8 @@ squares problem). What remains after the first factor, ``G = [U y]'[U y] - sum_i
                       - tr(C J_j C J_l) - 2 s (J_j c)'C (J_l c) - s / rss (c'J_j c)(c'J_l c)``
 
 where the first two C are those of the determinant: for ML without the fixed effects. The other factors' own
-directions follow from ``Omega = Z'P Z`` and ``e = Z'P y`` of their effects (Lynch & Walsh 1998, Genetics and Analysis
-of Quantitative Traits, eqs. 27.14, 27.20).
+directions follow from ``Omega = Z'P Z`` and ``e = Z'P y`` of their effects, as in average-information REML (Gilmour,
+Thompson & Cullis 1995, Biometrics 51). All of it is held against automatic differentiation in the tests.
 """
 
 from __future__ import annotations
