@@ -11,9 +11,9 @@ Notation, with ``D = Lambda Lambda'`` and Lambda any factor: ``K = (D^{-1} + A)^
 
     ``dK = F'E F``,  ``d logdet(I + A D) = tr(N E)``,  ``dF = -A F'E F``,  ``dN = -N E N``
 
-which follow from differentiating ``(I + A D) F = I``. What remains after the first factor, ``G = [U y]'[U y] - sum_i B_i'K_i B_i``, changes by ``-J`` with
-``J = sum_i B_i'F_i'E F_i B_i``. With C the inverse of the mixed-model equations of U, c the coefficients ``(-u, -beta,
-1)`` that leave the residual, ``rss = c'G c`` and ``s = df / rss``:
+which follow from differentiating ``(I + A D) F = I``. What remains after the first factor, ``G = [U y]'[U y] -
+sum_i B_i'K_i B_i``, changes by ``-J`` with ``J = sum_i B_i'F_i'E F_i B_i``. With C the inverse of the mixed-model
+equations of U, c the coefficients ``(-u, -beta, 1)`` that leave the residual, ``rss = c'G c`` and ``s = df / rss``:
 
     ``df/dE_j = sum_i tr(N_i E_j) - tr(C J_j) - s c'J_j c``
     ``d2f/dE_j dE_l = sum_i tr(N_i E_j (2 F_i B_i (C + s c c') B_i'F_i' - N_i) E_l)
