@@ -1,7 +1,7 @@
 """Many fits at once.
 
 Replicates run in blocks of fixed size, aligned to their index: what a replicate's numbers are does not depend on how
-many others there are, nor on chunks, threads or devices. Within a block all replicates take the first step side by
+many others there are, nor on chunks or threads. Within a block all replicates take the first step side by
 side (in balanced designs it is often the last: the start is then the REML estimate itself); those that are not done
 then queue for the lanes, which are refilled every few steps where their replicate is finished, so that the slowest
 replicate does not hold the others.
