@@ -267,11 +267,10 @@ def _exchange(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def is_positive(H: Array) -> Array:
     """Which of the symmetric ``H (k, k, m)`` are positive definite: ``(m,)``, by the pivots of Gaussian elimination."""
     positive = jnp.ones(H.shape[2:], bool)
-    for j in range(H.shape[0]):
+    while H.shape[0]:
         pivot = H[0, 0]
         positive = positive & (pivot > 0)
-        if j + 1 < H.shape[0]:
-            H = H[1:, 1:] - H[1:, :1] * (H[:1, 1:] / jnp.where(pivot > 0, pivot, 1.0))
+        H = H[1:, 1:] - H[1:, :1] * (H[:1, 1:] / jnp.where(pivot > 0, pivot, 1.0))
     return positive
 
 

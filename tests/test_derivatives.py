@@ -90,23 +90,28 @@ def test_vmap_over_responses_equals_a_loop():
     "name", ["singular_correlation_one", "singular_crossed_zero", "singular_rank_two", "pastes_nested"]
 )
 def test_reference_data_against_refits(name):
-    """theta, beta, sigma, Sigma and b move with y as refits say, at singular and nested fits."""
+    """theta, beta, sigma, Sigma and b move with y, X and weights as refits say, at singular and nested fits."""
     fit = fit_of(name, "REML")
     assert fit.is_singular == name.startswith("singular")
-    design, y = fit.design, np.asarray(fit.design.y)
+    design = fit.design
+    y, X = np.asarray(design.y), np.asarray(design.X)
     rng = np.random.default_rng(3)
-    direction = rng.normal(size=y.shape) * y.std()
+    # A constant column stays constant: it is recognised by its values.
+    X_moves = rng.normal(size=X.shape) * X.std(0)
+    direction = (rng.normal(size=y.shape) * y.std(), X_moves, 0.3 * rng.normal(size=y.shape))
+
+    def products(y, X, weights):
+        return mj.cross_products(replace(design, y=y, X=X, weights=weights))
 
     def fun(stats):
         est = mj.estimate(stats)
         return {key: getattr(est, key) for key in ("theta", "beta", "sigma", "Sigma", "b")}
 
-    # The products are quadratic in y at most, so their own derivative by differences is exact.
-    stats = pad(mj.cross_products(design))
-    ahead, behind = (pad(mj.cross_products(design, y + s * direction)) for s in (1.0, -1.0))
-    tangent = jax.tree.map(lambda a, b, c: float0_or(c, 0.5 * (np.asarray(a) - np.asarray(b))), ahead, behind, stats)
+    point = (y, X, np.ones_like(y))
+    stats, tangent = jax.jit(lambda p, d: jax.jvp(products, p, d))(point, direction)
     value, moved = jax.jit(lambda s, t: jax.jvp(fun, (s,), (t,)))(jax.tree.map(jnp.asarray, stats), tangent)
-    shifted = [jax.jit(fun)(pad(mj.cross_products(design, y + s * STEP * direction))) for s in (1.0, -1.0)]
+    moves = [tuple(a + s * STEP * d for a, d in zip(point, direction, strict=True)) for s in (1.0, -1.0)]
+    shifted = [jax.jit(fun)(products(*move)) for move in moves]
     for key in value:
         for t, u, v in zip(*map(jax.tree.leaves, (moved[key], *(s[key] for s in shifted))), strict=True):
             numeric = (np.asarray(u) - np.asarray(v)) / (2 * STEP)

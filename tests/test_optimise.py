@@ -60,6 +60,37 @@ def test_steps_into_infinity_are_taken_back():
     np.testing.assert_allclose(solution.x, 1.0, rtol=1e-9)
 
 
+def directly(fun, x0, steps, is_plain=lambda x: jnp.ones(x.shape[1:], bool), region=0.5):
+    state = newton.begin_directly(jnp.asarray(x0, float))
+    evaluate = jax.vmap(lambda x: jax.tree.map(lambda a: a[..., 0], by_differentiation(fun)(x[:, None])), -1, -1)
+    for _ in range(steps):
+        state = newton.advance_directly(state, evaluate, is_plain, region)
+    return state
+
+
+def test_direct_steps_converge_or_give_up():
+    """Lanes: a convex start; a concave one; one that leaves what is plain; one that needs more steps than it has."""
+    state = directly(lambda x: jnp.cosh(x - 2.0).sum() + 8.0 / (1.0 + (x**2).sum()), [[2.6, 0.1, 9.0, 40.0]], 8,
+                     is_plain=lambda x: (x[0] < 4.0) | (x[0] > 8.2))  # fmt: skip
+    at = float(state.x[0, 0])
+    assert state.converged.tolist() == [True, False, False, False]
+    assert state.going.tolist() == [False, False, False, True]
+    gradient = np.sinh(at - 2.0) - 16 * at / (1 + at**2) ** 2
+    assert abs(gradient) < 1e-12
+    assert float(state.x[0, 1]) == 0.1, "where the Hessian is negative the search begins at the point itself"
+    assert 4.0 < float(state.x[0, 2]) < 8.2
+    assert int(state.iterations[0]) <= 6
+    assert int(state.iterations[3]) == 8
+    assert not np.isfinite(state.solution().value[1:]).any()
+
+
+def test_direct_steps_stop_where_the_value_rises():
+    state = directly(lambda x: jnp.sqrt(1.0 + (10.0 * x**2).sum()), [[0.5]], 3, region=100.0)
+    assert not bool(state.converged[0])
+    assert not bool(state.going[0])
+    assert abs(float(state.x[0, 0])) <= 0.5, "back at the best point"
+
+
 def zero_last():
     return Simplify(
         n_candidates=1,

@@ -1,10 +1,10 @@
 """Many fits at once.
 
 Replicates run in blocks of fixed size, aligned to their index: what a replicate's numbers are does not depend on how
-many others there are, nor on chunks or threads. Within a block all replicates take the first step side by
-side (in balanced designs it is often the last: the start is then the REML estimate itself); those that are not done
-then queue for the lanes, which are refilled every few steps where their replicate is finished, so that the slowest
-replicate does not hold the others.
+many others there are, nor on chunks or threads. A block is worked through twice. First, tile by tile, a few direct
+Newton steps side by side (in balanced designs one is often enough: the start is then the REML estimate itself). Those
+that need more, for a boundary, a saddle, or a slow tail, queue for the lanes of the full search, which are fewer and
+are refilled every few steps where their replicate is finished, so that the slowest replicate does not hold the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, own_factor
 from mixjax.estimation.start import minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
-from mixjax.optimise.newton import Solution
+from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 
 # Newton steps between two looks at which lanes are finished. Bookkeeping costs about as much as half a step.
 STEPS = 3
@@ -34,10 +34,17 @@ CACHED = 2**12
 
 
 class Sizes(NamedTuple):
-    """Static sizes of a program: replicates of a block, and lanes."""
+    """Static sizes of a program.
+
+    Attributes:
+        block: replicates. lanes: of the direct steps. narrow: lanes of the full search of those that are left.
+        direct: direct steps of a tile at most.
+    """
 
     block: int
     lanes: int
+    narrow: int
+    direct: int
 
 
 class Bases(NamedTuple):
@@ -67,11 +74,13 @@ def sizes_for(moments: Moments, platform: str) -> Sizes:
     """Sizes for a structure; they depend on nothing else, so that results do not."""
     u, n_classes, k = moments.Uy.shape[0], moments.A.shape[2], moments.layout.n_theta
     numbers = max(n_classes, u * u // 2, k * k)  # of the largest arrays per lane
+    # A direct step costs half of a full one, but a tile takes as many as its slowest lane: not where they are dear.
+    direct = 5 if moments.A.shape[0] < 3 and not moments.dense else 1
     if platform != "cpu":
         lanes = max(32, min(2**15, 2**22 // numbers))
-        return Sizes(4 * lanes, lanes)
+        return Sizes(4 * lanes, lanes, lanes, direct)
     lanes = 1 << max(3, min(8, (CACHED // numbers).bit_length() - 1 if numbers < CACHED else 3))
-    return Sizes(16 * lanes, lanes)
+    return Sizes(16 * lanes, lanes, max(16, lanes // 4), direct)
 
 
 def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: Array | None, sizes: Sizes) -> Fits:
@@ -84,7 +93,7 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
         start: ``(k, N)`` theta to start from, or None for moment estimates.
     """
     qs = moments.layout.qs
-    N, L = sizes
+    N, L, M, n_direct = sizes
     k = moments.layout.n_theta
     dtype = moments.UU.dtype
 
@@ -97,78 +106,67 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
         in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(_slice(bases, at, L, N).Z, lambdas, strict=True)]
         return _theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in in_basis], qs)
 
+    is_plain = partial(search.is_plain, qs=qs)
+
+    def first_steps(tile, found):
+        """Direct steps of a tile of fresh replicates: where each stands, whether it is done, the solution if so."""
+        at = tile * L
+        own = _slice(moments, at, L, N)
+        evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
+        direct = begin_directly(jnp.broadcast_to(start_of(at, own), (k, L)))
+        _, direct = jax.lax.while_loop(
+            lambda carry: (carry[0] < n_direct) & carry[1].going.any(),
+            lambda carry: (carry[0] + 1, advance_directly(carry[1], evaluate, is_plain, search.REGION)),
+            (jnp.int32(0), direct),
+        )
+        return _put(found, (direct.x, direct.converged, direct.solution()), at)
+
     tiles = jnp.asarray((count + L - 1) // L, jnp.int32)
-    stored = search.begin(jnp.zeros((k, N), dtype), qs)
-    idle = search.begin(jnp.zeros((k, L), dtype), qs)._replace(done=jnp.ones(L, bool))
+    nothing = search.begin(jnp.zeros((k, N), dtype), qs).best
+    x, done, best = jax.lax.fori_loop(0, tiles, first_steps, (nothing.x, jnp.zeros(N, bool), nothing))
+
+    left = ~done & (jnp.arange(N) < count)
+    place = jnp.where(left, jnp.cumsum(left) - 1, N)
+    queue = jnp.zeros(N, jnp.int32).at[place].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
+    waiting = left.sum(dtype=jnp.int32)
 
     class Work(NamedTuple):
-        tile: Array  # the next tile for a first step
-        stored: Search  # of all N, as it stands
-        replicate: Array  # (L,) which replicate is in each lane; N in an idle one
+        best: Solution  # of all N
+        replicate: Array  # (M,) which replicate is in each lane; N in an idle one
         lanes: Search
         own: Moments
-        queue: Array  # (N,) replicates that wait for a lane
-        waiting: Array  # how many they are
-        taken: Array  # how many of them have been given one
-
-    def first_step(work):
-        """A tile of fresh replicates."""
-        at = work.tile * L
-        own = _slice(moments, at, L, N)
-        x0 = jnp.broadcast_to(start_of(at, own), (k, L))
-        return work._replace(replicate=at + jnp.arange(L, dtype=jnp.int32), lanes=search.begin(x0, qs), own=own)
+        taken: Array  # how many of the queue have been given a lane
 
     def refill(work):
         """Lanes that are done get the next replicates of the queue."""
         free = work.lanes.done | (work.replicate >= N)
         rank = work.taken + jnp.cumsum(free, dtype=jnp.int32) - 1
-        fresh = jnp.where(rank < work.waiting, work.queue[jnp.minimum(rank, N - 1)], N)
+        fresh = jnp.where(rank < waiting, queue[jnp.minimum(rank, N - 1)], N)
         replicate = jnp.where(free, fresh, work.replicate)
         index = jnp.minimum(replicate, N - 1)
-        lanes = jax.tree.map(lambda a, b: jnp.where(free, a, b), _take(work.stored, index, N), work.lanes)
+        begun = search.begin(x[:, index], qs, best.iterations[index])
+        lanes = jax.tree.map(lambda a, b: jnp.where(free, a, b), begun, work.lanes)
         return work._replace(
             replicate=replicate,
             lanes=lanes._replace(done=lanes.done | (replicate >= N)),
             own=_take(moments, index, N),
-            taken=jnp.minimum(work.taken + free.sum(dtype=jnp.int32), work.waiting),
-        )
-
-    def put_tile(work):
-        return work._replace(stored=_put(work.stored, work.lanes, work.tile * L), tile=work.tile + 1)
-
-    def put_ended(work):
-        target = jnp.where(work.lanes.done, work.replicate, N)
-        best = jax.tree.map(
-            lambda all, new: all.at[..., target].set(new, mode="drop"), work.stored.best, work.lanes.best
-        )
-        return work._replace(stored=work.stored._replace(best=best))
-
-    def enqueue(work):
-        """All first steps are done: who is left waits for a lane."""
-        left = ~work.stored.done & (jnp.arange(N) < count)
-        place = jnp.where(left, jnp.cumsum(left) - 1, N)
-        queue = jnp.zeros(N, jnp.int32).at[place].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
-        return work._replace(
-            queue=queue, waiting=left.sum(dtype=jnp.int32), taken=jnp.int32(0), replicate=nobody, lanes=idle
+            taken=jnp.minimum(work.taken + free.sum(dtype=jnp.int32), waiting),
         )
 
     def turn(work):
-        fresh = work.tile < tiles
-        work = jax.lax.cond(fresh, first_step, refill, work)
-        steps = jnp.where(fresh, 1, STEPS)
+        work = refill(work)
         evaluate = partial(value_gradient_hessian, moments=work.own, reml=reml)
-        lanes = jax.lax.fori_loop(0, steps, lambda _, lanes: search.advance(lanes, evaluate, qs), work.lanes)
-        work = work._replace(lanes=lanes)
-        work = jax.lax.cond(fresh, put_tile, put_ended, work)
-        return jax.lax.cond(fresh & (work.tile == tiles), enqueue, lambda work: work, work)
+        lanes = jax.lax.fori_loop(0, STEPS, lambda _, lanes: search.advance(lanes, evaluate, qs), work.lanes)
+        target = jnp.where(lanes.done, work.replicate, N)
+        best = jax.tree.map(lambda all, new: all.at[..., target].set(new, mode="drop"), work.best, lanes.best)
+        return work._replace(lanes=lanes, best=best)
 
     def goes_on(work):
-        return (work.tile < tiles) | (work.taken < work.waiting) | ((work.replicate < N) & ~work.lanes.done).any()
+        return (work.taken < waiting) | ((work.replicate < N) & ~work.lanes.done).any()
 
-    nobody = jnp.full(L, N, jnp.int32)
-    none, zero = jnp.zeros(N, jnp.int32), jnp.int32(0)
-    work = Work(zero, stored, nobody, idle, _slice(moments, 0, L, N), none, zero, zero)
-    best = jax.lax.while_loop(goes_on, turn, work).stored.best
+    idle = search.begin(jnp.zeros((k, M), dtype), qs)._replace(done=jnp.ones(M, bool))
+    work = Work(best, jnp.full(M, N, jnp.int32), idle, _slice(moments, 0, M, N), jnp.int32(0))
+    best = jax.lax.while_loop(goes_on, turn, work).best
 
     def finish_tile(tile, fits):
         own, solution, own_bases = (_slice(tree, tile * L, L, N) for tree in (moments, best, bases))

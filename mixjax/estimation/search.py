@@ -45,8 +45,8 @@ class Search(NamedTuple):
     done: Array
 
 
-def begin(x0: Array, qs: tuple[int, ...]) -> Search:
-    """Searches that start at ``x0 (k, B)``, for terms of q effects each."""
+def begin(x0: Array, qs: tuple[int, ...], iterations: Array | int = 0) -> Search:
+    """Searches that start at ``x0 (k, B)``, for terms of q effects each, after so many evaluations already."""
     lanes = x0.shape[1:]
     nothing = Solution(
         x=x0,
@@ -54,7 +54,7 @@ def begin(x0: Array, qs: tuple[int, ...]) -> Search:
         free=jnp.ones(x0.shape, bool),
         kink=jnp.zeros(lanes, bool),
         scaled_gradient=jnp.full(lanes, jnp.inf, x0.dtype),
-        iterations=jnp.zeros(lanes, int),
+        iterations=jnp.broadcast_to(jnp.asarray(iterations, int), lanes),
         result=jnp.full(lanes, int(Result.NOT_FINITE)),
     )
     return Search(_begin_at(x0, qs), jnp.zeros(lanes, bool), nothing, jnp.zeros(lanes, bool))
@@ -74,6 +74,15 @@ def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...]) -> Search:
     restart = _begin_at(jnp.broadcast_to(_far(qs, state.trial.dtype)[:, None], state.trial.shape), qs)
     state = jax.tree.map(lambda a, b: jnp.where(doubtful, a, b), restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
+
+
+def is_plain(x: Array, qs: tuple[int, ...]) -> Array:
+    """``(B,)`` every term's Lambda is clearly of full rank: no reduction of rank would be tried there."""
+    clear = [
+        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - NEAR_ZERO**2 * jnp.eye(q, dtype=x.dtype)[..., None])
+        for L, q in zip(cov.lambdas_of_theta(x, qs), qs, strict=True)
+    ]
+    return jnp.stack(clear).all(0)
 
 
 def run(evaluate: Evaluate, x0: Array, qs: tuple[int, ...]) -> Solution:

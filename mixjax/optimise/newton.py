@@ -243,6 +243,78 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
     return Solution(at.x, at.f, at.free, _kink(at), _distance(at), jnp.zeros(lanes, int), result)
 
 
+class Direct(NamedTuple):
+    """Where searches by Newton's steps alone stand; see :func:`advance_directly`.
+
+    Attributes:
+        x: ``(k, B)`` where to evaluate next, or where a search had better begin; the minimum where converged.
+        last: the point before. value, predicted: at ``last``, and the decrease that x promises.
+        iterations, distance: as in Solution. going, converged: ``(B,)``.
+    """
+
+    x: Array
+    last: Array
+    value: Array
+    predicted: Array
+    distance: Array
+    iterations: Array
+    going: Array
+    converged: Array
+
+    def solution(self) -> Solution:
+        """Minima where converged; infinite values elsewhere."""
+        lanes = self.value.shape
+        result = jnp.where(self.converged, int(Result.CONVERGED), int(Result.NOT_FINITE))
+        free, kink = jnp.ones(self.x.shape, bool), jnp.zeros(lanes, bool)
+        value = jnp.where(self.converged, self.value, jnp.inf)
+        return Solution(self.x, value, free, kink, self.distance, self.iterations, result)
+
+
+def begin_directly(x0: Array) -> Direct:
+    """The state before the first evaluation, at ``x0 (k, B)``."""
+    lanes = x0.shape[1:]
+    infinite, no = jnp.full(lanes, jnp.inf, x0.dtype), jnp.zeros(lanes, bool)
+    return Direct(x0, x0, infinite, jnp.zeros(lanes, x0.dtype), infinite, jnp.zeros(lanes, int), ~no, no)
+
+
+def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Array], Array], region: float) -> Direct:
+    """One evaluation of a cheap first attempt: Newton's steps without eigenvalues and without simplifications.
+
+    A lane gives up where that is not enough: the Hessian is not clearly positive definite, the value did not fall as
+    promised, or ``is_plain(x) -> (B,)`` does not hold for the next point. A search from ``x`` (:func:`begin`) goes on
+    from there. The convergence that is found is that of :func:`has_converged`. Steps are no longer than ``region``
+    times the point.
+    """
+    at, dtype = state.x, state.x.dtype
+    f, g, H = evaluate(at)
+    # Free of scale, and far above the tolerance of has_converged.
+    least = jnp.sqrt(curvature_tolerance(dtype)) * jnp.stack([H[i, i] for i in range(H.shape[0])])
+    definite = linalg.is_positive(H - jnp.eye(H.shape[0], dtype=dtype)[..., None] * least)
+    step = -linalg.matmul(linalg.inverse_logdet(H)[0], g[:, None])[:, 0]
+    decrement = -(g * step).sum(0)
+    distance = jnp.sqrt(jnp.maximum(decrement, 0.0))
+    part = jnp.minimum(1.0, region * jnp.sqrt((at * at).sum(0) / (step * step).sum(0)))
+    noise = 100 * jnp.finfo(dtype).eps * jnp.maximum(1.0, jnp.abs(f))
+    fell = state.value - f + noise > 1e-3 * (state.predicted + noise)
+    sound = definite & fell & jnp.isfinite(f) & jnp.isfinite(step).all(0)
+    x = at + part * step
+    plain = is_plain(x)
+    converged = sound & plain & (distance <= gradient_tolerance(dtype))
+    new = Direct(
+        x=x,
+        last=at,
+        value=f,
+        predicted=(part - 0.5 * part**2) * decrement,
+        distance=distance,
+        iterations=state.iterations,
+        going=sound & plain & ~converged,
+        converged=converged,
+    )
+    back = state._replace(x=state.last, going=jnp.zeros_like(state.going))
+    new = _where(sound, new, back)._replace(iterations=state.iterations + 1)
+    return _where(state.going, new, state)
+
+
 def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) -> State:
     """Converged: next candidate or end. Else: a trust-region step."""
     at = state.at
