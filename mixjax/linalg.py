@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+
+
+# Longest sum over lanes that is written out term by term.
+WRITTEN_OUT = 128
 
 
 def transpose(A: Array) -> Array:
@@ -30,6 +35,12 @@ def matmul(A: Array, B: Array) -> Array:
     if A.ndim == 2 and B.ndim == 2:
         return A @ B
     A, B = _align(A, B)
+    inner = A.shape[1]
+    # One stack that stands alone is a plain matrix; beyond small sizes written-out sums would be long programs.
+    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1) and np.prod(A.shape[2:]) == 1:
+        return jnp.tensordot(A.reshape(A.shape[:2]), B, 1)
+    if inner > WRITTEN_OUT and np.prod(B.shape[2:]) == 1:
+        return jnp.moveaxis(jnp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
     if A.shape[1] == 0:
         return jnp.zeros((A.shape[0], B.shape[1], *jnp.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
     return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
@@ -63,6 +74,9 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
         factor = jnp.linalg.cholesky(M)
         inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(M.shape[0], dtype=M.dtype))
         return inverse, 2.0 * jnp.log(jnp.diagonal(factor)).sum()
+    if M.shape[2:] == (1,) and M.shape[0] > 4:
+        inverse, logdet = inverse_logdet(M[..., 0])
+        return inverse[..., None], logdet[None]
     # Gauss-Jordan elimination in place. The pivots of a positive definite matrix need no exchange of rows.
     logdet = jnp.zeros(M.shape[2:], M.dtype)
     for k in range(M.shape[0]):

@@ -22,7 +22,8 @@ from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import RANK_RTOL, leading_zero, own_factor, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.likelihood.criterion import check_products, in_bases, profile
-from mixjax.likelihood.curvature import value_gradient_hessian
+from mixjax.likelihood.crossed import Incidence, crossed_moments, incidence
+from mixjax.likelihood.curvature import modes_of_factors, profile_lanes, value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts
@@ -95,27 +96,27 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     """
     check_products(stats)
     warn_of_float32(stats)
-    return _estimate(stats, start, reml)
+    return _estimate(stats, start, reml, incidence(stats))
 
 
 @jit
-def _estimate(stats: CrossProducts, start: Array | None, reml: Array) -> Estimates:
-    stats = jax.tree.map(jnp.asarray, stats)
+def _estimate(stats: CrossProducts, start: Array | None, reml: Array, where: Incidence | None) -> Estimates:
+    stats, where = jax.tree.map(jnp.asarray, (stats, where))
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))
-    if has_closed_form(data):
-        moments = moments_of(data)
+    small = has_closed_form(data)
+    if small or where is not None:
+        moments = moments_of(data) if small else crossed_moments(data, where)
         evaluate: Evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
-        x0 = minque_start(moments)[:, 0] if start is None else start_in_bases(data, start)
     else:
         evaluate = by_differentiation(_objective_at(data, reml))
-        x0 = start_in_bases(data, start)
+    x0 = minque_start(moments)[:, 0] if small and start is None else start_in_bases(data, start)
     solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.qs))
     own, _ = own_factors(solution.x, data)
     solution = solution._replace(result=result_code(solution, jnp.stack([leading_zero(L) for L in own]).any()))
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
-    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml))
-    est = assemble(solution._replace(x=x), stats, reml)
+    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml, where))
+    est = assemble(solution._replace(x=x), stats, reml, where)
     # Where there are no derivatives, the zeros of theta, which are constants, have none either.
     return est._replace(theta=est.theta + 0.0 * x.sum())
 
@@ -126,8 +127,11 @@ def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]
     return lambda x: profile(cov.lambdas_of_theta(x, stats.layout.qs), blocks, stats, reml).criterion
 
 
-def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array]) -> Array:
-    return _objective_at(*data)(x)
+def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array, Incidence | None]) -> Array:
+    stats, reml, where = data
+    if where is None:
+        return _objective_at(stats, reml)(x)
+    return profile_lanes(x[:, None], crossed_moments(stats, where), reml).criterion[0]
 
 
 def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
@@ -193,16 +197,13 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     return _concatenate_theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in lambdas], qs)
 
 
-def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
+def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incidence | None = None) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
-    qs = stats.layout.qs
-    lambdas = cov.lambdas_of_theta(solution.x, qs)
-    profiled = profile(lambdas, arrange(stats), stats, reml)
+    profiled, modes = _profile_and_modes(solution.x, stats, reml, where)
     own, deficient = own_factors(solution.x, stats)
     R_inv = stats.X_basis.R_inv
-    modes = conditional_modes(lambdas, stats)
     return Estimates(
-        theta=_concatenate_theta(own, qs),
+        theta=_concatenate_theta(own, stats.layout.qs),
         beta=stats.beta0 + R_inv @ profiled.delta,
         sigma=profiled.sigma,
         Sigma=tuple(profiled.sigma**2 * (L @ L.T) for L in own),
@@ -215,6 +216,17 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates
         grad_norm=solution.scaled_gradient,
         result=solution.result,
     )
+
+
+def _profile_and_modes(x: Array, stats: CrossProducts, reml: Array, where: Incidence | None):
+    """The profiled likelihood, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
+    if where is None:
+        lambdas = cov.lambdas_of_theta(x, stats.layout.qs)
+        return profile(lambdas, arrange(stats), stats, reml), conditional_modes(lambdas, stats)
+    moments = crossed_moments(stats, where)
+    lanes = jax.tree.map(lambda a: a[..., 0], profile_lanes(x[:, None], moments, reml))
+    by_factor = modes_of_factors(x[:, None], moments, reml)
+    return lanes, [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]
 
 
 def own_factors(x: Array, stats: CrossProducts) -> tuple[list[Array], Array]:

@@ -35,6 +35,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.likelihood.crossed import CrossedMoments
 from mixjax.likelihood.moments import Moments, pairs_of
 from mixjax.likelihood.statistics import Layout
 
@@ -82,7 +83,7 @@ class _Rest(NamedTuple):
     c: Array
 
 
-def profile_lanes(x: Array, moments: Moments, reml: Array) -> Lanes:
+def profile_lanes(x: Array, moments: Moments | CrossedMoments, reml: Array) -> Lanes:
     """The criterion alone, with what it is made of.
 
     Args:
@@ -96,7 +97,27 @@ def profile_lanes(x: Array, moments: Moments, reml: Array) -> Lanes:
     return _finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml).lanes
 
 
-def value_gradient_hessian(x: Array, moments: Moments, reml: Array) -> tuple[Array, Array, Array]:
+def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int, Array]:
+    """Predicted effects in the bases of the products at the profiled fixed effects: per factor ``(q, m)``.
+
+    Those of the dense factors solve the mixed-model equations; a level of the first factor has ``K_i Z_i'(y - U u - X
+    beta)`` (Bates et al. 2015, J. Stat. Softw. 67(1), section 3.1). One lane.
+    """
+    lambdas = _lambdas(x, moments)
+    f1 = moments.layout.chain[0]
+    first = _eliminate_first(lambdas[f1], moments)
+    UU, Uy, yy = moments.contract(_weights([first.K]))
+    c = _finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml).c
+    left, q = moments.rows_times(c), len(lambdas[f1])
+    modes = {f1: jnp.stack([_dot((first.K[_ordered(a, b)], left[b]) for b in range(q)) for a in range(q)])[..., 0]}
+    start = 0
+    for f, q, m in moments.dense:
+        modes[f] = -c[start : start + q * m, 0].reshape(q, m)
+        start += q * m
+    return modes
+
+
+def value_gradient_hessian(x: Array, moments: Moments | CrossedMoments, reml: Array) -> tuple[Array, Array, Array]:
     """``f (B,)``, ``g (k, B)``, ``H (k, k, B)`` of the criterion with respect to ``x (k, B)``.
 
     Args as in :func:`profile_lanes`. Not for differentiation: derivatives of estimates come from the implicit function
