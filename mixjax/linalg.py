@@ -17,7 +17,8 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-
+# Matrices larger than this are inverted by halves.
+BY_HALVES = 1024
 # Longest sum over lanes that is written out term by term.
 WRITTEN_OUT = 128
 
@@ -71,6 +72,8 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
         ``(n, n), ()`` or ``(q, q, m), (m,)``. Not positive definite gives NaN.
     """
     if M.ndim == 2:
+        if M.shape[0] > BY_HALVES:
+            return _inverse_by_halves(M)
         factor = jnp.linalg.cholesky(M)
         inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(M.shape[0], dtype=M.dtype))
         return inverse, 2.0 * jnp.log(jnp.diagonal(factor)).sum()
@@ -87,6 +90,23 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
         M = M - column[:, None] * row[None]
         M = M.at[k].set(row).at[:, k].set(-column / pivot).at[k, k].set(1.0 / pivot)
     return M, logdet
+
+
+def _inverse_by_halves(M: Array) -> tuple[Array, Array]:
+    """Of a large matrix: the inverse of one half, and of the Schur complement of the other.
+
+    Half as many operations as by a Cholesky factor, and all of them products of matrices.
+    """
+    h = M.shape[0] // 2
+    P, Q, R = M[:h, :h], M[h:, :h], M[h:, h:]
+    P_inverse, logdet_P = inverse_logdet(P)
+    T = Q @ P_inverse
+    S_inverse, logdet_S = inverse_logdet(R - T @ Q.T)
+    lower = -S_inverse @ T
+    inverse = jnp.concatenate(
+        [jnp.concatenate([P_inverse - T.T @ lower, lower.T], axis=1), jnp.concatenate([lower, S_inverse], axis=1)]
+    )
+    return inverse, logdet_P + logdet_S
 
 
 @inverse_logdet.defjvp

@@ -3,14 +3,16 @@
 :class:`CrossedMoments` answers the same two questions as :class:`~mixjax.likelihood.moments.Moments`, for one fit whose
 dense block is large: sums over the levels of the first factor, ``sum_i B_i'W_i B_i``, and their transpose, ``B_i Psi
 B_i'`` of every level. A level meets few of the dense effects, so its row ``B_i`` is sparse. Which effects meet at which
-level is looked up once, by numpy, in concrete arrays (:func:`incidence`). The sums then take either a list of all pairs
-of effects that meet at a level, or blocks of levels made dense one after another and multiplied: lists are cheap where
-levels have few rows, but grow with the sum of squared numbers of rows.
+level is looked up once, by numpy, in concrete arrays (:func:`incidence`). The sums then take a list of all pairs of
+effects that meet at a level, where the level has few, and otherwise blocks of levels made dense one after another and
+multiplied: the list grows with the sum of squared numbers of effects.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -22,19 +24,25 @@ from mixjax.design import AnyArray, is_concrete
 from mixjax.likelihood.moments import MOST_DENSE, pairs_of
 from mixjax.likelihood.statistics import CrossProducts, Layout
 
-# The longest list of pairs, about 60 bytes each while sums are formed.
+# The longest list of pairs, some 40 bytes each while sums are formed.
 MOST_PAIRS = 2**24
-# A pair of the list costs as much as so many multiplications of a dense product (measured: 8 ns against 2 x 7 ps).
+# A pair of the list costs as much as so many multiplications of a dense product (measured: 7 ns against 2 x 7 ps).
 PAIR_COST = 500
-# Numbers of a block of levels made dense.
-BLOCK = 2**22
+# Pairs of one target that are summed side by side.
+RUN = 8
 # Effects of a level of the first factor that are written out entry by entry.
 MOST_EFFECTS = 5
 
 
 class PairList(NamedTuple):
-    """All pairs of entries at one level, sorted by target: entries ``left`` and ``right (P,)``, and ``target = column
-    of left x d + column of right``, columns of left >= right. Behind the end: target d x d."""
+    """All pairs of entries at one level, in runs of up to eight with one target.
+
+    Runs are summed by vector operations; only their sums are scattered, which costs ten times as much each.
+
+    Attributes:
+        left, right: ``(R, 8)`` entries, columns of left >= right; E where a run is shorter.
+        target: ``(R,)`` column of left x d + column of right, ascending; d x d behind the end.
+    """
 
     left: AnyArray
     right: AnyArray
@@ -56,13 +64,14 @@ class Incidence(NamedTuple):
     Attributes:
         source: ``(E,)`` place of every entry among the products of pairs of levels, effect by effect.
         level, column: ``(E,)`` of the first factor, and of the d dense effects; m and d behind the end.
-        sums: how sums over levels are formed.
+        pairs: of levels with few entries, or None. blocks: of levels with many, or None.
     """
 
     source: AnyArray
     level: AnyArray
     column: AnyArray
-    sums: PairList | LevelBlocks
+    pairs: PairList | None
+    blocks: LevelBlocks | None
 
 
 def incidence(stats: CrossProducts) -> Incidence | None:
@@ -76,6 +85,7 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     layout = stats.layout
     if not layout.dense or np.ndim(stats.yy):
         return None
+    _check_memory(stats)
     first, *others = layout.chain + layout.dense
     q, _, m = np.shape(stats.factors[first].ZZ)
     shapes = {f: np.shape(stats.factors[f].ZZ)[1:] for f in others}
@@ -108,14 +118,49 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     order = np.lexsort((column, level))
     source, level, column = source[order], level[order], column[order]
     per_level = np.bincount(level, minlength=m)
-    n_pairs = int((per_level * (per_level + 1) // 2).sum())
-    E = len(level)
-    if n_pairs <= MOST_PAIRS and n_pairs * PAIR_COST <= q * m * d**2:
-        sums: PairList | LevelBlocks = _pair_list(level, column, per_level, n_pairs, d)
-    else:
-        sums = _level_blocks(level, column, per_level, d, q)
-    size = _bucket(E)
-    return Incidence(_pad(source, size, 0), _pad(level, size, m), _pad(column, size, d), sums)
+    short = _worth_a_list(per_level, q * d**2)
+    listed = short[level]
+    pairs = _pair_list(np.flatnonzero(listed), level, column, d) if listed.any() else None
+    blocks = _level_blocks(np.flatnonzero(~listed), level, column, d, q) if not listed.all() else None
+    size = _bucket(len(level))
+    return Incidence(_pad(source, size, 0), _pad(level, size, m), _pad(column, size, d), pairs, blocks)
+
+
+# Copies of the dense block that one evaluation with its derivatives holds at its peak (measured: 5 GB at 3 700 effects,
+# the list of pairs included).
+COPIES = 24
+
+
+def _check_memory(stats: CrossProducts) -> None:
+    """Raise MemoryError where the block of the crossed factors is too large, before it is made."""
+    sizes = [np.shape(stats.factors[f].ZZ)[1:] for f in stats.layout.dense]
+    d = sum(q * m for q, m in sizes) + np.shape(stats.XX)[-1]
+    needed, there = 8 * d**2 * COPIES, _memory()
+    if needed > there:
+        levels = " and ".join(f"{q} x {m:,}" if q > 1 else f"{m:,}" for q, m in sizes)
+        raise MemoryError(
+            f"the random effects that cross those of the largest factor ({levels} levels) and the fixed effects make a "
+            f"dense block of {d:,} x {d:,}: {8e-9 * d**2:,.1f} GB, of which about {COPIES} copies are needed, "
+            f"and there are {1e-9 * there:,.1f} GB of memory. Take a random term of that factor as fixed or leave it "
+            "out, pool rare levels, or use software with iterative solvers for crossed effects, such as gpboost"
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory of the default device."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", np.inf)
+    names = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"}
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
+
+
+def _worth_a_list(per_level: np.ndarray, dense_cost: int) -> np.ndarray:
+    """Levels whose pairs cost less than their row made dense; the shortest, as long as the list is not too long."""
+    n_pairs = per_level * (per_level + 1) // 2
+    order = np.argsort(n_pairs, kind="stable")
+    worth = (n_pairs[order] * PAIR_COST <= dense_cost) & (np.cumsum(n_pairs[order]) <= MOST_PAIRS)
+    return np.isin(np.arange(len(per_level)), order[worth])
 
 
 def _bucket(n: int) -> int:
@@ -128,36 +173,54 @@ def _pad(x: np.ndarray, size: int, value: int) -> np.ndarray:
     return np.concatenate([x, np.full(size - len(x), value)]).astype(np.int32)
 
 
-def _pair_list(level: np.ndarray, column: np.ndarray, per_level: np.ndarray, n_pairs: int, d: int) -> PairList:
-    begin = (np.cumsum(per_level) - per_level)[level]  # of every entry's level
-    partners = np.arange(len(level)) - begin + 1
-    left = np.repeat(np.arange(len(level)), partners)
+def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int) -> PairList:
+    """Of the chosen entries, which are sorted by level and column."""
+    own = level[chosen]
+    begin = np.searchsorted(own, own)  # of every entry's level
+    partners = np.arange(len(own)) - begin + 1
+    n_pairs = int(partners.sum())
+    left = np.repeat(np.arange(len(own)), partners)
     right = np.arange(n_pairs) - np.repeat(np.cumsum(partners) - partners - begin, partners)
+    left, right = chosen[left], chosen[right]
+    # By target: numpy sorts short integers in linear time, so one column after the other.
+    short = np.uint16 if d <= 2**16 else np.int64
+    order = np.argsort(column[right].astype(short), kind="stable")
+    order = order[np.argsort(column[left[order]].astype(short), kind="stable")]
+    left, right = left[order], right[order]
     target = column[left] * d + column[right]
-    order = np.argsort(target, kind="stable")
-    size = _bucket(n_pairs)
-    return PairList(_pad(left[order], size, 0), _pad(right[order], size, 0), _pad(target[order], size, d * d))
+    first = np.flatnonzero(np.diff(target, prepend=-1))  # of every distinct target
+    count = np.diff(first, append=n_pairs)
+    distinct = target[first]
+    runs = -(-count // RUN)  # of every target
+    within = np.arange(n_pairs) - np.repeat(first, count)
+    slot = np.repeat(np.cumsum(runs) - runs, count) * RUN + within
+    size = _bucket(int(runs.sum()))
+    entries = np.full((2, size * RUN), _bucket(len(level)), np.int32)
+    entries[0, slot], entries[1, slot] = left, right
+    left, right = entries.reshape(2, size, RUN)
+    return PairList(left, right, _pad(np.repeat(distinct, runs), size, d * d))
 
 
-def _level_blocks(level: np.ndarray, column: np.ndarray, per_level: np.ndarray, d: int, q: int) -> LevelBlocks:
-    m = len(per_level)
-    c = max(1, min(m, BLOCK // (q * d)))
-    k = -(-m // c)
+def _level_blocks(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, q: int) -> LevelBlocks:
+    """Of the chosen entries; a block is no larger than the dense block itself."""
+    names, own, count = np.unique(level[chosen], return_inverse=True, return_counts=True)
+    k = -(-len(names) // max(1, d // q))
+    c = _bucket(-(-len(names) // k))
     # Levels dealt out by their size, so that all blocks have about as many entries.
-    rank = np.empty(m, np.int64)
-    rank[np.argsort(-per_level, kind="stable")] = np.arange(m)
+    rank = np.empty(len(names), np.int64)
+    rank[np.argsort(-count, kind="stable")] = np.arange(len(names))
     block, place = rank % k, rank // k
-    levels = np.full((k, c), m, np.int32)
-    levels[block, place] = np.arange(m)
-    by_block = np.argsort(block[level], kind="stable")
-    counts = np.bincount(block[level], minlength=k)
-    size = _bucket(int(counts.max(initial=1)))
-    within = np.arange(len(level)) - np.repeat(np.cumsum(counts) - counts, counts)
+    levels = np.full((k, c), np.iinfo(np.int32).max, np.int32)
+    levels[block, place] = names
+    by_block = np.argsort(block[own], kind="stable")
+    counts = np.bincount(block[own], minlength=k)
+    size = _bucket(int(counts.max()))
+    within = np.arange(len(own)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row = block[own][by_block]
     entry = np.full((k, size), _bucket(len(level)), np.int32)
     places = np.full((k, size), c * d, np.int32)
-    row = block[level][by_block]
-    entry[row, within] = by_block
-    places[row, within] = place[level][by_block] * d + column[by_block]
+    entry[row, within] = chosen[by_block]
+    places[row, within] = place[own][by_block] * d + column[chosen][by_block]
     return LevelBlocks(levels, entry, places)
 
 
@@ -169,6 +232,7 @@ class CrossedMoments:
         A: ``(q, q, C, 1)`` of the C levels. count: ``(C, 1)`` ones.
         value: ``(q, E)`` of the entries. right: ``(q, p + 1, C)`` products with the basis of X and y.
         where: which effects meet where.
+        products: ``(pairs, R, 8)`` of the list, per pair a <= b of effects: ``x_a y_b + x_b y_a``, or ``x_a y_a``.
         UU, Uy, yy, n, sum_log_weights, X_logdet, dense, layout: as in Moments.
     """
 
@@ -177,6 +241,7 @@ class CrossedMoments:
     value: AnyArray
     right: AnyArray
     where: Incidence
+    products: AnyArray | None
     UU: AnyArray
     Uy: AnyArray
     yy: AnyArray
@@ -199,24 +264,32 @@ class CrossedMoments:
 
     def contract(self, weights: list) -> tuple:
         """As :meth:`mixjax.likelihood.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
+        # One at a time: slices of what is stacked last cost nothing, strided ones a copy of the dense block each.
+        UU, Uy, yy = zip(
+            *(self._contract([w[:, k, 0] for w in weights]) for k in range(weights[0].shape[1])), strict=True
+        )
+        return jnp.stack(UU, axis=2)[..., None], jnp.stack(Uy, axis=1)[..., None], jnp.stack(yy)[:, None]
+
+    def _contract(self, W: list[Array]) -> tuple[Array, Array, Array]:
+        """For one matrix, by its entries ``(C,)`` per pair of effects."""
         q, d = self.value.shape[0], self.n_dense
-        W = jnp.stack(weights)[..., 0]  # (pairs, C, j)
-        full = W[_position(q)]  # (q, q, C, j)
-        right = (full[:, :, None] * self.right[None, ..., None]).sum(1)  # (q, p + 1, C, j)
-        corner = jnp.einsum("arcj,asc->rsj", right, self.right)
-        level, column = self.where.level, self.where.column
-        at_entries = right.at[:, :, level].get(mode="fill", fill_value=0)  # (q, p + 1, E, j)
-        side = (self.value[:, None, :, None] * at_entries).sum(0)
-        side = jax.ops.segment_sum(jnp.moveaxis(side, 1, 0), column, d)  # (d, p + 1, j)
-        among = self._list_sums(W) if isinstance(self.where.sums, PairList) else self._block_sums(full)
+        full = jnp.stack(W)[_position(q)]  # (q, q, C)
+        right = (full[:, :, None] * self.right[None]).sum(1)  # (q, p + 1, C)
+        corner = jnp.einsum("arc,asc->rs", right, self.right)
+        at_entries = right.at[:, :, self.where.level].get(mode="fill", fill_value=0)  # (q, p + 1, E)
+        side = jax.ops.segment_sum((self.value[:, None] * at_entries).sum(0).T, self.where.column, d)  # (d, p + 1)
+        among = jnp.zeros((d, d), full.dtype)
+        if self.where.pairs is not None:
+            among = among + self._list_sums(W)
+        if self.where.blocks is not None:
+            among = among + self._block_sums(full)
         UU = jnp.concatenate(
             [
                 jnp.concatenate([among, side[:, :-1]], axis=1),
-                jnp.concatenate([jnp.swapaxes(side[:, :-1], 0, 1), corner[:-1, :-1]], axis=1),
+                jnp.concatenate([side[:, :-1].T, corner[:-1, :-1]], axis=1),
             ]
         )
-        Uy = jnp.concatenate([side[:, -1], corner[:-1, -1]])
-        return UU[..., None], Uy[..., None], corner[-1, -1][..., None]
+        return UU, jnp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
 
     def pull_back(self, UU, Uy, yy) -> list:
         """As :meth:`mixjax.likelihood.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
@@ -225,15 +298,19 @@ class CrossedMoments:
         corner = jnp.concatenate([jnp.concatenate([UU[d:, d:, 0], Uy[d:]], 1), jnp.append(Uy[d:, 0], yy)[None]])
         half = jnp.einsum("rs,asc->arc", corner, self.right) + 2.0 * self._times(side)  # (q, p + 1, C)
         mixed = jnp.einsum("arc,brc->abc", half, self.right)
-        among = self._list_traces(Psi) if isinstance(self.where.sums, PairList) else self._block_traces(Psi)
-        Q = [x + (mixed[a, a] if a == b else mixed[a, b] + mixed[b, a])
-             for x, (a, b) in zip(among, pairs_of(q), strict=True)]  # fmt: skip
+        Q = [mixed[a, a] if a == b else mixed[a, b] + mixed[b, a] for a, b in pairs_of(q)]
+        if self.where.pairs is not None:
+            Q = [x + y for x, y in zip(Q, self._list_traces(Psi), strict=True)]
+        if self.where.blocks is not None:
+            Q = [x + y for x, y in zip(Q, self._block_traces(Psi), strict=True)]
         return [x[:, None] for x in Q]
 
     def rows_times(self, c: Array) -> Array:
         """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, 1)`` from ``c (u, 1)``."""
         d = self.n_dense
-        return self._times(c[:d])[:, 0, :, None] + jnp.einsum("arc,r->ac", self.right, jnp.append(c[d:], 1.0))[..., None]
+        return (
+            self._times(c[:d])[:, 0, :, None] + jnp.einsum("arc,r->ac", self.right, jnp.append(c[d:], 1.0))[..., None]
+        )
 
     def _times(self, columns: Array) -> Array:
         """``B_i columns`` of the dense effects: ``(d, r) -> (q, r, C)``."""
@@ -245,29 +322,22 @@ class CrossedMoments:
 
     # --- sums by the list of pairs
 
-    def _products_of_pairs(self) -> Array:
-        """Per pair a <= b of effects ``(pairs, P)``: ``x_a y_b + x_b y_a``, or ``x_a y_a``."""
-        left, right = self.value[:, self.where.sums.left], self.value[:, self.where.sums.right]
-        return jnp.stack(
-            [
-                left[a] * right[a] if a == b else left[a] * right[b] + left[b] * right[a]
-                for a, b in pairs_of(len(left))
-            ]
-        )
-
-    def _list_sums(self, W: Array) -> Array:
-        d, pairs = self.n_dense, self.where.sums
-        at_level = W[:, self.where.level[pairs.left]]  # (pairs, P, j)
-        moved = (self._products_of_pairs()[..., None] * at_level).sum(0)
-        lower = jax.ops.segment_sum(moved, pairs.target, d * d, indices_are_sorted=True).reshape(d, d, -1)
-        return lower + jnp.swapaxes(jnp.where(jnp.eye(d, dtype=bool)[..., None], 0.0, lower), 0, 1)
+    def _list_sums(self, W: list[Array]) -> Array:
+        d, level = self.n_dense, self._level_of_pairs()
+        sums = sum((x * w[level]).sum(1) for x, w in zip(self.products, W, strict=True))
+        lower = jax.ops.segment_sum(sums, self.where.pairs.target, d * d, indices_are_sorted=True).reshape(d, d)
+        return lower + jnp.tril(lower, -1).T
 
     def _list_traces(self, Psi: Array) -> list[Array]:
-        pairs = self.where.sums
+        pairs = self.where.pairs
         twice = jnp.where(pairs.left == pairs.right, 1.0, 2.0)
-        at_target = Psi.reshape(-1).at[pairs.target].get(mode="fill", fill_value=0, indices_are_sorted=True) * twice
-        level, C = self.where.level[pairs.left], self.A.shape[2]
-        return [jax.ops.segment_sum(x * at_target, level, C) for x in self._products_of_pairs()]
+        at_target = Psi.reshape(-1).at[pairs.target].get(mode="fill", fill_value=0, indices_are_sorted=True)
+        weight = at_target[:, None] * twice
+        level, C = self._level_of_pairs(), self.A.shape[2]
+        return [jax.ops.segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in self.products]
+
+    def _level_of_pairs(self) -> Array:
+        return self.where.level.at[self.where.pairs.left].get(mode="clip")
 
     # --- sums by blocks of levels
 
@@ -278,23 +348,20 @@ class CrossedMoments:
         return jnp.zeros((q, c * d), value.dtype).at[:, block.place].set(value, mode="drop").reshape(q, c, d)
 
     def _block_sums(self, full: Array) -> Array:
-        q, d, j = self.value.shape[0], self.n_dense, full.shape[-1]
-        edges = [round(d * i / 4) for i in range(5)]  # of column blocks: the upper ones are mirrored
+        d = self.n_dense
+        edges = [round(d * i / 4) for i in range(5)]  # of column blocks: what lies above the diagonal is mirrored
 
-        def add(total, block):
+        def add(lower, block):
             B = self._dense_block(block)
-            c = B.shape[1]
-            at_levels = full.at[:, :, block.levels].get(mode="fill", fill_value=0)  # (q, q, c, j)
-            new = []
-            for k in range(j):
-                WB = (at_levels[:, :, :, k, None] * B[None]).sum(1).reshape(q * c, d)
-                rows = [B.reshape(q * c, d)[:, a:b].T @ WB[:, :b] for a, b in zip(edges, edges[1:], strict=False)]
-                new.append(jnp.concatenate([jnp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows]))
-            return total + jnp.stack(new), None
+            at_levels = full.at[:, :, block.levels].get(mode="fill", fill_value=0)  # (q, q, c)
+            WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
+            B = B.reshape(-1, d)
+            return [row + B[:, a:b].T @ WB[:, :b] for row, (a, b) in zip(lower, pairwise(edges), strict=True)], None
 
-        lower, _ = jax.lax.scan(add, jnp.zeros((j, d, d), self.value.dtype), self.where.sums)
-        lower = jnp.tril(lower)
-        return jnp.moveaxis(lower + jnp.swapaxes(jnp.tril(lower, -1), 1, 2), 0, -1)
+        start = [jnp.zeros((b - a, b), self.value.dtype) for a, b in pairwise(edges)]
+        rows, _ = jax.lax.scan(add, start, self.where.blocks)
+        lower = jnp.concatenate([jnp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
+        return jnp.tril(lower) + jnp.tril(lower, -1).T
 
     def _block_traces(self, Psi: Array) -> list[Array]:
         q, d, C = self.value.shape[0], self.n_dense, self.A.shape[2]
@@ -304,16 +371,16 @@ class CrossedMoments:
             BPsi = (B.reshape(-1, d) @ Psi).reshape(B.shape)
             return None, jnp.stack([(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])
 
-        _, parts = jax.lax.scan(traces, None, self.where.sums)  # (k, pairs, c)
+        _, parts = jax.lax.scan(traces, None, self.where.blocks)  # (k, pairs, c)
         flat = jnp.swapaxes(parts, 1, 2).reshape(-1, parts.shape[1])
-        out = jnp.zeros((C, parts.shape[1]), flat.dtype).at[self.where.sums.levels.reshape(-1)].set(flat, mode="drop")
+        out = jnp.zeros((C, parts.shape[1]), flat.dtype).at[self.where.blocks.levels.reshape(-1)].set(flat, mode="drop")
         return list(out.T)
 
 
 jax.tree_util.register_dataclass(
     CrossedMoments,
     data_fields=[
-        "A", "count", "value", "right", "where", "UU", "Uy", "yy", "n", "sum_log_weights", "X_logdet",
+        "A", "count", "value", "right", "where", "products", "UU", "Uy", "yy", "n", "sum_log_weights", "X_logdet",
     ],
     meta_fields=["dense", "layout"],
 )  # fmt: skip
@@ -349,9 +416,9 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         ZZ = jnp.where(present, pair.ZZ, 0.0)
         G = G.at[at_s[:, None], at_t[None]].add(ZZ, mode="drop")
         G = G.at[at_t[:, None], at_s[None]].add(jnp.swapaxes(ZZ, 0, 1), mode="drop")
-    side = jnp.concatenate(
-        [jnp.moveaxis(jnp.concatenate([factors[f].ZX, factors[f].Zy[:, None]], 1), 1, -1).reshape(-1, stats.XX.shape[0] + 1)
-         for f, _, _ in dense])  # fmt: skip
+    p = stats.XX.shape[0]
+    borders = [jnp.concatenate([factors[f].ZX, factors[f].Zy[:, None]], axis=1) for f, _, _ in dense]
+    side = jnp.concatenate([jnp.moveaxis(border, 1, -1).reshape(-1, p + 1) for border in borders])
     UU = jnp.concatenate(
         [
             jnp.concatenate([G, side[:, :-1]], axis=1),
@@ -367,6 +434,7 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         value=value,
         right=jnp.concatenate([factors[first].ZX, factors[first].Zy[:, None]], axis=1),
         where=where,
+        products=None if where.pairs is None else _products(value, where.pairs),
         UU=UU[..., None],
         Uy=jnp.concatenate([side[:, -1], jnp.asarray(stats.Xy)])[:, None],
         yy=jnp.asarray(stats.yy)[None],
@@ -375,6 +443,13 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         X_logdet=jnp.asarray(stats.X_basis.logdet)[None],
         dense=dense,
         layout=replace(layout, chain=(first,), dense=tuple(others)),
+    )
+
+
+def _products(value: Array, pairs: PairList) -> Array:
+    left, right = (value.at[:, side].get(mode="fill", fill_value=0) for side in (pairs.left, pairs.right))
+    return jnp.stack(
+        [left[a] * right[a] if a == b else left[a] * right[b] + left[b] * right[a] for a, b in pairs_of(len(value))]
     )
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 from functools import cache, reduce
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -36,7 +37,7 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.likelihood.crossed import CrossedMoments
-from mixjax.likelihood.moments import Moments, pairs_of
+from mixjax.likelihood.moments import MOST_DENSE, Moments, pairs_of
 from mixjax.likelihood.statistics import Layout
 
 Entries = dict[tuple[int, int], Array]  # of tiny matrices, each entry a vector over classes and lanes
@@ -68,16 +69,15 @@ class _First(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """What follows when U and y are left, with ``K2``, ``F2 (d, d, B)`` of the d dense effects.
+    """What follows when U and y are left, with ``K2 (d, d, B)`` of the d dense effects.
 
-    ``G_dd``: their products. ``P2 = F2 G_d,(X y) (d, p + 1, B)``. ``T_X = (-K2 G_dX; I) (u, p, B)``.
+    ``G_dd``: their products. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``. ``T_X = (-K2 G_dX; I) (u, p, B)``.
     ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
     """
 
     lanes: Lanes
     G_dd: Array
     K2: Array
-    F2: Array
     P2: Array
     T_X: Array
     c: Array
@@ -169,7 +169,12 @@ def _by_covariance(lambdas: dict, moments: Moments, reml: Array | bool, with_res
         C, C_log = C + fixed, C_log + jnp.where(reml, fixed, 0.0)
     Jc = linalg.matmul(J_UU, c[:, None, None])[:, 0] + J_Uy
     cJc = (c[:, None] * (Jc + J_Uy)).sum(0) + J_yy
-    CJ = linalg.matmul(C_log[:, :, None], J_UU)
+    KJ = linalg.matmul(rest.K2[:, :, None], J_UU[:d])
+    CJ, TJ = _pad_rows(KJ, u), None
+    if p:
+        TJ = linalg.matmul(linalg.transpose(T_X)[:, :, None], J_UU)
+        fixed = linalg.matmul(linalg.matmul(T_X, lanes.XX_inverse)[:, :, None], TJ)
+        CJ = CJ + jnp.where(reml, fixed, 0.0)
 
     # Psi = C + s c c' over (U, y), pulled back to the classes.
     Q = _pairs_to_matrix(moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s))
@@ -187,7 +192,7 @@ def _by_covariance(lambdas: dict, moments: Moments, reml: Array | bool, with_res
     )
     spots = [(f1, pair) for pair in own]
     if d:
-        others, g2, among, mixed = _dense_directions(moments, rest, s, curve, reml, (J_UU, Jc, cJc))
+        others, g2, among, mixed = _dense_directions(lambdas, moments, rest, s, curve, reml, (J_UU, Jc, cJc, KJ, TJ))
         g, spots = jnp.concatenate([g, g2]), spots + others
         upper, lower = jnp.concatenate([H, mixed], 1), jnp.concatenate([linalg.transpose(mixed), among], 1)
         H = jnp.concatenate([upper, lower])
@@ -316,21 +321,20 @@ def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, r
     logdet = (moments.count * first.logdet).sum(0)
     G_dd, G_dX, G_dy = UU[:d, :d], UU[:d, d:], Uy[:d]
     XX, Xy = UU[d:, d:], Uy[d:]
-    K2 = F2 = G_dd
+    K2 = G_dd
     P2 = T_X = G_dX
     c = G_dy
     if d:
         eye = jnp.eye(d, dtype=yy.dtype)[..., None]
-        half = _lambda_times(lambdas, moments, G_dd, transpose=True)
-        M = eye + _lambda_times(lambdas, moments, linalg.transpose(half), transpose=True)
+        half = _blocks_times(lambdas, moments, G_dd, transpose=True)
+        M = eye + _blocks_times(lambdas, moments, linalg.transpose(half), transpose=True)
         inverse, logdet_M = linalg.inverse_logdet(M)
         logdet = logdet + logdet_M
-        half = _lambda_times(lambdas, moments, inverse)
-        K2 = _lambda_times(lambdas, moments, linalg.transpose(half))
-        F2 = eye - linalg.matmul(G_dd, K2)
+        half = _blocks_times(lambdas, moments, inverse)
+        K2 = _blocks_times(lambdas, moments, linalg.transpose(half))
         B2 = jnp.concatenate([G_dX, G_dy[:, None]], axis=1)
-        P2 = linalg.matmul(F2, B2)
         T = -linalg.matmul(K2, B2)
+        P2 = B2 + linalg.matmul(G_dd, T)
         T_X, c = T[:, :p], T[:, p]
         if p:
             XX = XX + linalg.matmul(linalg.transpose(G_dX), T_X)
@@ -349,11 +353,11 @@ def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, r
     criterion = logdet + df * (1.0 + jnp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
     criterion = criterion + jnp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
     lanes = Lanes(criterion, delta, XX_inverse, rss, jnp.sqrt(rss / df))
-    return _Rest(lanes, G_dd, K2, F2, P2, T_X, c)
+    return _Rest(lanes, G_dd, K2, P2, T_X, c)
 
 
-def _lambda_times(lambdas: dict, moments: Moments, rows: Array, transpose: bool = False) -> Array:
-    """``Lambda rows`` (or ``Lambda' rows``) for all dense effects: ``(n_dense, r, B)``."""
+def _blocks_times(lambdas: dict, moments: Moments | CrossedMoments, rows: Array, transpose: bool = False) -> Array:
+    """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
     parts, start = [], 0
     for f, q, m in moments.dense:
         Lambda = lambdas[f]
@@ -364,28 +368,39 @@ def _lambda_times(lambdas: dict, moments: Moments, rows: Array, transpose: bool 
     return jnp.concatenate(parts)
 
 
-def _dense_directions(moments: Moments, rest: _Rest, s: Array, curve: Array, reml: Array | bool, first: tuple):
+def _dense_directions(
+    lambdas: dict,
+    moments: Moments | CrossedMoments,
+    rest: _Rest,
+    s: Array,
+    curve: Array,
+    reml: Array | bool,
+    first: tuple,
+):
     """Directions of the dense factors' covariances.
 
     Args:
-        first: J, J c and c'J c of the first factor's directions, those along the axis before the last.
+        first: J, J c, c'J c, K2 J and T_X'J of the first factor's directions, those along the axis before the last.
 
     Returns:
         Their spots (factor, pair); the gradient; the Hessian among them; and with the first factor's directions.
     """
-    J_UU, Jc, cJc = first
+    J_UU, Jc, cJc, KJ, TJ = first
     lanes, p = rest.lanes, rest.lanes.delta.shape[0]
     d, u = rest.K2.shape[0], rest.c.shape[0]
     P_X = rest.P2[:, :p]
-    Omega = Omega_log = linalg.matmul(rest.F2, rest.G_dd)
-    L = L_log = jnp.pad(rest.F2, ((0, 0), (0, u - d), (0, 0)))
-    e = rest.P2[:, p]
+    F, LJ, Omega = _dense_products(lambdas, moments, rest, J_UU[:d], KJ)
+    L_log = jnp.pad(F, ((0, 0), (0, u - d), (0, 0)))
+    LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(rest.K2, Jc[:d]))
+    Omega_log, e = Omega, rest.P2[:, p]
     if p:
         half = linalg.matmul(P_X, lanes.XX_inverse)
         fixed = linalg.matmul(half, linalg.transpose(P_X))
         Omega, Omega_log = Omega - fixed, Omega_log - jnp.where(reml, fixed, 0.0)
-        fixed = linalg.matmul(half, linalg.transpose(rest.T_X))
-        L, L_log = L - fixed, L_log - jnp.where(reml, fixed, 0.0)
+        T_X = linalg.transpose(rest.T_X)
+        L_log = L_log - jnp.where(reml, linalg.matmul(half, T_X), 0.0)
+        LJ = LJ - jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
+        LJc = LJc - linalg.matmul(half, linalg.matmul(T_X, Jc))
         e = e - linalg.matmul(P_X, lanes.delta[:, None])[:, 0]
 
     at = {}  # where the effects (factor, a) stand
@@ -404,8 +419,6 @@ def _dense_directions(moments: Moments, rest: _Rest, s: Array, curve: Array, rem
 
     Ee = jnp.stack([unit_times(*spot) for spot in spots], axis=1)  # (d, J, B)
     eEe = (e[:, None] * Ee).sum(0)
-    LJ = linalg.matmul(L_log[:, :, None], J_UU)
-    LJc = linalg.matmul(L, Jc)
     traces, products, mixed = [], [], []
     for f, pair in spots:
         orders = _orders(*pair)
@@ -426,6 +439,43 @@ def _dense_directions(moments: Moments, rest: _Rest, s: Array, curve: Array, rem
     among = among - jnp.stack([jnp.stack(row) for row in products])
     between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
     return spots, g, among, between - jnp.stack(mixed, axis=1)
+
+
+# Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
+LEAST_RATIO = 1e-3
+
+
+def _dense_products(lambdas: dict, moments: Moments | CrossedMoments, rest: _Rest, J: Array, KJ: Array):
+    """``F = I - G K2``, ``F J`` and ``Omega = F G`` of the dense effects.
+
+    With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.
+    """
+    d, lanes = rest.K2.shape[0], rest.K2.shape[2]
+    G, K2 = rest.G_dd, rest.K2
+    eye = jnp.eye(d, dtype=K2.dtype)[..., None]
+
+    def by_products():
+        F = eye - linalg.matmul(G, K2)
+        return F, J - linalg.matmul(G[:, :, None], KJ), linalg.matmul(F, G)
+
+    if lanes > 1 or d <= MOST_DENSE:
+        return by_products()
+    inverses, least = {}, []
+    for f, _, _ in moments.dense:
+        zero = jnp.zeros_like(rest.c[0])
+        Lambda = jnp.stack([jnp.stack([zero if x is None else x for x in row]) for row in lambdas[f]])
+        D = linalg.matmul(Lambda, linalg.transpose(Lambda))
+        floor = LEAST_RATIO**2 * jnp.eye(D.shape[0], dtype=D.dtype)[..., None]
+        least.append(linalg.is_positive(D - floor))
+        inverse = linalg.inverse_logdet(jnp.where(least[-1], D, jnp.eye(D.shape[0], dtype=D.dtype)[..., None]))[0]
+        inverses[f] = [list(row) for row in inverse]
+
+    def by_scaling():
+        F = _blocks_times(inverses, moments, K2)
+        back = linalg.transpose(_blocks_times(inverses, moments, linalg.transpose(eye - F)))
+        return F, _blocks_times(inverses, moments, KJ), 0.5 * (back + linalg.transpose(back))
+
+    return jax.lax.cond(jnp.stack(least).all(), by_scaling, by_products)
 
 
 # --- from covariances to Cholesky entries --------------------------------------------------------------------------
@@ -477,6 +527,10 @@ def _ordered(a: int, b: int) -> tuple[int, int]:
 
 def _orders(a: int, b: int) -> tuple[tuple[int, int], ...]:
     return ((a, b),) if a == b else ((a, b), (b, a))
+
+
+def _pad_rows(rows: Array, u: int) -> Array:
+    return jnp.pad(rows, ((0, u - rows.shape[0]), *((0, 0),) * (rows.ndim - 1)))
 
 
 def _sum(terms) -> Array:
