@@ -26,6 +26,7 @@ _HOMES = {
     "build_design": "mixjax.formula.build",
     "CrossProducts": "mixjax.likelihood.statistics",
     "cross_products": "mixjax.likelihood.cross_products",
+    "cross_products_from": "mixjax.streams",
     "criterion": "mixjax.likelihood.criterion",
     "MarginalParams": "mixjax.likelihood.marginal",
     "marginal_loglik": "mixjax.likelihood.marginal",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from mixjax.lmm import LMMFit as LMMFit
     from mixjax.lmm import lmm as lmm
     from mixjax.optimise.results import Result as Result
+    from mixjax.streams import cross_products_from as cross_products_from
 
 
 def __getattr__(name: str) -> Any:

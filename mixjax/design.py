@@ -7,7 +7,7 @@ enters a compiled program: a new set of names compiles nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +56,20 @@ class Design:
     terms: tuple[RandomTerm, ...]
     weights: AnyArray | None = None
     offset: AnyArray | None = None
+
+
+class Rows(NamedTuple):
+    """A chunk of rows of a larger table.
+
+    Attributes:
+        columns: ``(n, c)``, all columns of X and of the Z of every term, each once. y: ``(n,)``, less the offset.
+        sqrt_w: ``(n,)`` square roots of the weights, or None. codes: per grouping factor ``(n,)`` levels.
+    """
+
+    columns: np.ndarray
+    y: np.ndarray
+    sqrt_w: np.ndarray | None
+    codes: list[np.ndarray]
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups"])

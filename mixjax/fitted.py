@@ -53,19 +53,35 @@ class Fitted:
     """One fitted linear mixed model. Inference and diagnostics are functions of it.
 
     Attributes:
-        design: arrays of the model. labels: names beside them.
+        design: arrays of the model, or None where the rows came in chunks and were not kept. labels: names.
         stats: cross-products of the design.
         estimates: numpy float64.
         reml: criterion is the REML criterion, not the ML deviance.
         optimizer: how the search ended.
     """
 
-    design: Design
+    design: Design | None
     labels: Labels
     stats: CrossProducts
     estimates: Estimates
     reml: bool
     optimizer: OptimizerInfo
+
+    @property
+    def rows(self) -> Design:
+        """The design, or an error that says why there is none."""
+        if self.design is None:
+            raise ValueError(
+                "this fit was made from chunks of rows, which were not kept: there are no residuals, fitted values or "
+                "whatever else needs the rows; fit the whole table, or compute them chunk by chunk from fixef and "
+                "ranef()"
+            )
+        return self.design
+
+    @property
+    def nobs(self) -> int:
+        """Number of rows."""
+        return int(self.stats.n)
 
 
 def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = None, optimizer: Any = None) -> Fitted:
@@ -81,7 +97,13 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
     Warns:
         ConvergenceWarning: says why and what to try.
     """
-    stats = cross_products(design)
+    return fit_products(cross_products(design), labels, reml, start, optimizer, design)
+
+
+def fit_products(
+    stats: CrossProducts, labels: Labels, reml: bool, start: Any, optimizer: Any, design: Design | None = None
+) -> Fitted:
+    """As :func:`fit_design`, from the cross-products on."""
     if start is not None:
         start = np.asarray(start, dtype=np.float64)
         if not np.isfinite(start).all():
@@ -90,7 +112,8 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
         padded = pad(stats)
         est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
         est = jax.tree.map(np.asarray, jax.device_get(est))
-    est = est._replace(b=tuple(b[: term.n_groups] for b, term in zip(est.b, design.terms, strict=True)))
+    sizes = [stats.factors[place.factor].ZZ.shape[2] for place in stats.layout.terms]
+    est = est._replace(b=tuple(b[:m] for b, m in zip(est.b, sizes, strict=True)))
     result = Result(int(est.result))
     info = OptimizerInfo(
         "trust-region Newton" if optimizer is None else "optax",

@@ -19,15 +19,17 @@ from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design
+from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products
 from mixjax.formula.build import build_design
 from mixjax.formula.build import check_identifiable as refuse_unidentified
+from mixjax.formula.chunks import is_stream
 from mixjax.formula.errors import DataError
 from mixjax.formula.table import row_values
 from mixjax.inference import variance
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, term_names, tidy
 
 
@@ -48,7 +50,9 @@ def lmm(
     Args:
         formula: ``"y ~ x + (x | g)"``. Fixed effects in formulaic's language; random terms in lme4's: ``(1 | g)``,
             ``(x | g)``, ``(0 + x | g)``, ``(x || g)``, ``(1 | a/b)``, ``(1 | a:b)``, ``(1 | a*b)``.
-        data: pandas, polars or pyarrow table, or a dict of arrays.
+        data: pandas, polars or pyarrow table, or a dict of arrays. Also what comes in chunks: an iterable of tables,
+            the path of a parquet file, a pyarrow dataset, a dask data frame; see
+            :func:`mixjax.cross_products_from`. The rows of chunks are not kept, so neither are residuals.
         reml: restricted maximum likelihood (default) or maximum likelihood.
         weights: column name or ``(n,)``; the residual variance of a row is ``sigma^2 / weight``.
         offset: column name or ``(n,)``, a known part of the mean.
@@ -74,6 +78,11 @@ def lmm(
         1743.6283
     """
     check_options(reml, optimizer)
+    if is_stream(data):
+        if subset is not None:
+            raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
+        stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts)
+        return LMMFit(fit_products(stats, labels, reml, start, optimizer), optimizer)
     design, labels = build_design(formula, data, weights, offset, subset, contrasts)
     if check_identifiable:
         refuse_unidentified(design, labels)
@@ -99,7 +108,7 @@ class LMMFit:
     @property
     def design(self) -> Design:
         """Arrays of the model."""
-        return self._fitted.design
+        return self._fitted.rows
 
     @property
     def labels(self) -> Labels:
@@ -282,7 +291,7 @@ class LMMFit:
     @property
     def nobs(self) -> int:
         """Rows used."""
-        return len(self.design.y)
+        return self._fitted.nobs
 
     @property
     def npar(self) -> int:
@@ -303,9 +312,8 @@ class LMMFit:
 
     def augment(self) -> pd.DataFrame:
         """The used rows and columns with ``.fitted``, ``.resid`` and ``.fixed`` (population mean) beside them."""
-        return self.labels.frame.assign(
-            **{".fitted": self.fitted, ".resid": self.residuals(), ".fixed": self.predict(random=False)}
-        )
+        columns = {".fitted": self.fitted, ".resid": self.residuals(), ".fixed": self.predict(random=False)}
+        return self.labels.frame.assign(**columns)
 
     def __repr__(self) -> str:
         kind = "REML criterion" if self.reml else "deviance"
@@ -385,12 +393,13 @@ class LMMFit:
             y: ``(nobs,)`` response for the used rows, or None for the same.
             reml: None for the same.
         """
-        design = self.design
-        if y is not None:
-            y = row_values("y", y, self.labels.frame.index, self.nobs)
-            design = replace(design, y=y)
         reml = self.reml if reml is None else reml
         check_options(reml, self._method)
+        if y is None:
+            fitted = fit_products(self.stats, self.labels, reml, None, self._method, self._fitted.design)
+            return LMMFit(fitted, self._method)
+        design = self.design
+        design = replace(design, y=row_values("y", y, self.labels.frame.index, self.nobs))
         return LMMFit(fit_design(design, self.labels, reml, None, self._method), self._method)
 
     def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None) -> BatchFit:

@@ -36,7 +36,7 @@ def information_criteria(fitted: Fitted) -> dict[str, float]:
     return {
         "loglik": -criterion / 2,
         "aic": criterion + 2 * npar,
-        "bic": criterion + np.log(len(fitted.design.y)) * npar,
+        "bic": criterion + np.log(fitted.nobs) * npar,
     }
 
 
@@ -127,7 +127,7 @@ class Summary:
         parts = [
             self._head(),
             self._fit_statistics(),
-            self._scaled_residuals(),
+            self._scaled_residuals() if self.fitted.design is not None else "",
             "Random effects:\n" + str(VarCorr(self.fitted)) + "\n" + self._counts(),
             "Fixed effects:\n" + self._fixed_text(),
         ]
@@ -159,7 +159,7 @@ class Summary:
             "BIC": f"{info['bic']:.1f}",
             "logLik": f"{info['loglik']:.1f}",
             "-2*log(L)": f"{criterion:.1f}",
-            "df.resid": str(len(self.fitted.design.y) - n_parameters(self.fitted)),
+            "df.resid": str(self.fitted.nobs - n_parameters(self.fitted)),
         }
         return text_table(pd.DataFrame([list(cells.values())], columns=list(cells)), left=0)
 
@@ -171,7 +171,7 @@ class Summary:
 
     def _counts(self) -> str:
         groups = "; ".join(f"{name}, {m}" for name, m in group_sizes(self.fitted).items())
-        return f"Number of obs: {len(self.fitted.design.y)}, groups: {groups}"
+        return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
 
     def _fixed_table(self) -> pd.DataFrame:
         table = coefficient_table(self.fitted)
@@ -242,13 +242,13 @@ def tidy(fitted: Fitted) -> pd.DataFrame:
 def glance(fitted: Fitted) -> pd.DataFrame:
     """One row that describes the fit as a whole."""
     row = {
-        "nobs": len(fitted.design.y),
+        "nobs": fitted.nobs,
         "npar": n_parameters(fitted),
         "sigma": float(fitted.estimates.sigma),
         **information_criteria(fitted),
         "criterion": float(fitted.estimates.criterion),
         "reml": fitted.reml,
-        "df_residual": len(fitted.design.y) - n_parameters(fitted),
+        "df_residual": fitted.nobs - n_parameters(fitted),
         "converged": bool(fitted.estimates.converged),
         "singular": bool(fitted.estimates.singular),
     }

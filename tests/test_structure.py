@@ -15,8 +15,8 @@ PACKAGE = Path(mj.__file__).parent
 ROOMS = [
     "mixjax.linalg", "mixjax.design", "mixjax.compiling", "mixjax.bases", "mixjax.optimise", "mixjax.datasets",
     "mixjax.formula", "mixjax.covariance", "mixjax.likelihood", "mixjax.estimation", "mixjax.fitted", "mixjax.batch",
-    "mixjax.inference", "mixjax.diagnostics", "mixjax.summary", "mixjax.lmm", "mixjax.cache", "mixjax.cli",
-    "mixjax.__main__",
+    "mixjax.inference", "mixjax.diagnostics", "mixjax.summary", "mixjax.streams", "mixjax.lmm", "mixjax.cache",
+    "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 CORE = (
     "mixjax.linalg",

@@ -104,13 +104,17 @@ def _estimate(stats: CrossProducts, start: Array | None, reml: Array, where: Inc
     stats, where = jax.tree.map(jnp.asarray, (stats, where))
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))
-    small = has_closed_form(data)
-    if small or where is not None:
-        moments = moments_of(data) if small else crossed_moments(data, where)
-        evaluate: Evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
+    evaluate: Evaluate
+    x0 = None if start is None else start_in_bases(data, start)
+    if has_closed_form(data):
+        moments = moments_of(data)
+        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
+        x0 = minque_start(moments)[:, 0] if x0 is None else x0
+    elif where is not None:
+        evaluate = partial(value_gradient_hessian, moments=crossed_moments(data, where), reml=reml)
     else:
         evaluate = by_differentiation(_objective_at(data, reml))
-    x0 = minque_start(moments)[:, 0] if small and start is None else start_in_bases(data, start)
+    x0 = start_in_bases(data, None) if x0 is None else x0
     solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.qs))
     own, _ = own_factors(solution.x, data)
     solution = solution._replace(result=result_code(solution, jnp.stack([leading_zero(L) for L in own]).any()))

@@ -170,7 +170,7 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
             own, levels = column.cat.codes.to_numpy(), column.cat.categories
         else:
             own, levels = pd.factorize(column, sort=True)
-        parts.append([_level_name(level) for level in levels])
+        parts.append([level_name(level) for level in levels])
         codes = codes * len(levels) + own
     present, codes = np.unique(codes, return_inverse=True)
     names = [""] * len(present)
@@ -180,5 +180,6 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
     return codes.reshape(-1).astype(np.int32), names
 
 
-def _level_name(level: Any) -> str:
+def level_name(level: Any) -> str:
+    """A level's name: whole numbers without decimals."""
     return str(int(level)) if isinstance(level, float) and level.is_integer() else str(level)

@@ -19,7 +19,7 @@ def icc(fitted: Fitted) -> pd.Series:
         predictions (Nakagawa, Johnson & Schielzeth 2017, J. R. Soc. Interface 14, eq. 2.5) added to the denominator.
     """
     random, residual = _random_variances(fitted).sum(), float(fitted.estimates.sigma) ** 2
-    X = np.asarray(fitted.design.X)
+    X = np.asarray(fitted.rows.X)
     fixed = float(np.var(X @ fitted.estimates.beta, ddof=1)) if X.shape[1] else 0.0
     return pd.Series(
         {"adjusted": random / (random + residual), "unadjusted": random / (random + residual + fixed)}, name="icc"
@@ -31,6 +31,6 @@ def _random_variances(fitted: Fitted) -> np.ndarray:
     return np.array(
         [
             np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z).mean()
-            for term, Sigma in zip(fitted.design.terms, fitted.estimates.Sigma, strict=True)
+            for term, Sigma in zip(fitted.rows.terms, fitted.estimates.Sigma, strict=True)
         ]
     )

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from mixjax.design import AnyArray, is_concrete
-from mixjax.likelihood.moments import MOST_DENSE, pairs_of
+from mixjax.likelihood.moments import MOST_DENSE, Moments, pairs_of
 from mixjax.likelihood.statistics import CrossProducts, Layout
 
 # The longest list of pairs, some 40 bytes each while sums are formed.
@@ -197,8 +197,8 @@ def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int
     size = _bucket(int(runs.sum()))
     entries = np.full((2, size * RUN), _bucket(len(level)), np.int32)
     entries[0, slot], entries[1, slot] = left, right
-    left, right = entries.reshape(2, size, RUN)
-    return PairList(left, right, _pad(np.repeat(distinct, runs), size, d * d))
+    both = entries.reshape(2, size, RUN)
+    return PairList(both[0], both[1], _pad(np.repeat(distinct, runs), size, d * d))
 
 
 def _level_blocks(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, q: int) -> LevelBlocks:
@@ -241,7 +241,7 @@ class CrossedMoments:
     value: AnyArray
     right: AnyArray
     where: Incidence
-    products: AnyArray | None
+    products: AnyArray  # or None
     UU: AnyArray
     Uy: AnyArray
     yy: AnyArray
@@ -280,9 +280,9 @@ class CrossedMoments:
         side = jax.ops.segment_sum((self.value[:, None] * at_entries).sum(0).T, self.where.column, d)  # (d, p + 1)
         among = jnp.zeros((d, d), full.dtype)
         if self.where.pairs is not None:
-            among = among + self._list_sums(W)
+            among = among + self._list_sums(self.where.pairs, W)
         if self.where.blocks is not None:
-            among = among + self._block_sums(full)
+            among = among + self._block_sums(self.where.blocks, full)
         UU = jnp.concatenate(
             [
                 jnp.concatenate([among, side[:, :-1]], axis=1),
@@ -300,9 +300,9 @@ class CrossedMoments:
         mixed = jnp.einsum("arc,brc->abc", half, self.right)
         Q = [mixed[a, a] if a == b else mixed[a, b] + mixed[b, a] for a, b in pairs_of(q)]
         if self.where.pairs is not None:
-            Q = [x + y for x, y in zip(Q, self._list_traces(Psi), strict=True)]
+            Q = [x + y for x, y in zip(Q, self._list_traces(self.where.pairs, Psi), strict=True)]
         if self.where.blocks is not None:
-            Q = [x + y for x, y in zip(Q, self._block_traces(Psi), strict=True)]
+            Q = [x + y for x, y in zip(Q, self._block_traces(self.where.blocks, Psi), strict=True)]
         return [x[:, None] for x in Q]
 
     def rows_times(self, c: Array) -> Array:
@@ -322,22 +322,21 @@ class CrossedMoments:
 
     # --- sums by the list of pairs
 
-    def _list_sums(self, W: list[Array]) -> Array:
-        d, level = self.n_dense, self._level_of_pairs()
+    def _list_sums(self, pairs: PairList, W: list[Array]) -> Array:
+        d, level = self.n_dense, self._level_of_pairs(pairs)
         sums = sum((x * w[level]).sum(1) for x, w in zip(self.products, W, strict=True))
-        lower = jax.ops.segment_sum(sums, self.where.pairs.target, d * d, indices_are_sorted=True).reshape(d, d)
+        lower = jax.ops.segment_sum(sums, pairs.target, d * d, indices_are_sorted=True).reshape(d, d)
         return lower + jnp.tril(lower, -1).T
 
-    def _list_traces(self, Psi: Array) -> list[Array]:
-        pairs = self.where.pairs
+    def _list_traces(self, pairs: PairList, Psi: Array) -> list[Array]:
         twice = jnp.where(pairs.left == pairs.right, 1.0, 2.0)
         at_target = Psi.reshape(-1).at[pairs.target].get(mode="fill", fill_value=0, indices_are_sorted=True)
         weight = at_target[:, None] * twice
-        level, C = self._level_of_pairs(), self.A.shape[2]
+        level, C = self._level_of_pairs(pairs), self.A.shape[2]
         return [jax.ops.segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in self.products]
 
-    def _level_of_pairs(self) -> Array:
-        return self.where.level.at[self.where.pairs.left].get(mode="clip")
+    def _level_of_pairs(self, pairs: PairList) -> Array:
+        return self.where.level.at[pairs.left].get(mode="clip")
 
     # --- sums by blocks of levels
 
@@ -347,7 +346,7 @@ class CrossedMoments:
         value = self.value.at[:, block.entry].get(mode="fill", fill_value=0)
         return jnp.zeros((q, c * d), value.dtype).at[:, block.place].set(value, mode="drop").reshape(q, c, d)
 
-    def _block_sums(self, full: Array) -> Array:
+    def _block_sums(self, blocks: LevelBlocks, full: Array) -> Array:
         d = self.n_dense
         edges = [round(d * i / 4) for i in range(5)]  # of column blocks: what lies above the diagonal is mirrored
 
@@ -359,11 +358,11 @@ class CrossedMoments:
             return [row + B[:, a:b].T @ WB[:, :b] for row, (a, b) in zip(lower, pairwise(edges), strict=True)], None
 
         start = [jnp.zeros((b - a, b), self.value.dtype) for a, b in pairwise(edges)]
-        rows, _ = jax.lax.scan(add, start, self.where.blocks)
+        rows, _ = jax.lax.scan(add, start, blocks)
         lower = jnp.concatenate([jnp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
         return jnp.tril(lower) + jnp.tril(lower, -1).T
 
-    def _block_traces(self, Psi: Array) -> list[Array]:
+    def _block_traces(self, blocks: LevelBlocks, Psi: Array) -> list[Array]:
         q, d, C = self.value.shape[0], self.n_dense, self.A.shape[2]
 
         def traces(_, block):
@@ -371,9 +370,9 @@ class CrossedMoments:
             BPsi = (B.reshape(-1, d) @ Psi).reshape(B.shape)
             return None, jnp.stack([(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])
 
-        _, parts = jax.lax.scan(traces, None, self.where.blocks)  # (k, pairs, c)
+        _, parts = jax.lax.scan(traces, None, blocks)  # (k, pairs, c)
         flat = jnp.swapaxes(parts, 1, 2).reshape(-1, parts.shape[1])
-        out = jnp.zeros((C, parts.shape[1]), flat.dtype).at[self.where.blocks.levels.reshape(-1)].set(flat, mode="drop")
+        out = jnp.zeros((C, parts.shape[1]), flat.dtype).at[blocks.levels.reshape(-1)].set(flat, mode="drop")
         return list(out.T)
 
 
@@ -384,6 +383,9 @@ jax.tree_util.register_dataclass(
     ],
     meta_fields=["dense", "layout"],
 )  # fmt: skip
+
+
+AnyMoments = Moments | CrossedMoments
 
 
 def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:

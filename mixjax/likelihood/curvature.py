@@ -36,7 +36,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.likelihood.crossed import CrossedMoments
+from mixjax.likelihood.crossed import AnyMoments, CrossedMoments
 from mixjax.likelihood.moments import MOST_DENSE, Moments, pairs_of
 from mixjax.likelihood.statistics import Layout
 
@@ -83,7 +83,7 @@ class _Rest(NamedTuple):
     c: Array
 
 
-def profile_lanes(x: Array, moments: Moments | CrossedMoments, reml: Array) -> Lanes:
+def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
     """The criterion alone, with what it is made of.
 
     Args:
@@ -117,7 +117,7 @@ def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int
     return modes
 
 
-def value_gradient_hessian(x: Array, moments: Moments | CrossedMoments, reml: Array) -> tuple[Array, Array, Array]:
+def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[Array, Array, Array]:
     """``f (B,)``, ``g (k, B)``, ``H (k, k, B)`` of the criterion with respect to ``x (k, B)``.
 
     Args as in :func:`profile_lanes`. Not for differentiation: derivatives of estimates come from the implicit function
@@ -140,7 +140,7 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     return -H, g, spots
 
 
-def _by_covariance(lambdas: dict, moments: Moments, reml: Array | bool, with_residuals: bool = True):
+def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_residuals: bool = True):
     """Derivatives with respect to the J free entries of the covariances D of all factors.
 
     Args:
@@ -209,7 +209,7 @@ def directions_of(layout: Layout, f: int) -> list[tuple[int, int]]:
     ]
 
 
-def _lambdas(x: Array, moments: Moments) -> dict[int, list[list[Array | None]]]:
+def _lambdas(x: Array, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
     """Per factor, entries ``Lambda[a][b] (B,)`` of the block-diagonal Lambda of its terms; None stands for zero."""
     lambdas: dict[int, list[list[Array | None]]] = {}
     for f, q in enumerate(moments.widths):
@@ -222,7 +222,7 @@ def _lambdas(x: Array, moments: Moments) -> dict[int, list[list[Array | None]]]:
     return lambdas
 
 
-def _eliminate_first(Lambda: list[list[Array | None]], moments: Moments) -> _First:
+def _eliminate_first(Lambda: list[list[Array | None]], moments: AnyMoments) -> _First:
     A = {(a, b): moments.A[a, b] for a, b in _square(len(Lambda))}
     q = len(Lambda)
     if q == 1:
@@ -312,7 +312,7 @@ def _first_directions(own: tuple, pairs: tuple) -> tuple[np.ndarray, np.ndarray,
 # --- all other factors, fixed effects, residual --------------------------------------------------------------------
 
 
-def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, reml: Array | bool) -> _Rest:
+def _finish(contracted: tuple, first: _First, lambdas: dict, moments: AnyMoments, reml: Array | bool) -> _Rest:
     """Eliminate the dense effects and the fixed effects from what the first factor leaves."""
     UU, Uy, yy = moments.UU - contracted[0], moments.Uy - contracted[1], moments.yy - contracted[2]
     u = Uy.shape[0]
@@ -356,7 +356,7 @@ def _finish(contracted: tuple, first: _First, lambdas: dict, moments: Moments, r
     return _Rest(lanes, G_dd, K2, P2, T_X, c)
 
 
-def _blocks_times(lambdas: dict, moments: Moments | CrossedMoments, rows: Array, transpose: bool = False) -> Array:
+def _blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
     """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
     parts, start = [], 0
     for f, q, m in moments.dense:
@@ -370,7 +370,7 @@ def _blocks_times(lambdas: dict, moments: Moments | CrossedMoments, rows: Array,
 
 def _dense_directions(
     lambdas: dict,
-    moments: Moments | CrossedMoments,
+    moments: AnyMoments,
     rest: _Rest,
     s: Array,
     curve: Array,
@@ -445,7 +445,7 @@ def _dense_directions(
 LEAST_RATIO = 1e-3
 
 
-def _dense_products(lambdas: dict, moments: Moments | CrossedMoments, rest: _Rest, J: Array, KJ: Array):
+def _dense_products(lambdas: dict, moments: AnyMoments, rest: _Rest, J: Array, KJ: Array):
     """``F = I - G K2``, ``F J`` and ``Omega = F G`` of the dense effects.
 
     With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.

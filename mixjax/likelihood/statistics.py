@@ -177,7 +177,24 @@ def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
         for key, pair in zip(stats.layout.pairs, stats.pairs, strict=True):
             key, pair = _ascending(key, pair)
             merged[key] = _merge(merged[key], pair) if key in merged else pair
-    sizes = [f.ZZ.shape[2] for f in factors]
+    pairs, layout = lay_out(merged, [f.ZZ.shape[2] for f in factors], a.layout.terms)
+    return replace(
+        a,
+        factors=factors,
+        pairs=pairs,
+        **{name: getattr(a, name) + getattr(b, name) for name in ("XX", "Xy", "yy", "n", "sum_log_weights")},
+        layout=layout,
+    )
+
+
+def lay_out(
+    merged: dict[tuple[int, int], PairProducts], sizes: list[int], terms: tuple[TermPlace, ...]
+) -> tuple[tuple[PairProducts, ...], Layout]:
+    """Products of all pairs of factors in the order of elimination, which is looked up in them.
+
+    Args:
+        merged: per pair of factors its pairs of levels, each once. sizes: numbers of levels of the factors.
+    """
     chain, dense = order_by_levels(sizes, lambda s, t: _is_nested(merged, s, t, sizes))
     order, pairs, keys = chain + dense, [], []
     for i, s in enumerate(order):
@@ -185,13 +202,7 @@ def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
             pair = merged[(s, t)] if (s, t) in merged else _swap(merged[(t, s)])
             pairs.append(_spread(pair, sizes[s], sizes[t]) if s in chain and t in chain else pair)
             keys.append((s, t))
-    return replace(
-        a,
-        factors=factors,
-        pairs=tuple(pairs),
-        **{name: getattr(a, name) + getattr(b, name) for name in ("XX", "Xy", "yy", "n", "sum_log_weights")},
-        layout=Layout(a.layout.terms, tuple(chain), tuple(dense), tuple(keys)),
-    )
+    return tuple(pairs), Layout(terms, tuple(chain), tuple(dense), tuple(keys))
 
 
 def pad(stats: CrossProducts) -> CrossProducts:

@@ -1,0 +1,358 @@
+"""Tables that come in chunks: rows and names of each, with levels, categories and columns that all chunks share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.design import Rows, TermLabels
+from mixjax.formula.build import (
+    _expression,
+    _fixed_effects,
+    _independent_effects,
+    _model_matrix,
+    _usable,
+)
+from mixjax.formula.errors import DataError, FormulaError, warn
+from mixjax.formula.parse import Group, ParsedFormula, names_in
+from mixjax.formula.table import check_finite, column_names, level_name, refuse_dates, refuse_unknown, to_pandas
+
+INTERCEPT = "Intercept"
+
+
+def is_stream(data: Any) -> bool:
+    """Whether ``data`` is a source of tables and not one table."""
+    if isinstance(data, str | Path) or _is_dask(data) or _is_dataset(data):
+        return True
+    return isinstance(data, list | tuple | Iterator) or (
+        isinstance(data, Iterable) and not isinstance(data, Mapping) and not hasattr(data, "columns")
+        and not hasattr(data, "column_names") and not hasattr(data, "dtype")
+    )  # fmt: skip
+
+
+def can_repeat(source: Any) -> bool:
+    """Whether a source of tables can be read twice."""
+    return not isinstance(source, Iterator)
+
+
+def tables(source: Any, columns: list[str] | None = None) -> Iterator[Any]:
+    """The tables of a source: an iterable of tables, a parquet file or folder, a pyarrow dataset, a dask data frame.
+
+    Args:
+        columns: what is needed, for sources that can read less; None for all.
+    """
+    if isinstance(source, str | Path):
+        try:
+            import pyarrow.dataset
+        except ImportError as error:
+            raise ImportError("reading parquet files needs pyarrow: pip install 'mixjax[parquet]'") from error
+        if not Path(source).exists():
+            raise DataError(f"there is no file or folder '{source}'")
+        source = pyarrow.dataset.dataset(source)
+    if _is_dataset(source):
+        import pyarrow
+
+        names = None if columns is None else [name for name in columns if name in source.schema.names]
+        yield from (pyarrow.Table.from_batches([batch]) for batch in source.to_batches(columns=names))
+    elif _is_dask(source):
+        yield from (source.get_partition(i).compute() for i in range(source.npartitions))
+    else:
+        yield from source
+
+
+def _is_dask(source: Any) -> bool:
+    return hasattr(source, "get_partition") and hasattr(source, "npartitions")
+
+
+def _is_dataset(source: Any) -> bool:
+    return hasattr(source, "to_batches") and hasattr(source, "schema") and not hasattr(source, "column_names")
+
+
+class ChunkReader:
+    """Reads chunk after chunk in the terms of one formula.
+
+    What a chunk cannot know of the others is settled before: the columns by the first chunk, the categories by what is
+    given, a first pass, or the first chunk. Levels of grouping factors may appear in any chunk.
+
+    Args:
+        parsed: the formula. first: the first table. categories: column -> all its categories, of columns that the
+            effects read as categories.
+        weights, offset: names of columns, or None. contrasts, context: as in :func:`mixjax.build_design`.
+    """
+
+    def __init__(
+        self,
+        parsed: ParsedFormula,
+        first: Any,
+        categories: Mapping[str, Any],
+        weights: str | None,
+        offset: str | None,
+        contrasts: Mapping[str, str],
+        context: Mapping[str, Any],
+    ):
+        self.parsed, self.weights, self.offset = parsed, weights, offset
+        self.context, self.categories = _usable(context), dict(categories)
+        self.used, self.numeric = used_columns(parsed, first, weights, offset, self.context)
+        self.n_rows, self.n_missing = 0, 0
+        self.missing: dict[str, int] = {}
+        self.groups = {part.group.name: Levels(part.group) for part in parsed.random}
+        frame = self.frame(first, count=False)
+        if not len(frame):
+            raise DataError("the first chunk has no complete row: put another one first")
+        _, self.fixed, spec = _fixed_effects(parsed.fixed, frame, self.context, contrasts)
+        self.specs: dict[str, Any] = {"fixed": spec, "random": []}
+        parts = []
+        for part in parsed.random:
+            for effects in _independent_effects(part.effects) if part.independent else [part.effects]:
+                _, names, spec = _model_matrix(effects, frame, self.context)
+                if not names:
+                    raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
+                parts.append((part.group.name, names, spec))
+        self.parts = parts
+        for spec in (self.specs["fixed"], *(spec for *_, spec in parts)):
+            self._refuse_state(spec)
+        # Columns of one name are one column, whichever part of the formula asks for it.
+        self.names = list(dict.fromkeys([*self.fixed, *(name for _, names, _ in parts for name in names)]))
+        self.plain = all(self._is_plain(name, frame) for name in self.names)
+
+    def _refuse_state(self, spec: Any) -> None:
+        state = {name: value for name, value in dict(spec.transform_state).items() if value}
+        if state:
+            raise FormulaError(
+                f"{', '.join(state)} depends on all rows (means, knots), which chunks do not show; compute such "
+                "columns beforehand"
+            )
+
+    def _is_plain(self, name: str, frame: pd.DataFrame) -> bool:
+        return name == INTERCEPT or (
+            name in frame and name not in self.categories and pd.api.types.is_numeric_dtype(frame[name])
+        )
+
+    def frame(self, table: Any, count: bool = True) -> pd.DataFrame:
+        """The used columns of a chunk, complete rows only."""
+        available = column_names(table)
+        for name in self.used:
+            if name not in available:
+                refuse_unknown(name, available, "in one of the chunks")
+        frame = to_pandas(table, self.used)
+        refuse_dates(frame, self.numeric)
+        missing = frame.isna()
+        if missing.to_numpy().any():
+            complete = ~missing.any(axis=1)
+            frame = frame[complete]
+            if count:
+                self.n_missing += int((~complete).sum())
+                for column, k in missing.sum().items():
+                    self.missing[str(column)] = self.missing.get(str(column), 0) + int(k)
+        if count:
+            self.n_rows += len(missing)
+        check_finite(frame)
+        for name, values in self.categories.items():
+            codes = pd.Index(values).get_indexer(frame[name])
+            if (codes < 0).any():
+                new = frame[name][codes < 0].iloc[0]
+                raise DataError(
+                    f"column '{name}' has the value {new!r}, which is not among its {len(values)} categories; pass "
+                    f"categories={{'{name}': [...]}} with all of them, or a source that can be read twice"
+                )
+            frame = frame.assign(**{name: pd.Categorical.from_codes(codes, categories=values)})
+        return frame
+
+    def rows(self, table: Any) -> Rows:
+        """One chunk as arrays."""
+        frame = self.frame(table)
+        y = _expression(self.parsed.response, frame, self.context, "response") if len(frame) else np.zeros(0)
+        if not len(frame):
+            return Rows(np.zeros((0, len(self.names))), y, None, [])
+        for text in (*self.parsed.offsets, *([] if self.offset is None else [f"`{self.offset}`"])):
+            y = y - _expression(text, frame, self.context, "offset")
+        sqrt_w = None
+        if self.weights is not None:
+            w = _expression(f"`{self.weights}`", frame, self.context, "weights")
+            if not (w > 0).all():
+                raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of a chunk's are not")
+            sqrt_w = np.sqrt(w)
+        return Rows(self._columns(frame), y, sqrt_w, [levels.codes(frame) for levels in self.groups.values()])
+
+    def _columns(self, frame: pd.DataFrame) -> np.ndarray:
+        columns = np.empty((len(frame), len(self.names)), order="F")
+        if self.plain:
+            for j, name in enumerate(self.names):
+                columns[:, j] = 1.0 if name == INTERCEPT else frame[name].to_numpy(float)
+            return columns
+        have: dict[str, np.ndarray] = {}
+        for names, spec in ((self.fixed, self.specs["fixed"]), *((names, spec) for _, names, spec in self.parts)):
+            if not set(names) <= set(have):
+                matrix = np.asarray(spec.get_model_matrix(frame, context=dict(self.context)), float)
+                have |= dict(zip(names, matrix.reshape(len(frame), len(names)).T, strict=True))
+        for j, name in enumerate(self.names):
+            columns[:, j] = have[name]
+        if not np.isfinite(columns).all():
+            bad = self.names[int(np.flatnonzero(~np.isfinite(columns).all(axis=0))[0])]
+            raise DataError(f"'{bad}' is not finite in a row of one of the chunks")
+        return columns
+
+    def terms(self) -> list[tuple[list[int], int]]:
+        """Per random term its columns among ``names`` and its grouping factor."""
+        factors = list(self.groups)
+        return [([self.names.index(n) for n in names], factors.index(group)) for group, names, _ in self.parts]
+
+    def labels(self) -> list[TermLabels]:
+        """Names of the random terms; levels in their final order."""
+        levels = {name: tuple(group.names()) for name, group in self.groups.items()}
+        for name, own in levels.items():
+            if len(own) < 2:
+                raise DataError(f"grouping factor '{name}' has one level; a variance between levels needs two or more")
+        return [TermLabels(group, tuple(names), levels[group]) for group, names, _ in self.parts]
+
+    def report_missing(self) -> None:
+        """One message for all chunks."""
+        if self.n_missing:
+            counts = ", ".join(f"{name} {k}" for name, k in self.missing.items() if k)
+            warn(f"{self.n_missing} of {self.n_rows} rows left out because of missing values ({counts})")
+
+
+def used_columns(
+    parsed: ParsedFormula, table: Any, weights: str | None, offset: str | None, context: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Columns that the formula reads, and those of them that are more than grouping factors."""
+    available = column_names(table)
+    numeric = []
+    for text in (parsed.response, parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random)):
+        for name in names_in(text):
+            if name in available:
+                numeric.append(name)
+            elif name not in context:
+                refuse_unknown(name, available, f"in '{text}'")
+    for extra, what in ((weights, "weights="), (offset, "offset=")):
+        if extra is None:
+            continue
+        if not isinstance(extra, str):
+            raise DataError(f"{what} must be the name of a column when the rows come in chunks")
+        if extra not in available:
+            refuse_unknown(extra, available, what)
+        numeric.append(extra)
+    groups = [name for part in parsed.random for name in part.group.columns]
+    for name in groups:
+        if name not in available:
+            refuse_unknown(name, available, "grouping factor")
+    return list(dict.fromkeys([*numeric, *groups])), list(dict.fromkeys(numeric))
+
+
+def categorical_columns(parsed: ParsedFormula, table: Any, numeric: list[str]) -> list[str]:
+    """Columns that the effects read as categories: text, categories, or numbers inside ``C(...)``."""
+    text = " ".join([parsed.fixed, *(part.effects for part in parsed.random)])
+    inside = {a or b for a, b in re.findall(r"(?<![\w.])C\(\s*(?:(\w+)|`([^`]+)`)", text)}
+    effects = set(names_in(text))
+    frame = to_pandas(table, numeric)
+    return [
+        name
+        for name in numeric
+        if name in effects
+        and (name in inside or not (pd.api.types.is_numeric_dtype(frame[name]) or frame[name].dtype.kind in "mM"))
+    ]
+
+
+def find_categories(source: Iterable[Any], columns: list[str]) -> dict[str, list]:
+    """All categories of the columns over all tables: in the order of a categorical column, else sorted."""
+    ordered: dict[str, list] = {name: [] for name in columns}
+    found: dict[str, set] = {name: set() for name in columns}
+    for table in source:
+        available = column_names(table)
+        for name in columns:
+            if name not in available:
+                refuse_unknown(name, available, "in one of the chunks")
+        frame = to_pandas(table, columns)
+        for name in columns:
+            column = frame[name]
+            if isinstance(column.dtype, pd.CategoricalDtype):
+                ordered[name] += [value for value in column.cat.categories if value not in ordered[name]]
+            found[name] |= set(column.dropna().unique())
+    return {
+        name: [v for v in ordered[name] if v in found[name]] + sorted(v for v in found[name] if v not in ordered[name])
+        for name in columns
+    }
+
+
+class Levels:
+    """Levels of one grouping factor, numbered in the order in which chunks show them."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.values = [pd.Index([]) for _ in group.columns]  # of every column
+        self.ordered: list[list] = [[] for _ in group.columns]  # categories, where a column has an order of its own
+        self.combinations = [pd.Index([], dtype=np.int64) for _ in group.columns[1:]]
+
+    @property
+    def n(self) -> int:
+        """Number of levels so far."""
+        return len(self.combinations[-1] if self.combinations else self.values[0])
+
+    def codes(self, frame: pd.DataFrame) -> np.ndarray:
+        """The level of every row; new ones get the next numbers."""
+        codes = self._codes_of(0, frame)
+        for k in range(1, len(self.values)):
+            both = codes.astype(np.int64) << 32 | self._codes_of(k, frame)
+            own, values = pd.factorize(both)
+            codes, self.combinations[k - 1] = _number(own, values, self.combinations[k - 1])
+        return codes
+
+    def _codes_of(self, k: int, frame: pd.DataFrame) -> np.ndarray:
+        column = frame[self.group.columns[k]]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            categories = column.cat.categories
+            self.ordered[k] += [value for value in categories if value not in set(self.ordered[k])]
+            own, used = pd.factorize(column.cat.codes)
+            codes, self.values[k] = _number(own, np.asarray(categories, object)[used], self.values[k])
+        else:
+            own, values = pd.factorize(column)
+            codes, self.values[k] = _number(own, values, self.values[k])
+        return codes
+
+    def order(self) -> np.ndarray:
+        """Numbers of the levels in their final order: that of the categories, else sorted; the first column slowest."""
+        ranks = []
+        for values, ordered in zip(self.values, self.ordered, strict=True):
+            position = {value: i for i, value in enumerate(ordered)}
+            if position:
+                ranks.append(np.array([position.get(value, len(position)) for value in values]))
+            else:
+                rank = np.empty(len(values), np.int64)
+                rank[values.argsort()] = np.arange(len(values))
+                ranks.append(rank)
+        return np.lexsort([rank[own] for rank, own in zip(ranks, self._columns(), strict=True)][::-1])
+
+    def names(self) -> list[str]:
+        """Names of the levels in their final order."""
+        columns = [values[own] for values, own in zip(self.values, self._columns(), strict=True)]
+        order = self.order()
+        parts = [[level_name(value) for value in column[order]] for column in columns]
+        return [":".join(names) for names in zip(*parts, strict=True)]
+
+    def _columns(self) -> list[np.ndarray]:
+        """Per column the number of the value that every level has there."""
+        columns: list[np.ndarray] = []
+        own = np.arange(self.n)
+        for combination in reversed(self.combinations):
+            both = combination.to_numpy()[own]
+            columns.append(both & 0xFFFFFFFF)
+            own = both >> 32
+        return [own, *reversed(columns)]
+
+
+def _number(own: np.ndarray, values: Any, known: pd.Index) -> tuple[np.ndarray, pd.Index]:
+    """Codes among the known values, to which new ones are added."""
+    values = pd.Index(values)
+    if not len(known):
+        return own.astype(np.int32), values
+    at = known.get_indexer(values)
+    new = at < 0
+    if new.any():
+        at[new] = len(known) + np.arange(new.sum())
+        known = known.append(values[new])
+    return at[own].astype(np.int32), known
