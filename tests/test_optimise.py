@@ -21,7 +21,8 @@ def minimise(fun, x0, simplify=None, radius=1.0, **options):
 def test_rosenbrock():
     solution = minimise(lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2, jnp.array([-1.2, 1.0]))
     assert int(solution.result) == Result.CONVERGED
-    np.testing.assert_allclose(solution.x, [1.0, 1.0], rtol=1e-9)
+    # 1e-9 is the foretold distance in units of the curvature, whose smallest eigenvalue here is 0.4.
+    np.testing.assert_allclose(solution.x, [1.0, 1.0], rtol=5e-9)
     assert int(solution.iterations) < 40
 
 
@@ -76,7 +77,7 @@ def test_direct_steps_converge_or_give_up():
     assert state.converged.tolist() == [True, False, False, False]
     assert state.going.tolist() == [False, False, False, True]
     gradient = np.sinh(at - 2.0) - 16 * at / (1 + at**2) ** 2
-    assert abs(gradient) < 1e-12
+    assert abs(gradient) < 1e-8
     assert float(state.x[0, 1]) == 0.1, "where the Hessian is negative the search begins at the point itself"
     assert 4.0 < float(state.x[0, 2]) < 8.2
     assert int(state.iterations[0]) <= 6
@@ -89,6 +90,23 @@ def test_direct_steps_stop_where_the_value_rises():
     assert not bool(state.converged[0])
     assert not bool(state.going[0])
     assert abs(float(state.x[0, 0])) <= 0.5, "back at the best point"
+
+
+def test_the_last_evaluation_is_foretold():
+    """Errors square from step to step: the end is known one evaluation early, and is where it was said to be."""
+    ends = []
+    for x0 in np.linspace(-0.6, 0.9, 16):
+        for tolerance in (newton.foretold_tolerance, lambda dtype: -1.0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(newton, "foretold_tolerance", tolerance)
+                ends.append(minimise(lambda x: jnp.cosh(x[0] - 0.3) + 0.1 * x[0] ** 3, jnp.array([x0]), radius=10.0))
+    early, late = ends[::2], ends[1::2]
+    assert all(int(s.result) == Result.CONVERGED for s in ends)
+    assert sum(int(b.iterations) - int(a.iterations) for a, b in zip(early, late, strict=True)) >= 4
+    for a, b in zip(early, late, strict=True):
+        assert abs(float(a.x[0] - b.x[0])) <= 1e-9
+        assert abs(float(a.value - b.value)) <= 1e-14
+        assert float(a.scaled_gradient) <= 1e-6
 
 
 def zero_last():

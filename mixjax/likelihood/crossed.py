@@ -233,6 +233,7 @@ class CrossedMoments:
         value: ``(q, E)`` of the entries. right: ``(q, p + 1, C)`` products with the basis of X and y.
         where: which effects meet where.
         products: ``(pairs, R, 8)`` of the list, per pair a <= b of effects: ``x_a y_b + x_b y_a``, or ``x_a y_a``.
+        pair_level: ``(R, 8)`` their levels.
         UU, Uy, yy, n, sum_log_weights, X_logdet, dense, layout: as in Moments.
     """
 
@@ -242,6 +243,7 @@ class CrossedMoments:
     right: AnyArray
     where: Incidence
     products: AnyArray  # or None
+    pair_level: AnyArray  # or None
     UU: AnyArray
     Uy: AnyArray
     yy: AnyArray
@@ -277,7 +279,7 @@ class CrossedMoments:
         right = (full[:, :, None] * self.right[None]).sum(1)  # (q, p + 1, C)
         corner = jnp.einsum("arc,asc->rs", right, self.right)
         at_entries = right.at[:, :, self.where.level].get(mode="fill", fill_value=0)  # (q, p + 1, E)
-        side = jax.ops.segment_sum((self.value[:, None] * at_entries).sum(0).T, self.where.column, d)  # (d, p + 1)
+        side = _sum_flat((self.value[:, None] * at_entries).sum(0), self.where.column, d).T  # (d, p + 1)
         among = jnp.zeros((d, d), full.dtype)
         if self.where.pairs is not None:
             among = among + self._list_sums(self.where.pairs, W)
@@ -316,14 +318,13 @@ class CrossedMoments:
         """``B_i columns`` of the dense effects: ``(d, r) -> (q, r, C)``."""
         level, column = self.where.level, self.where.column
         at_entries = columns.at[column].get(mode="fill", fill_value=0)  # (E, r)
-        moved = self.value[:, :, None] * at_entries
-        sums = jax.ops.segment_sum(jnp.swapaxes(moved, 0, 1), level, self.A.shape[2], indices_are_sorted=True)
-        return jnp.moveaxis(sums, 0, -1)
+        moved = self.value[:, None] * at_entries.T[None]  # (q, r, E)
+        return _sum_flat(moved.reshape(-1, len(level)), level, self.A.shape[2]).reshape(*moved.shape[:2], -1)
 
     # --- sums by the list of pairs
 
     def _list_sums(self, pairs: PairList, W: list[Array]) -> Array:
-        d, level = self.n_dense, self._level_of_pairs(pairs)
+        d, level = self.n_dense, self.pair_level
         sums = sum((x * w[level]).sum(1) for x, w in zip(self.products, W, strict=True))
         lower = jax.ops.segment_sum(sums, pairs.target, d * d, indices_are_sorted=True).reshape(d, d)
         return lower + jnp.tril(lower, -1).T
@@ -331,12 +332,9 @@ class CrossedMoments:
     def _list_traces(self, pairs: PairList, Psi: Array) -> list[Array]:
         twice = jnp.where(pairs.left == pairs.right, 1.0, 2.0)
         at_target = Psi.reshape(-1).at[pairs.target].get(mode="fill", fill_value=0, indices_are_sorted=True)
-        weight = at_target[:, None] * twice
-        level, C = self._level_of_pairs(pairs), self.A.shape[2]
+        weight = jax.lax.optimization_barrier(at_target)[:, None] * twice  # gathered once, not once for each of a run
+        level, C = self.pair_level, self.A.shape[2]
         return [jax.ops.segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in self.products]
-
-    def _level_of_pairs(self, pairs: PairList) -> Array:
-        return self.where.level.at[pairs.left].get(mode="clip")
 
     # --- sums by blocks of levels
 
@@ -379,7 +377,8 @@ class CrossedMoments:
 jax.tree_util.register_dataclass(
     CrossedMoments,
     data_fields=[
-        "A", "count", "value", "right", "where", "products", "UU", "Uy", "yy", "n", "sum_log_weights", "X_logdet",
+        "A", "count", "value", "right", "where", "products", "pair_level", "UU", "Uy", "yy", "n", "sum_log_weights",
+        "X_logdet",
     ],
     meta_fields=["dense", "layout"],
 )  # fmt: skip
@@ -437,6 +436,7 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         right=jnp.concatenate([factors[first].ZX, factors[first].Zy[:, None]], axis=1),
         where=where,
         products=None if where.pairs is None else _products(value, where.pairs),
+        pair_level=None if where.pairs is None else jnp.asarray(where.level).at[where.pairs.left].get(mode="clip"),
         UU=UU[..., None],
         Uy=jnp.concatenate([side[:, -1], jnp.asarray(stats.Xy)])[:, None],
         yy=jnp.asarray(stats.yy)[None],
@@ -446,6 +446,15 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         dense=dense,
         layout=replace(layout, chain=(first,), dense=tuple(others)),
     )
+
+
+def _sum_flat(values: Array, index: AnyArray, size: int) -> Array:
+    """Sums of ``(r, E)`` over the entries of equal index: ``(r, size)``. Scattering single numbers is ten times as fast
+    as scattering columns of r."""
+    rows = jnp.arange(values.shape[0], dtype=index.dtype)[:, None] * size
+    flat = jnp.where(index < size, rows + index, values.shape[0] * size)
+    sums = jax.ops.segment_sum(values.reshape(-1), flat.reshape(-1), values.shape[0] * size)
+    return sums.reshape(-1, size)
 
 
 def _products(value: Array, pairs: PairList) -> Array:
