@@ -105,7 +105,8 @@ def test_the_last_evaluation_is_foretold():
     assert sum(int(b.iterations) - int(a.iterations) for a, b in zip(early, late, strict=True)) >= 4
     for a, b in zip(early, late, strict=True):
         assert abs(float(a.x[0] - b.x[0])) <= 1e-9
-        assert abs(float(a.value - b.value)) <= 1e-14
+        # The step is at most 1e-3 long, and its third-order term is not in what it promises.
+        assert abs(float(a.value - b.value)) <= 1e-10
         assert float(a.scaled_gradient) <= 1e-6
 
 

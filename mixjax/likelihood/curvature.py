@@ -162,11 +162,11 @@ def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_
     s = (moments.n - jnp.where(reml, p, 0)) / lanes.rss if with_residuals else jnp.zeros_like(lanes.rss)
     curve = s / lanes.rss if with_residuals else s
 
-    # C, the inverse of the mixed-model equations of U: for rss, and for the determinant.
-    C = C_log = jnp.pad(rest.K2, ((0, u - d), (0, u - d), (0, 0)))
+    # C, the inverse of the mixed-model equations of U: for the determinant, where the fixed effects may be left out.
+    C_log = jnp.pad(rest.K2, ((0, u - d), (0, u - d), (0, 0)))
+    half = linalg.matmul(T_X, lanes.XX_inverse) if p else T_X
     if p:
-        fixed = linalg.matmul(linalg.matmul(T_X, lanes.XX_inverse), linalg.transpose(T_X))
-        C, C_log = C + fixed, C_log + jnp.where(reml, fixed, 0.0)
+        C_log = C_log + jnp.where(reml, linalg.matmul(half, linalg.transpose(T_X)), 0.0)
     Jc = linalg.matmul(J_UU, c[:, None, None])[:, 0] + J_Uy
     cJc = (c[:, None] * (Jc + J_Uy)).sum(0) + J_yy
     # In two parts: a product whose sides are the padded sizes of the blocks is twice as fast.
@@ -175,8 +175,10 @@ def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_
     CJ, TJ = _pad_rows(KJ, u), None
     if p:
         TJ = linalg.matmul(linalg.transpose(T_X)[:, :, None], J_UU)
-        fixed = linalg.matmul(linalg.matmul(T_X, lanes.XX_inverse)[:, :, None], TJ)
-        CJ = CJ + jnp.where(reml, fixed, 0.0)
+        CJ = CJ + jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
+    CJc = _pad_rows(linalg.matmul(rest.K2, Jc[:d]), u)  # C for rss always has the fixed effects
+    if p:
+        CJc = CJc + linalg.matmul(half, linalg.matmul(linalg.transpose(T_X), Jc))
 
     # Psi = C + s c c' over (U, y), pulled back to the classes.
     Q = _pairs_to_matrix(moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s))
@@ -186,12 +188,7 @@ def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_
     at, twice, products = _first_directions(tuple(own), tuple(first.N))
     moved = _sum(N_and_Y[row, column] * jnp.asarray(weight, N.dtype)[..., None] for row, column, weight in products)
     g = twice[:, None] * (count * N - FQF).sum(1)[at]
-    H = (
-        moved
-        - _traces(CJ)
-        - 2.0 * s * (Jc[:, :, None] * linalg.matmul(C, Jc)[:, None]).sum(0)
-        - curve * cJc[:, None] * cJc[None]
-    )
+    H = moved - _traces(CJ) - 2.0 * s * (Jc[:, :, None] * CJc[:, None]).sum(0) - curve * cJc[:, None] * cJc[None]
     spots = [(f1, pair) for pair in own]
     if d:
         others, g2, among, mixed = _dense_directions(lambdas, moments, rest, s, curve, reml, (J_UU, Jc, cJc, KJ, TJ))
@@ -396,11 +393,9 @@ def _dense_directions(
     F, LJ, Omega = _dense_products(lambdas, moments, rest, J_UU[:d], KJ)
     L_log = jnp.pad(F, ((0, 0), (0, u - d), (0, 0)))
     LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(rest.K2, Jc[:d]))
-    Omega_log, e = Omega, rest.P2[:, p]
+    e = rest.P2[:, p]
     if p:
         half = linalg.matmul(P_X, lanes.XX_inverse)
-        fixed = linalg.matmul(half, linalg.transpose(P_X))
-        Omega, Omega_log = Omega - fixed, Omega_log - jnp.where(reml, fixed, 0.0)
         T_X = linalg.transpose(rest.T_X)
         L_log = L_log - jnp.where(reml, linalg.matmul(half, T_X), 0.0)
         LJ = LJ - jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
@@ -423,6 +418,10 @@ def _dense_directions(
 
     Ee = jnp.stack([unit_times(*spot) for spot in spots], axis=1)  # (d, J, B)
     eEe = (e[:, None] * Ee).sum(0)
+    Omega_Ee, Omega_log = linalg.matmul(Omega, Ee), Omega
+    if p:
+        Omega_Ee = Omega_Ee - linalg.matmul(half, linalg.matmul(linalg.transpose(P_X), Ee))
+        Omega_log = Omega - jnp.where(reml, linalg.matmul(half, linalg.transpose(P_X)), 0.0)
     traces, products, mixed = [], [], []
     for f, pair in spots:
         orders = _orders(*pair)
@@ -439,7 +438,7 @@ def _dense_directions(
         )
         mixed.append(_sum((LJ[at[f, b]] * L_log[at[f, a]][:, :, None]).sum((0, 1)) for a, b in orders))
     g = jnp.stack(traces) - s * eEe
-    among = 2.0 * s * (Ee[:, :, None] * linalg.matmul(Omega, Ee)[:, None]).sum(0) - curve * eEe[:, None] * eEe
+    among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
     among = among - jnp.stack([jnp.stack(row) for row in products])
     between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
     return spots, g, among, between - jnp.stack(mixed, axis=1)
