@@ -133,6 +133,7 @@ def test_inverse_by_halves(monkeypatch):
     np.testing.assert_allclose(logdet, np.linalg.slogdet(M)[1], rtol=1e-13)
 
 
+@pytest.mark.usefixtures("x64")
 def test_a_dense_block_beyond_memory_is_refused(monkeypatch):
     monkeypatch.setattr(crossed, "_memory", lambda: 1e5)
     design = random_design(STRUCTURES["intercepts"], 0, n=ROWS)

@@ -1,5 +1,7 @@
 """Tables in chunks: the same numbers and names as from the whole table."""
 
+import sys
+import types
 import warnings
 
 import jax
@@ -146,6 +148,19 @@ def test_bad_input():
     for attempt in (lambda: fit.fitted, lambda: fit.residuals(), lambda: fit.X, lambda: fit.augment()):
         with pytest.raises(ValueError, match="not kept"):
             attempt()
+
+
+def test_progress_bar(monkeypatch):
+    parts, formula = chunks(table("sleepstudy")), "Reaction ~ Days + (1 | Subject)"
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r"mixjax\[progress\]"):
+        mj.cross_products_from(parts, formula, progress=True)
+    seen = []
+    bar = types.ModuleType("tqdm.auto")
+    bar.tqdm = lambda source, unit: (seen.append(unit) or table for table in source)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", bar)
+    mj.cross_products_from(parts, formula, progress=True)
+    assert seen == ["chunk"] * len(parts)
 
 
 def test_chunks_add_up():

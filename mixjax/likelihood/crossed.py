@@ -92,7 +92,8 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     d = sum(width * levels for width, levels in shapes.values())
     in_chain = sum(shapes[f][0] * shapes[f][1] for f in layout.chain[1:])
     # A parent factor in the chain stays block diagonal in the elimination; made dense it must not matter.
-    if d <= MOST_DENSE or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
+    # Places in the dense block are 32-bit numbers.
+    if d <= MOST_DENSE or d * d >= 2**31 or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
         return None
     used = [(t, pair) for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True) if s == first]
     if not all(is_concrete(pair.rows) and is_concrete(pair.cols) for _, pair in used):
@@ -175,13 +176,12 @@ def _pad(x: np.ndarray, size: int, value: int) -> np.ndarray:
 
 def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int) -> PairList:
     """Of the chosen entries, which are sorted by level and column."""
-    own = level[chosen]
+    own, chosen, column = level[chosen], chosen.astype(np.int32), column.astype(np.int32)
     begin = np.searchsorted(own, own)  # of every entry's level
     partners = np.arange(len(own)) - begin + 1
     n_pairs = int(partners.sum())
-    left = np.repeat(np.arange(len(own)), partners)
-    right = np.arange(n_pairs) - np.repeat(np.cumsum(partners) - partners - begin, partners)
-    left, right = chosen[left], chosen[right]
+    left = np.repeat(chosen, partners)
+    right = chosen[np.arange(n_pairs) - np.repeat(np.cumsum(partners) - partners - begin, partners)]
     # By target: numpy sorts short integers in linear time, so one column after the other.
     short = np.uint16 if d <= 2**16 else np.int64
     order = np.argsort(column[right].astype(short), kind="stable")
@@ -252,12 +252,6 @@ class CrossedMoments:
     X_logdet: AnyArray
     dense: tuple[tuple[int, int, int], ...]
     layout: Layout
-
-    @property
-    def widths(self) -> list[int]:
-        """Number of effects of every factor."""
-        n_factors = 1 + max(place.factor for place in self.layout.terms)
-        return [sum(place.q for place in self.layout.terms if place.factor == f) for f in range(n_factors)]
 
     @property
     def n_dense(self) -> int:

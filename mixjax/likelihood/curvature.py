@@ -211,7 +211,7 @@ def directions_of(layout: Layout, f: int) -> list[tuple[int, int]]:
 def _lambdas(x: Array, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
     """Per factor, entries ``Lambda[a][b] (B,)`` of the block-diagonal Lambda of its terms; None stands for zero."""
     lambdas: dict[int, list[list[Array | None]]] = {}
-    for f, q in enumerate(moments.widths):
+    for f, q in enumerate(moments.layout.widths):
         lambdas[f] = [[None] * q for _ in range(q)]
     at = 0
     for place in moments.layout.terms:

@@ -71,12 +71,6 @@ class Moments:
     dense: tuple[tuple[int, int, int], ...]
     layout: Layout
 
-    @property
-    def widths(self) -> list[int]:
-        """Number of effects of every factor."""
-        n_factors = 1 + max(place.factor for place in self.layout.terms)
-        return [sum(place.q for place in self.layout.terms if place.factor == f) for f in range(n_factors)]
-
     def without_response(self) -> Moments:
         """The same with y = 0, so that lanes of one design are one lane."""
 

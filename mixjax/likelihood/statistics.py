@@ -90,6 +90,12 @@ class Layout:
         return tuple(place.q for place in self.terms)
 
     @property
+    def widths(self) -> list[int]:
+        """Number of effects of every factor."""
+        n_factors = 1 + max(place.factor for place in self.terms)
+        return [sum(place.q for place in self.terms if place.factor == f) for f in range(n_factors)]
+
+    @property
     def n_theta(self) -> int:
         """Number of covariance parameters of all terms."""
         return sum(map(n_theta, self.qs))
