@@ -289,9 +289,14 @@ class CrossedMoments:
 
     def pull_back(self, UU, Uy, yy) -> list:
         """As :meth:`mixjax.likelihood.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
-        q, d = self.value.shape[0], self.n_dense
-        Psi, side = UU[:d, :d, 0], jnp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
+        d = self.n_dense
+        side = jnp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
         corner = jnp.concatenate([jnp.concatenate([UU[d:, d:, 0], Uy[d:]], 1), jnp.append(Uy[d:, 0], yy)[None]])
+        return self.pull_back_parts(UU[:d, :d, 0], side, corner)
+
+    def pull_back_parts(self, Psi: Array, side: Array, corner: Array) -> list:
+        """The same from the parts of Psi: ``(d, d)`` of the dense effects, ``(d, p + 1)``, ``(p + 1, p + 1)``."""
+        q = self.value.shape[0]
         half = jnp.einsum("rs,asc->arc", corner, self.right) + 2.0 * self._times(side)  # (q, p + 1, C)
         mixed = jnp.einsum("arc,brc->abc", half, self.right)
         Q = [mixed[a, a] if a == b else mixed[a, b] + mixed[b, a] for a, b in pairs_of(q)]

@@ -69,15 +69,16 @@ class _First(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """What follows when U and y are left, with ``K2 (d, d, B)`` of the d dense effects.
+    """What follows when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense effects.
 
-    ``G_dd``: their products. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``. ``T_X = (-K2 G_dX; I) (u, p, B)``.
+    ``G_dd``: their products. ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
+    ``T_X = (-K2 G_dX; I) (u, p, B)``.
     ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
     """
 
     lanes: Lanes
     G_dd: Array
-    K2: Array
+    W: Array
     P2: Array
     T_X: Array
     c: Array
@@ -156,46 +157,170 @@ def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_
     # J of every direction along axis 2, behind what the elimination itself takes away.
     UU, Uy, yy = moments.contract(_weights([first.K, *(_congruence(first.F, pair) for pair in own)]))
     rest = _finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
-    J_UU, J_Uy, J_yy = UU[:, :, 1:], Uy[:, 1:], yy[1:]
-    lanes, c, T_X = rest.lanes, rest.c, rest.T_X
-    u, p, d = c.shape[0], lanes.delta.shape[0], rest.K2.shape[0]
-    s = (moments.n - jnp.where(reml, p, 0)) / lanes.rss if with_residuals else jnp.zeros_like(lanes.rss)
-    curve = s / lanes.rss if with_residuals else s
+    J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
+    df = moments.n - jnp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
+    s = df / rest.lanes.rss if with_residuals else jnp.zeros_like(rest.lanes.rss)
+    curve = s / rest.lanes.rss if with_residuals else s
+    spots = [(f1, pair) for pair in own] + [(f, pair) for f, *_ in moments.dense for pair in directions_of(layout, f)]
+    rest_of = (first, rest, J, s, curve, reml)
+    if isinstance(moments, CrossedMoments) and all(q == 1 for _, q, _ in moments.dense):
+        crossed = moments
+        ratios = jnp.stack([lambdas[f][0][0] for f, *_ in crossed.dense])
+        g, H = jax.lax.cond(
+            (jnp.abs(ratios) > LEAST_RATIO).all(),
+            lambda: _scalar_derivatives(lambdas, crossed, *rest_of),
+            lambda: _derivatives(lambdas, crossed, *rest_of),
+        )
+    else:
+        g, H = _derivatives(lambdas, moments, *rest_of)
+    return rest.lanes, g, H, spots
 
+
+class _Directions(NamedTuple):
+    """J of the first factor's directions ``own``, those along the axis before the last: ``UU (u, u, J, B)``,
+    ``Uy (u, J, B)``, ``yy (J, B)``."""
+
+    own: list[tuple[int, int]]
+    UU: Array
+    Uy: Array
+    yy: Array
+
+
+def _derivatives(lambdas: dict, moments: AnyMoments, first: _First, rest: _Rest, J: _Directions, s, curve, reml):
+    """Gradient ``(J, B)`` and Hessian ``(J, J, B)``: the first factor's directions, then those of the dense ones."""
+    lanes, c, T_X = rest.lanes, rest.c, rest.T_X
+    u, p, d = c.shape[0], lanes.delta.shape[0], rest.W.shape[0]
+    K2 = rest.W
+    if d:
+        half = _blocks_times(lambdas, moments, rest.W)
+        K2 = _blocks_times(lambdas, moments, linalg.transpose(half))
     # C, the inverse of the mixed-model equations of U: for the determinant, where the fixed effects may be left out.
-    C_log = jnp.pad(rest.K2, ((0, u - d), (0, u - d), (0, 0)))
+    C_log = jnp.pad(K2, ((0, u - d), (0, u - d), (0, 0)))
     half = linalg.matmul(T_X, lanes.XX_inverse) if p else T_X
     if p:
         C_log = C_log + jnp.where(reml, linalg.matmul(half, linalg.transpose(T_X)), 0.0)
-    Jc = linalg.matmul(J_UU, c[:, None, None])[:, 0] + J_Uy
-    cJc = (c[:, None] * (Jc + J_Uy)).sum(0) + J_yy
+    Jc = linalg.matmul(J.UU, c[:, None, None])[:, 0] + J.Uy
+    cJc = (c[:, None] * (Jc + J.Uy)).sum(0) + J.yy
     # In two parts: a product whose sides are the padded sizes of the blocks is twice as fast.
-    parts = [linalg.matmul(rest.K2[:, :, None], part) for part in (J_UU[:d, :d], J_UU[:d, d:])] if d else [J_UU[:d]]
+    parts = [linalg.matmul(K2[:, :, None], part) for part in (J.UU[:d, :d], J.UU[:d, d:])] if d else [J.UU[:d]]
     KJ = jnp.concatenate(parts, axis=1)
     CJ, TJ = _pad_rows(KJ, u), None
     if p:
-        TJ = linalg.matmul(linalg.transpose(T_X)[:, :, None], J_UU)
+        TJ = linalg.matmul(linalg.transpose(T_X)[:, :, None], J.UU)
         CJ = CJ + jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
-    CJc = _pad_rows(linalg.matmul(rest.K2, Jc[:d]), u)  # C for rss always has the fixed effects
+    CJc = _pad_rows(linalg.matmul(K2, Jc[:d]), u)  # C for rss always has the fixed effects
     if p:
         CJc = CJc + linalg.matmul(half, linalg.matmul(linalg.transpose(T_X), Jc))
 
     # Psi = C + s c c' over (U, y), pulled back to the classes.
-    Q = _pairs_to_matrix(moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s))
-    sandwich, count = _sandwich(first.F, Q), moments.count
+    Q = moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s)
+    g, moved = _of_levels(Q, first, moments, J.own)
+    H = moved - _traces(CJ) - 2.0 * s * (Jc[:, :, None] * CJc[:, None]).sum(0) - curve * cJc[:, None] * cJc[None]
+    if not d:
+        return g, H
+    dense = _dense_directions(lambdas, moments, rest, K2, s, curve, reml, (J.UU, Jc, cJc, KJ, TJ))
+    return _join(g, H, *dense)
+
+
+def _of_levels(pulled: list[Array], first: _First, moments: AnyMoments, own: list) -> tuple[Array, Array]:
+    """What ``B_i Psi B_i'`` gives: gradient ``(J, B)``, and ``sum_i tr(N E_j (2 F Q F' - N) E_l) (J, J, B)``."""
+    sandwich, count = _sandwich(first.F, _pairs_to_matrix(pulled)), moments.count
     FQF, N = (jnp.stack([entries[pair] for pair in first.N]) for entries in (sandwich, first.N))
     N_and_Y = (N[:, None] * (2.0 * FQF - count * N)).sum(2)
     at, twice, products = _first_directions(tuple(own), tuple(first.N))
     moved = _sum(N_and_Y[row, column] * jnp.asarray(weight, N.dtype)[..., None] for row, column, weight in products)
-    g = twice[:, None] * (count * N - FQF).sum(1)[at]
-    H = moved - _traces(CJ) - 2.0 * s * (Jc[:, :, None] * CJc[:, None]).sum(0) - curve * cJc[:, None] * cJc[None]
-    spots = [(f1, pair) for pair in own]
-    if d:
-        others, g2, among, mixed = _dense_directions(lambdas, moments, rest, s, curve, reml, (J_UU, Jc, cJc, KJ, TJ))
-        g, spots = jnp.concatenate([g, g2]), spots + others
-        upper, lower = jnp.concatenate([H, mixed], 1), jnp.concatenate([linalg.transpose(mixed), among], 1)
-        H = jnp.concatenate([upper, lower])
-    return lanes, g, H, spots
+    return twice[:, None] * (count * N - FQF).sum(1)[at], moved
+
+
+def _join(g: Array, H: Array, g2: Array, among: Array, mixed: Array) -> tuple[Array, Array]:
+    upper, lower = jnp.concatenate([H, mixed], 1), jnp.concatenate([linalg.transpose(mixed), among], 1)
+    return jnp.concatenate([g, g2]), jnp.concatenate([upper, lower])
+
+
+def _scalar_derivatives(
+    lambdas: dict, moments: CrossedMoments, first: _First, rest: _Rest, J: _Directions, s, curve, reml
+):
+    """As :func:`_derivatives`, for one lane whose dense factors have one effect a level and clear variances.
+
+    With ``l`` the standard deviation ratio of every dense effect, ``K2 = l W l``, ``F = l^{-1} W l`` and ``Omega =
+    l^{-1} (I - W) l^{-1}``: all traces follow from W and ``V = W l J l`` by sums of squares and products that are thin.
+    """
+    lanes, W, p, d = rest.lanes, rest.W[..., 0], rest.lanes.delta.shape[0], rest.W.shape[0]
+    sizes = [m for *_, m in moments.dense]
+    l = jnp.concatenate([jnp.broadcast_to(lambdas[f][0][0], (m,)) for f, _, m in moments.dense])  # noqa: E741
+    c, T, A, s, curve = rest.c[:, 0], rest.T_X[..., 0], lanes.XX_inverse[..., 0], s[0], curve[0]
+    J_UU, J_Uy, J_yy = J.UU[..., 0], J.Uy[..., 0], J.yy[:, 0]
+    with_X = jnp.where(reml, 1.0, 0.0)
+
+    def K_times(V):
+        return _rows(l, _product(W, _rows(l, V)))
+
+    def by_factor(x):
+        return jnp.stack([part.sum(0) for part in jnp.split(x, np.cumsum(sizes)[:-1])])
+
+    Jc = jnp.einsum("uvj,v->uj", J_UU, c) + J_Uy
+    cJc = c @ (Jc + J_Uy) + J_yy
+    JT = jnp.einsum("uvj,vp->upj", J_UU, T)
+    TJT, TJc = jnp.einsum("up,uqj->pqj", T, JT), T.T @ Jc
+    KJT = K_times(JT[:d])
+    V = _product(W, l[:, None, None] * J_UU[:d, :d] * l[None, :, None])  # (d, d, J)
+    ATJT = jnp.einsum("pq,qrj->prj", A, TJT)
+    CJCJ = _traces(V[..., None])[..., 0]
+    CJCJ = CJCJ + with_X * (2.0 * jnp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + jnp.einsum("pqj,qpl->jl", ATJT, ATJT))
+    JcCJc = Jc[:d].T @ K_times(Jc[:d]) + TJc.T @ A @ TJc
+
+    T_d, c_d, TA = T[:d], c[:d], T[:d] @ A
+    Psi = l[:, None] * W * l + jnp.concatenate([with_X * TA, s * c_d[:, None]], 1) @ jnp.column_stack([T_d, c_d]).T
+    side = jnp.column_stack([with_X * TA + s * jnp.outer(c_d, c[d:]), s * c_d])
+    last = jnp.append(c[d:], 1.0)
+    corner = s * jnp.outer(last, last) + with_X * jnp.pad(A, ((0, 1), (0, 1)))
+    g, moved = _of_levels(moments.pull_back_parts(Psi, side, corner), first, moments, J.own)
+    H = moved[..., 0] - CJCJ - 2.0 * s * JcCJc - curve * jnp.outer(cJc, cJc)
+
+    # The dense factors' own directions.
+    P, e = rest.P2[:, :p, 0], rest.P2[:, p, 0]
+    e = e - P @ lanes.delta[:, 0]
+    half = P @ A
+    f_of = np.repeat(np.arange(len(sizes)), sizes)
+    mask = jnp.asarray(f_of[:, None] == np.arange(len(sizes)), W.dtype)  # (d, f)
+
+    def Omega_times(X):
+        X = _rows(1.0 / l, X)
+        return _rows(1.0 / l, X - _product(W, X))
+
+    eEe = by_factor(e * e)
+    squares = by_factor(jnp.diagonal(W))
+    trace = by_factor((1.0 - jnp.diagonal(W)) / l**2) - with_X * by_factor((half * P).sum(1))
+    Ee = mask * e[:, None]
+    Omega_Ee = Omega_times(Ee) - half @ (P.T @ Ee)
+    # Sums of squares of I - W by blocks: those of W, and its diagonal.
+    ratio = jnp.stack([lambdas[f][0][0][0] for f, *_ in moments.dense])
+    within = by_factor(by_factor(W * W).T).T + jnp.diag(jnp.asarray(sizes, W.dtype) - 2.0 * squares)
+    within = within / ratio[:, None] ** 2 / ratio**2
+    P_of = mask[:, None] * P[:, :, None]  # (d, p, f)
+    crossing = by_factor(jnp.einsum("dp,dpf->df", half, Omega_times(P_of)))
+    PP = jnp.einsum("dp,dqf->pqf", P, P_of)
+    APP = jnp.einsum("pq,qrf->prf", A, PP)
+    low = jnp.einsum("pqf,qpg->fg", APP, APP)
+    products = within - with_X * (2.0 * crossing - low)
+    among = 2.0 * s * Ee.T @ Omega_Ee - curve * jnp.outer(eEe, eEe) - products
+    FJT = _rows(1.0 / l**2, KJT)
+    FJF = (V * W[:, :, None]).sum(1) / l[:, None] ** 2
+    spread = jnp.einsum("dpj,dp->dj", FJT, half), jnp.einsum("dp,pqj,dq->dj", half, TJT, half)
+    mixed = by_factor(FJF - with_X * (2.0 * spread[0] - spread[1])).T  # (j, f)
+    LJc = _rows(1.0 / l**2, K_times(Jc[:d])) - half @ TJc
+    between = 2.0 * s * LJc.T @ Ee - curve * jnp.outer(cJc, eEe) - mixed
+    g, H = _join(g[:, 0], H, trace - s * eEe, among, between)
+    return g[:, None], H[..., None]
+
+
+def _product(A: Array, B: Array) -> Array:
+    return jnp.tensordot(A, B, 1)
+
+
+def _rows(scale: Array, B: Array) -> Array:
+    """Rows of ``B (d, ...)`` times ``scale (d,)``."""
+    return scale.reshape(-1, *(1,) * (B.ndim - 1)) * B
 
 
 # --- the first factor ----------------------------------------------------------------------------------------------
@@ -320,18 +445,17 @@ def _finish(contracted: tuple, first: _First, lambdas: dict, moments: AnyMoments
     logdet = (moments.count * first.logdet).sum(0)
     G_dd, G_dX, G_dy = UU[:d, :d], UU[:d, d:], Uy[:d]
     XX, Xy = UU[d:, d:], Uy[d:]
-    K2 = G_dd
+    W = G_dd
     P2 = T_X = G_dX
     c = G_dy
     if d:
         half = _blocks_times(lambdas, moments, G_dd, transpose=True)
         M = _plus_one(_blocks_times(lambdas, moments, linalg.transpose(half), transpose=True))
-        inverse, logdet_M = linalg.inverse_logdet(M)
+        W, logdet_M = linalg.inverse_logdet(M)
         logdet = logdet + logdet_M
-        half = _blocks_times(lambdas, moments, inverse)
-        K2 = _blocks_times(lambdas, moments, linalg.transpose(half))
         B2 = jnp.concatenate([G_dX, G_dy[:, None]], axis=1)
-        T = -linalg.matmul(K2, B2)
+        T = linalg.matmul(W, _blocks_times(lambdas, moments, B2, transpose=True))
+        T = -_blocks_times(lambdas, moments, T)
         P2 = B2 + linalg.matmul(G_dd, T)
         T_X, c = T[:, :p], T[:, p]
         if p:
@@ -351,7 +475,7 @@ def _finish(contracted: tuple, first: _First, lambdas: dict, moments: AnyMoments
     criterion = logdet + df * (1.0 + jnp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
     criterion = criterion + jnp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
     lanes = Lanes(criterion, delta, XX_inverse, rss, jnp.sqrt(rss / df))
-    return _Rest(lanes, G_dd, K2, P2, T_X, c)
+    return _Rest(lanes, G_dd, W, P2, T_X, c)
 
 
 def _blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
@@ -373,6 +497,7 @@ def _dense_directions(
     lambdas: dict,
     moments: AnyMoments,
     rest: _Rest,
+    K2: Array,
     s: Array,
     curve: Array,
     reml: Array | bool,
@@ -384,15 +509,15 @@ def _dense_directions(
         first: J, J c, c'J c, K2 J and T_X'J of the first factor's directions, those along the axis before the last.
 
     Returns:
-        Their spots (factor, pair); the gradient; the Hessian among them; and with the first factor's directions.
+        The gradient; the Hessian among them; and with the first factor's directions.
     """
     J_UU, Jc, cJc, KJ, TJ = first
     lanes, p = rest.lanes, rest.lanes.delta.shape[0]
-    d, u = rest.K2.shape[0], rest.c.shape[0]
+    d, u = K2.shape[0], rest.c.shape[0]
     P_X = rest.P2[:, :p]
-    F, LJ, Omega = _dense_products(lambdas, moments, rest, J_UU[:d], KJ)
+    F, LJ, Omega = _dense_products(lambdas, moments, rest, K2, J_UU[:d], KJ)
     L_log = jnp.pad(F, ((0, 0), (0, u - d), (0, 0)))
-    LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(rest.K2, Jc[:d]))
+    LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(K2, Jc[:d]))
     e = rest.P2[:, p]
     if p:
         half = linalg.matmul(P_X, lanes.XX_inverse)
@@ -441,20 +566,20 @@ def _dense_directions(
     among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
     among = among - jnp.stack([jnp.stack(row) for row in products])
     between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
-    return spots, g, among, between - jnp.stack(mixed, axis=1)
+    return g, among, between - jnp.stack(mixed, axis=1)
 
 
 # Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
 LEAST_RATIO = 1e-3
 
 
-def _dense_products(lambdas: dict, moments: AnyMoments, rest: _Rest, J: Array, KJ: Array):
+def _dense_products(lambdas: dict, moments: AnyMoments, rest: _Rest, K2: Array, J: Array, KJ: Array):
     """``F = I - G K2``, ``F J`` and ``Omega = F G`` of the dense effects.
 
     With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.
     """
-    d, lanes = rest.K2.shape[0], rest.K2.shape[2]
-    G, K2 = rest.G_dd, rest.K2
+    d, lanes = K2.shape[0], K2.shape[2]
+    G = rest.G_dd
 
     def by_products():
         F = _plus_one(-linalg.matmul(G, K2))
