@@ -20,7 +20,7 @@ from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products
-from mixjax.formula.build import build_design
+from mixjax.formula.build import build_design, check_number_of_effects
 from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.errors import DataError
@@ -82,6 +82,8 @@ def lmm(
         if subset is not None:
             raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
         stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts)
+        if check_identifiable:
+            check_number_of_effects(int(stats.n), labels)
         return LMMFit(fit_products(stats, labels, reml, start, optimizer), optimizer)
     design, labels = build_design(formula, data, weights, offset, subset, contrasts)
     if check_identifiable:

@@ -144,6 +144,8 @@ def test_bad_input():
         mj.lmm("Reaction ~ Days + (1 | one)", [part.assign(one="a") for part in parts])
     with pytest.raises(mj.DataError, match=r"'Days'.*in one of the chunks"):
         mj.lmm("Reaction ~ Days + (1 | Subject)", [parts[0], parts[1].drop(columns="Days")])
+    with pytest.raises(mj.DataError, match="180 rows and 180 random effects"):
+        mj.lmm("Reaction ~ Days + (1 | Subject:Days)", parts)
     fit = mj.lmm("Reaction ~ Days + (1 | Subject)", parts)
     for attempt in (lambda: fit.fitted, lambda: fit.residuals(), lambda: fit.X, lambda: fit.augment()):
         with pytest.raises(ValueError, match="not kept"):

@@ -397,6 +397,22 @@ def _check_no_effect_twice(terms: list[_Term]) -> None:
             seen.append((term, effect))
 
 
+def check_number_of_effects(n: int, labels: Labels) -> None:
+    """Refuse random terms with as many effects as there are rows.
+
+    Raises:
+        DataError: names the term and the way to go on.
+    """
+    for names in labels.terms:
+        effects = len(names.levels) * len(names.effects)
+        if effects >= n:
+            raise DataError(
+                f"{n} rows and {effects} random effects in term ({' + '.join(names.effects)} | {names.group}): the "
+                "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
+                "factor, or pass check_identifiable=False to fit it all the same"
+            )
+
+
 def check_identifiable(design: Design, labels: Labels) -> None:
     """Refuse random terms whose variance the data cannot tell: too many effects, or effects that are fixed as well.
 
@@ -404,15 +420,9 @@ def check_identifiable(design: Design, labels: Labels) -> None:
         DataError: names the term and the way to go on.
     """
     n, p = design.X.shape
+    check_number_of_effects(n, labels)
     Q = None
     for term, names in zip(design.terms, labels.terms, strict=True):
-        effects = term.n_groups * term.Z.shape[1]
-        if effects >= n:
-            raise DataError(
-                f"{n} rows and {effects} random effects in term ({' + '.join(names.effects)} | {names.group}): the "
-                "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
-                "factor, or pass check_identifiable=False to fit it all the same"
-            )
         if term.n_groups > p:
             continue  # the levels' columns cannot all lie in the span of X
         Q = orthonormal_columns(design.X, None)[0] if Q is None else Q

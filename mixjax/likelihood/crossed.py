@@ -11,8 +11,10 @@ multiplied: the list grows with the sum of squared numbers of effects.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -153,7 +155,10 @@ def _memory() -> float:
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", np.inf)
     names = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"}
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
+    with suppress(OSError, ValueError):  # a container may have less
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def _worth_a_list(per_level: np.ndarray, dense_cost: int) -> np.ndarray:

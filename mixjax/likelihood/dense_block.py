@@ -1,0 +1,238 @@
+"""What the first factor leaves: dense effects, fixed effects and residual, and the dense effects' own directions.
+
+The notation is that of :mod:`mixjax.likelihood.curvature`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mixjax import linalg
+from mixjax.likelihood.crossed import AnyMoments
+from mixjax.likelihood.first_factor import First, directions_of, dot, orders_of, sum_of
+from mixjax.likelihood.moments import MOST_DENSE
+
+# Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
+LEAST_RATIO = 1e-3
+
+
+class Lanes(NamedTuple):
+    """The profiled likelihood of many fits. Last axis: lanes.
+
+    Attributes:
+        criterion: ``(B,)``. delta: ``(p, B)`` coefficients of the basis of X. XX_inverse: ``(p, p, B)``.
+        rss, sigma: ``(B,)``.
+    """
+
+    criterion: Array
+    delta: Array
+    XX_inverse: Array
+    rss: Array
+    sigma: Array
+
+
+class Rest(NamedTuple):
+    """What follows when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense effects.
+
+    ``G_dd``: their products. ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
+    ``T_X = (-K2 G_dX; I) (u, p, B)``.
+    ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
+    """
+
+    lanes: Lanes
+    G_dd: Array
+    W: Array
+    P2: Array
+    T_X: Array
+    c: Array
+
+
+def finish(contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
+    """Eliminate the dense effects and the fixed effects from what the first factor leaves."""
+    UU, Uy, yy = moments.UU - contracted[0], moments.Uy - contracted[1], moments.yy - contracted[2]
+    u = Uy.shape[0]
+    d = sum(q * m for _, q, m in moments.dense)
+    p = u - d
+    logdet = (moments.count * first.logdet).sum(0)
+    G_dd, G_dX, G_dy = UU[:d, :d], UU[:d, d:], Uy[:d]
+    XX, Xy = UU[d:, d:], Uy[d:]
+    W = G_dd
+    P2 = T_X = G_dX
+    c = G_dy
+    if d:
+        half = blocks_times(lambdas, moments, G_dd, transpose=True)
+        M = _plus_one(blocks_times(lambdas, moments, linalg.transpose(half), transpose=True))
+        W, logdet_M = linalg.inverse_logdet(M)
+        logdet = logdet + logdet_M
+        B2 = jnp.concatenate([G_dX, G_dy[:, None]], axis=1)
+        T = linalg.matmul(W, blocks_times(lambdas, moments, B2, transpose=True))
+        T = -blocks_times(lambdas, moments, T)
+        P2 = B2 + linalg.matmul(G_dd, T)
+        T_X, c = T[:, :p], T[:, p]
+        if p:
+            XX = XX + linalg.matmul(linalg.transpose(G_dX), T_X)
+            Xy = Xy + (T_X * G_dy[:, None]).sum(0)
+        yy = yy + (G_dy * c).sum(0)
+    if p:
+        XX_inverse, logdet_XX = linalg.inverse_logdet(XX)
+        delta = linalg.matmul(XX_inverse, Xy[:, None])[:, 0]
+        rss = yy - (Xy * delta).sum(0)
+        eye = jnp.broadcast_to(jnp.eye(p, dtype=yy.dtype)[..., None], XX.shape)
+        T_X = jnp.concatenate([T_X, eye])
+        c = jnp.pad(c, ((0, p), (0, 0))) - linalg.matmul(T_X, delta[:, None])[:, 0]
+    else:
+        XX_inverse, logdet_XX, delta, rss = XX, jnp.zeros_like(yy), Xy, yy
+    df = moments.n - jnp.where(reml, p, 0)
+    criterion = logdet + df * (1.0 + jnp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
+    criterion = criterion + jnp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
+    lanes = Lanes(criterion, delta, XX_inverse, rss, jnp.sqrt(rss / df))
+    return Rest(lanes, G_dd, W, P2, T_X, c)
+
+
+def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
+    """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
+    if all(q == 1 for _, q, _ in moments.dense):
+        diagonal = [jnp.broadcast_to(lambdas[f][0][0], (m, *rows.shape[2:])) for f, _, m in moments.dense]
+        return jnp.concatenate(diagonal)[:, None] * rows
+    parts, start = [], 0
+    for f, q, m in moments.dense:
+        Lambda = lambdas[f]
+        part = rows[start : start + q * m].reshape(q, m, *rows.shape[1:])
+        for a in range(q):
+            parts.append(dot((part[b], Lambda[b][a] if transpose else Lambda[a][b]) for b in range(q)))
+        start += q * m
+    return jnp.concatenate(parts)
+
+
+def dense_directions(
+    lambdas: dict,
+    moments: AnyMoments,
+    rest: Rest,
+    K2: Array,
+    s: Array,
+    curve: Array,
+    reml: Array | bool,
+    first: tuple,
+):
+    """Directions of the dense factors' covariances.
+
+    Args:
+        first: J, J c, c'J c, K2 J and T_X'J of the first factor's directions, those along the axis before the last.
+
+    Returns:
+        The gradient; the Hessian among them; and with the first factor's directions.
+    """
+    J_UU, Jc, cJc, KJ, TJ = first
+    lanes, p = rest.lanes, rest.lanes.delta.shape[0]
+    d, u = K2.shape[0], rest.c.shape[0]
+    P_X = rest.P2[:, :p]
+    F, LJ, Omega = _dense_products(lambdas, moments, rest, K2, J_UU[:d], KJ)
+    L_log = jnp.pad(F, ((0, 0), (0, u - d), (0, 0)))
+    LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(K2, Jc[:d]))
+    e = rest.P2[:, p]
+    if p:
+        half = linalg.matmul(P_X, lanes.XX_inverse)
+        T_X = linalg.transpose(rest.T_X)
+        L_log = L_log - jnp.where(reml, linalg.matmul(half, T_X), 0.0)
+        LJ = LJ - jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
+        LJc = LJc - linalg.matmul(half, linalg.matmul(T_X, Jc))
+        e = e - linalg.matmul(P_X, lanes.delta[:, None])[:, 0]
+
+    at = {}  # where the effects (factor, a) stand
+    start = 0
+    for f, q, m in moments.dense:
+        at.update({(f, a): slice(start + a * m, start + (a + 1) * m) for a in range(q)})
+        start += q * m
+    spots = [(f, pair) for f, _, _ in moments.dense for pair in directions_of(moments.layout, f)]
+
+    def unit_times(f, pair):
+        """E e for the unit symmetric matrix E of a direction."""
+        moved = jnp.zeros_like(e)
+        for a, b in orders_of(*pair):
+            moved = moved.at[at[f, a]].set(e[at[f, b]])
+        return moved
+
+    Ee = jnp.stack([unit_times(*spot) for spot in spots], axis=1)  # (d, J, B)
+    eEe = (e[:, None] * Ee).sum(0)
+    Omega_Ee, Omega_log = linalg.matmul(Omega, Ee), Omega
+    if p:
+        Omega_Ee = Omega_Ee - linalg.matmul(half, linalg.matmul(linalg.transpose(P_X), Ee))
+        Omega_log = Omega - jnp.where(reml, linalg.matmul(half, linalg.transpose(P_X)), 0.0)
+    traces, products, mixed = [], [], []
+    for f, pair in spots:
+        orders = orders_of(*pair)
+        traces.append(sum_of(jnp.einsum("iiB->B", Omega_log[at[f, b], at[f, a]]) for a, b in orders))
+        products.append(
+            [
+                sum_of(
+                    (Omega_log[at[f, b], at[f2, a2]] * Omega_log[at[f, a], at[f2, b2]]).sum((0, 1))
+                    for a, b in orders
+                    for a2, b2 in orders_of(*pair2)
+                )
+                for f2, pair2 in spots
+            ]
+        )
+        mixed.append(sum_of((LJ[at[f, b]] * L_log[at[f, a]][:, :, None]).sum((0, 1)) for a, b in orders))
+    g = jnp.stack(traces) - s * eEe
+    among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
+    among = among - jnp.stack([jnp.stack(row) for row in products])
+    between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
+    return g, among, between - jnp.stack(mixed, axis=1)
+
+
+def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array):
+    """``F = I - G K2``, ``F J`` and ``Omega = F G`` of the dense effects.
+
+    With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.
+    """
+    d, lanes = K2.shape[0], K2.shape[2]
+    G = rest.G_dd
+
+    def by_products():
+        F = _plus_one(-linalg.matmul(G, K2))
+        return F, J - linalg.matmul(G[:, :, None], KJ), linalg.matmul(F, G)
+
+    if lanes > 1 or d <= MOST_DENSE:
+        return by_products()
+    inverses, least = {}, []
+    for f, _, _ in moments.dense:
+        zero = jnp.zeros_like(rest.c[0])
+        Lambda = jnp.stack([jnp.stack([zero if x is None else x for x in row]) for row in lambdas[f]])
+        D = linalg.matmul(Lambda, linalg.transpose(Lambda))
+        floor = LEAST_RATIO**2 * jnp.eye(D.shape[0], dtype=D.dtype)[..., None]
+        least.append(linalg.is_positive(D - floor))
+        inverse = linalg.inverse_logdet(jnp.where(least[-1], D, jnp.eye(D.shape[0], dtype=D.dtype)[..., None]))[0]
+        inverses[f] = [list(row) for row in inverse]
+
+    def by_scaling():
+        F = blocks_times(inverses, moments, K2)
+        back = linalg.transpose(blocks_times(inverses, moments, linalg.transpose(_plus_one(-F))))
+        return F, blocks_times(inverses, moments, KJ), 0.5 * (back + linalg.transpose(back))
+
+    return jax.lax.cond(jnp.stack(least).all(), by_scaling, by_products)
+
+
+def _plus_one(A: Array) -> Array:
+    """``I + A`` of ``(d, d, B)``; a large identity takes longer to make than to add."""
+    d = A.shape[0]
+    if d <= MOST_DENSE:
+        return A + jnp.eye(d, dtype=A.dtype)[..., None]
+    at = jnp.arange(d)
+    return A.at[at, at].add(1.0, unique_indices=True, indices_are_sorted=True)
+
+
+def traces_of_products(A: Array) -> Array:
+    """``tr(A_j A_l) (J, J, B)`` of ``A (u, u, J, B)``."""
+    transposed = linalg.transpose(A)
+    if A.shape[0] > MOST_DENSE:  # read along rows; reading along columns takes three times as long
+        transposed = jax.lax.optimization_barrier(transposed)
+    return (A[:, :, :, None] * transposed[:, :, None]).sum((0, 1))
+
+
+def pad_rows(rows: Array, u: int) -> Array:
+    return jnp.pad(rows, ((0, u - rows.shape[0]), *((0, 0),) * (rows.ndim - 1)))
