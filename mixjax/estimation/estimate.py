@@ -44,7 +44,8 @@ class Estimates(NamedTuple):
         criterion: ``()`` ML deviance or REML criterion.
         converged: ``()`` bool. singular: ``()`` bool, some Sigma has less than full rank.
         iterations: ``()`` evaluations of criterion, gradient and Hessian.
-        grad_norm: ``()`` scaled gradient ``sqrt(g' H^{-1} g)`` at the end.
+        grad_norm: ``()`` scaled gradient ``sqrt(g' H^{-1} g)`` at the last evaluation, or at the end where the last
+            steps foretell it.
         result: ``()`` code, see ``mixjax.Result``.
     """
 
