@@ -31,6 +31,7 @@ _HOMES = {
     "MarginalParams": "mixjax.likelihood.marginal",
     "marginal_loglik": "mixjax.likelihood.marginal",
     "stack": "mixjax.likelihood.statistics",
+    "shard": "mixjax.likelihood.sharding",
     "estimate": "mixjax.estimation.estimate",
     "estimate_many": "mixjax.estimation.many",
     "Estimates": "mixjax.estimation.estimate",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from mixjax.likelihood.cross_products import cross_products as cross_products
     from mixjax.likelihood.marginal import MarginalParams as MarginalParams
     from mixjax.likelihood.marginal import marginal_loglik as marginal_loglik
+    from mixjax.likelihood.sharding import shard as shard
     from mixjax.likelihood.statistics import CrossProducts as CrossProducts
     from mixjax.likelihood.statistics import stack as stack
     from mixjax.lmm import LMMFit as LMMFit

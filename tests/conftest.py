@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -61,3 +64,19 @@ def fit_of(name: str, method: str) -> mj.LMMFit:
 def r_name(name: str) -> str:
     """formulaic's column name -> R's."""
     return name.replace("Intercept", "(Intercept)").replace("[T.", "").replace("]", "")
+
+
+def processes_of(code: str, n: int = 1, **env: str) -> list[subprocess.Popen]:
+    """n processes of Python that run the code in the tests' folder, each given its number."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, **env, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    pipe = subprocess.PIPE
+    return [subprocess.Popen([*command, str(i)], stdout=pipe, stderr=pipe, text=True, env=env) for i in range(n)]
+
+
+def run_python(code: str, **env: str) -> str:
+    """What the code prints in a process of its own."""
+    (process,) = processes_of(code, **env)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3_000:]
+    return out

@@ -13,9 +13,10 @@ import mixjax as mj
 from mixjax import linalg
 from mixjax.estimation import estimate as estimation
 from mixjax.estimation.estimate import _objective_at
-from mixjax.likelihood import crossed
-from mixjax.likelihood.crossed import crossed_moments, incidence
+from mixjax.likelihood import incidence as lookup
+from mixjax.likelihood.crossed import crossed_moments
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
+from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.statistics import pad
 
 STRUCTURES = {
@@ -30,7 +31,7 @@ ROWS = 400
 def ways(monkeypatch, how):
     """Sums by the list of pairs alone, by dense blocks alone, or by both."""
     chosen = {"list": lambda n: n >= 0, "blocks": lambda n: n < 0, "both": lambda n: np.arange(len(n)) % 2 == 0}[how]
-    monkeypatch.setattr(crossed, "_worth_a_list", lambda per_level, cost: chosen(per_level))
+    monkeypatch.setattr(lookup, "_worth_a_list", lambda per_level, cost: chosen(per_level))
 
 
 @jax.jit
@@ -135,7 +136,7 @@ def test_inverse_by_halves(monkeypatch):
 
 @pytest.mark.usefixtures("x64")
 def test_a_dense_block_beyond_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(crossed, "_memory", lambda: 1e5)
+    monkeypatch.setattr(lookup, "_memory", lambda: 1e5)
     design = random_design(STRUCTURES["intercepts"], 0, n=ROWS)
     with pytest.raises(MemoryError, match=r"70 levels.*72 x 72.*gpboost"):
         mj.estimate(mj.cross_products(design))

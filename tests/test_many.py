@@ -1,17 +1,13 @@
 """Many fits at once: the same numbers as one by one, whatever the batch, its blocks, threads and devices."""
 
-import os
 import socket
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
-from conftest import fit_of, table
+from conftest import fit_of, processes_of, run_python, table
 from designs import STRUCTURES, Structure, random_design
 from test_curvature import balanced
 
@@ -261,14 +257,6 @@ def test_responses_in_float32():
     np.testing.assert_allclose(fits.criterion, mj.estimate_many(mj.cross_products(design, Y)).criterion, rtol=1e-4)
 
 
-def run(code, **env):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env}
-    )
-    assert done.returncode == 0, done.stderr[-3_000:]
-    return done.stdout
-
-
 SETUP = """
     import jax, numpy as np, mixjax as mj
     rng = np.random.default_rng(0)
@@ -282,7 +270,7 @@ SETUP = """
 
 def test_sharding_over_eight_devices():
     """Each device runs the same program on its own blocks: nothing is reordered, so the numbers are the same."""
-    out = run(
+    out = run_python(
         SETUP
         + """
     assert len(jax.devices()) == 8
@@ -317,14 +305,8 @@ def test_two_processes_over_loopback():
             np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
     print("same")
     """
-    code = join + SETUP + compare
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    processes = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        for i in range(2)
-    ]
-    for process in processes:
+    flags = "--xla_force_host_platform_device_count=2"
+    for process in processes_of(join + SETUP + compare, 2, XLA_FLAGS=flags):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3_000:]
         assert "same" in out

@@ -22,9 +22,10 @@ from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import RANK_RTOL, leading_zero, own_factor, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.likelihood.criterion import check_products, in_bases, profile
-from mixjax.likelihood.crossed import Incidence, crossed_moments, incidence
+from mixjax.likelihood.crossed import crossed_moments
 from mixjax.likelihood.curvature import modes_of_factors, profile_lanes, value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
+from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.optimise.newton import Evaluate, Solution, by_differentiation, judge

@@ -218,13 +218,13 @@ def pad(stats: CrossProducts) -> CrossProducts:
     """
     layout = stats.layout
     sizes = [bucket(f.ZZ.shape[2], dense=i in layout.dense) for i, f in enumerate(stats.factors)]
-    factors = tuple(FactorProducts(*(_grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
+    factors = tuple(FactorProducts(*(grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
     pairs = []
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
         nested = s in layout.chain and t in layout.chain
         size = sizes[s] if nested else bucket(pair.rows.shape[0])
-        rows = np.arange(size, dtype=np.int32) if nested else _grow(pair.rows, size)
-        pairs.append(PairProducts(rows, _grow(pair.cols, size), _grow(pair.ZZ, size)))
+        rows = np.arange(size, dtype=np.int32) if nested else grow(pair.rows, size)
+        pairs.append(PairProducts(rows, grow(pair.cols, size), grow(pair.ZZ, size)))
     return replace(stats, factors=factors, pairs=tuple(pairs))
 
 
@@ -274,7 +274,7 @@ def stack(all_stats: Sequence[CrossProducts]) -> CrossProducts:
         replace(
             stats,
             pairs=tuple(
-                PairProducts(*(_grow(x, k) for x in pair)) for pair, k in zip(stats.pairs, n_pairs, strict=True)
+                PairProducts(*(grow(x, k) for x in pair)) for pair, k in zip(stats.pairs, n_pairs, strict=True)
             ),
         )
         for stats in reshaped
@@ -293,11 +293,11 @@ def _reshape(stats: CrossProducts, sizes: list[int], layout: Layout) -> CrossPro
     for s, t in layout.pairs:
         nested = s in layout.chain and t in layout.chain
         pairs.append(_spread(by_key[s, t], sizes[s], sizes[t]) if nested else by_key[s, t])
-    factors = tuple(FactorProducts(*(_grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
+    factors = tuple(FactorProducts(*(grow(x, size) for x in f)) for f, size in zip(stats.factors, sizes, strict=True))
     return replace(stats, factors=factors, pairs=tuple(pairs), layout=layout)
 
 
-def _grow(x: AnyArray, size: int) -> np.ndarray:
+def grow(x: AnyArray, size: int) -> np.ndarray:
     """Zeros behind the last axis."""
     x = np.asarray(x)
     return np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]), x.dtype)], axis=-1)

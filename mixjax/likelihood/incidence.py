@@ -1,0 +1,244 @@
+"""Which effects of the other factors each level of the first factor meets, looked up once by numpy.
+
+A level meets few of the dense effects, so its row of products with them is sparse. Sums over levels then take a list of
+all pairs of effects that meet at a level, where the level has few, and otherwise blocks of levels made dense one after
+another and multiplied: the list grows with the sum of squared numbers of effects. What is found here are integers;
+:mod:`mixjax.likelihood.crossed` puts the numbers in.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mixjax.design import AnyArray, is_concrete
+from mixjax.likelihood.moments import MOST_DENSE
+from mixjax.likelihood.sharding import mesh_of, split_first_axis
+from mixjax.likelihood.statistics import CrossProducts
+
+# The longest list of pairs, some 40 bytes each while sums are formed.
+MOST_PAIRS = 2**24
+# A pair of the list costs as much as so many multiplications of a dense product (measured: 7 ns against 2 x 7 ps).
+PAIR_COST = 500
+# Pairs of one target that are summed side by side.
+RUN = 8
+# Effects of a level of the first factor that are written out entry by entry.
+MOST_EFFECTS = 5
+
+
+class PairList(NamedTuple):
+    """All pairs of entries at one level, in runs of up to eight with one target.
+
+    Runs are summed by vector operations; only their sums are scattered, which costs ten times as much each.
+
+    Attributes:
+        left, right: ``(R, 8)`` entries, columns of left >= right; E where a run is shorter.
+        target: ``(R,)`` column of left x d + column of right, ascending; d x d behind the end.
+    """
+
+    left: AnyArray
+    right: AnyArray
+    target: AnyArray
+
+
+class LevelBlocks(NamedTuple):
+    """Levels in blocks: ``levels (k, c)``, m behind the end; entries of each block ``entry (k, e)``, E behind the end,
+    at ``place (k, e) = level in block x d + column``."""
+
+    levels: AnyArray
+    entry: AnyArray
+    place: AnyArray
+
+
+@dataclass(frozen=True)
+class Incidence:
+    """Which dense effects each level of the first factor meets. Integers only. A JAX pytree.
+
+    Attributes:
+        source: ``(E,)`` place of every entry among the products of pairs of levels, effect by effect.
+        level, column: ``(E,)`` of the first factor, and of the d dense effects; m and d behind the end.
+        pairs: of levels with few entries, or None. blocks: of levels with many, or None.
+        mesh: the devices that share runs of pairs and blocks among them, or None; static.
+    """
+
+    source: AnyArray
+    level: AnyArray
+    column: AnyArray
+    pairs: PairList | None
+    blocks: LevelBlocks | None
+    mesh: Mesh | None = None
+
+
+jax.tree_util.register_dataclass(
+    Incidence, data_fields=["source", "level", "column", "pairs", "blocks"], meta_fields=["mesh"]
+)
+
+
+def incidence(stats: CrossProducts) -> Incidence | None:
+    """The incidence of a crossed design whose dense block is large, or None where another way is better.
+
+    None also where the indices are traced: then there is nothing to look up.
+
+    Raises:
+        MemoryError: the dense block does not fit into memory.
+    """
+    layout = stats.layout
+    if not layout.dense or np.ndim(stats.yy):
+        return None
+    _check_memory(stats)
+    first, *others = layout.chain + layout.dense
+    q, _, m = np.shape(stats.factors[first].ZZ)
+    shapes = {f: np.shape(stats.factors[f].ZZ)[1:] for f in others}
+    d = sum(width * levels for width, levels in shapes.values())
+    in_chain = sum(shapes[f][0] * shapes[f][1] for f in layout.chain[1:])
+    # A parent factor in the chain stays block diagonal in the elimination; made dense it must not matter.
+    # Places in the dense block are 32-bit numbers.
+    if d <= MOST_DENSE or d * d >= 2**31 or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
+        return None
+    used = [(t, pair) for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True) if s == first]
+    if not all(is_concrete(pair.rows) and is_concrete(pair.cols) for _, pair in used):
+        return None
+    mesh = mesh_of(stats)
+    n_devices = 1 if mesh is None else mesh.size
+    starts, at = {}, 0
+    for f in others:
+        starts[f] = at
+        at += shapes[f][0] * shapes[f][1]
+    sources, levels, columns = [], [], []
+    at = 0
+    for t, pair in used:
+        q_t, m_t = shapes[t]
+        rows, cols = np.asarray(pair.rows, np.int64), np.asarray(pair.cols, np.int64)
+        # Padding repeats the pair (0, 0); levels without rows point out of range.
+        _, once = np.unique(rows * (m_t + 1) + cols, return_index=True)
+        once = once[(rows[once] < m) & (cols[once] < m_t)]
+        for effect in range(q_t):
+            sources.append(at + effect * len(rows) + once)
+            levels.append(rows[once])
+            columns.append(starts[t] + effect * m_t + cols[once])
+        at += q_t * len(rows)
+    source, level, column = (np.concatenate(parts) for parts in (sources, levels, columns))
+    order = np.lexsort((column, level))
+    source, level, column = source[order], level[order], column[order]
+    per_level = np.bincount(level, minlength=m)
+    short = _worth_a_list(per_level, q * d**2)
+    listed = short[level]
+    pairs = _pair_list(np.flatnonzero(listed), level, column, d, n_devices) if listed.any() else None
+    blocks = _level_blocks(np.flatnonzero(~listed), level, column, d, q, n_devices) if not listed.all() else None
+    if mesh is not None:
+        pairs, blocks = split_first_axis((pairs, blocks), mesh)
+    size = _bucket(len(level))
+    return Incidence(_pad(source, size, 0), _pad(level, size, m), _pad(column, size, d), pairs, blocks, mesh)
+
+
+# Copies of the dense block that one evaluation with its derivatives holds at its peak (measured: 5 GB at 3 700 effects,
+# the list of pairs included).
+COPIES = 24
+
+
+def _check_memory(stats: CrossProducts) -> None:
+    """Raise MemoryError where the block of the crossed factors is too large, before it is made."""
+    sizes = [np.shape(stats.factors[f].ZZ)[1:] for f in stats.layout.dense]
+    d = sum(q * m for q, m in sizes) + np.shape(stats.XX)[-1]
+    needed, there = 8 * d**2 * COPIES, _memory()
+    if needed > there:
+        levels = " and ".join(f"{q} x {m:,}" if q > 1 else f"{m:,}" for q, m in sizes)
+        raise MemoryError(
+            f"the random effects that cross those of the largest factor ({levels} levels) and the fixed effects make a "
+            f"dense block of {d:,} x {d:,}: {8e-9 * d**2:,.1f} GB, of which about {COPIES} copies are needed, "
+            f"and there are {1e-9 * there:,.1f} GB of memory. Take a random term of that factor as fixed or leave it "
+            "out, pool rare levels, or use software with iterative solvers for crossed effects, such as gpboost"
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory of the default device."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", np.inf)
+    names = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"}
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
+    with suppress(OSError, ValueError):  # a container may have less
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
+
+
+def _worth_a_list(per_level: np.ndarray, dense_cost: int) -> np.ndarray:
+    """Levels whose pairs cost less than their row made dense; the shortest, as long as the list is not too long."""
+    n_pairs = per_level * (per_level + 1) // 2
+    order = np.argsort(n_pairs, kind="stable")
+    worth = (n_pairs[order] * PAIR_COST <= dense_cost) & (np.cumsum(n_pairs[order]) <= MOST_PAIRS)
+    return np.isin(np.arange(len(per_level)), order[worth])
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
+
+
+def _bucket(n: int) -> int:
+    """n rounded up to one of eight sizes between powers of two: few shapes, little waste."""
+    n = max(n, 8)
+    return _multiple(n, 1 << (n.bit_length() - 4))
+
+
+def _pad(x: np.ndarray, size: int, value: int) -> np.ndarray:
+    return np.concatenate([x, np.full(size - len(x), value)]).astype(np.int32)
+
+
+def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, n_devices: int) -> PairList:
+    """Of the chosen entries, which are sorted by level and column."""
+    own, chosen, column = level[chosen], chosen.astype(np.int32), column.astype(np.int32)
+    begin = np.searchsorted(own, own)  # of every entry's level
+    partners = np.arange(len(own)) - begin + 1
+    n_pairs = int(partners.sum())
+    left = np.repeat(chosen, partners)
+    right = chosen[np.arange(n_pairs) - np.repeat(np.cumsum(partners) - partners - begin, partners)]
+    # By target: numpy sorts short integers in linear time, so one column after the other.
+    short = np.uint16 if d <= 2**16 else np.int64
+    order = np.argsort(column[right].astype(short), kind="stable")
+    order = order[np.argsort(column[left[order]].astype(short), kind="stable")]
+    left, right = left[order], right[order]
+    target = column[left] * d + column[right]
+    first = np.flatnonzero(np.diff(target, prepend=-1))  # of every distinct target
+    count = np.diff(first, append=n_pairs)
+    distinct = target[first]
+    runs = -(-count // RUN)  # of every target
+    within = np.arange(n_pairs) - np.repeat(first, count)
+    slot = np.repeat(np.cumsum(runs) - runs, count) * RUN + within
+    size = _multiple(_bucket(int(runs.sum())), n_devices)
+    entries = np.full((2, size * RUN), _bucket(len(level)), np.int32)
+    entries[0, slot], entries[1, slot] = left, right
+    both = entries.reshape(2, size, RUN)
+    return PairList(both[0], both[1], _pad(np.repeat(distinct, runs), size, d * d))
+
+
+def _level_blocks(
+    chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, q: int, n_devices: int
+) -> LevelBlocks:
+    """Of the chosen entries; a block is no larger than the dense block itself."""
+    names, own, count = np.unique(level[chosen], return_inverse=True, return_counts=True)
+    k = _multiple(-(-len(names) // max(1, d // q)), n_devices)
+    c = _bucket(-(-len(names) // k))
+    # Levels dealt out by their size, so that all blocks have about as many entries.
+    rank = np.empty(len(names), np.int64)
+    rank[np.argsort(-count, kind="stable")] = np.arange(len(names))
+    block, place = rank % k, rank // k
+    levels = np.full((k, c), np.iinfo(np.int32).max, np.int32)
+    levels[block, place] = names
+    by_block = np.argsort(block[own], kind="stable")
+    counts = np.bincount(block[own], minlength=k)
+    size = _bucket(int(counts.max()))
+    within = np.arange(len(own)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row = block[own][by_block]
+    entry = np.full((k, size), _bucket(len(level)), np.int32)
+    places = np.full((k, size), c * d, np.int32)
+    entry[row, within] = chosen[by_block]
+    places[row, within] = place[own][by_block] * d + column[chosen][by_block]
+    return LevelBlocks(levels, entry, places)
