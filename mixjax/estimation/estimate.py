@@ -108,12 +108,12 @@ def _estimate(stats: CrossProducts, start: Array | None, reml: Array, where: Inc
     data, start = jax.lax.stop_gradient((stats, start))
     evaluate: Evaluate
     x0 = None if start is None else start_in_bases(data, start)
-    if has_closed_form(data):
+    if where is not None:
+        evaluate = partial(value_gradient_hessian, moments=crossed_moments(data, where), reml=reml)
+    elif has_closed_form(data):
         moments = moments_of(data)
         evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
         x0 = minque_start(moments)[:, 0] if x0 is None else x0
-    elif where is not None:
-        evaluate = partial(value_gradient_hessian, moments=crossed_moments(data, where), reml=reml)
     else:
         evaluate = by_differentiation(_objective_at(data, reml))
     x0 = start_in_bases(data, None) if x0 is None else x0

@@ -12,7 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +25,14 @@ from mixjax.likelihood.statistics import CrossProducts
 
 # The longest list of pairs, some 40 bytes each while sums are formed.
 MOST_PAIRS = 2**24
-# A pair of the list costs as much as so many multiplications of a dense product (measured: 7 ns against 2 x 7 ps).
-PAIR_COST = 500
+# A pair of the list costs as much as so many multiplications of a dense product, and so does a number of a dense row
+# (measured, for an evaluation with its derivatives: 18 ns, 60 ns and 35 ps).
+PAIR_COST, NUMBER_COST = 500, 1700
 # Pairs of one target that are summed side by side.
 RUN = 8
+# A small dense block goes without incidence, so that data sets share a program, until products of all levels with all
+# of it become so many numbers: then what the sparse sums save is more.
+FEW_PRODUCTS = 2**20
 # Effects of a level of the first factor that are written out entry by entry.
 MOST_EFFECTS = 5
 
@@ -98,9 +102,12 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     shapes = {f: np.shape(stats.factors[f].ZZ)[1:] for f in others}
     d = sum(width * levels for width, levels in shapes.values())
     in_chain = sum(shapes[f][0] * shapes[f][1] for f in layout.chain[1:])
+    products = q * (q + 1) // 2 * m * _triangle(d + np.shape(stats.XX)[-1])
     # A parent factor in the chain stays block diagonal in the elimination; made dense it must not matter.
     # Places in the dense block are 32-bit numbers.
-    if d <= MOST_DENSE or d * d >= 2**31 or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
+    if d <= MOST_DENSE and products <= FEW_PRODUCTS:
+        return None
+    if d * d >= 2**31 or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
         return None
     used = [(t, pair) for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True) if s == first]
     if not all(is_concrete(pair.rows) and is_concrete(pair.cols) for _, pair in used):
@@ -128,7 +135,7 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     order = np.lexsort((column, level))
     source, level, column = source[order], level[order], column[order]
     per_level = np.bincount(level, minlength=m)
-    short = _worth_a_list(per_level, q * d**2)
+    short = _worth_a_list(per_level, q * d**2 + NUMBER_COST * q * d)
     listed = short[level]
     pairs = _pair_list(np.flatnonzero(listed), level, column, d, n_devices) if listed.any() else None
     blocks = _level_blocks(np.flatnonzero(~listed), level, column, d, q, n_devices) if not listed.all() else None
@@ -172,10 +179,14 @@ def _memory() -> float:
 
 def _worth_a_list(per_level: np.ndarray, dense_cost: int) -> np.ndarray:
     """Levels whose pairs cost less than their row made dense; the shortest, as long as the list is not too long."""
-    n_pairs = per_level * (per_level + 1) // 2
+    n_pairs = _triangle(per_level)
     order = np.argsort(n_pairs, kind="stable")
     worth = (n_pairs[order] * PAIR_COST <= dense_cost) & (np.cumsum(n_pairs[order]) <= MOST_PAIRS)
     return np.isin(np.arange(len(per_level)), order[worth])
+
+
+def _triangle(n: Any) -> Any:
+    return n * (n + 1) // 2
 
 
 def _multiple(n: int, of: int) -> int:
@@ -222,9 +233,9 @@ def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int
 def _level_blocks(
     chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, q: int, n_devices: int
 ) -> LevelBlocks:
-    """Of the chosen entries; a block is no larger than the dense block itself."""
+    """Of the chosen entries; a block is no larger than the dense block itself, or than 2 MB."""
     names, own, count = np.unique(level[chosen], return_inverse=True, return_counts=True)
-    k = _multiple(-(-len(names) // max(1, d // q)), n_devices)
+    k = _multiple(-(-len(names) // max(1, d // q, 2**18 // (d * q))), n_devices)
     c = _bucket(-(-len(names) // k))
     # Levels dealt out by their size, so that all blocks have about as many entries.
     rank = np.empty(len(names), np.int64)
