@@ -117,6 +117,24 @@ def _inverse_logdet_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+def solve_logdet(M: Array, R: Array) -> tuple[Array, Array]:
+    """``M^{-1} R`` and the log-determinant of one large symmetric positive definite ``M (n, n)``, ``R (n, r)``.
+
+    A third of the cost of the inverse, which only derivatives need. Not positive definite gives NaN.
+    """
+    factor = jnp.linalg.cholesky(M)
+    return jax.scipy.linalg.cho_solve((factor, True), R), 2.0 * jnp.log(jnp.diagonal(factor)).sum()
+
+
+@solve_logdet.defjvp
+def _solve_logdet_jvp(primals, tangents):
+    (M, R), (dM, dR) = primals, tangents
+    inverse, logdet = inverse_logdet(M)
+    X = inverse @ R
+    return (X, logdet), (inverse @ (dR - dM @ X), trace_of_product(inverse, dM))
+
+
+@jax.custom_jvp
 def solve_spd(M: Array, R: Array) -> Array:
     """``M^{-1} R`` for one symmetric positive definite ``M`` (n, n) and ``R`` (n, r)."""
     return inverse_logdet(M)[0] @ R

@@ -73,7 +73,7 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
     lambdas = _lambdas(x, moments)
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
     UU, Uy, yy = moments.contract(weights_of([first.K]))
-    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml).lanes
+    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).lanes
 
 
 def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int, Array]:
@@ -86,7 +86,7 @@ def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int
     f1 = moments.layout.chain[0]
     first = eliminate_first(lambdas[f1], moments)
     UU, Uy, yy = moments.contract(weights_of([first.K]))
-    c = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml).c
+    c = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).c
     left, q = moments.rows_times(c), len(lambdas[f1])
     modes = {f1: jnp.stack([dot((first.K[ordered(a, b)], left[b]) for b in range(q)) for a in range(q)])[..., 0]}
     start = 0
@@ -236,9 +236,11 @@ def _scalar_derivatives(
     JT = jnp.einsum("uvj,vp->upj", J_UU, T)
     TJT, TJc = jnp.einsum("up,uqj->pqj", T, JT), T.T @ Jc
     KJT = K_times(JT[:d])
-    V = _product(W, l[:, None, None] * J_UU[:d, :d] * l[None, :, None])  # (d, d, J)
+    V = _rough_product(W, l[:, None, None] * J_UU[:d, :d] * l[None, :, None])  # (d, d, J)
     ATJT = jnp.einsum("pq,qrj->prj", A, TJT)
-    CJCJ = traces_of_products(V[..., None])[..., 0]
+    Vs = [V[:, :, j] for j in range(V.shape[2])]
+    transposed = [jax.lax.optimization_barrier(v.T).reshape(-1) for v in Vs]  # read along rows
+    CJCJ = jnp.stack([jnp.stack([v.reshape(-1) @ t for t in transposed]) for v in Vs])
     CJCJ = CJCJ + with_X * (2.0 * jnp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + jnp.einsum("pqj,qpl->jl", ATJT, ATJT))
     JcCJc = Jc[:d].T @ K_times(Jc[:d]) + TJc.T @ A @ TJc
 
@@ -289,6 +291,17 @@ def _scalar_derivatives(
 
 def _product(A: Array, B: Array) -> Array:
     return jnp.tensordot(A, B, 1)
+
+
+# From so many dense effects on, the large product that only the Hessian needs is formed in single precision.
+ROUGH = 512
+
+
+def _rough_product(A: Array, B: Array) -> Array:
+    """The product of matrices to six digits or more: a Newton step needs no more of its Hessian."""
+    if A.shape[0] < ROUGH:
+        return _product(A, B)
+    return jnp.tensordot(A.astype(jnp.float32), B.astype(jnp.float32), 1, precision="highest").astype(A.dtype)
 
 
 def _rows(scale: Array, B: Array) -> Array:

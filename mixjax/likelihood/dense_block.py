@@ -39,7 +39,7 @@ class Lanes(NamedTuple):
 class Rest(NamedTuple):
     """What follows when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense effects.
 
-    ``G_dd``: their products. ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
+    W: ``(0, 0, B)`` where it was not asked for. ``G_dd``: their products. ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
     ``T_X = (-K2 G_dX; I) (u, p, B)``.
     ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
     """
@@ -52,8 +52,14 @@ class Rest(NamedTuple):
     c: Array
 
 
-def finish(contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
-    """Eliminate the dense effects and the fixed effects from what the first factor leaves."""
+def finish(
+    contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, reml: Array | bool, with_W: bool = True
+) -> Rest:
+    """Eliminate the dense effects and the fixed effects from what the first factor leaves.
+
+    Args:
+        with_W: False where only the solution is needed, which takes less than the inverse of a large block.
+    """
     UU, Uy, yy = moments.UU - contracted[0], moments.Uy - contracted[1], moments.yy - contracted[2]
     u = Uy.shape[0]
     d = sum(q * m for _, q, m in moments.dense)
@@ -65,12 +71,16 @@ def finish(contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, 
     P2 = T_X = G_dX
     c = G_dy
     if d:
-        half = blocks_times(lambdas, moments, G_dd, transpose=True)
-        M = _plus_one(blocks_times(lambdas, moments, linalg.transpose(half), transpose=True))
-        W, logdet_M = linalg.inverse_logdet(M)
-        logdet = logdet + logdet_M
+        M = _plus_one(on_both_sides(lambdas, moments, G_dd))
         B2 = jnp.concatenate([G_dX, G_dy[:, None]], axis=1)
-        T = linalg.matmul(W, blocks_times(lambdas, moments, B2, transpose=True))
+        half = blocks_times(lambdas, moments, B2, transpose=True)
+        if with_W or d <= MOST_DENSE or M.shape[2] > 1:
+            W, logdet_M = linalg.inverse_logdet(M)
+            T = linalg.matmul(W, half)
+        else:
+            T, logdet_M = (x[..., None] for x in linalg.solve_logdet(M[..., 0], half[..., 0]))
+            W = M[:0, :0]
+        logdet = logdet + logdet_M
         T = -blocks_times(lambdas, moments, T)
         P2 = B2 + linalg.matmul(G_dd, T)
         T_X, c = T[:, :p], T[:, p]
@@ -94,11 +104,24 @@ def finish(contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, 
     return Rest(lanes, G_dd, W, P2, T_X, c)
 
 
+def on_both_sides(lambdas: dict, moments: AnyMoments, G: Array) -> Array:
+    """``Lambda' G Lambda`` of a symmetric ``G (d, d, B)``."""
+    if all(q == 1 for _, q, _ in moments.dense):
+        diagonal = _diagonal(lambdas, moments, G.shape[2:])
+        return diagonal[:, None] * G * diagonal
+    half = blocks_times(lambdas, moments, G, transpose=True)
+    return blocks_times(lambdas, moments, linalg.transpose(half), transpose=True)
+
+
+def _diagonal(lambdas: dict, moments: AnyMoments, lanes: tuple[int, ...]) -> Array:
+    """Lambda ``(d, B)`` where every dense factor has one effect a level."""
+    return jnp.concatenate([jnp.broadcast_to(lambdas[f][0][0], (m, *lanes)) for f, _, m in moments.dense])
+
+
 def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
     """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
     if all(q == 1 for _, q, _ in moments.dense):
-        diagonal = [jnp.broadcast_to(lambdas[f][0][0], (m, *rows.shape[2:])) for f, _, m in moments.dense]
-        return jnp.concatenate(diagonal)[:, None] * rows
+        return _diagonal(lambdas, moments, rows.shape[2:])[:, None] * rows
     parts, start = [], 0
     for f, q, m in moments.dense:
         Lambda = lambdas[f]

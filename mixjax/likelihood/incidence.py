@@ -205,27 +205,29 @@ def _pad(x: np.ndarray, size: int, value: int) -> np.ndarray:
 
 def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, n_devices: int) -> PairList:
     """Of the chosen entries, which are sorted by level and column."""
-    own, chosen, column = level[chosen], chosen.astype(np.int32), column.astype(np.int32)
+    own, column = level[chosen], column[chosen].astype(np.int64)
     begin = np.searchsorted(own, own)  # of every entry's level
     partners = np.arange(len(own)) - begin + 1
     n_pairs = int(partners.sum())
-    left = np.repeat(chosen, partners)
-    right = chosen[np.arange(n_pairs) - np.repeat(np.cumsum(partners) - partners - begin, partners)]
-    # By target: numpy sorts short integers in linear time, so one column after the other.
-    short = np.uint16 if d <= 2**16 else np.int64
-    order = np.argsort(column[right].astype(short), kind="stable")
-    order = order[np.argsort(column[left[order]].astype(short), kind="stable")]
-    left, right = left[order], right[order]
-    target = column[left] * d + column[right]
-    first = np.flatnonzero(np.diff(target, prepend=-1))  # of every distinct target
+    number = np.arange(n_pairs, dtype=np.int32)
+    left = np.repeat(np.arange(len(own), dtype=np.int32), partners)
+    right = number - np.repeat((np.cumsum(partners) - partners - begin).astype(np.int32), partners)
+    # Sorted by target, which takes 31 bits, with the number of the pair behind it: twice as fast as an argsort.
+    key = (column * d << 32)[left]
+    key += (column << 32)[right]
+    key += number
+    key.sort()
+    order, target = key.astype(np.int32), (key >> 32).astype(np.int32)
+    first = np.flatnonzero(target[1:] != target[:-1]) + 1  # of every distinct target
+    first = np.concatenate([[0], first])
     count = np.diff(first, append=n_pairs)
     distinct = target[first]
     runs = -(-count // RUN)  # of every target
-    within = np.arange(n_pairs) - np.repeat(first, count)
-    slot = np.repeat(np.cumsum(runs) - runs, count) * RUN + within
+    slot = number + np.repeat(((np.cumsum(runs) - runs) * RUN - first).astype(np.int32), count)
+    chosen = chosen.astype(np.int32)
     size = _multiple(_bucket(int(runs.sum())), n_devices)
     entries = np.full((2, size * RUN), _bucket(len(level)), np.int32)
-    entries[0, slot], entries[1, slot] = left, right
+    entries[0, slot], entries[1, slot] = chosen[left[order]], chosen[right[order]]
     both = entries.reshape(2, size, RUN)
     return PairList(both[0], both[1], _pad(np.repeat(distinct, runs), size, d * d))
 
