@@ -6,7 +6,7 @@ Targets on 2 CPUs, peers in the same run, one process per fit so that peak memor
   * 10 000 000 rows with random slopes over 100 000 groups, in chunks: cross-products in at most 3 times what pandas
     takes to group and sum the same columns, the fit after that in 2 s.
 
-Seconds are of a second call in the process; the first, with compiling, is shown beside it.
+Seconds are of the first call in a process, with compiling, and beside it the best of those after it.
 
     pip install mixjax glmm mixedlm
     python benchmarks/large_fits.py [--case insteval] [--table]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import table
+from conftest import fit_of, table
 from designs import Structure, random_design, random_theta
 
 import mixjax as mj
@@ -77,6 +77,22 @@ def test_estimates_equal_those_of_the_elimination(monkeypatch):
     np.testing.assert_allclose(est.criterion, other.criterion, rtol=1e-12)
     for ours, theirs in zip(jax.tree.leaves(est[:6]), jax.tree.leaves(other[:6]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["penicillin", "singular_crossed_zero"])
+@pytest.mark.parametrize("method", ["REML", "ML"])
+def test_small_designs_fit_the_same_by_sparse_rows(name, method, monkeypatch):
+    """The crossed oracle models that are small enough to go the other way (InstEval's are not)."""
+    fit = fit_of(name, method)
+    monkeypatch.setattr(lookup, "FEW_PRODUCTS", 0)
+    stats = pad(fit.stats)
+    assert incidence(stats) is not None
+    est = mj.estimate(stats, reml=method == "REML")
+    np.testing.assert_allclose(est.criterion, fit.criterion, rtol=1e-11)
+    np.testing.assert_allclose(est.theta, fit.theta, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(est.beta, fit.fixef, rtol=1e-8)
+    assert bool(est.singular) == fit.is_singular
 
 
 @pytest.mark.usefixtures("x64")

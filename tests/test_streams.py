@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
-from conftest import table
+from conftest import ORACLES, fit_of, oracle, table
 
 import mixjax as mj
 
@@ -31,6 +31,18 @@ def chunks(frame, k=5, seed=0):
     """Rows in random order, so that levels first appear in any chunk."""
     rows = np.random.default_rng(seed).permutation(len(frame))
     return [frame.iloc[part] for part in np.array_split(rows, k)]
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_oracle_models_fit_the_same_in_chunks(name):
+    """One evaluation may be more or less near the end, so theta agrees to the tolerance of a search."""
+    reference, whole = oracle(name), fit_of(name, "REML")
+    frame = table(reference["data"])
+    fit = mj.lmm(reference["formula"], chunks(frame), weights=reference["weights"])
+    np.testing.assert_allclose(fit.criterion, whole.criterion, rtol=1e-11)
+    np.testing.assert_allclose(fit.theta, whole.theta, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(fit.fixef, whole.fixef, rtol=1e-8)
+    assert fit.is_singular == whole.is_singular
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -39,7 +39,8 @@ class Lanes(NamedTuple):
 class Rest(NamedTuple):
     """What follows when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense effects.
 
-    W: ``(0, 0, B)`` where it was not asked for. ``G_dd``: their products. ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
+    W: ``(0, 0, B)`` where it was not asked for. ``G_dd``: their products.
+    ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.
     ``T_X = (-K2 G_dX; I) (u, p, B)``.
     ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
     """

@@ -33,6 +33,9 @@ RUN = 8
 # A small dense block goes without incidence, so that data sets share a program, until products of all levels with all
 # of it become so many numbers: then what the sparse sums save is more.
 FEW_PRODUCTS = 2**20
+# The cube of the dense block costs as much as the elimination with dense rows, by automatic differentiation, where that
+# has a part of so many of its multiplications (measured: 0.2 ns and 3 ns).
+PARENT_COST = 15
 # Effects of a level of the first factor that are written out entry by entry.
 MOST_EFFECTS = 5
 
@@ -101,13 +104,14 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     q, _, m = np.shape(stats.factors[first].ZZ)
     shapes = {f: np.shape(stats.factors[f].ZZ)[1:] for f in others}
     d = sum(width * levels for width, levels in shapes.values())
-    in_chain = sum(shapes[f][0] * shapes[f][1] for f in layout.chain[1:])
     products = q * (q + 1) // 2 * m * _triangle(d + np.shape(stats.XX)[-1])
-    # A parent factor in the chain stays block diagonal in the elimination; made dense it must not matter.
-    # Places in the dense block are 32-bit numbers.
     if d <= MOST_DENSE and products <= FEW_PRODUCTS:
         return None
-    if d * d >= 2**31 or q > MOST_EFFECTS or in_chain > max(MOST_DENSE, d // 4):
+    if d * d >= 2**31 or q > MOST_EFFECTS:  # places in the dense block are 32-bit numbers
+        return None
+    # A parent factor in the chain, block diagonal in the elimination, becomes a part of the dense block here.
+    crossed = sum(shapes[f][0] * shapes[f][1] for f in layout.dense)
+    if d > crossed and (d**3 > PARENT_COST * q * m * crossed**2 or 8 * d**2 * COPIES > _memory()):
         return None
     used = [(t, pair) for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True) if s == first]
     if not all(is_concrete(pair.rows) and is_concrete(pair.cols) for _, pair in used):
