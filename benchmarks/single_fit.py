@@ -186,14 +186,14 @@ def repeat_calls(runs: int, peers: list[str]) -> None:
 
 
 def second_data_set() -> None:
-    from mixjax.estimation.estimate import _estimate
+    from mixjax.estimation.estimate import fit_one
 
     data = mj.datasets.load("sleepstudy")
     mj.lmm(FORMULAS["sleepstudy"], data)
-    before = _estimate._cache_size()
+    before = fit_one._cache_size()
     mj.lmm(FORMULAS["sleepstudy"], data[data["Subject"].isin(data["Subject"].unique()[:11])])
     mj.lmm(FORMULAS["sleepstudy"], data.iloc[5:], reml=False)
-    compiled = _estimate._cache_size() - before
+    compiled = fit_one._cache_size() - before
     print(f"\nPrograms compiled for a second and third data set of the same structure: {compiled} (target 0)")
 
 

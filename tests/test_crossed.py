@@ -122,6 +122,20 @@ def test_derivatives_through_the_fit_against_refits():
 
 
 @pytest.mark.usefixtures("x64")
+def test_many_responses_share_the_incidence():
+    design = random_design(STRUCTURES["intercepts"], 2, n=ROWS)
+    Y = np.stack([design.y, 3 * (design.y - design.offset) + 1 + design.offset, np.full(ROWS, np.nan)])
+    fits = mj.estimate_many(mj.cross_products(design, Y), keep=("theta", "criterion", "result", "b"))
+    one = mj.estimate(mj.cross_products(design))
+    assert fits.vcov is None
+    assert list(fits.result == int(mj.Result.NOT_FINITE)) == [False, False, True]
+    np.testing.assert_allclose(fits.theta[0], one.theta, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(fits.criterion[0], one.criterion, rtol=1e-12)
+    np.testing.assert_allclose(fits.b[0][0], one.b[0], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(fits.theta[1], fits.theta[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
 def test_padding_and_row_order_change_nothing():
     design = random_design(STRUCTURES["with a parent"], 1, n=ROWS)
     order = np.random.default_rng(0).permutation(ROWS)

@@ -217,13 +217,13 @@ def test_no_fixed_effects_at_all():
 
 def test_second_data_set_of_the_same_structure_compiles_nothing(sleep, caplog):
     """Other numbers of rows and groups, and the other criterion, use the program that is there."""
-    from mixjax.estimation.estimate import _estimate
+    from mixjax.estimation.estimate import fit_one
 
-    before = _estimate._cache_size()
+    before = fit_one._cache_size()
     data = table("sleepstudy")
     mj.lmm("Reaction ~ Days + (Days | Subject)", data[data.Subject.isin(data.Subject.unique()[:11])])
     mj.lmm("Reaction ~ Days + (Days | Subject)", data.iloc[3:], reml=False)
-    assert _estimate._cache_size() == before
+    assert fit_one._cache_size() == before
 
 
 def test_long_names_are_numbered_in_the_correlation_table():

@@ -98,11 +98,12 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     """
     check_products(stats)
     warn_of_float32(stats)
-    return _estimate(stats, start, reml, incidence(stats))
+    return fit_one(stats, start, reml, incidence(stats))
 
 
 @jit
-def _estimate(stats: CrossProducts, start: Array | None, reml: Array, where: Incidence | None) -> Estimates:
+def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incidence | None) -> Estimates:
+    """:func:`estimate` of checked products, with what :func:`~mixjax.likelihood.incidence.incidence` found in them."""
     stats, where = jax.tree.map(jnp.asarray, (stats, where))
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))

@@ -17,9 +17,10 @@ from mixjax.bases import Basis
 from mixjax.compiling import LANES, jit
 from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
-from mixjax.estimation.estimate import Estimates, check_products, estimate, warn_of_float32
+from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one, warn_of_float32
 from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
 from mixjax.likelihood.cross_products import n_cores
+from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
 from mixjax.likelihood.statistics import ClassProducts, CrossProducts
 from mixjax.optimise.results import Result
@@ -341,15 +342,22 @@ def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
 
 
 def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
-    """``jax.vmap`` of the single fit, a few replicates at a time."""
+    """One after another over sparse rows where the dense block is large; else ``jax.vmap`` of a few at a time."""
     axes = replace(_batch_axes(stats), classes=None)
     stats = replace(stats, classes=None)
-    run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
     B = len(stats.yy)
+    where = None if np.ndim(stats.XX) == 3 else incidence(_index(stats, axes, 0))
+    size = VMAP_BLOCK if where is None else 1
+    run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
     parts = []
-    for first in range(0, B, VMAP_BLOCK):
-        index = np.minimum(np.arange(first, first + VMAP_BLOCK), B - 1)
-        est = run(_index(stats, axes, index), reml, None if start is None else start[index])
+    for first in range(0, B, size):
+        index = np.minimum(np.arange(first, first + size), B - 1)
+        begin = None if start is None else start[index]
+        if where is None:
+            est = run(_index(stats, axes, index), reml, begin)
+        else:
+            one = fit_one(_index(stats, axes, first), None if begin is None else begin[0], reml, where)
+            est = jax.tree.map(lambda a: np.asarray(a)[None], one)
         parts.append(est._replace(**{name: None for name in Estimates._fields if name not in keep}))
     return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts)
 
