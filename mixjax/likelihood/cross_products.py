@@ -122,7 +122,9 @@ def _products_of(design: Design, columns: _Columns, residual: Any, beta0: Any) -
 # --- many responses ------------------------------------------------------------------------------------------------
 
 # Numbers that one block of responses may hold, so that a few passes over it stay in the cache.
-BLOCK = 2**18
+BLOCK = 2**19
+# Multiplications of a product that OpenBLAS does without waking threads of its own, which ours would wait for.
+ONE_THREAD = 2**18
 
 
 def _of_many(design: Design, Y: Any) -> CrossProducts:
@@ -142,28 +144,25 @@ def _of_many(design: Design, Y: Any) -> CrossProducts:
     p = columns.Q.shape[1]
     # Allocated with the responses last, as they are computed, and shown with the responses first.
     Zy = [np.empty((*f.Zy.shape, B)) for f in shared.factors]
-    Xy, yy, beta0 = np.empty((p, B)), np.empty(B), np.empty((p, B))
+    Xy, yy, beta0 = np.zeros((p, B)), np.empty(B), np.empty((p, B))
     if classes is not None:
         class_Uy, class_yy = np.empty((*classes.Uy_shape, B)), np.empty((*classes.yy_shape, B))
 
     def work(start: int) -> None:
         at = slice(start, start + size)
-        y = np.zeros((n, size))  # blocks of one size: the last bits do not depend on how many responses there are
         rows = Y[at]
-        y[:, : len(rows)] = rows.T
-        with np.errstate(invalid="ignore"):  # missing values spoil their own response only
-            residual, coefficients = _least_squares_of_many(design, columns, y)
         kept = slice(0, len(rows))
+        with np.errstate(invalid="ignore"):  # missing values spoil their own response only
+            residual, coefficients = _least_squares_of_many(design, columns, rows, size)
+            yy[at] = np.einsum("ib,ib->b", residual, residual)[kept]
         beta0[:, at] = coefficients[:, kept]
-        Xy[:, at] = (columns.Q.T @ residual)[:, kept]
-        yy[at] = np.einsum("ib,ib->b", residual, residual)[kept]
         for total, sums in zip(Zy, Z_sums, strict=True):
             total[..., at] = (sums @ residual).reshape(*total.shape[:2], size)[..., kept]
         if classes is not None:
             Uy, squares = classes.of(Zy[shared.layout.chain[0]][..., at])
             class_Uy[..., at], class_yy[..., at] = Uy, squares
 
-    size = max(1, min(1024, 1 << max(0, (BLOCK // n).bit_length() - 1)))
+    size = max(1, min(2048, 1 << max(0, (BLOCK // n).bit_length() - 1)))
     with ThreadPoolExecutor(n_cores()) as pool:
         list(pool.map(work, range(0, B, size)))
     dtype = _floating_dtype(replace(design, y=Y))
@@ -195,21 +194,35 @@ def _sparse_transpose(Z: np.ndarray, group: Any, m: int) -> scipy.sparse.csr_mat
     return scipy.sparse.csr_matrix((Z.ravel(), (rows, columns)), shape=(q * m, n))
 
 
-def _least_squares_of_many(design: Design, columns: _Columns, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`_least_squares`, for responses ``(n, B)``, which are overwritten."""
+def _least_squares_of_many(
+    design: Design, columns: _Columns, rows: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals ``(n, size)`` of responses ``(b, n)`` on X, and the coefficients taken out ``(p, size)``.
+
+    As :func:`_least_squares`, but X is taken out once: what is left of it is of the order of rounding y itself, and
+    counts as zero. Blocks have one size, b or more, so that the last bits do not depend on how many responses there
+    are.
+    """
     Q, sqrt_w, X = columns.Q, columns.sqrt_w, np.asarray(design.X)
     if design.offset is not None:
-        y -= np.asarray(design.offset)[:, None]
+        rows = rows - np.asarray(design.offset)
+    b, n = rows.shape
     constant = constant_column(X)
-    level = 0.0 if constant is None else y.mean(axis=0)
-    y -= level
+    level = np.zeros(size)
+    if constant is not None:
+        level[:b] = rows.mean(axis=1)
+    y = np.empty((n, size))
+    y[:, b:] = 0.0
+    np.subtract(rows.T, level[:b], out=y[:, :b])
     if sqrt_w is not None:
         y *= sqrt_w[:, None]
-    coefficients = np.zeros((Q.shape[1], y.shape[1]))
-    for _ in range(2):
-        step = Q.T @ y
-        y -= Q @ step
-        coefficients += step
+    p = Q.shape[1]
+    coefficients = np.empty((p, size))
+    step = max(1, ONE_THREAD // max(1, n * p))
+    for at in range(0, size, step):
+        part, taken = y[:, at : at + step], coefficients[:, at : at + step]
+        np.matmul(Q.T, part, out=taken)
+        part -= Q @ taken
     beta0 = columns.X_basis.R_inv @ coefficients
     if constant is not None:
         beta0[constant] += level / X[0, constant]
