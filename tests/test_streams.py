@@ -124,16 +124,42 @@ def test_sources(tmp_path):
     path = tmp_path / "sleep.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pandas(frame), path, row_group_size=40)
 
-    class Partitions:  # what a dask data frame is read by
-        npartitions = 4
-
-        def get_partition(self, i):
-            part = chunks(frame, 4)[i]
-            return type("Lazy", (), {"compute": lambda self: part})()
-
-    sources = [path, str(path), pyarrow.dataset.dataset(path), Partitions(), chunks(frame), iter(chunks(frame))]
+    sources = [path, str(path), pyarrow.dataset.dataset(path), chunks(frame), iter(chunks(frame))]
     for source in sources:
         np.testing.assert_allclose(mj.lmm(formula, source).criterion, expected, rtol=1e-12)
+
+
+def test_dask():
+    """Needs the extra ``dask``, which the tests do not install."""
+    dask = pytest.importorskip("dask.dataframe")
+    frame = table("cake").assign(unused="x")
+    whole = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", frame)
+    lazy = dask.from_pandas(frame, npartitions=4)
+    fit = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", lazy)
+    assert fit.labels.fixed == whole.labels.fixed
+    np.testing.assert_allclose(fit.criterion, whole.criterion, rtol=1e-12)
+
+
+class Partitions:
+    """What a dask data frame is read by."""
+
+    npartitions = 4
+
+    def __init__(self, frame):
+        self.frame, self.columns = frame, frame.columns
+
+    def __getitem__(self, names):
+        return Partitions(self.frame[names])
+
+    def get_partition(self, i):
+        return types.SimpleNamespace(compute=lambda: chunks(self.frame, 4)[i])
+
+
+def test_partitions():
+    """Without dask: what is asked of it."""
+    frame = table("sleepstudy")
+    fit = mj.lmm("Reaction ~ Days + (Days | Subject)", Partitions(frame))
+    np.testing.assert_allclose(fit.criterion, fit_of("sleepstudy_slopes", "REML").criterion, rtol=1e-12)
 
 
 def test_bad_input():

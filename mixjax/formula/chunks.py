@@ -60,6 +60,8 @@ def tables(source: Any, columns: list[str] | None = None) -> Iterator[Any]:
         names = None if columns is None else [name for name in columns if name in source.schema.names]
         yield from (pyarrow.Table.from_batches([batch]) for batch in source.to_batches(columns=names))
     elif _is_dask(source):
+        if columns is not None:
+            source = source[[name for name in columns if name in source.columns]]
         yield from (source.get_partition(i).compute() for i in range(source.npartitions))
     else:
         yield from source
