@@ -225,6 +225,39 @@ def test_bad_input():
         mj.stack([])
 
 
+def test_one_minimum_is_known_where_it_is_so():
+    """Balanced, the fixed effects' estimates free of the covariances: singular ends need no second search."""
+    days, group = np.tile(np.arange(10.0), 18), np.repeat(np.arange(18), 10)
+    ones, between = np.ones(180), np.repeat(np.random.default_rng(0).normal(size=18), 10)
+    Z = np.column_stack([ones, days])
+
+    def known(X, Z=Z, group=group):
+        term = mj.RandomTerm(Z=Z, group=group, n_groups=18)
+        design = mj.Design(y=days, X=X, terms=(term,))
+        return many._has_one_minimum(mj.cross_products(design, np.zeros((2, len(days)))))
+
+    assert known(Z)
+    assert known(np.column_stack([Z, days**2]))
+    assert known(Z, Z[:, :1])
+    assert not known(ones[:, None])  # a random slope without a fixed one
+    assert not known(np.column_stack([Z, between]))
+    assert not known(np.column_stack([Z, between * days]))
+    assert not known(Z, group=np.random.default_rng(0).permutation(group))  # the days differ between the groups
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_one_minimum_changes_no_result(reml, monkeypatch):
+    design, Y = sleepstudy_replicates(300, True)
+    stats = mj.cross_products(design, Y)
+    quick = mj.estimate_many(stats, reml)
+    monkeypatch.setattr(many, "_has_one_minimum", lambda stats: False)
+    twice = mj.estimate_many(stats, reml)
+    assert quick.singular.mean() > 0.3
+    assert quick.iterations.mean() < 0.6 * twice.iterations.mean()
+    for name in ("theta", "criterion", "singular", "result"):
+        np.testing.assert_array_equal(getattr(quick, name), getattr(twice, name))
+
+
 def test_refit_many_names_and_counts():
     fit = fit_of("sleepstudy_slopes", "REML")
     _, Y = sleepstudy_replicates(40, True)

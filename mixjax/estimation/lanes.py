@@ -83,7 +83,15 @@ def sizes_for(moments: Moments, platform: str) -> Sizes:
     return Sizes(16 * lanes, lanes, max(16, lanes // 4), direct)
 
 
-def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: Array | None, sizes: Sizes) -> Fits:
+def fit_block(
+    moments: Moments,
+    bases: Bases,
+    count: Array,
+    reml: Array,
+    start: Array | None,
+    one_minimum: AnyArray,
+    sizes: Sizes,
+) -> Fits:
     """Fit the first ``count`` of N replicates.
 
     Args:
@@ -91,6 +99,7 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
         bases: likewise.
         count: the replicates behind it are padding and not looked at.
         start: ``(k, N)`` theta to start from, or None for moment estimates.
+        one_minimum: ``()`` bool, see :func:`~mixjax.estimation.search.advance`.
     """
     qs = moments.layout.qs
     N, L, M, n_direct = sizes
@@ -156,7 +165,9 @@ def fit_block(moments: Moments, bases: Bases, count: Array, reml: Array, start: 
     def turn(work):
         work = refill(work)
         evaluate = partial(value_gradient_hessian, moments=work.own, reml=reml)
-        lanes = jax.lax.fori_loop(0, STEPS, lambda _, lanes: search.advance(lanes, evaluate, qs), work.lanes)
+        lanes = jax.lax.fori_loop(
+            0, STEPS, lambda _, lanes: search.advance(lanes, evaluate, qs, one_minimum), work.lanes
+        )
         target = jnp.where(lanes.done, work.replicate, N)
         best = jax.tree.map(lambda all, new: all.at[..., target].set(new, mode="drop"), work.best, lanes.best)
         return work._replace(lanes=lanes, best=best)

@@ -120,6 +120,7 @@ class _Batch:
         self.B = len(stats.yy)
         self.stacked = np.ndim(stats.XX) == 3
         self.axes = _batch_axes(stats)
+        self.one_minimum = np.bool_(_has_one_minimum(stats))
         if self.stacked:
             shapes = jax.eval_shape(moments_of, _index(stats, self.axes, 0))
         else:
@@ -218,6 +219,29 @@ def _by_class(moments: Moments, of_level: np.ndarray, n_classes: int) -> Moments
     return replace(moments, A=moments.A[:, :, representative], count=count[:, None], pair_UU=pair_UU)
 
 
+def _has_one_minimum(stats: CrossProducts) -> bool:
+    """Whether the criterion of any response has a single minimum, so that a singular end needs no second search.
+
+    So it is where one factor has levels of equal ``A = Z_i'Z_i`` and ``B = Z_i'X_i``, B of full row rank, and X has
+    p - q directions within levels. Then the estimates of the fixed effects do not depend on the covariances, and with
+    ``P = (D + A^{-1})^{-1} / sigma^2`` and ``t = 1 / sigma^2`` the criterion is ``-a log det P + tr(P S) - b log t + c
+    t`` with positive a, b, c and S fixed by the data: convex, over the convex set ``0 < P <= t A``. A minimum over
+    Cholesky factors is one over their products (Burer & Monteiro 2005, Math. Program. 103, square factors).
+    """
+    if stats.classes is None or len(stats.factors) > 1 or stats.classes.yy.shape[2] > 1:
+        return False
+    products = stats.factors[0]
+    A, B = np.asarray(products.ZZ)[:, :, 0], np.asarray(products.ZX)
+    q, p, m = B.shape
+    if np.ptp(B, axis=2).max(initial=0.0) > 1e-9 * np.abs(B).max(initial=1.0):
+        return False
+    B = B[:, :, 0]
+    if np.linalg.matrix_rank(A) < q or np.linalg.matrix_rank(B) < q or stats.n - m * q <= p - q:
+        return False
+    within = np.asarray(stats.XX) - m * B.T @ np.linalg.solve(A, B)  # X is in a basis: its own products are ones
+    return bool(np.linalg.matrix_rank(within, tol=1e-8) == p - q)
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 
@@ -282,8 +306,8 @@ def _jitted_modes(axes: tuple[int, ...]) -> Callable:
 
 
 @partial(jit, compiler_options=LANES, static_argnames="sizes")
-def _fit_block(moments, bases, count, reml, start, sizes):
-    return fit_block(moments, bases, count, reml, start, sizes)
+def _fit_block(moments, bases, count, reml, start, one_minimum, sizes):
+    return fit_block(moments, bases, count, reml, start, one_minimum, sizes)
 
 
 def _on_threads(batch: _Batch, reml: bool, results: _Results, workers: int) -> None:
@@ -293,7 +317,8 @@ def _on_threads(batch: _Batch, reml: bool, results: _Results, workers: int) -> N
     def work(block: int) -> None:
         with jax.enable_x64(x64):  # the scope is each thread's own
             moments, bases, start = batch.inputs(block)
-            fits = _fit_block(moments, bases, np.int32(batch.count(block)), np.bool_(reml), start, batch.sizes)
+            count = np.int32(batch.count(block))
+            fits = _fit_block(moments, bases, count, np.bool_(reml), start, batch.one_minimum, batch.sizes)
             results.put(block, jax.device_get(fits))
 
     work(0)  # compiles, and makes room for the results
@@ -311,7 +336,7 @@ def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
     def body(inputs, count, reml):
         inputs = jax.tree.map(lambda a, where: a[0] if where == over else a, inputs, spec)
         moments, bases, start = inputs
-        fits = fit_block(moments, bases, count[0], reml, start, batch.sizes)
+        fits = fit_block(moments, bases, count[0], reml, start, batch.one_minimum, batch.sizes)
         return jax.tree.map(lambda a: a[None], fits)
 
     run = jit(

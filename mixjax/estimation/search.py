@@ -60,8 +60,12 @@ def begin(x0: Array, qs: tuple[int, ...], iterations: Array | int = 0) -> Search
     return Search(_begin_at(x0, qs), jnp.zeros(lanes, bool), nothing, jnp.zeros(lanes, bool))
 
 
-def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...]) -> Search:
-    """One evaluation in every lane that is not done."""
+def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...], one_minimum: Array | bool = False) -> Search:
+    """One evaluation in every lane that is not done.
+
+    Args:
+        one_minimum: ``(B,)`` or one bool: the criterion is known to have no other minimum, so that no end is doubtful.
+    """
     state = newton.advance(search.state, evaluate, rank_reductions(qs))
     ended = state.done & ~search.done
     new, best = newton.solution_of(state), search.best
@@ -70,7 +74,7 @@ def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...]) -> Search:
     take = ended & (~search.again | (converged & (~had | lower)))
     iterations = best.iterations + jnp.where(ended, new.iterations, 0)
     best = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best)._replace(iterations=iterations)
-    doubtful = ended & ~search.again & ~(converged & new.free.all(0))
+    doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
     restart = _begin_at(jnp.broadcast_to(_far(qs, state.trial.dtype)[:, None], state.trial.shape), qs)
     state = jax.tree.map(lambda a, b: jnp.where(doubtful, a, b), restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
