@@ -22,7 +22,7 @@ from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
-from mixjax.likelihood.statistics import ClassProducts, CrossProducts
+from mixjax.likelihood.statistics import ClassProducts, CrossProducts, FactorProducts, PairProducts
 from mixjax.optimise.results import Result
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
@@ -124,10 +124,13 @@ class _Batch:
         if self.stacked:
             shapes = jax.eval_shape(moments_of, _index(stats, self.axes, 0))
         else:
-            single = _index(stats, self.axes, 0)
-            self.shared = jax.tree.map(np.asarray, _jitted_moments(replace(single, classes=None)))
+            single = replace(_index(stats, self.axes, 0), classes=None)
             if stats.classes is not None:
-                self.shared = _by_class(self.shared, np.asarray(stats.classes.of_level), stats.classes.yy.shape[2])
+                single = _without_levels(single)
+            self.shared = jax.tree.map(np.asarray, _jitted_moments(single))
+            if stats.classes is not None:
+                ZZ, count, UU = (np.asarray(a)[..., None] for a in stats.classes[:3])
+                self.shared = replace(self.shared, A=ZZ, count=count, pair_UU=UU)
             shapes = self.shared
         self.sizes: Sizes = sizes_for(shapes, platform)
 
@@ -188,7 +191,7 @@ def _batch_axes(stats: CrossProducts) -> CrossProducts:
         Xy=0,
         yy=0,
         beta0=0,
-        classes=None if stats.classes is None else ClassProducts(-1, 0, 0),
+        classes=None if stats.classes is None else ClassProducts(-1, -1, -1, 0, 0),
     )
 
 
@@ -207,16 +210,16 @@ def _jitted_stacked_moments(stats: CrossProducts) -> Moments:
     return jax.tree.map(lambda a: a[..., 0, :], moments)
 
 
-def _by_class(moments: Moments, of_level: np.ndarray, n_classes: int) -> Moments:
-    """Levels of one class summed; y's part is left to be filled in."""
-    m = len(of_level)
-    count = np.bincount(of_level, minlength=n_classes).astype(moments.A.dtype)
-    representative = np.zeros(n_classes, int)
-    representative[of_level[::-1]] = np.arange(m)[::-1]
-    order = np.argsort(of_level, kind="stable")
-    edges = np.concatenate([[0], np.cumsum(np.bincount(of_level, minlength=n_classes))[:-1]]).astype(int)
-    pair_UU = np.add.reduceat(moments.pair_UU[:, order], edges, axis=1)
-    return replace(moments, A=moments.A[:, :, representative], count=count[:, None], pair_UU=pair_UU)
+def _without_levels(stats: CrossProducts) -> CrossProducts:
+    """The same without the levels of the first factor, whose moments are known by class."""
+    first = stats.layout.chain[0]
+    factors = list(stats.factors)
+    factors[first] = FactorProducts(*(a[..., :0] for a in factors[first]))
+    pairs = [
+        PairProducts(*(a[..., :0] for a in pair)) if s == first else pair
+        for (s, _), pair in zip(stats.layout.pairs, stats.pairs, strict=True)
+    ]
+    return replace(stats, factors=tuple(factors), pairs=tuple(pairs))
 
 
 def _has_one_minimum(stats: CrossProducts) -> bool:
@@ -228,7 +231,7 @@ def _has_one_minimum(stats: CrossProducts) -> bool:
     t`` with positive a, b, c and S fixed by the data: convex, over the convex set ``0 < P <= t A``. A minimum over
     Cholesky factors is one over their products (Burer & Monteiro 2005, Math. Program. 103, square factors).
     """
-    if stats.classes is None or len(stats.factors) > 1 or stats.classes.yy.shape[2] > 1:
+    if stats.classes is None or len(stats.factors) > 1 or len(stats.classes.count) > 1:
         return False
     products = stats.factors[0]
     A, B = np.asarray(products.ZZ)[:, :, 0], np.asarray(products.ZX)

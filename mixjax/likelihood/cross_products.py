@@ -176,7 +176,7 @@ def _of_many(design: Design, Y: Any) -> CrossProducts:
         Xy=first(Xy),
         yy=yy,
         beta0=first(beta0),
-        classes=None if classes is None else ClassProducts(classes.of_level, first(class_Uy), first(class_yy)),
+        classes=None if classes is None else classes.shared._replace(Uy=first(class_Uy), yy=first(class_yy)),
     )
     return jax.tree.map(partial(_astype, dtype=dtype), stats)
 
@@ -233,10 +233,10 @@ class _Classes(NamedTuple):
     """How the class moments of a response follow from its ``z = Z'y (q, m)`` of the first factor.
 
     Attributes:
-        of_level: ``(m,)``. sums: ``(C, m)`` indicator. linear: ``(pairs C u, q m)``.
+        shared: what does not depend on y. sums: ``(C, m)`` indicator. linear: ``(pairs C u, q m)``.
     """
 
-    of_level: np.ndarray
+    shared: ClassProducts
     sums: scipy.sparse.csr_matrix
     linear: scipy.sparse.csr_matrix
     Uy_shape: tuple[int, int, int]
@@ -257,22 +257,22 @@ class _Classes(NamedTuple):
 SAME_DIGITS = 11
 
 
-def _classes(shared: CrossProducts) -> _Classes | None:
+def _classes(stats: CrossProducts) -> _Classes | None:
     """The classes of the first factor's levels, where they are few enough to be worth their moments."""
-    first, *others = shared.layout.chain + shared.layout.dense
-    ZZ = np.asarray(shared.factors[first].ZZ)
+    first, *others = stats.layout.chain + stats.layout.dense
+    ZZ = np.asarray(stats.factors[first].ZZ)
     q, _, m = ZZ.shape
     rounded = np.round(ZZ.reshape(q * q, m) / max(np.abs(ZZ).max(), np.finfo(float).tiny), SAME_DIGITS)
     _, of_level = np.unique(rounded, axis=1, return_inverse=True)
     of_level = of_level.reshape(-1)
     C = int(of_level.max()) + 1
-    sizes = [shared.factors[f].ZZ.shape[1:] for f in others]
+    sizes = [stats.factors[f].ZZ.shape[1:] for f in others]
     d = sum(width * levels for width, levels in sizes)
-    u = d + shared.XX.shape[0]
-    if C * q * u > m or not has_closed_form(shared):
+    u = d + stats.XX.shape[0]
+    if C * q * u > m or not has_closed_form(stats):
         return None
     rows, values, columns = [], [], []
-    U = _columns_of_first(shared, first, others, d)  # per effect: level, column, value
+    U = _columns_of_first(stats, first, others, d)  # per effect: level, column, value
     pairs = [(a, b) for a in range(q) for b in range(a, q)]
     for v, (a, b) in enumerate(pairs):
         for x, y in {(a, b), (b, a)}:
@@ -284,7 +284,22 @@ def _classes(shared: CrossProducts) -> _Classes | None:
         (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(len(pairs) * C * u, q * m)
     )
     sums = scipy.sparse.csr_matrix((np.ones(m), (of_level, np.arange(m))), shape=(C, m))
-    return _Classes(of_level.astype(np.int32), sums, linear, (len(pairs), C, u))
+    dense = np.zeros((q, m, u))
+    for a, (level, column, value) in enumerate(U):
+        dense[a, level, column] = value
+    by_class = np.argsort(of_level, kind="stable")
+    count = np.bincount(of_level)
+    first_of = np.cumsum(count) - count
+    r, c = np.triu_indices(u)
+
+    def moment(a: int, b: int) -> np.ndarray:
+        one = dense[a][:, r] * dense[b][:, c]
+        one = one if a == b else one + dense[b][:, r] * dense[a][:, c]
+        return np.add.reduceat(one[by_class], first_of, axis=0)
+
+    UU = np.stack([moment(a, b) for a, b in pairs])
+    shared = ClassProducts(ZZ[:, :, by_class[first_of]], count.astype(np.float64), UU, None, None)
+    return _Classes(shared, sums, linear, (len(pairs), C, u))
 
 
 def _columns_of_first(shared: CrossProducts, first: int, others: list[int], d: int) -> list[tuple[np.ndarray, ...]]:

@@ -45,17 +45,20 @@ class PairProducts(NamedTuple):
 
 
 class ClassProducts(NamedTuple):
-    """Second moments of many responses, summed over the levels of the first factor that have the same ``Z'Z``.
+    """Second moments of the levels of the first factor that have the same ``Z'Z``: C classes.
 
     U holds the effects of all other factors, factor by factor in the order of elimination, then the basis of X. A pair
     of effects a <= b stands for the sum of both orders.
 
     Attributes:
-        of_level: ``(m,)`` the class of every level.
+        ZZ: ``(q, q, C)`` of one level of every class. count: ``(C,)`` of its levels.
+        UU: ``(pairs, C, t)`` sums of ``Z'U (x) Z'U`` over a class, upper entries row by row.
         Uy: ``(B, pairs, C, u)`` of ``Z'U (x) Z'y``. yy: ``(B, pairs, C)`` of ``Z'y (x) Z'y``.
     """
 
-    of_level: AnyArray
+    ZZ: AnyArray
+    count: AnyArray
+    UU: AnyArray
     Uy: AnyArray
     yy: AnyArray
 
