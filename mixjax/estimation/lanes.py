@@ -29,6 +29,8 @@ from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 
 # Newton steps between two looks at which lanes are finished. Bookkeeping costs about as much as half a step.
 STEPS = 3
+# Direct steps end when no more than this part of a tile's lanes would take another: the queue is cheaper for the rest.
+FEW = 8
 # Arrays over lanes should stay in the cache: so many numbers each.
 CACHED = 2**12
 
@@ -124,7 +126,7 @@ def fit_block(
         evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
         direct = begin_directly(jnp.broadcast_to(start_of(at, own), (k, L)))
         _, direct = jax.lax.while_loop(
-            lambda carry: (carry[0] < n_direct) & carry[1].going.any(),
+            lambda carry: (carry[0] < n_direct) & (carry[1].going.sum() > L // FEW),
             lambda carry: (carry[0] + 1, advance_directly(carry[1], evaluate, is_plain, search.REGION)),
             (jnp.int32(0), direct),
         )
