@@ -22,15 +22,17 @@ from mixjax.bases import Basis
 from mixjax.design import AnyArray
 from mixjax.estimation import search
 from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, own_factor, result_code
-from mixjax.estimation.start import minque_start
+from mixjax.estimation.start import LOWEST, minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 
 # Newton steps between two looks at which lanes are finished. Bookkeeping costs about as much as half a step.
 STEPS = 3
-# Direct steps end when no more than this part of a tile's lanes would take another: the queue is cheaper for the rest.
-FEW = 8
+# A lane whose Lambda has a singular value below this is on its way to the boundary, or started there, and leaves the
+# direct steps, which the others of its tile would have to go on with. Each lane decides for itself: then its numbers do
+# not depend on its neighbours.
+INSIDE = 1.2 * LOWEST
 # Arrays over lanes should stay in the cache: so many numbers each.
 CACHED = 2**12
 
@@ -117,7 +119,7 @@ def fit_block(
         in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(_slice(bases, at, L, N).Z, lambdas, strict=True)]
         return _theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in in_basis], qs)
 
-    is_plain = partial(search.is_plain, qs=qs)
+    is_plain = partial(search.is_plain, qs=qs, least=INSIDE)
 
     def first_steps(tile, found):
         """Direct steps of a tile of fresh replicates: where each stands, whether it is done, the solution if so."""
@@ -126,7 +128,7 @@ def fit_block(
         evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
         direct = begin_directly(jnp.broadcast_to(start_of(at, own), (k, L)))
         _, direct = jax.lax.while_loop(
-            lambda carry: (carry[0] < n_direct) & (carry[1].going.sum() > L // FEW),
+            lambda carry: (carry[0] < n_direct) & carry[1].going.any(),
             lambda carry: (carry[0] + 1, advance_directly(carry[1], evaluate, is_plain, search.REGION)),
             (jnp.int32(0), direct),
         )

@@ -80,10 +80,10 @@ def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...], one_minimum
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
 
 
-def is_plain(x: Array, qs: tuple[int, ...]) -> Array:
-    """``(B,)`` every term's Lambda is clearly of full rank: no reduction of rank would be tried there."""
+def is_plain(x: Array, qs: tuple[int, ...], least: float = NEAR_ZERO) -> Array:
+    """``(B,)`` the singular values of every term's Lambda are above ``least``: no reduction of rank would be tried."""
     clear = [
-        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - NEAR_ZERO**2 * jnp.eye(q, dtype=x.dtype)[..., None])
+        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * jnp.eye(q, dtype=x.dtype)[..., None])
         for L, q in zip(cov.lambdas_of_theta(x, qs), qs, strict=True)
     ]
     return jnp.stack(clear).all(0)
