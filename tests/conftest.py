@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -80,3 +81,19 @@ def run_python(code: str, **env: str) -> str:
     out, err = process.communicate()
     assert process.returncode == 0, err[-3_000:]
     return out
+
+
+def over_loopback(code: str) -> None:
+    """Run the code in two processes of two devices each, joined by ``jax.distributed``; it prints "same" at its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    join = f"""
+    import sys, jax
+    jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
+    assert jax.process_count() == 2 and len(jax.devices()) == 4
+    """
+    for process in processes_of(join + code, 2, XLA_FLAGS="--xla_force_host_platform_device_count=2"):
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3_000:]
+        assert "same" in out

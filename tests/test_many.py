@@ -1,13 +1,12 @@
 """Many fits at once: the same numbers as one by one, whatever the batch, its blocks, threads and devices."""
 
-import socket
 from dataclasses import replace
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
-from conftest import fit_of, processes_of, run_python, table
+from conftest import fit_of, over_loopback, run_python, table
 from designs import STRUCTURES, Structure, random_design
 from test_curvature import balanced
 
@@ -322,15 +321,7 @@ def test_sharding_over_eight_devices():
 @pytest.mark.slow
 def test_two_processes_over_loopback():
     """Two processes of two devices each give the numbers of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    join = f"""
-    import sys, jax
-    jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
-    """
     compare = """
-    assert jax.process_count() == 2 and len(jax.devices()) == 4
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("replicates",))
     fits, local = mj.estimate_many(stats, mesh=mesh), mj.estimate_many(stats)
     for name, a, b in zip(fits._fields, fits, local):
@@ -338,8 +329,4 @@ def test_two_processes_over_loopback():
             np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
     print("same")
     """
-    flags = "--xla_force_host_platform_device_count=2"
-    for process in processes_of(join + SETUP + compare, 2, XLA_FLAGS=flags):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3_000:]
-        assert "same" in out
+    over_loopback(SETUP + compare)

@@ -1,11 +1,9 @@
 """One fit over several devices: the same numbers as on one, and no device holds all levels."""
 
-import socket
-
 import jax
 import numpy as np
 import pytest
-from conftest import processes_of, run_python
+from conftest import over_loopback, run_python
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
@@ -105,15 +103,7 @@ def test_rows_on_eight_devices_inside_jit():
 @pytest.mark.slow
 def test_two_processes_over_loopback():
     """Two processes of two devices each: each holds half of the levels."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    join = f"""
-    import sys, jax
-    jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
-    """
     fit = """
-    assert jax.process_count() == 2 and len(jax.devices()) == 4
     from jax.experimental.multihost_utils import process_allgather
     for structure in (((2, 45, "free"),), ((1, 90, "free"), (1, 70, "free"))):
         stats = mj.cross_products(design_of(Structure(structure)))
@@ -122,10 +112,7 @@ def test_two_processes_over_loopback():
         same(mj.estimate(stats), jax.tree.map(lambda a: process_allgather(a, tiled=True), est))
     print("same")
     """
-    for process in processes_of(join + SETUP + fit, 2, XLA_FLAGS="--xla_force_host_platform_device_count=2"):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3_000:]
-        assert "same" in out
+    over_loopback(SETUP + fit)
 
 
 def test_what_cannot_be_spread_is_refused():
