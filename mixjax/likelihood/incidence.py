@@ -89,9 +89,10 @@ jax.tree_util.register_dataclass(
 
 
 def incidence(stats: CrossProducts) -> Incidence | None:
-    """The incidence of a crossed design whose dense block is large, or None where another way is better.
+    """The incidence of a crossed design whose dense block is large, or small beside very many levels; else None.
 
-    None also where the indices are traced: then there is nothing to look up.
+    None also where the indices are traced, for then there is nothing to look up, and where a parent of the first factor
+    would make the dense block too large.
 
     Raises:
         MemoryError: the dense block does not fit into memory.
