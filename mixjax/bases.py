@@ -121,5 +121,27 @@ def change_basis(X: Any, sqrt_w: Any, scale: float = 1.0, full_rank: bool = Fals
     return weighted @ inverse, Basis(triangle, inverse, jnp.log(jnp.abs(jnp.diagonal(triangle))).sum())
 
 
+def change_scale(Z: Any, sqrt_w: Any, scale: float, each: bool) -> tuple[Any, Basis]:
+    """As :func:`change_basis`, but columns keep their directions: each gets length ``scale``, or all do on average.
+
+    For covariances of a structure that other columns of the same span would not have.
+    """
+    concrete = is_concrete(Z) and is_concrete(sqrt_w)
+    xp = np if concrete else jnp
+    Z = xp.asarray(Z, np.float64) if concrete else Z
+    weighted = Z if sqrt_w is None else Z * sqrt_w[:, None]
+    squares = (weighted * weighted).sum(0) / scale**2
+    basis = scale_basis(squares if concrete else jax.lax.stop_gradient(squares), each)
+    return weighted / xp.diagonal(basis.R), basis
+
+
+def scale_basis(squares: Any, each: bool) -> Basis:
+    """Columns of these squared lengths ``(q,)`` brought to length 1, each or on average."""
+    xp = np if is_concrete(squares) else jnp
+    squares = squares if each else xp.broadcast_to(squares.mean(), squares.shape)
+    lengths = xp.sqrt(xp.where(squares > 0, squares, 1.0))
+    return Basis(xp.diag(lengths), xp.diag(1.0 / lengths), xp.log(lengths).sum())
+
+
 def _basis(R: np.ndarray) -> Basis:
     return Basis(R, np.linalg.inv(R), np.linalg.slogdet(R)[1])

@@ -1,27 +1,41 @@
-"""From the parameters of a random term to the factor of its covariance, and back.
+"""From the parameters of a random term to the covariance of its effects, and back.
 
 A term with q effects has relative covariance ``D = Lambda Lambda'`` (relative to sigma^2; absolute: ``Sigma = sigma^2
-D``). Three ways of writing it down are in use:
+D``). Ways of writing it down:
 
-* ``theta``: the q (q + 1) / 2 entries of the lower triangle of Lambda, column by column, as in lme4. Reported with a
-  non-negative diagonal; the optimiser lets the signs run free ("signed chart"), because the criterion is even in every
-  column of Lambda and a zero variance is then an ordinary stationary point.
+* ``theta``: the q (q + 1) / 2 entries of the lower triangle of Lambda, column by column, as in lme4, whatever the
+  structure of D. What users see, with a non-negative diagonal.
 * log-Cholesky: the same triangle with the logarithm of the diagonal. Unconstrained, good for priors and samplers; a
   singular covariance lies at minus infinity.
-* ``D`` itself.
+* the coordinates of a :class:`Structure`: what the optimiser moves over. Standard deviations stand there with free
+  signs: the criterion is even in them, and a zero variance is an ordinary stationary point.
+
+Structures are in :data:`STRUCTURES`; docs/contributing.md says how to add one.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mixjax import linalg
+
+# A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
+# as dependent: the correlation is then 1 to twice as many digits.
+RANK_RTOL = 1e-8
+
+# --- theta and log-Cholesky ----------------------------------------------------------------------------------------
+
 
 def n_theta(q: int) -> int:
-    """Number of parameters of an unstructured covariance of q effects."""
+    """Length of theta for one term of q effects."""
     return q * (q + 1) // 2
 
 
@@ -42,10 +56,7 @@ def diagonal_positions(q: int) -> np.ndarray:
 
 def lambda_of_theta(theta: Array, q: int) -> Array:
     """``Lambda (q, q, ...)``, lower triangular, from ``theta (q (q + 1) / 2, ...)``."""
-    at = {(int(row), int(column)): i for i, (row, column) in enumerate(zip(*triangle(q), strict=True))}
-    zero = jnp.zeros_like(theta[0])
-    rows = [[theta[at[a, b]] if (a, b) in at else zero for b in range(q)] for a in range(q)]
-    return jnp.stack([jnp.stack(row) for row in rows])
+    return _stack(Unstructured(q).entries(theta))
 
 
 def theta_of_lambda(Lambda: Array, q: int) -> Array:
@@ -56,17 +67,19 @@ def theta_of_lambda(Lambda: Array, q: int) -> Array:
     return jnp.stack([Lambda[int(row), int(column)] for row, column in zip(rows, columns, strict=True)])
 
 
-def split(theta: Array, qs: tuple[int, ...]) -> list[Array]:
-    """Cut a parameter vector into the pieces of the terms."""
-    ends = np.cumsum([n_theta(q) for q in qs])
-    if theta.shape[:1] != (int(ends[-1]),):
-        raise ValueError(f"theta has shape {theta.shape}; terms with {qs} effects need ({int(ends[-1])},)")
-    return [theta[end - n_theta(q) : end] for q, end in zip(qs, ends, strict=True)]
+def theta_of_lambdas(lambdas: list[Array]) -> Array:
+    """theta of all terms from the lower-triangular Lambda of each."""
+    return jnp.concatenate([theta_of_lambda(Lambda, Lambda.shape[0]) for Lambda in lambdas])
+
+
+def split_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
+    """theta of every term, from theta of all; the terms have ``qs`` effects."""
+    return _cut(theta, [n_theta(q) for q in qs], f"theta has shape {np.shape(theta)}; terms with {qs} effects need")
 
 
 def lambdas_of_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
-    """``Lambda`` of every term, from the parameters of all."""
-    return [lambda_of_theta(part, q) for part, q in zip(split(theta, qs), qs, strict=True)]
+    """``Lambda`` of every term, from theta of all."""
+    return [lambda_of_theta(part, q) for part, q in zip(split_theta(theta, qs), qs, strict=True)]
 
 
 def log_diagonal(chol: Array, q: int) -> Array:
@@ -82,8 +95,225 @@ def exp_diagonal(chol: Array, q: int) -> Array:
 
 
 def n_effects(k: int) -> int:
-    """Number of effects of an unstructured covariance with k parameters."""
+    """Number of effects whose theta has k entries."""
     q = int((np.sqrt(8 * k + 1) - 1) / 2)
     if n_theta(q) != k:
         raise ValueError(f"{k} parameters are no lower triangle: 1, 3, 6, 10, ... are")
     return q
+
+
+def _cut(x: Array, sizes: list[int], wrong: str) -> list[Array]:
+    """The pieces of a vector; ``wrong`` begins the message for one of another length."""
+    ends = np.cumsum(sizes)
+    if np.shape(x)[:1] != (int(ends[-1]),):
+        raise ValueError(f"{wrong} ({int(ends[-1])},)")
+    return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _stack(entries: list[list[Array | None]]) -> Array:
+    """A matrix ``(q, q, ...)`` from its entries, None for zero."""
+    zero = jnp.zeros_like(next(entry for row in entries for entry in row if entry is not None))
+    return jnp.stack([jnp.stack([zero if entry is None else entry for entry in row]) for row in entries])
+
+
+# --- structures ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """How the covariance D of the q effects of a term depends on k coordinates ``x (k, ...)``. Static, hashable.
+
+    A structure has :attr:`k`, :meth:`entries` and :meth:`near`, and says with :attr:`scaling` which changes of Z's
+    columns keep it. Everything else follows, under two conditions: coordinates of zero mean ``D = 0``, and every
+    coordinate is a standard deviation, D even in it, so that zero is a stationary point. (Otherwise override
+    :attr:`deviations` and :meth:`reduced`.)
+    """
+
+    q: int
+
+    # Z's columns are replaced by others before the fit. The structure may be kept by any that have the same span
+    # ("any"), by columns on scales of their own ("each"), or only on a common one ("common").
+    scaling: ClassVar[str] = "common"
+
+    @property
+    @abstractmethod
+    def k(self) -> int:
+        """Number of coordinates."""
+
+    @abstractmethod
+    def entries(self, x: Array) -> list[list[Array | None]]:
+        """A factor of D, any ``Lambda (q, q)`` with ``D = Lambda Lambda'``, by its entries ``(...)``; None for 0."""
+
+    @abstractmethod
+    def near(self, F: Array) -> Array:
+        """Coordinates ``(k, ...)`` of a covariance of this structure near ``F F'``, or the same where that has it.
+
+        Positive definite where ``F (q, q, ...)`` has full rank.
+        """
+
+    @property
+    def deviations(self) -> tuple[int, ...]:
+        """Coordinates that are standard deviations."""
+        return tuple(range(self.k))
+
+    def factor(self, x: Array) -> Array:
+        """``Lambda (q, q, ...)``."""
+        return _stack(self.entries(x))
+
+    # --- simpler covariances: each is tried where it is near, and kept where the criterion does not rise
+
+    @property
+    def n_reductions(self) -> int:
+        """How many ways there are to lower the rank of D; each is tried after the one before."""
+        return len(self.deviations)
+
+    def sizes(self, x: Array) -> Array:
+        """``(n_reductions, B)``: what each would set to zero, on the scale of standard deviations."""
+        return jnp.abs(jnp.stack([x[i] for i in self.deviations]))
+
+    def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
+        """Reduction ``c (B,)`` of ``x (k, B)``, and which of its coordinates stay free; any other c changes nothing."""
+        which = jnp.full(self.k, -1).at[np.array(self.deviations)].set(jnp.arange(self.n_reductions))
+        x = jnp.where(which[:, None] == c, 0.0, x)
+        return x, x != 0
+
+    def has_derivatives(self, Lambda: Array) -> Array:
+        """``(...)``: whether the lower-triangular factor of D varies smoothly with D at ``Lambda (q, q, ...)``."""
+        return jnp.ones(Lambda.shape[2:], bool)
+
+    # --- derivatives of D = (D_ab), a <= b, row by row
+
+    def jacobian(self, x: Array) -> Array:
+        """``dD_ab / dx_i (pairs, k, B)``."""
+        along = [jax.jvp(self._upper, (x,), (jnp.zeros_like(x).at[i].set(1.0),))[1] for i in range(self.k)]
+        return jnp.stack(along, axis=1)
+
+    def curvature(self, x: Array, g: Array) -> Array:
+        """``sum_ab g_ab d2D_ab / dx_i dx_j (k, k, B)`` for ``g (pairs, B)``."""
+
+        def slope(x):
+            return jax.grad(lambda x: (g * self._upper(x)).sum())(x)
+
+        return jnp.stack([jax.jvp(slope, (x,), (jnp.zeros_like(x).at[i].set(1.0),))[1] for i in range(self.k)])
+
+    def _upper(self, x: Array) -> Array:
+        Lambda = self.factor(x)
+        D = linalg.matmul(Lambda, linalg.transpose(Lambda))
+        return jnp.stack([D[a, b] for a in range(self.q) for b in range(a, self.q)])
+
+
+@dataclass(frozen=True)
+class Unstructured(Structure):
+    """Any covariance. The coordinates are theta with free signs: D is even in every column of Lambda."""
+
+    scaling: ClassVar[str] = "any"
+
+    @property
+    def k(self) -> int:
+        return n_theta(self.q)
+
+    def entries(self, x: Array) -> list[list[Array | None]]:
+        entries: list[list[Array | None]] = [[None] * self.q for _ in range(self.q)]
+        for i, (row, column) in enumerate(zip(*triangle(self.q), strict=True)):
+            entries[row][column] = x[i]
+        return entries
+
+    def near(self, F: Array) -> Array:
+        return theta_of_lambda(linalg.lower_factor(F, RANK_RTOL), self.q)
+
+    @property
+    def deviations(self) -> tuple[int, ...]:
+        return tuple(map(int, diagonal_positions(self.q)))
+
+    def sizes(self, x: Array) -> Array:
+        """The singular values of Lambda, ascending: the rank falls to q - 1, q - 2, ..."""
+        return jnp.flip(linalg.orthogonal_columns(self.factor(x))[1], 0)
+
+    def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
+        q = self.q
+        columns, _ = linalg.orthogonal_columns(self.factor(x))
+        kept = jnp.where(jnp.arange(q)[:, None] < q - 1 - c, columns, 0.0)
+        theta = theta_of_lambda(linalg.lower_factor(kept, RANK_RTOL), q)
+        theta = jnp.where((c >= 0) & (c < q), theta, x)
+        nonzero = (self.factor(theta) != 0).any(0)  # (q, B), by column
+        return theta, nonzero[triangle(q)[1]]
+
+    def has_derivatives(self, Lambda: Array) -> Array:
+        """Not where a zero column of Lambda stands in front of one that is not zero."""
+        nonzero = (Lambda != 0).any(0)
+        behind = jnp.flip(jnp.cumsum(jnp.flip(nonzero.astype(int), 0), 0), 0)
+        return ~(~nonzero & (behind > 0)).any(0)
+
+    # What automatic differentiation finds as well, but programs of many fits compile longer with that.
+
+    def jacobian(self, x: Array) -> Array:
+        """``dD_ab / dLambda_ic`` is ``Lambda_bc`` for i = a, ``Lambda_ac`` for i = b, their sum for both."""
+        entries, zero = self.entries(x), jnp.zeros_like(x[0])
+
+        def move(a, b, i, c):
+            other = entries[b if i == a else a][c] if i in (a, b) else None
+            return zero if other is None else 2.0 * other if a == b else other
+
+        where = list(zip(*triangle(self.q), strict=True))
+        return jnp.stack(
+            [jnp.stack([move(a, b, i, c) for i, c in where]) for a in range(self.q) for b in range(a, self.q)]
+        )
+
+    def curvature(self, x: Array, g: Array) -> Array:
+        """``d2D_ab / dLambda_ic dLambda_jc = 1`` for (i, j) = (a, b), 2 where they are equal."""
+        pairs = [(a, b) for a in range(self.q) for b in range(a, self.q)]
+        second = np.zeros((self.k, self.k, len(pairs)))
+        where = list(zip(*triangle(self.q), strict=True))
+        for m, (i, c) in enumerate(where):
+            for n, (j, e) in enumerate(where):
+                if c == e:
+                    second[m, n, pairs.index((min(i, j), max(i, j)))] = 2.0 if i == j else 1.0
+        return jnp.tensordot(second.astype(g.dtype), g, 1)
+
+
+@dataclass(frozen=True)
+class Diagonal(Structure):
+    """Uncorrelated effects, a standard deviation each: ``x = sd / sigma``."""
+
+    scaling: ClassVar[str] = "each"
+
+    @property
+    def k(self) -> int:
+        return self.q
+
+    def entries(self, x: Array) -> list[list[Array | None]]:
+        return [[x[a] if a == b else None for b in range(self.q)] for a in range(self.q)]
+
+    def near(self, F: Array) -> Array:
+        return jnp.sqrt((F * F).sum(1))
+
+
+STRUCTURES: dict[str, type[Structure]] = {"us": Unstructured, "diag": Diagonal}
+
+
+def structure_of(name: str, q: int) -> Structure:
+    """The structure of a name for q effects. Of one effect there is only one.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in STRUCTURES:
+        known = ", ".join(map(repr, STRUCTURES))
+        raise ValueError(f"there is no covariance structure {name!r}; there are {known}")
+    return Unstructured(1) if q == 1 else STRUCTURES[name](q)
+
+
+def cut(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
+    """The coordinates of every term, from those of all."""
+    sizes = [s.k for s in structures]
+    return _cut(x, sizes, f"the coordinates have shape {np.shape(x)}; {structures} need")
+
+
+def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
+    """A factor of the covariance of every term, ``(q, q, ...)``, from the coordinates of all."""
+    return [s.factor(part) for s, part in zip(structures, cut(x, structures), strict=True)]
+
+
+def near(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
+    """Coordinates of all terms from a factor of the covariance of each; see :meth:`Structure.near`."""
+    return jnp.concatenate([s.near(F) for s, F in zip(structures, factors, strict=True)])

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mixjax.covariance import structure_of
+
 # A numpy array outside JAX's transformations, a JAX array or tracer inside.
 AnyArray = Any
 
@@ -24,11 +26,14 @@ class RandomTerm:
         Z: ``(n, q)``, one column per effect.
         group: ``(n,)`` integers ``0 .. n_groups - 1``, the level of every row.
         n_groups: number of levels; static, because it is a shape.
+        structure: name of the covariance structure of a level's effects; static. "us": unstructured. "diag":
+            uncorrelated. See :mod:`mixjax.covariance`.
     """
 
     Z: AnyArray
     group: AnyArray
     n_groups: int
+    structure: str = "us"
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Rows(NamedTuple):
     codes: list[np.ndarray]
 
 
-jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups"])
+jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
 jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset"], meta_fields=[])
 
 
@@ -130,6 +135,9 @@ def check_design(design: Design) -> None:
     for t, term in enumerate(design.terms):
         if len(np.shape(term.Z)) != 2:
             raise ValueError(f"terms[{t}].Z must be (n, q), got shape {np.shape(term.Z)}")
+        if np.shape(term.Z)[1] == 0:
+            raise ValueError(f"terms[{t}].Z has no columns: leave the term out, or give it a column of ones")
+        structure_of(term.structure, np.shape(term.Z)[1])
         columns[f"terms[{t}].Z"] = term.Z
         columns[f"terms[{t}].group"] = term.group
     for name, column in columns.items():

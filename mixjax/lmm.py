@@ -428,5 +428,5 @@ class LMMFit:
 @partial(jax.jit)
 def _relative_conditional_covariances(stats: CrossProducts, theta: Any) -> list[Any]:
     """Per grouping factor ``(q, q, m)``, all its terms side by side, on the scale of Z's own columns."""
-    lambdas = lambdas_of_theta(theta, tuple(place.q for place in stats.layout.terms))
+    lambdas = lambdas_of_theta(theta, stats.layout.qs)
     return conditional_covariances(in_bases(lambdas, stats), stats)

@@ -42,7 +42,7 @@ def information_criteria(fitted: Fitted) -> dict[str, float]:
 
 def n_parameters(fitted: Fitted) -> int:
     """Fixed effects, covariance parameters and sigma."""
-    return len(fitted.estimates.beta) + len(fitted.estimates.theta) + 1
+    return len(fitted.estimates.beta) + fitted.stats.layout.k + 1
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax import linalg
 from mixjax.compiling import jit
 from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
-from mixjax.estimation.search import RANK_RTOL, leading_zero, own_factor, result_code
+from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.likelihood.criterion import check_products, in_bases, profile
 from mixjax.likelihood.crossed import crossed_moments
@@ -118,9 +117,8 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
     else:
         evaluate = by_differentiation(_objective_at(data, reml))
     x0 = start_in_bases(data, None) if x0 is None else x0
-    solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.qs))
-    own, _ = own_factors(solution.x, data)
-    solution = solution._replace(result=result_code(solution, jnp.stack([leading_zero(L) for L in own]).any()))
+    solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.structures))
+    solution = solution._replace(result=result_code(solution, own_factors(solution.x, data.Z_bases, data.layout)))
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
     x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml, where))
     est = assemble(solution._replace(x=x), stats, reml, where)
@@ -131,7 +129,7 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
 def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:
     """The criterion over the optimiser's coordinates, products arranged once."""
     blocks = arrange(stats)
-    return lambda x: profile(cov.lambdas_of_theta(x, stats.layout.qs), blocks, stats, reml).criterion
+    return lambda x: profile(cov.factors_of(x, stats.layout.structures), blocks, stats, reml).criterion
 
 
 def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array, Incidence | None]) -> Array:
@@ -156,13 +154,13 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
     """
     from mixjax.optimise.gradient import minimise_with  # optax is loaded only by those who ask for it
 
-    qs = stats.layout.qs
+    structures = stats.layout.structures
     stats = jax.tree.map(jnp.asarray, stats)
-    at = np.concatenate([[i in cov.diagonal_positions(q) for i in range(cov.n_theta(q))] for q in qs])
+    at = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])
     x0 = start_in_bases(stats, start)
     lowest = jnp.where(at, jnp.maximum(x0, LOWEST), x0)
     x, steps = minimise_with(
-        optimizer, _log_cholesky_objective(qs), jnp.where(at, jnp.log(lowest), x0), (stats, jnp.asarray(reml))
+        optimizer, _logarithmic_objective(structures), jnp.where(at, jnp.log(lowest), x0), (stats, jnp.asarray(reml))
     )
     x = jnp.where(at, jnp.exp(x), x)
     solution = _settle(x, stats, reml)
@@ -170,13 +168,13 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
 
 
 @cache
-def _log_cholesky_objective(qs: tuple[int, ...]):
+def _logarithmic_objective(structures: tuple[cov.Structure, ...]):
+    at = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])
+
     def objective(x, data):
         stats, reml = data
-        lambdas = [
-            cov.lambda_of_theta(cov.exp_diagonal(part, q), q) for part, q in zip(cov.split(x, qs), qs, strict=True)
-        ]
-        return profile(lambdas, arrange(stats), stats, reml).criterion
+        x = jnp.where(at, jnp.exp(jnp.where(at, x, 0.0)), x)
+        return profile(cov.factors_of(x, structures), arrange(stats), stats, reml).criterion
 
     return objective
 
@@ -185,7 +183,7 @@ def _log_cholesky_objective(qs: tuple[int, ...]):
 def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
     evaluate = by_differentiation(_objective_at(stats, reml))
-    solution = judge(evaluate, x[:, None], search.rank_reductions(stats.layout.qs))
+    solution = judge(evaluate, x[:, None], search.rank_reductions(stats.layout.structures))
     return jax.tree.map(lambda a: a[..., 0], solution)
 
 
@@ -196,29 +194,28 @@ def _assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimate
 
 def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     """The optimiser's coordinates of a start given as theta, or of the moment estimates."""
-    qs = stats.layout.qs
-    dtype = stats.XX.dtype
+    layout = stats.layout
     if start is None:
-        return _concatenate_theta(moment_start(stats), qs)
-    lambdas = in_bases(cov.lambdas_of_theta(jnp.asarray(start, dtype), qs), stats)
-    return _concatenate_theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in lambdas], qs)
+        return cov.near(moment_start(stats), layout.structures)
+    lambdas = cov.lambdas_of_theta(jnp.asarray(start, stats.XX.dtype), layout.qs)
+    return cov.near(in_bases(lambdas, stats), layout.structures)
 
 
 def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incidence | None = None) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
     profiled, modes = _profile_and_modes(solution.x, stats, reml, where)
-    own, deficient = own_factors(solution.x, stats)
+    own = own_factors(solution.x, stats.Z_bases, stats.layout)
     R_inv = stats.X_basis.R_inv
     return Estimates(
-        theta=_concatenate_theta(own, stats.layout.qs),
+        theta=cov.theta_of_lambdas(own.lambdas),
         beta=stats.beta0 + R_inv @ profiled.delta,
         sigma=profiled.sigma,
-        Sigma=tuple(profiled.sigma**2 * (L @ L.T) for L in own),
+        Sigma=tuple(profiled.sigma**2 * (L @ L.T) for L in own.lambdas),
         vcov=profiled.sigma**2 * (R_inv @ profiled.XX_inverse @ R_inv.T),
         b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
         criterion=profiled.criterion,
         converged=(solution.result == int(Result.CONVERGED)) | (solution.result == int(Result.NONDIFFERENTIABLE)),
-        singular=deficient,
+        singular=own.deficient,
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
         result=solution.result,
@@ -228,23 +225,12 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incid
 def _profile_and_modes(x: Array, stats: CrossProducts, reml: Array, where: Incidence | None):
     """The profiled likelihood, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
     if where is None:
-        lambdas = cov.lambdas_of_theta(x, stats.layout.qs)
+        lambdas = cov.factors_of(x, stats.layout.structures)
         return profile(lambdas, arrange(stats), stats, reml), conditional_modes(lambdas, stats)
     moments = crossed_moments(stats, where)
     lanes = jax.tree.map(lambda a: a[..., 0], profile_lanes(x[:, None], moments, reml))
     by_factor = modes_of_factors(x[:, None], moments, reml)
     return lanes, [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]
-
-
-def own_factors(x: Array, stats: CrossProducts) -> tuple[list[Array], Array]:
-    """Lower-triangular Lambda of every term's own columns, and whether one has less than full rank."""
-    lambdas = cov.lambdas_of_theta(x, stats.layout.qs)
-    pairs = [own_factor(basis.R_inv, Lambda) for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
-    return [factor for factor, _ in pairs], jnp.stack([deficient for _, deficient in pairs]).any()
-
-
-def _concatenate_theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:
-    return jnp.concatenate([cov.theta_of_lambda(L, q) for L, q in zip(lambdas, qs, strict=True)])
 
 
 def warn_of_float32(stats: CrossProducts) -> None:

@@ -21,7 +21,7 @@ from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.design import AnyArray
 from mixjax.estimation import search
-from mixjax.estimation.search import RANK_RTOL, Search, leading_zero, own_factor, result_code
+from mixjax.estimation.search import Search, own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
@@ -76,7 +76,7 @@ class Fits(NamedTuple):
 
 def sizes_for(moments: Moments, platform: str) -> Sizes:
     """Sizes for a structure; they depend on nothing else, so that results do not."""
-    u, n_classes, k = moments.Uy.shape[0], moments.A.shape[2], moments.layout.n_theta
+    u, n_classes, k = moments.Uy.shape[0], moments.A.shape[2], moments.layout.k
     numbers = max(n_classes, u * u // 2, k * k)  # of the largest arrays per lane
     # A direct step costs half of a full one, but a tile takes as many as its slowest lane: not where they are dear.
     direct = 5 if moments.A.shape[0] < 3 and not moments.dense else 1
@@ -105,9 +105,9 @@ def fit_block(
         start: ``(k, N)`` theta to start from, or None for moment estimates.
         one_minimum: ``()`` bool, see :func:`~mixjax.estimation.search.advance`.
     """
-    qs = moments.layout.qs
+    structures = moments.layout.structures
     N, L, M, n_direct = sizes
-    k = moments.layout.n_theta
+    k = moments.layout.k
     dtype = moments.UU.dtype
 
     def start_of(at, own):
@@ -115,11 +115,11 @@ def fit_block(
         if start is None:
             return minque_start(own)
         theta = jax.lax.dynamic_slice_in_dim(start, at, L, -1)
-        lambdas = cov.lambdas_of_theta(theta, qs)
+        lambdas = cov.lambdas_of_theta(theta, moments.layout.qs)
         in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(_slice(bases, at, L, N).Z, lambdas, strict=True)]
-        return _theta([linalg.lower_factor(Lambda, RANK_RTOL) for Lambda in in_basis], qs)
+        return cov.near(in_basis, structures)
 
-    is_plain = partial(search.is_plain, qs=qs, least=INSIDE)
+    is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
 
     def first_steps(tile, found):
         """Direct steps of a tile of fresh replicates: where each stands, whether it is done, the solution if so."""
@@ -135,7 +135,7 @@ def fit_block(
         return _put(found, (direct.x, direct.converged, direct.solution()), at)
 
     tiles = jnp.asarray((count + L - 1) // L, jnp.int32)
-    nothing = search.begin(jnp.zeros((k, N), dtype), qs).best
+    nothing = search.begin(jnp.zeros((k, N), dtype), structures).best
     x, done, best = jax.lax.fori_loop(0, tiles, first_steps, (nothing.x, jnp.zeros(N, bool), nothing))
 
     left = ~done & (jnp.arange(N) < count)
@@ -157,7 +157,7 @@ def fit_block(
         fresh = jnp.where(rank < waiting, queue[jnp.minimum(rank, N - 1)], N)
         replicate = jnp.where(free, fresh, work.replicate)
         index = jnp.minimum(replicate, N - 1)
-        begun = search.begin(x[:, index], qs, best.iterations[index])
+        begun = search.begin(x[:, index], structures, best.iterations[index])
         lanes = jax.tree.map(lambda a, b: jnp.where(free, a, b), begun, work.lanes)
         return work._replace(
             replicate=replicate,
@@ -170,7 +170,7 @@ def fit_block(
         work = refill(work)
         evaluate = partial(value_gradient_hessian, moments=work.own, reml=reml)
         lanes = jax.lax.fori_loop(
-            0, STEPS, lambda _, lanes: search.advance(lanes, evaluate, qs, one_minimum), work.lanes
+            0, STEPS, lambda _, lanes: search.advance(lanes, evaluate, structures, one_minimum), work.lanes
         )
         target = jnp.where(lanes.done, work.replicate, N)
         best = jax.tree.map(lambda all, new: all.at[..., target].set(new, mode="drop"), work.best, lanes.best)
@@ -179,7 +179,7 @@ def fit_block(
     def goes_on(work):
         return (work.taken < waiting) | ((work.replicate < N) & ~work.lanes.done).any()
 
-    idle = search.begin(jnp.zeros((k, M), dtype), qs)._replace(done=jnp.ones(M, bool))
+    idle = search.begin(jnp.zeros((k, M), dtype), structures)._replace(done=jnp.ones(M, bool))
     work = Work(best, jnp.full(M, N, jnp.int32), idle, _slice(moments, 0, M, N), jnp.int32(0))
     best = jax.lax.while_loop(goes_on, turn, work).best
 
@@ -196,31 +196,22 @@ def fit_block(
 
 def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> Fits:
     """All that follows from the optimiser's coordinates, on the scale of the original columns."""
-    qs = moments.layout.qs
-    lambdas = cov.lambdas_of_theta(solution.x, qs)
     lanes = profile_lanes(solution.x, moments, reml)
-    pairs = [own_factor(basis.R_inv, Lambda) for basis, Lambda in zip(bases.Z, lambdas, strict=True)]
-    own = [factor for factor, _ in pairs]
-    singular = jnp.stack([deficient for _, deficient in pairs]).any(0)
-    result = result_code(solution, jnp.stack([leading_zero(factor) for factor in own]).any(0))
+    own = own_factors(solution.x, bases.Z, moments.layout)
     X_R_inv = bases.X_R_inv
     scaled = linalg.matmul(linalg.matmul(X_R_inv, lanes.XX_inverse), linalg.transpose(X_R_inv))
     return Fits(
         x=solution.x,
-        theta=_theta(own, qs),
+        theta=cov.theta_of_lambdas(own.lambdas),
         beta=bases.beta0 + linalg.matmul(X_R_inv, lanes.delta[:, None])[:, 0],
         sigma=lanes.sigma,
         vcov=lanes.sigma**2 * scaled,
         criterion=lanes.criterion,
-        singular=singular,
+        singular=own.deficient,
         iterations=solution.iterations,
         grad_norm=solution.scaled_gradient,
-        result=result,
+        result=result_code(solution, own),
     )
-
-
-def _theta(lambdas: list[Array], qs: tuple[int, ...]) -> Array:
-    return jnp.concatenate([cov.theta_of_lambda(L, q) for L, q in zip(lambdas, qs, strict=True)])
 
 
 def _slice(tree: Any, at: Array | int, size: int, N: int) -> Any:

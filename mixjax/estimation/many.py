@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixjax import covariance as cov
 from mixjax.bases import Basis
 from mixjax.compiling import LANES, jit
+from mixjax.covariance import Unstructured
 from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one, warn_of_float32
@@ -87,8 +88,12 @@ def estimate_many(
     with jax.enable_x64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
         warn_of_float32(stats)
         B = len(stats.yy)
-        start = None if start is None else np.broadcast_to(np.asarray(start, np.asarray(stats.XX).dtype), (
-            B, stats.layout.n_theta))  # fmt: skip
+        if start is not None:
+            start, n_theta = np.asarray(start, np.asarray(stats.XX).dtype), sum(map(cov.n_theta, stats.layout.qs))
+            if start.shape not in ((n_theta,), (B, n_theta)):
+                raise ValueError(f"start has shape {start.shape}; theta of this model is ({n_theta},), of all {B} fits "
+                                 f"({B}, {n_theta})")  # fmt: skip
+            start = np.broadcast_to(start, (B, n_theta))
         if B == 0:
             raise ValueError("there are no responses to fit")
         if not has_closed_form(stats):
@@ -225,13 +230,15 @@ def _without_levels(stats: CrossProducts) -> CrossProducts:
 def _has_one_minimum(stats: CrossProducts) -> bool:
     """Whether the criterion of any response has a single minimum, so that a singular end needs no second search.
 
-    So it is where one factor has levels of equal ``A = Z_i'Z_i`` and ``B = Z_i'X_i``, B of full row rank, and X has
-    p - q directions within levels. Then the estimates of the fixed effects do not depend on the covariances, and with
-    ``P = (D + A^{-1})^{-1} / sigma^2`` and ``t = 1 / sigma^2`` the criterion is ``-a log det P + tr(P S) - b log t + c
-    t`` with positive a, b, c and S fixed by the data: convex, over the convex set ``0 < P <= t A``. A minimum over
-    Cholesky factors is one over their products (Burer & Monteiro 2005, Math. Program. 103, square factors).
+    So it is where one term of any covariance has levels of equal ``A = Z_i'Z_i`` and ``B = Z_i'X_i``, B of full row
+    rank, and X has p - q directions within levels. Then the estimates of the fixed effects do not depend on the
+    covariances, and with ``P = (D + A^{-1})^{-1} / sigma^2`` and ``t = 1 / sigma^2`` the criterion is ``-a log det P +
+    tr(P S) - b log t + c t`` with positive a, b, c and S fixed by the data: convex, over the convex set ``0 < P <= t
+    A``. A minimum over Cholesky factors is one over their products (Burer & Monteiro 2005, Math. Program. 103, square
+    factors).
     """
-    if stats.classes is None or len(stats.factors) > 1 or len(stats.classes.count) > 1:
+    structures = stats.layout.structures  # convex over all covariances, not over those of some structure
+    if stats.classes is None or structures != (Unstructured(structures[0].q),) or len(stats.classes.count) > 1:
         return False
     products = stats.factors[0]
     A, B = np.asarray(products.ZZ)[:, :, 0], np.asarray(products.ZX)
@@ -295,7 +302,7 @@ def _modes(batch: _Batch, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
 @cache
 def _jitted_modes(axes: tuple[int, ...]) -> Callable:
     def one(stats, x):
-        modes = conditional_modes(cov.lambdas_of_theta(x, stats.layout.qs), stats)
+        modes = conditional_modes(cov.factors_of(x, stats.layout.structures), stats)
         return tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True))
 
     def many(stats, x):

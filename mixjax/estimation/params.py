@@ -36,9 +36,8 @@ def to_params(est: Estimates) -> MarginalParams:
         [(3,)]
     """
     qs = tuple(Sigma.shape[0] for Sigma in est.Sigma)
-    chol = [
-        cov.log_diagonal(est.sigma * part, q) for part, q in zip(cov.split(jnp.asarray(est.theta), qs), qs, strict=True)
-    ]
+    parts = cov.split_theta(jnp.asarray(est.theta), qs)
+    chol = [cov.log_diagonal(est.sigma * part, q) for part, q in zip(parts, qs, strict=True)]
     return MarginalParams(jnp.asarray(est.beta), jnp.log(est.sigma), tuple(chol))
 
 

@@ -11,17 +11,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.bases import Basis
+from mixjax.covariance import RANK_RTOL, Structure
+from mixjax.likelihood.statistics import Layout
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
 
-# A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
-# as dependent: the correlation is then 1 to twice as many digits.
-RANK_RTOL = 1e-8
 # Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
 NEAR_ZERO = 1e-2
 # Standard deviation ratio, in the basis of Z, from which a second search comes down.
@@ -45,8 +46,8 @@ class Search(NamedTuple):
     done: Array
 
 
-def begin(x0: Array, qs: tuple[int, ...], iterations: Array | int = 0) -> Search:
-    """Searches that start at ``x0 (k, B)``, for terms of q effects each, after so many evaluations already."""
+def begin(x0: Array, structures: tuple[Structure, ...], iterations: Array | int = 0) -> Search:
+    """Searches that start at ``x0 (k, B)``, after so many evaluations already."""
     lanes = x0.shape[1:]
     nothing = Solution(
         x=x0,
@@ -57,16 +58,18 @@ def begin(x0: Array, qs: tuple[int, ...], iterations: Array | int = 0) -> Search
         iterations=jnp.broadcast_to(jnp.asarray(iterations, int), lanes),
         result=jnp.full(lanes, int(Result.NOT_FINITE)),
     )
-    return Search(_begin_at(x0, qs), jnp.zeros(lanes, bool), nothing, jnp.zeros(lanes, bool))
+    return Search(_begin_at(x0, structures), jnp.zeros(lanes, bool), nothing, jnp.zeros(lanes, bool))
 
 
-def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...], one_minimum: Array | bool = False) -> Search:
+def advance(
+    search: Search, evaluate: Evaluate, structures: tuple[Structure, ...], one_minimum: Array | bool = False
+) -> Search:
     """One evaluation in every lane that is not done.
 
     Args:
         one_minimum: ``(B,)`` or one bool: the criterion is known to have no other minimum, so that no end is doubtful.
     """
-    state = newton.advance(search.state, evaluate, rank_reductions(qs))
+    state = newton.advance(search.state, evaluate, rank_reductions(structures))
     ended = state.done & ~search.done
     new, best = newton.solution_of(state), search.best
     converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
@@ -75,61 +78,69 @@ def advance(search: Search, evaluate: Evaluate, qs: tuple[int, ...], one_minimum
     iterations = best.iterations + jnp.where(ended, new.iterations, 0)
     best = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best)._replace(iterations=iterations)
     doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
-    restart = _begin_at(jnp.broadcast_to(_far(qs, state.trial.dtype)[:, None], state.trial.shape), qs)
+    far = cov.near([FAR * jnp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
+    restart = _begin_at(jnp.broadcast_to(far[:, None], state.trial.shape), structures)
     state = jax.tree.map(lambda a, b: jnp.where(doubtful, a, b), restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
 
 
-def is_plain(x: Array, qs: tuple[int, ...], least: float = NEAR_ZERO) -> Array:
+def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZERO) -> Array:
     """``(B,)`` the singular values of every term's Lambda are above ``least``: no reduction of rank would be tried."""
     clear = [
-        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * jnp.eye(q, dtype=x.dtype)[..., None])
-        for L, q in zip(cov.lambdas_of_theta(x, qs), qs, strict=True)
+        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * jnp.eye(len(L), dtype=x.dtype)[..., None])
+        for L in cov.factors_of(x, structures)
     ]
     return jnp.stack(clear).all(0)
 
 
-def run(evaluate: Evaluate, x0: Array, qs: tuple[int, ...]) -> Solution:
+def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...]) -> Solution:
     """Search until every lane is done."""
     goes_on = lambda search: ~search.done.all()  # noqa: E731
-    return jax.lax.while_loop(goes_on, lambda search: advance(search, evaluate, qs), begin(x0, qs)).best
+    step = lambda search: advance(search, evaluate, structures)  # noqa: E731
+    return jax.lax.while_loop(goes_on, step, begin(x0, structures)).best
 
 
-def _begin_at(x0: Array, qs: tuple[int, ...]) -> newton.State:
+def _begin_at(x0: Array, structures: tuple[Structure, ...]) -> newton.State:
     length = jnp.sqrt((x0 * x0).sum(0))
-    return newton.begin(x0, jnp.maximum(REGION * length, LEAST_REGION), rank_reductions(qs))
+    return newton.begin(x0, jnp.maximum(REGION * length, LEAST_REGION), rank_reductions(structures))
 
 
-def _far(qs: tuple[int, ...], dtype) -> Array:
-    return jnp.concatenate([cov.theta_of_lambda(FAR * jnp.eye(q, dtype=dtype), q) for q in qs])
-
-
-def rank_reductions(qs: tuple[int, ...]) -> Simplify:
-    """Candidates with the smallest singular values of one term's Lambda set to zero: rank q - 1, then q - 2, ..."""
-    which = [(t, rank) for t, q in enumerate(qs) for rank in reversed(range(q))]
-
-    def decompose(x):
-        return [linalg.orthogonal_columns(Lambda) for Lambda in cov.lambdas_of_theta(x, qs)]
+def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
+    """Candidates with the rank of one term's covariance lowered, where what that sets to zero is small already."""
+    starts = np.cumsum([0, *(s.n_reductions for s in structures)])
 
     def worthwhile(x):
-        values = [S for _, S in decompose(x)]
-        return jnp.stack([(values[t][rank] < NEAR_ZERO) & (values[t][rank] > 0) for t, rank in which])
+        parts = zip(structures, cov.cut(x, structures), strict=True)
+        sizes = jnp.concatenate([s.sizes(part) for s, part in parts])
+        return (sizes < NEAR_ZERO) & (sizes > 0)
 
     def candidate(x, c):
-        xs, frees = [], []
-        for t, (part, (columns, _)) in enumerate(zip(cov.split(x, qs), decompose(x), strict=True)):
-            q = qs[t]
-            first = sum(qs[:t])
-            rank = q - 1 - (c - first)
-            chosen = (c >= first) & (c < first + q)
-            reduced = linalg.lower_factor(jnp.where(jnp.arange(q)[:, None] < rank, columns, 0.0), RANK_RTOL)
-            theta = jnp.where(chosen, cov.theta_of_lambda(reduced, q), part)
-            xs.append(theta)
-            nonzero = (cov.lambda_of_theta(theta, q) != 0).any(0)  # (q, B), by column
-            frees.append(nonzero[cov.triangle(q)[1]])
+        parts = zip(structures, cov.cut(x, structures), starts[:-1], strict=True)
+        xs, frees = zip(*(s.reduced(part, c - int(first)) for s, part, first in parts), strict=True)
         return jnp.concatenate(xs), jnp.concatenate(frees)
 
-    return Simplify(len(which), worthwhile, candidate)
+    return Simplify(int(starts[-1]), worthwhile, candidate)
+
+
+class OwnFactors(NamedTuple):
+    """Covariances of the effects of Z's own columns.
+
+    Attributes:
+        lambdas: per term its lower-triangular Lambda ``(q, q, ...)``. deficient: ``(...)`` one has less than full rank.
+        smooth: ``(...)`` all vary smoothly with the covariances.
+    """
+
+    lambdas: list[Array]
+    deficient: Array
+    smooth: Array
+
+
+def own_factors(x: Array, bases: tuple[Basis, ...], layout: Layout) -> OwnFactors:
+    """From the optimiser's coordinates ``(k, ...)`` to the user's columns; axes behind the first may be absent."""
+    pairs = [own_factor(basis.R_inv, F) for basis, F in zip(bases, cov.factors_of(x, layout.structures), strict=True)]
+    lambdas = [factor for factor, _ in pairs]
+    smooth = [s.has_derivatives(factor) for s, factor in zip(layout.structures, lambdas, strict=True)]
+    return OwnFactors(lambdas, jnp.stack([d for _, d in pairs]).any(0), jnp.stack(smooth).all(0))
 
 
 def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
@@ -149,14 +160,7 @@ def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
     return linalg.lower_factor(own, jnp.where(deficient, RANK_RTOL, 0.0)), deficient
 
 
-def leading_zero(Lambda: Array) -> Array:
-    """A zero column of ``Lambda (q, q, ...)`` in front of one that is not zero."""
-    nonzero = (Lambda != 0).any(0)
-    behind = jnp.flip(jnp.cumsum(jnp.flip(nonzero.astype(int), 0), 0), 0)
-    return (~nonzero & (behind > 0)).any(0)
-
-
-def result_code(solution: Solution, turned: Array) -> Array:
+def result_code(solution: Solution, own: OwnFactors) -> Array:
     """The optimiser's code, or ``NONDIFFERENTIABLE`` for a converged fit whose derivatives do not exist."""
-    edge = (solution.result == int(Result.CONVERGED)) & (solution.kink | turned)
+    edge = (solution.result == int(Result.CONVERGED)) & (solution.kink | ~own.smooth)
     return jnp.where(edge, int(Result.NONDIFFERENTIABLE), solution.result)

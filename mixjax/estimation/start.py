@@ -17,7 +17,7 @@ LOWEST, HIGHEST = 0.1, 100.0
 
 
 def minque_start(moments: Moments) -> Array:
-    """MINQUE(0) of all variances and covariances: ``theta (k, B)`` in the bases of the products.
+    """MINQUE(0) of all variances and covariances: coordinates ``(k, B)`` in the bases of the products.
 
     The quadratic forms ``y'M V_j M y``, M the projection that takes the fixed effects out, have expectations linear in
     the covariances (Searle, Casella & McCulloch 1992, Variance Components, section 11.3). Solved, and clipped to
@@ -62,10 +62,11 @@ def minque_start(moments: Moments) -> Array:
         ]
         squared, vectors = linalg.eigh(jnp.stack([jnp.stack(row) for row in D]))
         root = jnp.sqrt(jnp.clip(squared, LOWEST**2, HIGHEST**2))
-        parts.append(cov.theta_of_lambda(linalg.lower_factor(vectors * root[None], 0.0), place.q))
-    theta = jnp.concatenate(parts)
-    fallback = jnp.concatenate([cov.theta_of_lambda(jnp.eye(q, dtype=theta.dtype), q) for q in moments.layout.qs])
-    return jnp.where(jnp.isfinite(theta).all(0), theta, fallback[:, None])
+        parts.append(vectors * root[None])
+    structures = moments.layout.structures
+    x = cov.near(parts, structures)
+    fallback = cov.near([jnp.eye(s.q, dtype=x.dtype) for s in structures], structures)
+    return jnp.where(jnp.isfinite(x).all(0), x, fallback[:, None])
 
 
 def _solve_scaled(lhs: Array, rhs: Array) -> Array:

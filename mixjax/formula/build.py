@@ -112,7 +112,7 @@ def build_design(
     design = Design(
         y=y,
         X=X,
-        terms=tuple(RandomTerm(part.Z, part.codes, len(part.labels.levels)) for part in random),
+        terms=tuple(RandomTerm(part.Z, part.codes, len(part.labels.levels), part.structure) for part in random),
         weights=w,
         offset=total_offset,
     )
@@ -334,6 +334,7 @@ class _Term:
     codes: np.ndarray
     labels: TermLabels
     spec: Any
+    structure: str
 
 
 def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[str, Any]) -> list[_Term]:
@@ -348,7 +349,8 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[s
             if not names:
                 raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
             _check_columns_of_term(Z, names, part.group.name)
-            terms.append(_Term(Z, codes, TermLabels(part.group.name, tuple(names), tuple(levels)), spec))
+            labels = TermLabels(part.group.name, tuple(names), tuple(levels))
+            terms.append(_Term(Z, codes, labels, spec, part.structure))
     _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
 

@@ -114,7 +114,7 @@ class ChunkReader:
                 _, names, spec = _model_matrix(effects, frame, self.context)
                 if not names:
                     raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
-                parts.append((part.group.name, names, spec))
+                parts.append((part, names, spec))
         self.parts = parts
         for spec in (self.specs["fixed"], *(spec for *_, spec in parts)):
             self._refuse_state(spec)
@@ -199,10 +199,13 @@ class ChunkReader:
             raise DataError(f"'{bad}' is not finite in a row of one of the chunks")
         return columns
 
-    def terms(self) -> list[tuple[list[int], int]]:
-        """Per random term its columns among ``names`` and its grouping factor."""
+    def terms(self) -> list[tuple[list[int], int, str]]:
+        """Per random term its columns among ``names``, its grouping factor, and its covariance structure."""
         factors = list(self.groups)
-        return [([self.names.index(n) for n in names], factors.index(group)) for group, names, _ in self.parts]
+        return [
+            ([self.names.index(n) for n in names], factors.index(part.group.name), part.structure)
+            for part, names, _ in self.parts
+        ]
 
     def labels(self) -> list[TermLabels]:
         """Names of the random terms; levels in their final order."""
@@ -210,7 +213,7 @@ class ChunkReader:
         for name, own in levels.items():
             if len(own) < 2:
                 raise DataError(f"grouping factor '{name}' has one level; a variance between levels needs two or more")
-        return [TermLabels(group, tuple(names), levels[group]) for group, names, _ in self.parts]
+        return [TermLabels(part.group.name, tuple(names), levels[part.group.name]) for part, names, _ in self.parts]
 
     def report_missing(self) -> None:
         """One message for all chunks."""

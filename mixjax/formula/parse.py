@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from mixjax.covariance import STRUCTURES
 from mixjax.formula.errors import FormulaError
 
 OPENING, CLOSING = "([{", ")]}"
@@ -35,11 +36,13 @@ class RandomPart:
         effects: text of the effects, ``1 + x``.
         group: grouping factor.
         independent: written with ``||``: the effects are to be split into independent terms.
+        structure: name of its covariance structure, ``us`` where none is written.
     """
 
     effects: str
     group: Group
     independent: bool
+    structure: str = "us"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ def parse(text: str) -> ParsedFormula:
             if sign == "-":
                 raise FormulaError(f"random term '({inner})' is subtracted; leave it out instead")
             random.extend(_random_term(inner))
+        elif structured := _structured_term(piece):
+            if sign == "-":
+                raise FormulaError(f"random term '{piece}' is subtracted; leave it out instead")
+            random.extend(structured)
         elif match := re.fullmatch(r"offset\s*\((.*)\)", piece, flags=re.DOTALL):
             if sign == "-":
                 raise FormulaError(f"'{piece}' is subtracted; write offset(-({match[1]}))")
@@ -158,6 +165,34 @@ def _random_term(inner: str) -> list[RandomPart]:
     if not effects or not group:
         raise FormulaError(f"'({inner})' needs effects before the bar and a grouping factor after it, as in (1 | g)")
     return [RandomPart(to_python(effects), g, independent) for g in expand_groups(group)]
+
+
+# Structures of lme4 and glmmTMB that are not here.
+ELSEWHERE = ("cs", "ar1", "hetar1", "ou", "toep", "homtoep", "exp", "gau", "mat", "rr", "propto", "equalto")
+
+
+def _structured_term(piece: str) -> list[RandomPart] | None:
+    """``name(effects | group)`` or lme4's ``name(effects | group, hom = TRUE)``; None for any other call."""
+    match = re.fullmatch(r"(\w+)\s*\((.*)\)", piece, flags=re.DOTALL)
+    if not match or min(depth for _, _, depth in _walk(piece[match.start(2) - 1 :])) < 1:
+        return None
+    name, (inner, *options) = match[1], split_top(match[2], (",",))
+    if not _has_bar(inner) or (name not in STRUCTURES and name not in ELSEWHERE):
+        return None
+    for option in options:
+        hom = re.fullmatch(r"\s*hom\s*=\s*(TRUE|True|T|FALSE|False|F)\s*", option)
+        if not hom:
+            raise FormulaError(f"'{option.strip()}' in '{piece}' is not understood; there is only hom = TRUE or FALSE")
+        name = f"hom{name}" if hom[1].startswith("T") else name
+    if name not in STRUCTURES:
+        raise FormulaError(
+            f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}, written as in "
+            f"{list(STRUCTURES)[-1]}({inner.strip()})"
+        )
+    parts = _random_term(inner)
+    if parts[0].independent:
+        raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
+    return [replace(part, structure=name) for part in parts]
 
 
 def expand_groups(text: str) -> list[Group]:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixjax.bases import Basis
+from mixjax.bases import Basis, scale_basis
+from mixjax.covariance import structure_of
 from mixjax.design import Rows
 from mixjax.likelihood.statistics import (
     CrossProducts,
@@ -42,11 +43,12 @@ class Accumulator:
 
     Args:
         fixed: which columns make X. intercept: the column of ones among them, or None.
-        terms: per random term the columns that make Z, and its grouping factor.
+        terms: per random term the columns that make Z, its grouping factor, and the name of its covariance structure.
     """
 
-    def __init__(self, fixed: Sequence[int], intercept: int | None, terms: Sequence[tuple[Sequence[int], int]]):
-        self.fixed, self.intercept, self.terms = list(fixed), intercept, [(list(c), f) for c, f in terms]
+    def __init__(self, fixed: Sequence[int], intercept: int | None, terms: Sequence[tuple[Sequence[int], int, str]]):
+        self.fixed, self.intercept, self.terms = list(fixed), intercept, [(list(c), f) for c, f, _ in terms]
+        self.structures = [structure_of(name, len(c)) for c, _, name in terms]
         self.n, self.sum_log_weights = 0, 0.0
         self.own: list[list[int]] = []  # columns of every factor
         for f in range(1 + max(f for _, f in self.terms)):
@@ -161,8 +163,8 @@ class Accumulator:
             beta0[fixed.index(self.intercept)] += self.level
         factors, to_Z, bases = [], [], []
         places, width = [], [0] * len(self.own)
-        for columns, f in self.terms:
-            places.append(TermPlace(len(columns), f, width[f]))
+        for (columns, f), structure in zip(self.terms, self.structures, strict=True):
+            places.append(TermPlace(structure, f, width[f]))
             width[f] += len(columns)
         blocks = [self._blocks(f, orders[f], fixed) for f in range(len(self.own))]
         for f, (VV, VX, Vy) in enumerate(blocks):
@@ -227,6 +229,13 @@ class Accumulator:
         """Basis of term t, and ``M (v, q)`` with ``Z in its basis = V M``."""
         columns, f = self.terms[t]
         own = self.own[f]
+        scaling = self.structures[t].scaling
+        if scaling != "any":
+            to_Z = B[np.ix_(own, columns)]
+            gram = to_Z.T @ VV @ to_Z / self.n
+            _cholesky(gram, t)
+            basis = scale_basis(np.diagonal(gram), scaling == "each")
+            return basis, to_Z @ basis.R_inv
         if set(columns) == set(own):  # the same span: well conditioned, however far the columns are from zero
             inside = [own.index(c) for c in columns]
             L = _cholesky(VV[np.ix_(inside, inside)] / self.n, t)

@@ -89,7 +89,7 @@ def check_products(stats: CrossProducts) -> None:
 
 @jax.jit
 def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
-    lambdas = lambdas_of_theta(theta, tuple(place.q for place in stats.layout.terms))
+    lambdas = lambdas_of_theta(theta, stats.layout.qs)
     return profile(in_bases(lambdas, stats), arrange(stats), stats, reml).criterion
 
 

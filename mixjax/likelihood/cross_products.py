@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from mixjax.bases import Basis, change_basis, constant_column
+from mixjax.bases import Basis, change_basis, change_scale, constant_column
+from mixjax.covariance import structure_of
 from mixjax.design import Design, check_design, is_concrete
 from mixjax.likelihood.moments import has_closed_form
 from mixjax.likelihood.statistics import (
@@ -80,11 +81,19 @@ class _Columns(NamedTuple):
 def _columns(design: Design) -> _Columns:
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
     Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True)
-    scale = float(np.sqrt(np.shape(design.X)[0]))
-    Zs, Z_bases = zip(*(change_basis(term.Z, sqrt_w, scale) for term in design.terms), strict=True)
     groups, places = _grouping_factors(design)
+    Zs, Z_bases = zip(
+        *(_effects(term.Z, sqrt_w, place.structure.scaling) for term, place in zip(design.terms, places, strict=True)),
+        strict=True,
+    )
     Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(groups))]
     return _Columns(Q, X_basis, Z, tuple(Z_bases), groups, places, sqrt_w)
+
+
+def _effects(Z: Any, sqrt_w: Any, scaling: str) -> tuple[Any, Basis]:
+    """Columns of a random term in the basis that its structure allows, their mean squares 1."""
+    scale = float(np.sqrt(np.shape(Z)[0]))
+    return change_basis(Z, sqrt_w, scale) if scaling == "any" else change_scale(Z, sqrt_w, scale, scaling == "each")
 
 
 def _products_of(design: Design, columns: _Columns, residual: Any, beta0: Any) -> CrossProducts:
@@ -365,7 +374,7 @@ def _grouping_factors(design: Design) -> tuple[list[tuple[Any, int]], tuple[Term
             f = len(groups)
             groups.append((term.group, term.n_groups))
             width.append(0)
-        places.append(TermPlace(q, f, width[f]))
+        places.append(TermPlace(structure_of(term.structure, q), f, width[f]))
         width[f] += q
     return groups, tuple(places)
 

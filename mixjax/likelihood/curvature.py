@@ -56,7 +56,7 @@ from mixjax.likelihood.first_factor import (
     ordered,
     weights_of,
 )
-from mixjax.likelihood.moments import Moments
+from mixjax.likelihood.moments import Moments, pairs_of
 from mixjax.likelihood.statistics import Layout
 
 Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
@@ -66,7 +66,7 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
     """The criterion alone, with what it is made of.
 
     Args:
-        x: ``(k, B)`` signed Cholesky entries in the bases of the products.
+        x: ``(k, B)`` coordinates of the covariances in the bases of the products.
         moments: of B lanes, or with a last axis of 1 where lanes share it.
         reml: scalar bool, may be traced.
     """
@@ -104,7 +104,7 @@ def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[
     """
     lambdas = _lambdas(x, moments)
     lanes, g, H, spots = _by_covariance(lambdas, moments, reml)
-    return (lanes.criterion, *_to_cholesky(g, H, spots, lambdas, moments.layout))
+    return (lanes.criterion, *_to_coordinates(x, g, H, spots, moments.layout))
 
 
 def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
@@ -114,7 +114,7 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     effects out. They do not depend on y.
     """
     moments = moments.without_response()
-    nothing = jnp.zeros((moments.layout.n_theta, moments.UU.shape[-1]), moments.UU.dtype)
+    nothing = jnp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
     _, g, H, spots = _by_covariance(_lambdas(nothing, moments), moments, True, with_residuals=False)
     return -H, g, spots
 
@@ -314,44 +314,30 @@ def _lambdas(x: Array, moments: AnyMoments) -> dict[int, list[list[Array | None]
     lambdas: dict[int, list[list[Array | None]]] = {}
     for f, q in enumerate(moments.layout.widths):
         lambdas[f] = [[None] * q for _ in range(q)]
-    at = 0
-    for place in moments.layout.terms:
-        for row, column in zip(*cov.triangle(place.q), strict=True):
-            lambdas[place.factor][place.start + int(row)][place.start + int(column)] = x[at]
-            at += 1
+    for place, part in zip(moments.layout.terms, cov.cut(x, moments.layout.structures), strict=True):
+        own = slice(place.start, place.start + place.q)
+        for row, entries in zip(lambdas[place.factor][own], place.structure.entries(part), strict=True):
+            row[own] = entries
     return lambdas
 
 
-# --- from covariances to Cholesky entries --------------------------------------------------------------------------
+# --- from covariances to coordinates --------------------------------------------------------------------------------
 
 
-def _to_cholesky(g: Array, H: Array, spots: list[Spot], lambdas: dict, layout: Layout) -> tuple[Array, Array]:
-    """Chain rule ``D = Lambda Lambda'``: gradient and Hessian with respect to the entries of Lambda."""
-    entries = [
-        (place.factor, place.start + int(row), place.start + int(column))
-        for place in layout.terms
-        for row, column in zip(*cov.triangle(place.q), strict=True)
-    ]
-    zero = jnp.zeros_like(g[0])
-
-    def move(spot: Spot, entry: tuple[int, int, int]) -> Array:
-        """``dD_ab / dLambda_ic``."""
-        (f, (a, b)), (f2, i, c) = spot, entry
-        if f != f2 or i not in (a, b):
-            return zero
-        other = lambdas[f][b if i == a else a][c]
-        if other is None:
-            return zero
-        return 2.0 * other if a == b else other
-
-    jacobian = jnp.stack([jnp.stack([move(spot, entry) for entry in entries]) for spot in spots])  # (J, k, B)
-    # d2 D_ab / dLambda_ic dLambda_lc, (a, b) = (i, l): 1, or 2 on the diagonal.
-    second = np.zeros((len(entries), len(entries), len(spots)))
-    for x, (f, i, c) in enumerate(entries):
-        for y, (f2, i2, c2) in enumerate(entries):
-            spot = (f, ordered(i, i2))
-            if f == f2 and c == c2 and spot in spots:
-                second[x, y, spots.index(spot)] = 2.0 if i == i2 else 1.0
+def _to_coordinates(x: Array, g: Array, H: Array, spots: list[Spot], layout: Layout) -> tuple[Array, Array]:
+    """Chain rule from the entries of the covariances D to the coordinates x: gradient and Hessian."""
+    k, lanes = layout.k, g.shape[1:]
+    at = {spot: j for j, spot in enumerate(spots)}
+    jacobian = jnp.zeros((len(spots), k, *lanes), g.dtype)
+    curvature = jnp.zeros((k, k, *lanes), g.dtype)
+    start = 0
+    for place, part in zip(layout.terms, cov.cut(x, layout.structures), strict=True):
+        s = place.structure
+        own = np.array([at[place.factor, (place.start + a, place.start + b)] for a, b in pairs_of(place.q)])
+        columns = np.arange(start, start + s.k)
+        jacobian = jacobian.at[own[:, None], columns].set(s.jacobian(part))
+        curvature = curvature.at[columns[:, None], columns].set(s.curvature(part, g[own]))
+        start += s.k
     back = linalg.transpose(jacobian)
     gradient = linalg.matmul(back, g[:, None])[:, 0]
-    return gradient, linalg.matmul(back, linalg.matmul(H, jacobian)) + jnp.tensordot(second.astype(g.dtype), g, 1)
+    return gradient, linalg.matmul(back, linalg.matmul(H, jacobian)) + curvature

@@ -169,7 +169,7 @@ def has_closed_form(stats: CrossProducts) -> bool:
     d = sum(q * m for q, m in (sizes[f] for f in rest))
     q, m = sizes[first]
     u = d + stats.XX.shape[-1]
-    small = q <= MOST_EFFECTS and d <= MOST_DENSE and stats.layout.n_theta <= ROTATIONS_UP_TO
+    small = q <= MOST_EFFECTS and d <= MOST_DENSE and stats.layout.k <= ROTATIONS_UP_TO
     return small and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
 

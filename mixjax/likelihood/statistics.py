@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.bases import Basis
-from mixjax.covariance import n_theta
+from mixjax.covariance import Structure
 from mixjax.design import AnyArray, is_concrete
 
 
@@ -66,9 +66,14 @@ class ClassProducts(NamedTuple):
 class TermPlace(NamedTuple):
     """Where a random term lives: its q effects are effects ``start .. start + q - 1`` of grouping factor ``factor``."""
 
-    q: int
+    structure: Structure
     factor: int
     start: int
+
+    @property
+    def q(self) -> int:
+        """Number of effects."""
+        return self.structure.q
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,20 @@ class Layout:
         return tuple(place.q for place in self.terms)
 
     @property
+    def structures(self) -> tuple[Structure, ...]:
+        """Covariance structure of every term."""
+        return tuple(place.structure for place in self.terms)
+
+    @property
     def widths(self) -> list[int]:
         """Number of effects of every factor."""
         n_factors = 1 + max(place.factor for place in self.terms)
         return [sum(place.q for place in self.terms if place.factor == f) for f in range(n_factors)]
 
     @property
-    def n_theta(self) -> int:
-        """Number of covariance parameters of all terms."""
-        return sum(map(n_theta, self.qs))
+    def k(self) -> int:
+        """Number of covariance parameters of all terms, which is that of the optimiser's coordinates."""
+        return sum(structure.k for structure in self.structures)
 
 
 @dataclass(frozen=True)

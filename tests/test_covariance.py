@@ -1,0 +1,238 @@
+"""Covariance structures. Every structure that is registered goes through all of these tests."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.optimize
+from conftest import fit_of, table
+from dense import criterion as dense_criterion
+
+import mixjax as mj
+from mixjax import covariance as cov
+from mixjax.estimation.estimate import _objective_at
+from mixjax.formula.errors import FormulaError
+from mixjax.likelihood.cross_products import cross_products
+from mixjax.likelihood.curvature import value_gradient_hessian
+from mixjax.likelihood.moments import moments_of
+from mixjax.optimise.newton import by_differentiation
+
+pytestmark = pytest.mark.usefixtures("x64")
+Q, LANES = 3, 5
+ALL = pytest.mark.parametrize("name", list(cov.STRUCTURES))
+# Fits of unstructured covariances have their tests elsewhere.
+OTHERS = pytest.mark.parametrize("name", [name for name in cov.STRUCTURES if name != "us"])
+
+
+def lanes_of(structure, seed=0):
+    """Coordinates of full rank, ``(k, LANES)``."""
+    return structure.near(np.random.default_rng(seed).normal(size=(Q, Q, LANES)) + 2.0 * np.eye(Q)[..., None])
+
+
+def product(F):
+    return np.einsum("abl,cbl->acl", F, F)
+
+
+@ALL
+def test_coordinates_there_and_back(name):
+    s = cov.structure_of(name, Q)
+    x = lanes_of(s)
+    assert x.shape == (s.k, LANES)
+    D = product(s.factor(x))
+    np.testing.assert_allclose(product(s.factor(s.near(s.factor(x)))), D, rtol=1e-12, atol=1e-12)
+    assert (np.linalg.eigvalsh(np.moveaxis(D, -1, 0)) > 0).all()
+    np.testing.assert_array_equal(s.factor(jnp.zeros((s.k, LANES))), 0.0)
+
+
+@ALL
+def test_a_standard_deviation_has_no_sign(name):
+    """D has no slope in a standard deviation that is zero, the others staying where they are."""
+    s = cov.structure_of(name, Q)
+    for c in range(s.n_reductions):
+        x, free = s.reduced(lanes_of(s), jnp.full(LANES, c))
+        fixed = ~np.asarray(free)
+        rank = np.linalg.matrix_rank(np.moveaxis(product(s.factor(x)), -1, 0), tol=1e-9)
+        assert fixed.any()
+        assert (rank < Q).all()
+        np.testing.assert_allclose(np.where(fixed[None], s.jacobian(x), 0.0), 0.0, atol=1e-12)
+    unchanged, free = s.reduced(lanes_of(s), jnp.full(LANES, -1))
+    np.testing.assert_array_equal(unchanged, lanes_of(s))
+    assert np.asarray(free)[np.abs(unchanged) > 0].all()
+    assert s.sizes(unchanged).shape == (s.n_reductions, LANES)
+
+
+@ALL
+def test_derivatives_of_the_covariance(name):
+    s = cov.structure_of(name, Q)
+    x, g = lanes_of(s), np.random.default_rng(1).normal(size=(Q * (Q + 1) // 2, LANES))
+    upper = np.triu_indices(Q)
+    h = 1e-5
+
+    def D(x):
+        return product(s.factor(x))[upper]
+
+    for i in range(s.k):
+        step = h * np.eye(s.k)[i][:, None]
+        numeric = (D(x + step) - D(x - step)) / (2 * h)
+        np.testing.assert_allclose(s.jacobian(x)[:, i], numeric, rtol=1e-8, atol=1e-8)
+        slopes = [np.einsum("pl,pkl->kl", g, s.jacobian(x + sign * step)) for sign in (1, -1)]
+        np.testing.assert_allclose(s.curvature(x, g)[i], (slopes[0] - slopes[1]) / (2 * h), rtol=1e-8, atol=1e-8)
+
+
+def design_of(name, seed=0, spread=1.0, cor=0.3, m=12, weights=False):
+    """Three treatments of four replicates in every group, effects of the structure nearest to equal correlation."""
+    rng = np.random.default_rng(seed)
+    group, treatment = np.repeat(np.arange(m), 12), np.tile(np.arange(Q), 4 * m)
+    Z = np.eye(Q)[treatment]
+    F = np.linalg.cholesky(np.where(np.eye(Q, dtype=bool), 1.0, cor)) * spread
+    s = cov.structure_of(name, Q)
+    effects = rng.normal(size=(m, Q)) @ np.asarray(s.factor(s.near(F[..., None])))[..., 0].T
+    y = 3.0 + (Z * effects[group]).sum(1) + rng.normal(size=12 * m)
+    term = mj.RandomTerm(Z=Z, group=group, n_groups=m, structure=name)
+    w = rng.uniform(0.5, 2.0, 12 * m) if weights else None
+    return mj.Design(y=y, X=np.column_stack([np.ones(12 * m), treatment == 1]).astype(float), terms=(term,), weights=w)
+
+
+@OTHERS
+@pytest.mark.parametrize("case", ["clear", "small", "weights"])
+def test_the_fit_against_the_dense_likelihood(name, case):
+    """No start of a simplex search over the dense textbook formula finds anything better, nor the fit itself."""
+    design = design_of(name, 2, 0.1 if case == "small" else 1.0, weights=case == "weights")
+    est = mj.estimate(mj.cross_products(design))
+    s = cov.structure_of(name, Q)
+    assert bool(est.converged)
+
+    def deviance(x):
+        return dense_criterion(design, [np.asarray(s.factor(np.asarray(x)[:, None]))[..., 0]], True)
+
+    starts = [np.asarray(s.near(scale * jnp.eye(Q)[..., None]))[:, 0] for scale in (0.3, 1.0)]
+    ends = [scipy.optimize.minimize(deviance, x0, method="BFGS", tol=1e-9) for x0 in starts]
+    assert float(est.criterion) <= min(end.fun for end in ends) + 1e-8
+    own = dense_criterion(design, [np.linalg.cholesky(est.Sigma[0] / est.sigma**2 + 1e-14 * np.eye(Q))], True)
+    np.testing.assert_allclose(est.criterion, own, rtol=1e-10)
+    np.testing.assert_allclose(mj.criterion(est.theta, mj.cross_products(design)), est.criterion, rtol=1e-12)
+
+
+@OTHERS
+def test_closed_form_derivatives_of_the_criterion(name):
+    stats = cross_products(design_of(name))
+    structures = stats.layout.structures
+    x = lanes_of(structures[0])[:, :1]
+    closed = jax.jit(lambda x, stats: value_gradient_hessian(x, moments_of(stats), True))
+    differentiated = jax.jit(lambda x, stats: by_differentiation(_objective_at(stats, True))(x))
+    for got, wanted in zip(closed(x, stats), differentiated(x, stats), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@OTHERS
+def test_many_fits_equal_single_ones(name):
+    design = design_of(name)
+    rng = np.random.default_rng(5)
+    Y = np.concatenate([design.y + rng.normal(size=(6, len(design.y))), rng.normal(size=(6, len(design.y)))])
+    keep = ("theta", "beta", "sigma", "Sigma", "b", "vcov", "criterion", "singular", "result")
+    many = mj.estimate_many(mj.cross_products(design, Y), keep=keep)
+    fit = jax.jit(mj.estimate)
+    for i, y in enumerate(Y):
+        one = fit(mj.cross_products(design, y))
+        for key in keep:
+            for a, b in zip(*map(jax.tree.leaves, (getattr(many, key), getattr(one, key))), strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7, err_msg=key)
+    assert many.singular.any()
+    halves = mj.stack([mj.cross_products(design, y) for y in Y[:2]])
+    np.testing.assert_allclose(mj.estimate_many(halves).criterion, many.criterion[:2], rtol=1e-12)
+
+
+@OTHERS
+def test_derivatives_through_the_fit(name):
+    design = design_of(name)
+    direction = np.random.default_rng(1).normal(size=len(design.y))
+
+    def fun(t):
+        est = mj.estimate(mj.cross_products(design, design.y + t * direction))
+        return est.theta, est.beta, est.sigma
+
+    fit = jax.jit(fun)
+    _, moved = jax.jit(lambda t: jax.jvp(fun, (t,), (1.0,)))(0.0)
+    for a, up, down in zip(moved, fit(1e-5), fit(-1e-5), strict=True):
+        np.testing.assert_allclose(a, (up - down) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+@OTHERS
+def test_by_formula_by_chunks_and_by_optax(name):
+    import optax
+
+    design = design_of(name)
+    data = pd.DataFrame({
+        "y": design.y, "t": np.array(list("abc"))[np.argmax(design.terms[0].Z, 1)], "g": design.terms[0].group
+    })  # fmt: skip
+    formula = f"y ~ t + {name}(0 + t | g)"
+    fit = mj.lmm(formula, data)
+    chunks = mj.lmm(formula, [data[:50], data[50:]])
+    slow = mj.lmm(formula, data, optimizer=optax.lbfgs())
+    assert fit.npar == 3 + cov.structure_of(name, Q).k + 1
+    for other in (chunks, slow):
+        assert other.criterion == pytest.approx(fit.criterion, rel=1e-10)
+        np.testing.assert_allclose(other.Sigma["g"], fit.Sigma["g"], rtol=1e-5, atol=1e-6)
+    again = mj.lmm(formula, data, start=fit.theta)
+    assert again.criterion == pytest.approx(fit.criterion, rel=1e-12)
+    assert str(fit.summary())
+
+
+@OTHERS
+def test_levels_may_be_named_and_scaled_as_one_likes(name):
+    """A common scale of Z's columns, and the order of groups, change nothing but the scale of Sigma."""
+    design = design_of(name)
+    term = design.terms[0]
+    turned = replace(design, terms=(replace(term, Z=1e3 * term.Z, group=term.n_groups - 1 - term.group),))
+    a, b = (mj.estimate(mj.cross_products(d)) for d in (design, turned))
+    np.testing.assert_allclose(a.criterion, b.criterion, rtol=1e-12)
+    np.testing.assert_allclose(a.Sigma[0], 1e6 * b.Sigma[0], rtol=1e-6)
+
+
+def test_diagonal_is_what_two_bars_are():
+    wanted = fit_of("sleepstudy_doublebar", "REML")
+    fit = mj.lmm("Reaction ~ Days + diag(Days | Subject)", table("sleepstudy"))
+    assert fit.criterion == pytest.approx(wanted.criterion, abs=1e-8)
+    assert fit.npar == wanted.npar
+    np.testing.assert_allclose(
+        np.diag(fit.Sigma["Subject"]), [float(S[0, 0]) for S in wanted.Sigma.values()], rtol=1e-7
+    )
+
+
+def test_a_crossed_design_with_structures():
+    """The elimination and the sparse sums take any factor of the covariance."""
+    rng = np.random.default_rng(3)
+    n = 240
+    a, b, t = rng.integers(0, 30, n), rng.integers(0, 8, n), rng.integers(0, 2, n)
+    terms = tuple(mj.RandomTerm(Z=np.eye(2)[t], group=g, n_groups=int(g.max()) + 1, structure="diag") for g in (a, b))
+    design = mj.Design(y=rng.normal(size=n) + rng.normal(size=(30, 2))[a, t] + rng.normal(size=8)[b], X=np.ones((n, 1)),
+                       terms=terms)  # fmt: skip
+    one = mj.estimate(mj.cross_products(design))
+    split = tuple(replace(term, Z=term.Z[:, [j]], structure="us") for term in terms for j in range(2))
+    two = mj.estimate(mj.cross_products(replace(design, terms=split)))
+    np.testing.assert_allclose(one.criterion, two.criterion, rtol=1e-11)
+    np.testing.assert_allclose(one.beta, two.beta, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("y ~ x + ar1(0 + x | g)", "no covariance structure 'ar1'.*there are us, diag"),
+        ("y ~ x + diag(x || g)", "exclude each other"),
+        ("y ~ x - diag(x | g)", "subtracted"),
+        ("y ~ x + diag(x | g, het = TRUE)", "'het = TRUE'.*only hom"),
+        ("y ~ x + diag(x | )", "grouping factor after it"),
+    ],
+)
+def test_bad_formulas(formula, message):
+    with pytest.raises(FormulaError, match=message):
+        mj.lmm(formula, pd.DataFrame({"y": np.arange(9.0) ** 2, "x": np.arange(9) % 4, "g": np.arange(9) // 3}))
+
+
+def test_unknown_structure_in_arrays():
+    design = design_of("us")
+    with pytest.raises(ValueError, match="no covariance structure 'banded'; there are 'us'"):
+        mj.cross_products(replace(design, terms=(replace(design.terms[0], structure="banded"),)))
