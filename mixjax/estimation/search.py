@@ -26,7 +26,7 @@ from mixjax.optimise.results import Result
 # Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
 NEAR_ZERO = 1e-2
 # Standard deviation ratio, in the basis of Z, from which a second search comes down.
-FAR = 10.0
+FAR = 3.0
 # First trust region, relative to the length of the start, and its least radius.
 REGION, LEAST_REGION = 0.5, 0.1
 

@@ -22,6 +22,10 @@ from mixjax.optimise.results import Result
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
 
 
+# Evaluations after which simplifications are tried before the search has converged.
+PATIENCE = 8
+
+
 class Solution(NamedTuple):
     """Minima, or where the searches ended.
 
@@ -212,7 +216,9 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     promised = jnp.maximum(state.predicted, 0.5 * distance**2)
     judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
     judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
-    closer = distance_new < distance
+    # In a flat and curved valley the gradient grows where the value still falls.
+    gained = (at.f - new.f > 10 * noise) & (ratio > 0.1)
+    closer = (distance_new < distance) | gained
     good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
     # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
     good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
@@ -221,14 +227,14 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     length = jnp.sqrt(((state.trial - at.x) ** 2).sum(0))
     radius = jnp.where(ratio > 0.75, jnp.maximum(state.radius, 3.0 * length), state.radius)
     radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
-    radius = jnp.where(judged_by_gradient, jnp.where(closer, state.radius, 0.25 * length), radius)
+    radius = jnp.where(judged_by_gradient & ~gained, jnp.where(closer, state.radius, 0.25 * length), radius)
     radius = jnp.where(finite, radius, 0.25 * length)
     newton = is_step & is_semidefinite(at.eigenvalues) & (length < 0.99 * state.radius) & jnp.isfinite(at.f)
     moved = state._replace(
         at=_where(accept, new, at),
         before=jnp.where(accept, jnp.where(newton, distance, 0.0), state.before),
         radius=jnp.where(is_step, radius, state.radius),
-        at_rounding=is_step & finite & judged_by_gradient & ~closer,
+        at_rounding=is_step & finite & judged_by_gradient & ~closer & (state.predicted < 30 * noise),
         iterations=state.iterations + 1,
     )
     return _where(state.done, state, _next_trial(moved, simplify, max_iterations))
@@ -359,7 +365,9 @@ def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) ->
     trial, free, candidate, settled = at.x + jnp.where(at.free, step, 0.0), at.free, state.candidate, state.settled
     if simplify is not None:
         start = jnp.where(candidate >= 0, candidate + 1, 0)
-        trying = (candidate >= 0) | (converged & ~settled)
+        # A search that takes long may be following a valley that leads nowhere but to a simpler point.
+        slow = (state.iterations % PATIENCE == 0) & jnp.isfinite(at.f)
+        trying = (candidate >= 0) | ((converged | slow) & ~settled)
         worthwhile = simplify.worthwhile(at.x)
         # Candidates are compared with the value at a minimum that was reached, not one that is foretold.
         foretold = foretold & (state.settled | ~worthwhile.any(0)) & (candidate < 0)
@@ -370,7 +378,7 @@ def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) ->
         trial = jnp.where(found, x_c, trial)
         free = jnp.where(found, free_c, free)
         candidate = jnp.where(found, chosen, -1)
-        settled = settled | trying
+        settled = settled | (trying & converged)
         converged = converged & ~found
     converged = converged | (foretold & (candidate < 0))
     shrunk = (state.radius < rounding * (1.0 + jnp.abs(at.x).max(0))) & (candidate < 0)
