@@ -288,7 +288,33 @@ class Diagonal(Structure):
         return jnp.sqrt((F * F).sum(1))
 
 
-STRUCTURES: dict[str, type[Structure]] = {"us": Unstructured, "diag": Diagonal}
+@dataclass(frozen=True)
+class HomogeneousCompoundSymmetry(Structure):
+    """One variance v and one correlation rho of all q effects: ``D = v ((1 - rho) I + rho 11')``.
+
+    The coordinates are the square roots of D's two eigenvalues: ``v (1 + (q - 1) rho)``, of the effects' mean, and
+    ``v (1 - rho)``, of their differences. So rho = -1 / (q - 1) is a zero of the first, rho = 1 one of the second.
+    """
+
+    @property
+    def k(self) -> int:
+        return 2
+
+    def entries(self, x: Array) -> list[list[Array | None]]:
+        between = (x[0] - x[1]) / self.q
+        return [[x[1] + between if a == b else between for b in range(self.q)] for a in range(self.q)]
+
+    def near(self, F: Array) -> Array:
+        mean = F.mean(0)
+        of_mean, of_differences = self.q * (mean**2).sum(0), ((F - mean) ** 2).sum((0, 1)) / (self.q - 1)
+        return jnp.sqrt(jnp.stack([of_mean, of_differences]))
+
+
+STRUCTURES: dict[str, type[Structure]] = {
+    "us": Unstructured,
+    "diag": Diagonal,
+    "homcs": HomogeneousCompoundSymmetry,
+}
 
 
 def structure_of(name: str, q: int) -> Structure:

@@ -27,7 +27,7 @@ class RandomTerm:
         group: ``(n,)`` integers ``0 .. n_groups - 1``, the level of every row.
         n_groups: number of levels; static, because it is a shape.
         structure: name of the covariance structure of a level's effects; static. "us": unstructured. "diag":
-            uncorrelated. See :mod:`mixjax.covariance`.
+            uncorrelated. "homcs": one variance and one correlation. See :mod:`mixjax.covariance`.
     """
 
     Z: AnyArray

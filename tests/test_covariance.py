@@ -18,6 +18,7 @@ from mixjax.formula.errors import FormulaError
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.curvature import value_gradient_hessian
 from mixjax.likelihood.moments import moments_of
+from mixjax.linalg import lower_factor
 from mixjax.optimise.newton import by_differentiation
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -201,6 +202,46 @@ def test_diagonal_is_what_two_bars_are():
     )
 
 
+@pytest.mark.parametrize("reml", [True, False])
+def test_one_correlation_is_what_nested_intercepts_are(reml):
+    """Of levels that are correlated by what they share: it is then not negative."""
+    nested = mj.lmm("score ~ Machine + (1 | Worker) + (1 | Worker:Machine)", table("Machines"), reml=reml)
+    fit = mj.lmm("score ~ Machine + homcs(0 + Machine | Worker)", table("Machines"), reml=reml)
+    assert fit.criterion == pytest.approx(nested.criterion, abs=1e-9)
+    assert fit.npar == nested.npar
+    shared, own = (float(nested.Sigma[group][0, 0]) for group in ("Worker", "Worker:Machine"))
+    np.testing.assert_allclose(fit.Sigma["Worker"], shared + own * np.eye(3), rtol=1e-6)
+    lme4 = mj.lmm("score ~ Machine + cs(0 + Machine | Worker, hom = TRUE)", table("Machines"), reml=reml)
+    assert lme4.criterion == fit.criterion
+
+
+@pytest.mark.parametrize("cor", [-1 / (Q - 1), 1.0])
+def test_a_correlation_on_its_bounds(cor):
+    """Exactly there where the means of groups do not vary at all, or nothing but they."""
+    design = design_of("homcs")
+    group, cell = design.terms[0].group, Q * design.terms[0].group + np.argmax(design.terms[0].Z, 1)
+
+    def means(by):
+        return (np.bincount(by, design.y) / np.bincount(by))[by]
+
+    design = replace(design, y=design.y + (means(group) - means(cell) if cor == 1.0 else -means(group)))
+    # A factor of D / v up to its length, and D / v itself.
+    factor = np.ones((Q, 1)) if cor == 1.0 else np.eye(Q) - 1 / Q
+    shape = np.where(np.eye(Q, dtype=bool), 1.0, cor)
+    stats = mj.cross_products(design)
+    est = mj.estimate(stats)
+    best = scipy.optimize.minimize_scalar(lambda sd: dense_criterion(design, [sd * factor], True), (0.5, 1.0))
+    assert bool(est.converged)
+    assert bool(est.singular)
+    assert float(est.criterion) == pytest.approx(best.fun, abs=1e-8)
+    np.testing.assert_allclose(est.Sigma[0] / est.Sigma[0][0, 0], shape, atol=1e-14)
+    np.testing.assert_array_equal(est.theta[-1], 0.0)
+    # So it ends from a start on either bound.
+    for F in (np.ones((Q, Q)), np.eye(Q) - 1 / Q):
+        start = cov.theta_of_lambda(lower_factor(F, cov.RANK_RTOL), Q)
+        np.testing.assert_allclose(mj.estimate(stats, start=start).criterion, est.criterion, rtol=1e-12)
+
+
 def test_a_crossed_design_with_structures():
     """The elimination and the sparse sums take any factor of the covariance."""
     rng = np.random.default_rng(3)
@@ -220,6 +261,7 @@ def test_a_crossed_design_with_structures():
     ("formula", "message"),
     [
         ("y ~ x + ar1(0 + x | g)", "no covariance structure 'ar1'.*there are us, diag"),
+        ("y ~ x + cs(0 + x | g)", "no covariance structure 'cs'.*there are us, diag, homcs"),
         ("y ~ x + diag(x || g)", "exclude each other"),
         ("y ~ x - diag(x | g)", "subtracted"),
         ("y ~ x + diag(x | g, het = TRUE)", "'het = TRUE'.*only hom"),
