@@ -1,6 +1,6 @@
 """Claim: of a million simulated replicates no fit is worse than what a second optimiser finds, without saying so.
 
-Fifteen structures and conditions (groups of two or three rows, covariances of deficient rank, responses in units of
+Twenty structures and conditions (groups of two or three rows, covariances of deficient rank, responses in units of
 1e8 and 1e-8, covariates around 1e6, columns of X that are almost equal, residuals a thousandth of the random effects,
 Cauchy errors, binary responses, different designs in one batch, ...) go through ``estimate_many``. Every replicate is
 judged:
@@ -179,6 +179,7 @@ CASES = {
     "Cauchy errors": Case(lambda rng: with_x(rng, term(rng, repeated(10, 5), 2)), partial(responses, errors=cauchy)),
     "binary responses": Case(lambda rng: with_x(rng, term(rng, repeated(6, 4), 2)), binary),
     "uncorrelated effects": Case(treatments("diag"), partial(responses, sd=0.5)),
+    "one correlation": Case(treatments("homcs"), partial(responses, sd=0.5, cor=-0.3)),
     "different designs": Case(
         lambda rng: with_x(rng, term(rng, np.sort(rng.integers(0, 6, 30)), 2)), partial(responses, sd=0.6), True
     ),

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,12 @@ from jax import Array
 
 from mixjax import linalg
 
-# A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length counts
-# as dependent: the correlation is then 1 to twice as many digits.
-RANK_RTOL = 1e-8
+
+def rank_tolerance(dtype) -> float:
+    """A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length
+    counts as dependent: 1e-8 in float64, 1e-4 in float32. The correlation is then 1 to twice as many digits."""
+    return 1e-8 if jnp.finfo(dtype).bits == 64 else 1e-4
+
 
 # --- theta and log-Cholesky ----------------------------------------------------------------------------------------
 
@@ -123,17 +126,24 @@ def _stack(entries: list[list[Array | None]]) -> Array:
 class Structure(ABC):
     """How the covariance D of the q effects of a term depends on k coordinates ``x (k, ...)``. Static, hashable.
 
-    A structure has :attr:`k`, :meth:`entries` and :meth:`near`, and says with :attr:`scaling` which changes of Z's
-    columns keep it. Everything else follows, under two conditions: coordinates of zero mean ``D = 0``, and every
-    coordinate is a standard deviation, D even in it, so that zero is a stationary point. (Otherwise override
-    :attr:`deviations` and :meth:`reduced`.)
+    A new structure is a subclass with :attr:`k`, :meth:`entries` and :meth:`near`, and :attr:`scaling` where more than
+    a common scale of Z's columns keeps it. Everything else follows where the coordinates are chosen so that
+
+    * every real vector is allowed, and all covariances of the structure, to their bounds, are reached;
+    * each coordinate is a standard deviation, such as the root of an eigenvalue of D: D is even in it, so that zero is
+      a stationary point, and zero lowers the rank of D;
+    * all of them zero is ``D = 0``.
+
+    Coordinates of another kind beside standard deviations need :attr:`deviations`, and reductions of rank that are not
+    zeros of single coordinates :attr:`n_reductions`, :meth:`sizes` and :meth:`reduced`, which belong together.
     """
 
     q: int
 
-    # Z's columns are replaced by others before the fit. The structure may be kept by any that have the same span
-    # ("any"), by columns on scales of their own ("each"), or only on a common one ("common").
-    scaling: ClassVar[str] = "common"
+    # Z's columns are replaced by others before the fit, of mean square 1: by any with the same span where the structure
+    # is kept by that ("any"), by columns on scales of their own ("each"), or on a common one ("common"). Coordinates
+    # belong to these columns, theta to the user's.
+    scaling: ClassVar[Literal["any", "each", "common"]] = "common"
 
     @property
     @abstractmethod
@@ -146,9 +156,11 @@ class Structure(ABC):
 
     @abstractmethod
     def near(self, F: Array) -> Array:
-        """Coordinates ``(k, ...)`` of a covariance of this structure near ``F F'``, or the same where that has it.
+        """Coordinates ``(k, ...)``, standard deviations not negative, of a covariance near ``F F'``: the same where
+        that has this structure, positive definite where ``F (q, q, ...)`` has full rank. A start: how near is free.
 
-        Positive definite where ``F (q, q, ...)`` has full rank.
+        Args:
+            F: any square root, not only a triangular one; numpy's or JAX's, with trailing axes or without.
         """
 
     @property
@@ -160,7 +172,7 @@ class Structure(ABC):
         """``Lambda (q, q, ...)``."""
         return _stack(self.entries(x))
 
-    # --- simpler covariances: each is tried where it is near, and kept where the criterion does not rise
+    # --- lower ranks: each is tried where it is near, and kept where the criterion does not rise
 
     @property
     def n_reductions(self) -> int:
@@ -168,17 +180,18 @@ class Structure(ABC):
         return len(self.deviations)
 
     def sizes(self, x: Array) -> Array:
-        """``(n_reductions, B)``: what each would set to zero, on the scale of standard deviations."""
+        """``(n_reductions, B)``: what each would set to zero, on the scale of the singular values of a factor."""
         return jnp.abs(jnp.stack([x[i] for i in self.deviations]))
 
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
-        """Reduction ``c (B,)`` of ``x (k, B)``, and which of its coordinates stay free; any other c changes nothing."""
+        """Reduction ``c (B,)`` of ``x (k, B)``, and which of its coordinates stay free: those that are not zero, also
+        by reductions made before. Any other c, such as -1, leaves x as it is."""
         which = jnp.full(self.k, -1).at[np.array(self.deviations)].set(jnp.arange(self.n_reductions))
         x = jnp.where(which[:, None] == c, 0.0, x)
         return x, x != 0
 
     def has_derivatives(self, Lambda: Array) -> Array:
-        """``(...)``: whether the lower-triangular factor of D varies smoothly with D at ``Lambda (q, q, ...)``."""
+        """``(...)``: whether there are derivatives where the factor of the user's columns is ``Lambda (q, q, ...)``."""
         return jnp.ones(Lambda.shape[2:], bool)
 
     # --- derivatives of D = (D_ab), a <= b, row by row
@@ -206,7 +219,7 @@ class Structure(ABC):
 class Unstructured(Structure):
     """Any covariance. The coordinates are theta with free signs: D is even in every column of Lambda."""
 
-    scaling: ClassVar[str] = "any"
+    scaling = "any"
 
     @property
     def k(self) -> int:
@@ -219,7 +232,7 @@ class Unstructured(Structure):
         return entries
 
     def near(self, F: Array) -> Array:
-        return theta_of_lambda(linalg.lower_factor(F, RANK_RTOL), self.q)
+        return theta_of_lambda(linalg.lower_factor(F, rank_tolerance(F.dtype)), self.q)
 
     @property
     def deviations(self) -> tuple[int, ...]:
@@ -233,7 +246,7 @@ class Unstructured(Structure):
         q = self.q
         columns, _ = linalg.orthogonal_columns(self.factor(x))
         kept = jnp.where(jnp.arange(q)[:, None] < q - 1 - c, columns, 0.0)
-        theta = theta_of_lambda(linalg.lower_factor(kept, RANK_RTOL), q)
+        theta = theta_of_lambda(linalg.lower_factor(kept, rank_tolerance(x.dtype)), q)
         theta = jnp.where((c >= 0) & (c < q), theta, x)
         nonzero = (self.factor(theta) != 0).any(0)  # (q, B), by column
         return theta, nonzero[triangle(q)[1]]
@@ -275,7 +288,7 @@ class Unstructured(Structure):
 class Diagonal(Structure):
     """Uncorrelated effects, a standard deviation each: ``x = sd / sigma``."""
 
-    scaling: ClassVar[str] = "each"
+    scaling = "each"
 
     @property
     def k(self) -> int:

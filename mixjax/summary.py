@@ -210,8 +210,8 @@ class Summary:
         if self.fitted.labels.dropped_columns:
             notes.append(f"redundant fixed-effects columns left out: {', '.join(self.fitted.labels.dropped_columns)}")
         if self.fitted.estimates.singular:
-            notes.append("singular fit: a covariance of random effects has less than full rank (variance 0 or "
-                         "correlation +-1)")  # fmt: skip
+            notes.append("singular fit: a covariance of random effects has less than full rank (a variance 0, or a "
+                         "correlation at its bound)")  # fmt: skip
         if not self.fitted.estimates.converged:
             notes.append(f"NOT CONVERGED: {self.fitted.optimizer.message}")
         return notes

@@ -66,10 +66,11 @@ class Estimates(NamedTuple):
 def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
     """Fit one model by maximum likelihood or restricted maximum likelihood.
 
-    Trust-region Newton on exact derivatives, over the signed entries of the relative Cholesky factors in the basis of
-    Z, where a zero variance is an ordinary stationary point. A covariance that is singular at the optimum is returned
-    as exactly singular, with zero columns in its Cholesky factor; because a search can fall into such a corner on its
-    way, a second one then comes down from large variances, and the better end is taken.
+    Trust-region Newton on exact derivatives, over standard deviations with free signs (of an unstructured covariance:
+    over its signed Cholesky factor in the basis of Z), where a zero variance is an ordinary stationary point. A
+    covariance that is singular at the optimum is returned as exactly singular, with zero columns in its Cholesky
+    factor; because a search can fall into such a corner on its way, a second one then comes down from larger variances,
+    and the better end is taken.
 
     Args:
         stats: cross-products of the data. float64 is needed for REML differences and Hessians; with float32 arrays

@@ -17,7 +17,7 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
-from mixjax.covariance import RANK_RTOL, Structure
+from mixjax.covariance import Structure, rank_tolerance
 from mixjax.likelihood.statistics import Layout
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
@@ -152,12 +152,13 @@ def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
     Args:
         R_inv: ``(q, q, ...)`` of the basis. Lambda: ``(q, q, ...)``, any factor in the basis.
     """
-    deficient = (~(linalg.lower_factor(Lambda, RANK_RTOL) != 0).any(0)).any(0)
+    rtol = rank_tolerance(Lambda.dtype)
+    deficient = (~(linalg.lower_factor(Lambda, rtol) != 0).any(0)).any(0)
     own = linalg.matmul(R_inv, Lambda)
     longest = (Lambda * Lambda).sum(1).max(0)
-    rounding = RANK_RTOL**2 * jnp.abs(R_inv).sum(1) ** 2 * longest
+    rounding = rtol**2 * jnp.abs(R_inv).sum(1) ** 2 * longest
     own = jnp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
-    return linalg.lower_factor(own, jnp.where(deficient, RANK_RTOL, 0.0)), deficient
+    return linalg.lower_factor(own, jnp.where(deficient, rtol, 0.0)), deficient
 
 
 def result_code(solution: Solution, own: OwnFactors) -> Array:

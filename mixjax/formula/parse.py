@@ -90,7 +90,7 @@ def parse(text: str) -> ParsedFormula:
             if sign == "-":
                 raise FormulaError(f"random term '({inner})' is subtracted; leave it out instead")
             random.extend(_random_term(inner))
-        elif structured := _structured_term(piece):
+        elif structured := _structured_term(inner):
             if sign == "-":
                 raise FormulaError(f"random term '{piece}' is subtracted; leave it out instead")
             random.extend(structured)
@@ -167,27 +167,24 @@ def _random_term(inner: str) -> list[RandomPart]:
     return [RandomPart(to_python(effects), g, independent) for g in expand_groups(group)]
 
 
-# Structures of lme4 and glmmTMB that are not here.
-ELSEWHERE = ("cs", "ar1", "hetar1", "ou", "toep", "homtoep", "exp", "gau", "mat", "rr", "propto", "equalto")
-
-
 def _structured_term(piece: str) -> list[RandomPart] | None:
-    """``name(effects | group)`` or lme4's ``name(effects | group, hom = TRUE)``; None for any other call."""
+    """``name(effects | group)`` or lme4's ``name(effects | group, hom = TRUE)``; None for anything else."""
     match = re.fullmatch(r"(\w+)\s*\((.*)\)", piece, flags=re.DOTALL)
-    if not match or min(depth for _, _, depth in _walk(piece[match.start(2) - 1 :])) < 1:
+    if not match or match[1] == "I" or min(depth for _, _, depth in _walk(piece[match.start(2) - 1 :])) < 1:
         return None
     name, (inner, *options) = match[1], split_top(match[2], (",",))
-    if not _has_bar(inner) or (name not in STRUCTURES and name not in ELSEWHERE):
+    inner = _strip_brackets(inner)
+    if not _has_bar(inner):
         return None
     for option in options:
         hom = re.fullmatch(r"\s*hom\s*=\s*(TRUE|True|T|FALSE|False|F)\s*", option)
-        if not hom:
+        if not hom or len(options) > 1 or (name.startswith("hom") and hom[1].startswith("F")):
             raise FormulaError(f"'{option.strip()}' in '{piece}' is not understood; there is only hom = TRUE or FALSE")
-        name = f"hom{name}" if hom[1].startswith("T") else name
+        name = f"hom{name.removeprefix('hom')}" if hom[1].startswith("T") else name
     if name not in STRUCTURES:
+        similar = "; hom = TRUE gives all effects one variance" if f"hom{name}" in STRUCTURES else ""
         raise FormulaError(
-            f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}, written as in "
-            f"{list(STRUCTURES)[-1]}({inner.strip()})"
+            f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}{similar}"
         )
     parts = _random_term(inner)
     if parts[0].independent:

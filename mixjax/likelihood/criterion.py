@@ -63,7 +63,9 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
     ``REMLcrit``, all constants kept.
 
     Args:
-        theta: ``(k,)`` relative Cholesky factors, the lower triangle column by column, term by term; any signs.
+        theta: ``(k,)`` relative Cholesky factors, the lower triangle column by column, term by term; any signs. Any
+            covariance of a term is allowed, whatever its structure, so that at the estimates the gradient vanishes for
+            unstructured covariances only.
         stats: cross-products of the data.
         reml: the REML criterion if true, else the ML deviance.
 
