@@ -204,9 +204,13 @@ class LMMFit:
         """Standard deviations and correlations: ``str()`` for lme4's table, ``.to_frame()`` for data."""
         return VarCorr(self._fitted)
 
-    def icc(self) -> pd.Series:
-        """Intraclass correlation, adjusted and unadjusted."""
-        return variance.icc(self._fitted)
+    def icc(self, by_group: bool = False) -> pd.Series:
+        """Intraclass correlation, ``adjusted`` and ``unadjusted``, or one for every grouping factor."""
+        return variance.icc(self._fitted, by_group)
+
+    def r2(self) -> pd.Series:
+        """Shares of explained variance: ``marginal``, by the fixed effects, and ``conditional``, by random ones too."""
+        return variance.r2(self._fitted)
 
     @property
     def _qs(self) -> tuple[int, ...]:

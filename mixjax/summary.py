@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def information_criteria(fitted: Fitted) -> dict[str, float]:
     return {
         "loglik": -criterion / 2,
         "aic": criterion + 2 * npar,
-        "bic": criterion + np.log(fitted.nobs) * npar,
+        "bic": criterion + math.log(fitted.nobs) * npar,
     }
 
 

@@ -195,6 +195,12 @@ def test_icc_against_the_definition():
             icc = fit_of(name, method).icc()
             np.testing.assert_allclose(icc["adjusted"], values["definition"]["ICC_adjusted"], rtol=1e-5)
             np.testing.assert_allclose(icc["unadjusted"], values["definition"]["ICC_unadjusted"], rtol=1e-5)
+            by_group = fit_of(name, method).icc(by_group=True)
+            assert by_group.sum() == pytest.approx(icc["adjusted"], rel=1e-12)
+            assert list(by_group.index) == list(fit_of(name, method).ranef())
+            r2 = fit_of(name, method).r2()
+            np.testing.assert_allclose(r2["marginal"], values["definition"]["R2_marginal"], rtol=1e-5, atol=1e-12)
+            np.testing.assert_allclose(r2["conditional"], values["definition"]["R2_conditional"], rtol=1e-5)
             checked += 1
     assert checked >= 4
 

@@ -1,0 +1,139 @@
+"""The names that users and other programs rely on: signatures, and what comes back. A change here breaks theirs."""
+
+import inspect
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import fit_of, table
+from scipy import sparse
+
+import mixjax as mj
+
+FUNCTIONS = {
+    "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
+    "optimizer=None, check_identifiable=True",
+    "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None",
+    "Design": "y, X, terms, weights=None, offset=None",
+    "RandomTerm": "Z, group, n_groups, structure='us'",
+    "cross_products": "design, y=None",
+    "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "
+    "progress=False, context=None",
+    "stack": "all_stats",
+    "shard": "stats, mesh",
+    "criterion": "theta, stats, reml=True",
+    "MarginalParams": "beta, log_sigma, chol",
+    "marginal_loglik": "params, design",
+    "to_params": "est",
+    "from_params": "p",
+    "estimate": "stats, reml=True, start=None",
+    "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
+    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result')",
+    "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
+    "enable_compilation_cache": "path=None",
+    "datasets.load": "name",
+}
+METHODS = {
+    "ranef": "*, condvar=False",
+    "coef": "",
+    "icc": "by_group=False",
+    "r2": "",
+    "summary": "",
+    "tidy": "",
+    "glance": "",
+    "augment": "",
+    "predict": "*, random=True",
+    "residuals": "kind='conditional', scale='raw'",
+    "marginal_cov": "rows=None",
+    "refit": "y=None, reml=None",
+    "refit_many": "Y, reml=None, chunk=None",
+}
+PROPERTIES = {
+    "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame, "sigma": float,
+    "theta": np.ndarray, "Lambda": dict, "Sigma": dict, "X": np.ndarray, "Z": sparse.csc_array, "design": mj.Design,
+    "labels": mj.Labels, "stats": mj.CrossProducts, "estimates": mj.Estimates, "criterion": float, "loglik": float,
+    "aic": float, "bic": float, "nobs": int, "npar": int, "is_singular": bool, "converged": bool, "fitted": pd.Series,
+    "reml": bool,
+}  # fmt: skip
+
+
+def signature(function) -> str:
+    """Names and defaults, without annotations and ``self``."""
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+    ]
+    return str(inspect.Signature(parameters))[1:-1]
+
+
+def test_every_public_function_is_listed():
+    others = {"LMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
+              "FormulaError", "DataError", "DataWarning", "ConvergenceWarning"}  # fmt: skip
+    assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    value = mj
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert signature(value) == FUNCTIONS[name]
+
+
+def test_every_attribute_of_a_fit_is_listed():
+    public = {name for name in dir(mj.LMMFit) if not name.startswith("_")}
+    assert public == {*METHODS, *PROPERTIES, "varcorr", "optimizer"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_a_fit(name):
+    assert signature(getattr(mj.LMMFit, name)) == METHODS[name]
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties_of_a_fit(name):
+    assert type(getattr(fit_of("sleepstudy_slopes", "REML"), name)) is PROPERTIES[name]
+
+
+def test_what_methods_of_a_fit_give():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    for frame in (fit.varcorr.to_frame(), fit.tidy(), fit.glance(), fit.augment(), fit.ranef()["Subject"]):
+        assert type(frame) is pd.DataFrame
+    for series in (fit.icc(), fit.icc(by_group=True), fit.r2(), fit.predict(), fit.residuals()):
+        assert type(series) is pd.Series
+    frames, covariances = fit.ranef(condvar=True)
+    assert covariances["Subject"].shape == (18, 2, 2)
+    assert list(frames["Subject"].columns) == list(fit.coef()["Subject"].columns) == ["Intercept", "Days"]
+    assert list(fit.tidy().columns) == [
+        "effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"
+    ]  # fmt: skip
+    assert list(fit.varcorr.to_frame().columns) == ["group", "name1", "name2", "vcov", "sdcor"]
+    assert list(fit.icc().index) == ["adjusted", "unadjusted"]
+    assert list(fit.r2().index) == ["marginal", "conditional"]
+    assert fit.optimizer._fields == ("name", "iterations", "gradient_norm", "message")
+    assert fit.marginal_cov([0, 1]).shape == (2, 2)
+    assert type(fit.refit(reml=False)) is mj.LMMFit
+    assert type(fit.refit_many(np.asarray(fit.fitted)[None] + 1.0)) is mj.BatchFit
+    assert all(leaf.dtype in (np.float64, np.bool_, np.int64, np.int32) for leaf in jax.tree.leaves(fit.estimates))
+
+
+def test_what_the_functional_core_gives():
+    """Shapes of the estimates, and the way there and back to unconstrained parameters."""
+    design, labels = mj.build_design("Reaction ~ Days + (Days | Subject)", table("sleepstudy"))
+    stats = mj.cross_products(design)
+    many = mj.cross_products(design, np.stack([design.y, design.y[::-1]]))
+    assert type(labels) is mj.Labels
+    assert type(stats) is type(many) is type(stats + stats) is mj.CrossProducts
+    est, batch = fit_of("sleepstudy_slopes", "REML").estimates, mj.estimate_many(many)
+    shapes = {"theta": (3,), "beta": (2,), "sigma": (), "vcov": (2, 2), "criterion": (), "converged": (), "result": ()}
+    for name, shape in shapes.items():
+        assert np.shape(getattr(est, name)) == shape
+        assert getattr(batch, name) is None if name == "vcov" else np.shape(getattr(batch, name)) == (2, *shape)
+    assert [np.shape(part) for part in (*est.Sigma, *est.b)] == [(2, 2), (18, 2)]
+    with jax.enable_x64(True):
+        back = mj.from_params(mj.to_params(est))
+        assert mj.criterion(est.theta, stats).shape == mj.marginal_loglik(mj.to_params(est), design).shape == ()
+    np.testing.assert_allclose(back.theta, est.theta, rtol=1e-12)
+    np.testing.assert_allclose(back.Sigma[0], est.Sigma[0], rtol=1e-12)
