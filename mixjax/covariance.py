@@ -119,6 +119,12 @@ def _stack(entries: list[list[Array | None]]) -> Array:
     return jnp.stack([jnp.stack([zero if entry is None else entry for entry in row]) for row in entries])
 
 
+@cache
+def pairs_of(q: int) -> tuple[tuple[int, int], ...]:
+    """Pairs a <= b of q effects, row by row: the order in which entries of symmetric matrices stand."""
+    return tuple((a, b) for a in range(q) for b in range(a, q))
+
+
 # --- structures ----------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +218,7 @@ class Structure(ABC):
     def _upper(self, x: Array) -> Array:
         Lambda = self.factor(x)
         D = linalg.matmul(Lambda, linalg.transpose(Lambda))
-        return jnp.stack([D[a, b] for a in range(self.q) for b in range(a, self.q)])
+        return jnp.stack([D[a, b] for a, b in pairs_of(self.q)])
 
 
 @dataclass(frozen=True)
@@ -268,13 +274,11 @@ class Unstructured(Structure):
             return zero if other is None else 2.0 * other if a == b else other
 
         where = list(zip(*triangle(self.q), strict=True))
-        return jnp.stack(
-            [jnp.stack([move(a, b, i, c) for i, c in where]) for a in range(self.q) for b in range(a, self.q)]
-        )
+        return jnp.stack([jnp.stack([move(a, b, i, c) for i, c in where]) for a, b in pairs_of(self.q)])
 
     def curvature(self, x: Array, g: Array) -> Array:
         """``d2D_ab / dLambda_ic dLambda_jc = 1`` for (i, j) = (a, b), 2 where they are equal."""
-        pairs = [(a, b) for a in range(self.q) for b in range(a, self.q)]
+        pairs = pairs_of(self.q)
         second = np.zeros((self.k, self.k, len(pairs)))
         where = list(zip(*triangle(self.q), strict=True))
         for m, (i, c) in enumerate(where):

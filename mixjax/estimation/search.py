@@ -1,8 +1,7 @@
 """The search for the minimum of the criterion, in many lanes: one search, and a second one where the first is doubtful.
 
-Local minima that are not global are singular in all cases seen: the search fell into rank deficiency on its way. So
-where the first search ends singular, or fails, a second one comes down from large variances, and the better of the two
-is taken.
+Most local minima that are not global are singular: the search fell into rank deficiency on its way. So where the first
+search ends singular, or fails, a second one comes down from larger variances, and the better of the two is taken.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.covariance import pairs_of
 from mixjax.likelihood.curvature import minque_equations
-from mixjax.likelihood.moments import Moments, pairs_of
+from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
 
 # Limits of the standard deviation ratios that a start may have, in the basis of Z. Zero would be a stationary point.

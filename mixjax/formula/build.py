@@ -89,15 +89,15 @@ def build_design(
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
     parsed = quote_columns(parsed, column_names(data))
-    context = _usable(caller_context() if context is None else context)
+    context = usable(caller_context() if context is None else context)
     frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context)
     specs: dict[str, Any] = {}
 
     y = _response(parsed.response, frame, context)
-    X, fixed, specs["fixed"] = _fixed_effects(parsed.fixed, frame, context, contrasts or {})
+    X, fixed, specs["fixed"] = fixed_effects(parsed.fixed, frame, context, contrasts or {})
     total_offset = frame[OFFSET].to_numpy(float) if OFFSET in frame else None
     for text in parsed.offsets:
-        total_offset = _expression(text, frame, context, "offset") + (0.0 if total_offset is None else total_offset)
+        total_offset = expression(text, frame, context, "offset") + (0.0 if total_offset is None else total_offset)
     w = frame[WEIGHTS].to_numpy(float) if WEIGHTS in frame else None
     if w is not None and not (w > 0).all():
         raise DataError(
@@ -213,7 +213,7 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and not callable(value) and len(np.shape(value)) == 1
 
 
-def _usable(context: Mapping[str, Any]) -> dict[str, Any]:
+def usable(context: Mapping[str, Any]) -> dict[str, Any]:
     """The caller's names, less those that would hide a function of the formula language without being one.
 
     R looks functions up in the same way: a variable called ``scale`` does not get in the way of ``scale(x)``.
@@ -226,7 +226,7 @@ def _usable(context: Mapping[str, Any]) -> dict[str, Any]:
 # --- columns -------------------------------------------------------------------------------------------------------
 
 
-def _model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
+def model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
     """Columns of a one-sided formula, their names, and formulaic's spec."""
     try:
         with np.errstate(all="ignore"):  # what is not finite is reported below, by name
@@ -253,7 +253,7 @@ def _plain(error: Exception) -> str:
     return re.sub(r"\x1b\[[0-9;]*m|[⧛⧚]", "", str(error)).replace("\n", " ")
 
 
-def _expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
+def expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
     """One numeric column."""
     name = text.strip("`")
     if name in frame:
@@ -261,7 +261,7 @@ def _expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
             raise DataError(f"the {what} '{name}' is not numeric: it holds {column.dtype} values")
         return column.to_numpy(float)
-    columns, names, _spec = _model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
+    columns, names, _spec = model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
     if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
         raise DataError(f"the {what} '{text}' is not one numeric column: it gives {', '.join(names)}")
     return columns[:, 0]
@@ -272,13 +272,13 @@ def _is_call(text: str) -> bool:
 
 
 def _response(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> np.ndarray:
-    y = _expression(text, frame, context, "response")
+    y = expression(text, frame, context, "response")
     if (y == y[0]).all():
         raise DataError(f"the response '{text}' is constant ({y[0]:g}): there is nothing to model")
     return y
 
 
-def _fixed_effects(
+def fixed_effects(
     text: str, frame: pd.DataFrame, context: Mapping[str, Any], contrasts: Mapping[str, str]
 ) -> tuple[np.ndarray, list[str], Any]:
     rename = {}
@@ -295,7 +295,7 @@ def _fixed_effects(
         if not count:
             raise DataError(f"contrasts= names '{column}', which is not among the fixed effects '{text}'")
         rename[f"C({column}, {call})"] = column
-    X, names, spec = _model_matrix(text, frame, context)
+    X, names, spec = model_matrix(text, frame, context)
     for long, short in rename.items():
         names = [name.replace(long, short) for name in names]
     return X, names, spec
@@ -344,8 +344,8 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[s
         if part.group.name not in factors:
             factors[part.group.name] = _grouping_factor(part.group, frame)
         codes, levels = factors[part.group.name]
-        for effects in _independent_effects(part.effects) if part.independent else [part.effects]:
-            Z, names, spec = _model_matrix(effects, frame, context)
+        for effects in independent_effects(part.effects) if part.independent else [part.effects]:
+            Z, names, spec = model_matrix(effects, frame, context)
             if not names:
                 raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
             _check_columns_of_term(Z, names, part.group.name)
@@ -355,7 +355,7 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[s
     return sorted(terms, key=lambda term: -len(term.labels.levels))
 
 
-def _independent_effects(effects: str) -> list[str]:
+def independent_effects(effects: str) -> list[str]:
     """``x + z || g``: one term each for the intercept, x and z. A factor keeps its own block of correlated columns."""
     try:
         terms = [str(term) for term in Formula(effects)]

@@ -12,11 +12,11 @@ import pandas as pd
 
 from mixjax.design import Rows, TermLabels
 from mixjax.formula.build import (
-    _expression,
-    _fixed_effects,
-    _independent_effects,
-    _model_matrix,
-    _usable,
+    expression,
+    fixed_effects,
+    independent_effects,
+    model_matrix,
+    usable,
 )
 from mixjax.formula.errors import DataError, FormulaError, warn
 from mixjax.formula.parse import Group, ParsedFormula, names_in
@@ -98,7 +98,7 @@ class ChunkReader:
         context: Mapping[str, Any],
     ):
         self.parsed, self.weights, self.offset = parsed, weights, offset
-        self.context, self.categories = _usable(context), dict(categories)
+        self.context, self.categories = usable(context), dict(categories)
         self.used, self.numeric = used_columns(parsed, first, weights, offset, self.context)
         self.n_rows, self.n_missing = 0, 0
         self.missing: dict[str, int] = {}
@@ -106,12 +106,12 @@ class ChunkReader:
         frame = self.frame(first, count=False)
         if not len(frame):
             raise DataError("the first chunk has no complete row: put another one first")
-        _, self.fixed, spec = _fixed_effects(parsed.fixed, frame, self.context, contrasts)
+        _, self.fixed, spec = fixed_effects(parsed.fixed, frame, self.context, contrasts)
         self.specs: dict[str, Any] = {"fixed": spec, "random": []}
         parts = []
         for part in parsed.random:
-            for effects in _independent_effects(part.effects) if part.independent else [part.effects]:
-                _, names, spec = _model_matrix(effects, frame, self.context)
+            for effects in independent_effects(part.effects) if part.independent else [part.effects]:
+                _, names, spec = model_matrix(effects, frame, self.context)
                 if not names:
                     raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
                 parts.append((part, names, spec))
@@ -168,14 +168,14 @@ class ChunkReader:
     def rows(self, table: Any) -> Rows:
         """One chunk as arrays."""
         frame = self.frame(table)
-        y = _expression(self.parsed.response, frame, self.context, "response") if len(frame) else np.zeros(0)
+        y = expression(self.parsed.response, frame, self.context, "response") if len(frame) else np.zeros(0)
         if not len(frame):
             return Rows(np.zeros((0, len(self.names))), y, None, [])
         for text in (*self.parsed.offsets, *([] if self.offset is None else [f"`{self.offset}`"])):
-            y = y - _expression(text, frame, self.context, "offset")
+            y = y - expression(text, frame, self.context, "offset")
         sqrt_w = None
         if self.weights is not None:
-            w = _expression(f"`{self.weights}`", frame, self.context, "weights")
+            w = expression(f"`{self.weights}`", frame, self.context, "weights")
             if not (w > 0).all():
                 raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of a chunk's are not")
             sqrt_w = np.sqrt(w)

@@ -18,9 +18,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.likelihood.incidence import Incidence, LevelBlocks, PairList
-from mixjax.likelihood.moments import Moments, pairs_of
+from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts, Layout
 
 

@@ -35,6 +35,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.covariance import pairs_of
 from mixjax.likelihood.crossed import AnyMoments, CrossedMoments
 from mixjax.likelihood.dense_block import (
     LEAST_RATIO,
@@ -56,7 +57,7 @@ from mixjax.likelihood.first_factor import (
     ordered,
     weights_of,
 )
-from mixjax.likelihood.moments import Moments, pairs_of
+from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import Layout
 
 Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects

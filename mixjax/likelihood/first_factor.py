@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mixjax.covariance import pairs_of
 from mixjax.likelihood.crossed import AnyMoments
-from mixjax.likelihood.moments import pairs_of
 from mixjax.likelihood.statistics import Layout
 
 Entries = dict[tuple[int, int], Array]  # of tiny matrices, each entry a vector over classes and lanes

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.statistics import CrossProducts, Layout
@@ -211,12 +212,6 @@ def pair_moments(U):
         return one if a == b else one + U[b][:, rows] * U[a][:, columns]
 
     return jnp.stack([moment(a, b) for a, b in pairs_of(U.shape[0])])
-
-
-@cache
-def pairs_of(q: int) -> tuple[tuple[int, int], ...]:
-    """Pairs a <= b of q effects, row by row."""
-    return tuple((a, b) for a in range(q) for b in range(a, q))
 
 
 @cache

@@ -141,7 +141,7 @@ def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> A
 
     :func:`minimise` also stops, as converged, where the contraction of its steps says that the next point will be
     within :func:`foretold_tolerance`, which saves an evaluation; and where rounding leaves nothing to gain: less than
-    1e-7 is promised (float64) and the step does not bring the gradient closer to zero.
+    some thirty roundings of the value are promised, and a step lowers neither the value nor the gradient.
     """
     small = scaled_gradient(gradient, eigenvalues, eigenvectors) <= gradient_tolerance(gradient.dtype)
     return small & is_semidefinite(eigenvalues)
