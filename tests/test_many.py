@@ -48,14 +48,14 @@ def test_equal_to_one_by_one(name):
     assert fits.singular.any()
     assert fits.converged.all()
     for i, y in enumerate(Y):
-        one = mj.estimate(mj.cross_products(design, y))
+        one = mj.estimate(pad(mj.cross_products(design, y)))
         # The criterion is flat to second order at the minimum; theta is settled to about 1e-9 standard errors.
         np.testing.assert_allclose(fits.criterion[i], one.criterion, rtol=1e-12)
         assert fits.singular[i] == one.singular
         for field in ("theta", "beta", "sigma", "vcov"):
             np.testing.assert_allclose(getattr(fits, field)[i], getattr(one, field), rtol=1e-6, atol=1e-7)
         for ours, theirs in zip((*fits.Sigma, *fits.b), (*one.Sigma, *one.b), strict=True):
-            np.testing.assert_allclose(ours[i], theirs, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(ours[i], theirs[: len(ours[i])], rtol=1e-6, atol=1e-6)
 
 
 def test_maximum_likelihood_and_starts():
