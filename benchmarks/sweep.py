@@ -7,6 +7,7 @@ judged:
 
 * worse: the criterion is more than 1e-6 above the best end of a second optimiser, quasi-Newton (BFGS) with line search
   over logarithms of standard deviations, by automatic differentiation, from four starts, one of them the fit itself.
+  Of them local: from the fit itself the second optimiser gets no lower either. The likelihood has several maxima.
 * value: the criterion is not that of the elimination at the reported theta, to 1e-7 and what the Schur complements lose
   where random effects are much larger than residuals: a hundred roundings of df x (ratio of standard deviations)^2.
 * flag: "singular" with a covariance of full rank, or not singular although a lower rank is no worse.
@@ -244,8 +245,8 @@ def _summed(f):
 
 
 @jax.jit
-def second_opinion(moments, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The lowest REML criterion ``(N,)`` found from four starts, one of them ``own (k, N)``, and where ``(k, N)``."""
+def second_opinion(moments, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lowest REML criterion ``(N,)`` found from four starts, where ``(k, N)``, and that from ``own (k, N)``."""
     structures = moments.layout.structures
     logs = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])[:, None]
 
@@ -263,7 +264,7 @@ def second_opinion(moments, own: jax.Array) -> tuple[jax.Array, jax.Array]:
         z0 = jnp.where(logs, jnp.log(jnp.maximum(jnp.abs(jnp.where(logs, x0, 1.0)), 1e-2)), x0)
         z, f = bfgs(value, jnp.where(jnp.isfinite(z0), z0, 0.0))
         best, where = jnp.minimum(best, f), jnp.where(f < best, coordinates(z), where)
-    return best, where
+    return best, where, f
 
 
 # --- the judgement -------------------------------------------------------------------------------------------------
@@ -305,11 +306,12 @@ def judge(
     lambdas = [np.asarray(F) for F in factors_of(plain, est.theta)]  # per term (B, q, q)
     own = np.asarray(cov.near([jnp.moveaxis(jnp.asarray(F), 0, -1) for F in lambdas], structures))
 
-    batch, best, where = _Batch(stats, None, "cpu"), [], []
+    batch, best, where, nearby = _Batch(stats, None, "cpu"), [], [], []
     N = batch.sizes.block
     for block in range(batch.n_blocks):
         index = np.minimum(np.arange(block * N, (block + 1) * N), B - 1)
-        for whole, part in zip((best, where), second_opinion(batch.inputs(block)[0], own[:, index]), strict=True):
+        opinion = second_opinion(batch.inputs(block)[0], own[:, index])
+        for whole, part in zip((best, where, nearby), opinion, strict=True):
             whole.append(np.asarray(part))
     # What it found must be so low by the elimination as well.
     where = np.concatenate(where, axis=1)[:, :B]
@@ -320,6 +322,7 @@ def judge(
     for a in (est.theta, est.beta, est.vcov):
         finite &= np.isfinite(a.reshape(B, -1)).all(1)
     gap = est.criterion - best
+    local = est.criterion <= np.concatenate(nearby)[:B] + WORSE
     value_gap = np.abs(np.asarray(at_theta(plain, est.theta)) - est.criterion)
     ratios = [np.linalg.svd(np.nan_to_num(F), compute_uv=False) for F in lambdas]
     smallest, largest = np.min([r[:, -1] for r in ratios], axis=0), np.max([r[:, 0] for r in ratios], axis=0)
@@ -336,7 +339,7 @@ def judge(
     failed = np.flatnonzero(~solved)
     no_maximum = np.array([exact(int(i)) for i in failed], bool)
     counts.update(replicates=B, singular=int((est.singular & solved).sum()), failed=len(failed))
-    counts.update(exact=int(no_maximum.sum()))
+    counts.update(exact=int(no_maximum.sum()), local=int((solved & (gap > WORSE) & local).sum()))
     counts.update({f"code {Result(c).name}": int((est.result == c).sum()) for c in np.unique(est.result[~solved])})
     counts.update({"edge": int((est.result == Result.NONDIFFERENTIABLE).sum())})
     counts["evaluations"] += int(est.iterations.sum())
@@ -345,6 +348,7 @@ def judge(
     found = []
     for name, which in wrong.items():
         counts[name] += int(which.sum())
+        which = which & ~local if name == "worse" else which
         found += [(int(i), name, float(measures[name][i])) for i in np.flatnonzero(which)]
     return found + [(int(i), Result(est.result[i]).name, float(gap[i])) for i in failed[~no_maximum]]
 
@@ -401,7 +405,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = {name: case for name, case in CASES.items() if (arguments.only or "") in name}
     each = -(-arguments.size // len(chosen))
-    columns = ("replicates", "singular", "edge", "failed", "exact", "worse", "value", "flag", "silent")
+    columns = ("replicates", "singular", "edge", "failed", "exact", "worse", "local", "value", "flag", "silent")
     print(
         f"{'case':<24}"
         + "".join(f"{name:>11}" for name in columns)

@@ -180,3 +180,23 @@ def test_simulated_responses_reach_the_best_minimum_known_from_any_start(x64, sd
             assert est.criterion <= other.criterion + 1e-6
             assert bool(est.singular) == bool(other.singular)
     assert sds[1] > 0 or 10 <= n_singular <= 40
+
+
+def test_a_flat_valley_is_followed_to_its_end(x64):
+    """The first effect of a level has almost no variance, so the covariance hardly changes where Lambda's second row
+    turns: the way to the minimum is long, curved and 3e-5 deep (benchmarks/sweep.py found it)."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(10), 4)
+    Z = np.column_stack([np.ones(40), rng.normal(size=40)])
+    X = np.column_stack([np.ones(40), rng.normal(size=40)])
+    rng = np.random.default_rng([sum(map(ord, "y in units of 1e8")), 0])
+    noise, b = rng.normal(size=(2_000, 40)), rng.normal(size=(2_000, 10, 2))
+    y = X.sum(1) + noise[625] + (Z * b[625, group]).sum(1)
+    stats = mj.cross_products(mj.Design(y=y, X=X, terms=(mj.RandomTerm(Z=Z, group=group, n_groups=10),)))
+    est = mj.estimate(stats)
+    best = mj.estimate(stats, start=np.array([0.142, 2.071, 0.527]))
+    assert int(best.iterations) < 10
+    assert float(est.criterion) == pytest.approx(float(best.criterion), abs=1e-8)
+    np.testing.assert_allclose(est.theta, best.theta, rtol=1e-4)
+    # What an estimate costs must not depend on luck: a dozen evaluations usually, here more.
+    assert int(est.iterations) < 200

@@ -104,6 +104,16 @@ def test_a_thousand_replicates_each_at_the_best_of_all_starts(zero_slopes, reml)
     assert ((fits.theta[:, 0] * fits.theta[:, 2] == 0) == fits.singular).all()
 
 
+def test_no_search_is_lost_where_nothing_varies():
+    """Without any variance many lead into a flat valley; lower ranks are tried there before they have converged."""
+    fit = fit_of("sleepstudy_slopes", "REML")
+    Y = np.asarray(fit.X).sum(1) + np.random.default_rng(4).normal(size=(4_000, fit.nobs))
+    fits = mj.estimate_many(mj.cross_products(fit.design, Y))
+    assert fits.converged.all()
+    assert fits.iterations.max() <= 60
+    assert fits.singular.mean() > 0.8
+
+
 def test_missing_values_in_one_response_touch_no_other():
     design, Y = sleepstudy_replicates(50, False)
     clean = mj.estimate_many(mj.cross_products(design, Y))
