@@ -192,9 +192,10 @@ class Structure(ABC):
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
         """Reduction ``c (B,)`` of ``x (k, B)``, and which of its coordinates stay free: those that are not zero, also
         by reductions made before. Any other c, such as -1, leaves x as it is."""
-        which = jnp.full(self.k, -1).at[np.array(self.deviations)].set(jnp.arange(self.n_reductions))
-        x = jnp.where(which[:, None] == c, 0.0, x)
-        return x, x != 0
+        which = np.full((self.k, 1), -1)
+        which[list(self.deviations), 0] = np.arange(self.n_reductions)
+        x = jnp.where((which >= 0) & (which == c), 0.0, x)
+        return x, (which < 0) | (x != 0)
 
     def has_derivatives(self, Lambda: Array) -> Array:
         """``(...)``: whether there are derivatives where the factor of the user's columns is ``Lambda (q, q, ...)``."""

@@ -316,3 +316,23 @@ def test_unknown_structure_in_arrays():
     design = design_of("us")
     with pytest.raises(ValueError, match="no covariance structure 'banded'; there are 'us'"):
         mj.cross_products(replace(design, terms=(replace(design.terms[0], structure="banded"),)))
+
+
+def test_coordinates_of_another_kind_are_left_alone():
+    """A structure may have coordinates that are no standard deviations: they are never set to zero, nor held there."""
+
+    class Turned(cov.Diagonal):
+        @property
+        def k(self):
+            return Q + 1
+
+        @property
+        def deviations(self):
+            return tuple(range(Q))
+
+    x = jnp.ones((Q + 1, LANES)).at[Q, 0].set(0.0)
+    for c in (-1, 0, Q, Q + 1):
+        reduced, free = Turned(Q).reduced(x, jnp.full(LANES, c))
+        np.testing.assert_array_equal(reduced[Q], x[Q])
+        assert np.asarray(free)[Q].all()
+        assert (np.asarray(reduced[:Q]) == 0).sum() == (LANES if c == 0 else 0)

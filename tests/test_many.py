@@ -240,9 +240,9 @@ def test_one_minimum_is_known_where_it_is_so():
     ones, between = np.ones(180), np.repeat(np.random.default_rng(0).normal(size=18), 10)
     Z = np.column_stack([ones, days])
 
-    def known(X, Z=Z, group=group):
-        term = mj.RandomTerm(Z=Z, group=group, n_groups=18)
-        design = mj.Design(y=days, X=X, terms=(term,))
+    def known(X, *Zs, group=group, structure="us"):
+        terms = tuple(mj.RandomTerm(Z=Z, group=group, n_groups=18, structure=structure) for Z in Zs or (Z,))
+        design = mj.Design(y=days, X=X, terms=terms)
         return many._has_one_minimum(mj.cross_products(design, np.zeros((2, len(days)))))
 
     assert known(Z)
@@ -251,6 +251,8 @@ def test_one_minimum_is_known_where_it_is_so():
     assert not known(ones[:, None])  # a random slope without a fixed one
     assert not known(np.column_stack([Z, between]))
     assert not known(np.column_stack([Z, between * days]))
+    assert not known(Z, Z[:, :1], Z[:, 1:])  # convex over all covariances, not over the uncorrelated ones
+    assert not known(Z, structure="diag")
     assert not known(Z, group=np.random.default_rng(0).permutation(group))  # the days differ between the groups
 
 
