@@ -195,7 +195,7 @@ class Structure(ABC):
         which = np.full((self.k, 1), -1)
         which[list(self.deviations), 0] = np.arange(self.n_reductions)
         x = jnp.where((which >= 0) & (which == c), 0.0, x)
-        return x, (which < 0) | (x != 0)
+        return x, (x != 0) | (which < 0)
 
     def has_derivatives(self, Lambda: Array) -> Array:
         """``(...)``: whether there are derivatives where the factor of the user's columns is ``Lambda (q, q, ...)``."""
