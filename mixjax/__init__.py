@@ -38,11 +38,19 @@ _HOMES = {
     "to_params": "mixjax.estimation.params",
     "from_params": "mixjax.estimation.params",
     "Result": "mixjax.optimise.results",
+    # tests and intervals
+    "compare": "mixjax.inference.likelihood_ratio",
+    "exact_lrt": "mixjax.inference.exact_lrt",
+    "exact_rlrt": "mixjax.inference.exact_lrt",
+    "wald": "mixjax.inference.contrasts",
+    "satterthwaite": "mixjax.inference.contrasts",
+    "kenward_roger": "mixjax.inference.contrasts",
     # what can go wrong
     "FormulaError": "mixjax.formula.errors",
     "DataError": "mixjax.formula.errors",
     "DataWarning": "mixjax.formula.errors",
     "ConvergenceWarning": "mixjax.fitted",
+    "InferenceWarning": "mixjax.fitted",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -60,10 +68,17 @@ if TYPE_CHECKING:
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params
     from mixjax.fitted import ConvergenceWarning as ConvergenceWarning
+    from mixjax.fitted import InferenceWarning as InferenceWarning
     from mixjax.formula.build import build_design as build_design
     from mixjax.formula.errors import DataError as DataError
     from mixjax.formula.errors import DataWarning as DataWarning
     from mixjax.formula.errors import FormulaError as FormulaError
+    from mixjax.inference.contrasts import kenward_roger as kenward_roger
+    from mixjax.inference.contrasts import satterthwaite as satterthwaite
+    from mixjax.inference.contrasts import wald as wald
+    from mixjax.inference.exact_lrt import exact_lrt as exact_lrt
+    from mixjax.inference.exact_lrt import exact_rlrt as exact_rlrt
+    from mixjax.inference.likelihood_ratio import compare as compare
     from mixjax.likelihood.criterion import criterion as criterion
     from mixjax.likelihood.cross_products import cross_products as cross_products
     from mixjax.likelihood.marginal import MarginalParams as MarginalParams
@@ -81,9 +96,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mixjax' has no attribute {name!r}")
     home = import_module(_HOMES[name])
-    value = home if _HOMES[name] == f"mixjax.{name}" and not hasattr(home, name) else getattr(home, name)
-    globals()[name] = value
-    return value
+    # All names of a home at once: importing mixjax.lmm makes that module an attribute, which would hide the function.
+    for other, place in _HOMES.items():
+        if place == _HOMES[name]:
+            globals()[other] = getattr(home, other, home)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

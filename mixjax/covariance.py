@@ -178,6 +178,11 @@ class Structure(ABC):
         """``Lambda (q, q, ...)``."""
         return _stack(self.entries(x))
 
+    def directions(self) -> np.ndarray | None:
+        """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
+        others near them; None where there are no such. Kenward-Roger degrees of freedom need them."""
+        return None
+
     # --- lower ranks: each is tried where it is near, and kept where the criterion does not rise
 
     @property
@@ -240,6 +245,12 @@ class Unstructured(Structure):
 
     def near(self, F: Array) -> Array:
         return theta_of_lambda(linalg.lower_factor(F, rank_tolerance(F.dtype)), self.q)
+
+    def directions(self) -> np.ndarray:
+        units = np.zeros((self.k, self.q, self.q))
+        for j, (a, b) in enumerate(pairs_of(self.q)):
+            units[j, a, b] = units[j, b, a] = 1.0
+        return units
 
     @property
     def deviations(self) -> tuple[int, ...]:
@@ -305,6 +316,9 @@ class Diagonal(Structure):
     def near(self, F: Array) -> Array:
         return jnp.sqrt((F * F).sum(1))
 
+    def directions(self) -> np.ndarray:
+        return np.eye(self.q)[:, :, None] * np.eye(self.q)[:, None]
+
 
 @dataclass(frozen=True)
 class HomogeneousCompoundSymmetry(Structure):
@@ -326,6 +340,9 @@ class HomogeneousCompoundSymmetry(Structure):
         mean = F.mean(0)
         of_mean, of_differences = self.q * (mean**2).sum(0), ((F - mean) ** 2).sum((0, 1)) / (self.q - 1)
         return jnp.sqrt(jnp.stack([of_mean, of_differences]))
+
+    def directions(self) -> np.ndarray:
+        return np.stack([np.eye(self.q), np.ones((self.q, self.q)) - np.eye(self.q)])
 
 
 STRUCTURES: dict[str, type[Structure]] = {

@@ -20,8 +20,13 @@ class ConvergenceWarning(UserWarning):
     """A fit did not converge: its numbers are not estimates."""
 
 
+class InferenceWarning(UserWarning):
+    """An interval or a test is not quite what was asked for, or rests on less than it usually does."""
+
+
 # As DataWarning: a second fit that fails on the same line is news again.
 warnings.filterwarnings("always", category=ConvergenceWarning, append=True)
+warnings.filterwarnings("always", category=InferenceWarning, append=True)
 
 
 def check_options(reml: Any, optimizer: Any) -> None:
@@ -82,6 +87,21 @@ class Fitted:
     def nobs(self) -> int:
         """Number of rows."""
         return int(self.stats.n)
+
+
+def term_names(labels: Labels) -> list[str]:
+    """One name per random term: its group, with ``.1``, ``.2`` where a group has several terms, as in lme4."""
+    groups = [term.group for term in labels.terms]
+    earlier = [groups[:t].count(group) for t, group in enumerate(groups)]
+    return [f"{group}.{k}" if k else group for group, k in zip(groups, earlier, strict=True)]
+
+
+def record_of(fit: Any) -> Fitted:
+    """The record of a fit: of a Fitted itself, or of an object that carries one as ``record``, as LMMFit does."""
+    record = getattr(fit, "record", fit)
+    if not isinstance(record, Fitted):
+        raise TypeError(f"a fit is needed, as mixjax.lmm returns it; got {type(fit).__name__}")
+    return record
 
 
 def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = None, optimizer: Any = None) -> Fitted:

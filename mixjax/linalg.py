@@ -92,6 +92,32 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
     return M, logdet
 
 
+# Up to this size inverse_small() eliminates by itself.
+SMALL = 64
+
+
+def inverse_small(M: Array) -> Array:
+    """Inverse of one small symmetric positive definite ``M (n, n)``, without calls of LAPACK, which wait for each other
+    in programs that ``vmap`` makes of several kinds of them.
+
+    Gauss-Jordan elimination of the matrix scaled to a unit diagonal. Not positive definite gives what it gives: look at
+    :func:`is_positive` first. Not for reverse-mode differentiation.
+    """
+    n = M.shape[0]
+    if n > SMALL:
+        return inverse_logdet(M)[0]
+    scale = jax.lax.rsqrt(jnp.diagonal(M))
+
+    def step(k, M):
+        row, column = M[k] / M[k, k], M[:, k]
+        pivot = 1.0 / M[k, k]
+        M = M - column[:, None] * row[None]
+        return M.at[k].set(row).at[:, k].set(-column * pivot).at[k, k].set(pivot)
+
+    inverse = jax.lax.fori_loop(0, n, step, M * scale[:, None] * scale[None])
+    return 0.5 * (inverse + inverse.T) * scale[:, None] * scale[None]
+
+
 def _inverse_by_halves(M: Array) -> tuple[Array, Array]:
     """Of a large matrix: the inverse of one half, and of the Schur complement of the other.
 

@@ -19,18 +19,19 @@ from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products
+from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products, term_names
 from mixjax.formula.build import build_design, check_number_of_effects
 from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.errors import DataError
 from mixjax.formula.table import row_values
-from mixjax.inference import variance
+from mixjax.inference.contrasts import t_tests
+from mixjax.inferring import Inferring
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.streams import cross_products_from
-from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, term_names, tidy
+from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
 
 
 def lmm(
@@ -91,7 +92,7 @@ def lmm(
     return LMMFit(fit_design(design, labels, reml, start, optimizer), optimizer)
 
 
-class LMMFit:
+class LMMFit(Inferring):
     """A fitted linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
 
     Standard deviations and covariances are absolute unless a name says relative (``theta``, ``Lambda``).
@@ -106,6 +107,11 @@ class LMMFit:
         return {"_fitted": self._fitted, "_method": None}
 
     # --- the record ---------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Fitted:  # type: ignore[override]
+        """The frozen record of the fit, which inference and diagnostics are functions of."""
+        return self._fitted
 
     @property
     def design(self) -> Design:
@@ -192,25 +198,17 @@ class LMMFit:
         """
         with jax.enable_x64(True):
             lambdas = lambdas_of_theta(jax.numpy.asarray(self.theta), self._qs)
-        return dict(zip(term_names(self._fitted), map(np.asarray, lambdas), strict=True))
+        return dict(zip(term_names(self.labels), map(np.asarray, lambdas), strict=True))
 
     @property
     def Sigma(self) -> dict[str, np.ndarray]:
         """Dict group -> covariance (q, q) of a term's random effects, absolute; keys as in :attr:`Lambda`."""
-        return dict(zip(term_names(self._fitted), self.estimates.Sigma, strict=True))
+        return dict(zip(term_names(self.labels), self.estimates.Sigma, strict=True))
 
     @property
     def varcorr(self) -> VarCorr:
         """Standard deviations and correlations: ``str()`` for lme4's table, ``.to_frame()`` for data."""
         return VarCorr(self._fitted)
-
-    def icc(self, by_group: bool = False) -> pd.Series:
-        """Intraclass correlation, ``adjusted`` and ``unadjusted``, or one for every grouping factor."""
-        return variance.icc(self._fitted, by_group)
-
-    def r2(self) -> pd.Series:
-        """Shares of explained variance: ``marginal``, by the fixed effects, and ``conditional``, by random ones too."""
-        return variance.r2(self._fitted)
 
     @property
     def _qs(self) -> tuple[int, ...]:
@@ -304,13 +302,32 @@ class LMMFit:
         """Fixed effects, covariance parameters and sigma."""
         return n_parameters(self._fitted)
 
-    def summary(self) -> Summary:
-        """Tables to read: ``print(fit.summary())``; HTML in notebooks."""
-        return Summary(self._fitted)
+    def summary(self, ddf: str | None = None) -> Summary:
+        """Tables to read: ``print(fit.summary())``; HTML in notebooks.
 
-    def tidy(self) -> pd.DataFrame:
-        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value."""
-        return tidy(self._fitted)
+        Args:
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"`` adds degrees of freedom and p values.
+        """
+        return Summary(self._fitted, self._tests(ddf))
+
+    def tidy(self, ddf: str | None = None) -> pd.DataFrame:
+        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value; ``ddf`` as above."""
+        return tidy(self._fitted, self._tests(ddf))
+
+    def _tests(self, ddf: str | None) -> pd.DataFrame | None:
+        names = self.labels.fixed
+        return None if ddf is None else t_tests(self._fitted, np.eye(len(names)), ddf, names=names)
+
+    @property
+    def pvalues(self) -> pd.Series:
+        """p values of the fixed effects with Satterthwaite's degrees of freedom."""
+        tests = self._tests("satterthwaite")
+        assert tests is not None
+        return tests["p_value"].rename("pvalues")
+
+    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
+        """statsmodels' name for Wald intervals of the fixed effects; ``alpha`` is 1 - level."""
+        return self.confint("beta_", 1 - alpha, method="wald")
 
     def glance(self) -> pd.DataFrame:
         """One row: nobs, npar, sigma, loglik, aic, bic, criterion, ..."""
@@ -426,7 +443,7 @@ class LMMFit:
         reml = self.reml if reml is None else reml
         check_options(reml, None)
         est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=(*KEEP, "Sigma", "vcov"))
-        return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self._fitted), self.labels.terms, strict=True)))
+        return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))
 
 
 @partial(jax.jit)

@@ -11,18 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.diagnostics.residuals import conditional_residuals
-from mixjax.fitted import Fitted
-
-
-def term_names(fitted: Fitted) -> list[str]:
-    """One name per random term: its group, with ``.1``, ``.2`` where a group has several terms, as in lme4."""
-    seen: dict[str, int] = {}
-    names = []
-    for term in fitted.labels.terms:
-        k = seen.get(term.group, 0)
-        names.append(f"{term.group}.{k}" if k else term.group)
-        seen[term.group] = k + 1
-    return names
+from mixjax.fitted import Fitted, term_names
 
 
 def group_sizes(fitted: Fitted) -> dict[str, int]:
@@ -60,7 +49,7 @@ class VarCorr:
         """
         rows: list[tuple[Any, ...]] = []
         for name, labels, Sigma in zip(
-            term_names(self.fitted), self.fitted.labels.terms, self.fitted.estimates.Sigma, strict=True
+            term_names(self.fitted.labels), self.fitted.labels.terms, self.fitted.estimates.Sigma, strict=True
         ):
             sd = np.sqrt(np.diag(Sigma))
             rows += [(name, e, None, Sigma[i, i], sd[i]) for i, e in enumerate(labels.effects)]
@@ -81,7 +70,7 @@ class VarCorr:
         sd_text, var_text = fixed_decimals(every, 5), fixed_decimals(every**2, 5)
         width = max(len(sd) for sd in sds)
         rows, k = [], 0
-        for name, term, Sigma in zip(term_names(self.fitted), labels, estimates.Sigma, strict=True):
+        for name, term, Sigma in zip(term_names(self.fitted.labels), labels, estimates.Sigma, strict=True):
             cor = correlation(Sigma)
             for i, effect in enumerate(term.effects):
                 cells = [f"{c:.2f}" if np.isfinite(c) else "NaN" for c in cor[i, :i]]
@@ -109,8 +98,11 @@ def correlation(Sigma: np.ndarray) -> np.ndarray:
         return Sigma / np.outer(sd, sd)
 
 
-def coefficient_table(fitted: Fitted) -> pd.DataFrame:
-    """Estimate, standard error and their ratio per fixed effect."""
+def coefficient_table(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Estimate, standard error and their ratio per fixed effect; with ``tests`` also df and p_value, and the standard
+    errors of that method."""
+    if tests is not None:
+        return tests.rename_axis("term")
     se = np.sqrt(np.diag(fitted.estimates.vcov))
     beta = fitted.estimates.beta
     return pd.DataFrame(
@@ -123,6 +115,7 @@ class Summary:
     """Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``."""
 
     fitted: Fitted
+    tests: pd.DataFrame | None = None
 
     def __str__(self) -> str:
         parts = [
@@ -175,19 +168,23 @@ class Summary:
         return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
 
     def _fixed_table(self) -> pd.DataFrame:
-        table = coefficient_table(self.fitted)
+        table = coefficient_table(self.fitted, self.tests)
         se = table["std_error"].to_numpy()
         decimals = int(np.clip(3 - np.floor(np.log10(se.min())), 0, 12)) if len(se) and se.min() > 0 else 4
         wide = decimals > 8 or (len(se) and np.abs(table["estimate"]).max() >= 1e9)
         number = (lambda x: f"{x:.5g}") if wide else (lambda x: f"{x:.{decimals}f}")
-        return pd.DataFrame(
-            {
-                "": table.index,
-                "Estimate": [number(x) for x in table["estimate"]],
-                "Std. Error": [number(x) for x in table["std_error"]],
-                "t value": [f"{x:.3f}" for x in table["statistic"]],
-            }
-        )
+        columns = {
+            "": table.index,
+            "Estimate": [number(x) for x in table["estimate"]],
+            "Std. Error": [number(x) for x in table["std_error"]],
+        }
+        is_t = self.tests is None or np.isfinite(table["df"]).any()
+        if self.tests is not None and is_t:
+            columns["df"] = [f"{x:.2f}" for x in table["df"]]
+        columns["t value" if is_t else "z value"] = [f"{x:.3f}" for x in table["statistic"]]
+        if self.tests is not None:
+            columns["Pr(>|t|)" if is_t else "Pr(>|z|)"] = [f"{x:.3g}" for x in table["p_value"]]
+        return pd.DataFrame(columns)
 
     def _fixed_text(self) -> str:
         return text_table(self._fixed_table(), left=1) if self.fitted.labels.fixed else "none"
@@ -218,14 +215,14 @@ class Summary:
         return notes
 
 
-def tidy(fitted: Fitted) -> pd.DataFrame:
+def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     """Estimates in rows, as broom.mixed's ``tidy()``.
 
     Columns ``effect`` ("fixed" or "ran_pars"), ``group``, ``term``, ``estimate``, ``std_error``, ``statistic``,
     ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
     of freedom and p-values need a method for the degrees of freedom and are NaN without one.
     """
-    fixed = coefficient_table(fitted).reset_index()
+    fixed = coefficient_table(fitted, tests).reset_index()
     fixed.insert(0, "effect", "fixed")
     fixed.insert(1, "group", None)
     frame = VarCorr(fitted).to_frame()

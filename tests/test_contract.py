@@ -31,6 +31,12 @@ FUNCTIONS = {
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result')",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
+    "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",
+    "exact_lrt": "m, without=(), key=0, n=100000",
+    "exact_rlrt": "m, m0=None, mA=None, key=0, n=100000",
+    "wald": "est, stats, L",
+    "satterthwaite": "est, stats, L, reml=True",
+    "kenward_roger": "est, stats, L",
     "enable_compilation_cache": "path=None",
     "datasets.load": "name",
 }
@@ -39,8 +45,21 @@ METHODS = {
     "coef": "",
     "icc": "by_group=False",
     "r2": "",
-    "summary": "",
-    "tidy": "",
+    "summary": "ddf=None",
+    "tidy": "ddf=None",
+    "test": "L, ddf='satterthwaite', joint=None",
+    "anova": "type='III', ddf='satterthwaite'",
+    "emmeans": "spec, by=None, at=None, ddf='satterthwaite', level=0.95",
+    "emtrends": "spec, var, by=None, at=None, ddf='satterthwaite', level=0.95",
+    "robust": "cluster=None, kind='CR2', L=None",
+    "confint": "parm=None, level=0.95, method='profile', ddf='wald', key=0, n=1000, kind='percentile'",
+    "conf_int": "alpha=0.05",
+    "profile": "parm=None",
+    "bootstrap": "key, n, kind='parametric', statistic=None, chunk=None, progress=False, weights='mammen', modes=False",
+    "simulate": "key, n, random='new'",
+    "variance_shares": "",
+    "variance_parameters": "",
+    "pca": "",
     "glance": "",
     "augment": "",
     "predict": "*, random=True",
@@ -54,7 +73,7 @@ PROPERTIES = {
     "theta": np.ndarray, "Lambda": dict, "Sigma": dict, "X": np.ndarray, "Z": sparse.csc_array, "design": mj.Design,
     "labels": mj.Labels, "stats": mj.CrossProducts, "estimates": mj.Estimates, "criterion": float, "loglik": float,
     "aic": float, "bic": float, "nobs": int, "npar": int, "is_singular": bool, "converged": bool, "fitted": pd.Series,
-    "reml": bool,
+    "reml": bool, "pvalues": pd.Series,
 }  # fmt: skip
 
 
@@ -70,7 +89,8 @@ def signature(function) -> str:
 
 def test_every_public_function_is_listed():
     others = {"LMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
-              "FormulaError", "DataError", "DataWarning", "ConvergenceWarning"}  # fmt: skip
+              "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
+              "InferenceWarning"}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 
 
@@ -84,7 +104,7 @@ def test_functions(name):
 
 def test_every_attribute_of_a_fit_is_listed():
     public = {name for name in dir(mj.LMMFit) if not name.startswith("_")}
-    assert public == {*METHODS, *PROPERTIES, "varcorr", "optimizer"}
+    assert public == {*METHODS, *PROPERTIES, "varcorr", "optimizer", "record"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -14,9 +14,9 @@ PACKAGE = Path(mj.__file__).parent
 # From the ground up: a room may import only what is listed above it (docs/architecture.md).
 ROOMS = [
     "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.compiling", "mixjax.bases", "mixjax.optimise",
-    "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.fitted", "mixjax.batch",
-    "mixjax.inference", "mixjax.diagnostics", "mixjax.summary", "mixjax.streams", "mixjax.lmm", "mixjax.cache",
-    "mixjax.cli", "mixjax.__main__",
+    "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.simulate", "mixjax.fitted",
+    "mixjax.batch", "mixjax.inference", "mixjax.diagnostics", "mixjax.summary", "mixjax.inferring", "mixjax.streams",
+    "mixjax.lmm", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 CORE = (
     "mixjax.linalg",
@@ -26,6 +26,7 @@ CORE = (
     "mixjax.covariance",
     "mixjax.likelihood",
     "mixjax.estimation",
+    "mixjax.simulate",
 )
 OUTSIDE_THE_CORE = ("pandas", "formulaic", "matplotlib", "mixjax.formula", "mixjax.summary", "mixjax.datasets")
 
@@ -50,6 +51,11 @@ def imports_of(path):
             assert node.level == 0, f"relative import in {path}"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_a_module_does_not_hide_the_function_of_its_name():
+    code = "import mixjax as mj; mj.LMMFit; assert callable(mj.lmm), mj.lmm"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +19,15 @@ from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
+from mixjax.estimation.surface import evaluate_of, profiled_of
 from mixjax.likelihood.criterion import check_products, in_bases, profile
 from mixjax.likelihood.crossed import crossed_moments
-from mixjax.likelihood.curvature import modes_of_factors, profile_lanes, value_gradient_hessian
+from mixjax.likelihood.curvature import modes_of_factors, profile_lanes
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.optimise.newton import Evaluate, Solution, by_differentiation, judge
+from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
 
 
@@ -107,17 +107,11 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
     stats, where = jax.tree.map(jnp.asarray, (stats, where))
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))
-    evaluate: Evaluate
     x0 = None if start is None else start_in_bases(data, start)
-    if where is not None:
-        evaluate = partial(value_gradient_hessian, moments=crossed_moments(data, where), reml=reml)
-    elif has_closed_form(data):
-        moments = moments_of(data)
-        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
-        x0 = minque_start(moments)[:, 0] if x0 is None else x0
-    else:
-        evaluate = by_differentiation(_objective_at(data, reml))
-    x0 = start_in_bases(data, None) if x0 is None else x0
+    evaluate = evaluate_of(data, reml, where)
+    if x0 is None:
+        is_small = where is None and has_closed_form(data)
+        x0 = minque_start(moments_of(data))[:, 0] if is_small else start_in_bases(data, None)
     solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.structures))
     solution = solution._replace(result=result_code(solution, own_factors(solution.x, data.Z_bases, data.layout)))
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
@@ -127,17 +121,8 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
     return est._replace(theta=est.theta + 0.0 * x.sum())
 
 
-def _objective_at(stats: CrossProducts, reml: Array) -> Callable[[Array], Array]:
-    """The criterion over the optimiser's coordinates, products arranged once."""
-    blocks = arrange(stats)
-    return lambda x: profile(cov.factors_of(x, stats.layout.structures), blocks, stats, reml).criterion
-
-
 def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array, Incidence | None]) -> Array:
-    stats, reml, where = data
-    if where is None:
-        return _objective_at(stats, reml)(x)
-    return profile_lanes(x[:, None], crossed_moments(stats, where), reml).criterion[0]
+    return profiled_of(*data)(x).criterion
 
 
 def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
@@ -183,7 +168,7 @@ def _logarithmic_objective(structures: tuple[cov.Structure, ...]):
 @jit
 def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
-    evaluate = by_differentiation(_objective_at(stats, reml))
+    evaluate = evaluate_of(stats, reml)
     solution = judge(evaluate, x[:, None], search.rank_reductions(stats.layout.structures))
     return jax.tree.map(lambda a: a[..., 0], solution)
 

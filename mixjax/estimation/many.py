@@ -124,7 +124,7 @@ class _Batch:
         self.stats, self.start, self.platform = stats, start, platform
         self.B = len(stats.yy)
         self.stacked = np.ndim(stats.XX) == 3
-        self.axes = _batch_axes(stats)
+        self.axes = batch_axes(stats)
         self.one_minimum = np.bool_(_has_one_minimum(stats))
         if self.stacked:
             shapes = jax.eval_shape(moments_of, _index(stats, self.axes, 0))
@@ -185,7 +185,7 @@ def _last(a: Any) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(np.asarray(a), 0, -1))
 
 
-def _batch_axes(stats: CrossProducts) -> CrossProducts:
+def batch_axes(stats: CrossProducts) -> CrossProducts:
     """0 for leaves with a leading axis of replicates, -1 for shared ones, in the shape of ``stats``."""
     if np.ndim(stats.XX) == 3:
         return jax.tree.map(lambda _: 0, stats)
@@ -378,7 +378,7 @@ def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
 
 def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
     """One after another over sparse rows where the dense block is large; else ``jax.vmap`` of a few at a time."""
-    axes = replace(_batch_axes(stats), classes=None)
+    axes = replace(batch_axes(stats), classes=None)
     stats = replace(stats, classes=None)
     B = len(stats.yy)
     where = None if np.ndim(stats.XX) == 3 else incidence(_index(stats, axes, 0))

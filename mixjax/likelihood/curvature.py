@@ -26,6 +26,7 @@ Thompson & Cullis 1995, Biometrics 51). All of it is held against automatic diff
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,10 +72,14 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
         moments: of B lanes, or with a last axis of 1 where lanes share it.
         reml: scalar bool, may be traced.
     """
-    lambdas = _lambdas(x, moments)
+    return profile_of(_lambdas(x, moments), moments, reml).lanes
+
+
+def profile_of(lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
+    """What is left when all effects are eliminated; no derivatives."""
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
     UU, Uy, yy = moments.contract(weights_of([first.K]))
-    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).lanes
+    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
 
 
 def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int, Array]:
@@ -104,7 +109,7 @@ def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[
     theorem, which differentiates the criterion itself.
     """
     lambdas = _lambdas(x, moments)
-    lanes, g, H, spots = _by_covariance(lambdas, moments, reml)
+    lanes, g, H, _, spots = _by_covariance(lambdas, moments, reml)
     return (lanes.criterion, *_to_coordinates(x, g, H, spots, moments.layout))
 
 
@@ -116,18 +121,56 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     """
     moments = moments.without_response()
     nothing = jnp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
-    _, g, H, spots = _by_covariance(_lambdas(nothing, moments), moments, True, with_residuals=False)
+    _, g, H, _, spots = _by_covariance(_lambdas(nothing, moments), moments, True, precision=0.0)
     return -H, g, spots
 
 
-def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_residuals: bool = True):
+class AtSigma(NamedTuple):
+    """The ML deviance with sigma given, and its derivatives by the J entries of D and by ``log sigma^2``.
+
+    Attributes:
+        value: ``(B,)``. gradient: ``(J + 1, B)``. Hessian: ``(J + 1, J + 1, B)``.
+    """
+
+    value: Array
+    gradient: Array
+    Hessian: Array
+
+
+def deviance_at_sigma(factors: list[Array], moments: AnyMoments, variance: Callable[[Array], Array]) -> AtSigma:
+    """The ML deviance as a function of relative covariances and sigma; fixed effects profiled out.
+
+    Args:
+        factors: per term ``(q, q, B)``, any factor of its relative covariance D in the bases of the products.
+        moments: of B lanes, or with a last axis of 1.
+        variance: ``sigma^2 (B,)``, given what it is where it is profiled out, ``(B,)``.
+
+    Returns:
+        :class:`AtSigma`; the entries of D stand term by term, pairs a <= b row by row.
+    """
+    lambdas = _lambdas_of_factors([[list(row) for row in F] for F in factors], moments)
+    lanes = profile_of(lambdas, moments, False).lanes
+    sigma2 = variance(lanes.rss / moments.n)
+    _, g, H, falls, spots = _by_covariance(lambdas, moments, False, precision=1.0 / sigma2)
+    at = {spot: j for j, spot in enumerate(spots)}
+    order = np.array([at[t.factor, (t.start + a, t.start + b)] for t in moments.layout.terms for a, b in pairs_of(t.q)])
+    g, H, falls = g[order], H[order[:, None], order], falls[order]
+    ratio = lanes.rss / sigma2
+    value = lanes.criterion + moments.n * (jnp.log(sigma2 * moments.n / lanes.rss) - 1.0) + ratio
+    mixed = falls / sigma2
+    upper, lower = jnp.concatenate([H, mixed[:, None]], 1), jnp.concatenate([mixed, ratio[None]])
+    return AtSigma(value, jnp.concatenate([g, (moments.n - ratio)[None]]), jnp.concatenate([upper, lower[None]]))
+
+
+def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, precision: Array | float | None = None):
     """Derivatives with respect to the J free entries of the covariances D of all factors.
 
     Args:
-        with_residuals: False leaves the residual sum of squares out of the derivatives.
+        precision: ``1 / sigma^2``, given; None where sigma is profiled out. 0 leaves the residual sum of squares out.
 
     Returns:
-        Lanes; gradient ``(J, B)``; Hessian ``(J, J, B)``; and for each entry its spot (factor, (a, b)).
+        Lanes; gradient ``(J, B)``; Hessian ``(J, J, B)``; the residual sum of squares' own gradient, sign changed; and
+        for each entry its spot (factor, (a, b)).
     """
     layout = moments.layout
     f1 = layout.chain[0]
@@ -138,21 +181,21 @@ def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, with_
     rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
     J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
     df = moments.n - jnp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
-    s = df / rest.lanes.rss if with_residuals else jnp.zeros_like(rest.lanes.rss)
-    curve = s / rest.lanes.rss if with_residuals else s
+    s = df / rest.lanes.rss if precision is None else precision + jnp.zeros_like(rest.lanes.rss)
+    curve = s / rest.lanes.rss if precision is None else jnp.zeros_like(s)
     spots = [(f1, pair) for pair in own] + [(f, pair) for f, *_ in moments.dense for pair in directions_of(layout, f)]
     rest_of = (first, rest, J, s, curve, reml)
     if isinstance(moments, CrossedMoments) and all(q == 1 for _, q, _ in moments.dense):
         crossed = moments
         ratios = jnp.stack([lambdas[f][0][0] for f, *_ in crossed.dense])
-        g, H = jax.lax.cond(
+        g, H, falls = jax.lax.cond(
             (jnp.abs(ratios) > LEAST_RATIO).all(),
             lambda: _scalar_derivatives(lambdas, crossed, *rest_of),
             lambda: _derivatives(lambdas, crossed, *rest_of),
         )
     else:
-        g, H = _derivatives(lambdas, moments, *rest_of)
-    return rest.lanes, g, H, spots
+        g, H, falls = _derivatives(lambdas, moments, *rest_of)
+    return rest.lanes, g, H, falls, spots
 
 
 class _Directions(NamedTuple):
@@ -166,7 +209,8 @@ class _Directions(NamedTuple):
 
 
 def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J: _Directions, s, curve, reml):
-    """Gradient ``(J, B)`` and Hessian ``(J, J, B)``: the first factor's directions, then those of the dense ones."""
+    """Gradient ``(J, B)``, Hessian ``(J, J, B)``, fall of the residual sum of squares ``(J, B)``: the first factor's
+    directions, then those of the dense ones."""
     lanes, c, T_X = rest.lanes, rest.c, rest.T_X
     u, p, d = c.shape[0], lanes.delta.shape[0], rest.W.shape[0]
     K2 = rest.W
@@ -201,14 +245,14 @@ def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J
         - curve * cJc[:, None] * cJc[None]
     )
     if not d:
-        return g, H
+        return g, H, cJc
     dense = dense_directions(lambdas, moments, rest, K2, s, curve, reml, (J.UU, Jc, cJc, KJ, TJ))
-    return _join(g, H, *dense)
+    return _join(g, H, cJc, *dense)
 
 
-def _join(g: Array, H: Array, g2: Array, among: Array, mixed: Array) -> tuple[Array, Array]:
+def _join(g: Array, H: Array, falls: Array, g2: Array, among: Array, mixed: Array, falls2: Array):
     upper, lower = jnp.concatenate([H, mixed], 1), jnp.concatenate([linalg.transpose(mixed), among], 1)
-    return jnp.concatenate([g, g2]), jnp.concatenate([upper, lower])
+    return jnp.concatenate([g, g2]), jnp.concatenate([upper, lower]), jnp.concatenate([falls, falls2])
 
 
 def _scalar_derivatives(
@@ -286,8 +330,8 @@ def _scalar_derivatives(
     mixed = by_factor(FJF - with_X * (2.0 * spread[0] - spread[1])).T  # (j, f)
     LJc = _rows(1.0 / l**2, K_times(Jc[:d])) - half @ TJc
     between = 2.0 * s * LJc.T @ Ee - curve * jnp.outer(cJc, eEe) - mixed
-    g, H = _join(g[:, 0], H, trace - s * eEe, among, between)
-    return g[:, None], H[..., None]
+    g, H, falls = _join(g[:, 0], H, cJc, trace - s * eEe, among, between, eEe)
+    return g[:, None], H[..., None], falls[:, None]
 
 
 def _product(A: Array, B: Array) -> Array:
@@ -311,14 +355,19 @@ def _rows(scale: Array, B: Array) -> Array:
 
 
 def _lambdas(x: Array, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
+    parts = cov.cut(x, moments.layout.structures)
+    return _lambdas_of_factors([s.entries(p) for s, p in zip(moments.layout.structures, parts, strict=True)], moments)
+
+
+def _lambdas_of_factors(entries: list, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
     """Per factor, entries ``Lambda[a][b] (B,)`` of the block-diagonal Lambda of its terms; None stands for zero."""
     lambdas: dict[int, list[list[Array | None]]] = {}
     for f, q in enumerate(moments.layout.widths):
         lambdas[f] = [[None] * q for _ in range(q)]
-    for place, part in zip(moments.layout.terms, cov.cut(x, moments.layout.structures), strict=True):
+    for place, of_term in zip(moments.layout.terms, entries, strict=True):
         own = slice(place.start, place.start + place.q)
-        for row, entries in zip(lambdas[place.factor][own], place.structure.entries(part), strict=True):
-            row[own] = entries
+        for row, values in zip(lambdas[place.factor][own], of_term, strict=True):
+            row[own] = values
     return lambdas
 
 

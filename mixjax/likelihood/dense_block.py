@@ -149,7 +149,8 @@ def dense_directions(
         first: J, J c, c'J c, K2 J and T_X'J of the first factor's directions, those along the axis before the last.
 
     Returns:
-        The gradient; the Hessian among them; and with the first factor's directions.
+        The gradient; the Hessian among them; and with the first factor's directions; the fall of the residual sum of
+        squares.
     """
     J_UU, Jc, cJc, KJ, TJ = first
     lanes, p = rest.lanes, rest.lanes.delta.shape[0]
@@ -206,7 +207,7 @@ def dense_directions(
     among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
     among = among - jnp.stack([jnp.stack(row) for row in products])
     between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
-    return g, among, between - jnp.stack(mixed, axis=1)
+    return g, among, between - jnp.stack(mixed, axis=1), eEe
 
 
 def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array):

@@ -1,0 +1,87 @@
+"""The criterion of one data set as a function of the optimiser's coordinates, in the form that suits its structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.covariance import rank_tolerance
+from mixjax.design import AnyArray
+from mixjax.likelihood.criterion import Profiled, in_bases, profile
+from mixjax.likelihood.crossed import crossed_moments
+from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
+from mixjax.likelihood.elimination import arrange
+from mixjax.likelihood.incidence import Incidence
+from mixjax.likelihood.moments import has_closed_form, moments_of
+from mixjax.likelihood.statistics import CrossProducts
+from mixjax.optimise.newton import Evaluate, by_differentiation
+
+
+def profiled_of(
+    stats: CrossProducts, reml: Array | bool, where: Incidence | None = None
+) -> Callable[[Array], Profiled]:
+    """``x (k,)`` -> the profiled likelihood there; differentiable to any order.
+
+    Args:
+        stats: cross-products of one response.
+        reml: may be traced.
+        where: what :func:`~mixjax.likelihood.incidence.incidence` found in a large crossed design, else None.
+    """
+    if where is not None:
+        moments = crossed_moments(stats, where)
+
+        def crossed(x: Array) -> Profiled:
+            return Profiled(*(a[..., 0] for a in profile_lanes(x[:, None], moments, jnp.asarray(reml))))
+
+        return crossed
+    blocks = arrange(stats)
+    return lambda x: profile(cov.factors_of(x, stats.layout.structures), blocks, stats, reml)
+
+
+def evaluate_of(stats: CrossProducts, reml: Array | bool, where: Incidence | None = None) -> Evaluate:
+    """Value, gradient and Hessian of the criterion in one lane: in closed form where there is one."""
+    if where is not None or has_closed_form(stats):
+        moments = moments_of(stats) if where is None else crossed_moments(stats, where)
+        return lambda x: value_gradient_hessian(x, moments, jnp.asarray(reml))
+    profiled = profiled_of(stats, reml)
+    return by_differentiation(lambda x: profiled(x).criterion)
+
+
+def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]:
+    """The optimiser's coordinates ``x (k,)`` of estimates ``theta``, and which of them are free there ``(k,)``.
+
+    At a singular fit the standard deviations that are zero, and in an unstructured covariance all of their columns, are
+    not.
+    """
+    layout = stats.layout
+    lambdas = cov.lambdas_of_theta(jnp.asarray(theta, stats.XX.dtype), layout.qs)
+    parts, free = [], []
+    for structure, F in zip(layout.structures, in_bases(lambdas, stats), strict=True):
+        x = structure.near(F)
+        at = jnp.asarray(structure.deviations)
+        sds = jnp.abs(x[at])
+        x = x.at[at].set(jnp.where(sds <= rank_tolerance(x.dtype) * jnp.abs(x).max(), 0.0, x[at]))
+        x, own = structure.reduced(x[:, None], jnp.full(1, -1))
+        parts.append(x[:, 0])
+        free.append(own[:, 0])
+    return jnp.concatenate(parts), jnp.concatenate(free)
+
+
+def solve_where(free: Array, H: Array, rhs: Array) -> Array:
+    """``H^{-1} rhs`` among the free coordinates, zero in the others: ``H (k, k)``, ``rhs (k, r)``."""
+    among = free[:, None] & free[None]
+    inverse = linalg.inverse_small(jnp.where(among, H, jnp.eye(H.shape[0], dtype=H.dtype)))
+    return (inverse @ (rhs * free[:, None])) * free[:, None]
+
+
+def is_regular(free: Array, H: Array) -> Array:
+    """Whether the Hessian is positive definite among the free coordinates."""
+    among = free[:, None] & free[None]
+    scaled = jnp.where(among, H, jnp.eye(H.shape[0], dtype=H.dtype))
+    d = jnp.sqrt(jnp.abs(jnp.diagonal(scaled)))
+    least = jnp.sqrt(jnp.finfo(H.dtype).eps) * jnp.eye(H.shape[0], dtype=H.dtype)
+    return linalg.is_positive((scaled / jnp.outer(d, d) - least)[..., None])[0]

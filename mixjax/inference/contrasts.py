@@ -1,0 +1,396 @@
+"""Linear hypotheses about the fixed effects: estimates, standard errors, degrees of freedom, t and F tests.
+
+The array forms (:func:`wald`, :func:`satterthwaite`, :func:`kenward_roger`) are functions of estimates and
+cross-products; :func:`t_tests` and :func:`f_test` are what a fit with names calls.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import scipy.stats
+from jax import Array
+from jax.scipy.special import betainc, erfc
+
+from mixjax.compiling import jit
+from mixjax.design import AnyArray, is_concrete
+from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.many import batch_axes
+from mixjax.estimation.surface import coordinates_of, profiled_of
+from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.inference import kenward_roger as kr
+from mixjax.inference.information import information, information_of
+from mixjax.likelihood.criterion import check_products
+from mixjax.likelihood.incidence import incidence
+from mixjax.likelihood.statistics import CrossProducts, pad
+
+METHODS = ("satterthwaite", "kenward-roger", "wald")
+
+
+class Contrast(NamedTuple):
+    """Linear combinations ``L beta``, one per row of L; replicates in front.
+
+    Attributes:
+        estimate, se, df, statistic, p: ``(r,)``. ``statistic = estimate / se``; df is infinite for Wald's z tests;
+            ``p`` is two-sided.
+    """
+
+    estimate: AnyArray
+    se: AnyArray
+    df: AnyArray
+    statistic: AnyArray
+    p: AnyArray
+
+
+# --- array forms -----------------------------------------------------------------------------------------------------
+
+
+def wald(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast:
+    """z tests of linear combinations of the fixed effects, theta taken as known.
+
+    Pure and differentiable: ``jit`` and ``vmap`` work. Estimates and cross-products of many responses, as
+    :func:`mixjax.estimate_many` takes and gives them, give arrays with a leading axis.
+
+    Args:
+        est: estimates; theta, beta and sigma are looked at.
+        stats: cross-products they come from.
+        L: ``(r, p)`` combinations, or ``(p,)`` one.
+
+    Returns:
+        :class:`Contrast`.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> [round(float(z), 3) for z in mj.wald(fit.estimates, fit.stats, [0.0, 1.0]).statistic]
+        [6.771]
+    """
+    return _of_one_or_many(_wald, est, stats, L)
+
+
+def satterthwaite(est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True) -> Contrast:
+    """t tests with Satterthwaite's degrees of freedom, as lmerTest defines them.
+
+    ``df = 2 v^2 / (g' A g)`` for the variance ``v = l' vcov l`` of each combination, its gradient g with respect to all
+    variance parameters, sigma among them, and their asymptotic covariance A, twice the inverse Hessian of the criterion
+    (Kuznetsova, Brockhoff & Christensen 2017, J. Stat. Softw. 82(13), section 2.2). Derivatives are exact. At a
+    singular fit the zeros of theta are taken as known. NaN where the Hessian is not positive definite.
+
+    Args:
+        est, stats, L: as in :func:`mixjax.wald`.
+        reml: the criterion that was minimised.
+
+    Returns:
+        :class:`Contrast`.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> [round(float(df), 2) for df in mj.satterthwaite(fit.estimates, fit.stats, [0.0, 1.0]).df]
+        [17.0]
+    """
+    return _of_one_or_many(_satterthwaite, est, stats, L, reml)
+
+
+def kenward_roger(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast:
+    """t tests with the adjusted covariance and degrees of freedom of Kenward & Roger (1997, Biometrics 53, 983).
+
+    As pbkrtest; for one row at a time the F statistic needs no scaling. See :mod:`mixjax.inference.kenward_roger`.
+
+    Args:
+        est: REML estimates. stats, L: as in :func:`mixjax.wald`.
+
+    Returns:
+        :class:`Contrast`.
+
+    Raises:
+        ValueError: weights, a covariance structure that is not linear, or too many crossed effects.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> [round(float(df), 2) for df in mj.kenward_roger(fit.estimates, fit.stats, [0.0, 1.0]).df]
+        [17.0]
+    """
+    check_products(stats)
+    refuse_kenward_roger(stats)
+    return _of_one_or_many(_kenward_roger, est, stats, L)
+
+
+def _wald(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+    x, _ = coordinates_of(theta, stats)
+    half = jnp.asarray(stats.X_basis.R_inv)
+    vcov = sigma**2 * half @ profiled_of(stats, reml)(x).XX_inverse @ half.T
+    return _contrast(L, beta, vcov, jnp.full(L.shape[0], jnp.inf, vcov.dtype))
+
+
+def _satterthwaite(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+    info = information(theta, sigma, stats, reml)
+    return _contrast(L, beta, info.vcov, satterthwaite_df(L, info))
+
+
+def _kenward_roger(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+    fit = kr.adjust(theta, sigma, stats)
+    df = jax.vmap(lambda row: kr.f_scaling(row[None], fit)[0])(L)
+    return _contrast(L, beta, fit.adjusted, df)
+
+
+def satterthwaite_df(L: Array, info: Any) -> Array:
+    """Degrees of freedom of every row of ``L (r, p)``; see :func:`satterthwaite`."""
+    variance = jnp.einsum("rp,pq,rq->r", L, info.vcov, L)
+    gradient = jnp.einsum("rp,kpq,rq->rk", L, info.slopes, L)
+    df = 2.0 * variance**2 / jnp.einsum("rk,kl,rl->r", gradient, info.covariance, gradient)
+    return jnp.where(info.regular, df, jnp.nan)
+
+
+def _contrast(L: Array, beta: Array, vcov: Array, df: Array) -> Contrast:
+    estimate = L @ beta
+    se = jnp.sqrt(jnp.einsum("rp,pq,rq->r", L, vcov, L))
+    t = estimate / se
+    finite = jnp.where(jnp.isfinite(df), df, 1.0)
+    p = jnp.where(jnp.isinf(df), erfc(jnp.abs(t) / math.sqrt(2.0)), betainc(finite / 2, 0.5, finite / (finite + t * t)))
+    return Contrast(estimate, se, df, t, jnp.where(jnp.isnan(df), jnp.nan, p))
+
+
+def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True) -> Contrast:
+    check_products(stats)
+    p = np.shape(stats.beta0)[-1]
+    if np.ndim(L) not in (1, 2) or np.shape(L)[-1] != p:
+        raise ValueError(f"L has shape {np.shape(L)}; combinations of {p} fixed effects are (r, {p}) or ({p},)")
+    stats = replace(stats, classes=None)
+    many = np.ndim(stats.yy) == 1
+    axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
+    concrete = all(map(is_concrete, jax.tree.leaves((est, stats, L))))
+    double = concrete and np.asarray(stats.yy).dtype == np.float64
+    with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
+        rows = jnp.atleast_2d(jnp.asarray(L, stats.XX.dtype))
+        result = _jitted(fun, axes)(est.theta, est.beta, est.sigma, stats, rows, jnp.asarray(reml))
+        return jax.tree.map(np.asarray, result) if double else result
+
+
+@cache
+def _jitted(fun: Callable, axes: tuple[int, ...] | None) -> Callable:
+    """``fun`` of one fit, or of many whose cross-products have replicates in front where ``axes`` is not -1."""
+    if axes is None:
+        return jit(fun)
+
+    def many(theta, beta, sigma, stats, L, reml):
+        tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
+        return jax.vmap(fun, in_axes=(0, 0, 0, tree, None, None))(theta, beta, sigma, stats, L, reml)
+
+    return jit(many)
+
+
+# --- with names ------------------------------------------------------------------------------------------------------
+
+
+class FTest(NamedTuple):
+    """Joint test of several linear combinations: F statistic, degrees of freedom, p value.
+
+    ``scale`` is Kenward-Roger's factor, which the statistic contains.
+    """
+
+    statistic: float
+    num_df: float
+    den_df: float
+    p_value: float
+    scale: float = 1.0
+
+
+def t_tests(
+    fitted: Fitted,
+    L: AnyArray,
+    ddf: str = "satterthwaite",
+    rhs: AnyArray = 0.0,
+    names: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """A t test for every row of a contrast matrix.
+
+    Args:
+        L: ``(r, p)``. rhs: ``(r,)`` or scalar, the values under the hypotheses.
+        ddf: ``"satterthwaite"``, ``"kenward-roger"`` (which also adjusts the standard errors; an ML fit is refitted by
+            REML), or ``"wald"``: z tests.
+        names: of the rows.
+
+    Returns:
+        DataFrame with columns ``estimate``, ``std_error``, ``df``, ``statistic``, ``p_value``.
+    """
+    L = _checked(fitted, L)
+    rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
+    method = FixedEffects.of(fitted, ddf)
+    estimate = L @ method.beta
+    se = np.sqrt(np.einsum("rp,pq,rq->r", L, method.vcov, L))
+    df = method.df(L)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        statistic = (estimate - rhs) / se
+    p = 2.0 * np.where(np.isinf(df), scipy.stats.norm.sf(np.abs(statistic)), scipy.stats.t.sf(np.abs(statistic), df))
+    columns = {"estimate": estimate, "std_error": se, "df": df, "statistic": statistic, "p_value": p}
+    return pd.DataFrame(columns, index=None if names is None else pd.Index(list(names)))
+
+
+def f_test(fitted: Fitted, L: AnyArray, ddf: str = "satterthwaite", rhs: AnyArray = 0.0) -> FTest:
+    """Joint test that ``L beta = rhs``; rows that others determine are left out.
+
+    Satterthwaite: the rows are rotated to be uncorrelated, and the denominator's df chosen so that the F distribution
+    has the mean of the statistic (Fai & Cornelius 1996). Kenward-Roger: with the scaled statistic. Wald: chi-square
+    divided by its df, with infinite denominator df.
+    """
+    L = _checked(fitted, L)
+    rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
+    L, rhs = _independent_rows(L, rhs)
+    method = FixedEffects.of(fitted, ddf)
+    r = len(L)
+    covariance = L @ method.vcov @ L.T
+    difference = L @ method.beta - rhs
+    statistic = float(difference @ np.linalg.solve(covariance, difference)) / r
+    den_df, scale = method.joint(L)
+    statistic *= scale
+    p = scipy.stats.chi2.sf(statistic * r, r) if math.isinf(den_df) else scipy.stats.f.sf(statistic, r, den_df)
+    return FTest(statistic, float(r), den_df, float(p), scale)
+
+
+class FixedEffects(NamedTuple):
+    """Fixed effects under one method: covariance, and degrees of freedom of combinations.
+
+    Attributes:
+        beta: ``(p,)``. vcov: ``(p, p)``, adjusted by Kenward-Roger. df: ``L (r, p) -> (r,)``.
+        joint: ``L (r, p)`` of full row rank -> denominator df, factor of F.
+    """
+
+    beta: np.ndarray
+    vcov: np.ndarray
+    df: Callable[[np.ndarray], np.ndarray]
+    joint: Callable[[np.ndarray], tuple[float, float]]
+
+    @staticmethod
+    def of(fitted: Fitted, ddf: str) -> FixedEffects:
+        check_ddf(ddf)
+        if ddf == "wald":
+            beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
+            return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda L: (math.inf, 1.0))
+        return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
+
+
+def check_ddf(ddf: Any) -> None:
+    """Raise ValueError for a method that is none."""
+    if ddf not in METHODS:
+        raise ValueError(f"ddf must be one of {', '.join(map(repr, METHODS))}, got {ddf!r}")
+
+
+def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
+    info = fitted_information(fitted)
+    if not info.regular:
+        warnings.warn(
+            "the Hessian of the criterion is not positive definite at these estimates: there are no Satterthwaite "
+            "degrees of freedom; use ddf='kenward-roger' or a simpler random part",
+            InferenceWarning,
+            stacklevel=4,
+        )
+    elif not info.free.all():
+        warnings.warn(
+            "singular fit: Satterthwaite's degrees of freedom take the variances that are zero, and the correlations "
+            "at their bounds, as known; ddf='kenward-roger' does not",
+            InferenceWarning,
+            stacklevel=4,
+        )
+
+    def df(L: np.ndarray) -> np.ndarray:
+        with jax.enable_x64(True):
+            return np.asarray(satterthwaite_df(jnp.asarray(L), info))
+
+    def joint(L: np.ndarray) -> tuple[float, float]:
+        _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
+        return _pooled_df(df(vectors.T @ L)), 1.0
+
+    return FixedEffects(np.asarray(fitted.estimates.beta), np.asarray(info.vcov), df, joint)
+
+
+def fitted_information(fitted: Fitted) -> Any:
+    """:func:`~mixjax.inference.information.information` of a fit, as numpy arrays."""
+    est = fitted.estimates
+    with jax.enable_x64(True):
+        stats = pad(fitted.stats)
+        return jax.tree.map(
+            np.asarray, information_of(est.theta, est.sigma, stats, np.bool_(fitted.reml), incidence(stats))
+        )
+
+
+def _pooled_df(dfs: np.ndarray) -> float:
+    """Denominator df of a mean of squared independent t variables: ``2 E / (E - r)``, ``E = sum df / (df - 2)``."""
+    if not np.isfinite(dfs).all():
+        return float("nan")
+    if np.ptp(dfs) < 1e-8 * np.abs(dfs).max():
+        return float(dfs.mean())
+    if (dfs <= 2).any():
+        return 2.0
+    E = (dfs / (dfs - 2)).sum()
+    return float(2 * E / (E - len(dfs)))
+
+
+def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
+    refuse_kenward_roger(fitted.stats)
+    if not fitted.reml:
+        warnings.warn(
+            "Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests",
+            InferenceWarning,
+            stacklevel=4,
+        )
+        fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
+    with jax.enable_x64(True):
+        fit = jax.tree.map(np.asarray, _adjusted(fitted.estimates.theta, fitted.estimates.sigma, pad(fitted.stats)))
+
+    def joint(L: np.ndarray) -> tuple[float, float]:
+        with jax.enable_x64(True):
+            df, scale = kr.f_scaling(jnp.asarray(L), jax.tree.map(jnp.asarray, fit))
+            return float(df), float(scale)
+
+    def df(L: np.ndarray) -> np.ndarray:
+        return np.array([joint(row[None])[0] for row in L])
+
+    return FixedEffects(np.asarray(fitted.estimates.beta), fit.adjusted, df, joint)
+
+
+_adjusted = jit(kr.adjust)
+
+
+def refuse_kenward_roger(stats: CrossProducts) -> None:
+    """Raise ValueError, with the reason, where there are no Kenward-Roger degrees of freedom."""
+    reason = kr.refusal(stats)
+    if reason:
+        raise ValueError(f"no Kenward-Roger degrees of freedom: {reason}; use ddf='satterthwaite'")
+
+
+def _checked(fitted: Fitted, L: AnyArray) -> np.ndarray:
+    L = np.atleast_2d(np.asarray(L, dtype=np.float64))
+    p = len(fitted.labels.fixed)
+    if L.ndim != 2 or L.shape[1] != p:
+        raise ValueError(f"L has shape {L.shape}; contrasts of the fixed effects {list(fitted.labels.fixed)} have {p} "
+                         "columns")  # fmt: skip
+    if not np.isfinite(L).all():
+        raise ValueError("L has missing or infinite values")
+    return L
+
+
+def _independent_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An orthonormal basis of the rows, with the values under the hypothesis.
+
+    Raises:
+        ValueError: the rows are all zero, or contradict each other.
+    """
+    U, sizes, Vt = np.linalg.svd(L, full_matrices=False)
+    rank = int((sizes > 1e-9 * max(sizes.max(), 1e-300)).sum()) if sizes.max() > 0 else 0
+    if rank == 0:
+        raise ValueError("L has only zeros: there is no hypothesis")
+    values = (U.T @ rhs)[:rank] / sizes[:rank]
+    if np.abs(L @ (Vt[:rank].T @ values) - rhs).max() > 1e-8 * (1.0 + np.abs(rhs).max()):
+        raise ValueError("the hypotheses contradict each other: no coefficients satisfy all rows of L")
+    return Vt[:rank], values

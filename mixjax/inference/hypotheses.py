@@ -1,0 +1,547 @@
+"""Hypotheses about the fixed effects: what ``L beta = rhs`` is, for terms of the formula and for what a user writes."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pandas as pd
+from formulaic import ModelSpec
+from formulaic.parser.types import Factor
+from formulaic.parser.types import Term as FormulaTerm
+
+from mixjax.design import Labels
+from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.formula.build import caller_context, usable
+from mixjax.inference.contrasts import FixedEffects, f_test, t_tests
+
+TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
+# Singular values and coefficients below this, relative to the largest, are zeros: columns have unit length there.
+TINY = 1e-10
+
+
+# --- what a user writes -------------------------------------------------------------------------------------------
+
+
+class Hypotheses(NamedTuple):
+    """``L beta = rhs``.
+
+    Attributes:
+        L: ``(r, p)`` weights of the fixed effects, one hypothesis per row.
+        rhs: ``(r,)`` values under the hypothesis.
+        names: ``r`` names.
+    """
+
+    L: np.ndarray
+    rhs: np.ndarray
+    names: list[str]
+
+
+def contrast_matrix(fitted: Fitted, spec: Any) -> Hypotheses:
+    """Read hypotheses about the fixed effects.
+
+    Args:
+        fitted: the fit.
+        spec: one of
+
+            * a string: ``"Days = 10"``, ``"2*Days - Intercept"``, ``"recipe[T.B] = recipe[T.C]"``; without ``=`` the
+              hypothesis is that it is zero. Numbers, ``+ - * /``, parentheses and names of columns of X, as formulaic
+              writes them or as lme4 does: ``(Intercept)``, ``recipeB``, ``recipeB:temperature185``;
+            * a dict column -> weight;
+            * an array ``(p,)`` or ``(r, p)`` of weights, or a data frame with columns of X as its columns;
+            * a list of strings, dicts and arrays ``(p,)``: one hypothesis each.
+
+    Raises:
+        ValueError: a name that is no column of X (with the nearest that is), a wrong number of weights, an expression
+            that is not linear, or nothing at all.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.hypotheses import contrast_matrix
+        >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"))
+        >>> contrast_matrix(fit.record, "2*Days - Intercept = 5")
+        Hypotheses(L=array([[-1.,  2.]]), rhs=array([5.]), names=['2*Days - Intercept = 5'])
+    """
+    fixed = list(fitted.labels.fixed)
+    if isinstance(spec, pd.DataFrame):
+        spec = [{str(k): v for k, v in row.items() if v != 0} for row in spec.to_dict("records")]
+    if (
+        isinstance(spec, Sequence)
+        and not isinstance(spec, str)
+        and any(isinstance(s, str) or not np.isscalar(s) for s in spec)
+    ):
+        rows = [_one_hypothesis(fitted.labels, one) for one in spec]
+    elif isinstance(spec, str | Mapping) or np.ndim(spec) < 2:
+        rows = [_one_hypothesis(fitted.labels, spec)]
+    elif np.ndim(spec) == 2:
+        rows = [_one_hypothesis(fitted.labels, one) for one in np.asarray(spec)]
+    else:
+        raise ValueError(f"weights must be ({len(fixed)},) or (r, {len(fixed)}), got shape {np.shape(spec)}")
+    if not rows:
+        raise ValueError("there is no hypothesis: give at least one row, dict or string")
+    return Hypotheses(np.stack([row[0] for row in rows]), np.array([row[1] for row in rows]), [row[2] for row in rows])
+
+
+def _one_hypothesis(labels: Labels, spec: Any) -> tuple[np.ndarray, float, str]:
+    fixed = list(labels.fixed)
+    if isinstance(spec, str):
+        weights, rhs = _Expression(spec, labels).hypothesis()
+        return weights, rhs, spec.strip()
+    if isinstance(spec, Mapping):
+        names = known_names(labels)
+        weights = np.zeros(len(fixed))
+        for name, weight in spec.items():
+            weights[names[name] if name in names else _unknown(str(name), labels)] += _number(weight, name)
+    else:
+        weights = np.array([_number(w, "a weight") for w in spec]) if np.ndim(spec) == 1 else np.zeros(0)
+        if weights.shape != (len(fixed),):
+            raise ValueError(
+                f"weights have shape {np.shape(spec)}, but there are {len(fixed)} fixed effects: {', '.join(fixed)}"
+            )
+    if not weights.any():
+        raise ValueError("a hypothesis has no weight other than zero: it is about no fixed effect")
+    return weights, 0.0, _written(weights, fixed)
+
+
+def _number(value: Any, what: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not np.isfinite(number):
+        raise ValueError(f"the weight of '{what}' must be a finite number, got {value!r}")
+    return number
+
+
+def _written(weights: np.ndarray, fixed: Sequence[str]) -> str:
+    """``2*Days - Intercept``; longer ones are cut."""
+    used = np.flatnonzero(weights)
+    text = ""
+    for j in used[:4]:
+        size = "" if abs(weights[j]) == 1 else f"{abs(weights[j]):.4g}*"
+        sign = ("-" if weights[j] < 0 else "") if not text else (" - " if weights[j] < 0 else " + ")
+        text += f"{sign}{size}{fixed[j]}"
+    return text + (" + ..." if len(used) > 4 else "")
+
+
+def known_names(labels: Labels) -> dict[str, int]:
+    """Every spelling of a fixed effect that is understood -> its column of X.
+
+    lme4's: ``(Intercept)``, and levels that follow the factor without ``[T.]``; where two columns would share such a
+    spelling, it is not understood.
+    """
+    own = {name: j for j, name in enumerate(labels.fixed)}
+    taken = {*own, *labels.dropped_columns}
+    others: dict[str, int] = {}
+    twice = set()
+    for name, j in own.items():
+        spelling = "(Intercept)" if name == "Intercept" else re.sub(r"\[(?:T\.)?([^\[\]]*)\](?=:|$)", r"\1", name)
+        twice |= {spelling} & set(others)
+        others.setdefault(spelling, j)
+    return own | {name: j for name, j in others.items() if name not in taken and name not in twice}
+
+
+def _unknown(name: str, labels: Labels) -> NoReturn:
+    if name in labels.dropped_columns:
+        raise ValueError(f"'{name}' was left out of the fit because other columns determine it: it has no estimate")
+    names = list(known_names(labels))
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(labels.fixed)}"
+    raise ValueError(f"there is no fixed effect '{name}'; {hint}")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """A name wherever spaces stand in it, up to where no name could go on."""
+    tokens = re.findall(r"\w+|[^\w\s]", name)
+    text = re.escape(tokens[0])
+    for before, token in itertools.pairwise(tokens):
+        text += (r"\s+" if re.match(r"\w", before) and re.match(r"\w", token) else r"\s*") + re.escape(token)
+    return re.compile(text + r"(?=\s|[-+*/=)]|$)")
+
+
+class _Expression:
+    """A linear equation, read from left to right. Values are ``(p + 1,)``: weights and, last, the constant."""
+
+    def __init__(self, text: str, labels: Labels):
+        self.text, self.labels, self.at = text, labels, 0
+        self.p = len(labels.fixed)
+        self.names = [(_pattern(name), j) for name, j in known_names(labels).items()]
+
+    def hypothesis(self) -> tuple[np.ndarray, float]:
+        if not self.text.strip():
+            self._fail("it is empty")
+        value = self._sum()
+        if self._take("="):
+            value = value - self._sum()
+        if self.at < len(self.text):
+            if self._take("="):
+                self._fail("it has more than one '='; write a list of equations")
+            self._fail(f"expected +, -, *, / or = before '{self._rest()}'")
+        if not np.isfinite(value).all():
+            self._fail("it holds a number that is not finite")
+        if not value[:-1].any():
+            self._fail("no fixed effect is left in it")
+        return value[:-1], 0.0 - value[-1]
+
+    def _sum(self) -> np.ndarray:
+        value = self._product()
+        while sign := self._take("+") or self._take("-"):
+            value = value + (1 if sign == "+" else -1) * self._product()
+        return value
+
+    def _product(self) -> np.ndarray:
+        value = self._signed()
+        while sign := self._take("*") or self._take("/"):
+            other = self._signed()
+            if sign == "*" and value[:-1].any():
+                value, other = other, value
+            if (other if sign == "/" else value)[:-1].any():
+                self._fail("it is not linear: a fixed effect can only be multiplied with or divided by a number")
+            if sign == "/" and other[-1] == 0:
+                self._fail("it divides by zero")
+            value = value[-1] * other if sign == "*" else value / other[-1]
+        return value
+
+    def _signed(self) -> np.ndarray:
+        if sign := self._take("+") or self._take("-"):
+            return (1 if sign == "+" else -1) * self._signed()
+        return self._operand()
+
+    def _operand(self) -> np.ndarray:
+        self._skip()
+        value = np.zeros(self.p + 1)
+        end = self.at
+        number = re.compile(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(?![\w.\[])").match(self.text, self.at)
+        if number:
+            value[-1], end = float(number[0]), number.end()
+        for pattern, j in self.names:
+            name = pattern.match(self.text, self.at)
+            if name and name.end() > end:
+                value, end = np.eye(self.p + 1)[j], name.end()
+        if end > self.at:
+            self.at = end
+            return value
+        if self._take("("):
+            value = self._sum()
+            if not self._take(")"):
+                self._fail("a parenthesis is not closed")
+            return value
+        word = re.match(r"[^\s+*/=]+", self._rest())
+        if word is None:
+            self._fail(
+                f"expected a fixed effect or a number before '{self._rest()}'" if self._rest() else "it breaks off"
+            )
+        for dropped in self.labels.dropped_columns:
+            if _pattern(dropped).match(self.text, self.at):
+                _unknown(dropped, self.labels)
+        _unknown(word[0], self.labels)
+
+    def _skip(self) -> None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+
+    def _take(self, sign: str) -> str:
+        self._skip()
+        if not self.text.startswith(sign, self.at):
+            return ""
+        self.at += 1
+        return sign
+
+    def _rest(self) -> str:
+        return self.text[self.at :]
+
+    def _fail(self, why: str) -> NoReturn:
+        raise ValueError(f"the hypothesis '{self.text}' cannot be read: {why}")
+
+
+# --- terms of the formula -----------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """One term of the fixed effects.
+
+    Attributes:
+        name: as the formula has it. columns: its columns among those of X.
+        categories, numbers: its factors of either kind.
+        factors: all of them, as formulaic knows them.
+    """
+
+    name: str
+    columns: list[int]
+    categories: frozenset[str]
+    numbers: frozenset[str]
+    factors: tuple[Factor, ...]
+
+    def is_contained_in(self, other: Term) -> bool:
+        """The other has the same numeric factors, all of this one's categorical factors, and more of them."""
+        return self.numbers == other.numbers and self.categories < other.categories
+
+
+def short_names(labels: Labels) -> Callable[[str], str]:
+    """What formulaic calls a term or a column -> what it is called here.
+
+    The argument contrasts= makes ``C(recipe, contr.sum)`` of recipe; columns are called after recipe all the same.
+    """
+    known = [*labels.fixed, *labels.dropped_columns]
+    short = {}
+    for factor in labels.specs["fixed"].factors:
+        match = re.fullmatch(r"C\((.+?), contr\..+\)", factor.expr)
+        if match and not any(factor.expr in name for name in known):
+            short[factor.expr] = match[1]
+
+    def shorten(name: str) -> str:
+        for long, column in short.items():
+            name = name.replace(long, column)
+        return name
+
+    return shorten
+
+
+def terms_of(labels: Labels) -> list[Term]:
+    """Terms of the fixed effects in the order of the columns, with the intercept."""
+    shorten = short_names(labels)
+    place = {name: j for j, name in enumerate(labels.fixed)}
+    terms = []
+    for part in labels.specs["fixed"].structure:
+        factors = tuple(f for f in part.term.factors if f.expr != "1")
+        categories = frozenset(f.expr for f in factors if _is_categorical(f, labels))
+        numbers = frozenset(f.expr for f in factors) - categories
+        columns = [place[name] for name in map(shorten, part.columns) if name in place]
+        terms.append(Term(shorten(str(part.term)), columns, categories, numbers, factors))
+    return terms
+
+
+def _is_categorical(factor: Factor, labels: Labels) -> bool:
+    """Categories for R: also truth values, which formulaic takes for numbers."""
+    kind = labels.specs["fixed"].encoder_state[factor.expr][0]
+    return kind is Factor.Kind.CATEGORICAL or _is_truth(factor, labels)
+
+
+def _is_truth(factor: Factor, labels: Labels) -> bool:
+    frame = labels.frame
+    return frame is not None and factor.expr in frame and pd.api.types.is_bool_dtype(frame[factor.expr])
+
+
+def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
+    """What the tests of an analysis of variance test, term by term, as lmerTest and SAS define it.
+
+    A term is contained in another that has the same numeric factors, all its categorical factors, and more.
+
+    Args:
+        fitted: the fit.
+        type: ``"I"``: each term after those before it. ``"II"``: each after all that do not contain it. ``"III"``:
+            averages over the levels of the other factors with equal weights; the rows involve the term and those that
+            contain it only, and are orthogonal to those of the latter (SAS/STAT, "The Four Types of Estimable
+            Functions"). With all cells filled these are the hypotheses of sum-to-zero coding, whatever the coding of
+            the fit; with empty cells SAS's. A covariate in an interaction is held at zero, so centre it. Types I and
+            II depend on how many rows the cells have; weights are not used.
+
+    Returns:
+        dict term -> L ``(r, p)`` of full row rank, without the intercept, and without terms that others determine.
+
+    Raises:
+        ValueError: unknown type, or rows that were not kept.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.hypotheses import type_contrasts
+        >>> fit = mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", mj.datasets.load("cake"))
+        >>> type_contrasts(fit.record)["recipe"]
+        array([[0., 1., 0., 0.],
+               [0., 0., 1., 0.]])
+    """
+    number = TYPES.get(str(type).upper())
+    if number is None:
+        raise ValueError(f"type must be 'I', 'II' or 'III', got {type!r}")
+    terms = terms_of(fitted.labels)
+    X = np.asarray(fitted.rows.X)
+    lengths = np.linalg.norm(X, axis=0)
+    X = X / lengths
+    tested = [term for term in terms if term.factors and term.columns]
+    if number < 3:
+        found = {term.name: _after_others(X, term, terms, number) for term in tested}
+    else:
+        found = _orthogonal(X, terms, tested, fitted.labels)
+    return {term.name: _readable(found[term.name], term, lengths) for term in tested if len(found[term.name])}
+
+
+def _after_others(X: np.ndarray, term: Term, terms: list[Term], number: int) -> np.ndarray:
+    """The term's rows of the triangular factor of X: what it adds to the columns that come before it."""
+    before, after = [], []
+    earlier = True
+    for other in terms:
+        if other is term:
+            earlier = False
+        elif earlier if number == 1 else not term.is_contained_in(other):
+            before += other.columns
+        else:
+            after += other.columns
+    order = [*before, *term.columns, *after]
+    R = np.linalg.qr(X[:, order], mode="r")
+    L = np.zeros((len(term.columns), len(order)))
+    L[:, order] = R[len(before) : len(before) + len(term.columns)]
+    return L
+
+
+def _orthogonal(X: np.ndarray, terms: list[Term], tested: list[Term], labels: Labels) -> dict[str, np.ndarray]:
+    """Type III. The columns of all levels are ``Q M``, so that ``k' Q'X beta`` has the coefficients ``M'k`` there."""
+    Q, R = np.linalg.qr(X)
+    full = _columns_of_all_levels(terms, labels)
+    M = {term.name: Q.T @ full[term.name] / np.sqrt(len(X)) for term in terms}
+    found = {}
+    for term in tested:
+        containing = [M[other.name] for other in terms if term.is_contained_in(other)]
+        rest = [M[other.name] for other in terms if other is not term and not term.is_contained_in(other)]
+        A = _null_space(np.hstack([np.zeros((X.shape[1], 1)), *rest]).T)
+        within = A.T @ np.hstack([M[term.name], *containing])
+        of_containing_only = _null_space(M[term.name].T @ A)
+        K = A @ _null_space(of_containing_only.T @ within @ within.T)
+        found[term.name] = K.T @ R
+    return found
+
+
+def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, np.ndarray]:
+    """Per term: a column for every combination of levels, times the products of its numeric columns."""
+    spec, context = labels.specs["fixed"], usable(caller_context())
+    own: dict[str, np.ndarray] = {}
+    for factor in {f.expr: f for term in terms for f in term.factors}.values():
+        alone = ModelSpec(
+            formula=[FormulaTerm([factor])],
+            ensure_full_rank=False,
+            na_action="ignore",
+            output="numpy",
+            transform_state=spec.transform_state,
+            encoder_state=spec.encoder_state,
+        )
+        columns = np.asarray(alone.get_model_matrix(labels.frame, context=context), float).reshape(
+            len(labels.frame), -1
+        )
+        if _is_truth(factor, labels):
+            columns = np.hstack([1.0 - columns, columns])
+        own[factor.expr] = columns
+    full = {}
+    for term in terms:
+        numbers = np.ones((len(labels.frame), 1))
+        for name in sorted(term.numbers):
+            numbers = _products(numbers, own[name])
+        # One scale for a product of numeric columns, in whichever term it stands; levels keep theirs.
+        numbers = numbers / np.maximum(np.linalg.norm(numbers, axis=0) / np.sqrt(len(numbers)), np.finfo(float).tiny)
+        for name in sorted(term.categories):
+            numbers = _products(numbers, own[name])
+        full[term.name] = numbers
+    return full
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
+
+
+def _null_space(A: np.ndarray) -> np.ndarray:
+    """Orthonormal columns that A maps to zero."""
+    _, values, Vt = np.linalg.svd(A, full_matrices=True)
+    rank = int((values > TINY * max(1.0, values.max(initial=0.0))).sum())
+    return Vt[rank:].T
+
+
+def _readable(L: np.ndarray, term: Term, lengths: np.ndarray) -> np.ndarray:
+    """The same hypotheses about columns of their own length, with the identity in the term's columns if that can be."""
+    own = L[:, term.columns]
+    identity = own.shape[0] == own.shape[1] and np.linalg.cond(own) < 1e6
+    L = np.linalg.solve(own, L) if identity else L
+    L = np.where(np.abs(L) > TINY * np.abs(L).max(axis=1, keepdims=True), L, 0.0) * lengths
+    return L / lengths[term.columns, None] if identity else L
+
+
+# --- tests --------------------------------------------------------------------------------------------------------
+
+
+def anova(fitted: Fitted, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
+    """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
+
+    Args:
+        fitted: the fit.
+        type: ``"I"``, ``"II"`` or ``"III"``, see :func:`type_contrasts`.
+        ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"``.
+
+    Returns:
+        DataFrame, one row per term (none for the intercept): sum_sq = F x num_df x sigma^2, mean_sq, num_df, den_df,
+        statistic, p_value. F is the statistic, with Kenward-Roger before it is scaled, as in lmerTest.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.hypotheses import anova
+        >>> fit = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", mj.datasets.load("cake"))
+        >>> anova(fit.record)[["num_df", "den_df", "statistic"]].round(2)
+                            num_df  den_df  statistic
+        recipe                   2    42.0       0.25
+        temperature              5   210.0      20.52
+        recipe:temperature      10   210.0       1.01
+    """
+    found = type_contrasts(fitted, type)
+    return _f_table(fitted, {name: (L, 0.0) for name, L in found.items()}, ddf)
+
+
+def test(
+    fitted: Fitted,
+    L: Any,
+    ddf: str = "satterthwaite",  # noqa: PT028
+    joint: bool | None = None,  # noqa: PT028
+) -> pd.DataFrame:
+    """Test hypotheses about the fixed effects.
+
+    Args:
+        fitted: the fit.
+        L: whatever :func:`contrast_matrix` reads.
+        ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"``.
+        joint: True for one F test of all hypotheses together, False for a t test of each. None: an F test of several,
+            as ``lmerTest::contest`` makes, and a t test of a single one, which says the same and gives the estimate.
+
+    Returns:
+        DataFrame. t tests: a row per hypothesis, columns estimate (of the left-hand side), std_error, df, statistic,
+        p_value. F test: one row, columns as in :func:`anova`.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.hypotheses import test
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> test(fit.record, "Days = 10").round(3)
+                   estimate  std_error    df  statistic  p_value
+        Days = 10    10.467      1.546  17.0      0.302    0.766
+    """
+    weights, rhs, names = contrast_matrix(fitted, L)
+    if joint if joint is not None else len(weights) > 1:
+        return _f_table(fitted, {", ".join(names): (weights, rhs)}, ddf)
+    return t_tests(fitted, weights, ddf=ddf, rhs=rhs, names=names)
+
+
+def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+    columns = ["sum_sq", "mean_sq", "num_df", "den_df", "statistic", "p_value"]
+    if ddf == "kenward-roger" and not fitted.reml:  # once, not for every term; and sigma is then REML's as well
+        warnings.warn(
+            "Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning, stacklevel=3
+        )
+        fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
+    sigma2 = float(fitted.estimates.sigma) ** 2
+    rows = []
+    with warnings.catch_warnings():
+        for L, rhs in hypotheses.values():
+            F = f_test(fitted, L, ddf=ddf, rhs=rhs)
+            warnings.simplefilter("ignore", InferenceWarning)  # what the first test said holds for all
+            plain = _unscaled(fitted, L, rhs, F.num_df) if ddf == "kenward-roger" else F.statistic
+            mean_sq = float(plain) * sigma2
+            numbers = (float(F.den_df), float(F.statistic), float(F.p_value))
+            rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
+    frame = pd.DataFrame(rows, index=list(hypotheses), columns=columns)
+    return frame.astype(dict.fromkeys(columns, float) | {"num_df": int})
+
+
+def _unscaled(fitted: Fitted, L: np.ndarray, rhs: Any, num_df: float) -> float:
+    """Kenward-Roger's F before scaling, which lmerTest makes the sum of squares of."""
+    method = FixedEffects.of(fitted, "kenward-roger")
+    d = L @ method.beta - rhs
+    return float(d @ np.linalg.pinv(L @ method.vcov @ L.T, hermitian=True) @ d / num_df)

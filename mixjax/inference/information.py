@@ -1,0 +1,76 @@
+"""What the data say of the variance parameters: their joint covariance, and how that of beta moves with them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mixjax.compiling import jit
+from mixjax.design import AnyArray
+from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
+from mixjax.likelihood.incidence import Incidence
+from mixjax.likelihood.statistics import CrossProducts
+
+
+class Information(NamedTuple):
+    """At estimates of one model. The k + 1 variance parameters are the optimiser's coordinates x, then log sigma.
+
+    Attributes:
+        x: ``(k,)`` coordinates of the relative covariances in the bases of the products.
+        free: ``(k,)`` False where a singular fit holds a coordinate at zero.
+        covariance: ``(k + 1, k + 1)`` asymptotic covariance of the variance parameters: twice the inverse Hessian of
+            the criterion with sigma free; zero rows where they are not free.
+        regular: ``()`` the Hessian is positive definite among the free ones.
+        vcov: ``(p, p)`` covariance of beta. slopes: ``(k + 1, p, p)`` its derivatives.
+    """
+
+    x: Array
+    free: Array
+    covariance: Array
+    regular: Array
+    vcov: Array
+    slopes: Array
+
+
+def information(
+    theta: AnyArray, sigma: AnyArray, stats: CrossProducts, reml: Array | bool, where: Incidence | None = None
+) -> Information:
+    """Covariance of the variance parameters, and the derivatives of that of beta, all exact.
+
+    With sigma profiled out ``f(x) = min_s F(x, s)``, ``s = log sigma``, ``F = ... + 2 df s + rss(x) exp(-2 s)``. So
+    the joint Hessian follows from that of f: ``ds / dx = rss_x / (2 rss)`` and ``F_ss = 4 df``.
+
+    Args:
+        theta: ``(k,)``, sigma: ``()``: estimates by the criterion ``reml`` names.
+        stats: cross-products of one response.
+        where: as in :func:`~mixjax.estimation.surface.profiled_of`.
+    """
+    x, free = coordinates_of(theta, stats)
+    profiled = profiled_of(stats, reml, where)
+
+    def parts(x):
+        at = profiled(x)
+        return (at.XX_inverse, jnp.log(at.rss)), at.XX_inverse
+
+    (C_slopes, log_rss_slopes), C = jax.jacfwd(parts, has_aux=True)(x)
+    H = evaluate_of(stats, reml, where)(x[:, None])[2][..., 0]
+    df = stats.n - jnp.where(reml, stats.XX.shape[0], 0)
+    among = solve_where(free, H, jnp.eye(x.shape[0], dtype=H.dtype))
+    s_slopes = jnp.where(free, 0.5 * log_rss_slopes, 0.0)
+    mixed = among @ s_slopes
+    last = 1.0 / (4.0 * df) + s_slopes @ mixed
+    covariance = 2.0 * jnp.block([[among, mixed[:, None]], [mixed[None], last[None, None]]])
+    R_inv = jnp.asarray(stats.X_basis.R_inv)
+
+    def own(C):
+        return sigma**2 * (R_inv @ C @ R_inv.T)
+
+    vcov = own(C)
+    slopes = jnp.concatenate([own(jnp.moveaxis(C_slopes, -1, 0)), 2.0 * vcov[None]])
+    return Information(x, free, covariance, is_regular(free, H), vcov, slopes)
+
+
+information_of = jit(information)

@@ -1,0 +1,525 @@
+"""Marginal means of factors and slopes of covariates, over a reference grid, as R's emmeans defines them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from formulaic.errors import FormulaicError
+
+from mixjax.fitted import Fitted
+from mixjax.formula.build import caller_context, expression, usable
+from mixjax.formula.errors import DataError
+from mixjax.formula.parse import names_in, parse, quote_columns
+from mixjax.formula.table import level_name, refuse_unknown
+from mixjax.inference.contrasts import t_tests
+from mixjax.inference.hypotheses import short_names
+
+MOST_ROWS = 100_000
+TESTS = ["estimate", "std_error", "df", "statistic", "p_value"]
+METHODS = ("pairwise", "trt.vs.ctrl", "eff")
+ADJUSTMENTS = ("tukey", "holm", "bonferroni", "none")
+NOT_ESTIMABLE = "NaN: not estimable, because columns of X were left out of the fit"
+SAME = "df NaN: the model makes these equal, whatever the data"
+
+
+# --- rows of the model matrix -------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What the fixed effects make of rows of a table.
+
+    Attributes:
+        X: ``(g, f)``, all columns of the formula, also those left out of the fit. offset: ``(g,)``.
+    """
+
+    X: np.ndarray
+    offset: np.ndarray
+
+
+class FixedPart:
+    """The fixed part of a fit as a function of new rows; knots, centring, contrasts and levels are those of the fit."""
+
+    def __init__(self, fitted: Fitted):
+        self.labels = fitted.labels
+        self.frame: pd.DataFrame = self.labels.frame
+        if self.frame is None:
+            raise DataError(
+                "this fit kept no rows, and means need them (levels, means of covariates); fit the whole table"
+            )
+        self.spec = self.labels.specs["fixed"]
+        self.context = usable(caller_context())
+        self.parsed = quote_columns(parse(self.labels.formula), list(self.frame.columns))
+        names = {*map(str, self.spec.required_variables), *(n for text in self.parsed.offsets for n in names_in(text))}
+        self.variables = [name for name in self.frame.columns if name in names]
+        # emmeans' default as well: a covariate of two values is averaged over both.
+        self.factors = {
+            name: self._levels(name)
+            for name in self.variables
+            if not self.is_number(name) or self.frame[name].nunique() <= 2
+        }
+        # Of an offset= only the sum with those of the formula is known. It counts with its mean, as in emmeans.
+        total = None if fitted.design is None else fitted.design.offset
+        self.mean_offset = 0.0 if total is None else float(np.mean(np.asarray(total) - self._offset(self.frame)))
+        shorten = short_names(self.labels)
+        self.kept = np.array([shorten(name) in self.labels.fixed for name in self.spec.column_names], bool)
+        self.dependent = self._dependent()
+
+    def is_number(self, name: str) -> bool:
+        """Any number makes sense to the formula."""
+        dtype = self.frame[name].dtype
+        if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
+            return False
+        inside_C = re.compile(rf"C\(\s*`?{re.escape(name)}`?\s*[,)]")
+        return not any(inside_C.match(factor.expr) for factor in self.spec.factors)
+
+    def _levels(self, name: str) -> list[Any]:
+        column = self.frame[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            return list(column.cat.categories)
+        return sorted(column.unique().tolist())
+
+    def rows(self, grid: pd.DataFrame) -> Rows:
+        """Rows of the model matrix. Factors of the grid hold levels, other columns numbers."""
+        table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
+        for name in self.variables:
+            number = self.is_number(name)
+            table[name] = (
+                grid[name].to_numpy(float) if number else pd.Series(list(grid[name]), dtype=self.frame[name].dtype)
+            )
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is reported below
+                X = np.asarray(self.spec.get_model_matrix(table, context=self.context), float).reshape(len(table), -1)
+        except (FormulaicError, ValueError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"the formula cannot be evaluated at {_described(grid)} (change it with at=): {why}"
+            ) from error
+        bad = np.flatnonzero(~np.isfinite(X).all(axis=0))
+        if len(bad):
+            name = self.spec.column_names[bad[0]]
+            raise DataError(f"'{name}' is not finite at {_described(grid)}; change it with at=")
+        return Rows(X, self._offset(table) + self.mean_offset)
+
+    def _offset(self, table: pd.DataFrame) -> np.ndarray:
+        texts = self.parsed.offsets
+        return sum((expression(text, table, self.context, "offset") for text in texts), np.zeros(len(table)))
+
+    def _dependent(self) -> np.ndarray:
+        """``(p, d)``: how the columns in the fit make those that were left out."""
+        if self.kept.all():
+            return np.zeros((int(self.kept.sum()), 0))
+        X = self.rows(self.frame).X
+        lengths = np.maximum(np.linalg.norm(X, axis=0), np.finfo(float).tiny)
+        X = X / lengths
+        C = np.linalg.lstsq(X[:, self.kept], X[:, ~self.kept], rcond=None)[0]
+        return C / lengths[self.kept, None] * lengths[~self.kept]
+
+    def weights(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Averaged rows ``(k, f)`` -> weights ``(k, p)`` of the fixed effects, and what those leave open ``(k, d)``.
+
+        The latter is zero where the columns left out depend on the others as they do in the data: there the mean is the
+        same whichever columns are left out.
+        """
+        own, left = X[:, self.kept], X[:, ~self.kept]
+        size = np.abs(left) + np.abs(own) @ np.abs(self.dependent)
+        left = left - own @ self.dependent
+        return own, np.where(np.abs(left) > 1e-8 * size, left, 0.0)
+
+
+def _described(grid: pd.DataFrame) -> str:
+    parts = []
+    for name in grid.columns:
+        values = list(dict.fromkeys(map(_shown, grid[name])))
+        parts.append(f"{name} = {', '.join(values[:6])}{', ...' if len(values) > 6 else ''}")
+    return "; ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else level_name(value)
+
+
+# --- the reference grid -------------------------------------------------------------------------------------------
+
+
+def _names(value: Any, what: str) -> list[str]:
+    if value is None or value in ("1", ""):
+        return []
+    names = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{what} must be a name or a list of different names, got {value!r}")
+    return names
+
+
+def _check_names(model: FixedPart, names: Sequence[str], where: str) -> None:
+    groups = {name for part in model.parsed.random for name in part.group.columns}
+    for name in names:
+        if name in model.variables:
+            continue
+        if name in (model.labels.response, *names_in(model.parsed.response)):
+            raise DataError(f"'{name}' ({where}) is the response; name variables of the fixed effects")
+        if name in groups:
+            raise DataError(
+                f"'{name}' ({where}) is a grouping factor of the random effects, not among the fixed effects"
+            )
+        refuse_unknown(name, model.variables, where)
+
+
+def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
+    """The values of one variable in the grid."""
+    if name not in at:
+        return model.factors[name] if name in model.factors else [float(np.mean(model.frame[name].to_numpy(float)))]
+    given = [at[name]] if np.isscalar(at[name]) else list(at[name])
+    if not given:
+        raise DataError(f"at= has no value for '{name}'")
+    if name in model.factors and not model.is_number(name):
+        by_name = {level_name(level): level for level in model.factors[name]}
+        for value in given:
+            if level_name(value) not in by_name:
+                raise DataError(f"'{name}' has no level {value!r} (at=); levels: {', '.join(by_name)}")
+        return [by_name[level_name(value)] for value in given]
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError):
+        raise DataError(f"at= for '{name}' must be numbers, got {at[name]!r}") from None
+    if not np.isfinite(values).all():
+        raise DataError(f"at= for '{name}' must be finite, got {at[name]!r}")
+    return values
+
+
+class _Grid(NamedTuple):
+    """Cells of the named variables, each with its rows over the others."""
+
+    cells: pd.DataFrame
+    table: pd.DataFrame
+    others: str
+
+
+def _reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) -> _Grid:
+    averaged = [name for name in model.variables if name not in shown]
+    for name in shown:
+        if name not in model.factors and name not in at:
+            raise DataError(
+                f"'{name}' is numeric: give its values, at={{'{name}': [...]}}, or take its slope with emtrends"
+            )
+    values = {name: _values(model, name, at) for name in (*shown, *averaged)}
+    size = int(np.prod([float(len(v)) for v in values.values()]))
+    if size > MOST_ROWS:
+        raise DataError(f"the reference grid has {size} rows (limit {MOST_ROWS}): fix some variables with at=")
+    cells = pd.DataFrame(list(itertools.product(*(values[n] for n in shown))), columns=shown)
+    if not shown:
+        cells = pd.DataFrame(index=pd.RangeIndex(1))
+    table = pd.DataFrame(list(itertools.product(*values.values())), columns=list(values))
+    if not values:
+        table = pd.DataFrame(index=pd.RangeIndex(1))
+    notes = [f"{name} = {_shown(values[name][0])}" for name in averaged if len(values[name]) == 1]
+    over = [name for name in averaged if len(values[name]) > 1]
+    return _Grid(
+        cells, table, "; ".join([f"averaged over {', '.join(over)}"] * bool(over) + [", ".join(notes)] * bool(notes))
+    )
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MarginalMeans:
+    """Marginal means, or slopes: linear functions of the fixed effects for the cells of some factors.
+
+    Attributes:
+        cells: the factors, one row per mean; those of ``by`` first, the last varies fastest.
+        by: names of the factors whose levels are looked at one by one.
+        W: ``(k, p)`` weights of the fixed effects. offset: ``(k,)`` known parts.
+        open: ``(k, d)``, not zero where a mean depends on columns that were left out of the fit.
+        title: what ``str()`` says above.
+        ddf, level: method of the degrees of freedom, coverage of the intervals.
+    """
+
+    fitted: Fitted
+    cells: pd.DataFrame
+    by: tuple[str, ...]
+    W: np.ndarray
+    offset: np.ndarray
+    open: np.ndarray
+    title: str
+    ddf: str
+    level: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """The cells with estimate, std_error, df, lower, upper."""
+        tests = self._tests(np.eye(len(self.W)))
+        half = scipy.stats.t.ppf(0.5 + self.level / 2, tests["df"]) * tests["std_error"]
+        estimates = tests[["estimate", "std_error", "df"]]
+        limits = {"lower": tests["estimate"] - half, "upper": tests["estimate"] + half}
+        return pd.concat([self.cells, estimates.assign(**limits)], axis=1)
+
+    def contrasts(self, method: Any = "pairwise", adjust: str | None = None) -> pd.DataFrame:
+        """Compare the means within every cell of ``by``; p values are adjusted within it, too.
+
+        Args:
+            method: ``"pairwise"``: all differences, earlier minus later; ``"trt.vs.ctrl"``: each minus the first;
+                ``"eff"``: each minus their average; or a dict name -> weights, one per mean.
+            adjust: ``"tukey"`` (pairwise only; studentized range), ``"holm"``, ``"bonferroni"`` or ``"none"``. None:
+                tukey for pairwise, holm otherwise.
+
+        Returns:
+            DataFrame: the columns of ``by``, contrast, estimate, std_error, df, statistic, p_value.
+        """
+        adjust = ("tukey" if method == "pairwise" else "holm") if adjust is None else adjust
+        if adjust not in ADJUSTMENTS:
+            raise ValueError(f"adjust must be one of {', '.join(map(repr, ADJUSTMENTS))}, got {adjust!r}")
+        if adjust == "tukey" and method != "pairwise":
+            raise ValueError("adjust='tukey' is for all pairwise differences; use 'holm'")
+        groups = self._groups()
+        names = [" ".join(map(_shown, row)) for row in self.cells.drop(columns=list(self.by)).itertuples(index=False)]
+        weights, labels, family = [], [], []
+        for g, rows in enumerate(groups):
+            for label, w in _weights(method, [names[i] for i in rows]).items():
+                weights.append(np.zeros(len(self.W)))
+                weights[-1][rows] = w
+                labels.append(label)
+                family.append(g)
+        which = np.array(family, int)
+        frame = self._tests(np.reshape(weights, (-1, len(self.W))))
+        usable_means = self._estimable(np.eye(len(self.W)))
+        for g, rows in enumerate(groups):
+            own = which == g
+            t, df = frame["statistic"].to_numpy()[own], frame["df"].to_numpy()[own]
+            p = _adjusted(frame["p_value"].to_numpy()[own], t, df, adjust, int(usable_means[rows].sum()))
+            frame.loc[own, "p_value"] = p
+        where = {name: [self.cells[name].iloc[groups[g][0]] for g in which] for name in self.by}
+        return pd.concat([pd.DataFrame(where | {"contrast": labels}), frame], axis=1)
+
+    def _groups(self) -> list[np.ndarray]:
+        if not self.by:
+            return [np.arange(len(self.cells))]
+        return [
+            np.array(rows) for rows in self.cells.groupby(list(self.by), sort=False, observed=True).indices.values()
+        ]
+
+    def _estimable(self, weights: np.ndarray) -> np.ndarray:
+        return (np.abs(weights @ self.open) <= 1e-8 * (np.abs(weights) @ np.abs(self.open))).all(axis=1)
+
+    def _tests(self, weights: np.ndarray) -> pd.DataFrame:
+        """t tests of combinations ``(r, k)`` of the means."""
+        L = weights @ self.W
+        # Differences that cancel leave roundings, which no standard error should be made of.
+        L = np.where(np.abs(L) <= 1e-13 * (np.abs(weights) @ np.abs(self.W)), 0.0, L)
+        exists = self._estimable(weights)
+        some = exists & L.any(axis=1)
+        frame = pd.DataFrame(np.full((len(L), len(TESTS)), np.nan), columns=TESTS)
+        frame.loc[exists & ~some, ["estimate", "std_error"]] = 0.0
+        if some.any():
+            frame.loc[some] = t_tests(self.fitted, L[some], ddf=self.ddf)[TESTS].to_numpy()
+        known = weights @ self.offset
+        if known.any():
+            frame["estimate"] += known
+            frame["statistic"] = frame["estimate"] / frame["std_error"].where(frame["std_error"] > 0)
+            t, df = frame["statistic"].abs(), frame["df"]
+            frame["p_value"] = 2.0 * np.where(np.isinf(df), scipy.stats.norm.sf(t), scipy.stats.t.sf(t, df))
+        return frame
+
+    def __str__(self) -> str:
+        frame = self.to_frame()
+        notes = [f"{self.ddf} degrees of freedom, {100 * self.level:g} % intervals"]
+        notes += [NOT_ESTIMABLE] * bool(frame["estimate"].isna().any())
+        notes += [SAME] * bool((frame["std_error"] == 0).any())
+        return "\n".join([self.title, frame.to_string(index=False, float_format=lambda x: f"{x:.5g}"), *notes])
+
+    __repr__ = __str__
+
+
+def _weights(method: Any, names: list[str]) -> dict[str, np.ndarray]:
+    k = len(names)
+    eye = np.eye(k)
+    if isinstance(method, Mapping):
+        weights = {str(name): np.asarray(w, float) for name, w in method.items()}
+        for name, w in weights.items():
+            if w.shape != (k,) or not np.isfinite(w).all():
+                raise ValueError(f"the contrast '{name}' needs {k} finite weights, for {', '.join(names)}; got {w}")
+        return weights
+    if method == "pairwise":
+        return {f"{names[i]} - {names[j]}": eye[i] - eye[j] for i, j in itertools.combinations(range(k), 2)}
+    if method == "trt.vs.ctrl":
+        return {f"{names[i]} - {names[0]}": eye[i] - eye[0] for i in range(1, k)}
+    if method == "eff":
+        return {f"{names[i]} effect": eye[i] - 1.0 / k for i in range(k)}
+    raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))} or a dict of weights, got {method!r}")
+
+
+def _adjusted(p: np.ndarray, t: np.ndarray, df: np.ndarray, adjust: str, means: int) -> np.ndarray:
+    """p values for a family; missing ones stay missing and do not count."""
+    there = ~np.isnan(p)
+    m = int(there.sum())
+    result = p.copy()
+    if adjust == "bonferroni":
+        result[there] = np.minimum(1.0, m * p[there])
+    elif adjust == "holm":  # Holm (1979), Scand. J. Stat. 6, 65
+        order = np.argsort(p[there])
+        steps = np.maximum.accumulate((m - np.arange(m)) * p[there][order])
+        result[np.flatnonzero(there)[order]] = np.minimum(1.0, steps)
+    elif adjust == "tukey" and m:
+        q = np.sqrt(2.0) * np.abs(t[there])
+        result[there] = p[there] if means == 2 else scipy.stats.studentized_range.sf(q, means, df[there])
+    return result
+
+
+# --- means and slopes ---------------------------------------------------------------------------------------------
+
+
+def emmeans(
+    fitted: Fitted,
+    spec: Any,
+    by: Any = None,
+    at: Mapping[str, Any] | None = None,
+    ddf: str = "satterthwaite",
+    level: float = 0.95,
+) -> MarginalMeans:
+    """Marginal means of factors over a reference grid, as R's ``emmeans``.
+
+    The grid crosses all levels of all factors of the fixed effects; covariates are held at their means over the rows,
+    and those of only two values are treated as factors. Means average over the factors that are not named, with equal
+    weights. An ``offset(...)`` is part of the means; an ``offset=`` counts with its mean. Random effects are zero.
+
+    Args:
+        fitted: the fit.
+        spec: a factor, a list of factors, or ``"1"`` for the overall mean. A covariate only with values in ``at``.
+        by: factors within whose levels contrasts are made.
+        at: variable -> value or values to use instead of the mean, or of all levels.
+        ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"``.
+        level: coverage of the intervals.
+
+    Returns:
+        MarginalMeans: ``.to_frame()``, ``.contrasts()``, ``str()``. NaN where a cell cannot be estimated because
+        columns of X were left out of the fit.
+
+    Raises:
+        DataError: unknown variables or levels, the response, a covariate without values.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.means import emmeans
+        >>> fit = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", mj.datasets.load("cake"))
+        >>> print(emmeans(fit.record, "recipe"))
+        marginal means of recipe (averaged over temperature)
+        recipe  estimate  std_error  df  lower  upper
+             A    33.122     1.7368  42 29.617 36.627
+             B    31.644     1.7368  42 28.139  35.15
+             C      31.6     1.7368  42 28.095 35.105
+        satterthwaite degrees of freedom, 95 % intervals
+    """
+    model = FixedPart(fitted)
+    return _averages(fitted, model, spec, by, at, ddf, level, "marginal means", model.rows)
+
+
+def emtrends(
+    fitted: Fitted,
+    spec: Any,
+    var: str,
+    by: Any = None,
+    at: Mapping[str, Any] | None = None,
+    ddf: str = "satterthwaite",
+    level: float = 0.95,
+) -> MarginalMeans:
+    """Slopes of the mean in a covariate, by factors: the derivative of :func:`emmeans`, as R's ``emtrends``.
+
+    Derivatives of the model matrix are taken by five-point differences: exact where it is a polynomial of up to fourth
+    degree in the covariate, to 1e-9 or so where it is smooth.
+
+    Args:
+        fitted: the fit.
+        spec: a factor, a list of factors, or ``"1"`` for the average slope.
+        var: the covariate; held at its mean, or at the values of ``at``.
+        by, at, ddf, level: as in :func:`emmeans`.
+
+    Returns:
+        MarginalMeans; estimates are changes of the response per unit of ``var``.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.means import emtrends
+        >>> fit = mj.lmm("distance ~ age * Sex + (age | Subject)", mj.datasets.load("Orthodont"))
+        >>> emtrends(fit.record, "Sex", "age").to_frame().round(3)
+              Sex  estimate  std_error    df  lower  upper
+        0    Male     0.784      0.086  25.0  0.607  0.961
+        1  Female     0.480      0.104  25.0  0.266  0.693
+    """
+    model = FixedPart(fitted)
+    if not isinstance(var, str):
+        raise ValueError(f"var must be the name of a covariate, got {var!r}")
+    _check_names(model, [var], "var=")
+    if not model.is_number(var):
+        raise DataError(f"'{var}' is a factor, which has no slope; compare its levels with emmeans")
+    model.factors.pop(var, None)  # a covariate of two values
+    column = model.frame[var].to_numpy(float)
+    return _averages(
+        fitted, model, spec, by, at, ddf, level, f"slopes of {var}", _slopes_in(model, var, column.min(), column.max())
+    )
+
+
+def _averages(
+    fitted: Fitted,
+    model: FixedPart,
+    spec: Any,
+    by: Any,
+    at: Mapping[str, Any] | None,
+    ddf: str,
+    level: float,
+    what: str,
+    rows_of: Callable[[pd.DataFrame], Rows],
+) -> MarginalMeans:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
+    at = {} if at is None else at
+    names, groups = _names(spec, "spec"), _names(by, "by")
+    _check_names(model, names, "spec")
+    _check_names(model, groups, "by=")
+    _check_names(model, list(at), "at=")
+    shown = [*groups, *(name for name in names if name not in groups)]
+    grid = _reference_grid(model, shown, at)
+    rows = rows_of(grid.table)
+    k = len(grid.cells)
+    of = f" of {' and '.join(names)}" * (bool(names) and what == "marginal means")
+    title = f"{what}{of}{f' by {chr(44).join(groups)}' if groups else ''}{f' ({grid.others})' if grid.others else ''}"
+    W, free = model.weights(rows.X.reshape(k, -1, rows.X.shape[1]).mean(axis=1))
+    offset = rows.offset.reshape(k, -1).mean(axis=1)
+    return MarginalMeans(fitted, grid.cells, tuple(groups), W, offset, free, title, ddf, level)
+
+
+def _slopes_in(model: FixedPart, var: str, lowest: float, highest: float) -> Callable[[pd.DataFrame], Rows]:
+    """Derivatives of rows with respect to a covariate.
+
+    Steps and places are whole multiples of a power of two, so that no rounding enters the differences of what is
+    linear. Where a central stencil would leave the range of the data, which splines may refuse, it is moved inwards.
+    """
+    h = 2.0 ** np.round(np.log2((highest - lowest) * 2.0**-12))
+    unit = h * 2.0**-20
+
+    def rows_of(grid: pd.DataFrame) -> Rows:
+        x = np.round(grid[var].to_numpy(float) / unit) * unit
+        inside = (x >= lowest - unit) & (x <= highest + unit)
+        x = np.where(inside, np.clip(x, lowest, highest), x)
+        moved = np.where(inside, np.ceil(np.clip((lowest - x) / h + 2, 0, 2)), 0.0)
+        moved = moved - np.where(inside, np.ceil(np.clip((x - highest) / h + 2, 0, 2)), 0.0)
+        X: Any = 0.0
+        offset: Any = 0.0
+        for s in range(-2, 3):
+            rows = model.rows(grid.assign(**{var: x + (s + moved) * h}))
+            weight = np.array([_stencil(int(m))[s + 2] for m in moved]) / h
+            X, offset = X + weight[:, None] * rows.X, offset + weight * rows.offset
+        return Rows(X, offset)
+
+    return rows_of
+
+
+def _stencil(moved: int) -> np.ndarray:
+    """Weights of f at ``moved + (-2 .. 2)`` that give f'(0) of every polynomial of degree four."""
+    nodes = moved + np.arange(-2.0, 3.0)
+    weights = np.linalg.solve(np.vander(nodes, increasing=True).T, np.eye(5)[1])
+    return np.round(12 * weights) / 12

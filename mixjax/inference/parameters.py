@@ -1,0 +1,153 @@
+"""All parameters of a model by name, on the scale of standard deviations and correlations, with Wald inference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import scipy.stats
+from jax import Array
+
+from mixjax import covariance as cov
+from mixjax.compiling import jit
+from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.inference.contrasts import FixedEffects, fitted_information
+from mixjax.inference.intervals import check_level
+from mixjax.likelihood.statistics import CrossProducts, pad
+
+
+@dataclass(frozen=True)
+class VarianceParameters:
+    """Standard deviations and correlations of the random effects, then sigma.
+
+    Attributes:
+        names: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``; of every term column by column of
+            the lower triangle, as in lme4.
+        kinds: ``"sd"``, ``"cor"`` or ``"sigma"`` of each.
+        estimate: ``(k,)`` absolute. std_error: ``(k,)``; NaN on the boundary, and where the Hessian is not positive
+            definite.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    estimate: np.ndarray
+    std_error: np.ndarray
+
+
+def variance_parameters(fitted: Fitted) -> VarianceParameters:
+    """Estimates with delta-method standard errors from the exact Hessian of the criterion that was minimised."""
+    info = fitted_information(fitted)
+    names, kinds = [], []
+    for group, term in zip(term_names(fitted.labels), fitted.labels.terms, strict=True):
+        for row, column in zip(*cov.triangle(len(term.effects)), strict=True):
+            is_sd = row == column
+            pair = term.effects[row] if is_sd else f"{term.effects[row]}.{term.effects[column]}"
+            names.append(f"{'sd' if is_sd else 'cor'}_{pair}|{group}")
+            kinds.append("sd" if is_sd else "cor")
+    with jax.enable_x64(True):
+        est = fitted.estimates
+        values, slopes = map(np.asarray, _natural_with_slopes(info.x, np.log(est.sigma), pad(fitted.stats)))
+    with np.errstate(invalid="ignore"):
+        variances = np.einsum("ij,jk,ik->i", slopes, info.covariance, slopes)
+        std_error = np.sqrt(np.where(info.regular, variances, np.nan))
+    kinds.append("sigma")
+    is_cor = np.array(kinds) == "cor"
+    inside = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0)
+    return VarianceParameters((*names, "sigma"), tuple(kinds), values, np.where(inside, std_error, np.nan))
+
+
+def _natural(parameters: Array, stats: CrossProducts) -> Array:
+    """Standard deviations, correlations and sigma from the optimiser's coordinates and log sigma."""
+    x, sigma = parameters[:-1], jnp.exp(parameters[-1])
+    values = []
+    for basis, F in zip(stats.Z_bases, cov.factors_of(x, stats.layout.structures), strict=True):
+        own = jnp.asarray(basis.R_inv) @ F
+        D = own @ own.T
+        sd = jnp.sqrt(jnp.diagonal(D))
+        for row, column in zip(*cov.triangle(D.shape[0]), strict=True):
+            values.append(sigma * sd[row] if row == column else D[row, column] / (sd[row] * sd[column]))
+    return jnp.stack([*values, sigma])
+
+
+@jit
+def _natural_with_slopes(x: Array, log_sigma: Array, stats: CrossProducts) -> tuple[Array, Array]:
+    at = jnp.append(jnp.asarray(x), log_sigma)
+    return _natural(at, stats), jax.jacfwd(_natural)(at, stats)
+
+
+def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:
+    """Wald intervals of all parameters.
+
+    Of the fixed effects: estimate -+ quantile times standard error. Of standard deviations, sigma among them, on the
+    scale of their logarithms, of correlations on that of Fisher's z, with delta-method standard errors.
+
+    Args:
+        level: coverage.
+        ddf: ``"wald"`` for normal quantiles, or the degrees of freedom of t quantiles; of the fixed effects.
+
+    Returns:
+        DataFrame with columns ``lower``, ``upper``; see :class:`VarianceParameters` for the rows, then the fixed
+        effects. NaN for parameters on the boundary.
+    """
+    check_level(level)
+    variance = variance_parameters(fitted)
+    z = scipy.stats.norm.ppf(0.5 + level / 2)
+    estimate, se = variance.estimate, variance.std_error
+    is_cor = np.array(variance.kinds) == "cor"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        on_log = np.exp(np.log(estimate) + np.outer([-z, z], se / estimate))
+        on_z = np.tanh(np.arctanh(estimate) + np.outer([-z, z], se / (1 - estimate**2)))
+    ends = np.where(is_cor, on_z, on_log)
+    if np.isnan(ends).any():
+        missing = [name for name, row in zip(variance.names, ends.T, strict=True) if np.isnan(row).any()]
+        warnings.warn(
+            f"no Wald interval for {', '.join(missing)}: the estimate lies on the boundary, or the Hessian is not "
+            "positive definite; use method='bootstrap'",
+            InferenceWarning,
+            stacklevel=4,
+        )
+    fixed = FixedEffects.of(fitted, ddf)
+    p = len(fixed.beta)
+    df = fixed.df(np.eye(p))
+    quantile = np.where(np.isinf(df), z, scipy.stats.t.ppf(0.5 + level / 2, np.where(np.isinf(df), 1.0, df)))
+    width = quantile * np.sqrt(np.diag(fixed.vcov))
+    lower = np.concatenate([ends[0], fixed.beta - width])
+    upper = np.concatenate([ends[1], fixed.beta + width])
+    return pd.DataFrame({"lower": lower, "upper": upper}, index=[*variance.names, *fitted.labels.fixed])
+
+
+def select(parm: Any, names: Sequence[str], fixed: Sequence[str]) -> list[str]:
+    """Rows of a table of all parameters that a user names.
+
+    Args:
+        parm: a name or a list of names, also as in lme4 (``.sig01``, ``.sigma``, ``(Intercept)``); ``"theta_"`` for all
+            variance parameters, ``"beta_"`` for all fixed effects; None for everything.
+        names: all parameters, those of the variances first, sigma the last of them. fixed: of the fixed effects.
+
+    Raises:
+        ValueError: a name is none of them.
+    """
+    if parm is None:
+        return list(names)
+    variance = [name for name in names if name not in fixed]
+    also = {f".sig{i + 1:02d}": name for i, name in enumerate(n for n in variance if n != "sigma")}
+    also |= {".sigma": "sigma", "(Intercept)": "Intercept"}
+    also |= {name.replace("[T.", "").replace("]", ""): name for name in fixed}
+    also |= {name.replace("Intercept", "(Intercept)"): name for name in variance}
+    chosen: list[str] = []
+    for name in [parm] if isinstance(parm, str) else list(parm):
+        if name == "theta_":
+            chosen += variance
+        elif name == "beta_":
+            chosen += list(fixed)
+        elif name in names or also.get(name) in names:
+            chosen.append(name if name in names else also[name])
+        else:
+            raise ValueError(f"there is no parameter {name!r}; there are {', '.join(map(repr, names))}")
+    return list(dict.fromkeys(chosen))

@@ -1,0 +1,308 @@
+"""Profile likelihood: signed root deviances along every parameter, and the intervals that they give."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from scipy.interpolate import PchipInterpolator
+
+from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.inference import constrained
+from mixjax.inference.constrained import Held
+from mixjax.inference.intervals import check_level
+from mixjax.inference.parameters import select, variance_parameters
+from mixjax.likelihood.statistics import pad
+
+# Limits of a root are sought until zeta there is as wanted to this.
+TOLERANCE = 1e-7
+MOST_ROUNDS = 60
+
+
+@dataclass
+class _Curve:
+    """What is known of one parameter: values, ascending, and zeta there.
+
+    Attributes:
+        low, high: bounds of the parameter. step: a first distance from the estimate, about one standard error.
+    """
+
+    name: str
+    held: Held
+    estimate: float
+    low: float
+    high: float
+    step: float
+    values: list[float] = field(default_factory=list)
+    zetas: list[float] = field(default_factory=list)
+
+    def add(self, value: float, zeta: float) -> None:
+        at = int(np.searchsorted(self.values, value))
+        if at < len(self.values) and self.values[at] == value:
+            return
+        self.values.insert(at, value)
+        self.zetas.insert(at, zeta)
+
+    def guess(self, target: float) -> float | None:
+        """Where zeta may be ``target``; None where the parameter's range ends before that."""
+        v, z = np.array(self.values), np.array(self.zetas)
+        side = 1.0 if target > 0 else -1.0
+        beyond = np.flatnonzero(side * (z - target) >= 0)
+        if not len(beyond):
+            last = v[-1] if side > 0 else v[0]
+            bound = self.high if side > 0 else self.low
+            if last == bound:
+                return None
+            return self._further(last, side)
+        hi = beyond[0] if side > 0 else beyond[-1]
+        lo = hi - 1 if side > 0 else hi + 1
+        a, b = v[lo], v[hi]
+        near = slice(max(0, min(lo, hi) - 1), max(lo, hi) + 2)
+        inside = None
+        if (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
+            inside = float(PchipInterpolator(z[near], v[near])(target))
+        if inside is None or not min(a, b) < inside < max(a, b):
+            inside = 0.5 * (a + b)
+        # One end of the bracket must not stay where it is for ever.
+        margin = 1e-3 * abs(b - a)
+        return float(np.clip(inside, min(a, b) + margin, max(a, b) - margin)) if len(v) > 12 else inside
+
+    def _further(self, last: float, side: float) -> float:
+        if self.held.kind in ("sd", "sigma") and self.estimate > 0:
+            ratio = max(1.3, min(3.0, 1.0 + 2.5 * self.step / self.estimate))
+            return last * ratio if side > 0 else last / ratio
+        distance = max(abs(last - self.estimate), self.step)
+        return last + side * distance * 1.5
+
+    def error(self, target: float) -> float:
+        return min(abs(z - target) for z in self.zetas)
+
+    def at(self, target: float) -> float:
+        return self.values[int(np.argmin([abs(z - target) for z in self.zetas]))]
+
+
+class Profile:
+    """Profiles of the ML deviance along every parameter.
+
+    ``zeta(x) = sign(x - estimate) sqrt(deviance(x) - least deviance)``, the deviance minimised over all other
+    parameters with this one at x; standard normal in large samples (Bates et al. 2015, J. Stat. Softw. 67(1), section
+    5.1). Values are standard deviations, absolute, and correlations.
+
+    Attributes:
+        estimate: Series, ML estimates of all parameters.
+        notes: what there is to say.
+    """
+
+    def __init__(self, fitted: Fitted, parm: Any = None):
+        reason = constrained.refusal(fitted.stats)
+        if reason:
+            raise ValueError(f"no profiles for this model: {reason}; use method='wald' or 'bootstrap'")
+        notes = []
+        if fitted.reml:
+            notes.append("profiles are of the ML deviance: the REML fit was refitted by maximum likelihood")
+            fitted = fit_products(fitted.stats, fitted.labels, False, None, None, fitted.design)
+        self._stats = pad(fitted.stats)
+        self._est = fitted.estimates
+        self._curves = {curve.name: curve for curve in _curves(fitted)}
+        fixed = list(fitted.labels.fixed)
+        self._chosen = select(parm, list(self._curves), fixed)
+        self.estimate = pd.Series({name: self._curves[name].estimate for name in self._chosen}, name="estimate")
+        undefined = [name for name in self._chosen if np.isnan(self._curves[name].estimate)]
+        if undefined:
+            notes.append(f"no profile of {', '.join(undefined)}: an effect has no variance")
+        self._curves = {n: c for n, c in self._curves.items() if not np.isnan(c.estimate)}
+        self._failed: set[str] = set()
+        self._caps: dict[tuple[int, int], float] = {}
+        self._begin()
+        self.notes = tuple(notes)
+
+    # --- evaluations --------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The estimates, and the ends of all ranges."""
+        ends = []
+        for curve in self._curves.values():
+            curve.add(curve.estimate, 0.0)
+            if curve.held.kind == "sd":
+                ends.append((curve, 0.0))
+        self._evaluate(ends)
+        for curve, _ in ends:
+            value = 0.0 if curve.estimate == 0 else curve.zetas[0] ** 2
+            self._caps[curve.held.term, curve.held.i] = value
+        chosen = [self._curves[name] for name in self._chosen if name in self._curves]
+        self._evaluate([(c, end) for c in chosen if c.held.kind == "cor" for end in (-1.0, 1.0)])
+
+    def _evaluate(self, points: Sequence[tuple[_Curve, float]]) -> None:
+        points = [(curve, value) for curve, value in points if value not in curve.values]
+        if not points:
+            return
+        problems = [(curve.held, value) for curve, value in points]
+        deviances, converged = constrained.minimise(
+            self._stats, np.asarray(self._est.theta), float(self._est.sigma), problems
+        )
+        least = float(self._est.criterion)
+        for (curve, value), deviance, good in zip(points, deviances, converged, strict=True):
+            rise = deviance - least
+            if curve.held.kind == "cor":
+                # As one of the two variances vanishes its correlation may be anything.
+                cap = min(self._caps.get((curve.held.term, e), np.inf) for e in (curve.held.i, curve.held.j))
+                good = good or rise > cap
+                rise = min(rise, cap)
+            if not good or not np.isfinite(rise):
+                self._failed.add(curve.name)
+            if rise < -1e-6 * max(1.0, abs(least)) ** 0.5:
+                warnings.warn(
+                    f"the profile of {curve.name} found a deviance {-rise:.2g} below that of the fit: the fit is a "
+                    "local minimum; try other start= values",
+                    InferenceWarning,
+                    stacklevel=5,
+                )
+            curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))))
+
+    def _solve(self, targets: Sequence[tuple[_Curve, float]]) -> None:
+        """Evaluate until each curve has a point where zeta is the target, or its range has ended."""
+        for _ in range(MOST_ROUNDS):
+            points = []
+            for curve, target in targets:
+                if curve.error(target) > TOLERANCE:
+                    value = curve.guess(target)
+                    if value is not None and value not in curve.values:
+                        points.append((curve, value))
+            if not points:
+                return
+            self._evaluate(points)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def confint(self, level: float = 0.95) -> pd.DataFrame:
+        """Intervals of all values that a likelihood ratio test does not reject.
+
+        Where zeta does not reach the quantile before the parameter's range ends (a standard deviation of 0, a
+        correlation of -1 or 1), the interval ends there, and ``attrs["boundary"]`` names the parameter.
+
+        Returns:
+            DataFrame with columns ``lower``, ``upper``.
+        """
+        check_level(level)
+        z = float(scipy.stats.norm.ppf(0.5 + level / 2))
+        curves = [self._curves[name] for name in self._chosen if name in self._curves]
+        self._solve([(curve, side * z) for curve in curves for side in (-1.0, 1.0)])
+        rows, boundary = {}, []
+        for name in self._chosen:
+            if name not in self._curves:
+                rows[name] = [np.nan, np.nan]
+                continue
+            curve, ends = self._curves[name], []
+            for side, bound in ((-1.0, curve.low), (1.0, curve.high)):
+                reached = curve.error(side * z) <= 1e-4
+                at_bound = curve.values[0 if side < 0 else -1] == bound
+                if not reached and at_bound:
+                    boundary.append(name)
+                ends.append(curve.at(side * z) if reached else bound if at_bound else np.nan)
+            rows[name] = ends
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
+        frame.attrs["boundary"] = tuple(dict.fromkeys(boundary))
+        frame.attrs["notes"] = self._notes(frame.attrs["boundary"])
+        return frame
+
+    def _notes(self, boundary: Sequence[str] = ()) -> tuple[str, ...]:
+        notes = list(self.notes)
+        if boundary:
+            notes.append(f"intervals that end on the boundary: {', '.join(boundary)}")
+        failed = sorted(self._failed & set(self._chosen))
+        if failed:
+            notes.append(f"searches that did not converge along the profiles of {', '.join(failed)}")
+        return tuple(notes)
+
+    def to_frame(self, largest: float = 3.5, points: int = 15) -> pd.DataFrame:
+        """Curves as rows: columns ``parameter``, ``value``, ``zeta``.
+
+        Args:
+            largest: zeta up to which each curve goes, or to the end of the parameter's range.
+            points: values per curve, at about equal distances of zeta.
+        """
+        if not largest > 0 or points < 3:
+            raise ValueError(f"largest must be positive and points 3 or more, got {largest} and {points}")
+        targets = np.linspace(-largest, largest, points)
+        curves = [self._curves[name] for name in self._chosen if name in self._curves]
+        for _ in range(MOST_ROUNDS):
+            wanted = []
+            for curve in curves:
+                for target in targets:
+                    value = curve.guess(target) if curve.error(target) > 0.2 * largest / points else None
+                    if value is not None:
+                        wanted.append((curve, value))
+            if not wanted:
+                break
+            self._evaluate(wanted)
+        rows = [
+            (curve.name, value, zeta)
+            for curve in curves
+            for value, zeta in zip(curve.values, curve.zetas, strict=True)
+            if abs(zeta) <= 1.1 * largest
+        ]
+        return pd.DataFrame(rows, columns=["parameter", "value", "zeta"])
+
+    def zeta(self, name: str, values: Any) -> np.ndarray:
+        """Signed root deviances of one parameter at given values, each minimised anew."""
+        (name,) = select(name, self._chosen, [])
+        if name not in self._curves:
+            raise ValueError(f"there is no profile of {name}: an effect has no variance")
+        curve = self._curves[name]
+        values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        outside = values[~((values >= curve.low) & (values <= curve.high))]
+        if len(outside) or (curve.held.kind == "sigma" and (values <= 0).any()):
+            raise ValueError(f"{name} lies between {curve.low} and {curve.high}, got {values.tolist()}")
+        self._evaluate([(curve, float(value)) for value in values])
+        return np.array([curve.zetas[curve.values.index(float(value))] for value in values])
+
+    def __repr__(self) -> str:
+        frame = self.confint()
+        return "\n".join([f"profile likelihood, {frame.to_string()}", *frame.attrs["notes"]])
+
+
+def _curves(fitted: Fitted) -> list[_Curve]:
+    variance = variance_parameters(fitted)
+    curves = []
+    n = 0
+    for t, term in enumerate(fitted.labels.terms):
+        unit = np.sqrt((np.asarray(fitted.stats.Z_bases[t].R_inv) ** 2).sum(1)) * float(fitted.estimates.sigma)
+        q = len(term.effects)
+        diagonal = fitted.stats.layout.structures[t].k == q and q > 1
+        for column in range(q):
+            for row in range(column, q):
+                estimate, se, name = variance.estimate[n], variance.std_error[n], variance.names[n]
+                n += 1
+                if row == column:
+                    step = se if np.isfinite(se) else 0.1 * unit[row]
+                    curves.append(_Curve(name, Held("sd", t, row), float(estimate), 0.0, np.inf, float(step)))
+                elif not diagonal:
+                    step = se if np.isfinite(se) else 0.1
+                    curves.append(
+                        _Curve(name, Held("cor", t, row, column), float(np.clip(estimate, -1, 1)), -1.0, 1.0, step)
+                    )
+    sigma, se = float(fitted.estimates.sigma), variance.std_error[-1]
+    curves.append(_Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
+    errors = np.sqrt(np.diag(fitted.estimates.vcov))
+    for j, name in enumerate(fitted.labels.fixed):
+        value = float(fitted.estimates.beta[j])
+        curves.append(_Curve(name, Held("fixed", i=j), value, -np.inf, np.inf, float(errors[j])))
+    return curves
+
+
+def profile(fitted: Fitted, parm: Any = None) -> Profile:
+    """Profile the ML deviance; see :class:`Profile`.
+
+    Args:
+        fitted: a REML fit is refitted by maximum likelihood, and ``notes`` says so.
+        parm: parameters by name, also as in lme4 (``.sig01``); None for all.
+
+    Raises:
+        ValueError: an unknown name; a model for which this is not written.
+    """
+    return Profile(fitted, parm)

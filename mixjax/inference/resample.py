@@ -1,0 +1,393 @@
+"""Data sets drawn from a fit, as the cross-products that a refit needs: four kinds of bootstrap.
+
+``resampler`` gives a function ``(first, count) -> CrossProducts`` of replicates ``first .. first + count - 1``, each
+with a random stream of its own (:mod:`mixjax.simulate`): chunks do not change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from mixjax.bases import change_basis, constant_column
+from mixjax.design import Design
+from mixjax.fitted import Fitted
+from mixjax.likelihood.cross_products import cross_products
+from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, bucket, sum_by_group
+from mixjax.simulate import draw_responses, random_columns, simulate_responses
+
+Kind = Literal["parametric", "residual", "cases", "wild"]
+KINDS = ("parametric", "residual", "cases", "wild")
+# An eigenvalue that is this part of the largest one counts as zero.
+RANK = 1e-12
+# Fixed effects of a drawn data set that are this close to dependent, in the basis of all data, cannot be estimated.
+DEPENDENT = 1e-11
+# A row whose residual keeps less than this share of its variance determines a fixed effect by itself.
+LEVERAGE_LEFT = 1e-10
+# Numbers that the data sets of one chunk may hold together, and how many data sets there are at most.
+NUMBERS = 2**23
+MOST = 2**14
+
+
+class Resampler(NamedTuple):
+    """How replicates are made.
+
+    Attributes:
+        products: ``(first, count)`` -> cross-products of these replicates, for :func:`mixjax.estimate_many`.
+        numbers: how many numbers one replicate takes, about.
+    """
+
+    products: Callable[[int, int], CrossProducts]
+    numbers: int
+
+
+def chunk_size(numbers: int) -> int:
+    """How many data sets of so many numbers are worked on at the same time."""
+    return 1 << max(0, min(MOST, NUMBERS // numbers).bit_length() - 1)
+
+
+def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> Resampler:
+    """What draws the replicates of one kind; see :func:`mixjax.inference.bootstrap.bootstrap`.
+
+    Raises:
+        ValueError: the kind is unknown, or the fit cannot be resampled in this way.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if weights not in TWO_POINTS:
+        raise ValueError(f"weights must be one of {', '.join(map(repr, TWO_POINTS))}, got {weights!r}")
+    design = fitted.rows
+    if kind == "cases":
+        clusters = cluster_products(fitted)
+
+        def drawn(first: int, count: int) -> CrossProducts:
+            M = clusters.M
+            index = draw_responses(lambda u: np.floor(u * M), M, M, key, count, first, "uniform")
+            return clusters.gather(index.astype(np.intp))
+
+        return Resampler(drawn, clusters.numbers(clusters.M))
+    if kind == "residual":
+        respond = _residual_responses(fitted, key)
+    elif kind == "wild":
+        respond = _wild_responses(fitted, key, *TWO_POINTS[weights])
+    else:
+        est = fitted.estimates
+        respond = partial(_parametric_responses, design, est.beta, est.sigma, est.Sigma, key)
+    return Resampler(lambda first, count: cross_products(design, respond(first, count)), fitted.nobs)
+
+
+def _parametric_responses(design, beta, sigma, Sigma, key, first: int, count: int) -> np.ndarray:
+    return simulate_responses(design, beta, sigma, Sigma, key, count, first)
+
+
+# --- residuals -----------------------------------------------------------------------------------------------------
+
+
+def reflated_effects(fitted: Fitted) -> list[np.ndarray]:
+    """Per term ``(levels that have rows, q)``: predicted random effects, centred, with covariance Sigma exactly.
+
+    Predicted effects vary less than the effects themselves, so they are multiplied by the matrix that turns their
+    empirical covariance (divisor: number of levels) into the estimated one (Carpenter, Goldstein & Rasbash 2003, Appl.
+    Statist. 52, 431). Where Sigma is singular that happens in the space that it spans.
+    """
+    pools = []
+    for t, (term, b, Sigma) in enumerate(
+        zip(fitted.rows.terms, fitted.estimates.b, fitted.estimates.Sigma, strict=True)
+    ):
+        present = np.unique(term.group)
+        F, G = _factor_and_inverse(np.asarray(Sigma))
+        spherical = np.asarray(b)[present] @ G.T
+        spherical = spherical - spherical.mean(axis=0)
+        values, vectors = np.linalg.eigh(spherical.T @ spherical / len(present))
+        if len(values) and (len(present) <= len(values) or values.min() <= RANK * values.max()):
+            raise ValueError(
+                f"the predicted random effects of term {fitted.labels.terms[t].group!r} cannot be rescaled to their "
+                f"covariance: {len(present)} levels are too few for rank {len(values)}; use kind='parametric'"
+            )
+        pools.append(spherical @ (vectors / np.sqrt(values)) @ vectors.T @ F.T)
+    return pools
+
+
+def _factor_and_inverse(Sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``F (q, r)`` of full rank with ``F F' = Sigma``, and ``G (r, q)`` with ``G F = I``."""
+    sd = np.sqrt(np.diagonal(Sigma))
+    kept = np.flatnonzero(sd > 0)
+    values, vectors = np.linalg.eigh(Sigma[np.ix_(kept, kept)] / np.outer(sd[kept], sd[kept]))
+    at = values > RANK * values.max(initial=0.0)
+    values, vectors = values[at], vectors[:, at]
+    F, G = np.zeros((len(sd), len(values))), np.zeros((len(values), len(sd)))
+    F[kept] = sd[kept, None] * vectors * np.sqrt(values)
+    G[:, kept] = (vectors / np.sqrt(values)).T / sd[kept]
+    return F, G
+
+
+def reflated_residuals(fitted: Fitted) -> np.ndarray:
+    """``(n,)`` conditional residuals times the roots of the weights, centred, with mean square ``sigma^2`` exactly."""
+    design, est = fitted.rows, fitted.estimates
+    raw = _marginal_residuals(fitted) - random_columns(design) @ np.concatenate([np.ravel(b) for b in est.b])
+    residuals = raw if design.weights is None else raw * np.sqrt(design.weights)
+    residuals = residuals - residuals.mean()
+    mean_square = residuals @ residuals / len(residuals)
+    if not mean_square > 0:
+        raise ValueError("all residuals of this fit are zero: there is nothing to draw from; use kind='parametric'")
+    return residuals * (est.sigma / np.sqrt(mean_square))
+
+
+def _residual_responses(fitted: Fitted, key: Any) -> Callable[[int, int], np.ndarray]:
+    """Effects drawn level by level and residuals row by row, with replacement."""
+    design, n = fitted.rows, fitted.nobs
+    mean, Z = _fixed_part(fitted), random_columns(design)
+    noise, pools = reflated_residuals(fitted), reflated_effects(fitted)
+    scale = 1.0 if design.weights is None else 1.0 / np.sqrt(design.weights)
+    levels = [term.n_groups for term in design.terms]
+    cuts = np.cumsum([n, *levels])
+
+    def respond(uniform: np.ndarray) -> np.ndarray:
+        e, *parts = np.split(uniform, cuts[:-1], axis=1)
+        drawn = [_pick(pool, part).reshape(len(part), -1) for pool, part in zip(pools, parts, strict=True)]
+        effects = np.concatenate(drawn, axis=1)
+        return mean + scale * _pick(noise, e) + (Z @ np.ascontiguousarray(effects.T)).T
+
+    return lambda first, count: draw_responses(respond, n, int(cuts[-1]), key, count, first, "uniform")
+
+
+def _pick(pool: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    return pool[(uniform * len(pool)).astype(np.intp)]
+
+
+# --- wild ----------------------------------------------------------------------------------------------------------
+
+# Two points and the probability of the first: mean 0, variance 1; Mammen's third moment is 1, as that of squares is.
+_ROOT5 = np.sqrt(5.0)
+TWO_POINTS = {
+    "mammen": ((1 - _ROOT5) / 2, (1 + _ROOT5) / 2, (_ROOT5 + 1) / (2 * _ROOT5)),
+    "rademacher": (-1.0, 1.0, 0.5),
+}
+
+
+def adjusted_residuals(fitted: Fitted) -> np.ndarray:
+    """``(n,)`` marginal residuals over ``sqrt(1 - h)``, h the row's leverage in least squares on X (HC2)."""
+    design = fitted.rows
+    sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights))
+    Q, _ = change_basis(np.asarray(design.X), sqrt_w)
+    left = 1.0 - np.einsum("ij,ij->i", Q, Q)
+    # A row that determines a fixed effect by itself has no residual to draw from.
+    inverse = np.where(left > LEVERAGE_LEFT, 1.0 / np.sqrt(np.maximum(left, LEVERAGE_LEFT)), 0.0)
+    return _marginal_residuals(fitted) * inverse
+
+
+def _wild_responses(
+    fitted: Fitted, key: Any, low: float, high: float, share: float
+) -> Callable[[int, int], np.ndarray]:
+    """Marginal residuals of every cluster times one random number (Modugno & Giannerini 2015)."""
+    cluster, M = outermost_clusters(fitted)
+    mean, residuals = _fixed_part(fitted), adjusted_residuals(fitted)
+
+    def respond(uniform: np.ndarray) -> np.ndarray:
+        return mean + residuals * np.where(uniform < share, low, high)[:, cluster]
+
+    return lambda first, count: draw_responses(respond, fitted.nobs, M, key, count, first, "uniform")
+
+
+def _fixed_part(fitted: Fitted) -> np.ndarray:
+    mean = np.asarray(fitted.rows.X) @ fitted.estimates.beta
+    return mean if fitted.rows.offset is None else mean + np.asarray(fitted.rows.offset)
+
+
+def _marginal_residuals(fitted: Fitted) -> np.ndarray:
+    return np.asarray(fitted.rows.y) - _fixed_part(fitted)
+
+
+# --- clusters ------------------------------------------------------------------------------------------------------
+
+
+def outermost_term(fitted: Fitted) -> int:
+    """The first of the terms in whose grouping factor all others are nested.
+
+    Raises:
+        ValueError: there is none, because factors are crossed.
+    """
+    terms, names = fitted.rows.terms, [term.group for term in fitted.labels.terms]
+    for t, outer in enumerate(terms):
+        if all(_is_nested(inner, outer) for inner in terms):
+            return t
+    raise ValueError(
+        f"the grouping factors {', '.join(map(repr, dict.fromkeys(names)))} are crossed: no levels are independent of "
+        "each other, so there are no clusters to draw or to leave out; kind='parametric' and kind='residual' with "
+        "percentile, basic or normal intervals need none"
+    )
+
+
+def _is_nested(inner: Any, outer: Any) -> bool:
+    parent = np.zeros(inner.n_groups, np.int64)
+    parent[inner.group] = outer.group
+    return bool((parent[inner.group] == outer.group).all())
+
+
+def outermost_clusters(fitted: Fitted) -> tuple[np.ndarray, int]:
+    """``(n,)`` cluster of every row, and how many clusters: the levels of :func:`outermost_term` that have rows."""
+    present, cluster = np.unique(fitted.rows.terms[outermost_term(fitted)].group, return_inverse=True)
+    if len(present) < 2:
+        raise ValueError("the outermost grouping factor has one level: there is nothing to draw from")
+    return cluster.reshape(-1), len(present)
+
+
+@dataclass(frozen=True)
+class ClusterProducts:
+    """Cross-products of a design by independent clusters of rows, to put together anew.
+
+    Attributes:
+        stats: of all rows; every product stays in its bases.
+        totals: ``(M, p p + p + 3)`` sums over the rows of every cluster: XX, Xy, yy, n, sum of log weights.
+        levels: per grouping factor ``(M, w)``: the levels within every cluster; the number of levels stands for none.
+        entries: likewise the entries of every pair of factors.
+        places: per grouping factor: where within its cluster's row of ``levels`` a level stands.
+    """
+
+    stats: CrossProducts
+    totals: np.ndarray
+    levels: tuple[np.ndarray, ...]
+    entries: tuple[np.ndarray, ...]
+    places: tuple[np.ndarray, ...]
+
+    @property
+    def M(self) -> int:
+        """Number of clusters."""
+        return len(self.totals)
+
+    def numbers(self, S: int) -> int:
+        """How many numbers a data set of S clusters takes, about."""
+        sizes = [
+            self._size(f, S) * sum(a[..., 0].size for a in products) for f, products in enumerate(self.stats.factors)
+        ]
+        pairs = [S * e.shape[1] * pair.ZZ[..., 0].size for e, pair in zip(self.entries, self.stats.pairs, strict=True)]
+        return S * self.totals.shape[1] + sum(sizes) + sum(pairs)
+
+    def _size(self, f: int, S: int) -> int:
+        """Levels of a factor in a data set of S clusters, padded to a few sizes so that data sets share programs."""
+        return bucket(S * self.levels[f].shape[1], dense=f in self.stats.layout.dense)
+
+    def gather(self, index: np.ndarray) -> CrossProducts:
+        """Products of data sets made of clusters ``index (B, S)``, a cluster drawn twice counting as two.
+
+        A data set whose fixed effects cannot be estimated gets NaN, so that its fit fails.
+        """
+        stats, (B, S) = self.stats, index.shape
+        p = stats.XX.shape[0]
+        sums = self.totals[index].sum(axis=1)
+        XX, Xy, yy = sums[:, : p * p].reshape(B, p, p), sums[:, p * p : -3], sums[:, -3]
+        if p:
+            values = np.linalg.eigvalsh(XX)
+            lost = values[:, 0] <= DEPENDENT * values[:, -1]
+            Xy[lost], yy[lost] = np.nan, np.nan
+
+        def repeat(leaf: Any) -> np.ndarray:
+            return np.broadcast_to(leaf, (B, *np.shape(leaf)))
+
+        factors = []
+        for f, products in enumerate(stats.factors):
+            at = _padded(self.levels[f][index], self._size(f, S), len(self.places[f]) - 1)
+            factors.append(FactorProducts(*(_take(a, at) for a in products)))
+        return replace(
+            stats,
+            factors=tuple(factors),
+            pairs=tuple(self._pair(i, index) for i in range(len(stats.pairs))),
+            XX=XX,
+            Xy=Xy,
+            yy=yy,
+            n=sums[:, -2],
+            sum_log_weights=sums[:, -1],
+            beta0=repeat(stats.beta0),
+            X_basis=jax.tree.map(repeat, stats.X_basis),
+            Z_bases=jax.tree.map(repeat, stats.Z_bases),
+            classes=None,
+        )
+
+    def _pair(self, i: int, index: np.ndarray) -> PairProducts:
+        (s, t), pair = self.stats.layout.pairs[i], self.stats.pairs[i]
+        S = index.shape[1]
+        nested = s in self.stats.layout.chain and t in self.stats.layout.chain
+        size = self._size(s, S) if nested else bucket(S * self.entries[i].shape[1])
+        entries = self.entries[i][index]
+
+        def renumbered(f: int, old: Any) -> np.ndarray:
+            none = self._size(f, S)
+            places = np.append(self.places[f][old], 0)[entries] + self.levels[f].shape[1] * np.arange(S)[:, None]
+            return _padded(np.where(entries < len(old), places, none), size, none).astype(np.int32)
+
+        rows, cols = renumbered(s, pair.rows), renumbered(t, pair.cols)
+        if nested:  # one entry for every level of s, in order
+            rows = np.broadcast_to(np.arange(size, dtype=np.int32), rows.shape)
+        return PairProducts(rows, cols, _take(pair.ZZ, _padded(entries, size, len(pair.rows))))
+
+
+def _padded(table: np.ndarray, size: int, none: int) -> np.ndarray:
+    """``(B, S, w)`` -> ``(B, size)``, filled up."""
+    B = len(table)
+    return np.concatenate([table.reshape(B, -1), np.full((B, size - table[0].size), none)], axis=1)
+
+
+def _take(a: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Entries ``at (B, k)`` of the last axis, replicates first; zero one behind the end."""
+    padded = np.concatenate([a, np.zeros((*a.shape[:-1], 1))], axis=-1)
+    return np.moveaxis(padded[..., at], -2, 0)
+
+
+def cluster_products(fitted: Fitted) -> ClusterProducts:
+    """The fit's cross-products by levels of the outermost grouping factor; see :func:`outermost_term`."""
+    design = fitted.rows
+    cluster, M = outermost_clusters(fitted)
+    stats = cross_products(design)
+    Q, residual, log_w = _rows_in_bases(design)
+    n, p = Q.shape
+    squares = (Q[:, :, None] * Q[:, None]).reshape(n, p * p)
+    rows = np.column_stack([squares, Q * residual[:, None], residual**2, np.ones(n), log_w])
+    groups = [
+        next(term.group for term, place in zip(design.terms, stats.layout.terms, strict=True) if place.factor == f)
+        for f in range(len(stats.factors))
+    ]
+    levels, places, owners = [], [], []
+    for group, products in zip(groups, stats.factors, strict=True):
+        owner = np.full(products.ZZ.shape[2], -1)
+        owner[group] = cluster
+        table, place = _by_owner(owner, M)
+        levels.append(table)
+        # Levels without rows are asked for by their number or by one more; nothing is found there.
+        places.append(np.append(place, 0))
+        owners.append(owner)
+    entries = []
+    for (s, t), pair in zip(stats.layout.pairs, stats.pairs, strict=True):
+        nested = s in stats.layout.chain and t in stats.layout.chain
+        entries.append(levels[s] if nested else _by_owner(owners[s][pair.rows], M)[0])
+    return ClusterProducts(stats, sum_by_group(rows.T, cluster, M).T, tuple(levels), tuple(entries), tuple(places))
+
+
+def _rows_in_bases(design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q ``(n, p)``, the residual of y on it, and logs of the weights, as in the cross-products."""
+    X = np.asarray(design.X)
+    sqrt_w = np.ones(len(X)) if design.weights is None else np.sqrt(np.asarray(design.weights))
+    Q, _ = change_basis(X, None if design.weights is None else sqrt_w)
+    y = np.asarray(design.y, np.float64) - (0.0 if design.offset is None else np.asarray(design.offset))
+    # Centred first, and twice, so that a large mean costs no digits.
+    residual = (y - (0.0 if constant_column(X) is None else y.mean())) * sqrt_w
+    for _ in range(2):
+        residual = residual - Q @ (Q.T @ residual)
+    return Q, residual, 2.0 * np.log(sqrt_w)
+
+
+def _by_owner(owner: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """``(M, w)``: what every owner owns, in order, filled up with ``len(owner)``; and where in its row each stands."""
+    owned = np.flatnonzero(owner >= 0)
+    order = owned[np.argsort(owner[owned], kind="stable")]
+    counts = np.bincount(owner[owned], minlength=M)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full((M, counts.max(initial=1)), len(owner))
+    table[owner[order], rank] = order
+    place = np.zeros(len(owner), np.int64)
+    place[order] = rank
+    return table, place

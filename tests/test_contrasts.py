@@ -1,0 +1,240 @@
+"""Degrees of freedom, tests and Wald intervals of single fits and of many, against lmerTest, pbkrtest and lme4."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import HERE, fit_of, r_name, table
+
+import mixjax as mj
+from mixjax.covariance import lambdas_of_theta, triangle
+from mixjax.estimation.surface import coordinates_of
+from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
+from mixjax.inference.parameters import select, variance_parameters, wald_intervals
+from mixjax.likelihood.criterion import in_bases, profile
+from mixjax.likelihood.elimination import arrange
+
+MODELS = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
+METHODS = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger"}
+
+
+def reference(model):
+    return json.loads((HERE / "oracle" / f"inference_ddf_{model}.json").read_text())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_coefficients_agree_with_lmerTest_and_pbkrtest(model):
+    fit = fit_of(model, "REML")
+    names = [r_name(name) for name in fit.labels.fixed]
+    for block, ddf in METHODS.items():
+        wanted = reference(model)[block]
+        at = [wanted["coefficients"]["row_names"].index(name) for name in names]
+        column = {key: np.array(values)[at] for key, values in wanted["coefficients"].items() if key != "row_names"}
+        found = t_tests(fit.record, np.eye(len(names)), ddf)
+        np.testing.assert_allclose(found["df"], column["df"], rtol=2e-7)  # numerical derivatives there
+        np.testing.assert_allclose(found["std_error"], column["Std. Error"], rtol=1e-8)
+        np.testing.assert_allclose(found["p_value"], column["Pr(>|t|)"], rtol=1e-6, atol=1e-12)
+        if block == "kenward_roger":
+            V = np.array(wanted["vcov_adjusted"]["values"])[np.ix_(at, at)]
+            scale = np.sqrt(np.outer(np.diag(V), np.diag(V)))
+            np.testing.assert_allclose(FixedEffects.of(fit.record, ddf).vcov / scale, V / scale, atol=5e-9)
+
+
+@pytest.mark.parametrize("model", ["cake_factor", "machines_slopes", "sleepstudy_slopes"])
+def test_joint_tests_agree(model):
+    fit = fit_of(model, "REML")
+    names = [r_name(name) for name in fit.labels.fixed]
+    for block, ddf in METHODS.items():
+        for kind in ("I", "II", "III"):
+            wanted = reference(model)[block][f"anova_type{kind}"]
+            for i, term in enumerate(wanted["row_names"]):
+                hypothesis = wanted["hypotheses"][term]
+                L = np.array(hypothesis["values"], float)[:, [hypothesis["cols"].index(name) for name in names]]
+                found = f_test(fit.record, L, ddf)
+                assert found.statistic == pytest.approx(wanted["F value"][i], rel=1e-6)
+                assert found.den_df == pytest.approx(wanted["DenDF"][i], rel=1e-6)
+                assert found.p_value == pytest.approx(wanted["Pr(>F)"][i], rel=1e-5, abs=1e-12)
+
+
+def dense_kenward_roger(fit):
+    """The adjusted covariance from V and its derivatives by every variance and covariance, all n x n."""
+    X, n = fit.X, fit.nobs
+    G = [np.eye(n)]
+    for term in fit.design.terms:
+        Z, group = np.asarray(term.Z), np.asarray(term.group)
+        same = group[:, None] == group[None]
+        for a, b in zip(*triangle(Z.shape[1]), strict=True):
+            part = np.outer(Z[:, a], Z[:, b])
+            G.append((part if a == b else part + part.T) * same)
+    V_inverse = np.linalg.inv(fit.marginal_cov())
+    C = np.linalg.inv(X.T @ V_inverse @ X)
+    H = [V_inverse @ g for g in G]
+    P = [-X.T @ h @ V_inverse @ X for h in H]
+    Q = [[X.T @ h @ k @ V_inverse @ X for k in H] for h in H]
+    information = np.array([[np.trace(h @ k) - 2 * np.trace(C @ Q[i][j]) + np.trace(C @ P[i] @ C @ P[j])
+                             for j, k in enumerate(H)] for i, h in enumerate(H)])  # fmt: skip
+    W = 2 * np.linalg.inv(information)
+    U = sum(W[i, j] * (Q[i][j] - P[i] @ C @ P[j]) for i in range(len(G)) for j in range(len(G)))
+    return C + 2 * C @ U @ C
+
+
+@pytest.mark.parametrize("model", ["singular_correlation_one", "singular_crossed_zero", "penicillin"])
+def test_kenward_roger_is_the_dense_formula_also_where_the_fit_is_singular(model):
+    fit = fit_of(model, "REML")
+    wanted = dense_kenward_roger(fit)
+    np.testing.assert_allclose(FixedEffects.of(fit.record, "kenward-roger").vcov, wanted, rtol=1e-8)
+
+
+def test_structured_covariances_have_their_own_directions(x64):
+    """One variance for all of diag's effects is not assumed: with one effect a term the models are the same."""
+    data = table("sleepstudy")
+    split = mj.lmm("Reaction ~ Days + (Days || Subject)", data)
+    diagonal = mj.lmm("Reaction ~ Days + diag(Days | Subject)", data)
+    for ddf in METHODS.values():
+        a, b = (t_tests(fit.record, np.eye(2), ddf) for fit in (split, diagonal))
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_information_is_the_hessian_of_the_criterion(x64):
+    """With sigma free, by automatic differentiation in theta's coordinates."""
+    fit = fit_of("sleepstudy_slopes", "REML")
+    info, stats = fitted_information(fit.record), fit.stats
+    df = fit.nobs - 2
+
+    def free(parameters):
+        theta, log_sigma = parameters[:-1], parameters[-1]
+        profiled = mj.criterion(theta, stats)
+        rss = rss_of(theta)
+        return profiled - df * (1 + jnp.log(rss / df)) + 2 * df * log_sigma + rss * jnp.exp(-2 * log_sigma)
+
+    def rss_of(theta):
+        return profile(in_bases(lambdas_of_theta(theta, (2,)), stats), arrange(stats), stats, True).rss
+
+    at = jnp.append(jnp.asarray(fit.theta), np.log(fit.sigma))
+    covariance = 2 * np.linalg.inv(np.asarray(jax.hessian(free)(at)))
+    to_x = np.asarray(jax.jacfwd(lambda theta: coordinates_of(theta, stats)[0])(at[:-1]))
+    J = np.block([[to_x, np.zeros((3, 1))], [np.zeros((1, 3)), np.ones((1, 1))]])
+    np.testing.assert_allclose(info.covariance, J @ covariance @ J.T, rtol=1e-6, atol=1e-9)
+
+
+def test_many_fits_at_once_are_single_fits():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    Y = fit.simulate(3, 6)
+    stats = mj.cross_products(fit.design, Y)
+    est = mj.estimate_many(stats)
+    L = np.array([[0.0, 1.0], [1.0, 5.0]])
+    for function in (mj.wald, mj.satterthwaite, mj.kenward_roger):
+        many = function(est, stats, L)
+        assert many.p.shape == (6, 2)
+        for i in (0, 5):
+            one = fit.refit(Y[i])
+            for a, b in zip(function(one.estimates, one.stats, L), many, strict=True):
+                np.testing.assert_allclose(b[i], a, rtol=1e-6)
+
+
+def test_array_forms_inside_transformations(x64):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    est, stats = fit.estimates, jax.tree.map(jnp.asarray, fit.stats)
+    L = jnp.array([[0.0, 1.0]])
+    inside = jax.jit(lambda est: mj.satterthwaite(est, stats, L))(est)
+    np.testing.assert_allclose(inside.df, t_tests(fit.record, L)["df"], rtol=1e-9)
+    slope = jax.grad(lambda l: mj.wald(est, stats, jnp.array([1.0, l])).se[0])(2.0)  # noqa: E741
+    V = fit.vcov.to_numpy()
+    se = np.sqrt(np.array([1.0, 2.0]) @ V @ [1.0, 2.0])
+    assert float(slope) == pytest.approx((V[0, 1] + 2 * V[1, 1]) / se, rel=1e-9)
+
+
+def test_scale_and_order_do_not_matter():
+    data = table("sleepstudy")
+    changed = data.assign(Reaction=data["Reaction"] * 1000 + 5, Days=data["Days"] * 0.01 + 7).sample(
+        frac=1, random_state=1
+    )
+    formula = "Reaction ~ Days + (Days | Subject)"
+    a, b = mj.lmm(formula, data), mj.lmm(formula, changed)
+    for ddf in METHODS.values():
+        one, two = (t_tests(fit.record, [[0.0, 1.0]], ddf) for fit in (a, b))
+        np.testing.assert_allclose(one[["df", "statistic", "p_value"]], two[["df", "statistic", "p_value"]], rtol=1e-5)
+
+
+def test_what_is_refused_and_what_is_said():
+    fit, ml = fit_of("sleepstudy_slopes", "REML"), fit_of("sleepstudy_slopes", "ML")
+    with pytest.raises(ValueError, match=r"L has shape \(1, 3\)"):
+        t_tests(fit.record, [[0, 1, 0]])
+    with pytest.raises(ValueError, match="ddf must be one of"):
+        t_tests(fit.record, np.eye(2), "kr")
+    with pytest.raises(ValueError, match="contradict"):
+        f_test(fit.record, [[0, 1], [0, 2]], rhs=[1.0, 1.0])
+    with pytest.raises(ValueError, match="only zeros"):
+        f_test(fit.record, [[0, 0]])
+    with pytest.raises(ValueError, match="weights; use ddf='satterthwaite'"):
+        t_tests(fit_of("sleepstudy_weighted", "REML").record, np.eye(2), "kenward-roger")
+    with pytest.raises(ValueError, match="too many"):
+        mj.kenward_roger(fit_of("insteval", "REML").estimates, fit_of("insteval", "REML").stats, [1.0, 0.0])
+    with pytest.warns(mj.InferenceWarning, match="refitted by REML"):
+        refitted = t_tests(ml.record, np.eye(2), "kenward-roger")
+    np.testing.assert_allclose(refitted, t_tests(fit.record, np.eye(2), "kenward-roger"), rtol=1e-6)
+    with pytest.warns(mj.InferenceWarning, match="singular fit"):
+        t_tests(fit_of("singular_rank_two", "REML").record, np.eye(3))
+
+
+def test_wald_intervals():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    frame = fit.confint(method="wald")
+    assert list(frame.index) == [
+        "sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"
+    ]  # fmt: skip
+    wanted = json.loads((HERE / "oracle" / "inference_confint_sleepstudy_slopes.json").read_text())["wald_REML"]
+    rows = dict(zip(wanted["rows"], wanted["values"], strict=True))
+    np.testing.assert_allclose(frame.loc["Days"], rows["Days"], rtol=1e-8)
+    np.testing.assert_allclose(fit.confint("(Intercept)", method="wald").to_numpy()[0], rows["(Intercept)"], rtol=1e-8)
+    assert (fit.confint("Days", method="wald", ddf="satterthwaite")["upper"] > frame.loc["Days", "upper"]).all()
+    estimates = fit.variance_parameters()["estimate"]
+    assert ((frame["lower"][:4] < estimates) & (estimates < frame["upper"][:4])).all()
+    np.testing.assert_allclose(fit.conf_int().loc["Days"], rows["Days"], rtol=1e-8)
+    with pytest.raises(ValueError, match="no parameter 'Dasy'"):
+        fit.confint("Dasy")
+    with pytest.raises(ValueError, match="level"):
+        fit.confint(level=1.5)
+    with pytest.raises(ValueError, match="method must be"):
+        fit.confint(method="guess")
+
+
+def test_standard_errors_of_variances_in_a_balanced_layout():
+    """One-way: MS_between and MS_within are independent chi-squares, and REML is a function of them."""
+    fit = fit_of("dyestuff", "REML")
+    m, n = 6, 5
+    within, between = fit.sigma**2, fit.sigma**2 + n * fit.Sigma["Batch"][0, 0]
+    var_within, var_between = 2 * within**2 / (m * (n - 1)), 2 * between**2 / (m - 1)
+    sd = np.sqrt(fit.Sigma["Batch"][0, 0])
+    wanted = [np.sqrt(var_within + var_between) / n / (2 * sd), np.sqrt(var_within) / (2 * fit.sigma)]
+    np.testing.assert_allclose(fit.variance_parameters()["std_error"], wanted, rtol=1e-7)
+
+
+def test_on_the_boundary_there_is_no_wald_interval():
+    fit = fit_of("dyestuff2", "REML")
+    assert np.isnan(variance_parameters(fit.record).std_error[0])
+    with pytest.warns(mj.InferenceWarning, match=r"sd_Intercept\|Batch"):
+        frame = wald_intervals(fit.record)
+    assert frame["lower"].isna().tolist() == [True, False, False]
+
+
+def test_names_of_parameters():
+    names, fixed = (
+        ["sd_Intercept|g", "cor_x.Intercept|g", "sd_x|g", "sigma", "Intercept", "a[T.2]"],
+        ["Intercept", "a[T.2]"],
+    )
+    assert select(".sig02", names, fixed) == ["cor_x.Intercept|g"]
+    assert select(["theta_", "a2"], names, fixed) == [*names[:4], "a[T.2]"]
+    assert select("beta_", names, fixed) == fixed
+    assert select([".sigma", "sd_(Intercept)|g"], names, fixed) == ["sigma", "sd_Intercept|g"]
+
+
+def test_summary_and_tidy_with_degrees_of_freedom():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    assert "Pr(>|t|)" in str(fit.summary("satterthwaite"))
+    assert "Pr(>|z|)" in str(fit.summary("wald"))
+    frame = fit.tidy("kenward-roger")
+    np.testing.assert_allclose(frame["df"][:2], 17.0, rtol=1e-6)
+    np.testing.assert_allclose(fit.pvalues, t_tests(fit.record, np.eye(2))["p_value"])
