@@ -1,6 +1,7 @@
 """Terms of the formula and written hypotheses: against lmerTest, extra sums of squares, cell means, and recodings."""
 
 import json
+import warnings
 from functools import cache
 
 import numpy as np
@@ -32,7 +33,9 @@ def projector(L):
 
 def record_of_design(formula, data, **kwargs):
     """A record without estimates, for what needs the design only."""
-    design, labels = mj.build_design(formula, data, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mj.DataWarning)  # columns left out are asserted where they matter
+        design, labels = mj.build_design(formula, data, **kwargs)
     return Fitted(design, labels, None, None, True, None)
 
 
@@ -128,8 +131,8 @@ def test_walds_f_is_the_quadratic_form():
 
 @cache
 def unbalanced(empty=False):
-    """A 2 x 3 table with 1 to 6 rows in a cell, a covariate and a grouping factor."""
-    counts = {("u", "p"): 4, ("u", "q"): 2, ("u", "r"): 5, ("v", "p"): 3, ("v", "q"): 6, ("v", "r"): 0 if empty else 1}
+    """A 2 x 3 table with 2 to 6 rows in a cell, a covariate and a grouping factor."""
+    counts = {("u", "p"): 4, ("u", "q"): 2, ("u", "r"): 5, ("v", "p"): 3, ("v", "q"): 6, ("v", "r"): 0 if empty else 2}
     cells = [cell for cell, n in counts.items() for _ in range(n)]
     rng = np.random.default_rng(3)
     frame = pd.DataFrame(cells, columns=["a", "b"])
@@ -191,7 +194,8 @@ def test_type_three_compares_means_of_cells_with_equal_weights(coding):
 
 
 def test_type_three_is_the_own_columns_under_sum_to_zero():
-    record = record_of_design("y ~ a * b * x + (1 | g)", unbalanced(), contrasts={"a": "sum", "b": "sum"})
+    record = record_of_design("y ~ a * b + a * x + (1 | g)", unbalanced(), contrasts={"a": "sum", "b": "sum"})
+    assert not record.labels.dropped_columns
     terms = {term.name: term for term in terms_of(record.labels)}
     for name, L in type_contrasts(record, "III").items():
         np.testing.assert_allclose(L, np.eye(L.shape[1])[terms[name].columns], atol=1e-9)
@@ -296,7 +300,9 @@ def test_lme4s_names_are_understood():
 
 
 def test_names_with_signs_and_spaces():
-    frame = unbalanced().assign(**{"dose mg": lambda d: d.x**2, "x1": lambda d: np.sin(d.x), "a-b": lambda d: d.x**3})
+    frame = unbalanced().assign(
+        **{"dose mg": lambda d: np.cos(d.x), "x1": lambda d: np.sin(d.x), "a-b": lambda d: np.sin(3 * d.x)}
+    )
     record = record_of_design("y ~ `dose mg` + x + x1 + `a-b` + np.log(x + 9) + bs(x, df=5) + b + (1 | g)", frame)
     fixed = list(record.labels.fixed)
     assert {"dose mg", "x", "x1", "a-b", "np.log(x + 9)", "b[T.q]"} <= set(fixed)

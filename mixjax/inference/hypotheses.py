@@ -18,7 +18,7 @@ from formulaic.parser.types import Term as FormulaTerm
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.build import caller_context, usable
-from mixjax.inference.contrasts import FixedEffects, f_test, t_tests
+from mixjax.inference.contrasts import f_test, t_tests
 
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
 # Singular values and coefficients below this, relative to the largest, are zeros: columns have unit length there.
@@ -532,16 +532,8 @@ def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], d
         for L, rhs in hypotheses.values():
             F = f_test(fitted, L, ddf=ddf, rhs=rhs)
             warnings.simplefilter("ignore", InferenceWarning)  # what the first test said holds for all
-            plain = _unscaled(fitted, L, rhs, F.num_df) if ddf == "kenward-roger" else F.statistic
-            mean_sq = float(plain) * sigma2
+            mean_sq = F.statistic / F.scale * sigma2
             numbers = (float(F.den_df), float(F.statistic), float(F.p_value))
             rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
     frame = pd.DataFrame(rows, index=list(hypotheses), columns=columns)
     return frame.astype(dict.fromkeys(columns, float) | {"num_df": int})
-
-
-def _unscaled(fitted: Fitted, L: np.ndarray, rhs: Any, num_df: float) -> float:
-    """Kenward-Roger's F before scaling, which lmerTest makes the sum of squares of."""
-    method = FixedEffects.of(fitted, "kenward-roger")
-    d = L @ method.beta - rhs
-    return float(d @ np.linalg.pinv(L @ method.vcov @ L.T, hermitian=True) @ d / num_df)
