@@ -10,7 +10,7 @@ import pytest
 from conftest import HERE, fit_of, oracle, table
 
 import mixjax as mj
-from mixjax.fitted import Fitted
+from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.inference import hypotheses
 from mixjax.inference.hypotheses import anova, contrast_matrix, terms_of, type_contrasts
 
@@ -432,3 +432,29 @@ def test_recoded_factors_give_the_same_f_tests():
         assert list(a.index) == list(b.index) == ["recipe", "temp", "recipe:temp"]
         # Estimates agree to the optimiser's 1e-6 standard errors or better, the rest to its square root.
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_functions_of_the_formula_must_be_in_sight():
+    def fitted():
+        def half(z):
+            return z / 2
+
+        return record_of_design("y ~ a * half(x) + (1 | g)", unbalanced(), context={"half": half})
+
+    record = fitted()
+    with pytest.raises(ValueError, match=r"'half\(x\)' cannot be evaluated again"):
+        type_contrasts(record, "III")
+
+    def half(z):
+        return z / 2
+
+    assert list(type_contrasts(record, "III")) == ["a", "half(x)", "a:half(x)"]
+    assert half(4) == 2
+
+
+def test_an_ml_fit_is_refitted_once_for_kenward_roger():
+    fit = mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", table("cake"), reml=False)
+    with pytest.warns(InferenceWarning, match="refitted by REML") as caught:
+        found = anova(fit.record, "III", "kenward-roger")
+    assert len(caught) == 1
+    np.testing.assert_allclose(found, anova(fit_of("cake_temp", "REML").record, "III", "kenward-roger"), rtol=1e-6)

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 from formulaic import ModelSpec
+from formulaic.errors import FormulaicError
 from formulaic.parser.types import Factor
 from formulaic.parser.types import Term as FormulaTerm
 
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.build import caller_context, usable
+from mixjax.formula.errors import FormulaError
 from mixjax.inference.contrasts import f_test, t_tests
 
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
@@ -418,9 +420,14 @@ def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, np.nd
             transform_state=spec.transform_state,
             encoder_state=spec.encoder_state,
         )
-        columns = np.asarray(alone.get_model_matrix(labels.frame, context=context), float).reshape(
-            len(labels.frame), -1
-        )
+        try:
+            columns = np.asarray(alone.get_model_matrix(labels.frame, context=context), float)
+        except FormulaicError as error:
+            raise FormulaError(
+                f"'{factor.expr}' cannot be evaluated again, which type III needs: {error}; the names that the formula "
+                "uses must be visible where the test is asked for"
+            ) from error
+        columns = columns.reshape(len(labels.frame), -1)
         if _is_truth(factor, labels):
             columns = np.hstack([1.0 - columns, columns])
         own[factor.expr] = columns
