@@ -13,7 +13,7 @@ from dense import criterion as dense_criterion
 
 import mixjax as mj
 from mixjax import covariance as cov
-from mixjax.estimation.surface import profiled_of
+from mixjax.estimation.surface import criterion_of
 from mixjax.formula.errors import FormulaError
 from mixjax.formula.parse import parse
 from mixjax.likelihood.cross_products import cross_products
@@ -124,9 +124,7 @@ def test_closed_form_derivatives_of_the_criterion(name):
     structures = stats.layout.structures
     x = lanes_of(structures[0])[:, :1]
     closed = jax.jit(lambda x, stats: value_gradient_hessian(x, moments_of(stats), True))
-    differentiated = jax.jit(
-        lambda x, stats: by_differentiation((lambda x, at=profiled_of(stats, True): at(x).criterion))(x)
-    )
+    differentiated = jax.jit(lambda x, stats: by_differentiation(criterion_of(stats, True))(x))
     for got, wanted in zip(closed(x, stats), differentiated(x, stats), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 

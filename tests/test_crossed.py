@@ -12,7 +12,7 @@ from designs import Structure, random_design, random_theta
 import mixjax as mj
 from mixjax import linalg
 from mixjax.estimation import estimate as estimation
-from mixjax.estimation.surface import profiled_of
+from mixjax.estimation.surface import criterion_of
 from mixjax.likelihood import incidence as lookup
 from mixjax.likelihood.crossed import crossed_moments
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
@@ -36,7 +36,7 @@ def ways(monkeypatch, how):
 
 @jax.jit
 def by_differentiation(theta, stats, reml):
-    objective = lambda x, at=profiled_of(stats, reml): at(x).criterion
+    objective = criterion_of(stats, reml)
     return objective(theta), jax.grad(objective)(theta), jax.hessian(objective)(theta)
 
 

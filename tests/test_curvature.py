@@ -11,7 +11,7 @@ from designs import STRUCTURES, Structure, random_design, random_theta
 import mixjax as mj
 from mixjax.estimation.many import _Batch
 from mixjax.estimation.start import minque_start
-from mixjax.estimation.surface import profiled_of
+from mixjax.estimation.surface import criterion_of
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import LevelSums, has_closed_form, moments_of
 
@@ -25,7 +25,7 @@ CLOSED = {name: structure for name, structure in STRUCTURES.items() if name != "
 
 @jax.jit
 def by_differentiation(theta, stats, reml):
-    objective = lambda x, at=profiled_of(stats, reml): at(x).criterion
+    objective = criterion_of(stats, reml)
     return objective(theta), jax.grad(objective)(theta), jax.hessian(objective)(theta)
 
 

@@ -47,8 +47,13 @@ def evaluate_of(stats: CrossProducts, reml: Array | bool, where: Incidence | Non
     if where is not None or has_closed_form(stats):
         moments = moments_of(stats) if where is None else crossed_moments(stats, where)
         return lambda x: value_gradient_hessian(x, moments, jnp.asarray(reml))
+    return by_differentiation(criterion_of(stats, reml))
+
+
+def criterion_of(stats: CrossProducts, reml: Array | bool) -> Callable[[Array], Array]:
+    """``x (k,)`` -> the criterion; differentiable to any order."""
     profiled = profiled_of(stats, reml)
-    return by_differentiation(lambda x: profiled(x).criterion)
+    return lambda x: profiled(x).criterion
 
 
 def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]:
