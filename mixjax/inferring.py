@@ -21,7 +21,7 @@ from mixjax.inference.profile import Profile
 from mixjax.inference.profile import profile as run_profile
 from mixjax.inference.robust import Robust
 from mixjax.inference.robust import robust as sandwich
-from mixjax.simulate import simulate_responses
+from mixjax.simulation import simulate_responses
 
 
 class Inferring:

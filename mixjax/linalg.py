@@ -17,8 +17,13 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-# Matrices larger than this are inverted by halves.
-BY_HALVES = 1024
+# How one symmetric matrix is inverted: up to the first size by elimination that is written out, up to the second by a
+# loop, up to the third by LAPACK, beyond it by halves. LAPACK takes a third of the time for one matrix of 100 rows, but
+# programs that vmap makes of several calls of it wait for each other, some for ever.
+UNROLLED, BY_ELIMINATION, BY_HALVES = 4, 128, 1024
+# Matrices of many lanes up to this size are eliminated in a program that is written out; its compile time grows with
+# the square of the size.
+WRITTEN_OUT_LANES = 12
 # Longest sum over lanes that is written out term by term.
 WRITTEN_OUT = 128
 
@@ -71,15 +76,24 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
     Returns:
         ``(n, n), ()`` or ``(q, q, m), (m,)``. Not positive definite gives NaN.
     """
-    if M.ndim == 2:
-        if M.shape[0] > BY_HALVES:
-            return _inverse_by_halves(M)
+    if M.ndim == 2 and M.shape[0] > BY_HALVES:
+        return _inverse_by_halves(M)
+    if M.ndim == 2 and M.shape[0] > BY_ELIMINATION:
         factor = jnp.linalg.cholesky(M)
         inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(M.shape[0], dtype=M.dtype))
         return inverse, 2.0 * jnp.log(jnp.diagonal(factor)).sum()
-    if M.shape[2:] == (1,) and M.shape[0] > 4:
+    if M.ndim == 2 and M.shape[0] > UNROLLED:
+        inverse, logdet, positive = _eliminate(M)
+        return jnp.where(positive, inverse, jnp.nan), jnp.where(positive, logdet, jnp.nan)
+    if M.ndim == 2:
+        inverse, logdet = inverse_logdet(M[..., None])
+        return inverse[..., 0], logdet[0]
+    if M.shape[2:] == (1,) and M.shape[0] > UNROLLED:
         inverse, logdet = inverse_logdet(M[..., 0])
         return inverse[..., None], logdet[None]
+    if M.shape[0] > WRITTEN_OUT_LANES:
+        inverse, logdet, positive = _eliminate(M)
+        return jnp.where(positive, inverse, jnp.nan), jnp.where(positive, logdet, jnp.nan)
     # Gauss-Jordan elimination in place. The pivots of a positive definite matrix need no exchange of rows.
     logdet = jnp.zeros(M.shape[2:], M.dtype)
     for k in range(M.shape[0]):
@@ -92,30 +106,32 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
     return M, logdet
 
 
-# Up to this size inverse_small() eliminates by itself.
-SMALL = 64
+def _eliminate(M: Array) -> tuple[Array, Array, Array]:
+    """Inverse, log-determinant, and whether all pivots are positive, of symmetric ``M (n, n)`` or ``(n, n, m)``.
+
+    Gauss-Jordan elimination of the matrix scaled to a unit diagonal, one pivot after the other, in a small program.
+    """
+    n = M.shape[0]
+    diagonal = M[jnp.arange(n), jnp.arange(n)]
+    scale = jax.lax.rsqrt(diagonal)
+
+    def step(k, carried):
+        M, logdet, least = carried
+        pivot = M[k, k]
+        row, column = M[k] / pivot, M[:, k]
+        M = M - column[:, None] * row[None]
+        M = M.at[k].set(row).at[:, k].set(-column / pivot).at[k, k].set(1.0 / pivot)
+        return M, logdet + jnp.log(pivot), jnp.minimum(least, pivot)
+
+    start = (M * scale[:, None] * scale[None], jnp.log(diagonal).sum(0), jnp.full_like(diagonal[0], jnp.inf))
+    inverse, logdet, least = jax.lax.fori_loop(0, n, step, start)
+    return 0.5 * (inverse + transpose(inverse)) * scale[:, None] * scale[None], logdet, least > 0
 
 
 def inverse_small(M: Array) -> Array:
-    """Inverse of one small symmetric positive definite ``M (n, n)``, without calls of LAPACK, which wait for each other
-    in programs that ``vmap`` makes of several kinds of them.
-
-    Gauss-Jordan elimination of the matrix scaled to a unit diagonal. Not positive definite gives what it gives: look at
-    :func:`is_positive` first. Not for reverse-mode differentiation.
-    """
-    n = M.shape[0]
-    if n > SMALL:
-        return inverse_logdet(M)[0]
-    scale = jax.lax.rsqrt(jnp.diagonal(M))
-
-    def step(k, M):
-        row, column = M[k] / M[k, k], M[:, k]
-        pivot = 1.0 / M[k, k]
-        M = M - column[:, None] * row[None]
-        return M.at[k].set(row).at[:, k].set(-column * pivot).at[k, k].set(pivot)
-
-    inverse = jax.lax.fori_loop(0, n, step, M * scale[:, None] * scale[None])
-    return 0.5 * (inverse + inverse.T) * scale[:, None] * scale[None]
+    """As the inverse of :func:`inverse_logdet`, but where a small matrix is not positive definite it gives what it
+    gives: look at :func:`is_positive` first. Not for reverse-mode differentiation."""
+    return _eliminate(M)[0] if M.shape[0] <= BY_ELIMINATION else inverse_logdet(M)[0]
 
 
 def _inverse_by_halves(M: Array) -> tuple[Array, Array]:

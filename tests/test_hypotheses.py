@@ -12,7 +12,8 @@ from conftest import HERE, fit_of, oracle, table
 import mixjax as mj
 from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.inference import hypotheses
-from mixjax.inference.hypotheses import anova, contrast_matrix, terms_of, type_contrasts
+from mixjax.inference.hypotheses import anova, contrast_matrix
+from mixjax.inference.terms import terms_of, type_contrasts
 
 NAMES = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
 METHODS = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger"}

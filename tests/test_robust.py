@@ -15,7 +15,7 @@ from mixjax.covariance import split_theta, triangle
 from mixjax.design import Labels, TermLabels
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
-from mixjax.inference import robust as room
+from mixjax.inference import clusters as room
 from mixjax.inference.robust import KINDS, robust
 
 SIGMA = 1.3

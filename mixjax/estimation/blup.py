@@ -9,12 +9,15 @@ b, relative to sigma^2. Reverse-mode differentiation of the one elimination give
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mixjax import linalg
+from mixjax.design import AnyArray, Design
 from mixjax.likelihood.elimination import arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -57,3 +60,48 @@ def conditional_covariances(lambdas: list[Array], stats: CrossProducts) -> list[
         T = jax.scipy.linalg.block_diag(*bases)
         covariances.append(jnp.einsum("ia,abm,jb->ijm", T, 0.5 * (gradient + linalg.transpose(gradient)), T))
     return covariances
+
+
+def predict(est: Any, design: Design) -> AnyArray:
+    """Conditional means ``offset + X beta + sum_t Z_t b_t`` of the rows of a design.
+
+    A pure function: ``jit``, ``grad`` and ``vmap`` work. numpy arrays give numpy, in their own precision; anything else
+    is JAX's, float64 inside ``with jax.enable_x64():``.
+
+    Args:
+        est: :class:`~mixjax.Estimates`, of which ``beta (p,)`` and ``b`` (per term ``(n_groups, q)``) are read. Many
+            fits: ``jax.vmap(mj.predict, in_axes=(0, None))``.
+        design: rows in the columns and levels of the fit; its y and weights are not looked at.
+
+    Returns:
+        ``(n,)`` means.
+
+    Raises:
+        ValueError: columns, levels or effects of the design are not those of the estimates.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> from mixjax.estimation.blup import predict
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> predict(fit.estimates, fit.design)[:3].round(2)
+        array([253.66, 273.33, 293.  ])
+    """
+    if np.shape(design.X)[1:] != np.shape(est.beta) or len(est.b) != len(design.terms):
+        raise ValueError(
+            f"estimates of {np.shape(est.beta)[0]} fixed effects and {len(est.b)} random terms do not fit a design "
+            f"with {np.shape(design.X)[1]} columns of X and {len(design.terms)} terms"
+        )
+    for t, (term, b) in enumerate(zip(design.terms, est.b, strict=True)):
+        if np.shape(b) != (term.n_groups, np.shape(term.Z)[1]):
+            raise ValueError(
+                f"est.b[{t}] has shape {np.shape(b)}, but terms[{t}] has {term.n_groups} levels of "
+                f"{np.shape(term.Z)[1]} effects"
+            )
+    read = (design.X, design.offset, est.beta, est.b, design.terms)
+    xp = np if all(isinstance(a, np.ndarray | np.generic) for a in jax.tree.leaves(read)) else jnp
+    mean = xp.asarray(design.X) @ xp.asarray(est.beta)
+    if design.offset is not None:
+        mean = mean + xp.asarray(design.offset)
+    for term, b in zip(design.terms, est.b, strict=True):
+        mean = mean + (xp.asarray(term.Z) * xp.asarray(b)[xp.asarray(term.group)]).sum(axis=-1)
+    return mean

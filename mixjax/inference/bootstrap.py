@@ -20,9 +20,10 @@ from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, term_names
 from mixjax.inference import intervals
 from mixjax.inference.resample import NUMBERS, Kind, chunk_size, resampler
+from mixjax.inference.statistic import entries, named
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.optimise.results import Result
-from mixjax.simulate import check_count
+from mixjax.simulation import check_count
 
 # A statistic is computed for so many replicates at a time, or for fewer where each has many numbers.
 STATISTIC = 2**10
@@ -254,8 +255,8 @@ class _Statistic:
         else:
             with jax.enable_x64(True):
                 own = jax.tree.map(jnp.asarray, own)
-                leaves = _named(function, function(own))
-                self.names = tuple(name for name, leaf in leaves for name in _entries(name, leaf))
+                leaves = named(function, function(own))
+                self.names = tuple(name for name, leaf in leaves for name in entries(name, leaf))
                 values = np.concatenate([np.ravel(leaf) for _, leaf in leaves]).astype(np.float64)
                 jax.eval_shape(self._flat, own)  # a function that JAX cannot trace fails here, before any refit
         self.estimate = pd.Series(values, index=pd.Index(self.names, name="term"), name="estimate")
@@ -287,7 +288,7 @@ class _Statistic:
         return pd.concat([frame.drop(columns=zero, errors="ignore"), batch.fixef], axis=1)
 
     def _flat(self, est: Estimates) -> jax.Array:
-        leaves = _named(self._function, self._function(est))  # type: ignore[misc]
+        leaves = named(self._function, self._function(est))  # type: ignore[misc]
         return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float64) for _, leaf in leaves])
 
     def _by_blocks(self, est: Estimates) -> np.ndarray:
@@ -302,24 +303,6 @@ class _Statistic:
                 block = np.asarray(self._many(jax.tree.map(lambda leaf, at=at: leaf[at], est)))
                 values[first : first + size] = block[: B - first]
         return values
-
-
-def _named(function: Any, value: Any) -> list[tuple[str, Any]]:
-    """The parts of a statistic's value, with names."""
-    if not isinstance(value, dict):
-        value = {getattr(function, "__name__", "statistic").replace("<lambda>", "statistic"): value}
-    for name, leaf in value.items():
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int) or not jnp.isrealobj(leaf):
-            raise ValueError(
-                f"the statistic must be a real number, an array or a dict of those; {name!r} is {type(leaf).__name__}"
-            )
-    return [(str(name), jnp.asarray(leaf)) for name, leaf in value.items()]
-
-
-def _entries(name: str, leaf: Any) -> list[str]:
-    if not np.ndim(leaf):
-        return [name]
-    return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(np.shape(leaf))]
 
 
 # --- progress ------------------------------------------------------------------------------------------------------

@@ -1,18 +1,13 @@
-"""The ML deviance minimised with one parameter held, for many values of many parameters in one batch of lanes.
+"""The ML deviance minimised with one parameter held, for many values, parameters and data sets in one batch of lanes.
 
-Every problem is a lane with its own chart of the covariances, linear in its coordinates z: ``F = sum_j z_j M_j`` is a
-factor of a term's relative covariance. What is held fixes the chart or sigma:
-
-* sigma: it is given.
-* the sd of an effect: ``sigma^2 = value^2 / D_ii``, D_ii being the effect's relative variance.
-* sd 0: the effect's row of the factor is zero.
-* a correlation: with its two effects first, the second row of the lower-triangular factor is
-  ``b (rho, sqrt(1 - rho^2))``; sigma is profiled out.
-* a fixed effect: its column moves into the response.
+Every problem is a lane with its own chart of the covariances (:mod:`mixjax.inference.held`), so that one program serves
+all parameters. Products that data sets share, all but those with y, stay shared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,45 +21,42 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.compiling import LANES, jit
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
-from mixjax.estimation.start import LOWEST
-from mixjax.likelihood.curvature import deviance_at_sigma
-from mixjax.likelihood.moments import Moments, has_closed_form, moments_of
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.design import AnyArray
+from mixjax.estimation.many import batch_axes
+from mixjax.inference.held import Chart, Held, Start, charts_of, hold
+from mixjax.likelihood.cross_products import n_cores
+from mixjax.likelihood.curvature import deviance_at_sigma, profile_lanes
+from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
+from mixjax.likelihood.statistics import CrossProducts, Layout, pad
+from mixjax.linalg import ROTATIONS_UP_TO
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
 
-# Lanes of one call: half as many problems, each from two starts.
-WIDTH = 64
-# Numbers that the cross-products of all lanes of a call may have together.
+# Lanes of one call: of one data set, where each problem has two, and of many data sets.
+WIDTH, WIDE = 64, 256
+# Numbers that the products of all lanes of a call may have together.
 MOST_NUMBERS = 2**25
+# Evaluations after which searches that go on are gathered in fewer calls.
+SHORT, LONG = 16, 200
 
 
-class Held(NamedTuple):
-    """A parameter: ``kind`` "sd", "cor", "sigma" or "fixed"; its term; effects i (and j), or the column of X."""
-
-    kind: str
-    term: int = -1
-    i: int = -1
-    j: int = -1
-
-
-class Chart(NamedTuple):
-    """One problem.
+class Conditional(NamedTuple):
+    """What a search over all parameters but one has found, B times.
 
     Attributes:
-        maps: per term ``(q, q, k_t)`` M. alive: ``(k,)`` which coordinates are free. start: ``(k,)``.
-        positive: ``(k,)`` which must stay so: those of the two effects whose correlation is held, which would change
-            its sign.
-        row: per term ``(q,)``: an sd is held where one is not zero, ``D_ii = |F' row|^2``.
-        log_variance: ``log sigma^2 + log D_ii`` (without an sd the first alone) where given; NaN: profiled out.
+        deviance: ``(B,)`` the least. converged: ``(B,)``.
+        factors: per term ``(B, q, q)``, a factor of its relative covariance. sigma: ``(B,)``. beta: ``(B, p)``.
     """
 
-    maps: tuple[np.ndarray, ...]
-    alive: np.ndarray
-    positive: np.ndarray
-    start: np.ndarray
-    row: tuple[np.ndarray, ...]
-    log_variance: float
+    deviance: np.ndarray
+    converged: np.ndarray
+    factors: tuple[np.ndarray, ...]
+    sigma: np.ndarray
+    beta: np.ndarray
+
+    def start(self) -> Start:
+        """To begin other searches here."""
+        return Start(self.factors, self.sigma)
 
 
 def refusal(stats: CrossProducts) -> str | None:
@@ -76,179 +68,224 @@ def refusal(stats: CrossProducts) -> str | None:
     return None
 
 
-def minimise(
-    stats: CrossProducts, theta: np.ndarray, sigma: float, problems: list[tuple[Held, float]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Least deviance for each (parameter, value): ``(n,)``, and whether the search converged.
+def padded(stats: CrossProducts) -> CrossProducts:
+    """One data set's products with a few shapes only, all but the largest factor in one dense block."""
+    layout = stats.layout
+    flat = Layout(layout.terms, layout.chain[:1], layout.chain[1:] + layout.dense, layout.pairs)
+    return pad(replace(stats, layout=flat))
+
+
+def estimates_start(theta: np.ndarray, sigma: np.ndarray, qs: tuple[int, ...]) -> Start:
+    """The start at estimates ``theta (B, k)``, ``sigma (B,)``."""
+    parts = np.split(np.asarray(theta), np.cumsum([cov.n_theta(q) for q in qs])[:-1], axis=1)
+    factors = []
+    for part, q in zip(parts, qs, strict=True):
+        Lambda = np.zeros((len(part), q, q))
+        Lambda[(slice(None), *cov.triangle(q))] = part
+        factors.append(Lambda)
+    return Start(tuple(factors), np.asarray(sigma, np.float64))
+
+
+def far_start(stats: CrossProducts, sigma: np.ndarray) -> Start:
+    """A start far from the estimates: uncorrelated effects of the bases, as variable as the residuals."""
+    shapes = [(len(sigma), *np.shape(basis.R_inv)[-2:]) for basis in stats.Z_bases]
+    factors = [np.broadcast_to(np.asarray(b.R_inv), shape) for b, shape in zip(stats.Z_bases, shapes, strict=True)]
+    return Start(tuple(factors), sigma)
+
+
+class OneDataSet:
+    """Least deviances of one data set, each searched from the estimates and from far away."""
+
+    def __init__(self, stats: CrossProducts, theta: np.ndarray, sigma: np.ndarray):
+        """Args: theta ``(k,)``, sigma ``()``, the ML estimates."""
+        self.stats = padded(stats)
+        sigma = np.asarray(sigma, np.float64)[None]
+        self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
+        with jax.enable_x64(True):
+            self._moments = jax.tree.map(np.asarray, _moments(self.stats))
+
+    def minimise(self, problems: Sequence[tuple[Held, float]]) -> Conditional:
+        """The better of the two searches for every parameter and value."""
+        charts, order = [], []
+        for held in dict.fromkeys(held for held, _ in problems):
+            own = [n for n, problem in enumerate(problems) if problem[0] == held]
+            start = jax.tree.map(lambda *leaves: np.concatenate(leaves * len(own)), *self._starts)  # noqa: B023
+            charts.append(charts_of(self.stats, held, np.repeat([problems[n][1] for n in own], 2), start))
+            order += own
+        chart = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *charts)
+        found = _least(self.stats, self._moments, chart, WIDTH)
+        best = 2 * np.arange(len(order)) + found.deviance.reshape(-1, 2).argmin(1)
+        return jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
+
+
+def minimise_many(
+    stats: CrossProducts, theta: np.ndarray, sigma: np.ndarray, held: Held, value: np.ndarray | float
+) -> Conditional:
+    """One parameter held in B data sets, each searched from its estimates and from far away.
 
     Args:
-        stats: padded cross-products. theta, sigma: the ML estimates.
+        stats: of B responses of one design, or of B data sets. theta, sigma: ``(B, k)``, ``(B,)``, estimates.
+        value: ``(B,)`` or one value.
     """
-    deviances, converged = np.empty(len(problems)), np.empty(len(problems), bool)
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves(stats))
-    width = int(max(2, min(WIDTH, 2 ** int(np.log2(max(2, MOST_NUMBERS // size))))))
-    for first in range(0, len(problems), width // 2):
-        part = problems[first : first + width // 2]
-        lanes = [(held, value, far) for held, value in part for far in (False, True)]
-        lanes += [lanes[-1]] * (width - len(lanes))
-        charts = [chart_of(stats, theta, sigma, *lane) for lane in lanes]
-        data = [with_fixed(stats, held.i, value) if held.kind == "fixed" else stats for held, value, _ in lanes]
-        stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *data)
-        columns = jax.tree.map(lambda *leaves: np.stack(leaves, -1), *charts)
-        with jax.enable_x64(True):
-            value, result = map(np.asarray, _minimise(stacked, columns))
-        value = np.where(result == int(Result.NOT_FINITE), np.inf, value)[: 2 * len(part)].reshape(-1, 2)
-        best = value.argmin(1)
-        at = slice(first, first + len(part))
-        deviances[at] = value.min(1)
-        converged[at] = (result[: 2 * len(part)].reshape(-1, 2) == int(Result.CONVERGED))[np.arange(len(part)), best]
-    return deviances, converged
+    B = len(sigma)
+    starts = (estimates_start(theta, sigma, stats.layout.qs), far_start(stats, np.asarray(sigma)))
+    with jax.enable_x64(True):
+        moments = _moments_of_many(stats)
+    found = []
+    for start in starts:
+        chart = charts_of(stats, held, np.broadcast_to(np.asarray(value, np.float64), B), start)
+        found.append(_least(stats, moments, chart, WIDE))
+    second = found[1].deviance < found[0].deviance
+
+    def better(a, b):
+        return np.where(second.reshape(-1, *(1,) * (a.ndim - 1)), b, a)
+
+    return jax.tree.map(better, *found)
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- products with lanes last ---------------------------------------------------------------------------------------
 
 
-def chart_of(stats: CrossProducts, theta: np.ndarray, sigma: float, held: Held, value: float, far: bool) -> Chart:
-    """The chart of one problem, and a start: near the estimates, or far from them with all effects uncorrelated."""
-    layout = stats.layout
-    lambdas = [np.asarray(part) for part in _lambdas(theta, layout.qs)]
-    maps, alive, positive, start, rows = [], [], [], [], []
-    log_variance = np.nan
-    for t, (structure, basis) in enumerate(zip(layout.structures, stats.Z_bases, strict=True)):
-        R, R_inv, q = np.asarray(basis.R), np.asarray(basis.R_inv), structure.q
-        own = R_inv if far else lambdas[t]  # far: uncorrelated effects of the basis, as variable as the residuals
-        here, row, order, effects = held.term == t, np.zeros(q), list(range(q)), list(range(q))
-        if here and held.kind == "cor":
-            effects = [held.j, held.i, *(e for e in order if e not in (held.i, held.j))]
-        elif here and held.kind == "sd":
-            effects = [held.i, *(e for e in order if e != held.i)]
-        if isinstance(structure, Diagonal):
-            M, z, free = _diagonal(R, own, held.i if here and value == 0 else -1)
+@jax.jit
+def _moments(stats: CrossProducts) -> Moments:
+    return moments_of(stats)
+
+
+@jax.jit
+def _stacked_moments(stats: CrossProducts) -> Moments:
+    return jax.vmap(moments_of, out_axes=-1)(stats)
+
+
+def _moments_of_many(stats: CrossProducts) -> Moments:
+    """Moments of B data sets; those of one design share what does not depend on y."""
+    if np.ndim(stats.XX) == 3:
+        return jax.tree.map(lambda a: np.asarray(a)[..., 0, :], _stacked_moments(stats))
+    axes = batch_axes(stats)
+    first = jax.tree.map(lambda a, axis: np.asarray(a)[0] if axis == 0 else a, stats, axes)
+    shared = jax.tree.map(np.asarray, _moments(replace(first, classes=None)))
+    dense = [_last(stats.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
+    sums: ClassSums | LevelSums = LevelSums(shared.sums.U, _last(stats.factors[shared.layout.chain[0]].Zy))
+    if stats.classes is not None:
+        A, count, UU = (np.asarray(a)[..., None] for a in stats.classes[:3])
+        shared = replace(shared, A=A, count=count, pair_UU=UU)
+        sums = ClassSums(_last(stats.classes.Uy), _last(stats.classes.yy))
+    return replace(shared, sums=sums, Uy=np.concatenate([*dense, _last(stats.Xy)]), yy=np.asarray(stats.yy))
+
+
+def _last(a: AnyArray) -> np.ndarray:
+    return np.moveaxis(np.asarray(a), 0, -1)
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+def _least(stats: CrossProducts, moments: Moments, chart: Chart, width: int) -> Conditional:
+    """Search every lane, in calls of at most ``width`` lanes."""
+    B = chart.start.shape[-1]
+    own = sum(a.size // B for a in jax.tree.leaves(moments) if B > 1 and a.shape[-1] == B)
+    width = int(max(2, min(width, 2 ** int(np.log2(max(2, MOST_NUMBERS // max(1, own)))))))
+
+    def call(at: np.ndarray, limit: int) -> _Found:
+        index = np.append(at, np.repeat(at[-1], width - len(at)))
+        with jax.enable_x64(True):  # the scope is each thread's own
+            part = jax.tree.map(lambda a: a[..., index] if a.shape[-1] == B and B > 1 else a, moments)
+            found = _minimise(part, jax.tree.map(lambda a: a[..., index], chart), limit)
+            return jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
+
+    def search(at: np.ndarray, limit: int) -> _Found:
+        calls = [at[i : i + width] for i in range(0, len(at), width)]
+        # LAPACK's calls wait for the threads that they themselves occupy.
+        workers = 1 if len(chart.start) > ROTATIONS_UP_TO else min(n_cores(), len(calls))
+        if workers == 1:
+            parts = [call(part, limit) for part in calls]
         else:
-            M, z, free = _triangular(R, own, effects, here, held, value)
-        if here and held.kind == "sd" and value > 0:
-            row = R_inv[held.i]
-            F = M @ z
-            now = np.sqrt(((F.T @ row) ** 2).sum())
-            if isinstance(structure, Diagonal):
-                z[held.i] *= value / sigma / now
-            else:
-                z[0] *= value / sigma / now  # the effect stands first: its row has one entry
-            log_variance = 2 * np.log(value)
-        maps.append(M)
-        alive.append(free)
-        held_signs = here and held.kind == "cor"
-        positive.append(np.isin(np.arange(len(z)), cov.diagonal_positions(q)[:2]) & held_signs)
-        start.append(z)
-        rows.append(row)
-    if held.kind == "sigma":
-        log_variance = 2 * np.log(value)
-    return Chart(
-        tuple(maps), np.concatenate(alive), np.concatenate(positive), np.concatenate(start), tuple(rows), log_variance
-    )
+            with ThreadPoolExecutor(workers) as pool:
+                parts = list(pool.map(lambda part: call(part, limit), calls))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *parts)
+
+    several = width < B
+    found = search(np.arange(B), SHORT if several else LONG)
+    left = np.flatnonzero(found.result == int(Result.MAX_ITERATIONS))
+    if several and len(left):
+        chart = chart._replace(start=chart.start.copy())
+        chart.start[:, left] = found.z[:, left]
+        for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(search(left, LONG)), strict=True):
+            whole[..., left] = part
+    return _conditional(stats, chart, found)
 
 
-def _lambdas(theta: np.ndarray, qs: tuple[int, ...]) -> list[np.ndarray]:
-    lambdas, at = [], 0
-    for q in qs:
-        Lambda = np.zeros((q, q))
-        k = cov.n_theta(q)
-        Lambda[cov.triangle(q)] = theta[at : at + k]
-        lambdas.append(Lambda)
-        at += k
-    return lambdas
+def _conditional(stats: CrossProducts, chart: Chart, found: _Found) -> Conditional:
+    """On the scale of the user's columns."""
+    finite = (found.result != int(Result.NOT_FINITE)) & np.isfinite(found.value)
+    deviance = np.where(finite, found.value, np.inf)
+    factors = [
+        np.asarray(basis.R_inv) @ np.moveaxis(F, -1, 0) for basis, F in zip(stats.Z_bases, found.factors, strict=True)
+    ]
+    v, delta = chart.v.T, found.delta.T
+    inside = delta - v * ((v * delta).sum(1) + chart.s)[:, None]
+    beta = np.asarray(stats.beta0) + (np.asarray(stats.X_basis.R_inv) @ inside[..., None])[..., 0]
+    return Conditional(deviance, found.result == int(Result.CONVERGED), tuple(factors), found.sigma, beta)
 
 
-def _diagonal(R: np.ndarray, own: np.ndarray, zero: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    q = len(R)
-    M = np.zeros((q, q, q))
-    M[np.arange(q), np.arange(q), np.arange(q)] = 1.0
-    z = np.maximum(np.sqrt((own**2).sum(1)) * np.diag(R), LOWEST)
-    free = np.arange(q) != zero
-    return M, np.where(free, z, 0.0), free
+# --- the program ----------------------------------------------------------------------------------------------------
 
 
-def _triangular(
-    R: np.ndarray, own: np.ndarray, effects: list[int], here: bool, held: Held, value: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chart of an unstructured term: the lower triangle of the factor with its effects in another order."""
-    q = len(R)
-    L = np.asarray(np.linalg.qr(own[effects].T, mode="r")).T
-    L = L * np.where(np.diag(L) < 0, -1.0, 1.0)
-    lengths = np.sqrt((L**2).sum(1))
-    # Nothing may start at zero, which is a stationary point; lengths in the basis are of order one.
-    scale = 1.0 / np.sqrt((R**2).sum(0))[effects]
-    np.fill_diagonal(L, np.maximum(np.diag(L), LOWEST * np.maximum(lengths, scale)))
-    rows, columns = cov.triangle(q)
-    k = len(rows)
-    M, free = np.zeros((q, q, k)), np.ones(k, bool)
-    M[rows, columns, np.arange(k)] = 1.0
-    z = L[rows, columns]
-    at = {(int(r), int(c)): j for j, (r, c) in enumerate(zip(rows, columns, strict=True))}
-    if here and held.kind == "cor":
-        other = np.sqrt(max(0.0, 1.0 - value**2))
-        z[at[1, 1]] = np.sqrt(L[1, 0] ** 2 + L[1, 1] ** 2)
-        M[1, 0, at[1, 1]], M[1, 1, at[1, 1]] = value, other
-        free[at[1, 0]] = False
-        if other == 0.0:
-            free &= ~((columns == 1) & (rows > 1))
-    if here and held.kind == "sd" and value == 0:
-        free &= columns != 0
-    in_basis = np.einsum("ab,bcj->acj", R[:, effects], M)
-    return in_basis, np.where(free, z, 0.0), free
+class _Found(NamedTuple):
+    """Results with lanes last, in the bases of the products."""
 
-
-def with_fixed(stats: CrossProducts, j: int, value: float) -> CrossProducts:
-    """The cross-products with ``value`` times column j of X taken out of y, and the column out of X.
-
-    Its place is kept by a column that meets nothing and has length 1, so that shapes stay. For the ML deviance, which
-    does not look at the basis of X.
-    """
-    R, p = np.asarray(stats.X_basis.R), len(stats.beta0)
-    rest = [c for c in range(p) if c != j]
-    full = np.linalg.qr(np.column_stack([R[:, rest], R[:, j]]))[0]
-    U, v = full[:, :-1], full[:, -1]
-    s = (v @ R[:, j]) * (np.asarray(stats.beta0)[j] - value)
-    XX, Xy = np.asarray(stats.XX), np.asarray(stats.Xy)
-    new_XX = np.eye(p)
-    new_XX[:-1, :-1] = U.T @ XX @ U
-    factors = []
-    for f in stats.factors:
-        ZX = np.einsum("qpm,pr->qrm", f.ZX, U)
-        ZX = np.concatenate([ZX, np.zeros_like(f.ZX[:, :1])], axis=1)
-        factors.append(f._replace(ZX=ZX, Zy=f.Zy + s * np.einsum("qpm,p->qm", f.ZX, v)))
-    return replace(
-        stats,
-        factors=tuple(factors),
-        XX=new_XX,
-        Xy=np.append(U.T @ (Xy + s * XX @ v), 0.0),
-        yy=np.asarray(stats.yy + 2 * s * v @ Xy + s**2 * v @ XX @ v),
-    )
-
-
-# --- the program -----------------------------------------------------------------------------------------------------
+    value: AnyArray
+    result: AnyArray
+    z: AnyArray
+    factors: tuple[AnyArray, ...]
+    sigma: AnyArray
+    delta: AnyArray
 
 
 @partial(jit, compiler_options=LANES)
-def _minimise(stats: CrossProducts, chart: Chart) -> tuple[Array, Array]:
-    """Deviances and result codes ``(B,)`` of stacked cross-products and charts with lanes last."""
-    moments = jax.vmap(moments_of, out_axes=-1)(stats)
-    moments = jax.tree.map(lambda a: a[..., 0, :], moments)
+def _minimise(moments: Moments, chart: Chart, limit: AnyArray) -> _Found:
     chart = jax.tree.map(jnp.asarray, chart)
-    evaluate = partial(_evaluate, moments=moments, chart=chart, structures=stats.layout.structures)
+    moments = hold(jax.tree.map(jnp.asarray, moments), chart)
+    structures = moments.layout.structures
+    evaluate = partial(_evaluate, moments=moments, chart=chart, structures=structures)
     length = jnp.sqrt((chart.start**2).sum(0))
-    solution = newton.minimise(evaluate, jnp.asarray(chart.start), radius=0.5 * jnp.maximum(length, 0.2))
-    return solution.value, solution.result
+    solution = newton.minimise(evaluate, chart.start, None, limit, 0.5 * jnp.maximum(length, 0.2))
+    factors = _factors(solution.x, chart, structures)
+    lanes = profile_lanes(_coordinates(factors, structures), moments, jnp.bool_(False))
+    given = ~jnp.isnan(chart.log_variance)
+    variance = jnp.exp(jnp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
+    sigma = jnp.sqrt(jnp.where(given, variance, lanes.rss / moments.n))
+    return _Found(solution.value, solution.result, solution.x, tuple(factors), sigma, lanes.delta)
+
+
+def _factors(z: Array, chart: Chart, structures: tuple[Structure, ...]) -> list[Array]:
+    return [(M * part).sum(2) for M, part in zip(chart.maps, cov.cut(z, structures), strict=True)]
+
+
+def _coordinates(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
+    """The structures' own coordinates ``(k, B)`` of the covariances with these factors."""
+    parts = []
+    for F, structure in zip(factors, structures, strict=True):
+        if isinstance(structure, Diagonal):
+            parts.append(jnp.stack([F[i, i] for i in range(structure.q)]))
+        else:
+            L = linalg.lower_factor(F, cov.rank_tolerance(F.dtype))
+            parts.append(cov.theta_of_lambda(L, structure.q))
+    return jnp.concatenate(parts)
+
+
+def _held_variance(factors: list[Array], chart: Chart) -> Array:
+    """D_ii of the effect whose sd is held; 1 where it is none."""
+    d = sum(((F * row[:, None]).sum(0) ** 2).sum(0) for F, row in zip(factors, chart.row, strict=True))
+    has_sd = sum((row**2).sum(0) for row in chart.row) > 0
+    return jnp.where(has_sd, d, 1.0)
 
 
 def _evaluate(z: Array, moments: Moments, chart: Chart, structures: tuple[Structure, ...]):
     parts = cov.cut(z, structures)
-    factors = [(M * part).sum(2) for M, part in zip(chart.maps, parts, strict=True)]
+    factors = _factors(z, chart, structures)
     given = ~jnp.isnan(chart.log_variance)
-    has_sd = sum((row**2).sum(0) for row in chart.row) > 0
     # D_ii and its derivatives by the entries of D.
-    d = sum(((F * row[:, None]).sum(0) ** 2).sum(0) for F, row in zip(factors, chart.row, strict=True))
-    d = jnp.where(has_sd, d, 1.0)
+    d = _held_variance(factors, chart)
     d_D = jnp.stack([row[a] * row[b] * (1.0 if a == b else 2.0) for row in chart.row for a, b in pairs_of(len(row))])
     fixed_variance = jnp.exp(jnp.where(given, chart.log_variance, 0.0)) / d
     at = deviance_at_sigma(factors, moments, lambda profiled: jnp.where(given, fixed_variance, profiled))

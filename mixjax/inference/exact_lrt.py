@@ -14,7 +14,7 @@ from mixjax.inference.hypotheses import known_names
 from mixjax.inference.nesting import check_same_data, is_within, logdet_X, place_of
 from mixjax.inference.spectral import Spectrum, draw, exact_p, spectrum
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.simulate import check_count
+from mixjax.simulation import check_count
 
 
 @dataclass(frozen=True)

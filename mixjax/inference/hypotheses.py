@@ -1,4 +1,4 @@
-"""Hypotheses about the fixed effects: what ``L beta = rhs`` is, for terms of the formula and for what a user writes."""
+"""Hypotheses about the fixed effects: what ``L beta = rhs`` a user writes, and tests of them and of whole terms."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
-from formulaic import ModelSpec
-from formulaic.errors import FormulaicError
-from formulaic.parser.types import Factor
-from formulaic.parser.types import Term as FormulaTerm
 
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
-from mixjax.formula.build import caller_context, usable
-from mixjax.formula.errors import FormulaError
 from mixjax.inference.contrasts import f_test, t_tests
-
-TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
-# Singular values and coefficients below this, relative to the largest, are zeros: columns have unit length there.
-TINY = 1e-10
-
+from mixjax.inference.terms import type_contrasts
 
 # --- what a user writes -------------------------------------------------------------------------------------------
 
@@ -259,209 +249,6 @@ class _Expression:
 
     def _fail(self, why: str) -> NoReturn:
         raise ValueError(f"the hypothesis '{self.text}' cannot be read: {why}")
-
-
-# --- terms of the formula -----------------------------------------------------------------------------------------
-
-
-class Term(NamedTuple):
-    """One term of the fixed effects.
-
-    Attributes:
-        name: as the formula has it. columns: its columns among those of X.
-        categories, numbers: its factors of either kind.
-        factors: all of them, as formulaic knows them.
-    """
-
-    name: str
-    columns: list[int]
-    categories: frozenset[str]
-    numbers: frozenset[str]
-    factors: tuple[Factor, ...]
-
-    def is_contained_in(self, other: Term) -> bool:
-        """The other has the same numeric factors, all of this one's categorical factors, and more of them."""
-        return self.numbers == other.numbers and self.categories < other.categories
-
-
-def short_names(labels: Labels) -> Callable[[str], str]:
-    """What formulaic calls a term or a column -> what it is called here.
-
-    The argument contrasts= makes ``C(recipe, contr.sum)`` of recipe; columns are called after recipe all the same.
-    """
-    known = [*labels.fixed, *labels.dropped_columns]
-    short = {}
-    for factor in labels.specs["fixed"].factors:
-        match = re.fullmatch(r"C\((.+?), contr\..+\)", factor.expr)
-        if match and not any(factor.expr in name for name in known):
-            short[factor.expr] = match[1]
-
-    def shorten(name: str) -> str:
-        for long, column in short.items():
-            name = name.replace(long, column)
-        return name
-
-    return shorten
-
-
-def terms_of(labels: Labels) -> list[Term]:
-    """Terms of the fixed effects in the order of the columns, with the intercept."""
-    shorten = short_names(labels)
-    place = {name: j for j, name in enumerate(labels.fixed)}
-    terms = []
-    for part in labels.specs["fixed"].structure:
-        factors = tuple(f for f in part.term.factors if f.expr != "1")
-        categories = frozenset(f.expr for f in factors if _is_categorical(f, labels))
-        numbers = frozenset(f.expr for f in factors) - categories
-        columns = [place[name] for name in map(shorten, part.columns) if name in place]
-        terms.append(Term(shorten(str(part.term)), columns, categories, numbers, factors))
-    return terms
-
-
-def _is_categorical(factor: Factor, labels: Labels) -> bool:
-    """Categories for R: also truth values, which formulaic takes for numbers."""
-    kind = labels.specs["fixed"].encoder_state[factor.expr][0]
-    return kind is Factor.Kind.CATEGORICAL or _is_truth(factor, labels)
-
-
-def _is_truth(factor: Factor, labels: Labels) -> bool:
-    frame = labels.frame
-    return frame is not None and factor.expr in frame and pd.api.types.is_bool_dtype(frame[factor.expr])
-
-
-def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
-    """What the tests of an analysis of variance test, term by term, as lmerTest and SAS define it.
-
-    A term is contained in another that has the same numeric factors, all its categorical factors, and more.
-
-    Args:
-        fitted: the fit.
-        type: ``"I"``: each term after those before it. ``"II"``: each after all that do not contain it. ``"III"``:
-            averages over the levels of the other factors with equal weights; the rows involve the term and those that
-            contain it only, and are orthogonal to those of the latter (SAS/STAT, "The Four Types of Estimable
-            Functions"). With all cells filled these are the hypotheses of sum-to-zero coding, whatever the coding of
-            the fit; with empty cells SAS's. A covariate in an interaction is held at zero, so centre it. Types I and
-            II depend on how many rows the cells have; weights are not used.
-
-    Returns:
-        dict term -> L ``(r, p)`` of full row rank, without the intercept, and without terms that others determine.
-
-    Raises:
-        ValueError: unknown type, or rows that were not kept.
-
-    Example:
-        >>> import mixjax as mj
-        >>> from mixjax.inference.hypotheses import type_contrasts
-        >>> fit = mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", mj.datasets.load("cake"))
-        >>> type_contrasts(fit.record)["recipe"]
-        array([[0., 1., 0., 0.],
-               [0., 0., 1., 0.]])
-    """
-    number = TYPES.get(str(type).upper())
-    if number is None:
-        raise ValueError(f"type must be 'I', 'II' or 'III', got {type!r}")
-    terms = terms_of(fitted.labels)
-    X = np.asarray(fitted.rows.X)
-    lengths = np.linalg.norm(X, axis=0)
-    X = X / lengths
-    tested = [term for term in terms if term.factors and term.columns]
-    if number < 3:
-        found = {term.name: _after_others(X, term, terms, number) for term in tested}
-    else:
-        found = _orthogonal(X, terms, tested, fitted.labels)
-    return {term.name: _readable(found[term.name], term, lengths) for term in tested if len(found[term.name])}
-
-
-def _after_others(X: np.ndarray, term: Term, terms: list[Term], number: int) -> np.ndarray:
-    """The term's rows of the triangular factor of X: what it adds to the columns that come before it."""
-    before, after = [], []
-    earlier = True
-    for other in terms:
-        if other is term:
-            earlier = False
-        elif earlier if number == 1 else not term.is_contained_in(other):
-            before += other.columns
-        else:
-            after += other.columns
-    order = [*before, *term.columns, *after]
-    R = np.linalg.qr(X[:, order], mode="r")
-    L = np.zeros((len(term.columns), len(order)))
-    L[:, order] = R[len(before) : len(before) + len(term.columns)]
-    return L
-
-
-def _orthogonal(X: np.ndarray, terms: list[Term], tested: list[Term], labels: Labels) -> dict[str, np.ndarray]:
-    """Type III. The columns of all levels are ``Q M``, so that ``k' Q'X beta`` has the coefficients ``M'k`` there."""
-    Q, R = np.linalg.qr(X)
-    full = _columns_of_all_levels(terms, labels)
-    M = {term.name: Q.T @ full[term.name] / np.sqrt(len(X)) for term in terms}
-    found = {}
-    for term in tested:
-        containing = [M[other.name] for other in terms if term.is_contained_in(other)]
-        rest = [M[other.name] for other in terms if other is not term and not term.is_contained_in(other)]
-        A = _null_space(np.hstack([np.zeros((X.shape[1], 1)), *rest]).T)
-        within = A.T @ np.hstack([M[term.name], *containing])
-        of_containing_only = _null_space(M[term.name].T @ A)
-        K = A @ _null_space(of_containing_only.T @ within @ within.T)
-        found[term.name] = K.T @ R
-    return found
-
-
-def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, np.ndarray]:
-    """Per term: a column for every combination of levels, times the products of its numeric columns."""
-    spec, context = labels.specs["fixed"], usable(caller_context())
-    own: dict[str, np.ndarray] = {}
-    for factor in {f.expr: f for term in terms for f in term.factors}.values():
-        alone = ModelSpec(
-            formula=[FormulaTerm([factor])],
-            ensure_full_rank=False,
-            na_action="ignore",
-            output="numpy",
-            transform_state=spec.transform_state,
-            encoder_state=spec.encoder_state,
-        )
-        try:
-            columns = np.asarray(alone.get_model_matrix(labels.frame, context=context), float)
-        except FormulaicError as error:
-            raise FormulaError(
-                f"'{factor.expr}' cannot be evaluated again, which type III needs: {error}; the names that the formula "
-                "uses must be visible where the test is asked for"
-            ) from error
-        columns = columns.reshape(len(labels.frame), -1)
-        if _is_truth(factor, labels):
-            columns = np.hstack([1.0 - columns, columns])
-        own[factor.expr] = columns
-    full = {}
-    for term in terms:
-        numbers = np.ones((len(labels.frame), 1))
-        for name in sorted(term.numbers):
-            numbers = _products(numbers, own[name])
-        # One scale for a product of numeric columns, in whichever term it stands; levels keep theirs.
-        numbers = numbers / np.maximum(np.linalg.norm(numbers, axis=0) / np.sqrt(len(numbers)), np.finfo(float).tiny)
-        for name in sorted(term.categories):
-            numbers = _products(numbers, own[name])
-        full[term.name] = numbers
-    return full
-
-
-def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
-
-
-def _null_space(A: np.ndarray) -> np.ndarray:
-    """Orthonormal columns that A maps to zero."""
-    _, values, Vt = np.linalg.svd(A, full_matrices=True)
-    rank = int((values > TINY * max(1.0, values.max(initial=0.0))).sum())
-    return Vt[rank:].T
-
-
-def _readable(L: np.ndarray, term: Term, lengths: np.ndarray) -> np.ndarray:
-    """The same hypotheses about columns of their own length, with the identity in the term's columns if that can be."""
-    own = L[:, term.columns]
-    identity = own.shape[0] == own.shape[1] and np.linalg.cond(own) < 1e6
-    L = np.linalg.solve(own, L) if identity else L
-    L = np.where(np.abs(L) > TINY * np.abs(L).max(axis=1, keepdims=True), L, 0.0) * lengths
-    return L / lengths[term.columns, None] if identity else L
 
 
 # --- tests --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of
 from mixjax.likelihood.cross_products import cross_products
-from mixjax.simulate import check_count, simulate_responses
+from mixjax.simulation import check_count, simulate_responses
 
 METHODS = ("chi2", "mixture", "bootstrap")
 # Numbers in the simulated responses of one block.

@@ -9,7 +9,7 @@ import pandas as pd
 
 from mixjax.fitted import Fitted
 from mixjax.formula.table import level_name
-from mixjax.inference.means import FixedPart
+from mixjax.inference.grid import FixedPart
 
 
 def to_marginaleffects(fitted: Fitted) -> Any:

@@ -12,24 +12,27 @@ import pandas as pd
 import scipy.stats
 from scipy.interpolate import PchipInterpolator
 
+from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.inference import constrained
-from mixjax.inference.constrained import Held
+from mixjax.inference.constrained import OneDataSet
+from mixjax.inference.held import Held, value_of
 from mixjax.inference.intervals import check_level
 from mixjax.inference.parameters import select, variance_parameters
-from mixjax.likelihood.statistics import pad
+from mixjax.likelihood.statistics import CrossProducts
 
 # Limits of a root are sought until zeta there is as wanted to this.
 TOLERANCE = 1e-7
 MOST_ROUNDS = 60
 
 
-@dataclass
+@dataclass(eq=False)
 class _Curve:
     """What is known of one parameter: values, ascending, and zeta there.
 
     Attributes:
         low, high: bounds of the parameter. step: a first distance from the estimate, about one standard error.
+        conditional: the estimates of all parameters at every value.
     """
 
     name: str
@@ -40,13 +43,15 @@ class _Curve:
     step: float
     values: list[float] = field(default_factory=list)
     zetas: list[float] = field(default_factory=list)
+    conditional: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, value: float, zeta: float) -> None:
+    def add(self, value: float, zeta: float, conditional: np.ndarray) -> None:
         at = int(np.searchsorted(self.values, value))
         if at < len(self.values) and self.values[at] == value:
             return
         self.values.insert(at, value)
         self.zetas.insert(at, zeta)
+        self.conditional.insert(at, conditional)
 
     def guess(self, target: float) -> float | None:
         """Where zeta may be ``target``; None where the parameter's range ends before that."""
@@ -106,9 +111,10 @@ class Profile:
         if fitted.reml:
             notes.append("profiles are of the ML deviance: the REML fit was refitted by maximum likelihood")
             fitted = fit_products(fitted.stats, fitted.labels, False, None, None, fitted.design)
-        self._stats = pad(fitted.stats)
         self._est = fitted.estimates
-        self._curves = {curve.name: curve for curve in _curves(fitted)}
+        self._data = OneDataSet(fitted.stats, self._est.theta, self._est.sigma)
+        self._all = _curves(fitted)
+        self._curves = {curve.name: curve for curve in self._all}
         fixed = list(fitted.labels.fixed)
         self._chosen = select(parm, list(self._curves), fixed)
         self.estimate = pd.Series({name: self._curves[name].estimate for name in self._chosen}, name="estimate")
@@ -117,7 +123,7 @@ class Profile:
             notes.append(f"no profile of {', '.join(undefined)}: an effect has no variance")
         self._curves = {n: c for n, c in self._curves.items() if not np.isnan(c.estimate)}
         self._failed: set[str] = set()
-        self._caps: dict[tuple[int, int], float] = {}
+        self._caps: dict[tuple[int, int], tuple[float, np.ndarray]] = {}
         self._begin()
         self.notes = tuple(notes)
 
@@ -126,14 +132,14 @@ class Profile:
     def _begin(self) -> None:
         """The estimates, and the ends of all ranges."""
         ends = []
+        estimates = np.array([curve.estimate for curve in self._all])
         for curve in self._curves.values():
-            curve.add(curve.estimate, 0.0)
+            curve.add(curve.estimate, 0.0, estimates)
             if curve.held.kind == "sd":
                 ends.append((curve, 0.0))
         self._evaluate(ends)
         for curve, _ in ends:
-            value = 0.0 if curve.estimate == 0 else curve.zetas[0] ** 2
-            self._caps[curve.held.term, curve.held.i] = value
+            self._caps[curve.held.term, curve.held.i] = (curve.zetas[0] ** 2, curve.conditional[0])
         chosen = [self._curves[name] for name in self._chosen if name in self._curves]
         self._evaluate([(c, end) for c in chosen if c.held.kind == "cor" for end in (-1.0, 1.0)])
 
@@ -141,18 +147,20 @@ class Profile:
         points = [(curve, value) for curve, value in points if value not in curve.values]
         if not points:
             return
-        problems = [(curve.held, value) for curve, value in points]
-        deviances, converged = constrained.minimise(
-            self._stats, np.asarray(self._est.theta), float(self._est.sigma), problems
-        )
+        found = self._data.minimise([(curve.held, value) for curve, value in points])
+        conditional = np.stack([value_of(c.held, self._data.stats, found.start(), found.beta) for c in self._all], 1)
         least = float(self._est.criterion)
-        for (curve, value), deviance, good in zip(points, deviances, converged, strict=True):
+        for (curve, value), deviance, good, others in zip(
+            points, found.deviance, found.converged, conditional, strict=True
+        ):
             rise = deviance - least
             if curve.held.kind == "cor":
                 # As one of the two variances vanishes its correlation may be anything.
-                cap = min(self._caps.get((curve.held.term, e), np.inf) for e in (curve.held.i, curve.held.j))
-                good = good or rise > cap
-                rise = min(rise, cap)
+                caps = [self._caps[curve.held.term, e] for e in (curve.held.i, curve.held.j)]
+                cap, at_zero = min(caps, key=lambda pair: pair[0])
+                if rise > cap:
+                    rise, good, others = cap, True, at_zero.copy()
+            others[self._all.index(curve)] = value
             if not good or not np.isfinite(rise):
                 self._failed.add(curve.name)
             if rise < -1e-6 * max(1.0, abs(least)) ** 0.5:
@@ -162,7 +170,7 @@ class Profile:
                     InferenceWarning,
                     stacklevel=5,
                 )
-            curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))))
+            curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))), others)
 
     def _solve(self, targets: Sequence[tuple[_Curve, float]]) -> None:
         """Evaluate until each curve has a point where zeta is the target, or its range has ended."""
@@ -220,7 +228,11 @@ class Profile:
         return tuple(notes)
 
     def to_frame(self, largest: float = 3.5, points: int = 15) -> pd.DataFrame:
-        """Curves as rows: columns ``parameter``, ``value``, ``zeta``.
+        """Curves as rows: columns ``parameter``, ``value``, ``zeta``, then one for every parameter of the model.
+
+        These hold the conditional estimates: the values of all parameters that minimise the deviance with the row's
+        parameter at its value. A standard deviation that vanishes is 0 there, a correlation beside it NaN. Fixed
+        effects that are called ``parameter``, ``value`` or ``zeta`` themselves stand as ``fixed_value`` and so on.
 
         Args:
             largest: zeta up to which each curve goes, or to the end of the parameter's range.
@@ -241,12 +253,14 @@ class Profile:
                 break
             self._evaluate(wanted)
         rows = [
-            (curve.name, value, zeta)
+            (curve.name, value, zeta, *others)
             for curve in curves
-            for value, zeta in zip(curve.values, curve.zetas, strict=True)
+            for value, zeta, others in zip(curve.values, curve.zetas, curve.conditional, strict=True)
             if abs(zeta) <= 1.1 * largest
         ]
-        return pd.DataFrame(rows, columns=["parameter", "value", "zeta"])
+        own = ["parameter", "value", "zeta"]
+        names = [f"fixed_{curve.name}" if curve.name in own else curve.name for curve in self._all]
+        return pd.DataFrame(rows, columns=[*own, *names])
 
     def zeta(self, name: str, values: Any) -> np.ndarray:
         """Signed root deviances of one parameter at given values, each minimised anew."""
@@ -264,6 +278,58 @@ class Profile:
     def __repr__(self) -> str:
         frame = self.confint()
         return "\n".join([f"profile likelihood, {frame.to_string()}", *frame.attrs["notes"]])
+
+
+def zeta_of_many(
+    stats: CrossProducts, est: Estimates, held: Held, value: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Signed root deviances of one parameter at one value, in B data sets at once.
+
+    The profile interval of a data set covers the value where ``|zeta|`` is at most the normal quantile, so that the
+    coverage of a simulation study needs no interval's ends.
+
+    Args:
+        stats: of B responses of one design, or of B data sets.
+        est: their ML estimates, ``estimate_many(stats, reml=False)``.
+        held: the parameter. Of a term with independent effects there are no correlations.
+        value: ``(B,)`` or one for all; in the parameter's range, a correlation's ends and an sd of 0 among it.
+
+    Returns:
+        zeta ``(B,)``, 0 where the parameter is undefined, as a correlation beside a variance of zero is; and whether
+        the fit and the search converged ``(B,)``.
+
+    Raises:
+        ValueError: the model has no profiles here.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> from mixjax.inference.held import Held, value_of
+        >>> from mixjax.inference.profile import zeta_of_many
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.zeros(12), X=np.ones((12, 1)), terms=(term,))
+        >>> stats = mj.cross_products(design, np.random.default_rng(0).normal(size=(100, 12)))
+        >>> zeta, converged = zeta_of_many(stats, mj.estimate_many(stats, reml=False), Held("sigma"), 1.0)
+        >>> bool(converged.all()), bool(80 <= (abs(zeta) < 1.96).sum() <= 100)
+        (True, True)
+    """
+    reason = constrained.refusal(stats)
+    if reason:
+        raise ValueError(f"no profiles for this model: {reason}")
+    theta, sigma, least = (np.asarray(a) for a in (est.theta, est.sigma, est.criterion))
+    found = constrained.minimise_many(stats, theta, sigma, held, value)
+    rise, converged = found.deviance - least, found.converged
+    at = constrained.estimates_start(theta, sigma, stats.layout.qs)
+    estimate = value_of(held, stats, at, np.asarray(est.beta))
+    if held.kind == "cor":
+        # As one of the two variances vanishes its correlation may be anything.
+        for effect in (held.i, held.j):
+            end = constrained.minimise_many(stats, theta, sigma, Held("sd", held.term, effect), 0.0)
+            cap = end.deviance - least
+            converged = np.where(cap < rise, end.converged, converged)
+            rise = np.minimum(rise, cap)
+        rise = np.where(np.isnan(estimate), 0.0, rise)
+    zeta = np.sign(value - np.where(np.isnan(estimate), value, estimate)) * np.sqrt(np.maximum(rise, 0.0))
+    return zeta, converged & np.asarray(est.converged) & np.isfinite(rise)
 
 
 def _curves(fitted: Fitted) -> list[_Curve]:

@@ -1,7 +1,7 @@
 """Data sets drawn from a fit, as the cross-products that a refit needs: four kinds of bootstrap.
 
 ``resampler`` gives a function ``(first, count) -> CrossProducts`` of replicates ``first .. first + count - 1``, each
-with a random stream of its own (:mod:`mixjax.simulate`): chunks do not change a number.
+with a random stream of its own (:mod:`mixjax.simulation`): chunks do not change a number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixjax.design import Design
 from mixjax.fitted import Fitted
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, bucket, sum_by_group
-from mixjax.simulate import draw_responses, random_columns, simulate_responses
+from mixjax.simulation import draw_responses, random_columns, simulate_responses
 
 Kind = Literal["parametric", "residual", "cases", "wild"]
 KINDS = ("parametric", "residual", "cases", "wild")

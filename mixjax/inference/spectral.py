@@ -20,7 +20,7 @@ from scipy import optimize, stats
 from mixjax.compiling import LANES, jit
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.simulate import as_key
+from mixjax.simulation import as_key
 
 # Eigenvalues that agree to this part of the largest are one with a multiplicity; those below it are zero.
 SAME = 1e-10

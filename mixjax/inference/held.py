@@ -1,0 +1,261 @@
+"""One parameter held at a value: what is left to move, as a chart of the covariances, and the data with an effect held.
+
+Every problem is a lane with its own chart, linear in its coordinates z: ``F = sum_j z_j M_j`` is a factor of a term's
+relative covariance. What is held fixes the chart or sigma:
+
+* sigma: it is given.
+* the sd of an effect: ``sigma^2 = value^2 / D_ii``, D_ii being the effect's relative variance.
+* sd 0: the effect's row of the factor is zero.
+* a correlation: with its two effects first, the second row of the lower-triangular factor is
+  ``b (rho, sqrt(1 - rho^2))``; sigma is profiled out.
+* a fixed effect: its column moves into the response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.covariance import Diagonal
+from mixjax.design import AnyArray
+from mixjax.estimation.start import LOWEST
+from mixjax.likelihood.moments import Moments
+from mixjax.likelihood.statistics import CrossProducts
+
+
+class Held(NamedTuple):
+    """A parameter: ``kind`` "sd", "cor", "sigma" or "fixed"; its term; effects i (and j), or the column of X."""
+
+    kind: str
+    term: int = -1
+    i: int = -1
+    j: int = -1
+
+
+class Start(NamedTuple):
+    """Where searches begin. ``factors``: per term ``(B, q, q)``, any factor of the relative covariance of its own
+    effects. ``sigma``: ``(B,)``."""
+
+    factors: tuple[np.ndarray, ...]
+    sigma: np.ndarray
+
+
+# A standard deviation ratio below this, in the basis of Z, is where a search for zero has stopped.
+ZERO = 1e-6
+
+
+def value_of(held: Held, stats: CrossProducts, at: Start, beta: np.ndarray) -> np.ndarray:
+    """The parameter's value ``(B,)`` at B estimates: absolute sd, correlation (NaN beside an sd of zero), ..."""
+    if held.kind == "sigma":
+        return np.array(at.sigma)
+    if held.kind == "fixed":
+        return beta[:, held.i].copy()
+    F, R_inv = at.factors[held.term], np.asarray(stats.Z_bases[held.term].R_inv)
+    unit = np.sqrt((R_inv**2).sum(-1))
+    lengths = np.sqrt((F**2).sum(-1))
+    lengths = np.where(lengths > ZERO * unit, lengths, 0.0)
+    if held.kind == "sd":
+        return at.sigma * lengths[:, held.i]
+    product = lengths[:, held.i] * lengths[:, held.j]
+    inner = (F[:, held.i] * F[:, held.j]).sum(-1)
+    return np.clip(inner / np.where(product > 0, product, np.nan), -1.0, 1.0)
+
+
+class Chart(NamedTuple):
+    """B problems, lanes last.
+
+    Attributes:
+        maps: per term ``(q, q, k_t, B)`` M. alive: ``(k, B)`` which coordinates are free. start: ``(k, B)``.
+        positive: ``(k, B)`` which must stay so: those of the two effects whose correlation is held, which would change
+            its sign.
+        row: per term ``(q, B)``: an sd is held where one is not zero, ``D_ii = |F' row|^2``.
+        log_variance: ``(B,)`` ``log sigma^2 + log D_ii`` (without an sd the first alone) where given; NaN: profiled
+            out.
+        v, s: ``(p, B), (B,)``: the basis Q of X becomes ``Q (I - v v')``, y becomes ``y + s Q v``.
+    """
+
+    maps: tuple[AnyArray, ...]
+    alive: AnyArray
+    positive: AnyArray
+    start: AnyArray
+    row: tuple[AnyArray, ...]
+    log_variance: AnyArray
+    v: AnyArray
+    s: AnyArray
+
+
+def charts_of(stats: CrossProducts, held: Held, value: np.ndarray, start: Start) -> Chart:
+    """Charts of one parameter held at values ``(B,)``.
+
+    Args:
+        stats: of one data set, of B responses of one design, or of B data sets.
+    """
+    maps, alive, positive, coordinates, rows = [], [], [], [], []
+    B, sigma = len(value), start.sigma
+    log_variance = np.full(B, np.nan)
+    for t, (structure, basis) in enumerate(zip(stats.layout.structures, stats.Z_bases, strict=True)):
+        R, R_inv, q = np.asarray(basis.R), np.asarray(basis.R_inv), structure.q
+        here, row, effects = held.term == t, np.zeros((B, q)), list(range(q))
+        if here and held.kind == "cor":
+            effects = [held.j, held.i, *(e for e in effects if e not in (held.i, held.j))]
+        elif here and held.kind == "sd":
+            effects = [held.i, *(e for e in effects if e != held.i)]
+        if isinstance(structure, Diagonal):
+            M, z, free, own = *_diagonal(R, start.factors[t]), held.i
+        else:
+            M, z, free = _triangular(R, start.factors[t], effects, value if here and held.kind == "cor" else None)
+            own = 0  # the effect stands first: its row has one entry
+        if here and held.kind == "sd":
+            zero = value == 0
+            row = np.where(zero[:, None], 0.0, R_inv[..., held.i, :])
+            F = (M @ z[:, None, :, None])[..., 0]
+            length = np.sqrt(((F * row[..., None]).sum(1) ** 2).sum(1))
+            z[:, own] *= np.where(zero, 0.0, value / sigma / np.where(zero, 1.0, length))
+            gone = np.arange(q) == held.i if isinstance(structure, Diagonal) else cov.triangle(q)[1] == 0
+            free = free & ~(zero[:, None] & gone)
+            with np.errstate(divide="ignore"):
+                log_variance = np.where(zero, np.nan, 2 * np.log(value))
+        maps.append(np.broadcast_to(M, (B, *M.shape[1:])))
+        alive.append(free)
+        keeps_signs = np.isin(np.arange(z.shape[1]), cov.diagonal_positions(q)[:2]) & (here and held.kind == "cor")
+        positive.append(np.broadcast_to(keeps_signs, z.shape))
+        coordinates.append(np.where(free, z, 0.0))
+        rows.append(row)
+    if held.kind == "sigma":
+        log_variance = 2 * np.log(value)
+    v, multiple = _taken_out(stats, held, value)
+    return Chart(
+        maps=tuple(_last(M) for M in maps),
+        alive=_last(np.concatenate(alive, 1)),
+        positive=_last(np.concatenate(positive, 1)),
+        start=_last(np.concatenate(coordinates, 1)),
+        row=tuple(_last(row) for row in rows),
+        log_variance=log_variance,
+        v=_last(v),
+        s=multiple,
+    )
+
+
+def _last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 0, -1)
+
+
+def _diagonal(R: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q = R.shape[-1]
+    M = np.zeros((1, q, q, q))
+    M[0, np.arange(q), np.arange(q), np.arange(q)] = 1.0
+    z = np.maximum(np.sqrt((own**2).sum(-1)) * np.diagonal(R, axis1=-2, axis2=-1), LOWEST)
+    return M, z, np.ones(z.shape, bool)
+
+
+def _triangular(
+    R: np.ndarray, own: np.ndarray, effects: list[int], cor: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Charts of an unstructured term: the lower triangle of the factor with its effects in another order.
+
+    Args:
+        cor: ``(B,)``, held correlation of the first two; None where it is free.
+    """
+    q = R.shape[-1]
+    L = np.swapaxes(np.linalg.qr(np.swapaxes(own[:, effects], 1, 2), mode="r"), 1, 2)
+    diagonal = np.diagonal(L, axis1=1, axis2=2)
+    L = L * np.where(diagonal < 0, -1.0, 1.0)[:, None]
+    # Nothing may start at zero, which is a stationary point; lengths in the basis are of order one.
+    scale = 1.0 / np.sqrt((R**2).sum(-2))[..., effects]
+    least = LOWEST * np.maximum(np.sqrt((L**2).sum(2)), scale)
+    L[:, np.arange(q), np.arange(q)] = np.maximum(np.abs(diagonal), least)
+    rows, columns = cov.triangle(q)
+    k = len(rows)
+    M, free, z = np.zeros((1, q, q, k)), np.ones((len(own), k), bool), L[:, rows, columns]
+    M[0, rows, columns, np.arange(k)] = 1.0
+    if cor is not None:
+        at = {(int(r), int(c)): j for j, (r, c) in enumerate(zip(rows, columns, strict=True))}
+        M = np.repeat(M, len(own), 0)
+        other = np.sqrt(np.maximum(0.0, 1.0 - cor**2))
+        z[:, at[1, 1]] = np.sqrt(L[:, 1, 0] ** 2 + L[:, 1, 1] ** 2)
+        M[:, 1, 0, at[1, 1]], M[:, 1, 1, at[1, 1]] = cor, other
+        free[:, at[1, 0]] = False
+        free &= ~((other == 0.0)[:, None] & (columns == 1) & (rows > 1))
+    return np.einsum("...ab,...bcj->...acj", R[..., effects], M), z, free
+
+
+# --- a fixed effect -------------------------------------------------------------------------------------------------
+
+
+def _taken_out(stats: CrossProducts, held: Held, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How X's basis Q and y change as ``value`` times a column of X is taken out of y, and the column out of X.
+
+    The other columns of X span ``Q (I - v v')``, v being what is left of the held column after a regression on them;
+    its place in the basis is kept by a column that meets nothing, so that shapes stay. For the ML deviance, which does
+    not look at the basis of X.
+
+    Returns:
+        ``v (B, p)``, and the multiple of ``Q v`` to add to y, ``(B,)``.
+    """
+    R, beta0 = np.asarray(stats.X_basis.R), np.asarray(stats.beta0)
+    B, p = len(value), R.shape[-1]
+    if held.kind != "fixed":
+        return np.zeros((B, p)), np.zeros(B)
+    j = held.i
+    v = np.linalg.qr(np.concatenate([np.delete(R, j, -1), R[..., [j]]], axis=-1))[0][..., -1]
+    return np.broadcast_to(v, (B, p)), (v * R[..., j]).sum(-1) * (beta0[..., j] - value)
+
+
+@dataclass(frozen=True)
+class HeldMoments(Moments):
+    """Moments with the columns ``[U y]`` changed to ``[U y] T``: Q to ``Q (I - v v')``, y to ``y + s Q v``.
+
+    What the lanes share they go on sharing.
+    """
+
+    v: AnyArray
+    s: AnyArray
+
+    def contract(self, weights: list) -> tuple:
+        return _changed(super().contract(weights), self.v[:, None], self.s)
+
+    def pull_back(self, UU, Uy, yy) -> list:
+        v, s = _padded(self.v, len(Uy)), self.s
+        UU, Uy = _projected(UU, v), Uy - v * (v * Uy).sum(0)
+        cross = s * Uy[:, None] * v[None]
+        UU = UU + cross + linalg.transpose(cross) + s**2 * yy * v[:, None] * v[None]
+        return super().pull_back(UU, Uy + s * yy * v, yy)
+
+
+def hold(moments: Moments, chart: Chart) -> Moments:
+    """The moments of every lane with its chart's change of X and y."""
+    if not len(chart.v):
+        return moments
+    own = {field.name: getattr(moments, field.name) for field in fields(moments)}
+    UU, Uy, yy = _changed((moments.UU, moments.Uy, moments.yy), chart.v, chart.s)
+    v = _padded(chart.v, len(Uy))
+    return replace(HeldMoments(**own, v=chart.v, s=chart.s), UU=UU + v[:, None] * v[None], Uy=Uy, yy=yy)
+
+
+def _changed(products: tuple, v: Array, s: Array) -> tuple:
+    """``T'[UU Uy; . yy] T`` in its parts."""
+    UU, Uy, yy = products
+    v = _padded(v, len(Uy))
+    step = s * (UU * v[None]).sum(1)
+    yy = yy + s * (v * (2.0 * Uy + step)).sum(0)
+    Uy = Uy + step
+    return _projected(UU, v), Uy - v * (v * Uy).sum(0), yy
+
+
+def _projected(UU: Array, v: Array) -> Array:
+    """``(I - v v') UU (I - v v')`` of a symmetric UU."""
+    along = (UU * v[None]).sum(1)
+    along = along - 0.5 * v * (v * along).sum(0)
+    cross = along[:, None] * v[None]
+    return UU - cross - linalg.transpose(cross)
+
+
+def _padded(v: Array, u: int) -> Array:
+    """v with zeros in front, for the dense effects: ``(u, ...)``."""
+    return jnp.pad(v, ((u - len(v), 0), *((0, 0),) * (v.ndim - 1)))
