@@ -118,7 +118,7 @@ def cross_products_from(
         frame=None,
         dropped_columns=dropped,
         n_missing=reader.n_missing,
-        specs=reader.specs | {"random": [spec for *_, spec in reader.parts]},
+        specs=reader.specs | {"random": [spec for *_, spec in reader.parts], "weights": weights, "offset": offset},
     )
     return stats, labels
 

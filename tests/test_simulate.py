@@ -8,7 +8,7 @@ from dense import covariance
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
-from mixjax.simulate import simulate_responses, symmetric_root
+from mixjax.simulation import simulate_responses, symmetric_root
 
 N = 20_000
 
@@ -164,12 +164,12 @@ def test_bad_arguments(change, message):
 
 def test_one_program_for_similar_designs():
     """Compiled are random numbers only, of padded length: neither terms, nor parameters, nor the key compile again."""
-    from mixjax import simulate
+    from mixjax import simulation
 
     first = random_design(STRUCTURES["one factor, q=2, weights"], seed=1)
     simulate_responses(first, *parameters(first), 0, 1)
-    before = simulate._draws._cache_size()
+    before = simulation._draws._cache_size()
     for n in (38, 40):
         other = random_design(STRUCTURES["one factor, q=2, weights"], seed=2, n=n)
         simulate_responses(other, *parameters(other, 1), 1, 3)
-    assert simulate._draws._cache_size() == before
+    assert simulation._draws._cache_size() == before

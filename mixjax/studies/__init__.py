@@ -1,0 +1,1 @@
+"""Simulation studies: populations, scenarios, replicates, measures, power."""

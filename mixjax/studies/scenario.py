@@ -1,0 +1,301 @@
+"""A formula with parameters and a table of predictors: everything that a simulated response needs, without a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.covariance import n_theta, triangle
+from mixjax.design import Design, Labels
+from mixjax.fitted import term_names
+from mixjax.formula.build import build_design, caller_context
+from mixjax.formula.errors import DataError
+from mixjax.formula.parse import parse
+from mixjax.formula.table import column_names, to_pandas
+from mixjax.inference.hypotheses import known_names
+from mixjax.simulation import simulate_responses, symmetric_root
+
+# The response that stands in the table while a design is built.
+RESPONSE = "_response_"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A linear mixed model with known parameters.
+
+    Attributes:
+        formula: as given. table: the predictors.
+        design, labels: as :func:`mixjax.build_design` makes them; the response is none.
+        beta: ``(p,)``. sigma: residual standard deviation. Sigma: per term ``(q, q)``, absolute.
+        options: ``weights``, ``offset`` and ``contrasts`` as given; models are fitted with the same.
+    """
+
+    formula: str
+    table: pd.DataFrame
+    design: Design
+    labels: Labels
+    beta: np.ndarray
+    sigma: float
+    Sigma: tuple[np.ndarray, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def simulate(self, key: Any, n: int, first: int = 0) -> np.ndarray:
+        """Responses ``(n, nobs)``; see :func:`mixjax.simulate`."""
+        return simulate_responses(self.design, self.beta, self.sigma, self.Sigma, key, n, first)
+
+    @property
+    def nobs(self) -> int:
+        """Rows of a response."""
+        return len(self.table)
+
+    def tables(self, key: Any, first: int, count: int) -> tuple[list[pd.DataFrame], np.ndarray]:
+        """The table, which all replicates share, and responses ``first .. first + count - 1``."""
+        return [self.table], self.simulate(key, count, first)
+
+    @cached_property
+    def truth(self) -> dict[str, float]:
+        """Parameter -> its value, by the names that a fit of the same formula has."""
+        values = dict(zip(self.labels.fixed, map(float, self.beta), strict=True))
+        for name, term, Sigma in zip(term_names(self.labels), self.labels.terms, self.Sigma, strict=True):
+            sd = np.sqrt(np.diag(Sigma))
+            for j, effect in enumerate(term.effects):
+                values[f"sd_{effect}|{name}"] = float(sd[j])
+                for i in range(j + 1, len(sd)):
+                    if sd[i] > 0 and sd[j] > 0:
+                        values[f"cor_{term.effects[i]}.{effect}|{name}"] = float(Sigma[i, j] / (sd[i] * sd[j]))
+        return values | {"sigma": self.sigma}
+
+
+def scenario(
+    formula: str,
+    data: Any,
+    beta: Any,
+    sigma: float = 1.0,
+    sd: Any = None,
+    cor: Any = None,
+    theta: Any = None,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+) -> Scenario:
+    """Describe a linear mixed model by its parameters, to simulate from it and to study how it is estimated.
+
+    Args:
+        formula: as for :func:`mixjax.lmm`; the response need not be in the table.
+        data: table with the predictors and grouping factors.
+        beta: fixed effects: ``(p,)`` in the order of the columns, or dict name -> value with every name.
+        sigma: residual standard deviation, absolute.
+        sd: standard deviations of the random effects, absolute: ``(number of effects,)`` term by term (terms by
+            decreasing number of levels, as a fit shows them), or dict group -> number or ``(q,)``.
+        cor: their correlations, 0 by default: dict group -> number (of two effects) or ``(q, q)``; or a number where
+            only one term has two effects.
+        theta: relative Cholesky factors ``(k,)`` in place of ``sd`` and ``cor``, as ``fit.theta``.
+        weights, offset, contrasts: as for :func:`mixjax.lmm`.
+
+    Returns:
+        :class:`Scenario`.
+
+    Raises:
+        DataError, ValueError: names the term or the coefficient.
+
+    Example:
+        >>> import mixjax as mj, numpy as np, pandas as pd
+        >>> data = pd.DataFrame({"group": np.arange(500) % 26, "x": np.linspace(-1, 1, 500)})
+        >>> truth = mj.scenario("y ~ x + (1 | group)", data, beta=[4, 7], sd=0.5, sigma=1)
+        >>> truth.simulate(key=1, n=3).shape
+        (3, 500)
+        >>> truth.truth["sd_Intercept|group"]
+        0.5
+    """
+    table = to_pandas(data, column_names(data)).reset_index(drop=True)
+    design, labels = design_of(formula, table, weights, offset, contrasts, context=caller_context())
+    sigma = float(sigma)
+    if not (np.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a standard deviation, 0 or more, got {sigma}")
+    if theta is not None:
+        if sd is not None or cor is not None:
+            raise ValueError("give either theta, or sd and cor")
+        Sigma = _from_theta(theta, labels, sigma)
+    else:
+        Sigma = _from_sd(sd, cor, labels)
+    options = {"weights": weights, "offset": offset, "contrasts": contrasts}
+    return Scenario(formula, table, design, labels, _coefficients(beta, labels), sigma, Sigma, options)
+
+
+def simulate(
+    formula: str,
+    data: Any,
+    *,
+    beta: Any,
+    sigma: float = 1.0,
+    sd: Any = None,
+    cor: Any = None,
+    theta: Any = None,
+    key: Any = 0,
+    n: int = 1,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+) -> np.ndarray:
+    """Responses of a mixed model without a fit; see :func:`mixjax.scenario` for the parameters.
+
+    Args:
+        key: int or JAX key; response i depends on it and on i alone. n: number of responses.
+
+    Returns:
+        ``(n, rows)`` numpy float64.
+
+    Example:
+        >>> import mixjax as mj
+        >>> data = mj.datasets.load("sleepstudy")
+        >>> formula = "Reaction ~ Days + (Days | Subject)"
+        >>> Y = mj.simulate(formula, data, beta=[250, 10], sd=[25, 6], cor=0.1, sigma=25, key=1, n=100)
+        >>> Y.shape
+        (100, 180)
+    """
+    truth = scenario(formula, data, beta, sigma, sd, cor, theta, weights, offset, contrasts)
+    return truth.simulate(key, n)
+
+
+def design_of(
+    formula: str,
+    table: pd.DataFrame,
+    weights: Any = None,
+    offset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> tuple[Design, Labels]:
+    """Design and labels of a formula whose response is yet to come.
+
+    Raises:
+        DataError: rows with missing values.
+    """
+    right = formula.partition("~")[2] if "~" in formula else formula
+    response = parse(f"{RESPONSE} ~ {right}" if formula.partition("~")[0].strip() == "" else formula).response
+    # Any numbers that no fixed effects reproduce: not those of a seed that a user may have drawn predictors with.
+    stand_in = np.random.default_rng(0x6D69786A6178).standard_normal(len(table))
+    design, labels = build_design(
+        f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context
+    )
+    if labels.n_missing:
+        raise DataError(
+            f"{labels.n_missing} rows of the predictors have missing values; a simulated response needs complete rows: "
+            "fill or drop them first"
+        )
+    return design, replace(labels, formula=formula, response=response.strip("`"))
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _coefficients(beta: Any, labels: Labels) -> np.ndarray:
+    fixed = labels.fixed
+    if isinstance(beta, Mapping):
+        known = known_names(labels)
+        for name in beta:
+            if name not in known:
+                raise ValueError(f"beta names {name!r}, but the fixed effects are {', '.join(fixed)}")
+        places = [known[name] for name in beta]
+        missing = [name for j, name in enumerate(fixed) if j not in places]
+        if missing:
+            raise ValueError(f"beta has no value of {', '.join(missing)}")
+        values = np.zeros(len(fixed))
+        values[places] = [float(value) for value in beta.values()]
+    else:
+        values = np.atleast_1d(np.asarray(beta, dtype=np.float64))
+        if values.shape != (len(fixed),):
+            raise ValueError(f"beta has shape {values.shape}; the {len(fixed)} fixed effects are {', '.join(fixed)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"beta must be finite, got {values.tolist()}")
+    return values
+
+
+def _from_theta(theta: Any, labels: Labels, sigma: float) -> tuple[np.ndarray, ...]:
+    theta = np.atleast_1d(np.asarray(theta, dtype=np.float64))
+    qs = [len(term.effects) for term in labels.terms]
+    if theta.shape != (sum(map(n_theta, qs)),) or not np.isfinite(theta).all():
+        raise ValueError(f"theta must be {sum(map(n_theta, qs))} finite numbers, got {theta.tolist()}")
+    Sigma, at = [], 0
+    for q in qs:
+        L = np.zeros((q, q))
+        L[triangle(q)] = theta[at : at + n_theta(q)]
+        at += n_theta(q)
+        Sigma.append(sigma**2 * L @ L.T)
+    return tuple(Sigma)
+
+
+def _from_sd(sd: Any, cor: Any, labels: Labels) -> tuple[np.ndarray, ...]:
+    names = term_names(labels)
+    qs = {name: len(term.effects) for name, term in zip(names, labels.terms, strict=True)}
+    described = "; ".join(f"{n}: {', '.join(t.effects)}" for n, t in zip(names, labels.terms, strict=True))
+    sds = _by_term(sd, names, qs, described)
+    correlations = _correlations(cor, qs, described)
+    result = []
+    for name in names:
+        own = sds[name]
+        Sigma = own[:, None] * correlations[name] * own
+        try:
+            symmetric_root(Sigma)
+        except ValueError as error:
+            values = np.linalg.eigvalsh(correlations[name])
+            raise ValueError(
+                f"the covariance of {name!r} is impossible: correlations {correlations[name].tolist()} are not "
+                f"positive semidefinite (smallest eigenvalue {values[0]:.3g})"
+            ) from error
+        result.append(Sigma)
+    return tuple(result)
+
+
+def _by_term(sd: Any, names: Sequence[str], qs: Mapping[str, int], described: str) -> dict[str, np.ndarray]:
+    total = sum(qs.values())
+    if sd is None:
+        raise ValueError(f"sd is needed: standard deviations of the random effects ({described}), or theta")
+    if isinstance(sd, Mapping):
+        unknown = [name for name in sd if name not in qs]
+        missing = [name for name in names if name not in sd]
+        if unknown or missing:
+            raise ValueError(f"sd must name every random term ({described}); got {', '.join(map(str, sd))}")
+        values = {name: np.atleast_1d(np.asarray(sd[name], dtype=np.float64)) for name in names}
+    else:
+        flat = np.atleast_1d(np.asarray(sd, dtype=np.float64))
+        if flat.shape != (total,):
+            raise ValueError(f"sd has shape {flat.shape}; there are {total} random effects ({described})")
+        cuts = np.cumsum([qs[name] for name in names])[:-1]
+        values = dict(zip(names, np.split(flat, cuts), strict=True))
+    for name, own in values.items():
+        if own.shape != (qs[name],):
+            raise ValueError(f"sd of {name!r} must be {qs[name]} numbers ({described}), got {own.tolist()}")
+        if not (np.isfinite(own) & (own >= 0)).all():
+            raise ValueError(f"sd of {name!r} must be standard deviations, 0 or more, got {own.tolist()}")
+    return values
+
+
+def _correlations(cor: Any, qs: Mapping[str, int], described: str) -> dict[str, np.ndarray]:
+    result = {name: np.eye(q) for name, q in qs.items()}
+    if cor is None:
+        return result
+    if not isinstance(cor, Mapping):
+        several = [name for name, q in qs.items() if q > 1]
+        if not several and not np.any(cor):
+            return result
+        if len(several) != 1:
+            raise ValueError(f"cor must be a dict of terms with several effects ({described}), got {cor!r}")
+        cor = {several[0]: cor}
+    for name, value in cor.items():
+        if name not in qs:
+            raise ValueError(f"cor names {name!r}; the random terms are {described}")
+        q, value = qs[name], np.asarray(value, dtype=np.float64)
+        if value.size == 1 and q == 2:
+            result[name] = np.array([[1.0, value.item()], [value.item(), 1.0]])
+        elif value.shape == (q, q):
+            if not np.array_equal(value, value.T) or not np.allclose(np.diag(value), 1.0):
+                raise ValueError(f"cor of {name!r} must be symmetric with a diagonal of 1, got {value.tolist()}")
+            result[name] = value
+        else:
+            raise ValueError(f"cor of {name!r} must be ({q}, {q}){' or one number' * (q == 2)}, got {value.tolist()}")
+    return result

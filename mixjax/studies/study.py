@@ -1,0 +1,409 @@
+"""Simulation studies: every cell of a grid, thousands of replicates each, and what they say of the estimators."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import platform
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from mixjax.inference.contrasts import check_ddf
+from mixjax.inference.intervals import check_level
+from mixjax.optimise.results import Result
+from mixjax.simulation import as_key, check_count
+from mixjax.studies.describe import describe
+from mixjax.studies.measures import MEASURES, split, summarise
+from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
+from mixjax.studies.store import Store, missing
+
+# Numbers in the responses of one chunk, and its replicates at most.
+NUMBERS, MOST = 2**22, 2**13
+# Chunks that an executor has at the same time.
+IN_FLIGHT = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its values in the grid, and what is computed of every replicate."""
+
+    values: Mapping[str, Any]
+    task: Task
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.values.items()) or "the only cell"
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Results of a study. ``str()`` shows the measures and what went wrong.
+
+    Attributes:
+        cells: the grid, one row per cell. replicates: their number in every cell.
+        truths: parameter -> value, per cell. notes: what there is to say.
+    """
+
+    cells: pd.DataFrame
+    replicates: int
+    truths: list[dict[str, float]] = field(repr=False)
+    notes: tuple[str, ...]
+    _read: Callable[[int, list[str] | None], dict[str, np.ndarray]] = field(repr=False)
+
+    def raw(self, cell: int = 0, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Replicates of one cell, by its row in ``cells``: see :func:`mixjax.studies.outcomes.outcomes`.
+
+        NaN where a fit failed.
+        """
+        if not 0 <= cell < len(self.cells):
+            raise ValueError(f"cell is a row of .cells, 0 to {len(self.cells) - 1}, got {cell}")
+        frame = pd.DataFrame(self._read(cell, None if columns is None else list(columns)))
+        return frame.rename_axis("replicate")
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """Per cell and model: replicates, those that converged, are singular (of those), and failed, by code."""
+        rows = []
+        for i in range(len(self.cells)):
+            columns = self._read(i, None)
+            for column in columns:
+                model, name = split(column)
+                if name != "result":
+                    continue
+                codes = columns[column]
+                lost = failed(codes)
+                row: dict[Any, Any] = self.cells.iloc[i].to_dict()
+                row |= {"model": model, "replicates": len(codes)}
+                singular = columns[f"{model}::singular" if model else "singular"]
+                row |= {"converged": int((~lost).sum()), "singular": int(singular.sum()), "failed": int(lost.sum())}
+                for code in Result:
+                    if not code.is_solution and (codes == int(code)).any():
+                        row[f"failed: {code.name}"] = int((codes == int(code)).sum())
+                rows.append(row)
+        frame = pd.DataFrame(rows)
+        counted = [str(name) for name in frame if str(name).startswith("failed: ")]
+        frame[counted] = frame[counted].fillna(0).astype(int)
+        return frame
+
+    def to_frame(self, measures: Sequence[str] = MEASURES, level: float = 0.95, alpha: float = 0.05) -> pd.DataFrame:
+        """Measures, one row each: the cell's values, ``model``, ``term``, ``measure``, ``value``, ``mcse``, ``n``.
+
+        Args:
+            measures: of ``"mean"``, ``"bias"``, ``"empirical_se"``, ``"model_se"``, ``"relative_error_se"``,
+                ``"rmse"``, ``"coverage"``, ``"rejection"``; those that a quantity does not have are left out: without a
+                known truth there is no bias.
+            level: of the intervals whose coverage is counted. alpha: of the tests whose rejections are counted.
+
+        ``mcse`` is the Monte Carlo standard error (Morris, White & Crowther 2019, Stat. Med. 38, 2074). ``n`` counts
+        the replicates a value rests on: fits that failed are not among them, and ``counts`` says how many.
+        """
+        measures = [measures] if isinstance(measures, str) else list(measures)
+        check_measures(measures)
+        check_level(level)
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
+        parts = []
+        for i in range(len(self.cells)):
+            part = summarise(self._read(i, None), self.truths[i], measures, level, alpha)
+            for j, name in enumerate(self.cells.columns):
+                part.insert(j, name, [self.cells.iloc[i][name]] * len(part))
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True)
+
+    def __str__(self) -> str:
+        frame = self.to_frame(("bias", "empirical_se", "model_se", "coverage", "rejection"))
+        index = [*self.cells.columns, *(["model"] if (frame["model"] != "").any() else []), "term"]
+        wide = frame.pivot_table(index=index, columns="measure", values="value", sort=False)
+        columns = [m for m in MEASURES if m in wide]
+        error = frame["mcse"].groupby(frame["measure"]).max()
+        lines = [f"{self.replicates} replicates of {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"]
+        lines += [wide[columns].to_string(float_format=lambda x: f"{x:.4g}", na_rep=""), ""]
+        lines += ["largest Monte Carlo standard errors: " + ", ".join(f"{m} {error[m]:.2g}" for m in columns)]
+        counts = self.counts
+        lines += [
+            f"{int(counts['failed'].sum())} fits failed, {int(counts['singular'].sum())} are singular (see .counts)"
+        ]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def study(
+    source: Any,
+    models: str | Mapping[str, str],
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
+    replicates: int = 1000,
+    key: Any = 0,
+    *,
+    truth: Mapping[str, float] | Callable[..., Mapping[str, float]] | None = None,
+    reml: bool = True,
+    ddf: str = "satterthwaite",
+    null: Mapping[str, float] | None = None,
+    compared: Sequence[tuple[str, str]] = (),
+    statistic: Callable[..., Any] | None = None,
+    common: bool = False,
+    store: Any = None,
+    executor: Any = None,
+    mesh: Any = None,
+    chunk: int | None = None,
+    progress: bool = True,
+) -> Study:
+    """Simulate data again and again, fit them, and see how estimators and tests do.
+
+    Args:
+        source: where data come from: a :func:`mixjax.scenario`, a population with a number of rows
+            (``population.rows(500)``), or a function of the grid's names that returns one of these.
+        models: formula to fit, or dict name -> formula.
+        grid: name -> values, all combinations of which are cells; or a list of dicts; None for one cell.
+        replicates: in every cell.
+        key: int or JAX key. A replicate depends on the key, the values of its cell and its number, and on nothing else.
+        truth: parameter -> value, for bias and coverage; or a function of the cell's values. None: what the source
+            knows.
+        reml: criterion of the fits.
+        ddf: of the tests and intervals of the fixed effects: ``"wald"``, ``"satterthwaite"`` or ``"kenward-roger"``.
+        null: fixed effect -> value under the tested hypothesis, 0 where not named.
+        compared: pairs ``(smaller, larger)`` of models, tested by likelihood ratio: chi-square, and the mixture of
+            chi-squares where its weights are known.
+        statistic: JAX function of one :class:`~mixjax.Estimates` -> number, array or dict of those, for measures of
+            your own.
+        common: the same random numbers in every cell.
+        store: directory where finished chunks are kept as parquet files. Called again with the same arguments, the
+            study does what is missing; with more replicates it goes on.
+        executor: ``concurrent.futures`` executor, as ``dask.distributed.Client().get_executor()``; None for this
+            process, with all its cores.
+        mesh: devices to spread the fits of a chunk over, as for :func:`mixjax.estimate_many`; without an executor.
+        chunk: replicates of one piece of work, a multiple of 1024. Results do not depend on it.
+        progress: a bar, where tqdm is installed.
+
+    Returns:
+        :class:`Study`.
+
+    Raises:
+        ValueError: an argument makes no sense. mixjax.studies.store.StoreError: the directory cannot be used.
+
+    Example:
+        >>> import mixjax as mj
+        >>> data = mj.datasets.load("sleepstudy")
+        >>> formula = "Reaction ~ Days + (Days | Subject)"
+        >>> def truth(slope):
+        ...     return mj.scenario(formula, data, beta=[250, slope], sd=[25, 6], sigma=25)
+        >>> result = mj.study(truth, formula, grid={"slope": [0, 5]}, replicates=200, key=1, progress=False)
+        >>> result.to_frame("rejection").query("term == 'Days'")["value"].round(1).tolist()
+        [0.1, 0.9]
+    """
+    replicates = check_count("replicates", replicates, 1)
+    check_ddf(ddf)
+    cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common)
+    if mesh is not None and executor is not None:
+        raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")
+    work_size = _chunk(chunk, cells)
+    manifest = {
+        "cells": [{"values": describe(dict(cell.values)), "task": describe(cell.task)} for cell, _ in cells],
+        "block": BLOCK,
+        "versions": {"jax": jax.__version__, "numpy": np.__version__, "machine": platform.machine()},
+    }
+    kept = Store(store, manifest) if store is not None else None
+    memory: list[dict[int, dict[str, np.ndarray]]] = [{} for _ in cells]
+    done = kept.done() if kept is not None else {}
+    work = [
+        (i, first, count)
+        for i in range(len(cells))
+        for first, count in missing(done.get(i, []), replicates, work_size, BLOCK)
+    ]
+
+    def keep(i: int, first: int, columns: dict[str, np.ndarray]) -> None:
+        if kept is not None:
+            kept.write(i, first, columns)
+        else:
+            memory[i][first] = columns
+
+    with _Bar(progress, sum(count for *_, count in work)) as bar:
+        for i, first, columns in _computed(cells, work, executor, mesh):
+            keep(i, first, columns)
+            bar.update(len(next(iter(columns.values()))))
+
+    def read(i: int, names: list[str] | None) -> dict[str, np.ndarray]:
+        if kept is not None:
+            return kept.read(i, replicates, names)
+        parts = [memory[i][first] for first in sorted(memory[i])]
+        return {name: np.concatenate([p[name] for p in parts]) for name in (parts[0] if names is None else names)}
+
+    frame = pd.DataFrame([dict(cell.values) for cell, _ in cells], index=pd.RangeIndex(len(cells)))
+    return Study(frame, replicates, [known for _, known in cells], tuple(kept.notes) if kept else (), read)
+
+
+def check_measures(measures: Sequence[str]) -> None:
+    """Raise ValueError for measures that are none."""
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown:
+        raise ValueError(
+            f"unknown measure {', '.join(map(repr, unknown))}; there are {', '.join(MEASURES)}; for your own pass "
+            "statistic= a function of the estimates"
+        )
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _cells(
+    source: Any,
+    models: str | Mapping[str, str],
+    grid: Any,
+    key: Any,
+    truth: Any,
+    reml: bool,
+    ddf: str,
+    null: Mapping[str, float] | None,
+    compared: Sequence[tuple[str, str]],
+    statistic: Callable[..., Any] | None,
+    common: bool,
+) -> list[tuple[Cell, dict[str, float]]]:
+    models = {"": models} if isinstance(models, str) else dict(models)
+    if not models:
+        raise ValueError("models is empty: name a formula to fit")
+    if any("::" in name or "|" in name for name in models):
+        raise ValueError(f"names of models must be without '::' and '|', got {', '.join(models)}")
+    for pair in compared:
+        if len(pair) != 2 or any(name not in models for name in pair):
+            raise ValueError(f"compared= takes pairs of the models {', '.join(models)}, got {pair!r}")
+    with jax.enable_x64(True):
+        root = as_key(key)
+        cells = []
+        for values in _combinations(grid):
+            own = _source(source, values)
+            code = np.uint32(zlib.crc32(json.dumps(describe(values), sort_keys=True).encode()))
+            cell_key = np.asarray(jax.random.key_data(root if common else jax.random.fold_in(root, code)))
+            pairs = tuple((smaller, larger) for smaller, larger in compared)
+            task = Task(own, models, cell_key, pairs, reml, ddf, dict(null or {}), statistic)
+            known = truth(**values) if callable(truth) else own.truth if truth is None else truth
+            cells.append((Cell(values, task), {str(name): float(value) for name, value in known.items()}))
+    return cells
+
+
+def _combinations(grid: Any) -> list[dict[str, Any]]:
+    if grid is None:
+        return [{}]
+    if isinstance(grid, Mapping):
+        for name, values in grid.items():
+            if isinstance(values, str) or not hasattr(values, "__iter__") or not len(list(values)):
+                raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}")
+        return [
+            dict(zip(grid, combination, strict=True))
+            for combination in itertools.product(*(_plain_values(values) for values in grid.values()))
+        ]
+    cells = [dict(cell) for cell in grid]
+    if not cells or any(set(cell) != set(cells[0]) for cell in cells):
+        raise ValueError("a grid as a list needs dicts of the same names, one per cell")
+    return cells
+
+
+def _plain_values(values: Any) -> list[Any]:
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _source(source: Any, values: Mapping[str, Any]) -> Any:
+    if callable(source) and not hasattr(source, "tables"):
+        try:
+            inspect.signature(source).bind(**values)
+        except TypeError as error:
+            name = getattr(source, "__name__", "source")
+            raise ValueError(
+                f"{name}{inspect.signature(source)} does not take the grid's {list(values)}: {error}"
+            ) from error
+        source = source(**values)
+    elif values:
+        raise ValueError(f"the source does not depend on the grid's {', '.join(values)}: pass a function of these")
+    if not hasattr(source, "tables"):
+        raise ValueError(
+            "data come from mixjax.scenario(...), from population.rows(n), or from a function that returns one of "
+            f"these; got {type(source).__name__}"
+        )
+    return source
+
+
+def _chunk(chunk: int | None, cells: list[tuple[Cell, dict[str, float]]]) -> int:
+    if chunk is not None:
+        chunk = check_count("chunk", chunk, 1)
+        if chunk % BLOCK:
+            raise ValueError(f"chunk must be a multiple of {BLOCK}, got {chunk}")
+        return chunk
+    rows = max(cell.task.source.nobs for cell, _ in cells)
+    return int(np.clip(NUMBERS // rows // BLOCK * BLOCK, BLOCK, MOST))
+
+
+# --- computing -------------------------------------------------------------------------------------------------------
+
+
+def _computed(
+    cells: list[tuple[Cell, dict[str, float]]], work: Sequence[tuple[int, int, int]], executor: Any, mesh: Any
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """Chunks as they are finished."""
+    if executor is None:
+        for i, first, count in work:
+            with _Named(cells[i][0]):
+                columns = outcomes(cells[i][0].task, first, count, mesh)
+            yield i, first, columns
+        return
+    waiting = iter(work)
+    running: dict[Future, tuple[int, int]] = {}
+    try:
+        while True:
+            for i, first, count in itertools.islice(waiting, IN_FLIGHT - len(running)):
+                running[executor.submit(outcomes, cells[i][0].task, first, count)] = (i, first)
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                i, first = running.pop(future)
+                with _Named(cells[i][0]):
+                    columns = future.result()
+                yield i, first, columns
+    finally:
+        for future in running:
+            future.cancel()
+
+
+@dataclass
+class _Named:
+    """Errors say in which cell they happened."""
+
+    cell: Cell
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self.cell.values:
+            error.add_note(f"in cell {self.cell}")
+
+
+class _Bar:
+    """tqdm's bar of replicates, or nothing."""
+
+    def __init__(self, wanted: bool, total: int):
+        self.bar = None
+        if wanted and total:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=total, unit="fit", unit_scale=True)
+
+    def update(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

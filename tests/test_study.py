@@ -1,0 +1,331 @@
+"""Simulation studies: scenarios, measures, and the same bits whatever the split."""
+
+import json
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import mixjax as mj
+from mixjax.studies.describe import describe
+from mixjax.studies.measures import bias, empirical_se, model_se, relative_error_se, rmse
+from mixjax.studies.outcomes import BLOCK, outcomes
+from mixjax.studies.study import _cells
+
+FORMULA = "y ~ x + (x | g)"
+PARAMETERS = {"beta": [1.0, 0.5], "sd": [1.0, 0.5], "cor": 0.3, "sigma": 1.0}
+
+
+def layout(groups=12, rows=6):
+    x = np.tile(np.linspace(-1, 1, rows), groups)
+    return pd.DataFrame({"g": np.repeat(np.arange(groups), rows), "x": x})
+
+
+def source(slope=0.5, groups=12):
+    return mj.scenario(FORMULA, layout(groups), **{**PARAMETERS, "beta": [1.0, slope]})
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two cells and two models, with a partial last block."""
+    models = {"small": "y ~ 1 + (x | g)", "large": FORMULA}
+    return mj.study(
+        source, models, {"slope": [0.0, 0.5]}, BLOCK + 300, key=5, compared=[("small", "large")], progress=False
+    )
+
+
+# --- scenarios -------------------------------------------------------------------------------------------------------
+
+
+def test_a_scenario_simulates_what_it_says():
+    truth = source()
+    Y = truth.simulate(3, 40_000)
+    x = truth.table["x"].to_numpy()
+    Z = np.column_stack([np.ones(6), x[:6]])
+    V = Z @ np.array([[1.0, 0.15], [0.15, 0.25]]) @ Z.T + np.eye(6)
+    errors = np.sqrt(np.outer(np.diag(V), np.diag(V)) + V**2) / np.sqrt(40_000)
+    assert (np.abs(np.cov(Y[:, :6].T) - V) < 5 * errors).all()
+    assert (np.abs(Y.mean(0) - (1 + 0.5 * x)) < 5 * np.sqrt(np.diag(V)[np.arange(72) % 6] / 40_000)).all()
+    assert np.abs(np.cov(Y[:, 0], Y[:, 6])[0, 1]) < 5 * V[0, 0] / 200
+    assert truth.truth == pytest.approx(
+        {"Intercept": 1, "x": 0.5, "sd_Intercept|g": 1, "sd_x|g": 0.5, "cor_x.Intercept|g": 0.3, "sigma": 1}
+    )
+    np.testing.assert_array_equal(mj.simulate(FORMULA, layout(), **PARAMETERS, key=3, n=5), Y[:5])
+    np.testing.assert_array_equal(truth.simulate(3, 7, first=11), Y[11:18])
+
+
+def test_a_fit_simulates_as_a_scenario_with_its_parameters():
+    data = mj.datasets.load("sleepstudy")
+    formula = "Reaction ~ Days + (Days | Subject)"
+    fit = mj.lmm(formula, data)
+    Y = mj.simulate(formula, data, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma, key=1, n=3)
+    np.testing.assert_allclose(Y, fit.simulate(1, 3), rtol=1e-12)
+    named = mj.simulate(formula, data, beta=fit.fixef.to_dict(), theta=fit.theta, sigma=fit.sigma, key=1, n=3)
+    np.testing.assert_array_equal(named, Y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": [1.0]}, "2 fixed effects are Intercept, x"),
+        ({"beta": {"Intercept": 1.0, "z": 2.0}}, "beta names 'z'"),
+        ({"beta": {"x": 1.0}}, "no value of Intercept"),
+        ({"beta": [np.nan, 1.0]}, "beta must be finite"),
+        ({"sd": [1.0]}, "2 random effects"),
+        ({"sd": None}, "sd is needed"),
+        ({"sd": {"h": 1.0}}, "sd must name every random term"),
+        ({"sd": [1.0, -1.0]}, "0 or more"),
+        ({"cor": 1.5}, "covariance of 'g' is impossible"),
+        ({"cor": {"g": [[1.0, 0.2], [0.3, 1.0]]}}, "symmetric"),
+        ({"cor": {"h": 0.1}}, "cor names 'h'"),
+        ({"sigma": -1.0}, "sigma must be"),
+        ({"theta": [1.0, 0.0, 1.0]}, "either theta, or sd and cor"),
+    ],
+)
+def test_impossible_parameters_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        mj.scenario(FORMULA, layout(), **{**PARAMETERS, **change})
+
+
+def test_an_impossible_covariance_of_three_effects_is_named():
+    cor = np.array([[1.0, 0.9, -0.9], [0.9, 1.0, 0.9], [-0.9, 0.9, 1.0]])
+    data = layout().assign(z=lambda d: d["x"] ** 2)
+    with pytest.raises(ValueError, match=r"'g' is impossible.*not positive semidefinite"):
+        mj.scenario("y ~ x + (x + z | g)", data, [0, 1], 1.0, [1, 1, 1], {"g": cor})
+
+
+def test_predictors_with_missing_values_are_refused():
+    with pytest.raises(mj.DataError, match="1 rows of the predictors"), pytest.warns(mj.DataWarning):
+        mj.scenario(FORMULA, layout().assign(x=lambda d: d["x"].where(d.index > 0)), **PARAMETERS)
+
+
+# --- replicates ------------------------------------------------------------------------------------------------------
+
+
+def test_replicates_are_the_fits_of_the_simulated_responses(both):
+    truth = source(0.5)
+    cells = _cells(lambda slope: source(slope), FORMULA, {"slope": [0.5]}, 5, None, True, "wald", None, (), None, False)
+    key = cells[0][0].task.key
+    Y = truth.simulate(key, 3)
+    raw = both.raw(1)
+    assert len(raw) == BLOCK + 300
+    for i in range(3):
+        fit = mj.lmm(FORMULA, truth.table.assign(y=Y[i]))
+        tests = fit.tidy(ddf="satterthwaite")
+        row = raw.loc[i]
+        np.testing.assert_allclose(row["large::x"], fit.fixef["x"], rtol=1e-7)
+        np.testing.assert_allclose(row["large::sd_x|g"], np.sqrt(fit.Sigma["g"][1, 1]), rtol=1e-5, atol=1e-8)
+        own = tests[tests["term"] == "x"].iloc[0]
+        for column in ("df", "p"):
+            expected = own["df"] if column == "df" else own["p_value"]
+            np.testing.assert_allclose(row[f"large::{column}(x)"], expected, rtol=1e-5)
+        ml = [mj.lmm(f, truth.table.assign(y=Y[i]), reml=False).criterion for f in ("y ~ 1 + (x | g)", FORMULA)]
+        np.testing.assert_allclose(row["lrt(large|small)"], ml[0] - ml[1], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(row["p(large|small)"], stats.chi2.sf(ml[0] - ml[1], 1), rtol=1e-6)
+
+
+def test_bits_do_not_depend_on_the_split(both):
+    models = {"small": "y ~ 1 + (x | g)", "large": FORMULA}
+    options = {"key": 5, "compared": [("small", "large")], "progress": False}
+    again = mj.study(source, models, {"slope": [0.0, 0.5]}, BLOCK + 300, chunk=BLOCK, **options)
+    fewer = mj.study(source, models, [{"slope": 0.5}], 40, **options)
+    more = mj.study(source, models, {"slope": [0.5, 0.0]}, 2 * BLOCK + 1, **options)
+    pd.testing.assert_frame_equal(again.raw(0), both.raw(0), check_exact=True)
+    pd.testing.assert_frame_equal(again.to_frame(), both.to_frame(), check_exact=True)
+    pd.testing.assert_frame_equal(fewer.raw(0), both.raw(1).iloc[:40], check_exact=True)
+    pd.testing.assert_frame_equal(more.raw(0).iloc[: BLOCK + 300], both.raw(1), check_exact=True)
+
+
+def test_a_mesh_of_devices(both):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("replicates",))
+    models = {"small": "y ~ 1 + (x | g)", "large": FORMULA}
+    found = mj.study(source, models, [{"slope": 0.5}], 40, 5, compared=[("small", "large")], mesh=mesh, progress=False)
+    pd.testing.assert_frame_equal(found.raw(0), both.raw(1).iloc[:40], rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="either an executor"):
+        mj.study(source(), FORMULA, mesh=mesh, executor=object(), progress=False)
+
+
+def test_common_random_numbers():
+    result = mj.study(source, FORMULA, {"slope": [0.0, 0.5]}, 50, key=1, common=True, progress=False)
+    # A shift of the response by 0.5 x shifts the estimate by 0.5 and leaves all variances.
+    np.testing.assert_allclose(result.raw(1)["x"] - result.raw(0)["x"], 0.5, atol=1e-6)
+    np.testing.assert_allclose(result.raw(1)["sigma"], result.raw(0)["sigma"], rtol=1e-6)
+    apart = mj.study(source, FORMULA, {"slope": [0.0, 0.5]}, 50, key=1, progress=False)
+    assert np.ptp(apart.raw(1)["x"] - apart.raw(0)["x"]) > 0.1
+
+
+def test_a_statistic_of_the_estimates():
+    def ratio(est):
+        return {"icc": est.Sigma[0][0, 0] / (est.Sigma[0][0, 0] + est.sigma**2), "beta": est.beta}
+
+    result = mj.study(source(), FORMULA, replicates=30, key=1, statistic=ratio, truth={"icc": 0.5}, progress=False)
+    raw = result.raw()
+    np.testing.assert_allclose(
+        raw["icc"], raw["sd_Intercept|g"] ** 2 / (raw["sd_Intercept|g"] ** 2 + raw["sigma"] ** 2)
+    )
+    np.testing.assert_array_equal(raw["beta[1]"], raw["x"])
+    found = result.to_frame(("bias", "mean")).query("term == 'icc'").set_index("measure")["value"]
+    assert found["bias"] == pytest.approx(found["mean"] - 0.5)
+
+
+def test_a_null_that_is_not_zero():
+    result = mj.study(source(), FORMULA, replicates=40, key=1, null={"x": 0.5}, ddf="wald", progress=False)
+    raw = result.raw()
+    z = (raw["x"] - 0.5) / raw["se(x)"]
+    np.testing.assert_allclose(raw["p(x)"], 2 * stats.norm.sf(np.abs(z)), rtol=1e-9)
+
+
+class Broken:
+    """A source whose every fourth response has no numbers."""
+
+    own = source()
+    truth, nobs, options = own.truth, own.nobs, own.options
+
+    def tables(self, key, first, count):
+        tables, Y = self.own.tables(key, first, count)
+        Y[::4] = np.nan
+        return tables, Y
+
+
+def test_failed_fits_are_counted_and_not_used():
+    result = mj.study(Broken(), FORMULA, replicates=40, key=1, progress=False)
+    assert result.counts["failed"].tolist() == [10]
+    assert result.counts["converged"].tolist() == [30]
+    assert result.counts["failed: NOT_FINITE"].tolist() == [10]
+    assert (result.to_frame()["n"] <= 30).all()
+    assert result.raw().iloc[::4].drop(columns=["result", "singular"]).isna().all(axis=None)
+    assert "10 fits failed" in str(result)
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_measures_against_numbers_by_hand(both):
+    raw = both.raw(1)
+    frame = both.to_frame().query("slope == 0.5 and model == 'large'").set_index(["term", "measure"])
+    x, se, df = (raw[f"large::{name}"] for name in ("x", "se(x)", "df(x)"))
+    assert frame.loc[("x", "bias"), "value"] == pytest.approx(x.mean() - 0.5)
+    assert frame.loc[("x", "empirical_se"), "value"] == pytest.approx(x.std())
+    assert frame.loc[("x", "rmse"), "value"] == pytest.approx(np.sqrt(((x - 0.5) ** 2).mean()))
+    inside = (np.abs(x - 0.5) <= stats.t.ppf(0.975, df) * se)[df.notna()]
+    assert frame.loc[("x", "coverage"), "value"] == pytest.approx(inside.mean())
+    assert frame.loc[("x", "coverage"), "n"] == df.notna().sum()
+    assert frame.loc[("x", "rejection"), "value"] == pytest.approx((raw["large::p(x)"].dropna() < 0.05).mean())
+    tests = both.to_frame("rejection").query("term.str.startswith('large|small')", engine="python")
+    assert len(tests) == 4  # chi-square and mixture in both cells
+    assert (tests["model"] == "").all()
+
+
+def test_monte_carlo_errors_are_the_spread_of_the_measures():
+    """Over 4 000 studies of 200 replicates each the standard deviation of a measure is its mcse."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4_000, 200)) * 2 + 1
+    se = np.sqrt(rng.chisquare(20, (4_000, 200)) / 20) * 2
+    for measure in (
+        lambda a, b: bias(a, 0.5),
+        lambda a, b: empirical_se(a),
+        lambda a, b: model_se(b),
+        lambda a, b: rmse(a, 0.5),
+        relative_error_se,
+    ):
+        found = [measure(a, b) for a, b in zip(x, se, strict=True)]
+        values, errors = np.array([f.value for f in found]), np.array([f.mcse for f in found])
+        # The standard deviation of 4 000 values is good to 1.1 %; formulas are of first order in 1 / 200.
+        assert abs(values.std() / errors.mean() - 1) < 0.05
+
+
+def test_the_truth_is_covered_and_tests_hold_their_level():
+    """With the true model and 60 groups: coverage, type I error and the standard error, within Monte Carlo error."""
+    n = 4_000
+    result = mj.study(lambda slope: source(slope, 60), FORMULA, {"slope": [0.0]}, n, key=2, progress=False)
+    frame = result.to_frame().set_index(["term", "measure"])
+    for name in ("Intercept", "x"):
+        assert abs(frame.loc[(name, "coverage"), "value"] - 0.95) < 4 * np.sqrt(0.05 * 0.95 / n)
+        assert abs(frame.loc[(name, "bias"), "value"]) < 4 * frame.loc[(name, "bias"), "mcse"]
+        assert abs(frame.loc[(name, "relative_error_se"), "value"]) < 4 * frame.loc[(name, "relative_error_se"), "mcse"]
+    assert abs(frame.loc[("x", "rejection"), "value"] - 0.05) < 4 * np.sqrt(0.05 * 0.95 / n)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"replicates": 0}, "replicates must be an integer, 1 or more"),
+        ({"chunk": 1000}, "multiple of 1024"),
+        ({"ddf": "exact"}, "ddf must be one of"),
+        ({"grid": {"slope": []}}, "must be a list of values"),
+        ({"grid": {"slope": "abc"}}, "must be a list of values"),
+        ({"grid": {"tilt": [1]}}, "does not take the grid's"),
+        ({"grid": [{"slope": 1}, {"groups": 3}]}, "dicts of the same names"),
+        ({"compared": [("a", "b")]}, "compared= takes pairs"),
+        ({"models": {}}, "models is empty"),
+        ({"models": {"a::b": FORMULA}}, "without '::'"),
+        ({"models": {"a": FORMULA, "b": "y ~ 1 + (x | g)"}, "compared": [("a", "b")]}, "is not a special case"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    arguments = {"models": FORMULA, "grid": {"slope": [0.5]}, "replicates": 2, "progress": False} | arguments
+    models = arguments.pop("models")
+    with pytest.raises(ValueError, match=message):
+        mj.study(source, models, **arguments)
+
+
+def test_a_source_that_is_none():
+    with pytest.raises(ValueError, match="data come from"):
+        mj.study(layout(), FORMULA, progress=False)
+    with pytest.raises(ValueError, match="does not depend on the grid's slope"):
+        mj.study(source(), FORMULA, {"slope": [1]}, progress=False)
+
+
+def test_errors_say_in_which_cell():
+    with pytest.raises(ValueError, match="'z'") as caught:
+        mj.study(lambda groups: source(groups=groups), "y ~ z + (1 | g)", {"groups": [12]}, 2, progress=False)
+    assert any("groups=12" in note for note in caught.value.__notes__)
+
+
+def test_unknown_measures_and_cells(both):
+    with pytest.raises(ValueError, match=r"unknown measure 'precision'.*statistic="):
+        both.to_frame("precision")
+    with pytest.raises(ValueError, match="cell is a row"):
+        both.raw(2)
+    with pytest.raises(ValueError, match="level must be"):
+        both.to_frame(level=95)
+    with pytest.raises(ValueError, match="alpha"):
+        both.to_frame(alpha=5)
+
+
+# --- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def test_descriptions_tell_apart_what_gives_other_numbers():
+    def first(x, k=1):
+        return x + k
+
+    def second(x, k=1):
+        return x + 2 * k
+
+    assert describe(source(0.5)) == describe(source(0.5))
+    assert describe(source(0.5)) != describe(source(0.6))
+    assert describe(first) != describe(second)
+    assert describe({"a": np.arange(100)}) == describe({"a": np.arange(100)})
+    assert describe({"a": np.arange(100)}) != describe({"a": np.arange(100) + 1})
+
+    def adding(k):
+        return lambda x: x + k
+
+    closures = [adding(k) for k in (1, 1, 2)]
+    assert describe(closures[0]) == describe(closures[1]) != describe(closures[2])
+    json.dumps(describe(source(0.5)))
+    # What a function is called with, not where it was written.
+    with jax.enable_x64(True):
+        assert describe(jax.numpy.arange(3.0)) == [0.0, 1.0, 2.0]
+
+
+def test_outcomes_begin_at_blocks():
+    task = _cells(source, FORMULA, [{"slope": 0.5}], 0, None, True, "wald", None, (), None, False)[0][0].task
+    with pytest.raises(ValueError, match="does not begin one"):
+        outcomes(task, 100, 5)
