@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,8 @@ def build_design(
 
     random = _random_terms(parsed, frame, context)
     specs["random"] = [part.spec for part in random]
+    specs["weights"], specs["offset"] = (value if isinstance(value, str) else None for value in (weights, offset))
+    specs["context"] = _constants(parsed, frame, context)
     design = Design(
         y=y,
         X=X,
@@ -204,6 +207,20 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any) -> np.ndarray:
     if rows.dtype != bool:
         raise DataError(f"subset must be {len(table)} booleans or an expression giving them, got {rows.dtype}")
     return rows
+
+
+def _constants(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the caller that the formula reads and that new data cannot bring: not columns, nor functions."""
+    texts = (parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random))
+    return {
+        name: context[name]
+        for text in texts
+        for name in names_in(text)
+        if name not in frame
+        and name in context
+        and not callable(context[name])
+        and not isinstance(context[name], ModuleType)
+    }
 
 
 def _is_array(value: Any) -> bool:

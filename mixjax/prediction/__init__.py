@@ -1,0 +1,1 @@
+"""Predictions of old and new rows, with standard errors and intervals."""

@@ -1,0 +1,266 @@
+"""Predictions of a fit: means of old and new rows, with intervals."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from mixjax.design import TermLabels
+from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.formula.newdata import NewTable
+from mixjax.inference.contrasts import fitted_information
+from mixjax.inference.intervals import check_level
+from mixjax.inference.terms import short_names
+from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
+from mixjax.prediction.henderson import Henderson
+from mixjax.prediction.second_order import second_order
+from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.simulation import check_count
+
+Interval = Literal["confidence", "prediction"]
+Method = Literal["henderson", "second-order", "bootstrap"]
+INTERVALS, METHODS = ("confidence", "prediction"), ("henderson", "second-order", "bootstrap")
+# Degrees of freedom below this one say only that nothing is known of the variance; t's quantiles would be astronomic.
+LEAST_DF = 1.0
+
+
+def predict(
+    fitted: Fitted,
+    newdata: Any = None,
+    random: bool | str | Sequence[str] = True,
+    allow_new_levels: bool = False,
+    interval: Interval | None = None,
+    level: float = 0.95,
+    method: Method = "henderson",
+    key: Any = None,
+    n: int = 1000,
+) -> pd.Series | pd.DataFrame:
+    """Means of the rows of the fit or of a new table, with or without the random effects, and intervals for them.
+
+    Offsets are included. In a new table, contrasts, categories, knots and centring are those of the fit, so that a row
+    means the same in any company.
+
+    Args:
+        fitted: the fit.
+        newdata: pandas, polars or pyarrow table, or a dict of arrays, with the columns that the formula reads (not the
+            response, and of the random terms only what ``random`` asks for); None for the rows of the fit. An
+            ``offset=`` or ``weights=`` that the fit had by the name of a column is read from newdata too.
+        random: True for all random effects of a row's own levels (conditional mean), False for none (population), or
+            those of some terms: a grouping factor (``"Subject"``: all its terms), a term as ``varcorr`` calls it
+            (``"Subject.1"``) or as formulas write it (``"0 + Days | Subject"``), or a list of these.
+        allow_new_levels: a level that the fit does not know has random effects 0, and their variance counts in
+            intervals. Otherwise it is an error.
+        interval: None; ``"confidence"`` for the mean itself, fixed effects and the random effects that ``random``
+            includes; ``"prediction"`` for a new response, which adds ``sigma^2 / weight`` and, for the terms that
+            ``random`` leaves out, the variance of new levels' effects. The weight is 1 where it is not known.
+        level: of the intervals.
+        method: of the intervals.
+
+            * ``"henderson"``: theta taken as known, the fixed and random effects estimated jointly (Henderson's
+              mixed-model equations); normal quantiles. Too short when there are few levels.
+            * ``"second-order"``: the estimated mean squared error ``g1 + g2 + 2 g3`` of Kackar & Harville (1984) and
+              Prasad & Rao (1990), with t quantiles on Satterthwaite's degrees of freedom (at least 1); REML fits.
+            * ``"bootstrap"``: errors of the predictions of n data sets drawn from the fit and refitted, each in units
+              of its own Henderson standard error (Chatterjee, Lahiri & Li 2008, Ann. Statist. 36, 1221).
+        key: int or JAX key of the bootstrap. n: number of its replicates.
+
+    Returns:
+        Series ``fitted`` with the index of newdata, NaN where a row has missing values or cannot be estimated; with an
+        interval a DataFrame ``estimate``, ``se`` (of the prediction error: with ``"bootstrap"`` the root mean square
+        of the replicates), ``lower``, ``upper``.
+
+    Raises:
+        DataError: newdata lack a column, or hold what the fit does not know; see :mod:`mixjax.formula.newdata`.
+        ValueError: an argument makes no sense, or the method cannot do it.
+
+    Warns:
+        DataWarning: rows of newdata have missing values. InferenceWarning: rows cannot be estimated because columns of
+        X were left out of the fit; intervals are not quite what was asked for.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.prediction.predict import predict
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> new = {"Days": [0, 10], "Subject": ["308", "nobody"]}
+        >>> predict(fit.record, new, allow_new_levels=True, interval="prediction").round(1)
+           estimate    se  lower  upper
+        0     253.7  28.4  198.1  309.3
+        1     356.1  72.3  214.4  497.7
+    """
+    _check_arguments(allow_new_levels, interval, level, method, key, n)
+    included = _included(fitted, random)
+    targets, index, complete = _targets(fitted, newdata, included, allow_new_levels, interval)
+    fitted_mean = targets.mean(np.asarray(fitted.estimates.beta), fitted.estimates.b)
+    estimate = _on(index, complete, fitted_mean)
+    if interval is None:
+        return pd.Series(estimate, index=index, name="fitted")
+    se, width = errors_of(fitted, targets, level, method, key, n)
+    columns = {"estimate": fitted_mean, "se": se, "lower": fitted_mean - width, "upper": fitted_mean + width}
+    return pd.DataFrame({name: _on(index, complete, values) for name, values in columns.items()}, index=index)
+
+
+def _on(index: pd.Index, complete: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out = np.full(len(index), np.nan)
+    out[complete] = values
+    return out
+
+
+def _check_arguments(allow_new_levels: Any, interval: Any, level: float, method: Any, key: Any, n: Any) -> None:
+    if not isinstance(allow_new_levels, bool | np.bool_):
+        raise ValueError(f"allow_new_levels must be True or False, got {allow_new_levels!r}")
+    if interval is not None and interval not in INTERVALS:
+        raise ValueError(f"interval must be None or one of {', '.join(map(repr, INTERVALS))}, got {interval!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if interval is None:
+        return
+    check_level(level)
+    if method == "bootstrap":
+        check_count("n", n, 2)
+        if key is None:
+            raise ValueError("method='bootstrap' draws random numbers: pass key=, an int or a JAX key")
+
+
+# --- which random effects ------------------------------------------------------------------------------------------
+
+
+def _included(fitted: Fitted, random: Any) -> list[bool]:
+    """Per random term, whether ``random`` asks for it."""
+    terms = fitted.labels.terms
+    if isinstance(random, bool | np.bool_):
+        return [bool(random)] * len(terms)
+    names = [random] if isinstance(random, str) else random
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"random must be True, False, or names of grouping factors or terms, got {random!r}")
+    own = term_names(fitted.labels)
+    wanted = [False] * len(terms)
+    for name in names:
+        matches = [t for t, term in enumerate(terms) if term.group == name]
+        matches = matches or [t for t, term in enumerate(terms) if _written(name) in (own[t], _term_text(term))]
+        if not matches:
+            texts = [f"{one!r} ({' + '.join(t.effects)} | {t.group})" for one, t in zip(own, terms, strict=True)]
+            raise ValueError(f"there is no random term {name!r}; there are {', '.join(texts)}")
+        for t in matches:
+            wanted[t] = True
+    return wanted
+
+
+def _term_text(term: TermLabels) -> str:
+    return f"{'+'.join(term.effects)}|{term.group}".replace(" ", "")
+
+
+def _written(name: str) -> str:
+    """``(0 + Days | Subject)``, ``(Days | Subject)`` -> the effects' names as labels have them, without spaces."""
+    if "|" not in name:
+        return name
+    text = re.sub(r"\s", "", name)
+    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    effects, group = text.split("|", 1)
+    parts = effects.split("+")
+    if parts[0] in ("0", "-1"):
+        parts = parts[1:]
+    else:
+        parts = ["Intercept", *(part for part in parts if part not in ("1", "Intercept"))]
+    return f"{'+'.join(parts)}|{group}"
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def _targets(
+    fitted: Fitted, newdata: Any, included: list[bool], allow_new_levels: bool, interval: str | None
+) -> tuple[Targets, pd.Index, np.ndarray]:
+    """What is predicted; the index of all rows, and which of them are predicted."""
+    whole = interval == "prediction"
+    if newdata is None:
+        design = fitted.rows
+        m = len(np.asarray(design.X))
+        offset = np.zeros(m) if design.offset is None else np.asarray(design.offset)
+        weights = np.ones(m) if design.weights is None else np.asarray(design.weights)
+        Z = tuple(np.asarray(t.Z) if own or whole else None for t, own in zip(design.terms, included, strict=True))
+        level = tuple(np.asarray(t.group) if own else None for t, own in zip(design.terms, included, strict=True))
+        targets = Targets(np.asarray(design.X), offset, Z, level, 1.0 / weights if whole else np.zeros(m))
+        return targets, fitted.labels.frame.index, np.ones(m, bool)
+
+    labels = fitted.labels
+    shorten = short_names(labels)
+    kept = np.array([shorten(name) in labels.fixed for name in labels.specs["fixed"].column_names], bool)
+    table = NewTable(fitted.design, labels, kept)
+    rows = table.rows(newdata, [own or whole for own in included], included, allow_new_levels, weights=whole)
+    weighted = np.asarray(fitted.stats.sum_log_weights) != 0
+    if whole and rows.weights is None and weighted:
+        _warn("the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1")
+    m = len(rows.X)
+    noise = np.zeros(m) if not whole else np.ones(m) if rows.weights is None else 1.0 / rows.weights
+    targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise)
+    complete = rows.complete.copy()
+    if not rows.estimable.all():
+        bad = int((~rows.estimable).sum())
+        _warn(
+            f"{bad} rows of newdata cannot be estimated, because they need columns that were left out of the fit "
+            f"({', '.join(labels.dropped_columns)}): NaN there"
+        )
+        complete[np.flatnonzero(complete)[~rows.estimable]] = False
+        targets = targets.take(rows.estimable)
+    return targets, rows.index, complete
+
+
+def _warn(message: str) -> None:
+    """As from the line that called mixjax, whichever method came between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, InferenceWarning, stacklevel=level)
+
+
+# --- their errors --------------------------------------------------------------------------------------------------
+
+
+def errors_of(
+    fitted: Fitted, targets: Targets, level: float, method: str, key: Any, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors ``(m,)`` of the prediction errors and half the widths of the intervals."""
+    stats, est = fitted.stats, fitted.estimates
+    sigma = np.asarray(est.sigma, float)
+    if method == "second-order":
+        return _second_order(fitted, targets, level)
+    lambdas = relative_factors(np.asarray(est.theta), stats.layout.qs)
+    D = tuple(Lambda @ Lambda.T for Lambda in lambdas)
+    equations = Henderson(stats, factors_in_bases(lambdas, stats))
+    variance = equations.variance(effect_rows(targets, stats)) + targets.fresh_variance(D)
+    se = sigma * np.sqrt(np.maximum(variance, 0.0))
+    if method == "henderson":
+        return se, scipy.stats.norm.ppf(0.5 + level / 2) * se
+    errors = bootstrap_errors(fitted, targets, key, n)
+    return np.sqrt(np.mean(errors.error**2, axis=0)), quantile_of_size(errors, level) * se
+
+
+def _second_order(fitted: Fitted, targets: Targets, level: float) -> tuple[np.ndarray, np.ndarray]:
+    if not fitted.reml:
+        raise ValueError(
+            "method='second-order' rests on REML estimates of the variances, which are nearly unbiased: fit with "
+            "reml=True, or use method='bootstrap'"
+        )
+    info = fitted_information(fitted)
+    if not info.regular:
+        _warn(
+            "the Hessian of the criterion is not positive definite at these estimates: there are no second-order "
+            "standard errors; use method='bootstrap' or a simpler random part"
+        )
+        return np.full(len(targets.X), np.nan), np.full(len(targets.X), np.nan)
+    if not info.free.all():
+        _warn(
+            "singular fit: the variances that are zero, and the correlations at their bounds, are taken as known, and "
+            "intervals are too short; method='bootstrap' draws from the same singular fit"
+        )
+    done = second_order(fitted.stats, targets, info.x, np.asarray(fitted.estimates.sigma, float), info.covariance)
+    se = np.sqrt(np.maximum(done.variance, 0.0))
+    df = np.where(np.isnan(done.df), np.inf, np.maximum(done.df, LEAST_DF))  # 0 / 0: nothing varies
+    return se, scipy.stats.t.ppf(0.5 + level / 2, df) * se
