@@ -1,0 +1,73 @@
+"""Columns to stand beside the table of a fit: means, residuals, leverages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.diagnostics.decorrelation import MOST_ROWS, decorrelated, largest_block
+from mixjax.diagnostics.hat import parts_of, whiten
+from mixjax.diagnostics.least_squares import least_squares
+from mixjax.diagnostics.leverage import leverage_of
+from mixjax.diagnostics.residuals import fixed_part, random_part, scaled
+from mixjax.fitted import record_of
+
+# A row whose own regression keeps less than this part of its variance has no residual that says anything.
+NOTHING = 1e-10
+
+
+def augmented(fitted: Any) -> pd.DataFrame:
+    """Columns of a fit's rows.
+
+    * ``.fitted``, ``.fixed``, ``.random``: conditional mean, population mean, and what the random effects add.
+    * ``.resid``, ``.std_resid``, ``.student_resid``: conditional residuals raw, over ``sigma / sqrt(w)``, and over
+      their own standard deviations.
+    * ``.mar_resid``, ``.chol_mar_resid``: marginal residuals raw, and decorrelated. The second is left out where random
+      effects tie more than 5 000 rows together.
+    * ``.leverage``: overall leverage.
+    * ``.ls_fitted``, ``.ls_resid``, ``.semi_ls_resid``, ``.std_ls_resid``: every level's own regression; raw, over the
+      root of one minus its leverage, and over its own sigma besides. Of models with one grouping factor only. NaN where
+      a level has too few rows.
+
+    See :func:`mixjax.diagnostics.residuals.residuals` for what each shows.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.diagnostics.augment import augmented
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> augmented(fit)[[".fitted", ".resid", ".std_ls_resid"]].iloc[0].round(3).tolist()
+        [253.664, -4.104, 0.139]
+    """
+    fitted = record_of(fitted)
+    y, fixed, random = np.asarray(fitted.rows.y, float), fixed_part(fitted), random_part(fitted)
+    whitened, sigma = whiten(fitted), float(fitted.estimates.sigma)
+    parts = parts_of(whitened.Q, whitened.effects)
+    resid, marginal = y - fixed - random, y - fixed
+    columns = {
+        ".fitted": fixed + random,
+        ".fixed": fixed,
+        ".random": random,
+        ".resid": resid,
+        ".std_resid": scaled(resid, "conditional", whitened, None, sigma),
+        ".student_resid": scaled(resid, "conditional", whitened, parts, sigma),
+        ".mar_resid": marginal,
+    }
+    if largest_block(whitened) <= MOST_ROWS:
+        columns[".chol_mar_resid"] = decorrelated(whitened, marginal * whitened.root_w / sigma)
+    columns[".leverage"] = leverage_of(whitened, parts).overall
+    if len({term.group for term in fitted.labels.terms}) == 1:
+        own = least_squares(fitted)
+        ls = y - own.fitted
+        codes = np.asarray(fitted.rows.terms[0].group)
+        left = 1 - own.leverage
+        root = np.where(left > NOTHING, np.sqrt(np.maximum(left, 0.0)), np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns |= {
+                ".ls_fitted": own.fitted,
+                ".ls_resid": ls,
+                ".semi_ls_resid": ls / root,
+                ".std_ls_resid": ls * whitened.root_w / (root * own.sigma[codes]),
+            }
+    return pd.DataFrame(columns, index=fitted.labels.frame.index)

@@ -1,0 +1,212 @@
+"""The pieces of the hat matrix by row, without the matrix.
+
+Rows are multiplied by the roots of their weights. With ``U = Z Lambda``, ``H = I + U U'``, ``G = H^{-1} = I - U S^{-1}
+U'``, ``S = I + U'U`` and ``M = (X'GX)^{-1}``, fitted values are ``(H1 + H2) y``: ``H1 = X M X'G`` of the fixed effects,
+``H2 = U U' G (I - H1)`` of the random effects. S is inverted by eliminating one grouping factor after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+
+from mixjax.bases import change_basis
+from mixjax.covariance import split_theta, triangle
+from mixjax.fitted import Fitted
+
+# A variance below this part of the one that it is left of is rounding.
+NOTHING = 1e-10
+# Numbers in one dense stack of rows: 32 MB.
+STACK = 2**22
+
+
+class Effects(NamedTuple):
+    """The random effects of one grouping factor.
+
+    Attributes:
+        U: ``(n, q)`` rows of ``Z Lambda``. codes: ``(n,)`` levels. n_levels: how many.
+        Lambda: ``(q, q)`` relative factor, block by block of the terms. terms: their places among the model's.
+    """
+
+    U: np.ndarray
+    codes: np.ndarray
+    n_levels: int
+    Lambda: np.ndarray
+    terms: tuple[int, ...]
+
+
+class Whitened(NamedTuple):
+    """The rows of a fit times the roots of their weights.
+
+    Attributes:
+        root_w: ``(n,)``. Q: ``(n, p)`` orthonormal basis of X. effects: per grouping factor.
+    """
+
+    root_w: np.ndarray
+    Q: np.ndarray
+    effects: list[Effects]
+
+    @property
+    def random_variance(self) -> np.ndarray:
+        """``w_i z_i' Sigma z_i / sigma^2``, ``(n,)``."""
+        return sum(((factor.U**2).sum(1) for factor in self.effects), np.zeros(len(self.root_w)))
+
+
+class Parts(NamedTuple):
+    """What the rows lend each other; of rows ``u`` of U, or of other combinations ``u`` of spherical random effects.
+
+    Attributes:
+        taken: ``(k,)`` ``u S^{-1} u'``: conditional variance of ``u`` given y and beta, over sigma^2.
+        pull: ``(k, p)`` ``u S^{-1} U'Q``.
+        GQ: ``(n, p)``. M: ``(p, p)``.
+    """
+
+    taken: np.ndarray
+    pull: np.ndarray
+    GQ: np.ndarray
+    M: np.ndarray
+
+    def along(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """``left_i M right_i'``, ``(k,)``."""
+        return ((left @ self.M) * right).sum(1)
+
+    def predicted(self, prior: np.ndarray) -> np.ndarray:
+        """Variance of the predictions of ``u``, over sigma^2, where ``u u'`` is ``prior (k,)``: see :func:`parts_of`.
+
+        ``u (U'GU - U'GQ M Q'GU) u'``, and ``U'GU = I - S^{-1}``.
+        """
+        return prior - self.taken - self.along(self.pull, self.pull)
+
+
+def whiten(fitted: Fitted) -> Whitened:
+    """The fit's rows as the hat matrix needs them."""
+    design, layout = fitted.rows, fitted.stats.layout
+    weights = None if design.weights is None else np.sqrt(np.asarray(design.weights, np.float64))
+    root_w = np.ones(len(design.y)) if weights is None else weights
+    Q, _ = change_basis(np.asarray(design.X, np.float64), weights)
+    lambdas, effects = relative_factors(fitted), []
+    for f in range(len(fitted.stats.factors)):
+        ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
+        Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
+        Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
+        term = design.terms[ts[0]]
+        effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts))
+    return Whitened(root_w, Q, effects)
+
+
+def relative_factors(fitted: Fitted) -> list[np.ndarray]:
+    """Lambda of every term, ``(q, q)``."""
+    factors, qs = [], fitted.stats.layout.qs
+    for theta, q in zip(split_theta(fitted.estimates.theta, qs), qs, strict=True):
+        Lambda = np.zeros((q, q))
+        Lambda[triangle(q)] = theta
+        factors.append(Lambda)
+    return factors
+
+
+def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Parts:
+    """Eliminate the random effects; of the rows, or of every level's own effects ``b = Lambda u`` of factor ``of``.
+
+    Levels run slowest: ``k = n_levels q``. Complex where U is.
+    """
+    n, rows = len(Q), _rows(effects)
+    if of is None:
+        asked = slice(0, n)
+        V = rows
+    else:
+        before = sum(f.n_levels * f.U.shape[1] for f in effects[:of])
+        own = scipy.sparse.kron(scipy.sparse.eye_array(effects[of].n_levels), effects[of].Lambda, format="csr")
+        after = rows.shape[1] - before - own.shape[1]
+        padding = [scipy.sparse.csr_array((own.shape[0], width)) for width in (before, after)]
+        probes = scipy.sparse.hstack([padding[0], own, padding[1]], format="csr")
+        asked = slice(n, n + own.shape[0])
+        V = scipy.sparse.vstack([rows, probes], format="csr")
+    count = asked.stop - asked.start
+    taken: Any = np.zeros(count)
+    pull: Any = np.zeros((count, Q.shape[1]))
+    GQ: Any = Q
+    S = (scipy.sparse.eye_array(rows.shape[1]) + rows.T @ rows).tocsr()
+    for V_own, inverse in _eliminated(V, S, effects):
+        mine, weighted = V_own[asked], inverse @ (V_own[:n].T @ Q)
+        taken = taken + _quadratic(mine, inverse)
+        pull = pull + mine @ weighted
+        GQ = GQ - V_own[:n] @ weighted
+    return Parts(taken, pull, GQ, np.linalg.inv(Q.T @ GQ))
+
+
+def _rows(effects: list[Effects]) -> Any:
+    """U, sparse: ``(n, sum of levels x effects)``."""
+    blocks = []
+    for factor in effects:
+        n, q = factor.U.shape
+        at = factor.codes.astype(np.int64)[:, None] * q + np.arange(q)
+        blocks.append(
+            scipy.sparse.csr_array((factor.U.ravel(), at.ravel(), np.arange(n + 1) * q), (n, factor.n_levels * q))
+        )
+    rows = scipy.sparse.hstack(blocks, format="csr")
+    rows.eliminate_zeros()
+    return rows
+
+
+def _eliminated(V: Any, S: Any, effects: list[Effects]) -> Iterator[tuple[Any, Any]]:
+    """Pairs V ``(k, m)``, C ``(m, m)`` with ``V S^{-1} V' = sum V C V'``.
+
+    A factor whose levels have nothing to do with each other leaves level by level; as in
+    :mod:`mixjax.likelihood.elimination`. What crosses is one dense block, as large as that of the fit itself.
+    """
+    widths = [factor.n_levels * factor.U.shape[1] for factor in effects]
+    # Of every column that is left: its factor, and its level there.
+    factor_of = np.repeat(np.arange(len(effects)), widths)
+    level_of = np.concatenate([np.arange(k) // f.U.shape[1] for f, k in zip(effects, widths, strict=True)])
+    while S.shape[0]:
+        chosen = _separate(S, factor_of, level_of)
+        if chosen is None:
+            yield V, scipy.linalg.inv(S.toarray(), overwrite_a=True, check_finite=False)
+            return
+        own, rest = np.flatnonzero(factor_of == chosen), np.flatnonzero(factor_of != chosen)
+        inverse = _inverse(S[own][:, own], effects[chosen].n_levels, effects[chosen].U.shape[1])
+        V_own, across = V[:, own], S[own][:, rest]
+        yield V_own, inverse
+        if not len(rest):
+            return
+        gain = inverse @ across
+        V = (V[:, rest] - V_own @ gain).tocsr()
+        S = (S[rest][:, rest] - across.T @ gain).tocsr()
+        factor_of, level_of = factor_of[rest], level_of[rest]
+
+
+def _separate(S: Any, factor_of: np.ndarray, level_of: np.ndarray) -> int | None:
+    """The factor with most columns of those whose levels have nothing to do with each other, or None."""
+    entries = S.tocoo()
+    rows, cols = entries.coords
+    meet = (factor_of[rows] == factor_of[cols]) & (level_of[rows] != level_of[cols]) & (entries.data != 0)
+    left = np.setdiff1d(factor_of, factor_of[rows[meet]])
+    return int(left[np.argmax(np.bincount(factor_of)[left])]) if len(left) else None
+
+
+def _inverse(S: Any, m: int, q: int) -> Any:
+    """Of a sparse matrix with m blocks ``(q, q)`` on its diagonal and nothing beside them."""
+    entries = S.tocoo()
+    rows, cols = entries.coords
+    own = rows // q == cols // q
+    blocks = np.zeros((m, q, q), entries.data.dtype)
+    blocks[rows[own] // q, rows[own] % q, cols[own] % q] = entries.data[own]
+    inverse = 1.0 / blocks if q == 1 else np.linalg.inv(blocks)
+    return scipy.sparse.bsr_array((inverse, np.arange(m), np.arange(m + 1)), shape=(m * q, m * q)).tocsr()
+
+
+def _quadratic(V: Any, inverse: Any) -> np.ndarray:
+    """``v C v'`` of every row v, ``(k,)``."""
+    if scipy.sparse.issparse(inverse):
+        return np.asarray((V @ inverse).multiply(V).sum(axis=1)).reshape(-1)
+    k, width = V.shape
+    result = np.zeros(k, np.result_type(V.dtype, inverse.dtype))
+    step = max(1, STACK // width)
+    for first in range(0, k, step):
+        rows = V[first : first + step]
+        result[first : first + step] = np.asarray(rows.multiply(rows @ inverse).sum(axis=1)).reshape(-1)
+    return result

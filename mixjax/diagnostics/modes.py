@@ -1,0 +1,44 @@
+"""Conditional covariances of the random effects, level by level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixjax.covariance import lambdas_of_theta
+from mixjax.design import Labels
+from mixjax.estimation.blup import conditional_covariances
+from mixjax.fitted import Fitted
+from mixjax.likelihood.criterion import in_bases
+from mixjax.likelihood.statistics import CrossProducts, pad
+
+
+def terms_of_group(labels: Labels) -> dict[str, list[int]]:
+    """Grouping factor -> its terms."""
+    terms: dict[str, list[int]] = {}
+    for t, term in enumerate(labels.terms):
+        terms.setdefault(term.group, []).append(t)
+    return terms
+
+
+def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
+    """Grouping factor -> ``(levels, q, q)``, absolute, given theta and beta, all terms of the factor side by side."""
+    with jax.enable_x64(True):
+        blocks = _relative(pad(fitted.stats), fitted.estimates.theta)
+    result = {}
+    for group, ts in terms_of_group(fitted.labels).items():
+        m = len(fitted.labels.terms[ts[0]].levels)
+        places = [fitted.stats.layout.terms[t] for t in ts]
+        own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
+        block = np.asarray(blocks[places[0].factor])[np.ix_(own, own, np.arange(m))]
+        result[group] = float(fitted.estimates.sigma) ** 2 * np.moveaxis(block, -1, 0)
+    return result
+
+
+@jax.jit
+def _relative(stats: CrossProducts, theta: Any) -> list[Any]:
+    """Per grouping factor ``(q, q, m)``, all its terms side by side, on the scale of Z's own columns."""
+    lambdas = lambdas_of_theta(theta, stats.layout.qs)
+    return conditional_covariances(in_bases(lambdas, stats), stats)

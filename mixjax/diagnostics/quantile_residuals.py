@@ -1,0 +1,258 @@
+"""Simulated (quantile) residuals: where each response stands among responses that the model gives.
+
+They need nothing of a model but that it can be simulated from, so they are the same for every family of responses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pandas as pd
+
+from mixjax.fitted import Fitted, record_of
+from mixjax.formula.errors import DataError
+from mixjax.simulation import as_key, check_count, simulate_responses
+
+# Numbers in all simulated responses together.
+MOST_NUMBERS = 2**27
+CHECKS = {
+    "uniformity": "Kolmogorov-Smirnov distance of the residuals from uniformity: is the whole shape right?",
+    "dispersion": "variance around the simulated means, relative to the model's: too much or too little spread?",
+    "outliers": "share of responses outside all simulated ones: are there more extremes than the model gives?",
+}
+
+
+def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.ndarray:
+    """Place of every response among simulated ones, between 0 and 1; uniform where the model is right.
+
+    ``(r + u) / (B + 1)``, r the number of simulated values below the response and u uniform: exactly uniform if y and
+    the B simulated responses are draws of one distribution. Among ties, as counts have, the place is drawn too (Dunn &
+    Smyth 1996, J. Comput. Graph. Stat. 5, 236). DHARMa's residuals without u.
+
+    Args:
+        y: ``(n,)``. simulated: ``(B, n)``. key: int or JAX key of the random places.
+
+    Returns:
+        ``(n,)``.
+
+    Example:
+        >>> import numpy as np
+        >>> from mixjax.diagnostics.quantile_residuals import scaled_residuals
+        >>> simulated = np.arange(99.0)[:, None] * np.ones(3)
+        >>> scaled_residuals(np.array([-1.0, 49.5, 200.0]), simulated).round(1)
+        array([0. , 0.5, 1. ])
+    """
+    y, simulated = np.asarray(y, np.float64), np.asarray(simulated, np.float64)
+    if y.ndim != 1 or simulated.ndim != 2 or simulated.shape[1] != len(y) or not len(simulated):
+        raise ValueError(f"y must be (n,) and simulated (B, n), got {y.shape} and {simulated.shape}")
+    below, equal = (simulated < y).sum(0), (simulated == y).sum(0)
+    with jax.enable_x64(True):
+        u = np.asarray(jax.random.uniform(as_key(key), y.shape))
+    return (below + u * (equal + 1)) / (len(simulated) + 1)
+
+
+def quantile_residuals(
+    fitted: Fitted, key: Any = 0, n: int = 250, random: Literal["new", "fitted"] = "new"
+) -> QuantileResiduals:
+    """Residuals of a fit by simulation from it, as R's DHARMa makes them.
+
+    Args:
+        fitted: the fit, with its rows.
+        key: int or JAX key.
+        n: simulated data sets.
+        random: ``"new"``: random effects are drawn anew, so that all of the model is checked, its random effects too;
+            residuals of one level then depend on each other. ``"fitted"``: they are the predicted ones, and the
+            residual distribution alone is checked; predicted effects take up part of what is wrong.
+
+    Returns:
+        :class:`QuantileResiduals`.
+
+    Parameters are taken as known: with few rows per parameter residuals look a little better than they are.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.diagnostics.quantile_residuals import quantile_residuals
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> found = quantile_residuals(fit.record, key=1)
+        >>> found.tests().index.tolist()
+        ['uniformity', 'dispersion', 'outliers']
+    """
+    fitted, n = record_of(fitted), check_count("n", n, 1)
+    design, est = fitted.rows, fitted.estimates
+    if n * fitted.nobs > MOST_NUMBERS:
+        raise ValueError(
+            f"{n} simulations of {fitted.nobs} rows take too much memory: use n={MOST_NUMBERS // fitted.nobs}"
+        )
+    b = est.b if random == "fitted" else None
+    with jax.enable_x64(True):
+        own, places = jax.random.split(as_key(key))
+    Y = simulate_responses(design, est.beta, est.sigma, est.Sigma, own, n, random=random, b=b)
+    return QuantileResiduals(
+        np.asarray(design.y, np.float64), Y, places, fitted.labels.frame, f"random effects {random}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantileResiduals:
+    """Simulated residuals. ``str()`` shows the tests.
+
+    Attributes:
+        y: ``(n,)``. simulated: ``(B, n)``. key: of the places among ties.
+        frame: table of the rows. what: how they were simulated.
+    """
+
+    y: np.ndarray = field(repr=False)
+    simulated: np.ndarray = field(repr=False)
+    key: Any = field(repr=False)
+    frame: pd.DataFrame | None = field(repr=False)
+    what: str
+
+    @cached_property
+    def values(self) -> pd.Series:
+        """Residuals ``(n,)`` between 0 and 1; see :func:`scaled_residuals`."""
+        index = None if self.frame is None else self.frame.index
+        return pd.Series(scaled_residuals(self.y, self.simulated, self.key), index, name="quantile_residual")
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows with ``.quantile_resid`` beside them."""
+        frame = pd.DataFrame(index=self.values.index) if self.frame is None else self.frame
+        return frame.assign(**{".quantile_resid": self.values})
+
+    @cached_property
+    def _ranks(self) -> np.ndarray:
+        """``(B + 1, n)`` places of the response, first, and of every simulated one among all of them, 0 to B."""
+        return _ranks(np.vstack([self.y, self.simulated]), self.key)
+
+    def tests(self) -> pd.DataFrame:
+        """Is the response one of those that the model gives? One row per check.
+
+        A statistic of the response is compared with the same statistic of every simulated response, each with its
+        places among all others. p values are therefore right also where residuals depend on each other, as those of
+        one level do, and where n is small (Barnard's Monte Carlo test; Davison & Hinkley 1997, section 4.2); they are
+        no smaller than ``1 / (B + 1)``.
+
+        Returns:
+            DataFrame: ``statistic``, ``expected`` (mean over simulated responses), ``p_value`` (two-sided, of
+            uniformity one-sided) and ``check``, which says what it looks at.
+        """
+        statistics = {
+            "uniformity": _distance(self._ranks),
+            "dispersion": _dispersion(self.y, self.simulated),
+            "outliers": _outliers(self._ranks),
+        }
+        rows = {
+            name: _row(values, name != "uniformity") | {"check": CHECKS[name]} for name, values in statistics.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def by(self, groups: Any) -> pd.DataFrame:
+        """Uniformity within every group of rows.
+
+        Args:
+            groups: column of the table, or ``(n,)`` labels.
+
+        Returns:
+            DataFrame, one row per group: ``n``, ``mean`` residual, ``statistic``, ``expected``, ``p_value``, and
+            ``p_holm``, adjusted for the number of groups (Holm 1979).
+        """
+        codes, names = self._groups(groups)
+        rows = []
+        for g in range(len(names)):
+            ranks = self._ranks[:, codes == g]
+            rows.append({"n": ranks.shape[1], "mean": self.values[codes == g].mean()} | _row(_distance(ranks), False))
+        frame = pd.DataFrame(rows, index=names)
+        order = np.argsort(frame["p_value"].to_numpy(), kind="stable")
+        steps = np.maximum.accumulate((len(order) - np.arange(len(order))) * frame["p_value"].to_numpy()[order])
+        adjusted = np.empty(len(order))
+        adjusted[order] = np.minimum(1.0, steps)
+        return frame.assign(p_holm=adjusted)
+
+    def recalculate(self, groups: Any) -> QuantileResiduals:
+        """Residuals of the mean response of every group of rows: what is wrong between groups.
+
+        Args:
+            groups: column of the table, or ``(n,)`` labels.
+        """
+        codes, names = self._groups(groups)
+        count = np.bincount(codes)
+        sums = np.stack([np.bincount(codes, row, len(names)) for row in np.vstack([self.y, self.simulated])]) / count
+        return QuantileResiduals(
+            sums[0], sums[1:], self.key, pd.DataFrame(index=names), f"{self.what}, means of groups"
+        )
+
+    def _groups(self, groups: Any) -> tuple[np.ndarray, pd.Index]:
+        if isinstance(groups, str):
+            if self.frame is None or groups not in self.frame:
+                there = "no table was kept" if self.frame is None else f"there are {', '.join(map(str, self.frame))}"
+                raise DataError(f"there is no column {groups!r} ({there}); pass labels of the rows instead")
+            groups = self.frame[groups]
+        if np.shape(groups) != self.y.shape:
+            raise DataError(f"groups must be {len(self.y)} labels, one per row, got shape {np.shape(groups)}")
+        codes, names = pd.factorize(pd.Series(groups).to_numpy() if not hasattr(groups, "array") else groups, sort=True)
+        if (codes < 0).any():
+            raise DataError(f"groups has {int((codes < 0).sum())} missing labels")
+        return codes, pd.Index(names)
+
+    def __str__(self) -> str:
+        frame = self.tests()
+        lines = [f"simulated residuals of {len(self.y)} responses, {len(self.simulated)} simulations, {self.what}"]
+        lines.append(frame.drop(columns="check").to_string(float_format=lambda x: f"{x:.4g}"))
+        return "\n".join([*lines, *(f"{name}: {text}" for name, text in CHECKS.items())])
+
+    __repr__ = __str__
+
+
+# --- statistics of all data sets, the observed one first ------------------------------------------------------------
+
+
+def _ranks(all_y: np.ndarray, key: Any) -> np.ndarray:
+    """Places along the first axis, ties in random order."""
+    with jax.enable_x64(True):
+        seed = np.asarray(jax.random.key_data(key)).ravel()
+    ranks = np.empty(all_y.shape, np.int32)
+    size = max(1, 2**22 // len(all_y))
+    for first in range(0, all_y.shape[1], size):
+        part = all_y[:, first : first + size]
+        order = np.argsort(part, axis=0, kind="stable")
+        in_order = np.take_along_axis(part, order, 0)
+        if (in_order[1:] == in_order[:-1]).any():
+            noise = np.random.default_rng([*seed, first]).random(part.shape)
+            order = np.lexsort((noise, part), axis=0)
+        np.put_along_axis(ranks[:, first : first + size], order, np.arange(len(all_y), dtype=np.int32)[:, None], 0)
+    return ranks
+
+
+def _distance(ranks: np.ndarray) -> np.ndarray:
+    """Kolmogorov-Smirnov distance of each data set's residuals from the uniform distribution, ``(B + 1,)``."""
+    m, n = ranks.shape
+    u = (np.sort(ranks, axis=1) + 0.5) / m
+    i = np.arange(n)
+    return np.maximum(((i + 1) / n - u).max(1), (u - i / n).max(1))
+
+
+def _dispersion(y: np.ndarray, simulated: np.ndarray) -> np.ndarray:
+    """Mean squared deviation from the mean of the *other* data sets, relative to their average."""
+    all_y = np.vstack([y, simulated])
+    m = len(all_y)
+    total = all_y.sum(0)
+    squares = ((all_y - (total - all_y) / (m - 1)) ** 2).mean(1)
+    return squares / squares[1:].mean()
+
+
+def _outliers(ranks: np.ndarray) -> np.ndarray:
+    """Share of responses below or above those of all other data sets."""
+    return ((ranks == 0) | (ranks == len(ranks) - 1)).mean(1)
+
+
+def _row(values: np.ndarray, two_sided: bool) -> dict[str, float]:
+    observed, others = values[0], values[1:]
+    rounding = 1e-12 * max(1.0, abs(observed))
+    m = len(values)
+    above = (1 + (others >= observed - rounding).sum()) / m
+    below = (1 + (others <= observed + rounding).sum()) / m
+    p = min(1.0, 2 * min(above, below)) if two_sided else above
+    return {"statistic": float(observed), "expected": float(others.mean()), "p_value": float(p)}
