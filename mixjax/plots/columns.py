@@ -1,0 +1,135 @@
+"""What the plots need of a fit: columns, groups and effects by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pandas as pd
+
+from mixjax.design import Labels
+from mixjax.fitted import Fitted, record_of
+from mixjax.formula.errors import DataError
+from mixjax.formula.table import factor_codes, row_values
+
+
+class Column(NamedTuple):
+    """A variable by rows.
+
+    Attributes:
+        name: for labels. values: ``(n,)`` numbers; of categories their codes. levels: names of categories, or None.
+    """
+
+    name: str
+    values: np.ndarray
+    levels: list[str] | None
+
+
+def known(fit: Any) -> Fitted:
+    """The record of a fit that has methods too."""
+    record = record_of(fit)
+    if record is fit:
+        raise TypeError("plots need a fit as mixjax.lmm returns it, not its record")
+    return record
+
+
+def rows_of(fit: Any) -> Fitted:
+    """The record of a fit whose rows were kept."""
+    record = known(fit)
+    _ = record.rows  # the error says why there are none
+    return record
+
+
+def column(record: Fitted, x: Any, where: str) -> Column:
+    """A column of the table by name, a grouping factor by name, or values for the rows.
+
+    Args:
+        x: name, or ``(n,)`` values; a Series is lined up by its index.
+        where: for messages.
+    """
+    frame = record.labels.frame
+    if not isinstance(x, str):
+        name = str(getattr(x, "name", None) or "x")
+        values = row_values("x", x, frame.index, record.nobs, numbers=False)
+        if isinstance(x, pd.Series) and isinstance(x.dtype, pd.CategoricalDtype):
+            values = pd.Categorical(values, categories=x.cat.categories)
+        return _as_column(name, pd.Series(values, index=frame.index), where)
+    if x in frame.columns:
+        return _as_column(x, frame[x], where)
+    for term, labels in zip(record.rows.terms, record.labels.terms, strict=True):
+        if labels.group == x:
+            return Column(x, np.asarray(term.group), list(labels.levels))
+    names = list(frame.columns)
+    close = difflib.get_close_matches(x, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(names)}"
+    raise DataError(
+        f"the fit has no column '{x}' ({where}); {hint}. A column that the formula does not use can be passed as "
+        f"values: data['{x}']"
+    )
+
+
+def _as_column(name: str, series: pd.Series, where: str) -> Column:
+    if series.isna().any():
+        raise DataError(f"{where}: '{name}' has {int(series.isna().sum())} missing values; fill them in first")
+    if pd.api.types.is_bool_dtype(series) or not pd.api.types.is_numeric_dtype(series):
+        if series.dtype.kind in "mM":
+            raise DataError(f"{where}: '{name}' holds {series.dtype} values; make numbers of them first")
+        codes, levels = factor_codes(pd.DataFrame({name: series}), (name,))
+        return Column(name, codes, levels)
+    return Column(name, series.to_numpy(np.float64), None)
+
+
+def groups_of(labels: Labels) -> list[str]:
+    """Grouping factors, in the order of the terms."""
+    return list(dict.fromkeys(term.group for term in labels.terms))
+
+
+def group_name(labels: Labels, group: str | None, where: str) -> str:
+    """The named grouping factor, or the first."""
+    groups = groups_of(labels)
+    if group is None:
+        return groups[0]
+    if group not in groups:
+        refuse("grouping factor", group, groups, where)
+    return group
+
+
+def effect_names(available: list[str], effects: Any, group: str, where: str) -> list[str]:
+    """The named effects of a group, or all."""
+    if effects is None:
+        return available
+    chosen = [effects] if isinstance(effects, str) else list(effects)
+    if not chosen:
+        raise ValueError(f"{where}: no effects are named; {group} has {', '.join(available)}")
+    chosen = ["Intercept" if name == "(Intercept)" and "Intercept" in available else name for name in chosen]
+    for name in chosen:
+        if name not in available:
+            refuse(f"effect of {group}", name, available, where)
+    return chosen
+
+
+def level_names(available: list[str], levels: Any, group: str, where: str) -> list[str]:
+    """The named levels of a group."""
+    chosen = [str(level) for level in ([levels] if isinstance(levels, str) else levels)]
+    if not chosen:
+        raise ValueError(f"{where}: levels is empty")
+    for name in chosen:
+        if name not in available:
+            refuse(f"level of {group}", name, available, where)
+    return chosen
+
+
+def refuse(what: str, name: Any, available: list[str], where: str) -> NoReturn:
+    """Raise DataError for a name that there is not."""
+    close = difflib.get_close_matches(str(name), available, n=3, cutoff=0.5)
+    some = ", ".join(available[:12]) + (", ..." if len(available) > 12 else "")
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {some}"
+    raise DataError(f"there is no {what} '{name}' ({where}); {hint}")
+
+
+def effect_label(record: Fitted, effect: str) -> str:
+    """An effect and its units: those of the response, per unit of a covariate."""
+    response, frame = record.labels.response, record.labels.frame
+    numeric = frame is not None and effect in frame.columns and pd.api.types.is_numeric_dtype(frame[effect])
+    return f"{effect} ({response} per unit of {effect})" if numeric else f"{effect} ({response})"

@@ -1,0 +1,197 @@
+"""Residuals against what may explain them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from mixjax.diagnostics.residuals import conditional_mean, fixed_part
+from mixjax.fitted import Fitted, InferenceWarning
+from mixjax.plots.canvas import (
+    MOST_NAMES,
+    Axes,
+    category_ticks,
+    note,
+    one,
+    palette,
+    reference,
+    shades,
+    thousands,
+    title,
+)
+from mixjax.plots.columns import Column, column, rows_of
+from mixjax.plots.smooth import local_linear
+
+# Above this number of rows single points cannot be told apart: their density is drawn.
+MOST_POINTS = 5_000
+
+
+def residuals(
+    fit: Any,
+    x: Any = None,
+    kind: str = "conditional",
+    scale: str = "raw",
+    *,
+    smooth: bool = True,
+    span: float = 2 / 3,
+    ax: Axes | None = None,
+) -> Axes:
+    """Residuals against fitted values or any variable, with a smooth.
+
+    A trend in the smooth says that the mean is wrong; against a variable that is not in the model, that it is missing.
+    A funnel says that the variance is not constant. Conditional residuals against conditional means may show a trend in
+    a correct model, because random effects are shrunk: ``kind="marginal"`` against a covariate is free of that.
+
+    Args:
+        fit: of :func:`mixjax.lmm`.
+        x: None for fitted values, of the mean that the residuals are from; a column of the model or a grouping factor
+            by name; or ``(nobs,)`` values, which may be a column that the model does not use. Categories are drawn as
+            boxes with their points; of more than 60 medians and quartiles are.
+        kind, scale: of the residuals, see ``fit.residuals``.
+        smooth: draw a robust local linear curve (lowess); of numbers only.
+        span: share of the rows that the curve looks at around each place.
+        ax: axes to draw on; None for a new figure.
+
+    Returns:
+        The axes. Above 5 000 rows density is shown in hexagons, of stronger colour for more rows (log scale).
+
+    Raises:
+        DataError: no such column.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax import plots
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> plots.residuals(fit, "Days").get_ylabel()
+        'conditional residual of Reaction (raw)'
+    """
+    record = rows_of(fit)
+    across = _fitted(record, kind) if x is None else column(record, x, "residuals(x=)")
+    values = np.asarray(fit.residuals(kind, scale), np.float64)
+    ax = one(ax, _size(across))
+    _draw(ax, across, values, smooth, span)
+    reference(ax)
+    ax.set_ylabel(f"{kind} residual of {record.labels.response} ({scale})")
+    return ax
+
+
+def scale_location(fit: Any, x: Any = None, *, span: float = 2 / 3, ax: Axes | None = None) -> Axes:
+    """Roots of absolute residuals against fitted values or any variable: does the spread change?
+
+    Residuals are conditional, times the root of the weights, over sigma. The root makes their distribution less skew,
+    so that a level curve means constant variance (as in R's ``plot.lm``).
+
+    Args:
+        fit: of :func:`mixjax.lmm`.
+        x, span, ax: as in :func:`residuals`.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax import plots
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> ax = plots.scale_location(fit)
+    """
+    record = rows_of(fit)
+    across = _fitted(record, "conditional") if x is None else column(record, x, "scale_location(x=)")
+    scaled = np.asarray(fit.residuals("conditional", "pearson"), np.float64) / float(record.estimates.sigma)
+    ax = one(ax, _size(across))
+    _draw(ax, across, np.sqrt(np.abs(scaled)), True, span)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("√|conditional residual / σ|")
+    return ax
+
+
+def _fitted(record: Fitted, kind: str) -> Column:
+    """The mean that residuals of this kind are from."""
+    response = record.labels.response
+    if kind == "conditional":
+        return Column(f"fitted {response} (conditional mean)", conditional_mean(record), None)
+    return Column(f"fitted {response} (population mean)", fixed_part(record), None)
+
+
+def _size(across: Column) -> tuple[float, float]:
+    """Of a new figure: wide enough for the names of categories."""
+    m = 0 if across.levels is None else len(across.levels)
+    return float(np.clip(1 + 0.2 * m, 6.0, 12.0)) if m <= MOST_NAMES else 8.0, 4.2
+
+
+def _draw(ax: Axes, across: Column, y: np.ndarray, smooth: bool, span: float) -> None:
+    if not 0 < span <= 1:
+        raise ValueError(f"span is a share of the rows, between 0 and 1, got {span}")
+    x = across.values
+    finite = np.isfinite(y) & np.isfinite(x)
+    if not finite.all():
+        missing = int((~finite).sum())
+        warnings.warn(
+            f"{missing} of {len(y)} rows have no residual of this scale, or no finite x: not drawn",
+            InferenceWarning,
+            stacklevel=3,
+        )
+        x, y = x[finite], y[finite]
+        note(ax, f"{thousands(missing)} rows not drawn")
+    colours = palette()
+    if across.levels is not None:
+        _boxes(ax, Column(across.name, x, across.levels), y)
+        return
+    if len(x) > MOST_POINTS:
+        ax.hexbin(x, y, gridsize=60, bins="log", mincnt=1, cmap=shades(colours.data), linewidths=0.2)
+        title(ax, f"{thousands(len(x))} rows, stronger colour for more")
+    else:
+        size = float(np.clip(6 - np.log10(max(len(x), 1)), 2.5, 5.0))
+        ax.plot(x, y, "o", ms=size, color=colours.data, mec="none", alpha=0.65, label="rows")
+    if smooth:
+        places, curve = local_linear(x, y, span)
+        if len(places):
+            ax.plot(places, curve, color=colours.model, lw=2, label="smooth")
+    ax.set_xlabel(across.name)
+
+
+def _boxes(ax: Axes, across: Column, y: np.ndarray) -> None:
+    """A box for every category, and its points where there are few enough to see."""
+    assert across.levels is not None
+    colours, m = palette(), len(across.levels)
+    codes = np.asarray(across.values).astype(int)
+    parts = [y[codes == i] for i in range(m)]
+    line = {"color": colours.ink, "lw": 1.0}
+    if m > MOST_NAMES:
+        _quartiles(ax, across, parts)
+        return
+    few = len(y) <= MOST_POINTS
+    ax.boxplot(
+        parts,
+        positions=np.arange(m),
+        widths=0.6,
+        showfliers=not few,
+        manage_ticks=False,
+        boxprops=line,
+        whiskerprops=line,
+        capprops=line,
+        medianprops={"color": colours.model, "lw": 2},
+        flierprops={"marker": ".", "ms": 2, "mec": colours.data, "alpha": 0.4},
+    )
+    if few:
+        # Spread by the order of the rows in their category: the same picture every time.
+        turn = np.concatenate([np.arange(len(part)) for part in parts]) if len(y) else np.empty(0)
+        place = np.repeat(np.arange(m), [len(part) for part in parts])
+        jitter = 0.44 * (np.modf(0.5 + turn * 0.6180339887)[0] - 0.5)
+        ax.plot(place + jitter, np.concatenate(parts), "o", ms=3.5, color=colours.data, mec="none", alpha=0.65)
+    ax.set_xlim(-0.6, m - 0.4)
+    category_ticks(ax, across.levels, across.name)
+
+
+def _quartiles(ax: Axes, across: Column, parts: list[np.ndarray]) -> None:
+    """Of many categories medians, in ascending order, and quartiles."""
+    parts = [part for part in parts if len(part)]
+    low, median, high = np.array([np.quantile(part, [0.25, 0.5, 0.75]) for part in parts]).T
+    order = np.argsort(median, kind="stable")
+    colours, place = palette(), np.arange(len(parts))
+    ax.vlines(place, low[order], high[order], color=colours.data, lw=0.6, alpha=0.5, label="quartiles")
+    ax.plot(place, median[order], "o", ms=1.5, color=colours.ink, mec="none", label="median")
+    ax.set_xticks([])
+    ax.set_xlabel(f"{across.name} ({thousands(len(parts))} levels, by their median)")
+    ax.legend(fontsize="small", frameon=False, loc="upper left")
