@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 # Public names in reading order, and the room where each lives.
 _HOMES = {
     # formula and data frame
-    "lmm": "mixjax.lmm",
-    "LMMFit": "mixjax.lmm",
+    "lmm": "mixjax.model",
+    "LMMFit": "mixjax.model",
     "BatchFit": "mixjax.batch",
     "datasets": "mixjax.datasets",
     "enable_compilation_cache": "mixjax.cache",
@@ -35,6 +35,7 @@ _HOMES = {
     "estimate": "mixjax.estimation.estimate",
     "estimate_many": "mixjax.estimation.many",
     "Estimates": "mixjax.estimation.estimate",
+    "predict": "mixjax.estimation.blup",
     "to_params": "mixjax.estimation.params",
     "from_params": "mixjax.estimation.params",
     "Result": "mixjax.optimise.results",
@@ -45,6 +46,32 @@ _HOMES = {
     "wald": "mixjax.inference.contrasts",
     "satterthwaite": "mixjax.inference.contrasts",
     "kenward_roger": "mixjax.inference.contrasts",
+    "lineup": "mixjax.lineups",
+    # simulation studies
+    "simulate": "mixjax.studies.scenario",
+    "scenario": "mixjax.studies.scenario",
+    "study": "mixjax.studies.study",
+    "power": "mixjax.studies.power",
+    "power_curve": "mixjax.studies.power",
+    "population": "mixjax.studies.population",
+    "factor": "mixjax.studies.factors",
+    "categorical": "mixjax.studies.factors",
+    "occasion": "mixjax.studies.factors",
+    "dirichlet": "mixjax.studies.factors",
+    "normal": "mixjax.studies.predictors",
+    "uniform": "mixjax.studies.predictors",
+    "bernoulli": "mixjax.studies.predictors",
+    "poisson": "mixjax.studies.predictors",
+    "multivariate_normal": "mixjax.studies.predictors",
+    "empirical": "mixjax.studies.predictors",
+    "derived": "mixjax.studies.predictors",
+    "custom": "mixjax.studies.predictors",
+    "random_effects": "mixjax.studies.responses",
+    "response": "mixjax.studies.responses",
+    "student_t": "mixjax.studies.noise",
+    "skew_normal": "mixjax.studies.noise",
+    "shifted_gamma": "mixjax.studies.noise",
+    "contaminated_normal": "mixjax.studies.noise",
     # what can go wrong
     "FormulaError": "mixjax.formula.errors",
     "DataError": "mixjax.formula.errors",
@@ -62,6 +89,7 @@ if TYPE_CHECKING:
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
+    from mixjax.estimation.blup import predict as predict
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
     from mixjax.estimation.many import estimate_many as estimate_many
@@ -86,20 +114,43 @@ if TYPE_CHECKING:
     from mixjax.likelihood.sharding import shard as shard
     from mixjax.likelihood.statistics import CrossProducts as CrossProducts
     from mixjax.likelihood.statistics import stack as stack
-    from mixjax.lmm import LMMFit as LMMFit
-    from mixjax.lmm import lmm as lmm
+    from mixjax.lineups import lineup as lineup
+    from mixjax.model import LMMFit as LMMFit
+    from mixjax.model import lmm as lmm
     from mixjax.optimise.results import Result as Result
     from mixjax.streams import cross_products_from as cross_products_from
+    from mixjax.studies.factors import categorical as categorical
+    from mixjax.studies.factors import dirichlet as dirichlet
+    from mixjax.studies.factors import factor as factor
+    from mixjax.studies.factors import occasion as occasion
+    from mixjax.studies.noise import contaminated_normal as contaminated_normal
+    from mixjax.studies.noise import shifted_gamma as shifted_gamma
+    from mixjax.studies.noise import skew_normal as skew_normal
+    from mixjax.studies.noise import student_t as student_t
+    from mixjax.studies.population import population as population
+    from mixjax.studies.power import power as power
+    from mixjax.studies.power import power_curve as power_curve
+    from mixjax.studies.predictors import bernoulli as bernoulli
+    from mixjax.studies.predictors import custom as custom
+    from mixjax.studies.predictors import derived as derived
+    from mixjax.studies.predictors import empirical as empirical
+    from mixjax.studies.predictors import multivariate_normal as multivariate_normal
+    from mixjax.studies.predictors import normal as normal
+    from mixjax.studies.predictors import poisson as poisson
+    from mixjax.studies.predictors import uniform as uniform
+    from mixjax.studies.responses import random_effects as random_effects
+    from mixjax.studies.responses import response as response
+    from mixjax.studies.scenario import scenario as scenario
+    from mixjax.studies.scenario import simulate as simulate
+    from mixjax.studies.study import study as study
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mixjax' has no attribute {name!r}")
     home = import_module(_HOMES[name])
-    # All names of a home at once: importing mixjax.lmm makes that module an attribute, which would hide the function.
-    for other, place in _HOMES.items():
-        if place == _HOMES[name]:
-            globals()[other] = getattr(home, other, home)
+    # No home bears the name of a function that lives in it: importing the module would hide the function.
+    globals()[name] = getattr(home, name, home)
     return globals()[name]
 
 

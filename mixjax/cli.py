@@ -1,4 +1,4 @@
-"""``mixjax fit FORMULA DATA``: the main job from a shell."""
+"""``mixjax fit FORMULA DATA`` and ``mixjax power FORMULA ...``: the main jobs from a shell."""
 
 from __future__ import annotations
 
@@ -27,16 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"mixjax: {message}", file=sys.stderr)
-            data = _read(arguments.data, arguments.sep)
-            fit = mixjax.lmm(
-                arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset
-            )
-            print(json.dumps(_as_json(fit), indent=2, allow_nan=False) if arguments.json else fit.summary())
+            return arguments.run(arguments)
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mixjax: {str(message).strip()}", file=sys.stderr)
         return BAD_INPUT
-    return OK if fit.converged else NOT_CONVERGED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,9 +50,50 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--offset", metavar="COLUMN", help="column with a known part of the mean")
     fit.add_argument("--sep", metavar="CHARACTER", default=",", help="separator of a csv file (default: comma)")
     fit.add_argument("--json", action="store_true", help="print estimates as JSON")
-    fit.add_argument("--cache-dir", metavar="DIR", help="folder for compiled programs (default: user's cache)")
-    fit.add_argument("--no-cache", action="store_true", help="do not keep compiled programs")
+    fit.set_defaults(run=_fit)
+    power = commands.add_parser(
+        "power",
+        help="simulate the power of a test for several numbers of groups",
+        epilog="Every predictor is made by --x: between: 0 in one half of the groups, 1 in the other; within: 0, 1, 2, "
+        "... along the rows of a group; normal: standard normal, row by row. Exit status: 0 done, 2 bad input.",
+    )
+    power.add_argument("formula", help="for example 'y ~ x + (x | g)', with one grouping factor")
+    power.add_argument("--beta", required=True, type=_numbers, help="fixed effects, the intercept first: 0,0.3")
+    power.add_argument("--sd", required=True, type=_numbers, help="standard deviations of the random effects: 1,0.5")
+    power.add_argument("--cor", type=float, default=0.0, help="correlation of two random effects (default: 0)")
+    power.add_argument("--sigma", type=float, default=1.0, help="residual standard deviation (default: 1)")
+    power.add_argument(
+        "--groups", required=True, type=_sizes, help="numbers of groups: 10:60:10 (both ends), or 10,20,40"
+    )
+    power.add_argument("--per-group", required=True, type=int, help="rows of every group")
+    power.add_argument(
+        "--x",
+        action="append",
+        metavar="KIND",
+        help="between, within or normal; NAME=KIND for one of several predictors",
+    )
+    power.add_argument("--test", required=True, help="the fixed effect that is tested")
+    power.add_argument("--ddf", default="satterthwaite", help="wald, satterthwaite (default) or kenward-roger")
+    power.add_argument("--target", type=float, help="search the smallest number of groups with this power")
+    power.add_argument("--alpha", type=float, default=0.05, help="level of the test (default: 0.05)")
+    power.add_argument("--replicates", type=int, default=1000, help="data sets of every size (default: 1000)")
+    power.add_argument("--key", type=int, default=0, help="random key (default: 0)")
+    power.add_argument("--plot", metavar="FILE", help="write a picture, as png, pdf or svg")
+    power.set_defaults(run=_power)
+    for command in (fit, power):
+        command.add_argument("--cache-dir", metavar="DIR", help="folder for compiled programs (default: user's cache)")
+        command.add_argument("--no-cache", action="store_true", help="do not keep compiled programs")
     return parser
+
+
+# --- mixjax fit ------------------------------------------------------------------------------------------------------
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    data = _read(arguments.data, arguments.sep)
+    fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset)
+    print(json.dumps(_as_json(fit), indent=2, allow_nan=False) if arguments.json else fit.summary())
+    return OK if fit.converged else NOT_CONVERGED
 
 
 def _read(name: str, separator: str) -> Any:
@@ -97,6 +133,88 @@ def _as_json(fit: Any) -> dict[str, Any]:
         "converged": fit.converged,
         "singular": fit.is_singular,
     }
+
+
+# --- mixjax power ----------------------------------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _sizes(text: str) -> list[int]:
+    """``10:60:10``, both ends, or ``10,20,40``."""
+    if ":" not in text:
+        return [int(part) for part in text.split(",")]
+    first, last, *step = (int(part) for part in text.split(":"))
+    return list(range(first, last + 1, step[0] if step else 1))
+
+
+def _power(arguments: argparse.Namespace) -> int:
+    import numpy as np
+    import pandas as pd
+
+    from mixjax.formula.parse import names_in, parse
+    from mixjax.studies.power import power_curve
+
+    parsed = parse(arguments.formula)
+    factors = sorted({column for part in parsed.random for column in part.group.columns})
+    if len(factors) != 1:
+        raise ValueError(
+            f"mixjax power simulates one grouping factor; {arguments.formula!r} has {', '.join(factors) or 'none'}: "
+            "use mixjax.power_curve in Python for more"
+        )
+    names = dict.fromkeys(
+        name for text in (parsed.fixed, *(part.effects for part in parsed.random)) for name in names_in(text)
+    )
+    kinds = _kinds(arguments.x or [], list(names))
+    per_group = arguments.per_group
+    if per_group < 1 or min(arguments.groups) < 2:
+        raise ValueError("--groups must be 2 or more and --per-group 1 or more")
+
+    def source(groups: int) -> Any:
+        group = np.repeat(np.arange(groups), per_group)
+        made = {
+            "between": lambda rng: (group % 2).astype(float),
+            "within": lambda rng: np.tile(np.arange(per_group, dtype=float), groups),
+            "normal": lambda rng: rng.standard_normal(len(group)),
+        }
+        columns = {
+            name: made[kind](np.random.default_rng([arguments.key, i])) for i, (name, kind) in enumerate(kinds.items())
+        }
+        table = pd.DataFrame({factors[0]: group, **columns})
+        cor = arguments.cor if arguments.cor else None
+        return mixjax.scenario(arguments.formula, table, arguments.beta, arguments.sigma, arguments.sd, cor)
+
+    found = power_curve(
+        source, arguments.formula, arguments.test, {"groups": arguments.groups}, arguments.target,
+        arguments.replicates, arguments.key, arguments.alpha, ddf=arguments.ddf, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    print(found)
+    if arguments.plot:
+        from mixjax import plots
+
+        figure = plots.power_curve(found).get_figure(root=True)
+        assert figure is not None
+        figure.savefig(arguments.plot, bbox_inches="tight")
+    return OK
+
+
+def _kinds(given: list[str], names: list[str]) -> dict[str, str]:
+    """What every predictor is made of."""
+    known = ("between", "within", "normal")
+    kinds: dict[str, str] = {}
+    for text in given:
+        name, equals, kind = text.rpartition("=")
+        if kind not in known:
+            raise ValueError(f"--x {text!r}: a predictor is made {', '.join(known[:-1])} or {known[-1]}")
+        if equals and name not in names:
+            raise ValueError(f"--x names {name!r}; the predictors are {', '.join(names)}")
+        kinds |= {name: kind} if equals else {other: kind for other in names if other not in kinds}
+    missing = [name for name in names if name not in kinds]
+    if missing:
+        raise ValueError(f"--x must say how {', '.join(missing)} is made: between, within or normal")
+    return {name: kinds[name] for name in names}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -21,6 +22,8 @@ import pytest
 import mixjax as mj
 
 HERE = Path(__file__).parent
+# Pieces of a process's address space after which its programs are forgotten.
+MOST_MAPS = 20_000
 ORACLES = sorted(path.stem.removeprefix("lmm_") for path in (HERE / "oracle").glob("lmm_*.json"))
 
 
@@ -30,6 +33,17 @@ def _compilation_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jax_cache")
     os.environ["MIXJAX_CACHE_DIR"] = str(folder)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Every compiled program holds pieces of the address space, of which a process may have 65 530: a worker that ran
+    half of the suite died while it compiled. Forgotten programs of shared structures come back from the cache."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import fit_of, table
 
+import mixjax as mj
 from mixjax.cli import main
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -113,3 +116,67 @@ def test_other_separators_and_unreadable_files(tmp_path, capsys):
     assert "empty.csv cannot be read" in capsys.readouterr().err
     assert main(["fit", FORMULA, "sleepstdy", "--no-cache"]) == 2
     assert "did you mean 'sleepstudy'" in capsys.readouterr().err
+
+
+POWER = [
+    "power",
+    "y ~ x + (x | g)",
+    "--beta",
+    "0,0.5",
+    "--sd",
+    "1,0.5",
+    "--per-group",
+    "6",
+    "--test",
+    "x",
+    "--no-cache",
+]
+
+
+def test_power_prints_a_table_and_writes_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason='pip install "mixjax[plots]"')
+    picture = tmp_path / "power.png"
+    arguments = ["--groups", "6:30:4", "--x", "normal", "--target", "0.8", "--replicates", "500", "--cor", "0.2"]
+    assert main([*POWER, *arguments, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("power of x at level 0.05, by groups")
+    assert "smallest groups allowed with power 0.8" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_power_is_that_of_the_same_study_in_python(capsys):
+    assert main([*POWER, "--groups", "8,12", "--x", "x=between", "--replicates", "300", "--key", "3"]) == 0
+    out = capsys.readouterr().out
+
+    def source(groups):
+        g = np.repeat(np.arange(groups), 6)
+        data = pd.DataFrame({"g": g, "x": (g % 2).astype(float)})
+        return mj.scenario("y ~ x + (x | g)", data, beta=[0, 0.5], sd=[1, 0.5], sigma=1)
+
+    sizes = {"groups": [8, 12]}
+    expected = mj.power_curve(source, "y ~ x + (x | g)", "x", sizes, replicates=300, key=3, progress=False)
+    assert out.strip() == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--groups", "8", "--x", "sometimes"], "a predictor is made between, within or normal"),
+        (["--groups", "8"], "--x must say how x is made"),
+        (["--groups", "8", "--x", "z=normal"], "--x names 'z'; the predictors are x"),
+        (["--groups", "1", "--x", "normal"], "--groups must be 2 or more"),
+        (["--groups", "8", "--x", "normal", "--cor", "1.5"], "the covariance of 'g' is impossible"),
+        (["--groups", "8", "--x", "normal", "--replicates", "0"], "replicates must be an integer, 1 or more"),
+        (["--groups", "8", "--x", "normal", "--test", "dose", "--replicates", "2"], "no fixed effect 'dose'"),
+        (["--groups", "8", "--x", "normal", "--ddf", "exact"], "ddf must be one of"),
+    ],
+)
+def test_power_says_what_is_wrong(change, message, capsys):
+    assert main([*POWER, *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_power_of_several_factors_points_to_python(capsys):
+    code = main(["power", "y ~ x + (1 | g) + (1 | h)", *POWER[2:], "--groups", "8", "--x", "normal"])
+    assert code == 2
+    assert "use mixjax.power_curve in Python" in capsys.readouterr().err

@@ -37,6 +37,18 @@ FUNCTIONS = {
     "wald": "est, stats, L",
     "satterthwaite": "est, stats, L, reml=True",
     "kenward_roger": "est, stats, L",
+    "predict": "est, design",
+    "lineup": "fit, plot, n=20, key=0",
+    "simulate": "formula, data, *, beta, sigma=1.0, sd=None, cor=None, theta=None, key=0, n=1, weights=None, "
+    "offset=None, contrasts=None",
+    "scenario": "formula, data, beta, sigma=1.0, sd=None, cor=None, theta=None, weights=None, offset=None, "
+    "contrasts=None",
+    "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf='satterthwaite', "
+    "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
+    "progress=True",
+    "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
+    "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
+    "population": "*, functions=None, **variables",
     "enable_compilation_cache": "path=None",
     "datasets.load": "name",
 }
@@ -62,12 +74,25 @@ METHODS = {
     "pca": "",
     "glance": "",
     "augment": "",
-    "predict": "*, random=True",
+    "predict": "newdata=None, random=True, allow_new_levels=False, interval=None, level=0.95, method='henderson', "
+    "key=None, n=1000",
     "residuals": "kind='conditional', scale='raw'",
+    "quantile_residuals": "key=0, n=250, random='new'",
+    "influence": "by=None, method='exact'",
+    "sensitivity": "scale='sdcor'",
+    "leverage": "",
+    "shrinkage": "group=None",
+    "plot": "group=None",
     "marginal_cov": "rows=None",
     "refit": "y=None, reml=None",
     "refit_many": "Y, reml=None, chunk=None",
 }
+# Parts of a population.
+VARIABLES = {
+    "factor", "categorical", "occasion", "dirichlet", "normal", "uniform", "bernoulli", "poisson",
+    "multivariate_normal", "empirical", "derived", "custom", "random_effects", "response", "student_t", "skew_normal",
+    "shifted_gamma", "contaminated_normal",
+}  # fmt: skip
 PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame, "sigma": float,
     "theta": np.ndarray, "Lambda": dict, "Sigma": dict, "X": np.ndarray, "Z": sparse.csc_array, "design": mj.Design,
@@ -90,7 +115,7 @@ def signature(function) -> str:
 def test_every_public_function_is_listed():
     others = {"LMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
               "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
-              "InferenceWarning"}  # fmt: skip
+              "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 
 
@@ -119,7 +144,11 @@ def test_properties_of_a_fit(name):
 
 def test_what_methods_of_a_fit_give():
     fit = fit_of("sleepstudy_slopes", "REML")
-    for frame in (fit.varcorr.to_frame(), fit.tidy(), fit.glance(), fit.augment(), fit.ranef()["Subject"]):
+    frames = [fit.varcorr.to_frame(), fit.tidy(), fit.glance(), fit.augment(), fit.ranef()["Subject"], fit.leverage()]
+    frames += [fit.test("Days"), fit.anova(), fit.confint("Days", method="wald"), fit.shrinkage(), fit.sensitivity()]
+    frames += [fit.predict(interval="confidence"), fit.variance_shares(), fit.variance_parameters()]
+    frames += [fit.influence(method="fixed-theta").to_frame(), fit.profile("sigma").confint()]
+    for frame in frames:
         assert type(frame) is pd.DataFrame
     for series in (fit.icc(), fit.icc(by_group=True), fit.r2(), fit.predict(), fit.residuals()):
         assert type(series) is pd.Series

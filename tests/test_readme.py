@@ -8,14 +8,21 @@ import jax
 import pytest
 from conftest import fit_of
 
+import mixjax as mj
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_python_blocks_run(block):
-    exec(compile(block, "README.md", "exec"), {})
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("populations", "studies", "predictions"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_python_blocks_run(page):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_printed_summary_is_the_real_one():
@@ -37,3 +44,16 @@ def test_notebooks_run_and_their_assertions_hold(path):
         exec(compile(code, path.name, "exec"), {"display": print})
     finally:
         jax.config.update("jax_enable_x64", precision)
+
+
+def test_names_in_the_documents_exist():
+    """Every ``fit.name``, ``mj.name`` and ``plots.name`` of the README and the documents."""
+    plots = pytest.importorskip("mixjax.plots", reason='pip install "mixjax[plots]"')
+    homes = {"fit": mj.LMMFit, "mj": mj, "plots": plots}
+    missing = {
+        (page.name, f"{home}.{name}")
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for home, name in re.findall(r"(?<![\w./])(fit|mj|plots)\.([A-Za-z_]\w*)", page.read_text())
+        if not hasattr(homes[home], name)
+    }
+    assert not missing

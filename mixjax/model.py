@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ from scipy import sparse
 from mixjax.batch import BatchFit
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
-from mixjax.diagnostics.residuals import conditional_mean, conditional_residuals, fixed_part, marginal_residuals
-from mixjax.estimation.blup import conditional_covariances
+from mixjax.diagnosing import Diagnosing
+from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products, term_names
@@ -27,9 +26,8 @@ from mixjax.formula.errors import DataError
 from mixjax.formula.table import row_values
 from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
-from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.likelihood.statistics import CrossProducts
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
 
@@ -92,7 +90,7 @@ def lmm(
     return LMMFit(fit_design(design, labels, reml, start, optimizer), optimizer)
 
 
-class LMMFit(Inferring):
+class LMMFit(Inferring, Diagnosing):
     """A fitted linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
 
     Standard deviations and covariances are absolute unless a name says relative (``theta``, ``Lambda``).
@@ -233,12 +231,11 @@ class LMMFit(Inferring):
                 index=list(self.labels.terms[ts[0]].levels),
                 columns=[effect for t in ts for effect in self.labels.terms[t].effects],
             )
-            for group, ts in self._terms_of_group().items()
+            for group, ts in terms_of_group(self.labels).items()
         }
         if not condvar:
             return frames
-        covariances = self._conditional_covariances()
-        return frames, covariances
+        return frames, conditional_covariances_by_group(self._fitted)
 
     def coef(self) -> dict[str, pd.DataFrame]:
         """Coefficients per level: fixed effects plus the random effects of the same name."""
@@ -250,24 +247,6 @@ class LMMFit(Inferring):
                 for name in columns
             }
             result[group] = pd.DataFrame(sums, index=frame.index)
-        return result
-
-    def _terms_of_group(self) -> dict[str, list[int]]:
-        terms: dict[str, list[int]] = {}
-        for t, term in enumerate(self.labels.terms):
-            terms.setdefault(term.group, []).append(t)
-        return terms
-
-    def _conditional_covariances(self) -> dict[str, np.ndarray]:
-        with jax.enable_x64(True):
-            blocks = _relative_conditional_covariances(pad(self.stats), self.theta)
-        result = {}
-        for group, ts in self._terms_of_group().items():
-            m = len(self.labels.terms[ts[0]].levels)
-            places = [self.stats.layout.terms[t] for t in ts]
-            own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
-            block = np.asarray(blocks[places[0].factor])[np.ix_(own, own, np.arange(m))]
-            result[group] = self.sigma**2 * np.moveaxis(block, -1, 0)
         return result
 
     # --- the fit as a whole -------------------------------------------------------------------------------------------
@@ -333,11 +312,6 @@ class LMMFit(Inferring):
         """One row: nobs, npar, sigma, loglik, aic, bic, criterion, ..."""
         return glance(self._fitted)
 
-    def augment(self) -> pd.DataFrame:
-        """The used rows and columns with ``.fitted``, ``.resid`` and ``.fixed`` (population mean) beside them."""
-        columns = {".fitted": self.fitted, ".resid": self.residuals(), ".fixed": self.predict(random=False)}
-        return self.labels.frame.assign(**columns)
-
     def __repr__(self) -> str:
         kind = "REML criterion" if self.reml else "deviance"
         notes = ["singular"] * self.is_singular + ["NOT CONVERGED"] * (not self.converged)
@@ -347,32 +321,6 @@ class LMMFit(Inferring):
         return self.summary()._repr_html_()
 
     # --- rows ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def fitted(self) -> pd.Series:
-        """Conditional means of the rows, offset included."""
-        return self.predict()
-
-    def predict(self, *, random: bool = True) -> pd.Series:
-        """Means of the rows that were fitted.
-
-        Args:
-            random: with the random effects of each row's levels (conditional), or without (population).
-        """
-        values = conditional_mean(self._fitted) if random else fixed_part(self._fitted)
-        return pd.Series(values, index=self.labels.frame.index, name="fitted")
-
-    def residuals(self, kind: str = "conditional", scale: str = "raw") -> pd.Series:
-        """Response minus mean.
-
-        Args:
-            kind: ``"conditional"`` or ``"marginal"`` mean.
-            scale: ``"raw"``, or ``"pearson"``: times the square root of the weights.
-        """
-        kinds = {"conditional": conditional_residuals, "marginal": marginal_residuals}
-        if kind not in kinds:
-            raise ValueError(f"kind must be 'conditional' or 'marginal', got {kind!r}")
-        return pd.Series(kinds[kind](self._fitted, scale), index=self.labels.frame.index, name="residual")
 
     @property
     def X(self) -> np.ndarray:
@@ -421,9 +369,12 @@ class LMMFit(Inferring):
         if y is None:
             fitted = fit_products(self.stats, self.labels, reml, None, self._method, self._fitted.design)
             return LMMFit(fitted, self._method)
-        design = self.design
-        design = replace(design, y=row_values("y", y, self.labels.frame.index, self.nobs))
-        return LMMFit(fit_design(design, self.labels, reml, None, self._method), self._method)
+        y = row_values("y", y, self.labels.frame.index, self.nobs)
+        labels = self.labels
+        if labels.response in labels.frame:
+            labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
+        design = replace(self.design, y=y)
+        return LMMFit(fit_design(design, labels, reml, None, self._method), self._method)
 
     def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None) -> BatchFit:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
@@ -444,10 +395,3 @@ class LMMFit(Inferring):
         check_options(reml, None)
         est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=(*KEEP, "Sigma", "vcov"))
         return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))
-
-
-@partial(jax.jit)
-def _relative_conditional_covariances(stats: CrossProducts, theta: Any) -> list[Any]:
-    """Per grouping factor ``(q, q, m)``, all its terms side by side, on the scale of Z's own columns."""
-    lambdas = lambdas_of_theta(theta, stats.layout.qs)
-    return conditional_covariances(in_bases(lambdas, stats), stats)
