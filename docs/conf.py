@@ -24,7 +24,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "mixjax"
-exclude_patterns = ["_build", "make_gallery.py"]
+exclude_patterns = ["_build", "jupyter_execute"]
 
 nb_execution_mode = "off"  # the tests run them
 myst_heading_anchors = 3

@@ -1,7 +1,7 @@
 """The notebooks run, and the numbers in their prose are numbers that they assert.
 
-They run at a small size (``MIXJAX_NOTEBOOKS=small``); ``python notebooks/run.py`` runs them at full size and stores what
-they show.
+They run at a small size (``MIXJAX_NOTEBOOKS=small``); ``python notebooks/run.py`` runs them at full size and stores
+what they show.
 """
 
 import ast

@@ -11,12 +11,14 @@ import mixjax as mj
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
-
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("populations", "studies", "predictions"))]
+NAMES = ("populations", "studies", "predictions", "tutorial", "embedding", "troubleshooting", "singular", "convergence",
+         "scaling", "how", "index")  # fmt: skip
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(block, page.name, "exec"), names)

@@ -1,6 +1,7 @@
 """The plan of the house: import direction, laziness, public names."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,12 @@ def test_public_names():
 @pytest.mark.parametrize("name", [n for n in mj.__all__ if n not in ("datasets", "__version__")])
 def test_public_names_have_docstrings(name):
     assert len(getattr(mj, name).__doc__ or "") > 20
+
+
+def test_public_names_stand_in_the_api_pages():
+    pages = "\n".join(path.read_text() for path in (PACKAGE.parent / "docs" / "api").glob("*.rst"))
+    from mixjax import plots
+
+    names = {f"mixjax.{name}" for name in mj.__all__ if name != "__version__"}
+    names |= {f"mixjax.plots.{name}" for name in plots.__all__}
+    assert not names - set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, flags=re.MULTILINE))

@@ -344,7 +344,7 @@ def _least_squares(design: Design, Q: Any, X_basis: Basis, sqrt_w: Any) -> tuple
     if not concrete:
         y = y if sqrt_w is None else y * sqrt_w
         hold = jax.lax.stop_gradient
-        coefficients = hold(jnp.linalg.solve(Q.T @ Q, Q.T @ y)) if Q.shape[1] else jnp.zeros((0,), Q.dtype)
+        coefficients = hold(jnp.linalg.solve(Q.T @ Q, Q.T @ y)) if Q.shape[1] else jnp.zeros(0, jnp.asarray(y).dtype)
         return y - Q @ coefficients, X_basis.R_inv @ coefficients
     y = np.asarray(y, np.float64)
     X = np.asarray(design.X)

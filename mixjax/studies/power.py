@@ -65,7 +65,7 @@ def power(
         test: fixed effect that is tested against ``null=``, 0 if not given; ``"lrt"`` or ``"mixture"`` of two models:
             chi-square, or the mixture of chi-squares for a variance.
         alpha: level of the test. level: of the interval around the power.
-        **options: of :func:`mixjax.studies`: ``ddf``, ``null``, ``reml``, ``store``, ``executor``, ...
+        ``**options``: of :func:`mixjax.study`: ``ddf``, ``null``, ``reml``, ``store``, ``executor``, ...
 
     Returns:
         :class:`Power`. Replicates whose fit failed are counted, not taken for acceptances.
@@ -202,7 +202,7 @@ def power_curve(
 
     Args:
         source: function of the size -> :func:`mixjax.scenario` or population.
-        model, test, replicates, key, alpha, **options: as for :func:`mixjax.power`.
+        model, test, replicates, key, alpha, ``**options``: as for :func:`mixjax.power`.
         over: name -> sizes. Without a target power is computed at each of them. With one they are the sizes allowed,
             and the smallest that reaches it is searched: a few sizes are simulated, a probit curve in the square root
             of the size is drawn through them, and the next is simulated where it crosses the target, until that size
