@@ -32,7 +32,7 @@ FUNCTIONS = {
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result')",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",
-    "exact_lrt": "m, without=(), key=0, n=100000",
+    "exact_lrt": "m, m0=None, key=0, n=100000",
     "exact_rlrt": "m, m0=None, mA=None, key=0, n=100000",
     "wald": "est, stats, L",
     "satterthwaite": "est, stats, L, reml=True",

@@ -1,6 +1,7 @@
 """Exact (restricted) likelihood ratio tests: oracle, closed forms, dense textbook formulas, invariance."""
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -287,8 +288,8 @@ def test_criterion_of_least_squares_by_the_textbook():
 
     for reml in (True, False):
         assert least_squares_criterion(products, reml) == pytest.approx(dense(design.X, reml), rel=1e-12)
-    assert least_squares_criterion(products, False, [1, 2]) == pytest.approx(dense(design.X[:, :1], False), rel=1e-12)
-    assert least_squares_criterion(products, False, [0]) == pytest.approx(dense(design.X[:, 1:], False), rel=1e-12)
+    for zero, kept in ((np.eye(3)[1:], design.X[:, :1]), (np.eye(3)[:1], design.X[:, 1:])):
+        assert least_squares_criterion(products, False, zero) == pytest.approx(dense(kept, False), rel=1e-12)
 
 
 # --- behaviour -------------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_criterion_of_least_squares_by_the_textbook():
 def test_fixed_effects_left_out():
     """Without variance and slope: the statistic adds up, and the null is the sum of two independent parts."""
     fit = fit_of("sleepstudy_intercept", "ML")
-    alone, both = exact_lrt(fit, n=20_000), exact_lrt(fit, without="Days", n=20_000)
+    alone, both = exact_lrt(fit, n=20_000), exact_lrt(fit, "Reaction ~ 1", n=20_000)
     y, days = fit.design.y, fit.X[:, 1] - fit.X[:, 1].mean()
     total = np.sum((y - y.mean()) ** 2)
     slope = len(y) * np.log(total / (total - (days @ y) ** 2 / (days @ days)))
@@ -307,9 +308,31 @@ def test_fixed_effects_left_out():
     part = both.null_draws - alone.null_draws
     limit = stats.t.ppf(0.95, 178) ** 2
     assert np.mean(part > 180 * np.log1p(limit / 178)) == pytest.approx(0.1, abs=4.5 * np.sqrt(0.09 / 20_000))
-    assert exact_lrt(fit, without=["Days"], n=20_000).p_value == both.p_value
-    assert exact_lrt(fit, without="(Intercept)", n=100).statistic > both.statistic
-    assert "fixed effects Days" in str(both)
+    assert exact_lrt(fit, "Reaction ~ Days", n=20_000).statistic == alone.statistic
+    assert exact_lrt(fit, "Reaction ~ 0 + Days", n=100).statistic > both.statistic
+    assert "null: Reaction ~ 1, no random effects" in str(both)
+
+
+@pytest.mark.parametrize("name", ["sleepstudy_weighted_offset", "cake"])
+@pytest.mark.parametrize("null", ["{y} ~ 1", "{y} ~ 0", "{y} ~ {x}", "{y} ~ 0 + I(2 * {x} + 3)"])
+def test_the_null_is_the_regression_of_its_formula(name, null):
+    """Criterion of the null by dense least squares on the columns of m0, whatever combination of m's they are."""
+    if name == "cake":
+        x, fit = "temp", mj.lmm("angle ~ recipe * temp + (1 | replicate)", table("cake"), reml=False)
+        y, weights, y_name = fit.design.y, np.ones(fit.nobs), "angle"
+    else:
+        x, data = "Days", table("sleepstudy_wo")
+        fit = mj.lmm("Reaction ~ Days + (1 | Subject)", data, weights="w", offset="off", reml=False)
+        y, weights, y_name = fit.design.y - fit.design.offset, fit.design.weights, "Reaction"
+    values = fit.labels.frame[x].to_numpy(float)
+    columns = {"{y} ~ 1": [np.ones(fit.nobs)], "{y} ~ 0": [], "{y} ~ {x}": [np.ones(fit.nobs), values],
+               "{y} ~ 0 + I(2 * {x} + 3)": [2 * values + 3]}[null]  # fmt: skip
+    root = np.sqrt(weights)
+    X0 = np.column_stack(columns) * root[:, None] if columns else np.zeros((fit.nobs, 0))
+    residual = root * y - X0 @ np.linalg.lstsq(X0, root * y, rcond=None)[0]
+    dense = fit.nobs * (1 + np.log(2 * np.pi * residual @ residual / fit.nobs)) - np.log(weights).sum()
+    test = exact_lrt(fit, null.format(y=y_name, x=x), n=10)
+    assert test.statistic == pytest.approx(dense - fit.criterion, abs=1e-8)
 
 
 def test_a_fit_by_the_other_criterion_is_refitted():
@@ -362,8 +385,17 @@ def test_bad_input():
         exact_rlrt(intercepts, intercepts, zerocorr)
     with pytest.raises(ValueError, match="not among those of mA"):
         exact_rlrt(slopes_only(), correlated, zerocorr)
-    with pytest.raises(ValueError, match="no fixed effect 'Day' to leave out; there are Intercept, Days"):
-        exact_lrt(intercepts, without=["Day"])
+    for m0, message in {
+        "Reaction ~ Day": "m0 uses 'Day', which m does not; m uses Reaction, Days, Subject",
+        "Days ~ 1": "response of m0 is 'Days', that of m is 'Reaction'",
+        "Reaction ~ Days + (1 | Subject)": "leave the random terms out",
+        "Reaction ~ I(Days**2)": "are not among those of m",
+        "Reaction ~ 1 + offset(Days)": "offset of m0 must be that of m",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            exact_lrt(intercepts, m0)
+    with pytest.raises(ValueError, match="must be the formula of a regression"):
+        exact_lrt(intercepts, intercepts)
     with pytest.raises(ValueError, match="n must be an integer"):
         exact_rlrt(intercepts, n=0)
     with pytest.raises(ValueError, match="same data"):

@@ -10,8 +10,9 @@ import numpy as np
 from scipy import linalg as dense
 
 from mixjax.fitted import Fitted, fit_products, record_of
-from mixjax.inference.hypotheses import known_names
-from mixjax.inference.nesting import check_same_data, is_within, logdet_X, place_of
+from mixjax.formula.build import caller_context, fixed_effects, usable
+from mixjax.formula.parse import names_in, parse, quote_columns
+from mixjax.inference.nesting import check_same_data, in_span, is_within, logdet_X, place_of
 from mixjax.inference.spectral import Spectrum, draw, exact_p, spectrum
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.simulation import check_count
@@ -120,7 +121,7 @@ def exact_rlrt(m: Any, m0: Any = None, mA: Any = None, key: Any = 0, n: int = 10
     return _judged(method, large, f"the variance of {tested} is 0", statistic, of, key, n, notes)
 
 
-def exact_lrt(m: Any, without: str | Sequence[str] = (), key: Any = 0, n: int = 100_000) -> ExactTest:
+def exact_lrt(m: Any, m0: str | None = None, key: Any = 0, n: int = 100_000) -> ExactTest:
     """Exact likelihood ratio test that the one variance of a model is zero, and fixed effects too if so wanted.
 
     As :func:`exact_rlrt`, for the criterion of maximum likelihood. For the variance alone prefer the restricted test:
@@ -128,8 +129,8 @@ def exact_lrt(m: Any, without: str | Sequence[str] = (), key: Any = 0, n: int = 
 
     Args:
         m: fit with one random term of one effect.
-        without: name or names of fixed-effects columns that the null leaves out beside the random effects, as in
-            ``fixef`` or in lme4's spelling.
+        m0: formula of the null, ordinary regression with some of the fixed effects of m, such as ``"Reaction ~ 1"``;
+            None for all of them. Weights and offset are those of m.
         key: int or JAX key.
         n: number of draws.
 
@@ -137,7 +138,7 @@ def exact_lrt(m: Any, without: str | Sequence[str] = (), key: Any = 0, n: int = 
         :class:`ExactTest`.
 
     Raises:
-        ValueError: m has more than one random effect, or no such fixed effect.
+        ValueError: m has more than one random effect; the fixed effects of m0 do not lie in the span of m's.
 
     A fit by REML is refitted by maximum likelihood, and a note says so.
 
@@ -145,39 +146,40 @@ def exact_lrt(m: Any, without: str | Sequence[str] = (), key: Any = 0, n: int = 
         >>> import mixjax as mj
         >>> from mixjax.inference.exact_lrt import exact_lrt
         >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"), reml=False)
-        >>> test = exact_lrt(fit, without="Days", n=1000)
+        >>> test = exact_lrt(fit, "Reaction ~ 1", n=1000)
         >>> round(test.statistic, 2), test.p_value < 0.01
         (166.97, True)
     """
     n = check_count("n", n, 1)
     fits = [record_of(m)]
     _check_one_effect(fits[0])
-    left_out = _columns(fits[0], [without] if isinstance(without, str) else list(without))
     (fit,), notes = _by(False, fits, ("m",))
-    statistic = least_squares_criterion(fit.stats, False, left_out) - float(fit.estimates.criterion)
     null = f"no random effects: the variance of {_term(fit)} is 0"
-    if left_out:
-        null += f", and so are the fixed effects {', '.join(fit.labels.fixed[j] for j in left_out)}"
-    of = spectrum(fit.stats, False, len(left_out))
+    zero = np.zeros((0, len(fit.labels.fixed)))
+    if m0 is not None:
+        zero = _zero_in(fit, m0)
+        null = f"{m0}, no random effects" if len(zero) else null
+    statistic = least_squares_criterion(fit.stats, False, zero) - float(fit.estimates.criterion)
+    of = spectrum(fit.stats, False, len(zero))
     return _judged("Exact likelihood ratio test", fit, null, statistic, of, key, n, notes)
 
 
-def least_squares_criterion(products: CrossProducts, reml: bool, left_out: Sequence[int] = ()) -> float:
+def least_squares_criterion(products: CrossProducts, reml: bool, zero: np.ndarray | None = None) -> float:
     """The criterion of the model without random effects, on the scale of ``Estimates.criterion``, from cross-products.
 
     Args:
         products: of the model with random effects.
         reml: the REML criterion, else the ML deviance.
-        left_out: positions of fixed-effects columns to leave out (ML only).
+        zero: ``(r, p)``, r independent combinations of the fixed effects that are held at 0 (ML only).
     """
     XX, Xy = np.asarray(products.XX, np.float64), np.asarray(products.Xy, np.float64)
     n, p = float(products.n), len(Xy)
     delta = dense.solve(XX, Xy, assume_a="pos") if p else Xy
     rss = float(products.yy - Xy @ delta)
-    if len(left_out):
-        R_inv = products.X_basis.R_inv[list(left_out)]
-        estimates = (products.beta0 + products.X_basis.R_inv @ delta)[list(left_out)]
-        unscaled = R_inv @ dense.solve(XX, R_inv.T, assume_a="pos")
+    if zero is not None and len(zero):
+        estimates = zero @ (products.beta0 + products.X_basis.R_inv @ delta)
+        in_basis = zero @ products.X_basis.R_inv
+        unscaled = in_basis @ dense.solve(XX, in_basis.T, assume_a="pos")
         rss += float(estimates @ dense.solve(unscaled, estimates, assume_a="pos"))
     df = n - p if reml else n
     criterion = df * (1.0 + np.log(2.0 * np.pi * rss / df)) - float(products.sum_log_weights)
@@ -248,11 +250,30 @@ def _check_belong_together(m: Fitted, m0: Fitted, mA: Fitted) -> None:
         )
 
 
-def _columns(fit: Fitted, names: list[str]) -> list[int]:
-    """Positions of fixed-effects columns by name, formulaic's or lme4's."""
-    known = known_names(fit.labels)
-    unknown = [name for name in names if name not in known]
+def _zero_in(fit: Fitted, m0: Any) -> np.ndarray:
+    """``(r, p)``, independent combinations of the fixed effects that are 0 under the formula of a smaller model."""
+    if fit.design is None or fit.labels.frame is None:
+        raise ValueError("m0 needs the rows of m, which a fit from chunks does not keep; fit the table instead")
+    if not isinstance(m0, str):
+        raise ValueError(f"m0 must be the formula of a regression such as 'y ~ 1', or None, got {type(m0).__name__}")
+    columns = list(map(str, fit.labels.frame.columns))
+    own, null = (quote_columns(parse(text), columns) for text in (fit.labels.formula, m0))
+    if null.random:
+        raise ValueError(f"m0 is ordinary regression here: leave the random terms out of {m0!r}")
+    if null.response != own.response:
+        raise ValueError(f"the response of m0 is {null.response!r}, that of m is {own.response!r}")
+    if null.offsets not in ((), own.offsets):
+        raise ValueError(f"the offset of m0 must be that of m: leave offset() out of {m0!r}")
+    context = {**usable(caller_context()), **fit.labels.specs.get("context", {})}
+    unknown = [name for name in names_in(null.fixed) if name not in columns and name not in context]
     if unknown:
-        listed = ", ".join(fit.labels.fixed)
-        raise ValueError(f"there is no fixed effect {', '.join(map(repr, unknown))} to leave out; there are {listed}")
-    return sorted({known[name] for name in names})
+        raise ValueError(f"m0 uses {', '.join(map(repr, unknown))}, which m does not; m uses {', '.join(columns)}")
+    X0 = fixed_effects(null.fixed, fit.labels.frame, context, {})[0]
+    R_inv = np.asarray(fit.stats.X_basis.R_inv, np.float64)
+    X = np.asarray(fit.design.X, np.float64) @ R_inv
+    if not in_span(X0, X):
+        raise ValueError(f"the fixed effects of m0, {m0!r}, are not among those of m, or combinations of them")
+    # In the basis of the products columns are orthonormal, so that what is zero is told from what is small.
+    kept = np.linalg.lstsq(X, X0 / np.linalg.norm(X0, axis=0), rcond=None)[0]
+    zero = dense.null_space(kept.T, rcond=1e-10) if X0.shape[1] else np.eye(X.shape[1])
+    return np.linalg.solve(R_inv.T, zero).T

@@ -73,13 +73,17 @@ def _or(values: np.ndarray | None, default: float, n: int) -> np.ndarray:
 
 def is_within(small: Fitted, large: Fitted) -> bool:
     """Whether the fixed-effects columns of the one lie in the span of those of the other, both with rows."""
-    X0, X1 = np.asarray(small.rows.X, np.float64), np.asarray(large.rows.X, np.float64)
+    return in_span(np.asarray(small.rows.X, np.float64), np.asarray(large.rows.X, np.float64))
+
+
+def in_span(X0: np.ndarray, X1: np.ndarray) -> bool:
+    """Whether the columns of ``X0`` ``(n, p0)`` lie in the span of those of ``X1`` ``(n, p1)``."""
     if not X0.shape[1]:
         return True
-    if X0.shape[1] > X1.shape[1]:
-        return False
-    Q0, Q1 = orthonormal_columns(X0, None)[0], orthonormal_columns(X1, None)[0]
-    return bool(np.linalg.norm(Q0 - Q1 @ (Q1.T @ Q0), axis=0).max() <= ROUNDING)
+    Q0, _, independent = orthonormal_columns(X0, None)
+    Q0, Q1 = Q0[:, independent], orthonormal_columns(X1, None)[0] if X1.shape[1] else X1
+    outside = np.linalg.norm(Q0 - Q1 @ (Q1.T @ Q0), axis=0)
+    return bool(outside.max(initial=0.0) <= ROUNDING)
 
 
 def logdet_X(fit: Fitted) -> float:
