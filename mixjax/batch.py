@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,6 +67,33 @@ class BatchFit:
                     columns[f"cor_{term.effects[i]}.{effect}|{name}"] = cor
         return pd.DataFrame({**columns, "sigma": self.estimates.sigma})
 
+    def ranef(self) -> dict[str, pd.DataFrame]:
+        """Conditional modes (BLUPs) of all fits, kept by ``refit_many(Y, ranef=True)``.
+
+        Returns:
+            dict group -> DataFrame (B * levels x effects) with the index (``replicate``, ``level``).
+        """
+        if self.estimates.b is None:
+            raise ValueError("the random effects were not kept; ask for them by refit_many(Y, ranef=True)")
+        found = {}
+        for group in dict.fromkeys(term.group for _, term in self.terms):
+            mine = [t for t, (_, term) in enumerate(self.terms) if term.group == group]
+            levels = list(self.terms[mine[0]][1].levels)
+            b = np.concatenate([self.estimates.b[t] for t in mine], axis=2)
+            index = pd.MultiIndex.from_product([range(len(self)), levels], names=["replicate", "level"])
+            effects = [effect for t in mine for effect in self.terms[t][1].effects]
+            found[group] = pd.DataFrame(b.reshape(-1, b.shape[2]), index, effects)
+        return found
+
+    def coef(self) -> dict[str, pd.DataFrame]:
+        """Coefficients per level: fixed effects plus the random effects of the same name; as :meth:`ranef`."""
+        return {
+            group: with_fixed(
+                frame, {name: np.repeat(x.to_numpy(), len(frame) // len(self)) for name, x in self.fixef.items()}
+            )
+            for group, frame in self.ranef().items()
+        }
+
     @property
     def criterion(self) -> pd.Series:
         """ML deviances or REML criteria ``(B,)``."""
@@ -121,3 +150,10 @@ class BatchFit:
     def __repr__(self) -> str:
         parts = [f"{count} {name}" for name, count in self.counts.items() if name != "fits"]
         return f"<BatchFit of {len(self)}: {', '.join(parts)}>"
+
+
+def with_fixed(ranef: pd.DataFrame, fixef: Mapping[Any, Any]) -> pd.DataFrame:
+    """Coefficients per level: name -> fixed effect (one, or one for every row) plus the random effects of that name."""
+    names = dict.fromkeys([*fixef, *ranef])
+    zeros = np.zeros(len(ranef))
+    return pd.DataFrame({name: ranef.get(name, zeros) + fixef.get(name, 0.0) for name in names}, index=ranef.index)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixjax.batch import BatchFit
+from mixjax.batch import BatchFit, with_fixed
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnosing import Diagnosing
@@ -239,15 +239,7 @@ class LMMFit(Inferring, Diagnosing):
 
     def coef(self) -> dict[str, pd.DataFrame]:
         """Coefficients per level: fixed effects plus the random effects of the same name."""
-        result = {}
-        for group, frame in self.ranef().items():
-            columns = list(dict.fromkeys([*self.labels.fixed, *frame.columns]))
-            sums = {
-                name: self.fixef.get(name, 0.0) + (frame[name] if name in frame else np.zeros(len(frame)))
-                for name in columns
-            }
-            result[group] = pd.DataFrame(sums, index=frame.index)
-        return result
+        return {group: with_fixed(frame, self.fixef.to_dict()) for group, frame in self.ranef().items()}
 
     # --- the fit as a whole -------------------------------------------------------------------------------------------
 
@@ -376,7 +368,7 @@ class LMMFit(Inferring, Diagnosing):
         design = replace(self.design, y=y)
         return LMMFit(fit_design(design, labels, reml, None, self._method), self._method)
 
-    def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None) -> BatchFit:
+    def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None, ranef: bool = False) -> BatchFit:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
 
         Args:
@@ -384,6 +376,7 @@ class LMMFit(Inferring, Diagnosing):
                 and no other.
             reml: None for the same criterion.
             chunk: how many replicates are worked on at the same time, about; None for all cores.
+            ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
 
         Returns:
             :class:`~mixjax.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
@@ -393,5 +386,6 @@ class LMMFit(Inferring, Diagnosing):
             raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}), one per row")
         reml = self.reml if reml is None else reml
         check_options(reml, None)
-        est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=(*KEEP, "Sigma", "vcov"))
+        keep = (*KEEP, "Sigma", "vcov", *["b"] * ranef)
+        est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=keep)
         return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))

@@ -85,7 +85,7 @@ METHODS = {
     "plot": "group=None",
     "marginal_cov": "rows=None",
     "refit": "y=None, reml=None",
-    "refit_many": "Y, reml=None, chunk=None",
+    "refit_many": "Y, reml=None, chunk=None, ranef=False",
 }
 # Parts of a population.
 VARIABLES = {

@@ -5,6 +5,7 @@ from functools import cache
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import fit_of, over_loopback, run_python, table
 from designs import STRUCTURES, Structure, random_design
@@ -130,6 +131,22 @@ def three_blocks():
     design, Y = sleepstudy_replicates(9_000, True)
     stats = mj.cross_products(design, Y)
     return design, Y, mj.estimate_many(stats)
+
+
+@pytest.mark.parametrize("n", [32, 160, 304, 1_600])
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_products_of_a_response_do_not_depend_on_the_block_it_comes_with(n, p):
+    """Also where blocks are worked off in slices: to the last bit, from any multiple of 1024 on."""
+    rng = np.random.default_rng(n + p)
+    group = np.repeat(np.arange(8), n // 8)
+    term = mj.RandomTerm(Z=np.ones((n, 1)), group=group, n_groups=8)
+    design = mj.Design(y=np.zeros(n), X=np.column_stack([np.ones(n), rng.normal(size=(n, p - 1))]), terms=(term,))
+    Y = rng.normal(size=(3_000, n))
+    whole = mj.cross_products(design, Y)
+    for start in (1_024, 2_048):
+        part = mj.cross_products(design, Y[start:])
+        for a, b in ((whole.beta0, part.beta0), (whole.yy, part.yy), (whole.factors[0].Zy, part.factors[0].Zy)):
+            np.testing.assert_array_equal(a[start:], b)
 
 
 def test_results_do_not_depend_on_chunks_or_on_how_many_there_are():
@@ -289,6 +306,21 @@ def test_refit_many_names_and_counts():
     assert "39 converged" in repr(batch)
     with pytest.raises(mj.DataError, match=r"\(B, 180\)"):
         fit.refit_many(Y[0])
+
+
+@pytest.mark.parametrize("name", ["sleepstudy_zerocorr", "pastes_nested"])
+def test_refit_many_keeps_the_random_effects_of_every_fit(name):
+    fit = fit_of(name, "REML")
+    Y = np.stack([fit.design.y, fit.design.y[::-1], 2 * fit.design.y])
+    batch = fit.refit_many(Y, ranef=True)
+    for i, one in enumerate(map(fit.refit, Y)):
+        for found, expected in ((batch.ranef(), one.ranef()), (batch.coef(), one.coef())):
+            assert list(found) == list(expected)
+            for group, frame in expected.items():
+                part = found[group].loc[i].rename_axis(None)
+                pd.testing.assert_frame_equal(part, frame, rtol=1e-5, atol=1e-6 * fit.sigma)
+    with pytest.raises(ValueError, match="ranef=True"):
+        fit.refit_many(Y).coef()
 
 
 def test_responses_in_float32():

@@ -473,6 +473,8 @@ def test_a_sample_depends_on_key_and_number_alone(schools, x):
     assert not np.array_equal(other["y"], whole["y"][:2])
     kept = schools.sample_many(3, 2, n, x=x, x_key=9, keep=["y", "c"])
     assert list(kept) == ["y", "c"]
+    assert list(schools.sample_many(3, 2, n, x=x, x_key=9, keep=["y", "a"])) == ["y", "a_0", "a_1"]
+    assert list(schools.sample_many(3, 2, n, x=x, x_key=9, keep="y")) == ["y"]
     np.testing.assert_array_equal(kept["y"], whole["y"][:2])
 
 

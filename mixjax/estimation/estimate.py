@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,14 +12,14 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.compiling import jit
-from mixjax.design import AnyArray, is_concrete
+from mixjax.design import AnyArray
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.estimation.surface import evaluate_of, profiled_of
-from mixjax.likelihood.criterion import check_products, in_bases, profile
+from mixjax.likelihood.criterion import check_products, in_bases, profile, warn_of_float32
 from mixjax.likelihood.crossed import crossed_moments
 from mixjax.likelihood.curvature import modes_of_factors, profile_lanes
 from mixjax.likelihood.elimination import arrange
@@ -217,14 +216,3 @@ def _profile_and_modes(x: Array, stats: CrossProducts, reml: Array, where: Incid
     lanes = jax.tree.map(lambda a: a[..., 0], profile_lanes(x[:, None], moments, reml))
     by_factor = modes_of_factors(x[:, None], moments, reml)
     return lanes, [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]
-
-
-def warn_of_float32(stats: CrossProducts) -> None:
-    leaf = stats.XX
-    single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.read("jax_enable_x64")
-    if single and is_concrete(leaf):
-        warnings.warn(
-            "estimating in float32: the criterion is good to about six digits. For float64 call inside "
-            "`with jax.enable_x64():` with float64 arrays, or use mixjax.lmm, which does so itself",
-            stacklevel=3,
-        )

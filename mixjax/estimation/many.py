@@ -18,8 +18,9 @@ from mixjax.compiling import LANES, jit
 from mixjax.covariance import Unstructured
 from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
-from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one, warn_of_float32
+from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one
 from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
+from mixjax.likelihood.criterion import warn_of_float32
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of

@@ -6,10 +6,10 @@ Names say nothing here: columns and grouping are compared as numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mixjax.bases import orthonormal_columns
@@ -164,8 +164,19 @@ def _weighted_terms(fit: Fitted) -> list[_WeightedTerm]:
 
 
 def _covariance(structure: Structure, x: np.ndarray) -> np.ndarray:
-    factor = np.asarray(structure.factor(jnp.asarray(x)))
+    factor = np.asarray(_factor(structure, x))
     return factor @ factor.T
+
+
+# Compiled once per structure: operation by operation the first comparison takes seconds.
+@partial(jax.jit, static_argnums=0)
+def _factor(structure: Structure, x: Any) -> jax.Array:
+    return structure.factor(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _near(structure: Structure, F: Any) -> jax.Array:
+    return structure.near(F)
 
 
 def _random_covariance(structure: Structure, rng: np.random.Generator) -> np.ndarray:
@@ -198,7 +209,7 @@ def _zeros(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[lis
         if values[0] < -ROUNDING * scale:
             return None
         roots = np.sqrt(np.where(values > ROUNDING * scale, values, 0.0))
-        x = np.asarray(term.structure.near(jnp.asarray(vectors * roots)))
+        x = np.asarray(_near(term.structure, vectors * roots))
         if np.abs(_covariance(term.structure, x) - D).max() > 10 * ROUNDING * scale:
             return None
         deviations = np.abs(x[list(term.structure.deviations)])

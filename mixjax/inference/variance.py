@@ -37,7 +37,8 @@ def components(fitted: Fitted) -> Components:
         np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z).mean()
         for term, Sigma in zip(fitted.rows.terms, fitted.estimates.Sigma, strict=True)
     ]
-    fixed = float(np.var(X @ fitted.estimates.beta, ddof=1)) if X.shape[1] else 0.0
+    # Differences from a row: of a constant column nothing is left, not its rounding.
+    fixed = float(np.var((X - X[0]) @ fitted.estimates.beta, ddof=1)) if X.shape[1] else 0.0
     return Components(fixed, np.array(random), float(fitted.estimates.sigma) ** 2)
 
 

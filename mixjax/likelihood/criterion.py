@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
+from mixjax.design import is_concrete
 from mixjax.likelihood.elimination import Blocks, arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -72,6 +74,9 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
     Returns:
         scalar.
 
+    Warns:
+        UserWarning: it is computed in float32.
+
     Example:
         >>> import mixjax as mj, numpy as np
         >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
@@ -80,6 +85,7 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
         True
     """
     check_products(stats)
+    warn_of_float32(stats)
     return _criterion(theta, stats, reml)
 
 
@@ -87,6 +93,18 @@ def check_products(stats: CrossProducts) -> None:
     """Raise TypeError for anything but cross-products, above all a Design."""
     if not isinstance(stats, CrossProducts):
         raise TypeError(f"cross-products are needed, got {type(stats).__name__}: pass mixjax.cross_products(design)")
+
+
+def warn_of_float32(stats: CrossProducts) -> None:
+    """Warn, at the place that called the caller, where cross-products are or become single precision."""
+    leaf = stats.XX
+    single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.read("jax_enable_x64")
+    if single and is_concrete(leaf):
+        warnings.warn(
+            "computing in float32: the criterion is good to about six digits. For float64 call inside "
+            "`with jax.enable_x64():` with float64 arrays, or use mixjax.lmm, which does so itself",
+            stacklevel=3,
+        )
 
 
 @jax.jit

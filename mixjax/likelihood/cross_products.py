@@ -227,12 +227,15 @@ def _least_squares_of_many(
         y *= sqrt_w[:, None]
     p = Q.shape[1]
     coefficients = np.empty((p, size))
-    step = max(1, ONE_THREAD // max(1, n * p))
+    beta0 = np.empty((p, size))
+    # A power of two, so that a response has the same place in a product whichever block of 1024 it comes with: BLAS
+    # rounds the last columns of a product in another way than the others.
+    step = 1 << max(0, (ONE_THREAD // max(1, n * p)).bit_length() - 1)
     for at in range(0, size, step):
         part, taken = y[:, at : at + step], coefficients[:, at : at + step]
         np.matmul(Q.T, part, out=taken)
         part -= Q @ taken
-    beta0 = columns.X_basis.R_inv @ coefficients
+        np.matmul(columns.X_basis.R_inv, taken, out=beta0[:, at : at + step])
     if constant is not None:
         beta0[constant] += level / X[0, constant]
     return y, beta0

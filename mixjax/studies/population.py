@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -184,7 +185,7 @@ class Population:
         x: Literal["fixed", "new"] | Sample = "fixed",
         x_key: Any = None,
         effects: bool = False,
-        keep: tuple[str, ...] | list[str] | None = None,
+        keep: str | tuple[str, ...] | list[str] | None = None,
     ) -> dict[str, jax.Array]:
         """Many samples, on the device.
 
@@ -197,7 +198,8 @@ class Population:
             x: ``"fixed"``: all samples share the predictors. ``"new"``: each has its own. Or a :class:`Sample`.
             x_key: of the predictors; None: key.
             effects: with the random effects, one value per level.
-            keep: names of the columns wanted; None: all.
+            keep: names of the columns wanted, or of a variable that has several, as ``a`` for ``a_0`` and ``a_1``;
+                None: all.
 
         Returns:
             Column -> JAX array, float64, or codes of a factor, int32. Predictors ``(1, n)`` where they are shared, else
@@ -375,10 +377,16 @@ def _columns(name: str, spec: Spec) -> list[str]:
 def _wanted(plan: Plan, effects: bool, keep: Any) -> list[str]:
     if keep is None:
         return [*plan.columns("x"), *plan.columns("y", unit=False), *(plan.columns("y", unit=True) if effects else [])]
-    for name in keep:
-        if name not in plan.stages:
+    wanted: list[str] = []
+    for name in [keep] if isinstance(keep, str) else keep:
+        # Several effects of one variable have a column each: a[0] of expressions is a_0.
+        parts = (
+            [name] if name in plan.stages else [c for c in plan.stages if re.fullmatch(rf"{re.escape(name)}_\d+", c)]
+        )
+        if not parts:
             raise ValueError(f"keep names {name!r}, but the columns are {shortened(plan.stages, 30)}")
-    return list(dict.fromkeys(keep))
+        wanted += parts
+    return list(dict.fromkeys(wanted))
 
 
 def _frozen(key: Any) -> Any:

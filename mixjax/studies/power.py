@@ -97,7 +97,7 @@ def power(
         p = done.raw(i, [column])[column].to_numpy()
         p = p[~np.isnan(p)]
         hits = int((p < alpha).sum())
-        row: dict[Any, Any] = done.cells.iloc[i].to_dict()
+        row: dict[Any, Any] = done.cells.iloc[[i]].to_dict("records")[0]
         rows.append(row | _share(hits, len(p), level) | counts.iloc[i].to_dict())
     return Power(pd.DataFrame(rows), test, alpha, done)
 

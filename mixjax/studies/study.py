@@ -80,7 +80,7 @@ class Study:
                     continue
                 codes = columns[column]
                 lost = failed(codes)
-                row: dict[Any, Any] = self.cells.iloc[i].to_dict()
+                row: dict[Any, Any] = self.cells.iloc[[i]].to_dict("records")[0]
                 row |= {"model": model, "replicates": len(codes)}
                 singular = columns[f"{model}::singular" if model else "singular"]
                 row |= {"converged": int((~lost).sum()), "singular": int(singular.sum()), "failed": int(lost.sum())}
@@ -114,7 +114,7 @@ class Study:
         for i in range(len(self.cells)):
             part = summarise(self._read(i, None), self.truths[i], measures, level, alpha)
             for j, name in enumerate(self.cells.columns):
-                part.insert(j, name, [self.cells.iloc[i][name]] * len(part))
+                part.insert(j, name, [self.cells[name].iloc[i]] * len(part))
             parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
