@@ -36,7 +36,7 @@ import numpy as np
 
 import mixjax as mj
 from mixjax import covariance as cov
-from mixjax.estimation.many import _Batch, _batch_axes, _index
+from mixjax.estimation.many import Batch, _index, batch_axes
 from mixjax.likelihood.criterion import in_bases, profile
 from mixjax.likelihood.curvature import profile_lanes
 from mixjax.likelihood.elimination import arrange
@@ -301,12 +301,12 @@ def judge(
     rates.append(len(est.result) / (time.perf_counter() - begin))
     structures = stats.layout.structures
     B = len(est.result)
-    axes, plain = replace(_batch_axes(stats), classes=None), replace(stats, classes=None)
+    axes, plain = replace(batch_axes(stats), classes=None), replace(stats, classes=None)
     at_theta, factors_of, at_coordinates = _programs(tuple(jax.tree.leaves(axes)))
     lambdas = [np.asarray(F) for F in factors_of(plain, est.theta)]  # per term (B, q, q)
     own = np.asarray(cov.near([jnp.moveaxis(jnp.asarray(F), 0, -1) for F in lambdas], structures))
 
-    batch, best, where, nearby = _Batch(stats, None, "cpu"), [], [], []
+    batch, best, where, nearby = Batch(stats, None, "cpu"), [], [], []
     N = batch.sizes.block
     for block in range(batch.n_blocks):
         index = np.minimum(np.arange(block * N, (block + 1) * N), B - 1)

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import HERE, fit_of, r_name, table
+from designs import STRUCTURES, random_design
 
 import mixjax as mj
 from mixjax.covariance import lambdas_of_theta, triangle
+from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of
+from mixjax.inference import contrasts
 from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
 from mixjax.inference.parameters import select, variance_parameters, wald_intervals
 from mixjax.likelihood.criterion import in_bases, profile
@@ -132,6 +135,45 @@ def test_many_fits_at_once_are_single_fits():
             one = fit.refit(Y[i])
             for a, b in zip(function(one.estimates, one.stats, L), many, strict=True):
                 np.testing.assert_allclose(b[i], a, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one factor, q=2, weights", "two terms on a factor", "nested", "crossed"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_tests_in_lanes_are_those_by_automatic_differentiation(name, stacked, monkeypatch):
+    """Standard errors and degrees of freedom of a batch, of one design or of several, regular and singular."""
+    rng = np.random.default_rng(8)
+    designs = [random_design(STRUCTURES[name], seed) for seed in (3, 4)]
+    if stacked:
+        stats = mj.stack([mj.cross_products(d) for d in designs])
+    else:
+        d = designs[0]
+        effects = sum((t.Z * rng.normal(size=(40, t.n_groups, t.Z.shape[1]))[:, t.group]).sum(2) for t in d.terms)
+        stats = mj.cross_products(d, rng.uniform(0, 2, (40, 1)) * effects + rng.normal(size=(40, len(d.y))))
+    L = np.array([[1.0, 0.0], [1.0, -2.0], [0.0, 1.0]])
+    for reml in (True, False):
+        est = mj.estimate_many(stats, reml)
+        assert stacked or 2 < est.singular.sum() < 38
+        own = mj.satterthwaite(est, stats, L, reml), mj.wald(est, stats, L)
+        with monkeypatch.context() as patch:
+            patch.setattr(contrasts, "in_lanes", lambda *_: False)
+            other = mj.satterthwaite(est, stats, L, reml), mj.wald(est, stats, L)
+        for ours, theirs in zip(own, other, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.shape == b.shape == (len(est.beta), 3)
+                np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-14)
+
+
+def test_the_test_of_a_fit_does_not_depend_on_its_neighbours():
+    design = fit_of("sleepstudy_slopes", "REML").design
+    stats = mj.cross_products(design, fit_of("sleepstudy_slopes", "REML").simulate(5, 5_000))
+    est = mj.estimate_many(stats)
+    whole = mj.satterthwaite(est, stats, np.eye(2))
+    at = slice(4_096, None)
+    axes = batch_axes(stats)
+    part = jax.tree.map(lambda a, axis: a[at] if axis == 0 else a, stats, axes)
+    alone = mj.satterthwaite(jax.tree.map(lambda a: a[at], est), part, np.eye(2))
+    for a, b in zip(whole, alone, strict=True):
+        np.testing.assert_array_equal(a[at], b)
 
 
 def test_array_forms_inside_transformations(x64):

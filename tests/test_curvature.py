@@ -9,7 +9,7 @@ import pytest
 from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
-from mixjax.estimation.many import _Batch
+from mixjax.estimation.many import Batch
 from mixjax.estimation.start import minque_start
 from mixjax.estimation.surface import criterion_of
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
@@ -77,7 +77,7 @@ def test_classes_equal_levels(crossed):
     assert len(stats.classes.count) == 1
     moments = []
     for each in (stats, replace(stats, classes=None)):
-        batch = _Batch(each, None, "cpu")
+        batch = Batch(each, None, "cpu")
         moments.append(jax.tree.map(lambda a, N=batch.sizes.block: a[..., :5] if a.shape[-1] == N else a,
                                     batch.inputs(0)[0]))  # fmt: skip
     assert isinstance(moments[1].sums, LevelSums)

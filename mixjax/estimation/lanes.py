@@ -116,7 +116,7 @@ def fit_block(
             return minque_start(own)
         theta = jax.lax.dynamic_slice_in_dim(start, at, L, -1)
         lambdas = cov.lambdas_of_theta(theta, moments.layout.qs)
-        in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(_slice(bases, at, L, N).Z, lambdas, strict=True)]
+        in_basis = [linalg.matmul(Z.R, Lambda) for Z, Lambda in zip(slice_of(bases, at, L, N).Z, lambdas, strict=True)]
         return cov.near(in_basis, structures)
 
     is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
@@ -124,7 +124,7 @@ def fit_block(
     def first_steps(tile, found):
         """Direct steps of a tile of fresh replicates: where each stands, whether it is done, the solution if so."""
         at = tile * L
-        own = _slice(moments, at, L, N)
+        own = slice_of(moments, at, L, N)
         evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
         direct = begin_directly(jnp.broadcast_to(start_of(at, own), (k, L)))
         _, direct = jax.lax.while_loop(
@@ -132,7 +132,7 @@ def fit_block(
             lambda carry: (carry[0] + 1, advance_directly(carry[1], evaluate, is_plain, search.REGION)),
             (jnp.int32(0), direct),
         )
-        return _put(found, (direct.x, direct.converged, direct.solution()), at)
+        return put(found, (direct.x, direct.converged, direct.solution()), at)
 
     tiles = jnp.asarray((count + L - 1) // L, jnp.int32)
     nothing = search.begin(jnp.zeros((k, N), dtype), structures).best
@@ -180,15 +180,15 @@ def fit_block(
         return (work.taken < waiting) | ((work.replicate < N) & ~work.lanes.done).any()
 
     idle = search.begin(jnp.zeros((k, M), dtype), structures)._replace(done=jnp.ones(M, bool))
-    work = Work(best, jnp.full(M, N, jnp.int32), idle, _slice(moments, 0, M, N), jnp.int32(0))
+    work = Work(best, jnp.full(M, N, jnp.int32), idle, slice_of(moments, 0, M, N), jnp.int32(0))
     best = jax.lax.while_loop(goes_on, turn, work).best
 
     def finish_tile(tile, fits):
-        own, solution, own_bases = (_slice(tree, tile * L, L, N) for tree in (moments, best, bases))
-        return _put(fits, finish(solution, own, own_bases, reml), tile * L)
+        own, solution, own_bases = (slice_of(tree, tile * L, L, N) for tree in (moments, best, bases))
+        return put(fits, finish(solution, own, own_bases, reml), tile * L)
 
     shapes = jax.eval_shape(
-        lambda: finish(_slice(best, 0, L, N), _slice(moments, 0, L, N), _slice(bases, 0, L, N), reml)
+        lambda: finish(slice_of(best, 0, L, N), slice_of(moments, 0, L, N), slice_of(bases, 0, L, N), reml)
     )
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, tiles, finish_tile, empty)
@@ -214,12 +214,12 @@ def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> F
     )
 
 
-def _slice(tree: Any, at: Array | int, size: int, N: int) -> Any:
+def slice_of(tree: Any, at: Array | int, size: int, N: int) -> Any:
     """Replicates ``at .. at + size - 1`` of what has N in the last axis."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, -1) if a.shape[-1] == N else a, tree)
 
 
-def _put(tree: Any, part: Any, at: Array) -> Any:
+def put(tree: Any, part: Any, at: Array) -> Any:
     return jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, at, -1), tree, part)
 
 

@@ -99,8 +99,8 @@ def estimate_many(
             raise ValueError("there are no responses to fit")
         if not has_closed_form(stats):
             return _one_by_one(stats, reml, start, keep)
-        batch = _Batch(stats, start, _platform(mesh))
-        workers = n_cores() if batch.platform == "cpu" else 2
+        batch = Batch(stats, start, _platform(mesh))
+        workers = batch.workers
         if chunk is not None:
             workers = max(1, min(workers, -(-int(chunk) // batch.sizes.block)))
         results = _Results(batch, keep)
@@ -118,8 +118,11 @@ def _platform(mesh: Mesh | None) -> str:
 # --- the batch, block by block -------------------------------------------------------------------------------------
 
 
-class _Batch:
-    """Replicates of one call, cut into blocks of N. What all share is prepared once."""
+class Batch:
+    """Replicates of one call, cut into blocks of N. What all share is prepared once.
+
+    For models that :func:`~mixjax.likelihood.moments.has_closed_form` says yes to.
+    """
 
     def __init__(self, stats: CrossProducts, start: np.ndarray | None, platform: str):
         self.stats, self.start, self.platform = stats, start, platform
@@ -141,16 +144,25 @@ class _Batch:
         self.sizes: Sizes = sizes_for(shapes, platform)
 
     @property
+    def workers(self) -> int:
+        """Threads that blocks are worked on by."""
+        return n_cores() if self.platform == "cpu" else 2
+
+    @property
     def n_blocks(self) -> int:
         return -(-self.B // self.sizes.block)
 
     def count(self, block: int) -> int:
         return max(0, min(self.sizes.block, self.B - block * self.sizes.block))
 
-    def part(self, block: int) -> CrossProducts:
-        """The block's replicates, padded by repeating one to N."""
+    def index(self, block: int) -> np.ndarray:
+        """Numbers of the block's replicates, padded by repeating the last one to N."""
         N = self.sizes.block
-        index = np.minimum(np.arange(block * N, (block + 1) * N), self.B - 1)
+        return np.minimum(np.arange(block * N, (block + 1) * N), self.B - 1)
+
+    def part(self, block: int) -> CrossProducts:
+        """The cross-products of the block's replicates."""
+        N, index = self.sizes.block, self.index(block)
         return _index(self.stats, self.axes, slice(index[0], index[0] + N) if index[-1] - index[0] == N - 1 else index)
 
     def inputs(self, block: int) -> tuple[Moments, Bases, np.ndarray | None]:
@@ -158,31 +170,30 @@ class _Batch:
         part = self.part(block)
         if self.stacked:
             moments = _jitted_stacked_moments(part)
-            bases = Bases(_last(part.X_basis.R_inv), _last(part.beta0), jax.tree.map(_last, part.Z_bases))
+            bases = Bases(last(part.X_basis.R_inv), last(part.beta0), jax.tree.map(last, part.Z_bases))
         else:
             moments = self._with_responses(part)
             bases = Bases(
                 np.asarray(part.X_basis.R_inv)[..., None],
-                _last(part.beta0),
+                last(part.beta0),
                 tuple(Basis(*(np.asarray(a)[..., None] for a in basis)) for basis in part.Z_bases),
             )
         if self.start is None:
             return moments, bases, None
-        N = self.sizes.block
-        index = np.minimum(np.arange(block * N, (block + 1) * N), self.B - 1)
-        return moments, bases, _last(self.start[index])
+        return moments, bases, last(self.start[self.index(block)])
 
     def _with_responses(self, part: CrossProducts) -> Moments:
         shared, layout = self.shared, self.shared.layout
-        dense = [_last(part.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
+        dense = [last(part.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
         if part.classes is not None:
-            sums: Any = ClassSums(_last(part.classes.Uy), _last(part.classes.yy))
+            sums: Any = ClassSums(last(part.classes.Uy), last(part.classes.yy))
         else:
-            sums = LevelSums(shared.sums.U, _last(part.factors[layout.chain[0]].Zy))
-        return replace(shared, sums=sums, Uy=np.concatenate([*dense, _last(part.Xy)]), yy=np.asarray(part.yy))
+            sums = LevelSums(shared.sums.U, last(part.factors[layout.chain[0]].Zy))
+        return replace(shared, sums=sums, Uy=np.concatenate([*dense, last(part.Xy)]), yy=np.asarray(part.yy))
 
 
-def _last(a: Any) -> np.ndarray:
+def last(a: Any) -> np.ndarray:
+    """The first axis moved behind all others: replicates in front -> lanes last."""
     return np.ascontiguousarray(np.moveaxis(np.asarray(a), 0, -1))
 
 
@@ -259,7 +270,7 @@ def _has_one_minimum(stats: CrossProducts) -> bool:
 class _Results:
     """Arrays of all B replicates, filled block by block."""
 
-    def __init__(self, batch: _Batch, keep: Sequence[str]):
+    def __init__(self, batch: Batch, keep: Sequence[str]):
         self.batch, self.keep = batch, keep
         self.arrays: dict[str, Any] = {}
 
@@ -294,7 +305,7 @@ def _Sigma(theta: np.ndarray, sigma: np.ndarray, qs: tuple[int, ...]) -> tuple[n
     return tuple(parts)
 
 
-def _modes(batch: _Batch, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
+def _modes(batch: Batch, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
     part, axes = batch.part(block), batch.axes
     part, axes = replace(part, classes=None), replace(axes, classes=None)
     return tuple(np.asarray(b) for b in _jitted_modes(tuple(jax.tree.leaves(axes)))(part, x))
@@ -321,23 +332,31 @@ def _fit_block(moments, bases, count, reml, start, one_minimum, sizes):
     return fit_block(moments, bases, count, reml, start, one_minimum, sizes)
 
 
-def _on_threads(batch: _Batch, reml: bool, results: _Results, workers: int) -> None:
-    """Blocks by a pool of threads: XLA lets go of Python's lock, and one program runs on one core at a time."""
+def _on_threads(batch: Batch, reml: bool, results: _Results, workers: int) -> None:
+    def work(block: int) -> None:
+        moments, bases, start = batch.inputs(block)
+        count = np.int32(batch.count(block))
+        fits = _fit_block(moments, bases, count, np.bool_(reml), start, batch.one_minimum, batch.sizes)
+        results.put(block, jax.device_get(fits))
+
+    for_blocks(batch, work, workers)
+
+
+def for_blocks(batch: Batch, work: Callable[[int], None], workers: int) -> None:
+    """Work on blocks by a pool of threads: XLA lets go of Python's lock, and one program runs on one core at a time.
+    The first block is done before all others: it compiles, and makes room for results."""
     x64 = jax.config.read("jax_enable_x64")
 
-    def work(block: int) -> None:
+    def scoped(block: int) -> None:
         with jax.enable_x64(x64):  # the scope is each thread's own
-            moments, bases, start = batch.inputs(block)
-            count = np.int32(batch.count(block))
-            fits = _fit_block(moments, bases, count, np.bool_(reml), start, batch.one_minimum, batch.sizes)
-            results.put(block, jax.device_get(fits))
+            work(block)
 
-    work(0)  # compiles, and makes room for the results
+    scoped(0)
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, range(1, batch.n_blocks)))
+        list(pool.map(scoped, range(1, batch.n_blocks)))
 
 
-def _on_mesh(batch: _Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
+def _on_mesh(batch: Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
     """As many blocks at a time as the mesh has devices, one on each."""
     D, N = mesh.size, batch.sizes.block
     over = PartitionSpec(mesh.axis_names)

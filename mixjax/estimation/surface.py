@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,13 +11,13 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import rank_tolerance
 from mixjax.design import AnyArray
-from mixjax.likelihood.criterion import Profiled, in_bases, profile
+from mixjax.likelihood.criterion import Profiled, profile
 from mixjax.likelihood.crossed import crossed_moments
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.incidence import Incidence
 from mixjax.likelihood.moments import has_closed_form, moments_of
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.likelihood.statistics import CrossProducts, Layout
 from mixjax.optimise.newton import Evaluate, by_differentiation
 
 
@@ -62,10 +62,15 @@ def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]
     At a singular fit the standard deviations that are zero, and in an unstructured covariance all of their columns, are
     not.
     """
-    layout = stats.layout
-    lambdas = cov.lambdas_of_theta(jnp.asarray(theta, stats.XX.dtype), layout.qs)
+    return coordinates_in(jnp.asarray(theta, stats.XX.dtype), stats.layout, [basis.R for basis in stats.Z_bases])
+
+
+def coordinates_in(theta: Array, layout: Layout, bases: Sequence[AnyArray]) -> tuple[Array, Array]:
+    """The same from the structure of the model and each Z's ``R (q, q)``."""
     parts, free = [], []
-    for structure, F in zip(layout.structures, in_bases(lambdas, stats), strict=True):
+    lambdas = cov.lambdas_of_theta(theta, layout.qs)
+    for structure, Lambda, R in zip(layout.structures, lambdas, bases, strict=True):
+        F = jnp.asarray(R) @ Lambda
         x = structure.near(F)
         at = jnp.asarray(structure.deviations)
         sds = jnp.abs(x[at])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import scipy.special
 import scipy.stats
 from jax import Array
 from jax.scipy.special import betainc, erfc
@@ -29,6 +30,7 @@ from mixjax.estimation.surface import coordinates_of, profiled_of
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.inference import kenward_roger as kr
 from mixjax.inference.information import information, information_of
+from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.likelihood.criterion import check_products
 from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.statistics import CrossProducts, pad
@@ -161,16 +163,36 @@ def _contrast(L: Array, beta: Array, vcov: Array, df: Array) -> Contrast:
     return Contrast(estimate, se, df, t, jnp.where(jnp.isnan(df), jnp.nan, p))
 
 
+def contrast_of(estimate: np.ndarray, se: np.ndarray, df: np.ndarray) -> Contrast:
+    """Two-sided tests that combinations are zero, in numpy."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = estimate / se
+    return Contrast(estimate, se, df, t, two_sided(t, df))
+
+
+def two_sided(t: np.ndarray, df: np.ndarray) -> np.ndarray:
+    """p values of t statistics; of normal ones where df is infinite."""
+    normal = np.isinf(df)
+    if normal.all():
+        return 2.0 * scipy.stats.norm.sf(np.abs(t))
+    return 2.0 * np.where(normal, scipy.stats.norm.sf(np.abs(t)), scipy.special.stdtr(df, -np.abs(t)))
+
+
 def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True) -> Contrast:
     check_products(stats)
     p = np.shape(stats.beta0)[-1]
     if np.ndim(L) not in (1, 2) or np.shape(L)[-1] != p:
         raise ValueError(f"L has shape {np.shape(L)}; combinations of {p} fixed effects are (r, {p}) or ({p},)")
-    stats = replace(stats, classes=None)
     many = np.ndim(stats.yy) == 1
-    axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
     concrete = all(map(is_concrete, jax.tree.leaves((est, stats, L))))
     double = concrete and np.asarray(stats.yy).dtype == np.float64
+    ddf = {_wald: "wald", _satterthwaite: "satterthwaite"}.get(fun, "")
+    if many and double and in_lanes(ddf, stats):
+        rows = np.atleast_2d(np.asarray(L, np.float64))
+        with jax.enable_x64(True):
+            return contrast_of(np.asarray(est.beta) @ rows.T, *errors_of_many(ddf, est, stats, rows, reml))
+    stats = replace(stats, classes=None)
+    axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
         rows = jnp.atleast_2d(jnp.asarray(L, stats.XX.dtype))
         result = _jitted(fun, axes)(est.theta, est.beta, est.sigma, stats, rows, jnp.asarray(reml))
@@ -232,7 +254,7 @@ def t_tests(
     df = method.df(L)
     with np.errstate(invalid="ignore", divide="ignore"):
         statistic = (estimate - rhs) / se
-    p = 2.0 * np.where(np.isinf(df), scipy.stats.norm.sf(np.abs(statistic)), scipy.stats.t.sf(np.abs(statistic), df))
+    p = two_sided(statistic, df)
     columns = {"estimate": estimate, "std_error": se, "df": df, "statistic": statistic, "p_value": p}
     return pd.DataFrame(columns, index=None if names is None else pd.Index(list(names)))
 

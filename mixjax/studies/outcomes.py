@@ -21,7 +21,8 @@ from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, batch_axes, estimate_many
 from mixjax.fitted import Fitted, term_names
-from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, wald
+from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
+from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.inference.likelihood_ratio import mixture_p
 from mixjax.inference.nesting import is_within, place_of
 from mixjax.inference.statistic import entries, named
@@ -155,12 +156,13 @@ def _fitted(
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
     parameters = {**batch.fixef, **batch.sdcor}
     columns |= {str(name): np.where(lost, np.nan, values) for name, values in parameters.items()}
-    tests = _by_blocks(task, est, products)
+    se, df = _errors(task, est, products)
     null = np.array([float(task.null.get(name, 0.0)) for name in labels.fixed])
     for j, name in enumerate(labels.fixed):
-        # Not the p value of the compiled program: its iterations depend on the other replicates of a block.
-        p = _p_value((tests.estimate[:, j] - null[j]) / tests.se[:, j], tests.df[:, j])
-        for column, values in (("se", tests.se[:, j]), ("df", tests.df[:, j]), ("p", p)):
+        # Not the p value of a compiled program: its iterations depend on the other replicates of a block.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = two_sided((est.beta[:, j] - null[j]) / se[:, j], df[:, j])
+        for column, values in (("se", se[:, j]), ("df", df[:, j]), ("p", p)):
             columns[f"{column}({name})"] = np.where(lost, np.nan, values)
     if task.statistic is not None:
         own = _statistics(task.statistic, est)
@@ -168,12 +170,12 @@ def _fitted(
     return columns, products, est
 
 
-def _p_value(t: np.ndarray, df: np.ndarray) -> np.ndarray:
-    return 2.0 * np.where(np.isinf(df), stats.norm.sf(np.abs(t)), stats.t.sf(np.abs(t), df))
-
-
-def _by_blocks(task: Task, est: Estimates, products: CrossProducts) -> Contrast:
-    """Tests of all fixed effects, block by block, the last one filled up."""
+def _errors(task: Task, est: Estimates, products: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors and degrees of freedom of all fixed effects ``(B, p)``."""
+    if in_lanes(task.ddf, products):
+        with jax.enable_x64(True):
+            return errors_of_many(task.ddf, est, products, np.eye(est.beta.shape[1]), task.reml)
+    # Block by block, the last one filled up.
     padded = pad(replace(products, classes=None))
     axes, B, p = batch_axes(padded), len(est.result), est.beta.shape[1]
     test = TESTS[task.ddf]
@@ -185,8 +187,9 @@ def _by_blocks(task: Task, est: Estimates, products: CrossProducts) -> Contrast:
         none: dict[str, Any] = dict.fromkeys(Estimates._fields)
         few = Estimates(**none | {"theta": est.theta[at], "beta": est.beta[at], "sigma": est.sigma[at]})
         found = test(few, own, np.eye(p), **kwargs)
-        parts.append(Contrast(*(np.asarray(a)[: B - begin] for a in found)))
-    return Contrast(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        parts.append((np.asarray(found.se)[: B - begin], np.asarray(found.df)[: B - begin]))
+    se, df = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return se, df
 
 
 def _statistics(function: Callable[[Estimates], Any], est: Estimates) -> dict[str, np.ndarray]:

@@ -1,0 +1,119 @@
+"""Tests of the fixed effects of many fits at once, over the moments that the fits themselves were made from.
+
+The cost of a fit's test does not depend on the number of levels of a balanced design. Lanes, one per fit, stand in the
+last axis of every array.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mixjax import linalg
+from mixjax.compiling import LANES, jit
+from mixjax.design import AnyArray
+from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.lanes import Bases, Sizes, put, slice_of
+from mixjax.estimation.many import Batch, for_blocks, last
+from mixjax.estimation.surface import coordinates_in
+from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
+from mixjax.likelihood.moments import Moments, has_closed_form
+from mixjax.likelihood.statistics import CrossProducts
+
+
+def in_lanes(ddf: str, stats: CrossProducts) -> bool:
+    """Whether :func:`errors_of_many` serves these tests."""
+    return ddf in ("wald", "satterthwaite") and has_closed_form(stats)
+
+
+def errors_of_many(
+    ddf: str, est: Estimates, stats: CrossProducts, L: np.ndarray, reml: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors and degrees of freedom ``(B, r)`` of ``L beta``, L ``(r, p)``; infinite for Wald's.
+
+    Args:
+        est, stats: of B fits, arrays of numbers, double precision. A fit's numbers do not depend on the others.
+    """
+    batch = Batch(stats, None, jax.default_backend())
+    se, df = np.empty((2, batch.B, len(L)))
+
+    def work(block: int) -> None:
+        moments, bases, _ = batch.inputs(block)
+        index, count = batch.index(block), batch.count(block)
+        theta, sigma = last(np.asarray(est.theta)[index]), np.asarray(est.sigma)[index]
+        found = _errors(ddf, L, theta, sigma, moments, bases, np.bool_(reml), batch.sizes)
+        for whole, part in zip((se, df), found, strict=True):
+            whole[index[0] : index[0] + count] = np.asarray(part).T[:count]
+
+    for_blocks(batch, work, batch.workers)
+    return se, df
+
+
+@partial(jit, compiler_options=LANES, static_argnames=("ddf", "sizes"))
+def _errors(
+    ddf: str, L: Array, theta: Array, sigma: Array, moments: Moments, bases: Bases, reml: Array, sizes: Sizes
+) -> tuple[Array, Array]:
+    """Tile by tile, so that arrays over lanes stay in the cache."""
+    N, size = sizes.block, sizes.lanes
+
+    def tile(i: Array, found: Any) -> Any:
+        own = slice_of((theta, sigma, moments, bases), i * size, size, N)
+        return put(found, _errors_in_lanes(ddf, jnp.asarray(L), *own, reml), i * size)
+
+    empty = jnp.zeros((len(L), N), sigma.dtype)
+    return jax.lax.fori_loop(0, N // size, tile, (empty, empty))
+
+
+def _errors_in_lanes(
+    ddf: str, L: Array, theta: Array, sigma: Array, moments: Moments, bases: Bases, reml: Array
+) -> tuple[Array, Array]:
+    """Standard errors and degrees of freedom ``(r, B)``; see :func:`mixjax.satterthwaite` for the definition.
+
+    With sigma profiled out ``f(x) = min_s F(x, s)``, ``s = log sigma``: see
+    :func:`~mixjax.inference.information.information`, which this is written out for lanes.
+    """
+    x, free = _coordinates(theta, moments, bases)
+    rows = linalg.matmul(L[..., None], jnp.asarray(bases.X_R_inv))
+
+    def parts(x: Array) -> tuple[Array, Array]:
+        at = profile_lanes(x, moments, reml)
+        left = linalg.matmul(rows, at.XX_inverse)
+        return (left * rows).sum(1), jnp.log(at.rss)
+
+    if ddf == "wald":
+        unscaled, _ = parts(x)
+        return sigma * jnp.sqrt(unscaled), jnp.full(unscaled.shape, jnp.inf, unscaled.dtype)
+    along = [jax.jvp(parts, (x,), (jnp.zeros_like(x).at[i].set(1.0),)) for i in range(len(x))]
+    (unscaled, _), _ = along[0]
+    slopes = jnp.stack([tangent[0] for _, tangent in along])  # (k, r, B)
+    log_sigma = jnp.where(free, 0.5 * jnp.stack([tangent[1] for _, tangent in along]), 0.0)
+    H = value_gradient_hessian(x, moments, reml)[2]
+    among = free[:, None] & free[None]
+    H = jnp.where(among, H, jnp.eye(len(x), dtype=H.dtype)[..., None])
+    inverse = jnp.where(among, linalg.inverse_logdet(H)[0], 0.0)
+    mixed = linalg.matmul(inverse, log_sigma[:, None])[:, 0]
+    df = moments.n - jnp.where(reml, moments.UU.shape[0] - sum(q * m for _, q, m in moments.dense), 0)
+    of_sigma = 0.25 / df + (log_sigma * mixed).sum(0)
+    # g'A g / 2 for the gradient (slopes, 2 unscaled) by the coordinates and log sigma, all over sigma^2.
+    spread = (slopes * linalg.matmul(inverse, slopes)).sum(0)
+    spread += 4.0 * unscaled * (slopes * mixed[:, None]).sum(0) + 4.0 * unscaled**2 * of_sigma
+    return sigma * jnp.sqrt(unscaled), jnp.where(_is_regular(H), unscaled**2 / spread, jnp.nan)
+
+
+def _coordinates(theta: Array, moments: Moments, bases: Bases) -> tuple[Array, Array]:
+    """The optimiser's coordinates ``(k, B)`` and which are free."""
+    B = theta.shape[-1]
+    R = [jnp.broadcast_to(basis.R, (*jnp.shape(basis.R)[:-1], B)) for basis in bases.Z]
+    return jax.vmap(lambda theta, R: coordinates_in(theta, moments.layout, R), (-1, -1), -1)(theta, R)
+
+
+def _is_regular(H: AnyArray) -> Array:
+    """``(B,)``: positive definite, judged free of scales; see :func:`~mixjax.estimation.surface.is_regular`."""
+    d = jnp.sqrt(jnp.abs(jnp.stack([H[i, i] for i in range(len(H))])))
+    least = jnp.sqrt(jnp.finfo(H.dtype).eps) * jnp.eye(len(H), dtype=H.dtype)[..., None]
+    return linalg.is_positive(H / (d[:, None] * d) - least)
