@@ -308,6 +308,18 @@ def test_refit_many_names_and_counts():
         fit.refit_many(Y[0])
 
 
+def test_many_fixed_effects_are_fitted_one_by_one(monkeypatch):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    stats = mj.cross_products(fit.design, fit.simulate(7, 3))
+    in_blocks = mj.estimate_many(stats), mj.satterthwaite(mj.estimate_many(stats), stats, np.eye(2))
+    monkeypatch.setattr(many, "MOST_COLUMNS", 1)
+    est = mj.estimate_many(stats)
+    one_by_one = est, mj.satterthwaite(est, stats, np.eye(2))
+    for name in ("theta", "beta", "sigma", "criterion"):
+        np.testing.assert_allclose(getattr(one_by_one[0], name), getattr(in_blocks[0], name), rtol=1e-6)
+    np.testing.assert_allclose(one_by_one[1].df, in_blocks[1].df, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sleepstudy_zerocorr", "pastes_nested"])
 def test_refit_many_keeps_the_random_effects_of_every_fit(name):
     fit = fit_of(name, "REML")

@@ -30,6 +30,9 @@ from mixjax.optimise.results import Result
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
 # Replicates of one call where no closed form applies.
 VMAP_BLOCK = 32
+# Fixed effects of the lanes' program at most: its matrices of X's columns are eliminated row by row, one entry of all
+# lanes after the other, and from about here on LAPACK is quicker for one fit at a time.
+MOST_COLUMNS = 64
 
 
 def estimate_many(
@@ -97,7 +100,7 @@ def estimate_many(
             start = np.broadcast_to(start, (B, n_theta))
         if B == 0:
             raise ValueError("there are no responses to fit")
-        if not has_closed_form(stats):
+        if not in_blocks(stats):
             return _one_by_one(stats, reml, start, keep)
         batch = Batch(stats, start, _platform(mesh))
         workers = batch.workers
@@ -111,6 +114,11 @@ def estimate_many(
         return results.estimates()
 
 
+def in_blocks(stats: CrossProducts) -> bool:
+    """Whether :class:`Batch` serves a model."""
+    return np.shape(stats.beta0)[-1] <= MOST_COLUMNS and has_closed_form(stats)
+
+
 def _platform(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
@@ -121,7 +129,7 @@ def _platform(mesh: Mesh | None) -> str:
 class Batch:
     """Replicates of one call, cut into blocks of N. What all share is prepared once.
 
-    For models that :func:`~mixjax.likelihood.moments.has_closed_form` says yes to.
+    For models that :func:`in_blocks` says yes to.
     """
 
     def __init__(self, stats: CrossProducts, start: np.ndarray | None, platform: str):
@@ -397,18 +405,20 @@ def _on_mesh(batch: Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
 
 
 def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
-    """One after another over sparse rows where the dense block is large; else ``jax.vmap`` of a few at a time."""
+    """One after another over sparse rows where the dense block is large, or where there are many fixed effects; else
+    ``jax.vmap`` of a few at a time."""
     axes = replace(batch_axes(stats), classes=None)
     stats = replace(stats, classes=None)
     B = len(stats.yy)
     where = None if np.ndim(stats.XX) == 3 else incidence(_index(stats, axes, 0))
-    size = VMAP_BLOCK if where is None else 1
+    alone = where is not None or np.shape(stats.beta0)[-1] > MOST_COLUMNS
+    size = 1 if alone else VMAP_BLOCK
     run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
     parts = []
     for first in range(0, B, size):
         index = np.minimum(np.arange(first, first + size), B - 1)
         begin = None if start is None else start[index]
-        if where is None:
+        if not alone:
             est = run(_index(stats, axes, index), reml, begin)
         else:
             one = fit_one(_index(stats, axes, first), None if begin is None else begin[0], reml, where)

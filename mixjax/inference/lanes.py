@@ -19,16 +19,16 @@ from mixjax.compiling import LANES, jit
 from mixjax.design import AnyArray
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, Sizes, put, slice_of
-from mixjax.estimation.many import Batch, for_blocks, last
+from mixjax.estimation.many import Batch, for_blocks, in_blocks, last
 from mixjax.estimation.surface import coordinates_in
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.moments import Moments, has_closed_form
+from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
 
 
 def in_lanes(ddf: str, stats: CrossProducts) -> bool:
     """Whether :func:`errors_of_many` serves these tests."""
-    return ddf in ("wald", "satterthwaite") and has_closed_form(stats)
+    return ddf in ("wald", "satterthwaite") and in_blocks(stats)
 
 
 def errors_of_many(
