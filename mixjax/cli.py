@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,10 @@ import mixjax
 from mixjax import datasets
 
 OK, NOT_CONVERGED, BAD_INPUT = 0, 1, 2
+# Coverage of the intervals.
+LEVEL = 0.95
+# What files named csv are separated by; looked for where a file seems to have one column.
+SEPARATORS = (",", ";", "\t", "|")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,12 +31,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"mixjax: compiled programs are not kept: {error}", file=sys.stderr)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"mixjax: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: _tell(message)
             return arguments.run(arguments)
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mixjax: {str(message).strip()}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _tell(message: Any) -> None:
+    """A warning as one line on stderr, without the place in Python's code that means nothing in a shell."""
+    print(f"mixjax: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--ml", action="store_true", help="maximum likelihood instead of REML")
     fit.add_argument("--weights", metavar="COLUMN", help="column with precision weights")
     fit.add_argument("--offset", metavar="COLUMN", help="column with a known part of the mean")
-    fit.add_argument("--sep", metavar="CHARACTER", default=",", help="separator of a csv file (default: comma)")
+    fit.add_argument(
+        "--ddf",
+        choices=("satterthwaite", "kenward-roger", "wald"),
+        help="p values of the fixed effects, with these degrees of freedom (wald: z tests)",
+    )
+    fit.add_argument(
+        "--confint",
+        choices=("profile", "wald"),
+        help="95 %% intervals of all parameters: profile likelihood, or Wald (fixed effects by --ddf)",
+    )
+    fit.add_argument(
+        "--sep", metavar="CHARACTER", default=",", help=r"separator of a csv file (default: comma; '\t' for tabs)"
+    )
     fit.add_argument("--json", action="store_true", help="print estimates as JSON")
     fit.set_defaults(run=_fit)
     power = commands.add_parser(
@@ -91,9 +113,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fit(arguments: argparse.Namespace) -> int:
     data = _read(arguments.data, arguments.sep)
-    fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset)
-    print(json.dumps(_as_json(fit), indent=2, allow_nan=False) if arguments.json else fit.summary())
+    with _Held() as held:
+        fit = mixjax.lmm(
+            arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset
+        )
+        held.known = not arguments.json
+    summary = fit.summary(arguments.ddf)
+    intervals = None
+    if arguments.confint is not None:
+        intervals = fit.confint(level=LEVEL, method=arguments.confint, ddf=arguments.ddf or "wald")
+    if arguments.json:
+        found = _as_json(fit, arguments.ddf, summary.tests, arguments.confint, intervals)
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        print(summary)
+        if intervals is not None:
+            print(f"\n{_interval_text(arguments.confint, intervals)}")
     return OK if fit.converged else NOT_CONVERGED
+
+
+class _Held:
+    """Warnings of rows and columns left out wait here: the summary says the same, but only where there is one.
+
+    ``known``: they stand in the summary.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+
+    def __enter__(self) -> _Held:
+        self.told: list[Any] = []
+        self.catching = warnings.catch_warnings()
+        self.catching.__enter__()
+        warnings.showwarning = lambda message, *_, **__: self.told.append(message)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.catching.__exit__(*error)
+        for message in self.told:
+            if not (self.known and isinstance(message, mixjax.DataWarning) and "left out because" in str(message)):
+                _tell(message)
 
 
 def _read(name: str, separator: str) -> Any:
@@ -107,15 +166,31 @@ def _read(name: str, separator: str) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise FileNotFoundError(f"there is no file {name!r} and no bundled data set of that name{hint}")
     try:
-        return pd.read_parquet(path) if path.suffix in (".parquet", ".pq") else pd.read_csv(path, sep=separator)
+        if path.suffix in (".parquet", ".pq"):
+            return pd.read_parquet(path)
+        # What a shell passes on when one types a tab's name instead of a tab.
+        separator = "\t" if separator == r"\t" else separator
+        # The header alone: rows of another separator may not even have one number of fields.
+        header = [str(column) for column in pd.read_csv(path, sep=separator, nrows=0)]
+        other = next((mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]), None)
+        if other is None:
+            return pd.read_csv(path, sep=separator)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+    shown = r"\t" if other == "\t" else other
+    kind = "tabs" if other == "\t" else f"{other!r}"
+    raise ValueError(
+        f"{name} has one column, {header[0]!r}: the file seems to be separated by {kind}: add --sep '{shown}'"
+    )
 
 
-def _as_json(fit: Any) -> dict[str, Any]:
-    """Estimates as plain numbers; what is not a number (the correlation of a zero variance) is null."""
+def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, intervals: Any) -> dict[str, Any]:
+    """Estimates as plain numbers; what is not a number (the correlation of a zero variance) is null.
+
+    With tests the standard errors are those of their method, as in the summary.
+    """
     frame = fit.varcorr.to_frame()
-    return {
+    found = {
         "formula": fit.labels.formula,
         "method": "REML" if fit.reml else "ML",
         "criterion": fit.criterion,
@@ -127,12 +202,34 @@ def _as_json(fit: Any) -> dict[str, Any]:
         "groups": {term.group: len(term.levels) for term in fit.labels.terms},
         "fixef": fit.fixef.to_dict(),
         "se": fit.se.to_dict(),
+    }
+    if tests is not None:
+        found |= {"ddf": ddf, "se": _plain(tests["std_error"])}
+        found |= {name: _plain(tests[name]) for name in ("df", "statistic", "p_value")}
+    found |= {
         "sigma": fit.sigma,
         "theta": fit.theta.tolist(),
         "varcorr": json.loads(frame.to_json(orient="records", double_precision=15)),
-        "converged": fit.converged,
-        "singular": fit.is_singular,
     }
+    if intervals is not None:
+        found["confint"] = {"method": method, "level": LEVEL}
+        found["confint"] |= {name: _plain(intervals[name]) for name in ("lower", "upper")}
+    return found | {"converged": fit.converged, "singular": fit.is_singular}
+
+
+def _plain(column: Any) -> dict[str, float | None]:
+    """Name -> number, or null where there is none: JSON has no infinite degrees of freedom of a z test."""
+    return {str(name): float(value) if math.isfinite(value) else None for name, value in column.items()}
+
+
+def _interval_text(method: str, intervals: Any) -> str:
+    from mixjax.summary import text_table
+
+    kind = "profile likelihood" if method == "profile" else "Wald"
+    table = intervals.rename_axis("").reset_index()
+    for name in ("lower", "upper"):
+        table[name] = ["none" if math.isnan(x) else f"{x:#.5g}" for x in table[name]]
+    return f"{100 * LEVEL:g} % confidence intervals ({kind}):\n{text_table(table, left=1)}"
 
 
 # --- mixjax power ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import pandas as pd
 
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning
+from mixjax.formula.errors import warn
 from mixjax.inference import hypotheses, parameters, variance
 from mixjax.inference.bootstrap import Bootstrap
 from mixjax.inference.bootstrap import bootstrap as run_bootstrap
@@ -144,7 +144,7 @@ class Inferring:
         if method == "profile":
             found = run_profile(self.record, parm).confint(level)
             for note in found.attrs["notes"]:
-                warnings.warn(note, InferenceWarning, stacklevel=2)
+                warn(note, InferenceWarning)
             return found
         if method == "wald":
             frame = parameters.wald_intervals(self.record, level, ddf)

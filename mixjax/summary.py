@@ -178,7 +178,7 @@ class Summary:
             "Estimate": [number(x) for x in table["estimate"]],
             "Std. Error": [number(x) for x in table["std_error"]],
         }
-        is_t = self.tests is None or np.isfinite(table["df"]).any()
+        is_t = self.tests is None or not np.isposinf(table["df"]).all()
         if self.tests is not None and is_t:
             columns["df"] = [f"{x:.2f}" for x in table["df"]]
         columns["t value" if is_t else "z value"] = [f"{x:.3f}" for x in table["statistic"]]

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 from conftest import table
 
@@ -115,6 +116,185 @@ def test_as_many_effects_as_rows_can_be_fitted_on_request():
     total = fit.sigma**2 + fit.Sigma["row"][0, 0]  # only the sum is identified
     residual = data.Reaction - np.polyval(np.polyfit(data.Days, data.Reaction, 1), data.Days)
     np.testing.assert_allclose(total, (residual**2).sum() / 58, rtol=1e-6)
+
+
+# --- numbers that are text -----------------------------------------------------------------------------------------
+
+NUMBERS = np.random.default_rng(0).normal(size=180).round(3)
+
+
+def text_of(values, **changes):
+    """Numbers as a csv reader leaves them where a cell is none."""
+    text = [str(value) for value in values]
+    for row, value in changes.items():
+        text[int(row.removeprefix("row"))] = value
+    return text
+
+
+TEXT = {
+    "a cell": (text_of(NUMBERS, row5="n/a?"),
+               r"column 'x' holds text in 1 of 180 rows \(first: row 5: 'n/a\?'\), all others are numbers: mend the "
+               r"table, or use pandas.to_numeric\(..., errors='coerce'\).*if its values are names, make it a category"),
+    "cells and missing ones": (text_of(NUMBERS, row3=None, row7="-", row9="-"),
+                               r"text in 2 of 180 rows \(first: row 7: '-'\), all others are numbers or missing"),
+    "an empty cell": (text_of(NUMBERS, row2=""), "1 of 180 rows \\(first: row 2: ''"),
+    "one comma": (text_of(NUMBERS, row4="0,5"), "1 of 180 rows \\(first: row 4: '0,5'"),
+    "decimal commas": ([str(v).replace(".", ",") for v in NUMBERS], r"column 'x' holds numbers with decimal commas "
+                       r"\(first: row 0: '0,126'\): read the file with pandas.read_csv\(..., decimal=','\)"),
+    "decimal commas among whole numbers": (text_of(range(180), row4="0,5"), "decimal commas \\(first: row 4: '0,5'"),
+    "decimal commas after thousands": (["1.234,5", *(f"{v},5" for v in range(179))], "decimal commas.*'1.234,5'"),
+    "thousands": ([f"{v:,}" for v in range(900, 1080)],
+                  r"numbers with commas \(first: row 100: '1,000'\).*thousands=','"),
+}  # fmt: skip
+MAKES = {"pandas": lambda f: f, "polars": pl.from_pandas, "dict": lambda f: f.to_dict("list")}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+@pytest.mark.parametrize(("x", "message"), TEXT.values(), ids=TEXT.keys())
+def test_text_among_numbers_is_named(x, message, make):
+    with pytest.raises(mj.DataError, match=message):
+        mj.build_design("Reaction ~ x + (1 | Subject)", make(sleep(x=x)))
+
+
+@pytest.mark.parametrize(
+    "formula", ["Reaction ~ Days + x + (x | Subject)", "Reaction ~ Days + (x | Subject)",
+                "Reaction ~ I(x > 0) + (1 | Subject)", "log(x) ~ Days + (1 | Subject)",
+                "Reaction ~ Days + offset(2 * x) + (1 | Subject)"],
+)  # fmt: skip
+def test_text_among_numbers_is_named_wherever_it_is_read(formula):
+    with pytest.raises(
+        mj.DataError, match=r"column 'x' holds text in 1 of 180 rows \(first: row 5: 'n/a\?'\)"
+    ) as caught:
+        mj.lmm(formula, sleep(x=TEXT["a cell"][0]))
+    assert len(str(caught.value)) < 300
+
+
+def test_text_that_names_things_is_a_factor(recwarn):
+    names = text_of(NUMBERS, row5="n/a?")
+    expected = len(set(names))
+    for formula, x in (("C(x)", names), ("factor(x)", names), ("x", pd.Categorical(names))):
+        assert mj.build_design(f"Reaction ~ 0 + {formula} + (1 | Subject)", sleep(x=x))[0].X.shape[1] == expected
+    by_contrasts = names[:80] * 3
+    mj.build_design("Reaction ~ x + (1 | Subject)", sleep(x=by_contrasts[:180]), contrasts={"x": "sum"})
+    mj.build_design("Reaction ~ Days + (1 | x)", sleep(x=names))  # only a grouping factor
+    mj.build_design("Reaction ~ x + (1 | Subject)", sleep(x=text_of(np.arange(180) % 4)))  # codes
+    mj.build_design("Reaction ~ x + (1 | Subject)", sleep(x=[f"id{i % 30}" for i in range(180)]))
+    mj.build_design("Reaction ~ I(x == '3') + (1 | Subject)", sleep(x=text_of(np.arange(180) % 30)))
+    assert not recwarn.list
+
+
+def test_many_numbers_as_text_are_a_factor_with_a_warning():
+    data = sleep(x=text_of(np.arange(180) % 30))
+    for formula in ("Reaction ~ x + (x | half)", "Reaction ~ x + (1 | half)"):
+        data["half"] = np.arange(180) // 90
+        with pytest.warns(
+            mj.DataWarning, match=r"'x' holds numbers as text.*factor with 30 levels.*to_numeric"
+        ) as caught:
+            mj.build_design(formula, data)
+        assert len([w for w in caught if "numbers as text" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (
+            TEXT["a cell"][0],
+            r"the response 'y' is not numeric: it holds text in 1 of 180 rows \(first: row 5: 'n/a\?'\)",
+        ),
+        (TEXT["decimal commas"][0], r"the response 'y' is not numeric: it holds numbers with decimal commas"),
+        (text_of(NUMBERS), r"it holds numbers as text \(first: row 0: '0.126'\): use pandas.to_numeric"),
+        (["yes", "no"] * 90, r"it holds text \(first: row 0: 'yes'\): make numbers of it first"),
+        (pd.Categorical(["yes", "no"] * 90), "it holds category values"),
+    ],
+)
+def test_response_of_text(y, message):
+    with pytest.raises(mj.DataError, match=message):
+        mj.build_design("y ~ Days + (1 | Subject)", sleep(y=y))
+
+
+def test_functions_of_text_say_that_it_is_text():
+    with pytest.raises(mj.FormulaError, match=r"log\(x\).*column 'x' holds numbers as text \(first: row 0: '0.126'\)"):
+        mj.build_design("Reaction ~ log(x) + (1 | Subject)", sleep(x=text_of(NUMBERS)))
+
+
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "later"])
+def test_text_among_numbers_in_chunks(bad):
+    data = sleep(x=NUMBERS)
+    chunks = [data[:90], data[90:]]
+    chunks[bad] = chunks[bad].assign(x=text_of(chunks[bad]["x"], row5="n/a?"))
+    with pytest.raises(mj.DataError, match=rf"'x' holds text in 1 of 90 rows \(first: row {90 * bad + 5}: 'n/a\?'\)"):
+        mj.cross_products_from(chunks, "Reaction ~ x + (1 | Subject)")
+
+
+def test_long_terms_are_shortened():
+    data = sleep(x=[f"id{i % 20}" for i in range(180)])
+    with pytest.raises(mj.DataError, match=r"term \(Intercept \+ x\[T.id1\] \+ .* and 15 more \| Subject\)") as caught:
+        mj.lmm("Reaction ~ Days + (x | Subject)", data)
+    assert "id15" not in str(caught.value)
+
+
+# --- random slopes that do not vary ---------------------------------------------------------------------------------
+
+
+def between():
+    """Columns that are one value per subject: two, three and many distinct ones."""
+    subject = np.arange(180) // 10
+    return sleep(drug=np.array(["a", "b"])[subject % 2], dose=np.array(["low", "mid", "high"])[subject % 3],
+                 age=20.0 + subject)  # fmt: skip
+
+
+CONSTANT = {
+    "(drug | Subject)": r"the effect 'drug\[T.b\]' of \(drug \| Subject\) does not vary within any level of 'Subject': "
+    "its variance and correlation cannot all be told from those of the other effects; a random slope needs values that",
+    "(Days + drug | Subject)": r"the effect 'drug\[T.b\]' of \(Days \+ drug \| Subject\)",
+    "(0 + drug | Subject)": r"the effects 'drug\[a\]', 'drug\[b\]' .* and correlations cannot all be told apart",
+    "(dose | Subject)": r"the effects 'dose\[T.low\]', 'dose\[T.mid\]' of",
+    "(age | Subject)": "the effect 'age' of .* show only in how the variance between levels changes with the values",
+}
+
+
+@pytest.mark.parametrize(("term", "message"), CONSTANT.items(), ids=CONSTANT.keys())
+def test_slopes_that_do_not_vary_within_levels(term, message):
+    with pytest.warns(mj.DataWarning, match=message) as caught:
+        mj.build_design(f"Reaction ~ Days + {term}", between())
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["(Days | Subject)", "(0 + age | Subject)", "(age || Subject)", "(0 + Days + age | Subject)",
+     "(Days:drug | Subject)", "(drug | dose)", "diag(drug | Subject)", "(1 + drug | row)"],
+)  # fmt: skip
+def test_slopes_that_can_be_estimated_are_not_warned_of(term, recwarn):
+    mj.build_design(f"Reaction ~ Days + {term}", between().assign(row=range(180)))
+    assert not recwarn.list
+
+
+def test_one_level_in_which_a_slope_varies_is_enough(recwarn):
+    data = between()
+    data.loc[0, "drug"] = "b"
+    mj.build_design("Reaction ~ Days + (drug | Subject)", data)
+    assert not recwarn.list
+
+
+# --- names and single values ----------------------------------------------------------------------------------------
+
+
+def test_names_in_another_case_are_suggested():
+    data = sleep().rename(columns={"Reaction": "rt", "Days": "P01"})
+    for formula, right in (("RT ~ P01 + (1 | Subject)", "rt"), ("rt ~ p01 + (1 | Subject)", "P01"),
+                           ("rt ~ P01 + (1 | SUBJEKT)", "Subject")):  # fmt: skip
+        with pytest.raises(mj.DataError, match=f"did you mean '{right}'\\?"):
+            mj.build_design(formula, data)
+
+
+def test_single_values_make_no_table_to_fit():
+    with pytest.raises(mj.DataError, match=r"the table has one row.*dict of single values"):
+        mj.lmm("y ~ x + (1 | g)", {"y": 1.0, "x": 2.0, "g": "a"})
+    with pytest.raises(mj.DataError, match="the response 'y' is constant"):
+        mj.lmm("y ~ x + (1 | g)", {"y": 1.0, "x": [2.0, 3.0], "g": ["a", "b"]})
+    with pytest.raises(mj.DataError, match="different length"):
+        mj.lmm("y ~ x + (1 | g)", {"y": [1.0, 2.0, 3.0], "x": [2.0, 3.0], "g": "a"})
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------

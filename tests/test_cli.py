@@ -72,14 +72,83 @@ def test_bad_input_is_exit_code_2_and_a_message(arguments, message, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_rows_left_out_are_told_on_stderr(tmp_path, capsys):
-    frame = table("sleepstudy").copy()
+def test_rows_and_columns_left_out_are_told_once(tmp_path, capsys):
+    frame = table("sleepstudy").copy().assign(twice=lambda d: 2 * d["Days"])
     frame.loc[0, "Reaction"] = None
     frame.to_csv(tmp_path / "data.csv", index=False)
-    assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--no-cache"]) == 0
+    arguments = ["fit", "Reaction ~ Days + twice + (Days | Subject)", str(tmp_path / "data.csv"), "--no-cache"]
+    assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "1 of 180 rows left out" in captured.err
     assert "1 rows left out" in captured.out
+    assert "columns left out: twice" in captured.out
+    assert captured.err == ""
+    assert main([*arguments, "--json"]) == 0  # which does not say it
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "mixjax: 1 of 180 rows left out because of missing values (Reaction 1)"
+    assert said[1:] == ["mixjax: fixed-effects columns left out because other columns determine them: twice"]
+
+
+def test_rows_left_out_are_told_when_the_fit_fails(tmp_path, capsys):
+    frame = table("sleepstudy").iloc[:20].assign(Reaction=[None] * 10 + [250.0] * 10)
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--no-cache"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "10 of 20 rows left out" in first
+    assert "is constant" in second
+
+
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger", "wald"])
+def test_p_values(ddf, capsys):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    assert main(["fit", FORMULA, "sleepstudy", "--ddf", ddf, "--no-cache"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(fit.summary(ddf))
+    assert captured.err == ""
+    assert main(["fit", FORMULA, "sleepstudy", "--ddf", ddf, "--json", "--no-cache"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tests = fit.tidy(ddf).query("effect == 'fixed'").set_index("term")
+    assert result["ddf"] == ddf
+    for name, column in (("se", "std_error"), ("statistic", "statistic"), ("p_value", "p_value")):
+        assert result[name] == pytest.approx(tests[column].to_dict(), rel=1e-9)
+    assert result["df"] == (
+        {"Intercept": None, "Days": None} if ddf == "wald" else pytest.approx(tests["df"].to_dict())
+    )
+
+
+def test_profile_intervals_and_their_warning_as_one_line(capsys):
+    assert main(["fit", FORMULA, "sleepstudy", "--confint", "profile", "--no-cache"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(str(fit_of("sleepstudy_slopes", "REML").summary()))
+    rows = captured.out.split("95 % confidence intervals (profile likelihood):\n")[1].splitlines()
+    assert rows[0].split() == ["lower", "upper"]
+    assert rows[1].split() == ["sd_Intercept|Subject", "14.381", "37.716"]  # lme4: 14.38, 37.72
+    (warning,) = captured.err.splitlines()
+    assert warning.startswith("mixjax: profiles are of the ML deviance")
+    assert main(["fit", FORMULA, "sleepstudy", "--ml", "--confint", "profile", "--json", "--no-cache"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out)["confint"]
+    expected = fit_of("sleepstudy_slopes", "ML").confint()
+    assert (found["method"], found["level"]) == ("profile", 0.95)
+    for side in ("lower", "upper"):
+        assert found[side] == pytest.approx(expected[side].to_dict(), rel=1e-6)
+
+
+def test_wald_intervals_have_the_degrees_of_freedom_of_the_tests(capsys):
+    arguments = ["fit", FORMULA, "sleepstudy", "--confint", "wald", "--ddf", "satterthwaite", "--json", "--no-cache"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)["confint"]
+    expected = fit_of("sleepstudy_slopes", "REML").confint(method="wald", ddf="satterthwaite")
+    assert found["upper"] == pytest.approx(expected["upper"].to_dict(), rel=1e-9)
+
+
+def test_an_interval_that_does_not_exist_is_null(capsys):
+    arguments = ["fit", "Yield ~ 1 + (1 | Batch)", "dyestuff2", "--confint", "wald", "--no-cache"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confint"]["lower"]["sd_Intercept|Batch"] is None
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert ["sd_Intercept|Batch", "none", "none"] in [line.split() for line in out.splitlines()]
 
 
 def test_wrong_usage():
@@ -116,6 +185,19 @@ def test_other_separators_and_unreadable_files(tmp_path, capsys):
     assert "empty.csv cannot be read" in capsys.readouterr().err
     assert main(["fit", FORMULA, "sleepstdy", "--no-cache"]) == 2
     assert "did you mean 'sleepstudy'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("separator", "shown", "decimal"), [(";", ";", ","), ("\t", r"\t", "."), ("|", "|", "."), (",", ",", ".")]
+)
+def test_a_file_with_another_separator_says_which(separator, shown, decimal, tmp_path, capsys):
+    table("sleepstudy").to_csv(tmp_path / "data.csv", index=False, sep=separator, decimal=decimal)
+    asked = ["--sep", ";"] if separator == "," else []
+    assert main(["fit", FORMULA, str(tmp_path / "data.csv"), *asked, "--no-cache"]) == 2
+    assert f"add --sep '{shown}'" in capsys.readouterr().err
+    if decimal == ".":
+        assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--sep", shown, "--no-cache"]) == 0
+        assert "1743.6" in capsys.readouterr().out
 
 
 POWER = [

@@ -7,6 +7,7 @@ from scipy import stats
 
 import mixjax as mj
 from mixjax.studies.power import _curve, _share
+from mixjax.studies.scenario import scenario_of
 
 TRIAL = "y ~ treated + (1 | cluster)"
 
@@ -120,6 +121,60 @@ def test_wilson_intervals():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+
+def arms(clusters=12):
+    data = trial(clusters).table.assign(arm=lambda d: np.array(list("abc"))[d["cluster"] % 3])
+    return mj.scenario("y ~ arm + (1 | cluster)", data, beta=[0.0, 1.0, 1.0], sd=1.0)
+
+
+def drawn():
+    made = {"cluster": mj.factor(12, balance="blocks"), "treated": mj.bernoulli(0.5)}
+    return mj.population(**made, y=mj.response("treated", error_scale=1)).rows(60, x="new")
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "test", "message"),
+    [
+        (lambda: arms(), "y ~ arm + (1 | cluster)", "arm", r"'arm' is a factor.*arm\[T.b\], arm\[T.c\].*test='lrt'"),
+        (lambda: arms(), "y ~ C(arm, contr.sum) + (1 | cluster)", "arm", "'arm' is a factor"),
+        (lambda: arms(), "y ~ treated * arm + (1 | cluster)", "treated:arm", "'treated:arm' is a factor"),
+        (lambda: arms(), "y ~ arm + (1 | cluster)", "ar", "no fixed effect 'ar' to test; there are Intercept, arm"),
+        (lambda: arms(), {"a": TRIAL, "b": "y ~ arm + (1 | cluster)"}, "treated", "no fixed effect 'treated'"),
+        (drawn, TRIAL, "dose", "no fixed effect 'dose' to test; there are Intercept, treated"),
+    ],
+)
+def test_what_cannot_be_tested_is_said_before_simulating(source, model, test, message, monkeypatch):
+    def simulated(*_):
+        raise AssertionError("simulated before the name was looked at")
+
+    monkeypatch.setattr("mixjax.studies.study.outcomes", simulated)
+    with pytest.raises(mj.DataError, match=message):
+        mj.power(source(), model, test, progress=False)
+    with pytest.raises(mj.DataError, match=message):
+        mj.power(lambda size: source(), model, test, {"size": [1]}, progress=False)
+
+
+def test_power_from_pilot_data():
+    pilot = trial(16)
+    fit = mj.lmm(TRIAL, pilot.table.assign(y=pilot.simulate(2, 1)[0]))
+    found = mj.power(fit, TRIAL, "treated", replicates=400, key=1, progress=False)
+    same = mj.power(scenario_of(fit), TRIAL, "treated", replicates=400, key=1, progress=False)
+    pd.testing.assert_frame_equal(found.table, same.table)
+    # The estimates in the place of the truth, and from there the closed form.
+    sd, sigma, effect = np.sqrt(fit.Sigma["cluster"][0, 0]), fit.sigma, fit.fixef["treated"]
+    curve = mj.power_curve(
+        lambda clusters: scenario_of(fit).on(trial(clusters).table), TRIAL, "treated", {"clusters": [16, 32]},
+        replicates=4_000, key=1, progress=False,
+    )  # fmt: skip
+    for row in curve.table.itertuples():
+        ncp = effect / np.sqrt(4 * (sd**2 + sigma**2 / 5) / row.clusters)
+        t = stats.t.ppf(0.975, row.clusters - 2)
+        expected = stats.nct.sf(t, row.clusters - 2, ncp) + stats.nct.cdf(-t, row.clusters - 2, ncp)
+        assert abs(row.power - expected) < 4 * np.sqrt(expected * (1 - expected) / 4_000) + row.singular / 4_000
 
 
 # --- classic checks --------------------------------------------------------------------------------------------------

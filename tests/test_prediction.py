@@ -222,6 +222,20 @@ def test_a_name_of_the_caller_is_not_mistaken_for_a_missing_column():
         predict(fit, TABLE[["g"]])
 
 
+def test_single_values_of_a_dict_stand_for_all_rows():
+    fit = fit_formula("y ~ f + x + (1 | g)")
+    level = str(TABLE["g"].iloc[0])
+    long = predict(fit, {"f": ["lo", "lo"], "x": [0.5, 1.5], "g": [level, level]})
+    close(predict(fit, {"f": "lo", "x": [0.5, 1.5], "g": level}), long, 1e-14)
+    close(predict(fit, {"f": "lo", "x": 0.5, "g": level}), long.iloc[:1], 1e-14)
+    close(predict(fit, {"f": np.array("lo"), "x": jnp.asarray(0.5), "g": np.str_(level)}), long.iloc[:1], 1e-6)
+    # A column that this prediction does not read counts rows all the same.
+    population = predict(fit, {"f": "lo", "x": 0.5, "g": [level, level, level]}, random=False)
+    close(population, [predict(fit, {"f": "lo", "x": 0.5}, random=False).iloc[0]] * 3, 1e-14)
+    with pytest.raises(DataError, match=r"columns of different length: f \(3,\), x \(2,\)"):
+        predict(fit, {"f": ["lo"] * 3, "x": [0.5, 1.5], "g": level})
+
+
 # --- what is refused or missing ------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Simulation studies: scenarios, measures, and the same bits whatever the split."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import mixjax as mj
 from mixjax.studies.describe import describe
 from mixjax.studies.measures import bias, empirical_se, model_se, relative_error_se, rmse
 from mixjax.studies.outcomes import BLOCK, outcomes
+from mixjax.studies.scenario import scenario_of
 from mixjax.studies.study import _cells
 
 FORMULA = "y ~ x + (x | g)"
@@ -99,6 +101,152 @@ def test_an_impossible_covariance_of_three_effects_is_named():
 def test_predictors_with_missing_values_are_refused():
     with pytest.raises(mj.DataError, match="1 rows of the predictors"), pytest.warns(mj.DataWarning):
         mj.scenario(FORMULA, layout().assign(x=lambda d: d["x"].where(d.index > 0)), **PARAMETERS)
+
+
+def test_a_scenario_is_shown_in_short():
+    text = repr(source())
+    assert text.startswith("<Scenario 'y ~ x + (x | g)': 72 rows; 12 g")
+    assert "fixed effects: Intercept 1, x 0.5" in text
+    assert "sd_Intercept|g 1, cor_x.Intercept|g 0.3, sd_x|g 0.5, sigma 1>" in text
+    many = pd.DataFrame({"f": [f"f{i:02}" for i in range(30)] * 4, "g": np.arange(120) % 8})
+    text = repr(mj.scenario("y ~ f + (1 | g)", many, np.ones(30), sd=1))
+    assert text.count("\n") == 2
+    assert "(10 more)" in text
+
+
+# --- scenarios of fits -----------------------------------------------------------------------------------------------
+
+divisor = 2.0
+
+
+def sleepstudy():
+    return mj.datasets.load("sleepstudy").assign(w=lambda d: 1 + d["Days"] % 3, o=lambda d: 3.0 * d["Days"])
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        ("Reaction ~ Days + (Days | Subject)", {}),
+        ("Reaction ~ I(Days / divisor) + (Days || Subject)", {"weights": "w"}),
+        ("Reaction ~ Days + offset(o) + (1 | Subject)", {"offset": "o"}),
+        ("log(Reaction) ~ Days + offset(o / 100) + (1 | Subject)", {}),
+        ("Reaction ~ Days + (1 | Subject)", {"weights": np.arange(1.0, 181.0), "offset": np.ones(180)}),
+        ("Reaction ~ scale(Days) + (1 | Subject)", {"subset": "Days > 1", "weights": "w", "offset": "o"}),
+    ],
+)
+def test_a_scenario_of_a_fit_simulates_what_the_fit_simulates(formula, options):
+    fit = mj.lmm(formula, sleepstudy(), **options)
+    truth = scenario_of(fit)
+    np.testing.assert_allclose(truth.simulate(1, 3), fit.simulate(1, 3), rtol=1e-12)
+    assert truth.truth["sigma"] == fit.sigma
+    assert "Reaction" not in truth.table
+    # What a study fits to a simulated response is the same model.
+    y = truth.simulate(1, 1)[0]
+    again = mj.lmm("y ~ " + formula.partition("~")[2], truth.table.assign(y=y), **truth.options)
+    np.testing.assert_allclose(again.fixef, fit.refit(y).fixef, rtol=1e-7)
+    np.testing.assert_allclose(again.se, fit.refit(y).se, rtol=1e-5)
+
+
+@pytest.mark.parametrize("contrasts", [{"recipe": "sum"}, {"recipe": "contr.treatment(base='B')"}, None])
+def test_contrasts_of_a_fit_are_kept(contrasts):
+    data = mj.datasets.load("cake")
+    formula = "angle ~ recipe * temp + (1 | recipe:replicate)"
+    fit = mj.lmm(formula, data, contrasts=contrasts)
+    truth = scenario_of(fit)
+    assert truth.labels.fixed == fit.labels.fixed
+    np.testing.assert_allclose(truth.simulate(2, 2), fit.simulate(2, 2), rtol=1e-12)
+    both = pd.concat([data, data.assign(replicate=lambda d: d["replicate"].astype(str) + "b")])
+    twice = truth.on(both)
+    assert (twice.nobs, twice.truth) == (540, truth.truth)
+    np.testing.assert_allclose(twice.design.X[:270], fit.X, rtol=1e-12)
+
+
+def test_contrasts_in_the_formula_are_not_taken_for_an_option():
+    fit = mj.lmm("angle ~ C(recipe, contr.sum) + (1 | recipe:replicate)", mj.datasets.load("cake"))
+    truth = scenario_of(fit)
+    assert truth.options["contrasts"] is None
+    np.testing.assert_allclose(truth.simulate(2, 2), fit.simulate(2, 2), rtol=1e-12)
+
+
+def crossed(participants, items=8):
+    names = ["participant", "item"]
+    rows = pd.MultiIndex.from_product([range(participants), range(items)], names=names).to_frame(index=False)
+    return rows.assign(condition=np.where((rows["participant"] + rows["item"]) % 2, "b", "a"))
+
+
+def test_parameters_follow_their_terms_to_another_table():
+    """With more participants than items the terms of the fit stand in another order."""
+    formula = "y ~ condition + (1 | participant) + (1 + condition | item)"
+    small = mj.scenario(formula, crossed(6), [1.0, 0.5], 1.0, {"participant": 2.0, "item": [0.5, 0.3]}, {"item": 0.4})
+    large = small.on(crossed(20))
+    assert [t.group for t in small.labels.terms] == ["item", "participant"]
+    assert [t.group for t in large.labels.terms] == ["participant", "item"]
+    assert large.truth == small.truth
+    direct = mj.scenario(formula, crossed(20), [1.0, 0.5], 1.0, {"participant": 2.0, "item": [0.5, 0.3]}, {"item": 0.4})
+    np.testing.assert_array_equal(large.simulate(1, 2), direct.simulate(1, 2))
+
+
+def test_other_fixed_effects_in_place_of_the_estimates():
+    truth = source()
+    other = truth.with_effects({"x": 0.2})
+    assert other.truth == truth.truth | {"x": 0.2}
+    with pytest.raises(ValueError, match="beta names 'z', but the fixed effects are Intercept, x"):
+        truth.with_effects({"z": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("formula", "options", "change", "message"),
+    [
+        ("Reaction ~ Days + (1 | Subject)", {}, lambda d: d.drop(columns="Days"), "no column 'Days'"),
+        ("Reaction ~ Days + (1 | Subject)", {"weights": "w"}, lambda d: d.drop(columns="w"), "no column 'w'"),
+        ("Reaction ~ Days + (1 | Subject)", {"weights": np.ones(180)}, lambda d: d, "weights= was given as numbers"),
+        ("Reaction ~ scale(Days) + (1 | Subject)", {}, lambda d: d[d["Days"] < 5], r"scale\(Days\) is computed from"),
+        ("Reaction ~ f + (1 | Subject)", {}, lambda d: d[d["f"] != "c"], "f has the categories a, b in the new"),
+        ("Reaction ~ f + (1 | Subject)", {}, lambda d: d.assign(f=1.0), r"f has the categories \(none: numbers\)"),
+        ("Reaction ~ Days + (0 + f | Subject)", {}, lambda d: d[d["f"] != "c"], "f has the categories a, b in the"),
+        ("Reaction ~ Days + w + (1 | Subject)", {}, lambda d: d.assign(w=d["Days"]), "must be able to tell"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fixed-effects columns left out")
+def test_a_table_on_which_the_parameters_mean_something_else_is_refused(formula, options, change, message):
+    data = sleepstudy().assign(f=lambda d: np.array(list("abc"))[d["Days"] % 3])
+    truth = scenario_of(mj.lmm(formula, data, **options))
+    with pytest.raises(mj.DataError, match=message):
+        truth.on(change(data))
+
+
+def test_fits_that_cannot_be_simulated_from():
+    data = sleepstudy()
+    chunks = mj.lmm("Reaction ~ Days + (1 | Subject)", [data[:90], data[90:]])
+    with pytest.raises(mj.DataError, match=r"rows were not kept.*mixjax.scenario\(formula, table, beta=fit.fixef"):
+        mj.study(chunks, "Reaction ~ Days + (1 | Subject)", progress=False)
+    shift = {"by": 1.0}
+
+    def moved(x):
+        return (x - 4) ** 2 + shift["by"] * x
+
+    fit = mj.lmm("Reaction ~ moved(Days) + (1 | Subject)", data)
+    shift["by"] = 3.0
+    with pytest.raises(mj.DataError, match="gives other columns now"):
+        scenario_of(fit)
+    lost = replace(fit.record, estimates=fit.record.estimates._replace(converged=np.array(False)))
+    with pytest.raises(ValueError, match="did not converge"):
+        scenario_of(lost)
+    with pytest.raises(TypeError, match="a fit is needed"):
+        scenario_of("fit")
+
+
+def test_a_study_of_a_fit():
+    formula = "Reaction ~ Days + (Days | Subject)"
+    fit = mj.lmm(formula, mj.datasets.load("sleepstudy"))
+    found = mj.study(fit, formula, replicates=60, key=1, progress=False)
+    same = mj.study(scenario_of(fit), formula, replicates=60, key=1, progress=False)
+    pd.testing.assert_frame_equal(found.raw(), same.raw(), check_exact=True)
+    assert found.truths[0]["Days"] == fit.fixef["Days"]
+    made = mj.study(lambda which: fit, formula, {"which": ["own"]}, replicates=60, key=1, common=True, progress=False)
+    assert made.truths == found.truths
+    with pytest.raises(ValueError, match=r"lambda groups: scenario_of\(fit\).on\(table\(groups\)\)"):
+        mj.study(fit, formula, {"groups": [10]}, progress=False)
 
 
 # --- replicates ------------------------------------------------------------------------------------------------------

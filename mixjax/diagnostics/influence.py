@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from mixjax.diagnostics.refits import (
 )
 from mixjax.diagnostics.units import units_of
 from mixjax.fitted import Fitted, InferenceWarning, record_of, term_names
+from mixjax.formula.errors import warn
 
 Method = Literal["exact", "fixed-theta", "one-step"]
 METHODS = ("exact", "fixed-theta", "one-step")
@@ -94,11 +94,10 @@ def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influ
     if not without.found.all():
         lost = units.names[~without.found]
         shown = ", ".join(str(u) for u in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        warnings.warn(
+        warn(
             f"{len(lost)} of {len(units.names)} deletions left no estimates (see .result): {shown}; what is computed "
             "from the others does not speak of these units",
             InferenceWarning,
-            stacklevel=2,
         )
     leverages = np.stack([own.overall, own.fixed, own.random, own.random_unconfounded], axis=1)
     means = np.stack([np.bincount(units.code, weights=column) for column in leverages.T], axis=1)

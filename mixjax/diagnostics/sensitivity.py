@@ -12,7 +12,6 @@ for every product, and contracted with the products of every row the derivatives
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from mixjax.diagnostics.refits import entry_names
 from mixjax.estimation.search import own_factors
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
 from mixjax.fitted import Fitted, InferenceWarning, record_of, term_names
+from mixjax.formula.errors import warn
 from mixjax.likelihood.criterion import Profiled
 from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.statistics import CrossProducts
@@ -96,7 +96,7 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
             J = np.asarray(_jacobian(np.append(x, est.sigma), rows.stats, scale=scale))
         why = "" if regular else "the Hessian of the criterion is not positive definite"
     if why:
-        warnings.warn(f"the estimates have no derivatives, all are NaN: {why}", InferenceWarning, stacklevel=2)
+        warn(f"the estimates have no derivatives, all are NaN: {why}", InferenceWarning)
     else:
         own = _contract(rows, slopes)
         kept = np.append(varies, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,18 +17,30 @@ from formulaic.transforms import TRANSFORMS
 
 from mixjax.bases import orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
-from mixjax.formula.errors import DataError, FormulaError, warn
-from mixjax.formula.parse import Group, ParsedFormula, names_in, parse, quote_columns
+from mixjax.formula.errors import DataError, FormulaError, some_of, warn
+from mixjax.formula.parse import (
+    Group,
+    ParsedFormula,
+    names_in,
+    names_outside_calls,
+    names_outside_factors,
+    parse,
+    quote_columns,
+)
 from mixjax.formula.table import (
+    TextColumn,
     check_finite,
     column_names,
     complete_rows,
     drop_unused_categories,
     factor_codes,
+    is_text,
     refuse_dates,
+    refuse_numbers_among_text,
     refuse_unknown,
     row_values,
     to_pandas,
+    warn_of_numeric_factors,
 )
 
 # What R users write without a prefix, beside formulaic's own transforms.
@@ -75,7 +87,8 @@ def build_design(
         FormulaError, DataError: with the name of the culprit.
 
     Warns:
-        DataWarning: rows with missing values or redundant columns were left out.
+        DataWarning: rows with missing values or redundant columns were left out; a column of numbers is text; a random
+            slope does not vary within levels.
 
     Example:
         >>> import mixjax as mj
@@ -91,7 +104,7 @@ def build_design(
         )
     parsed = quote_columns(parsed, column_names(data))
     context = usable(caller_context() if context is None else context)
-    frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context)
+    frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context, contrasts or {})
     specs: dict[str, Any] = {}
 
     y = _response(parsed.response, frame, context)
@@ -144,7 +157,13 @@ def caller_context() -> dict[str, Any]:
 
 
 def _used_rows(
-    parsed: ParsedFormula, data: Any, weights: Any, offset: Any, subset: Any, context: Mapping[str, Any]
+    parsed: ParsedFormula,
+    data: Any,
+    weights: Any,
+    offset: Any,
+    subset: Any,
+    context: Mapping[str, Any],
+    contrasts: Mapping[str, str],
 ) -> tuple[pd.DataFrame, int]:
     """The used columns, complete rows only, with weights and offset beside them; and the number of rows left out."""
     available = column_names(data)
@@ -174,6 +193,8 @@ def _used_rows(
     table = to_pandas(data, [*columns, *extra] if not isinstance(subset, str) else available)
     if len(table) == 0:
         raise DataError("the table has no rows")
+    if len(table) == 1:
+        raise DataError("the table has one row, and a model needs many; a dict of single values makes one row")
     # Only a pandas table has an index that other pandas columns can be lined up with.
     index = table.index if isinstance(data, pd.DataFrame) else None
 
@@ -185,6 +206,10 @@ def _used_rows(
             column = table[values] if isinstance(values, str) else values
             frame[key] = row_values(name, column, index, len(table))
     refuse_dates(frame, [*numeric, *arrays])
+    effects = (parsed.fixed, *(part.effects for part in parsed.random))
+    # A response or offset that is a column must be numbers anyway, and `expression` says so.
+    computed = (text for text in (parsed.response, *parsed.offsets) if text.strip("`") not in frame)
+    refuse_numbers_among_text(frame, _read_by((*effects, *computed), names_outside_factors, frame, contrasts))
     frame = frame[_subset_rows(subset, table, index)]
     if len(frame) == 0:
         raise DataError("subset leaves no rows")
@@ -192,7 +217,16 @@ def _used_rows(
     n_missing = int((~complete).sum())
     frame = frame[complete]
     check_finite(frame)
+    warn_of_numeric_factors(frame, _read_by(effects, names_outside_calls, frame, contrasts))
     return drop_unused_categories(frame.copy()), n_missing
+
+
+def _read_by(
+    texts: Iterable[str], names: Callable[[str], list[str]], frame: pd.DataFrame, contrasts: Mapping[str, str]
+) -> list[str]:
+    """Columns that the texts read, less those that ``contrasts=`` declares to be factors."""
+    read = dict.fromkeys(name for text in texts for name in names(text))
+    return [name for name in read if name in frame and name not in contrasts]
 
 
 def _subset_rows(subset: Any, table: pd.DataFrame, index: Any) -> np.ndarray:
@@ -250,6 +284,8 @@ def model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> 
             matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
     except FactorEvaluationError as error:
         cures = [cure for name, cure in CURES.items() if re.search(rf"(?<![\w.]){name}\b", text)]
+        columns = {name: TextColumn(frame[name]) for name in names_in(text) if name in frame and is_text(frame[name])}
+        cures += [f"column '{name}' holds {own.content()}" for name, own in columns.items() if own.mostly_numbers()]
         raise FormulaError("; ".join([f"'{text}' cannot be evaluated: {_plain(error)}", *cures])) from error
     except FormulaicError as error:
         raise FormulaError(f"'{text}' is not understood: {_plain(error)}") from error
@@ -276,11 +312,12 @@ def expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what:
     if name in frame:
         column = frame[name]
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
-            raise DataError(f"the {what} '{name}' is not numeric: it holds {column.dtype} values")
+            content = TextColumn(column).content() if is_text(column) else f"{column.dtype} values"
+            raise DataError(f"the {what} '{name}' is not numeric: it holds {content}")
         return column.to_numpy(float)
     columns, names, _spec = model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
     if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
-        raise DataError(f"the {what} '{text}' is not one numeric column: it gives {', '.join(names)}")
+        raise DataError(f"the {what} '{text}' is not one numeric column: it gives {some_of(names)}")
     return columns[:, 0]
 
 
@@ -323,7 +360,7 @@ def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> t
     independent = orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2]
     dropped = [name for name, keep in zip(names, independent, strict=True) if not keep]
     if dropped:
-        warn(f"fixed-effects columns left out because other columns determine them: {', '.join(dropped)}")
+        warn(f"fixed-effects columns left out because other columns determine them: {some_of(dropped)}")
         X, names = X[:, independent], [name for name, keep in zip(names, independent, strict=True) if keep]
     if X.shape[1] >= X.shape[0]:
         raise DataError(
@@ -366,6 +403,8 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[s
             if not names:
                 raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
             _check_columns_of_term(Z, names, part.group.name)
+            if part.structure == "us":
+                _warn_of_constant_slopes(Z, names, codes, f"({effects} | {part.group.name})", part.group.name)
             labels = TermLabels(part.group.name, tuple(names), tuple(levels))
             terms.append(_Term(Z, codes, labels, spec, part.structure))
     _check_no_effect_twice(terms)
@@ -393,11 +432,40 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, lis
 def _check_columns_of_term(Z: np.ndarray, names: list[str], group: str) -> None:
     independent = orthonormal_columns(Z, None)[2]
     if not independent.all():
-        culprits = ", ".join(name for name, keep in zip(names, independent, strict=True) if not keep)
+        culprits = some_of([name for name, keep in zip(names, independent, strict=True) if not keep])
         raise DataError(
             f"random effects of '{group}' cannot be told apart: other effects of the term determine {culprits}; "
             "leave it out of the term"
         )
+
+
+def _warn_of_constant_slopes(Z: np.ndarray, names: list[str], codes: np.ndarray, term: str, group: str) -> None:
+    """Effects that no level shows at two values, beside others of that kind with which they may correlate.
+
+    Such effects move all rows of a level alike, so the data show one sum of them per level: its variance is a quadratic
+    form in the effects' values, whose coefficients are the variances and covariances asked for. An effect that is alone
+    in this (``0 + x``, ``x || g``) has one variance, which can be estimated.
+    """
+    if Z.shape[1] < 2:
+        return
+    first = np.zeros(codes.max() + 1, np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    within = (Z[first[codes]] == Z).all(axis=0)
+    k = int(within.sum())
+    flagged = [name for name, flag in zip(names, within & ~(Z[0] == Z).all(axis=0), strict=True) if flag]
+    if k < 2 or len(first) == len(codes) or not flagged:
+        return
+    one = len(flagged) == 1
+    effects = f"the effect {flagged[0]!r}" if one else f"the effects {some_of([repr(name) for name in flagged])}"
+    does, its = ("does", "its variance and correlation") if one else ("do", "their variances and correlations")
+    if len(np.unique(Z[first][:, within], axis=0)) < k * (k + 1) // 2:  # fewer equations than unknowns
+        known = f"cannot all be told {'from those of the other effects' if one else 'apart'}"
+    else:
+        known = "show only in how the variance between levels changes with the values"
+    warn(
+        f"{effects} of {term} {does} not vary within any level of '{group}': {its} {known}; a random slope needs "
+        "values that change within levels"
+    )
 
 
 def _check_no_effect_twice(terms: list[_Term]) -> None:
@@ -426,7 +494,7 @@ def check_number_of_effects(n: int, labels: Labels) -> None:
         effects = len(names.levels) * len(names.effects)
         if effects >= n:
             raise DataError(
-                f"{n} rows and {effects} random effects in term ({' + '.join(names.effects)} | {names.group}): the "
+                f"{n} rows and {effects} random effects in term ({some_of(names.effects, ' + ')} | {names.group}): the "
                 "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
                 "factor, or pass check_identifiable=False to fit it all the same"
             )

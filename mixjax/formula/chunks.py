@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,18 @@ from mixjax.formula.build import (
     usable,
 )
 from mixjax.formula.errors import DataError, FormulaError, warn
-from mixjax.formula.parse import Group, ParsedFormula, names_in
-from mixjax.formula.table import check_finite, column_names, level_name, refuse_dates, refuse_unknown, to_pandas
+from mixjax.formula.parse import Group, ParsedFormula, made_factors, names_in, names_outside_factors
+from mixjax.formula.table import (
+    TextColumn,
+    check_finite,
+    column_names,
+    is_text,
+    level_name,
+    refuse_dates,
+    refuse_numbers_among_text,
+    refuse_unknown,
+    to_pandas,
+)
 
 INTERCEPT = "Intercept"
 
@@ -100,6 +109,7 @@ class ChunkReader:
         self.parsed, self.weights, self.offset = parsed, weights, offset
         self.context, self.categories = usable(context), dict(categories)
         self.used, self.numeric = used_columns(parsed, first, weights, offset, self.context)
+        self.effects = [name for name in self.numeric if name in names_in(_effects(parsed))]
         self.n_rows, self.n_missing = 0, 0
         self.missing: dict[str, int] = {}
         self.groups = {part.group.name: Levels(part.group) for part in parsed.random}
@@ -154,6 +164,10 @@ class ChunkReader:
         if count:
             self.n_rows += len(missing)
         check_finite(frame)
+        for name in self.effects if len(frame) else ():
+            # Readers of csv files decide chunk by chunk: one cell makes text of what was numbers in the first chunk.
+            if name not in self.categories and is_text(frame[name]):
+                raise DataError(f"in one of the chunks, column '{name}' holds {TextColumn(frame[name]).content()}")
         for name, values in self.categories.items():
             codes = pd.Index(values).get_indexer(frame[name])
             if (codes < 0).any():
@@ -251,16 +265,22 @@ def used_columns(
 
 def categorical_columns(parsed: ParsedFormula, table: Any, numeric: list[str]) -> list[str]:
     """Columns that the effects read as categories: text, categories, or numbers inside ``C(...)``."""
-    text = " ".join([parsed.fixed, *(part.effects for part in parsed.random)])
-    inside = {a or b for a, b in re.findall(r"(?<![\w.])C\(\s*(?:(\w+)|`([^`]+)`)", text)}
+    text = _effects(parsed)
+    inside = made_factors(text)
     effects = set(names_in(text))
     frame = to_pandas(table, numeric)
+    refuse_numbers_among_text(frame, [name for name in names_outside_factors(text) if name in frame])
     return [
         name
         for name in numeric
         if name in effects
         and (name in inside or not (pd.api.types.is_numeric_dtype(frame[name]) or frame[name].dtype.kind in "mM"))
     ]
+
+
+def _effects(parsed: ParsedFormula) -> str:
+    """What the fixed effects and the effects of random terms read, as one text."""
+    return " ".join([parsed.fixed, *(part.effects for part in parsed.random)])
 
 
 def find_categories(source: Iterable[Any], columns: list[str]) -> dict[str, list]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
+
+# A message that lists more names than this shows the first of them and counts the rest.
+SHOWN = 5
 
 
 class FormulaError(ValueError):
@@ -15,7 +19,7 @@ class DataError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Rows or columns were left out; the message counts or names them."""
+    """Rows or columns were left out, or are hardly what was meant; the message counts or names them."""
 
 
 # Python shows a warning once per text and line; the rows that a second data set loses are news again. Appended, so that
@@ -23,9 +27,15 @@ class DataWarning(UserWarning):
 warnings.filterwarnings("always", category=DataWarning, append=True)
 
 
-def warn(message: str) -> None:
-    """Warn of rows or columns left out, as from the line that called mixjax."""
+def some_of(names: Sequence[str], separator: str = ", ") -> str:
+    """``a, b, c, d, e and 370 more``: a factor of many levels would make a message of thousands of characters."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more
+
+
+def warn(message: str, category: type[Warning] = DataWarning) -> None:
+    """Warn as from the line that called mixjax, whichever methods came between; by default of rows or columns."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, DataWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -97,7 +97,8 @@ class NewTable:
         """The rows of a table.
 
         Args:
-            newdata: pandas, polars or pyarrow table, or a dict of arrays. The response need not be there.
+            newdata: pandas, polars or pyarrow table, or a dict of arrays, where a single value holds for all rows. The
+                response need not be there.
             effects: per random term, whether its columns are needed. levels: whether its levels are.
             allow_new_levels: levels that the fit does not know are -1; otherwise they are refused.
             weights: whether precision weights are needed.

@@ -137,6 +137,24 @@ def names_in(text: str) -> list[str]:
     return names
 
 
+def made_factors(text: str) -> set[str]:
+    """The columns that an expression makes factors of: ``C(x)``, and so ``factor(x)``."""
+    return {plain or quoted for plain, quoted in _FACTOR_CALL.findall(text)}
+
+
+def names_outside_factors(text: str) -> list[str]:
+    """The names that an expression reads in another place than as the column of ``C(...)``."""
+    return names_in(_FACTOR_CALL.sub("C(", text))
+
+
+def names_outside_calls(text: str) -> list[str]:
+    """The names that stand as variables by themselves: not inside ``log(...)``, ``C(...)`` or any other call."""
+    return names_in(_without_calls(text))
+
+
+_FACTOR_CALL = re.compile(r"(?<![\w.])C\(\s*(?:(\w+)|`([^`]+)`)")
+
+
 def quote_columns(parsed: ParsedFormula, columns: list[str]) -> ParsedFormula:
     """Backticks around column names with dots, as R users write them bare: to Python ``a.b`` is an attribute."""
     dotted = sorted((c for c in columns if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", c)), key=len, reverse=True)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
 
 from mixjax.formula.errors import DataError, warn
+
+# Text with more distinct values than MANY is hardly a factor where a share MOSTLY of them are numbers.
+MANY, MOSTLY = 20, 0.8
+DECIMAL_COMMA = re.compile(r"\s*[+-]?(?:\d{1,3}(?:\.\d{3})+|\d*),\d+(?:[eE][+-]?\d+)?\s*")
+THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?\s*")
 
 
 def column_names(data: Any) -> list[str]:
@@ -29,7 +36,7 @@ def column_names(data: Any) -> list[str]:
 
 
 def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
-    """The named columns as pandas; categories and their order are kept."""
+    """The named columns as pandas; categories and their order are kept. A single value in a dict holds for all rows."""
     columns = list(dict.fromkeys(columns))
     if isinstance(data, pd.DataFrame):
         frame = data.set_axis(data.columns.map(str), axis=1).loc[:, columns].copy()
@@ -38,6 +45,7 @@ def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
             raise DataError(f"the table has more than one column named {', '.join(map(repr, twice))}")
         return _numbers_as_numbers(frame)
     if isinstance(data, Mapping):
+        data = _single_values_in_all_rows(data, columns)
         lengths = {name: np.shape(data[name]) for name in columns}
         if len({shape[:1] for shape in lengths.values()}) > 1:
             raise DataError(f"columns of different length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
@@ -61,12 +69,35 @@ def _numbers_as_numbers(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def _single_values_in_all_rows(data: Mapping, columns: list[str]) -> dict[str, Any]:
+    """The columns, with single strings and numbers repeated as often as there are rows: once where all are single."""
+    single = {}
+    for name in columns:
+        value = data[name]
+        if pd.api.types.is_scalar(value):
+            single[name] = value
+        elif getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of no dimension
+            single[name] = value.item()
+    if not single:
+        return {name: data[name] for name in columns}
+    # Columns that are not asked for, such as a grouping factor in a prediction without it, count rows as well.
+    others = [name for name in columns if name not in single] or [name for name in data if name not in columns]
+    rows = {np.shape(data[name])[0] for name in others if np.ndim(data[name])}
+    if len(rows) > 1:
+        raise DataError(f"columns of different length: {', '.join(f'{k} {np.shape(data[k])}' for k in others)}")
+    n = rows.pop() if rows else 1
+    return {name: [single[name]] * n if name in single else data[name] for name in columns}
+
+
 def _one_dimensional(values: Any, name: str) -> Any:
     if isinstance(values, pd.Series | pd.Categorical):
         return values.reset_index(drop=True) if isinstance(values, pd.Series) else values
     array = np.asarray(values)
     if array.ndim != 1:
         raise DataError(f"column '{name}' has shape {array.shape}; it must be one-dimensional")
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        missing = pd.isna(np.asarray(values, object))  # numpy makes the text 'nan' of a NaN among strings
+        return np.where(missing, None, array.astype(object)) if missing.any() else array
     return array
 
 
@@ -83,7 +114,12 @@ def refuse_unknown(name: str, available: list[str], where: str, data: Any = None
     """Raise DataError for a name that is no column, with the nearest ones that are."""
     if isinstance(data, pd.DataFrame) and name in data.index.names:
         raise DataError(f"'{name}' ({where}) is a level of the index, not a column: pass data.reset_index()")
-    close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+    # Another case is the likeliest slip, and to difflib 'RT' and 'rt' have nothing in common.
+    close = [column for column in available if column.casefold() == name.casefold()]
+    if not close:
+        folded = list(dict.fromkeys(column.casefold() for column in available))
+        nearest = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
+        close = [column for near in nearest for column in available if column.casefold() == near]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(available)}"
     raise DataError(f"there is no column '{name}' ({where}); {hint}")
 
@@ -119,6 +155,100 @@ def refuse_dates(frame: pd.DataFrame, names: list[str]) -> None:
             raise DataError(
                 f"column '{name}' holds {frame[name].dtype} values; make numbers of them first, for example days: "
                 f"(data['{name}'] - data['{name}'].min()) / pandas.Timedelta(days=1)"
+            )
+
+
+def is_text(column: pd.Series) -> bool:
+    """Strings, or Python objects of any kind; not categories, which somebody has declared to be names."""
+    return pd.api.types.is_object_dtype(column.dtype) or pd.api.types.is_string_dtype(column.dtype)
+
+
+class TextColumn:
+    """A column of text that may have been meant as numbers.
+
+    One cell that is no number makes text of a whole column, and formulaic takes text for a factor. Values are judged
+    once each, rows are counted.
+    """
+
+    def __init__(self, column: pd.Series):
+        self.column = column
+        text = column if isinstance(column.dtype, pd.StringDtype) else column.map(str, na_action="ignore")
+        self._codes, values = pd.factorize(text)
+        self.values = np.asarray(values, object)
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        return ~np.isnan(np.asarray(pd.to_numeric(self.values, errors="coerce"), float))
+
+    @cached_property
+    def _commas(self) -> np.ndarray:
+        """Values that are numbers but for a comma."""
+        return ~self._numbers & self._each(lambda value: DECIMAL_COMMA.fullmatch(value) or THOUSANDS.fullmatch(value))
+
+    def _each(self, holds: Callable[[str], Any]) -> np.ndarray:
+        return np.array([bool(holds(value)) for value in self.values], bool)
+
+    def only_numbers(self) -> bool:
+        """Whether every value is a number."""
+        return bool(self._numbers.all())
+
+    def mostly_numbers(self) -> bool:
+        """Whether most values are numbers, with commas or without."""
+        return len(self.values) > 0 and float((self._numbers | self._commas).mean()) >= MOSTLY
+
+    def content(self) -> str:
+        """What the column holds, as the end of a sentence: where it is no number, and how to make it one."""
+        points = self._numbers & self._each(lambda value: "." in value)
+        if self._commas.sum() > points.sum():
+            first = self._first(self._commas)
+            if all(THOUSANDS.fullmatch(value) for value in self.values[self._commas]):  # 1,234 may be either
+                return (
+                    f"numbers with commas (first: {first}): read the file with pandas.read_csv(..., thousands=',') if "
+                    "they separate thousands, decimal=',' if they are decimal commas"
+                )
+            return f"numbers with decimal commas (first: {first}): read the file with pandas.read_csv(..., decimal=',')"
+        if self.only_numbers():
+            return f"numbers as text (first: {self._first(self._numbers)}): use pandas.to_numeric(...)"
+        if not self._numbers.any():
+            return f"text (first: {self._first(~self._numbers)}): make numbers of it first"
+        text = ~self._numbers
+        rows = int(text[self._codes[self._codes >= 0]].sum())
+        others = "numbers or missing" if (self._codes < 0).any() else "numbers"
+        return (
+            f"text in {rows} of {len(self.column)} rows (first: {self._first(text)}), all others are {others}: mend "
+            "the table, or use pandas.to_numeric(..., errors='coerce') to make such cells missing"
+        )
+
+    def _first(self, which: np.ndarray) -> str:
+        """The first row with one of the values."""
+        at = int(np.flatnonzero((self._codes >= 0) & which[self._codes])[0])
+        return f"row {self.column.index[at]}: {self.values[self._codes[at]]!r}"
+
+
+def refuse_numbers_among_text(frame: pd.DataFrame, names: Iterable[str]) -> None:
+    """A cell that cannot be read as a number would make a factor of hundreds of levels of a numeric predictor."""
+    for name in names:
+        if not is_text(frame[name]):
+            continue
+        text = TextColumn(frame[name])
+        if len(text.values) > MANY and text.mostly_numbers() and not text.only_numbers():
+            raise DataError(
+                f"column '{name}' holds {text.content()}; if its values are names, make it a category (in the formula: "
+                "C(...))"
+            )
+
+
+def warn_of_numeric_factors(frame: pd.DataFrame, names: Iterable[str]) -> None:
+    """Text that is all numbers is a factor, as its few levels may well be codes; with many it is hardly meant so."""
+    for name in names:
+        if not is_text(frame[name]):
+            continue
+        text = TextColumn(frame[name])
+        if len(text.values) > MANY and text.only_numbers():
+            warn(
+                f"column '{name}' holds numbers as text and is treated as a factor with {len(text.values)} levels; if "
+                f"it is a number, use pandas.to_numeric(data['{name}']); if it is a factor, make it a category (in the "
+                "formula: C(...))"
             )
 
 

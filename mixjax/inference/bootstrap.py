@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.formula.errors import warn
 from mixjax.inference import intervals
 from mixjax.inference.resample import NUMBERS, Kind, chunk_size, resampler
 from mixjax.inference.statistic import entries, named
@@ -96,11 +96,10 @@ def bootstrap(
     replicates = pd.DataFrame(values, columns=list(compute.names))
     done = Bootstrap(replicates, compute.estimate, kind, singular, result, fitted, compute)
     if done.counts["failed"]:
-        warnings.warn(
+        warn(
             f"{done.counts['failed']} of {n} refits failed and are left out (see .counts): what is computed from the "
             "others holds only for data sets that can be fitted",
             InferenceWarning,
-            stacklevel=2,
         )
     return done
 
@@ -195,11 +194,10 @@ class Bootstrap:
             limits = intervals.bca(values, estimate, acceleration, level)
             missing = self.estimate.index[np.isnan(limits).any(axis=1)]
             if len(missing):
-                warnings.warn(
+                warn(
                     f"no BCa limits for {', '.join(missing)}: all replicates lie on one side of the estimate, or the "
                     "estimate is undefined with or without one of the levels",
                     InferenceWarning,
-                    stacklevel=2,
                 )
         else:
             raise ValueError(f"method must be one of {', '.join(map(repr, intervals.METHODS))}, got {method!r}")

@@ -7,7 +7,6 @@ cross-products; :func:`t_tests` and :func:`f_test` are what a fit with names cal
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -28,6 +27,7 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of, profiled_of
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.formula.errors import warn
 from mixjax.inference import kenward_roger as kr
 from mixjax.inference.information import information, information_of
 from mixjax.inference.lanes import errors_of_many, in_lanes
@@ -188,9 +188,9 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
     double = concrete and np.asarray(stats.yy).dtype == np.float64
     ddf = {_wald: "wald", _satterthwaite: "satterthwaite"}.get(fun, "")
     if many and double and in_lanes(ddf, stats):
-        rows = np.atleast_2d(np.asarray(L, np.float64))
+        each = np.atleast_2d(np.asarray(L, np.float64))
         with jax.enable_x64(True):
-            return contrast_of(np.asarray(est.beta) @ rows.T, *errors_of_many(ddf, est, stats, rows, reml))
+            return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
     stats = replace(stats, classes=None)
     axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
@@ -311,18 +311,16 @@ def check_ddf(ddf: Any) -> None:
 def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
     info = fitted_information(fitted)
     if not info.regular:
-        warnings.warn(
+        warn(
             "the Hessian of the criterion is not positive definite at these estimates: there are no Satterthwaite "
             "degrees of freedom; use ddf='kenward-roger' or a simpler random part",
             InferenceWarning,
-            stacklevel=4,
         )
     elif not info.free.all():
-        warnings.warn(
+        warn(
             "singular fit: Satterthwaite's degrees of freedom take the variances that are zero, and the correlations "
             "at their bounds, as known; ddf='kenward-roger' does not",
             InferenceWarning,
-            stacklevel=4,
         )
 
     def df(L: np.ndarray) -> np.ndarray:
@@ -361,11 +359,7 @@ def _pooled_df(dfs: np.ndarray) -> float:
 def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
     refuse_kenward_roger(fitted.stats)
     if not fitted.reml:
-        warnings.warn(
-            "Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests",
-            InferenceWarning,
-            stacklevel=4,
-        )
+        warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
     with jax.enable_x64(True):
         fit = jax.tree.map(np.asarray, _adjusted(fitted.estimates.theta, fitted.estimates.sigma, pad(fitted.stats)))

@@ -14,6 +14,7 @@ import pandas as pd
 
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import f_test, t_tests
 from mixjax.inference.terms import type_contrasts
 
@@ -316,9 +317,7 @@ def test(
 def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
     columns = ["sum_sq", "mean_sq", "num_df", "den_df", "statistic", "p_value"]
     if ddf == "kenward-roger" and not fitted.reml:  # once, not for every term; and sigma is then REML's as well
-        warnings.warn(
-            "Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning, stacklevel=3
-        )
+        warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
     sigma2 = float(fitted.estimates.sigma) ** 2
     rows = []

@@ -62,8 +62,8 @@ def _errors(
     N, size = sizes.block, sizes.lanes
 
     def tile(i: Array, found: Any) -> Any:
-        own = slice_of((theta, sigma, moments, bases), i * size, size, N)
-        return put(found, _errors_in_lanes(ddf, jnp.asarray(L), *own, reml), i * size)
+        own_theta, own_sigma, own, own_bases = slice_of((theta, sigma, moments, bases), i * size, size, N)
+        return put(found, _errors_in_lanes(ddf, jnp.asarray(L), own_theta, own_sigma, own, own_bases, reml), i * size)
 
     empty = jnp.zeros((len(L), N), sigma.dtype)
     return jax.lax.fori_loop(0, N // size, tile, (empty, empty))

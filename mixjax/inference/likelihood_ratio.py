@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ from scipy import stats
 
 from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
+from mixjax.formula.errors import warn
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.simulation import check_count, simulate_responses
@@ -275,11 +275,10 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
     faults += [] if place.nested else ["random effects"]
     if faults:
-        warnings.warn(
+        warn(
             f"{pair.smaller} is not a special case of {pair.larger} ({', '.join(faults)}): a likelihood ratio test "
             "does not apply; compare by aic or bic",
             InferenceWarning,
-            stacklevel=3,
         )
         notes.append(f"{pair}: not nested ({', '.join(faults)}): the test does not apply")
         return test, False
@@ -290,7 +289,7 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
         instead = "trust p_bootstrap" if method == "bootstrap" else "method='bootstrap' gives a p-value"
         notes.append(f"{pair}: {reason}; p_value is a guide only and no mixture of chi-squares is known: {instead}")
         if method == "mixture":
-            warnings.warn(f"{pair}: no mixture of chi-squares is known: {reason}", InferenceWarning, stacklevel=3)
+            warn(f"{pair}: no mixture of chi-squares is known: {reason}", InferenceWarning)
     elif place.zeros:
         notes.append(
             f"{pair}: {pair.smaller} puts a variance to 0, its bound, so p_value is too large; p_mixture is that of "

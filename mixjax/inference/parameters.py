@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax.compiling import jit
 from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
 from mixjax.inference.intervals import check_level
 from mixjax.likelihood.statistics import CrossProducts, pad
@@ -106,11 +106,10 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
     ends = np.where(is_cor, on_z, on_log)
     if np.isnan(ends).any():
         missing = [name for name, row in zip(variance.names, ends.T, strict=True) if np.isnan(row).any()]
-        warnings.warn(
+        warn(
             f"no Wald interval for {', '.join(missing)}: the estimate lies on the boundary, or the Hessian is not "
             "positive definite; use method='bootstrap'",
             InferenceWarning,
-            stacklevel=4,
         )
     fixed = FixedEffects.of(fitted, ddf)
     p = len(fixed.beta)

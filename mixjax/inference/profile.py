@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from scipy.interpolate import PchipInterpolator
 
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.formula.errors import warn
 from mixjax.inference import constrained
 from mixjax.inference.constrained import OneDataSet
 from mixjax.inference.held import Held, value_of
@@ -44,6 +44,8 @@ class _Curve:
     values: list[float] = field(default_factory=list)
     zetas: list[float] = field(default_factory=list)
     conditional: list[np.ndarray] = field(default_factory=list)
+    # Per target: how near the last guess came, and whether it was a halving.
+    _before: dict[float, tuple[float, bool]] = field(default_factory=dict)
 
     def add(self, value: float, zeta: float, conditional: np.ndarray) -> None:
         at = int(np.searchsorted(self.values, value))
@@ -68,14 +70,19 @@ class _Curve:
         lo = hi - 1 if side > 0 else hi + 1
         a, b = v[lo], v[hi]
         near = slice(max(0, min(lo, hi) - 1), max(lo, hi) + 2)
+        middle = 0.5 * (a + b)
+        # Where zeta is almost level, as beside the end of a correlation's range, interpolation creeps up from one end
+        # of the bracket: halve it whenever a step has not paid, and interpolate again after that.
+        error = self.error(target)
+        last, halved = self._before.get(target, (np.inf, False))
+        halves = error > 0.25 * last and not halved
         inside = None
-        if (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
+        if not halves and (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
             inside = float(PchipInterpolator(z[near], v[near])(target))
-        if inside is None or not min(a, b) < inside < max(a, b):
-            inside = 0.5 * (a + b)
-        # One end of the bracket must not stay where it is for ever.
-        margin = 1e-3 * abs(b - a)
-        return float(np.clip(inside, min(a, b) + margin, max(a, b) - margin)) if len(v) > 12 else inside
+            if not min(a, b) < inside < max(a, b):
+                inside = None
+        self._before[target] = (error, inside is None)
+        return middle if inside is None else inside
 
     def _further(self, last: float, side: float) -> float:
         if self.held.kind in ("sd", "sigma") and self.estimate > 0:
@@ -164,11 +171,10 @@ class Profile:
             if not good or not np.isfinite(rise):
                 self._failed.add(curve.name)
             if rise < -1e-6 * max(1.0, abs(least)) ** 0.5:
-                warnings.warn(
+                warn(
                     f"the profile of {curve.name} found a deviance {-rise:.2g} below that of the fit: the fit is a "
                     "local minimum; try other start= values",
                     InferenceWarning,
-                    stacklevel=5,
                 )
             curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))), others)
 
@@ -277,7 +283,7 @@ class Profile:
 
     def __repr__(self) -> str:
         frame = self.confint()
-        return "\n".join([f"profile likelihood, {frame.to_string()}", *frame.attrs["notes"]])
+        return "\n".join(["95 % profile likelihood intervals", frame.to_string(), *frame.attrs["notes"]])
 
 
 def zeta_of_many(

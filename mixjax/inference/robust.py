@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import pandas as pd
 import scipy.stats
 
 from mixjax.fitted import Fitted, InferenceWarning, record_of
+from mixjax.formula.errors import warn
 from mixjax.inference.clusters import NOTHING, Moments, clusters_of, moments_of
 from mixjax.inference.hypotheses import Hypotheses, contrast_matrix
 
@@ -88,11 +88,10 @@ class Robust:
         df, exists = satterthwaite(C, self.moments)
         if not exists.all():
             lost = [name for name, there in zip(names, exists, strict=True) if not there]
-            warnings.warn(
+            warn(
                 f"no robust standard error of {', '.join(map(repr, lost))}: a single cluster determines it in part, "
                 "as with a column that is zero in all others, and there is nothing to compare that with",
                 InferenceWarning,
-                stacklevel=3,
             )
         estimate = L @ self.fitted.estimates.beta
         se = np.where(exists, np.linalg.norm(C @ self.moments.scores.T, axis=1), np.nan)
@@ -118,11 +117,10 @@ class Robust:
             statistic = den_df / (eta * q) * (values @ np.linalg.solve(half @ half.T, values))
             p_value = scipy.stats.f.sf(statistic, q, den_df)
         else:
-            warnings.warn(
+            warn(
                 f"no joint robust test of {q} hypotheses: {self.n_clusters} clusters are too few, or a single one "
                 "determines a part of them; test fewer together",
                 InferenceWarning,
-                stacklevel=3,
             )
         columns = {"num_df": q, "den_df": den_df, "statistic": statistic, "p_value": p_value}
         return pd.DataFrame(columns, index=[", ".join(names)])

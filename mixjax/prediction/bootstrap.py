@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import scipy.sparse as sp
 from mixjax.design import Design
 from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning
+from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.optimise.results import Result
@@ -69,7 +69,7 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
         predicted = targets.mean(fits.beta[good], tuple(b[good] for b in fits.b))
         parts.append((predicted - drawn[good, nobs:], scale_of(fits.theta[good], fits.sigma[good])))
     if failed:
-        warnings.warn(f"{failed} of {n} refits failed and are left out", InferenceWarning, stacklevel=3)
+        warn(f"{failed} of {n} refits failed and are left out", InferenceWarning)
     if failed == n:
         raise ValueError("no refit converged: there are no errors to look at; use method='henderson'")
     return Errors(*(np.concatenate(part) for part in zip(*parts, strict=True)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ import scipy.stats
 
 from mixjax.design import TermLabels
 from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.formula.errors import warn
 from mixjax.formula.newdata import NewTable
 from mixjax.inference.contrasts import fitted_information
 from mixjax.inference.intervals import check_level
@@ -196,28 +195,24 @@ def _targets(
     rows = table.rows(newdata, [own or whole for own in included], included, allow_new_levels, weights=whole)
     weighted = np.asarray(fitted.stats.sum_log_weights) != 0
     if whole and rows.weights is None and weighted:
-        _warn("the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1")
+        warn(
+            "the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1",
+            InferenceWarning,
+        )
     m = len(rows.X)
     noise = np.zeros(m) if not whole else np.ones(m) if rows.weights is None else 1.0 / rows.weights
     targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise)
     complete = rows.complete.copy()
     if not rows.estimable.all():
         bad = int((~rows.estimable).sum())
-        _warn(
+        warn(
             f"{bad} rows of newdata cannot be estimated, because they need columns that were left out of the fit "
-            f"({', '.join(labels.dropped_columns)}): NaN there"
+            f"({', '.join(labels.dropped_columns)}): NaN there",
+            InferenceWarning,
         )
         complete[np.flatnonzero(complete)[~rows.estimable]] = False
         targets = targets.take(rows.estimable)
     return targets, rows.index, complete
-
-
-def _warn(message: str) -> None:
-    """As from the line that called mixjax, whichever method came between."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, InferenceWarning, stacklevel=level)
 
 
 # --- their errors --------------------------------------------------------------------------------------------------
@@ -250,15 +245,17 @@ def _second_order(fitted: Fitted, targets: Targets, level: float) -> tuple[np.nd
         )
     info = fitted_information(fitted)
     if not info.regular:
-        _warn(
+        warn(
             "the Hessian of the criterion is not positive definite at these estimates: there are no second-order "
-            "standard errors; use method='bootstrap' or a simpler random part"
+            "standard errors; use method='bootstrap' or a simpler random part",
+            InferenceWarning,
         )
         return np.full(len(targets.X), np.nan), np.full(len(targets.X), np.nan)
     if not info.free.all():
-        _warn(
+        warn(
             "singular fit: the variances that are zero, and the correlations at their bounds, are taken as known, and "
-            "intervals are too short; method='bootstrap' draws from the same singular fit"
+            "intervals are too short; method='bootstrap' draws from the same singular fit",
+            InferenceWarning,
         )
     done = second_order(fitted.stats, targets, info.x, np.asarray(fitted.estimates.sigma, float), info.covariance)
     se = np.sqrt(np.maximum(done.variance, 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from mixjax.fitted import InferenceWarning
 from mixjax.formula.errors import DataError
 from mixjax.inference.intervals import check_level
 from mixjax.simulation import check_count
-from mixjax.studies.study import Study, study
+from mixjax.studies.study import Study, names_of_effects, study
 
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
@@ -60,7 +61,7 @@ def power(
     """Share of simulated data sets in which a hypothesis is rejected.
 
     Args:
-        source, grid, replicates, key: as for :func:`mixjax.studies`.
+        source, grid, replicates, key: as for :func:`mixjax.study`.
         model: formula to fit; or dict name -> formula of two models, the smaller first, for a likelihood ratio test.
         test: fixed effect that is tested against ``null=``, 0 if not given; ``"lrt"`` or ``"mixture"`` of two models:
             chi-square, or the mixture of chi-squares for a variance.
@@ -71,7 +72,7 @@ def power(
         :class:`Power`. Replicates whose fit failed are counted, not taken for acceptances.
 
     Raises:
-        DataError: there is no such fixed effect.
+        DataError: there is no such fixed effect; said before anything is simulated.
 
     Example:
         >>> import mixjax as mj
@@ -89,8 +90,10 @@ def power(
         if len(models) != 2:
             raise ValueError(f"test={test!r} compares two models: pass model={{'small': ..., 'large': ...}}")
         options["compared"] = [tuple(models)]
+    elif models:  # before a simulation that may take hours
+        _check_effect(test, names_of_effects(source, list(models.values())[-1], grid))
     done = study(source, model, grid, replicates, key, **options)
-    column = _column(test, models, done)
+    column = _column(test, models)
     counts = done.counts.groupby(list(done.cells.columns) or (lambda _: 0), sort=False)[["singular", "failed"]].max()
     rows = []
     for i in range(len(done.cells)):
@@ -102,17 +105,31 @@ def power(
     return Power(pd.DataFrame(rows), test, alpha, done)
 
 
-def _column(test: str, models: Mapping[str, str], done: Study) -> str:
-    columns = list(map(str, done.raw(0)))
+def _column(test: str, models: Mapping[str, str]) -> str:
     if test in ("lrt", "mixture"):
         small, large = models
         return ("p_mixture" if test == "mixture" else "p") + f"({large}|{small})"
     prefix = f"{list(models)[-1]}::" if len(models) > 1 else ""
-    name = f"{prefix}p({test})"
-    if name not in columns:
-        tested = [c.removeprefix(f"{prefix}p(")[:-1] for c in columns if c.startswith(f"{prefix}p(")]
-        raise DataError(f"there is no fixed effect {test!r} to test; there are {', '.join(tested)}")
-    return name
+    return f"{prefix}p({test})"
+
+
+def _check_effect(test: str, effects: Sequence[str]) -> None:
+    """Raise DataError for what is no fixed effect, with those that are."""
+    if test in effects:
+        return
+    listed = ", ".join(effects) or "none"
+    # Names such as condition[T.b], C(condition, contr.sum)[S.b] and their products with others.
+    own = re.compile(rf"(?:^|:)(?:C\(\s*)?{re.escape(test)}(?:\s*[,)][^:]*)?\[")
+    if any(own.search(effect) for effect in effects):
+        raise DataError(
+            f"{test!r} is a factor, with one fixed effect for each contrast; there are {listed}. Test one of these, or "
+            "the whole factor by a likelihood ratio: test='lrt' with model={'small': formula without it, 'large': "
+            "formula with it}"
+        )
+    raise DataError(
+        f"there is no fixed effect {test!r} to test; there are {listed}. Several at once, such as a whole factor, are "
+        "tested by a likelihood ratio: test='lrt' with model={'small': ..., 'large': ...}"
+    )
 
 
 def _share(hits: int, n: int, level: float) -> dict[str, Any]:
@@ -201,7 +218,8 @@ def power_curve(
     """Power along the number of groups, the size of groups, or any other number.
 
     Args:
-        source: function of the size -> :func:`mixjax.scenario` or population.
+        source: function of the size -> :func:`mixjax.scenario`, population or fit. From pilot data
+            ``lambda groups: scenario_of(fit).on(table(groups))`` of :func:`mixjax.studies.scenario.scenario_of`.
         model, test, replicates, key, alpha, ``**options``: as for :func:`mixjax.power`.
         over: name -> sizes. Without a target power is computed at each of them. With one they are the sizes allowed,
             and the smallest that reaches it is searched: a few sizes are simulated, a probit curve in the square root

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,9 +14,9 @@ import pandas as pd
 
 from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
-from mixjax.fitted import term_names
+from mixjax.fitted import record_of, term_names
 from mixjax.formula.build import build_design, caller_context
-from mixjax.formula.errors import DataError
+from mixjax.formula.errors import DataError, DataWarning
 from mixjax.formula.parse import parse
 from mixjax.formula.table import column_names, to_pandas
 from mixjax.inference.hypotheses import known_names
@@ -22,9 +24,11 @@ from mixjax.simulation import simulate_responses, symmetric_root
 
 # The response that stands in the table while a design is built.
 RESPONSE = "_response_"
+# So many parameters of a kind are shown.
+SHOWN = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scenario:
     """A linear mixed model with known parameters.
 
@@ -69,6 +73,70 @@ class Scenario:
                     if sd[i] > 0 and sd[j] > 0:
                         values[f"cor_{term.effects[i]}.{effect}|{name}"] = float(Sigma[i, j] / (sd[i] * sd[j]))
         return values | {"sigma": self.sigma}
+
+    def on(self, data: Any) -> Scenario:
+        """The same parameters on another table of predictors, such as that of twice as many participants.
+
+        Args:
+            data: table with the predictors, the grouping factors, and the columns of ``weights=`` and ``offset=``.
+                Levels of grouping factors are free; categories of fixed effects must be those of these parameters.
+
+        Raises:
+            DataError: a column is missing; or the columns of the formula would not mean on this table what they mean
+                here, so that the parameters would be those of another model.
+
+        Example:
+            >>> import mixjax as mj, numpy as np, pandas as pd
+            >>> def layout(groups):
+            ...     return pd.DataFrame({"g": np.repeat(np.arange(groups), 4), "x": np.tile([0, 1, 2, 3], groups)})
+            >>> small = mj.scenario("y ~ x + (1 | g)", layout(10), beta=[0, 0.3], sd=1)
+            >>> small.on(layout(20)).nobs
+            80
+        """
+        for name in ("weights", "offset"):
+            given = self.options.get(name)
+            if given is not None and not isinstance(given, str):
+                raise DataError(
+                    f"{name}= was given as numbers, one for each of the {self.nobs} rows, and another table has other "
+                    f"rows: make a column of it and name the column, {name}='...', when fitting or describing the model"
+                )
+        table = to_pandas(data, column_names(data)).reset_index(drop=True)
+        # Constants of the formula keep the values that they had, whatever the caller's variables are by now.
+        context = {**caller_context(), **self.labels.specs.get("context", {})}
+        design, labels = design_of(self.formula, table, **self.options, context=context)
+        _refuse_other_columns(self.labels, labels)
+        # Terms stand by decreasing number of levels, so that another table may turn their order.
+        own = {(t.group, t.effects): Sigma for t, Sigma in zip(self.labels.terms, self.Sigma, strict=True)}
+        Sigma = tuple(own[t.group, t.effects] for t in labels.terms)
+        return replace(self, table=table, design=design, labels=labels, Sigma=Sigma)
+
+    def with_effects(self, effects: Mapping[str, float]) -> Scenario:
+        """The same with other values of some fixed effects, such as the smallest that would matter.
+
+        Args:
+            effects: fixed effect -> its value; the others stay.
+        """
+        known = known_names(self.labels)
+        beta = {name: float(value) for name, value in zip(self.labels.fixed, self.beta, strict=True)}
+        changed = {self.labels.fixed[known[name]] if name in known else name: v for name, v in effects.items()}
+        return replace(self, beta=_coefficients(beta | changed, self.labels))
+
+    def __repr__(self) -> str:
+        sizes = {term.group: len(term.levels) for term in self.labels.terms}
+        p = len(self.labels.fixed)
+        values = [f"{name} {value:.5g}" for name, value in self.truth.items()]
+        return "\n".join(
+            [
+                f"<Scenario {self.formula!r}: {self.nobs} rows; " + ", ".join(f"{m} {g}" for g, m in sizes.items()),
+                f" fixed effects: {_shortened(values[:p])}",
+                f" random effects and residual: {_shortened(values[p:])}>",
+            ]
+        )
+
+
+def _shortened(values: list[str]) -> str:
+    more = [f"... ({len(values) - SHOWN} more)"] if len(values) > SHOWN else []
+    return ", ".join([*values[:SHOWN], *more]) or "none"
 
 
 def scenario(
@@ -188,6 +256,145 @@ def design_of(
             "fill or drop them first"
         )
     return design, replace(labels, formula=formula, response=response.strip("`"))
+
+
+# --- from a fit ------------------------------------------------------------------------------------------------------
+
+
+def scenario_of(fit: Any) -> Scenario:
+    """A fit's model on its own table, with its estimates as the truth: for power and studies from pilot data.
+
+    :func:`mixjax.study` and :func:`mixjax.power` take a fit in place of it. The table has the columns that the fit
+    used, complete rows only.
+
+    Args:
+        fit: as :func:`mixjax.lmm` returns it.
+
+    Raises:
+        DataError: rows were not kept, or the columns of the fit cannot be made again from its table.
+        ValueError: the fit did not converge.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.studies.scenario import scenario_of
+        >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"))
+        >>> scenario_of(fit)
+        <Scenario 'Reaction ~ Days + (1 | Subject)': 180 rows; 18 Subject
+         fixed effects: Intercept 251.41, Days 10.467
+         random effects and residual: sd_Intercept|Subject 37.124, sigma 30.991>
+    """
+    record = record_of(fit)
+    labels, design, est = record.labels, record.design, record.estimates
+    cure = "describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma)"
+    if design is None or labels.frame is None or "fixed" not in labels.specs:
+        raise DataError(f"the fit of {labels.formula!r} has no table, because its rows were not kept: {cure}")
+    if not est.converged:
+        raise ValueError(
+            f"the fit of {labels.formula!r} did not converge, so its numbers are no estimates to simulate from: "
+            "simplify the model, or describe the truth by mixjax.scenario(...)"
+        )
+    table = labels.frame.reset_index(drop=True)
+    # As in a fit: what the formula read beside columns has the values of then.
+    context = {**caller_context(), **labels.specs.get("context", {})}
+    options: dict[str, Any] = {"weights": None, "offset": None, "contrasts": _contrasts_of(labels)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # the fit has told of the columns that it left out
+        if design.weights is not None:
+            options["weights"] = _as_column(table, labels.specs.get("weights"), design.weights)
+        if design.offset is not None:
+            part = design_of(labels.formula, table, **options, context=context)[0].offset
+            rest = design.offset - (0.0 if part is None else part)
+            if part is None or rest.any():
+                options["offset"] = _as_column(table, labels.specs.get("offset"), rest)
+        again, own = design_of(labels.formula, table, **options, context=context)
+    if not _same_columns(design, labels, again, own):
+        raise DataError(
+            f"the formula {labels.formula!r} gives other columns now than when it was fitted, perhaps by a function or "
+            f"a variable that has changed since, so its estimates are not those of the model as it is now: {cure}"
+        )
+    kept = {*own.frame, options["weights"] if isinstance(options["weights"], str) else None}
+    kept |= {options["offset"] if isinstance(options["offset"], str) else None}
+    table = table[[name for name in table if name in kept]]  # without the response, which is to be simulated
+    Sigma = tuple(np.asarray(S) for S in est.Sigma)
+    return Scenario(labels.formula, table, again, own, np.asarray(est.beta), float(est.sigma), Sigma, options)
+
+
+def _as_column(table: pd.DataFrame, name: str | None, values: Any) -> Any:
+    """The option as it was given: the name of a column, which is put into the table, or numbers."""
+    if name is None:
+        return np.asarray(values)
+    if name not in table:
+        table[name] = np.asarray(values)
+    return name
+
+
+def _contrasts_of(labels: Labels) -> dict[str, str] | None:
+    """``contrasts=`` of a fit: ``C(column, contr....)`` of its columns that the names of fixed effects do not show."""
+    factors = {factor.expr for term in labels.specs["fixed"].terms for factor in term.factors}
+    names = [*labels.fixed, *labels.dropped_columns]
+    found = {}
+    for text in sorted(factors):
+        call = re.fullmatch(r"C\((\w+), contr\.(.+)\)", text)
+        if call and not any(text in name for name in names):
+            found[call[1]] = call[2]
+    return found or None
+
+
+def _same_columns(design: Design, labels: Labels, again: Design, own: Labels) -> bool:
+    """Whether two designs are the same but for their response."""
+    if labels.fixed != own.fixed or labels.terms != own.terms:
+        return False
+    pairs = [(design.X, again.X), (design.weights, again.weights), (design.offset, again.offset)]
+    for mine, other in zip(design.terms, again.terms, strict=True):
+        pairs += [(mine.Z, other.Z), (mine.group, other.group)]
+    return all(_agree(mine, other) for mine, other in pairs)
+
+
+# --- another table ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_other_columns(labels: Labels, other: Labels) -> None:
+    """Raise DataError where columns of the same formula have another meaning in another table."""
+    encoded, encoded_now = _learnt(labels, "encoder_state"), _learnt(other, "encoder_state")
+    for text, (_, state) in encoded.items():
+        was, now = (list(s.get("categories") or ()) for s in (state, encoded_now.get(text, (None, {}))[1]))
+        if was != now:
+            raise DataError(
+                f"{text} has the categories {', '.join(map(str, now)) or '(none: numbers)'} in the new table, and the "
+                f"parameters are those of {', '.join(map(str, was)) or 'numbers'}: give the column the same ones in "
+                "the same order, as by pandas.Categorical"
+            )
+    computed, computed_now = _learnt(labels, "transform_state"), _learnt(other, "transform_state")
+    for text, state in computed.items():
+        if not _agree(state, computed_now.get(text)):
+            raise DataError(
+                f"{text} is computed from all rows of a table and is something else in the new one, so that the "
+                "parameters do not fit: make a column of it before fitting, and name the column in the formula"
+            )
+    if labels.fixed != other.fixed:
+        raise DataError(
+            f"the fixed effects on the new table are {', '.join(other.fixed)}, and the parameters are those of "
+            f"{', '.join(labels.fixed)}: its predictors must be able to tell the same effects apart"
+        )
+
+
+def _learnt(labels: Labels, what: str) -> dict[str, Any]:
+    """Part of a formula -> what formulaic learnt of it from the table: categories, or centres, knots and the like."""
+    specs = [labels.specs["fixed"], *labels.specs["random"]]
+    return {text: state for spec in specs for text, state in getattr(spec, what).items()}
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Equal up to rounding, whatever the nesting: what a transform learnt from a table, or arrays."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_agree(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return all(map(_agree, a, b))
+    if isinstance(a, int | float | np.number | np.ndarray) and isinstance(b, int | float | np.number | np.ndarray):
+        a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+        scale = np.abs(a).max(initial=0.0)
+        return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-9, atol=1e-9 * scale, equal_nan=True))
+    return bool(a == b)
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

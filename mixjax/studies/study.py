@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import platform
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,6 +18,8 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.fitted import Fitted
+from mixjax.formula.errors import DataWarning
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
 from mixjax.optimise.results import Result
@@ -24,6 +27,7 @@ from mixjax.simulation import as_key, check_count
 from mixjax.studies.describe import describe
 from mixjax.studies.measures import MEASURES, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
+from mixjax.studies.scenario import design_of, scenario_of
 from mixjax.studies.store import Store, missing
 
 # Numbers in the responses of one chunk, and its replicates at most.
@@ -38,9 +42,6 @@ class Cell:
 
     values: Mapping[str, Any]
     task: Task
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.values.items()) or "the only cell"
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,8 @@ def study(
 
     Args:
         source: where data come from: a :func:`mixjax.scenario`, a population with a number of rows
-            (``population.rows(500)``), or a function of the grid's names that returns one of these.
+            (``population.rows(500)``), a fit, whose estimates are then the truth
+            (:func:`mixjax.studies.scenario.scenario_of`), or a function of the grid's names that returns one of these.
         models: formula to fit, or dict name -> formula.
         grid: name -> values, all combinations of which are cells; or a list of dicts; None for one cell.
         replicates: in every cell.
@@ -320,13 +322,36 @@ def _source(source: Any, values: Mapping[str, Any]) -> Any:
             ) from error
         source = source(**values)
     elif values:
-        raise ValueError(f"the source does not depend on the grid's {', '.join(values)}: pass a function of these")
+        names = ", ".join(values)
+        hint = ""
+        if _is_fit(source):
+            hint = (
+                f", such as lambda {names}: scenario_of(fit).on(table({names})), with scenario_of of "
+                "mixjax.studies.scenario and your own table of predictors"
+            )
+        raise ValueError(f"the source does not depend on the grid's {names}: pass a function of these{hint}")
+    if not hasattr(source, "tables") and _is_fit(source):
+        return scenario_of(source)
     if not hasattr(source, "tables"):
         raise ValueError(
-            "data come from mixjax.scenario(...), from population.rows(n), or from a function that returns one of "
-            f"these; got {type(source).__name__}"
+            "data come from mixjax.scenario(...), from population.rows(n), from a fit, or from a function that returns "
+            f"one of these; got {type(source).__name__}"
         )
     return source
+
+
+def _is_fit(source: Any) -> bool:
+    return isinstance(getattr(source, "record", source), Fitted)
+
+
+def names_of_effects(source: Any, formula: str, grid: Any) -> tuple[str, ...]:
+    """Fixed effects of a model in the first cell of a grid, from its predictors alone: nothing is fitted."""
+    values = _combinations(grid)[0]
+    own = _source(source, values)
+    with _Named(values), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # the study itself tells of columns left out
+        table = own.table if hasattr(own, "table") else own.tables(0, 0, 1)[0][0]
+        return design_of(formula, table, **own.options)[1].fixed
 
 
 def _chunk(chunk: int | None, cells: list[tuple[Cell, dict[str, float]]]) -> int:
@@ -348,7 +373,7 @@ def _computed(
     """Chunks as they are finished."""
     if executor is None:
         for i, first, count in work:
-            with _Named(cells[i][0]):
+            with _Named(cells[i][0].values):
                 columns = outcomes(cells[i][0].task, first, count, mesh)
             yield i, first, columns
         return
@@ -363,7 +388,7 @@ def _computed(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 i, first = running.pop(future)
-                with _Named(cells[i][0]):
+                with _Named(cells[i][0].values):
                     columns = future.result()
                 yield i, first, columns
     finally:
@@ -375,14 +400,14 @@ def _computed(
 class _Named:
     """Errors say in which cell they happened."""
 
-    cell: Cell
+    values: Mapping[str, Any]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self.cell.values:
-            error.add_note(f"in cell {self.cell}")
+        if error is not None and self.values:
+            error.add_note("in cell " + ", ".join(f"{name}={value}" for name, value in self.values.items()))
 
 
 class _Bar:
