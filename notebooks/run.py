@@ -7,13 +7,16 @@ Outputs are kept as plain text, HTML tables and small pictures; execution times 
 changes nothing changes no file.
 """
 
+import base64
 import os
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = Path(__file__).parent
 KINDS = ("text/plain", "text/html", "image/png")
@@ -33,9 +36,17 @@ def tidy(output):
         output.metadata = {}
         if "image/png" in output.data:
             output.data.pop("text/plain", None)
+            output.data["image/png"] = smaller(output.data["image/png"])
         if output.output_type == "execute_result":
             output.execution_count = None
     return output
+
+
+def smaller(png):
+    """The picture in 64 colours, which are enough for these: a third of the size. Base64 in and out."""
+    picture, packed = Image.open(BytesIO(base64.b64decode(png))), BytesIO()
+    picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()
 
 
 def run(path):
