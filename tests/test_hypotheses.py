@@ -1,6 +1,7 @@
 """Terms of the formula and written hypotheses: against lmerTest, extra sums of squares, cell means, and recodings."""
 
 import json
+import re
 import warnings
 from functools import cache
 
@@ -404,6 +405,21 @@ def test_a_column_left_out_is_named():
     for spec in ("a[T.v]:b[T.r] = 1", {"a[T.v]:b[T.r]": 1}):
         with pytest.raises(ValueError, match=r"'a\[T.v\]:b\[T.r\]' was left out of the fit"):
             contrast_matrix(record, spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("recipe", "'recipe' is a factor, with the fixed effects recipe[T.B], recipe[T.C]: name one"),
+        ("recipe = 0", "emmeans('recipe').contrasts()"),
+        ("recipe[T.A] = 0", "'A' is the base level of 'recipe', which the others are differences from"),
+        ({"recipe[T.A]": 1}, "there are recipe[T.B], recipe[T.C]"),
+        ("recipeb = 0", "or 'recipe[T.B]'?"),
+    ],
+)
+def test_factors_and_base_levels_are_explained(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        contrast_matrix(fit_of("cake_temp", "REML").record, spec)
 
 
 def test_ways_to_write_the_same():

@@ -142,9 +142,23 @@ def known_names(labels: Labels) -> dict[str, int]:
 def _unknown(name: str, labels: Labels) -> NoReturn:
     if name in labels.dropped_columns:
         raise ValueError(f"'{name}' was left out of the fit because other columns determine it: it has no estimate")
-    names = list(known_names(labels))
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(labels.fixed)}"
+    own = [effect for effect in labels.fixed if effect.startswith(f"{name}[")]
+    if own:
+        raise ValueError(
+            f"'{name}' is a factor, with the fixed effects {', '.join(own)}: name one of them; for all at once see "
+            f"anova(), for its means and their differences emmeans({name!r}).contrasts()"
+        )
+    factor, bracket, level = name.partition("[T.")
+    others = [effect for effect in labels.fixed if effect.startswith(f"{factor}[T.")] if bracket else []
+    if others:
+        raise ValueError(
+            f"there is no fixed effect '{name}': '{level.rstrip(']')}' is the base level of '{factor}', which the "
+            f"others are differences from, or none of its levels; there are {', '.join(others)}"
+        )
+    known = known_names(labels)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    suggested = dict.fromkeys(repr(labels.fixed[known[spelling]]) for spelling in close)
+    hint = f"did you mean {' or '.join(suggested)}?" if close else f"there are {', '.join(labels.fixed)}"
     raise ValueError(f"there is no fixed effect '{name}'; {hint}")
 
 
