@@ -284,8 +284,8 @@ def model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> 
             matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
     except FactorEvaluationError as error:
         cures = [cure for name, cure in CURES.items() if re.search(rf"(?<![\w.]){name}\b", text)]
-        columns = {name: TextColumn(frame[name]) for name in names_in(text) if name in frame and is_text(frame[name])}
-        cures += [f"column '{name}' holds {own.content()}" for name, own in columns.items() if own.mostly_numbers()]
+        texts = {name: TextColumn(frame[name]) for name in names_in(text) if name in frame and is_text(frame[name])}
+        cures += [f"column '{name}' holds {own.content()}" for name, own in texts.items() if own.mostly_numbers()]
         raise FormulaError("; ".join([f"'{text}' cannot be evaluated: {_plain(error)}", *cures])) from error
     except FormulaicError as error:
         raise FormulaError(f"'{text}' is not understood: {_plain(error)}") from error

@@ -48,7 +48,7 @@ def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
         data = _single_values_in_all_rows(data, columns)
         lengths = {name: np.shape(data[name]) for name in columns}
         if len({shape[:1] for shape in lengths.values()}) > 1:
-            raise DataError(f"columns of different length: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
+            raise DataError(f"columns of different length: {', '.join(f'{k} {lengths[k]}' for k in sorted(lengths))}")
         return _numbers_as_numbers(pd.DataFrame({name: _one_dimensional(data[name], name) for name in columns}))
     if hasattr(data, "collect") and hasattr(data, "collect_schema"):  # polars LazyFrame
         data = data.select(columns).collect()
@@ -84,7 +84,7 @@ def _single_values_in_all_rows(data: Mapping, columns: list[str]) -> dict[str, A
     others = [name for name in columns if name not in single] or [name for name in data if name not in columns]
     rows = {np.shape(data[name])[0] for name in others if np.ndim(data[name])}
     if len(rows) > 1:
-        raise DataError(f"columns of different length: {', '.join(f'{k} {np.shape(data[k])}' for k in others)}")
+        raise DataError(f"columns of different length: {', '.join(f'{k} {np.shape(data[k])}' for k in sorted(others))}")
     n = rows.pop() if rows else 1
     return {name: [single[name]] * n if name in single else data[name] for name in columns}
 
@@ -97,7 +97,9 @@ def _one_dimensional(values: Any, name: str) -> Any:
         raise DataError(f"column '{name}' has shape {array.shape}; it must be one-dimensional")
     if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
         missing = pd.isna(np.asarray(values, object))  # numpy makes the text 'nan' of a NaN among strings
-        return np.where(missing, None, array.astype(object)) if missing.any() else array
+        if missing.any():
+            array = array.astype(object)
+            array[missing] = None
     return array
 
 
