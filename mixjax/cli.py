@@ -251,7 +251,7 @@ def _power(arguments: argparse.Namespace) -> int:
     import numpy as np
     import pandas as pd
 
-    from mixjax.formula.parse import names_in, parse
+    from mixjax.formula.parse import parse
     from mixjax.studies.power import power_curve
 
     parsed = parse(arguments.formula)
@@ -261,9 +261,7 @@ def _power(arguments: argparse.Namespace) -> int:
             f"mixjax power simulates one grouping factor; {arguments.formula!r} has {', '.join(factors) or 'none'}: "
             "use mixjax.power_curve in Python for more"
         )
-    names = dict.fromkeys(
-        name for text in (parsed.fixed, *(part.effects for part in parsed.random)) for name in names_in(text)
-    )
+    names = dict.fromkeys(name for e in parsed.effects for name in (*e.columns, *e.names))
     kinds = _kinds(arguments.x or [], list(names))
     per_group = arguments.per_group
     if per_group < 1 or min(arguments.groups) < 2:

@@ -102,7 +102,7 @@ class Labels:
         frame: the used columns of the table, used rows only (pandas); its index labels the rows.
         dropped_columns: fixed-effects columns left out because others determine them.
         n_missing: rows left out because of missing values.
-        specs: what new data need to get the same columns, per part of the formula.
+        state: the formula as a function of new rows (:class:`mixjax.formula.state.FormulaState`).
     """
 
     formula: str
@@ -112,7 +112,7 @@ class Labels:
     frame: Any
     dropped_columns: tuple[str, ...] = ()
     n_missing: int = 0
-    specs: dict[str, Any] = field(default_factory=dict, compare=False)
+    state: Any = field(default=None, compare=False, repr=False)
 
 
 def check_design(design: Design) -> None:

@@ -43,6 +43,7 @@ def lmm(
     start: Any = None,
     optimizer: Any = None,
     check_identifiable: bool = True,
+    trusted: bool | None = None,
 ) -> LMMFit:
     """Fit a linear mixed model, as ``lme4::lmer`` does. Always computes in float64.
 
@@ -60,6 +61,8 @@ def lmm(
         start: theta to start from.
         optimizer: None for trust-region Newton, or an optax GradientTransformation.
         check_identifiable: refuse terms with as many random effects as rows.
+        trusted: a formula is code: a call in it is called. False where it comes from a stranger; see
+            :func:`mixjax.build_design`.
 
     Returns:
         LMMFit.
@@ -80,11 +83,11 @@ def lmm(
     if is_stream(data):
         if subset is not None:
             raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
-        stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts)
+        stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts, trusted=trusted)
         if check_identifiable:
             check_number_of_effects(int(stats.n), labels)
         return LMMFit(fit_products(stats, labels, reml, start, optimizer), optimizer)
-    design, labels = build_design(formula, data, weights, offset, subset, contrasts)
+    design, labels = build_design(formula, data, weights, offset, subset, contrasts, trusted=trusted)
     if check_identifiable:
         refuse_unidentified(design, labels)
     return LMMFit(fit_design(design, labels, reml, start, optimizer), optimizer)

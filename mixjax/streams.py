@@ -10,19 +10,9 @@ from typing import Any
 import numpy as np
 
 from mixjax.design import Labels
-from mixjax.formula.build import caller_context
-from mixjax.formula.chunks import (
-    INTERCEPT,
-    ChunkReader,
-    can_repeat,
-    categorical_columns,
-    find_categories,
-    tables,
-    used_columns,
-)
-from mixjax.formula.errors import DataError, FormulaError, warn
-from mixjax.formula.parse import parse, quote_columns
-from mixjax.formula.table import column_names
+from mixjax.formula.chunks import INTERCEPT, ChunkReader, can_repeat, find_categories, tables
+from mixjax.formula.errors import DataError, warn
+from mixjax.formula.evaluate import caller_context, is_trusted
 from mixjax.likelihood.accumulate import Accumulator, Dependent
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -36,6 +26,7 @@ def cross_products_from(
     contrasts: Mapping[str, str] | None = None,
     progress: bool = False,
     context: Mapping[str, Any] | None = None,
+    trusted: bool | None = None,
 ) -> tuple[CrossProducts, Labels]:
     """Cross-products of a table that is read in chunks; memory grows with the levels, not with the rows.
 
@@ -49,7 +40,7 @@ def cross_products_from(
             appear in any chunk.
         contrasts: as for :func:`mixjax.lmm`.
         progress: show a bar over chunks (extra ``progress``).
-        context: names that the formula may use beside columns; by default those visible to the caller.
+        context, trusted: as for :func:`mixjax.build_design`.
 
     Returns:
         :class:`~mixjax.CrossProducts`, for :func:`mixjax.estimate`; and the names of what is in them. ``labels.frame``
@@ -66,30 +57,26 @@ def cross_products_from(
         >>> int(stats.n), labels.fixed
         (180, ('Intercept', 'Days'))
     """
-    parsed = parse(formula)
-    if not parsed.random:
-        raise FormulaError(f"{formula!r} has no random term such as (1 | g)")
-    context = caller_context() if context is None else context
-    contrasts = contrasts or {}
+    caller = caller_context() if context is None else context
     again = can_repeat(batches)
     source = tables(batches)
     first = next(source, None)
     if first is None:
         raise DataError("there are no chunks to read")
-    parsed = quote_columns(parsed, column_names(first))
-    used, numeric = used_columns(parsed, first, weights, offset, context)
+    reader = ChunkReader(formula, first, weights, offset, contrasts or {}, caller, is_trusted(trusted))
+    used = reader.used
     known = {name: list(values) for name, values in (categories or {}).items() if name in used}
-    unknown = [name for name in categorical_columns(parsed, first, numeric) if name not in known]
+    unknown = [name for name in reader.categorical_columns(first) if name not in known]
     if unknown:
         known |= find_categories(tables(batches, used) if again else [first], unknown)
-    reader = ChunkReader(parsed, first, known, weights, offset, contrasts, context)
-    fixed = [reader.names.index(name) for name in reader.fixed]
-    intercept = reader.names.index(INTERCEPT) if INTERCEPT in reader.fixed else None
+    reader.begin(first, known)
+    fixed = [reader.names.index(name) for name in reader.fixed.names]
+    intercept = reader.names.index(INTERCEPT) if INTERCEPT in reader.fixed.names else None
     sums = Accumulator(fixed, intercept, reader.terms())
     for table in _bar(tables(batches, used) if again else chain([first], source), progress):
         rows = reader.rows(table)
         sums.add(rows, [levels.n for levels in reader.groups.values()])
-    reader.report_missing()
+    reader.report()
     if not sums.n:
         raise DataError("no chunk has a complete row")
     terms = reader.labels()
@@ -101,34 +88,33 @@ def cross_products_from(
             f"random effects of '{term.group}' cannot be told apart: other effects of the term determine "
             f"{term.effects[error.column]}; leave it out of the term"
         ) from None
-    names = tuple(name for name, keep in zip(reader.fixed, kept, strict=True) if keep)
-    dropped = tuple(name for name, keep in zip(reader.fixed, kept, strict=True) if not keep)
+    names = tuple(name for name, keep in zip(reader.fixed.names, kept, strict=True) if keep)
+    dropped = tuple(name for name, keep in zip(reader.fixed.names, kept, strict=True) if not keep)
     if dropped:
         warn(f"fixed-effects columns left out because other columns determine them: {', '.join(dropped)}")
     if len(names) >= sums.n:
         raise DataError(f"{len(names)} fixed-effects columns for {sums.n} rows leave nothing to estimate sigma from")
     if not stats.yy > 1e-20 * max(1.0, float(np.abs(sums.level)) ** 2) * sums.n:
-        raise DataError(f"the fixed effects reproduce the response '{parsed.response}' exactly")
-    stats, terms = _by_levels(stats, terms)
+        raise DataError(f"the fixed effects reproduce the response '{reader.parsed.response}' exactly")
+    order = sorted(range(len(terms)), key=lambda t: -len(terms[t].levels))
+    stats = _in_order(stats, order)
     labels = Labels(
         formula=formula,
-        response=parsed.response.strip("`"),
+        response=reader.parsed.response.shown,
         fixed=names,
-        terms=tuple(terms),
+        terms=tuple(terms[t] for t in order),
         frame=None,
         dropped_columns=dropped,
         n_missing=reader.n_missing,
-        specs=reader.specs | {"random": [spec for *_, spec in reader.parts], "weights": weights, "offset": offset},
+        state=reader.state(kept, order),
     )
     return stats, labels
 
 
-def _by_levels(stats: CrossProducts, terms: list) -> tuple[CrossProducts, list]:
+def _in_order(stats: CrossProducts, order: list[int]) -> CrossProducts:
     """Terms by decreasing number of levels, ties as written, as :func:`mixjax.build_design` has them."""
-    order = sorted(range(len(terms)), key=lambda t: -len(terms[t].levels))
     layout = replace(stats.layout, terms=tuple(stats.layout.terms[t] for t in order))
-    bases = tuple(stats.Z_bases[t] for t in order)
-    return replace(stats, Z_bases=bases, layout=layout), [terms[t] for t in order]
+    return replace(stats, Z_bases=tuple(stats.Z_bases[t] for t in order), layout=layout)
 
 
 def _bar(source: Iterator[Any], progress: bool) -> Iterable[Any]:

@@ -84,7 +84,7 @@ def test_lme4s_predictions(case):
     close(predict(fit, new, random=False), stored["re_form_NA"], 0, tolerance)
     close(predict(fit, new), stored["re_form_NULL"], 0, tolerance)
     first = new.assign(**{stored["new_level_first"]["variable"]: "new_level"})
-    fixed = set(fit.labels.specs["fixed"].variables_by_source.get("data", ()))
+    fixed = set(fit.labels.state.fixed.effects.columns)
     if not {stored["new_level_first"]["variable"]} & fixed:
         close(predict(fit, first, allow_new_levels=True), stored["new_level_first"]["re_form_NULL"], 0, tolerance)
     variables = stored["new_level_all"]["variables"]
@@ -207,12 +207,13 @@ def test_contrasts_and_types_of_columns():
     close(predict(fit, new.assign(x=new["x"].astype(object))), expected.iloc[[4, 9]])
 
 
-def test_names_that_the_fit_remembers_go_before_those_of_the_caller():
-    fit = fit_formula("y ~ I(x > THRESHOLD) + (1 | g)")
-    specs = {**fit.labels.specs, "context": {"THRESHOLD": 0.0}}
-    other = replace(fit, labels=replace(fit.labels, specs=specs))
-    everywhere = predict(other, TABLE.assign(x=1.0), random=False)
-    close(everywhere, predict(fit, TABLE.assign(x=2.0), random=False))
+def test_names_have_the_values_that_they_had_when_the_fit_was_made():
+    threshold = 0.0
+    fit = fit_formula("y ~ I(x > threshold) + (1 | g)")
+    before = predict(fit, TABLE.assign(x=1.0), random=False)
+    threshold = 1.5  # noqa: F841
+    close(predict(fit, TABLE.assign(x=1.0), random=False), before)
+    close(before, predict(fit, TABLE.assign(x=2.0), random=False))
 
 
 def test_a_name_of_the_caller_is_not_mistaken_for_a_missing_column():
@@ -306,7 +307,7 @@ def test_missing_values_are_counted_and_give_nan(fit_f):
 
 def test_warnings_point_at_the_caller():
     data = TABLE.assign(w=2.0)
-    fit = with_specs(fit_formula("y ~ x + (1 | g)", data, weights="w"), weights=None)
+    fit = with_state(fit_formula("y ~ x + (1 | g)", data, weights="w"), weights=None)
     with pytest.warns(InferenceWarning) as caught:
         predict(fit, TABLE, interval="prediction")
     assert caught[0].filename == __file__
@@ -354,16 +355,16 @@ def test_levels_made_of_several_columns_are_not_confused():
 # --- offsets and weights -------------------------------------------------------------------------------------------
 
 
-def with_specs(fit, **specs):
-    return replace(fit, labels=replace(fit.labels, specs={**fit.labels.specs, **specs}))
+def with_state(fit, **changes):
+    return replace(fit, labels=replace(fit.labels, state=replace(fit.labels.state, **changes)))
 
 
 def test_offset_given_beside_the_formula():
     off = np.linspace(0, 3, len(TABLE))
     fit = fit_formula("y ~ x + offset(k) + (1 | g)", offset=off)
     with pytest.raises(DataError, match="offset= as an array"):
-        predict(with_specs(fit, offset=None), TABLE)
-    named = with_specs(fit, offset="off")
+        predict(fit, TABLE)
+    named = with_state(fit, offset="off", offset_beside=False)
     close(predict(named, TABLE.assign(off=off)), predict(fit), 1e-12)
     with pytest.raises(DataError, match=r"no column 'off'.*offset='off'"):
         predict(named, TABLE)
@@ -375,15 +376,15 @@ def test_weights_of_new_responses():
     sigma2, old = float(fit.estimates.sigma) ** 2, predict(fit, interval="prediction")
     mean = predict(fit, interval="confidence")
     close(old["se"] ** 2, mean["se"] ** 2 + sigma2 / data["w"])
-    close(predict(with_specs(fit, weights="w"), data, interval="prediction"), old, 1e-12)
+    close(predict(with_state(fit, weights="w"), data, interval="prediction"), old, 1e-12)
     with pytest.warns(InferenceWarning, match="weights of newdata are not known"):
-        new = predict(with_specs(fit, weights=None), TABLE, interval="prediction")
+        new = predict(with_state(fit, weights=None), TABLE, interval="prediction")
     close(new["se"] ** 2, mean["se"] ** 2 + sigma2)
     with pytest.raises(DataError, match=r"no column 'w'.*weights='w'"):
-        predict(with_specs(fit, weights="w"), TABLE, interval="prediction")
-    close(predict(with_specs(fit, weights="w"), TABLE), predict(fit), 1e-12)
+        predict(with_state(fit, weights="w"), TABLE, interval="prediction")
+    close(predict(with_state(fit, weights="w"), TABLE), predict(fit), 1e-12)
     with pytest.raises(DataError, match="weights must be positive"):
-        predict(with_specs(fit, weights="w"), data.assign(w=0.0), interval="prediction")
+        predict(with_state(fit, weights="w"), data.assign(w=0.0), interval="prediction")
 
 
 # --- columns left out of the fit -----------------------------------------------------------------------------------

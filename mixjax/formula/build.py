@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from formulaic import Formula
-from formulaic.errors import FactorEvaluationError, FormulaicError
-from formulaic.transforms import TRANSFORMS
 
 from mixjax.bases import orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
-from mixjax.formula.parse import (
-    Group,
-    ParsedFormula,
-    names_in,
-    names_outside_calls,
-    names_outside_factors,
-    parse,
-    quote_columns,
-)
+from mixjax.formula.evaluate import Columns, Context, caller_context, columns_of, is_trusted, numbers, resolve
+from mixjax.formula.parse import Group, ParsedFormula, parse
+from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.state import FormulaState, kinds_of
+from mixjax.formula.syntax import Effects, Expression, expression
 from mixjax.formula.table import (
-    TextColumn,
+    as_numbers,
     check_finite,
-    column_names,
     complete_rows,
-    drop_unused_categories,
     factor_codes,
-    is_text,
+    levels_of,
     refuse_dates,
     refuse_numbers_among_text,
     refuse_unknown,
+    row_column,
     row_values,
-    to_pandas,
+    settle,
     warn_of_numeric_factors,
 )
 
-# What R users write without a prefix, beside formulaic's own transforms.
-FUNCTIONS = {name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")}
-# What R users write and formulaic does not know.
-CURES = {
-    "ns": "use cr(x, df=...) or bs(x, df=...)",
-    "cut": "make a column with pandas.cut first",
-    "relevel": "order the categories of the column; the first is the base",
-    "ifelse": "use np.where(...)",
-    "cbind": "fit one response at a time",
-    "TRUE": "write True",
-    "FALSE": "write False",
-}
 CONTRASTS = ("treatment", "SAS", "sum", "helmert", "diff", "poly")
-WEIGHTS, OFFSET = "(weights)", "(offset)"
 
 
 def build_design(
@@ -67,11 +44,12 @@ def build_design(
     subset: Any = None,
     contrasts: Mapping[str, str] | None = None,
     context: Mapping[str, Any] | None = None,
+    trusted: bool | None = None,
 ) -> tuple[Design, Labels]:
     """Read a formula and a table into arrays and names.
 
     Args:
-        formula: lme4's language; fixed effects and the effects of random terms in formulaic's.
+        formula: lme4's language between terms; Python's inside them, with R's spellings.
         data: pandas, polars or pyarrow table, or a dict of arrays.
         weights: column name or ``(n,)`` array of precision weights: the residual variance is ``sigma^2 / weights``.
         offset: column name or ``(n,)`` array, added to any ``offset(...)`` of the formula.
@@ -79,6 +57,8 @@ def build_design(
         contrasts: column -> ``"treatment"``, ``"sum"``, ``"helmert"``, ``"poly"``, ``"diff"`` or a call such as
             ``"contr.treatment(base='B')"``; columns of X are then named ``recipe[S.A]`` and so on.
         context: names that the formula may use beside columns; by default those visible to the caller.
+        trusted: False where the formula comes from a stranger: a formula is code, and then it is read as columns,
+            numbers, operators and a list of functions only. None: True unless ``MIXJAX_UNTRUSTED`` is set to 1.
 
     Returns:
         Design with float64 arrays; random terms by decreasing number of levels, ties as written, as in lme4.
@@ -96,35 +76,38 @@ def build_design(
         >>> design.X.shape, labels.fixed
         ((180, 2), ('Intercept', 'Days'))
     """
-    parsed = parse(formula)
+    available = column_names(data)
+    caller = caller_context() if context is None else context
+    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data)
     if not parsed.random:
         raise FormulaError(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
-    parsed = quote_columns(parsed, column_names(data))
-    context = usable(caller_context() if context is None else context)
-    frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context, contrasts or {})
-    specs: dict[str, Any] = {}
+    contrasts = contrasts or {}
+    frame, beside, n_missing = _used_rows(parsed, data, available, weights, offset, subset, known, caller, contrasts)
+    parsed = replace(parsed, fixed=with_contrasts(parsed.fixed, frame, contrasts, known))
 
-    y = _response(parsed.response, frame, context)
-    X, fixed, specs["fixed"] = fixed_effects(parsed.fixed, frame, context, contrasts or {})
-    total_offset = frame[OFFSET].to_numpy(float) if OFFSET in frame else None
-    for text in parsed.offsets:
-        total_offset = expression(text, frame, context, "offset") + (0.0 if total_offset is None else total_offset)
-    w = frame[WEIGHTS].to_numpy(float) if WEIGHTS in frame else None
+    y, _ = numbers(parsed.response, frame, known, "response")
+    if (y == y[0]).all():
+        raise DataError(f"the response '{parsed.response}' is constant ({y[0]:g}): there is nothing to model")
+    X, fixed = columns_of(parsed.fixed, frame, known)
+    total_offset = beside.get("offset")
+    offsets = []
+    for e in parsed.offsets:
+        own, learnt = numbers(e, frame, known, "offset")
+        offsets.append((e, learnt))
+        total_offset = own + (0.0 if total_offset is None else total_offset)
+    w = beside.get("weights")
     if w is not None and not (w > 0).all():
         raise DataError(
             f"weights must be positive, but {int((w <= 0).sum())} of {len(w)} are zero or negative; to leave rows out, "
             "use subset="
         )
-    X, fixed, dropped = _full_rank(X, fixed, w)
-    _check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response)
+    X, kept = _full_rank(X, fixed.names, w)
+    check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response.shown)
 
-    random = _random_terms(parsed, frame, context)
-    specs["random"] = [part.spec for part in random]
-    specs["weights"], specs["offset"] = (value if isinstance(value, str) else None for value in (weights, offset))
-    specs["context"] = _constants(parsed, frame, context)
+    random = _random_terms(parsed, frame, known)
     design = Design(
         y=y,
         X=X,
@@ -132,65 +115,117 @@ def build_design(
         weights=w,
         offset=total_offset,
     )
+    state = FormulaState(
+        parsed=parsed,
+        fixed=fixed,
+        kept=kept,
+        random=tuple(part.columns for part in random),
+        offsets=tuple(offsets),
+        weights=weights if isinstance(weights, str) else None,
+        offset=offset if isinstance(offset, str) else None,
+        offset_beside=offset is not None and not isinstance(offset, str),
+        contrasts=dict(contrasts),
+        context=known,
+        kinds=kinds_of(frame, parsed),
+        levels={part.labels.group: levels_of(frame, part.group.columns) for part in random},
+    )
+    names = np.array(fixed.names, object)
     labels = Labels(
         formula=formula,
-        response=parsed.response.strip("`"),
-        fixed=tuple(fixed),
+        response=parsed.response.shown,
+        fixed=tuple(names[kept]),
         terms=tuple(part.labels for part in random),
-        frame=frame.drop(columns=[c for c in (WEIGHTS, OFFSET) if c in frame]),
-        dropped_columns=tuple(dropped),
+        frame=frame,
+        dropped_columns=tuple(names[~kept]),
         n_missing=n_missing,
-        specs=specs,
+        state=state,
     )
     return design, labels
 
 
-def caller_context() -> dict[str, Any]:
-    """Names visible where mixjax was called from."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
-        frame = frame.f_back
-    return {**frame.f_globals, **frame.f_locals}
+def read_formula(
+    formula: str, available: list[str], caller: Mapping[str, Any], trusted: bool, data: Any = None
+) -> tuple[ParsedFormula, Context]:
+    """The parts of a formula, and the values of the names in it that are no columns.
+
+    An array of the caller's that is read by its bare name stands for a column.
+    """
+    parsed = parse(formula, available)
+    arrays = [name for e in (parsed.response, *parsed.predictors) for name in e.names if _is_array(caller.get(name))]
+    if arrays and trusted:
+        parsed = parse(formula, [*available, *arrays])
+    expressions = (parsed.response, *parsed.predictors)
+    return parsed, resolve(
+        expressions, caller, trusted, lambda name, where: refuse_unknown(name, available, f"in '{where}'", data)
+    )
+
+
+def _is_array(value: Any) -> bool:
+    """A variable that can stand for a column, as opposed to a number, a function or a module."""
+    if isinstance(value, list | tuple):
+        return len(value) > 1
+    return hasattr(value, "shape") and not callable(value) and not isinstance(value, ModuleType) and np.ndim(value) == 1
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _used_rows(
-    parsed: ParsedFormula,
-    data: Any,
-    weights: Any,
-    offset: Any,
-    subset: Any,
-    context: Mapping[str, Any],
-    contrasts: Mapping[str, str],
-) -> tuple[pd.DataFrame, int]:
-    """The used columns, complete rows only, with weights and offset beside them; and the number of rows left out."""
-    available = column_names(data)
-    columns: list[str] = []  # of the table
-    arrays: list[str] = []  # variables of the caller that stand for columns
-    numeric: list[str] = []  # what is read as numbers or categories, not only as a grouping factor
-    for text in (parsed.response, parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random)):
-        for name in names_in(text):
-            if name in available:
-                columns.append(name)
-                numeric.append(name)
-            elif _is_array(context.get(name)):
-                arrays.append(name)
-            elif name not in context and name not in TRANSFORMS:
-                refuse_unknown(name, available, f"in '{text}'", data)
+def columns_read(
+    parsed: ParsedFormula, available: Iterable[str], caller: Mapping[str, Any], data: Any = None
+) -> tuple[list[str], list[str]]:
+    """Columns of the table that a formula reads, and variables of the caller's that stand for columns.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    read = dict.fromkeys(name for e in (parsed.response, *parsed.predictors) for name in e.columns)
+    where = {name: e.shown for e in (parsed.response, *parsed.predictors) for name in e.columns}
+    available = list(available)
+    for name in read:
+        if name not in available and not _is_array(caller.get(name)):
+            refuse_unknown(name, available, f"in '{where[name]}'", data)
     for part in parsed.random:
         for name in part.group.columns:
             if name not in available:
                 refuse_unknown(name, available, f"grouping factor '{part.group.name}'", data)
-            columns.append(name)
+    groups = [name for part in parsed.random for name in part.group.columns]
+    own = dict.fromkeys([*(name for name in read if name in available), *groups])
+    return list(own), [name for name in read if name not in available]
+
+
+def computed_with(parsed: ParsedFormula) -> list[str]:
+    """Columns whose numbers matter; of those inside ``C(...)`` alone only the names do."""
+    expressions = (parsed.response, *parsed.predictors)
+    return list(dict.fromkeys(name for e in expressions for name in e.columns if name != e.factor_of))
+
+
+def hardly_factors(parsed: ParsedFormula, contrasts: Mapping[str, str]) -> list[str]:
+    """Columns where text among numbers is a slip: all but declared factors. A response says so itself."""
+    computed = [e for e in (parsed.response, *parsed.offsets) if e.column is None]
+    names = dict.fromkeys(name for e in (*parsed.effects, *computed) for name in e.columns if name != e.factor_of)
+    return [name for name in names if name not in contrasts]
+
+
+def _used_rows(
+    parsed: ParsedFormula,
+    data: Any,
+    available: list[str],
+    weights: Any,
+    offset: Any,
+    subset: Any,
+    context: Context,
+    caller: Mapping[str, Any],
+    contrasts: Mapping[str, str],
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], int]:
+    """The used columns, complete rows only; weights and offset beside them; the number of rows left out."""
+    columns, arrays = columns_read(parsed, available, caller, data)
     extra = []
-    for name, values in (("weights", weights), ("offset", offset)):
+    for what, values in (("weights", weights), ("offset", offset)):
         if isinstance(values, str):
             if values not in available:
-                refuse_unknown(values, available, f"{name}=", data)
+                refuse_unknown(values, available, f"{what}=", data)
             extra.append(values)
-    table = to_pandas(data, [*columns, *extra] if not isinstance(subset, str) else available)
+    table = to_pandas(data, available if isinstance(subset, str) else [*columns, *extra])
     if len(table) == 0:
         raise DataError("the table has no rows")
     if len(table) == 1:
@@ -198,41 +233,38 @@ def _used_rows(
     # Only a pandas table has an index that other pandas columns can be lined up with.
     index = table.index if isinstance(data, pd.DataFrame) else None
 
-    frame = table.loc[:, list(dict.fromkeys(columns))].copy()
+    frame = table.loc[:, columns].copy()
     for name in arrays:
-        frame[name] = row_values(f"'{name}'", context[name], index, len(table), numbers=False)
-    for key, name, values in ((WEIGHTS, "weights", weights), (OFFSET, "offset", offset)):
+        frame[name] = row_column(f"'{name}'", caller[name], index, len(table))
+    beside: dict[str, str] = {}  # the name that it has in the frame for now, unlike any column's
+    for what, values in (("weights", weights), ("offset", offset)):
         if values is not None:
+            beside[what] = f"({what})"
+            while beside[what] in frame:
+                beside[what] = f"({beside[what]})"
             column = table[values] if isinstance(values, str) else values
-            frame[key] = row_values(name, column, index, len(table))
-    refuse_dates(frame, [*numeric, *arrays])
-    effects = (parsed.fixed, *(part.effects for part in parsed.random))
-    # A response or offset that is a column must be numbers anyway, and `expression` says so.
-    computed = (text for text in (parsed.response, *parsed.offsets) if text.strip("`") not in frame)
-    refuse_numbers_among_text(frame, _read_by((*effects, *computed), names_outside_factors, frame, contrasts))
-    frame = frame[_subset_rows(subset, table, index)]
+            frame[beside[what]] = row_values(what, column, index, len(table))
+    read = [name for e in (parsed.response, *parsed.predictors) for name in e.columns]
+    refuse_dates(frame, read)
+    refuse_numbers_among_text(frame, hardly_factors(parsed, contrasts))
+    frame = frame[_subset_rows(subset, table, index, context.trusted)]
     if len(frame) == 0:
         raise DataError("subset leaves no rows")
     complete = complete_rows(frame)
-    n_missing = int((~complete).sum())
-    frame = frame[complete]
+    frame = settle(as_numbers(frame[complete].copy(), computed_with(parsed)))
     check_finite(frame)
-    warn_of_numeric_factors(frame, _read_by(effects, names_outside_calls, frame, contrasts))
-    return drop_unused_categories(frame.copy()), n_missing
+    alone = [e.column for e in parsed.effects if e.column is not None and e.column not in contrasts]
+    warn_of_numeric_factors(frame, dict.fromkeys(alone))
+    values = {what: frame[name].to_numpy(float) for what, name in beside.items()}
+    return frame.drop(columns=list(beside.values())), values, int((~complete).sum())
 
 
-def _read_by(
-    texts: Iterable[str], names: Callable[[str], list[str]], frame: pd.DataFrame, contrasts: Mapping[str, str]
-) -> list[str]:
-    """Columns that the texts read, less those that ``contrasts=`` declares to be factors."""
-    read = dict.fromkeys(name for text in texts for name in names(text))
-    return [name for name in read if name in frame and name not in contrasts]
-
-
-def _subset_rows(subset: Any, table: pd.DataFrame, index: Any) -> np.ndarray:
+def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) -> np.ndarray:
     if subset is None:
         return np.ones(len(table), bool)
     if isinstance(subset, str):
+        if not trusted:
+            raise DataError("subset= as text is code, which is not allowed here: pass booleans")
         try:
             subset = table.eval(subset)
         except Exception as error:
@@ -243,133 +275,45 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any) -> np.ndarray:
     return rows
 
 
-def _constants(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the caller that the formula reads and that new data cannot bring: not columns, nor functions."""
-    texts = (parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random))
-    return {
-        name: context[name]
-        for text in texts
-        for name in names_in(text)
-        if name not in frame
-        and name in context
-        and not callable(context[name])
-        and not isinstance(context[name], ModuleType)
-    }
+# --- fixed effects ---------------------------------------------------------------------------------------------------
 
 
-def _is_array(value: Any) -> bool:
-    """A variable that can stand for a column, as opposed to a number, a function or a module."""
-    if isinstance(value, list | tuple):
-        return len(value) > 1
-    return hasattr(value, "shape") and not callable(value) and len(np.shape(value)) == 1
+def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str, str], context: Context) -> Effects:
+    """The terms with factors coded as asked for; their names stay."""
+    found: dict[str, Expression] = {}
+    for name, asked in contrasts.items():
+        if name not in frame:
+            refuse_unknown(name, list(frame.columns), "contrasts=")
+        kind = asked.removeprefix("contr.").split("(")[0] if isinstance(asked, str) else asked
+        if not isinstance(asked, str) or kind not in CONTRASTS:
+            raise DataError(f"contrasts for '{name}' must be one of {', '.join(CONTRASTS)}, got {asked!r}")
+        own = [e for e in effects.expressions if e.code in ("__c0__", "C(__c0__)") and e.columns == (name,)]
+        if not own:
+            raise DataError(f"contrasts= names '{name}', which is not among the fixed effects '{effects}'")
+        if any(e.column for e in own) and pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool:
+            raise DataError(f"contrasts= names '{name}', which is numeric: make it a category first")
+        coding = expression(f"contr.{asked.removeprefix('contr.')}")
+        coded = Expression(name, f"C(__c0__, {coding.code})", (name,), coding.names, ("C", *coding.functions))
+        resolve([coded], {}, context.trusted, lambda n, where: refuse_unknown(n, [], f"in '{where}'"))
+        found |= {e.shown: replace(coded, shown=e.shown) for e in own}
+    return replace(effects, expressions=tuple(found.get(e.shown, e) for e in effects.expressions))
 
 
-def usable(context: Mapping[str, Any]) -> dict[str, Any]:
-    """The caller's names, less those that would hide a function of the formula language without being one.
-
-    R looks functions up in the same way: a variable called ``scale`` does not get in the way of ``scale(x)``.
-    """
-    taken = {*TRANSFORMS, *FUNCTIONS}
-    own = {name: value for name, value in context.items() if name not in taken or callable(value)}
-    return {**FUNCTIONS, **own}
-
-
-# --- columns -------------------------------------------------------------------------------------------------------
-
-
-def model_matrix(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> tuple[np.ndarray, list[str], Any]:
-    """Columns of a one-sided formula, their names, and formulaic's spec."""
-    try:
-        with np.errstate(all="ignore"):  # what is not finite is reported below, by name
-            matrix = Formula(text).get_model_matrix(frame, context=dict(context), na_action="ignore", output="numpy")
-    except FactorEvaluationError as error:
-        cures = [cure for name, cure in CURES.items() if re.search(rf"(?<![\w.]){name}\b", text)]
-        texts = {name: TextColumn(frame[name]) for name in names_in(text) if name in frame and is_text(frame[name])}
-        cures += [f"column '{name}' holds {own.content()}" for name, own in texts.items() if own.mostly_numbers()]
-        raise FormulaError("; ".join([f"'{text}' cannot be evaluated: {_plain(error)}", *cures])) from error
-    except FormulaicError as error:
-        raise FormulaError(f"'{text}' is not understood: {_plain(error)}") from error
-    names = list(matrix.model_spec.column_names)
-    columns = np.asarray(matrix, dtype=float).reshape(len(frame), len(names))
-    for j, name in enumerate(names):
-        bad = ~np.isfinite(columns[:, j])
-        if bad.any():
-            raise DataError(
-                f"'{name}' is not finite in {int(bad.sum())} rows (first: row {frame.index[np.flatnonzero(bad)[0]]}); "
-                "leave them out with subset=, or change the expression"
-            )
-    return columns, names, matrix.model_spec
-
-
-def _plain(error: Exception) -> str:
-    """formulaic's message without its markers and terminal colours."""
-    return re.sub(r"\x1b\[[0-9;]*m|[⧛⧚]", "", str(error)).replace("\n", " ")
-
-
-def expression(text: str, frame: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
-    """One numeric column."""
-    name = text.strip("`")
-    if name in frame:
-        column = frame[name]
-        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
-            content = TextColumn(column).content() if is_text(column) else f"{column.dtype} values"
-            raise DataError(f"the {what} '{name}' is not numeric: it holds {content}")
-        return column.to_numpy(float)
-    columns, names, _spec = model_matrix(f"0 + {text}" if _is_call(text) else f"0 + I({text})", frame, context)
-    if columns.shape[1] != 1 or "[" in names[0].replace(text, ""):
-        raise DataError(f"the {what} '{text}' is not one numeric column: it gives {some_of(names)}")
-    return columns[:, 0]
-
-
-def _is_call(text: str) -> bool:
-    return re.fullmatch(r"[\w.]+\s*\(.*\)|`[^`]+`|\w+", text, flags=re.DOTALL) is not None
-
-
-def _response(text: str, frame: pd.DataFrame, context: Mapping[str, Any]) -> np.ndarray:
-    y = expression(text, frame, context, "response")
-    if (y == y[0]).all():
-        raise DataError(f"the response '{text}' is constant ({y[0]:g}): there is nothing to model")
-    return y
-
-
-def fixed_effects(
-    text: str, frame: pd.DataFrame, context: Mapping[str, Any], contrasts: Mapping[str, str]
-) -> tuple[np.ndarray, list[str], Any]:
-    rename = {}
-    for column, spec in contrasts.items():
-        if column not in frame:
-            refuse_unknown(column, list(frame.columns), "contrasts=")
-        name = spec.removeprefix("contr.").split("(")[0] if isinstance(spec, str) else spec
-        if not isinstance(spec, str) or name not in CONTRASTS:
-            raise DataError(f"contrasts for '{column}' must be one of {', '.join(CONTRASTS)}, got {spec!r}")
-        if pd.api.types.is_numeric_dtype(frame[column]):
-            raise DataError(f"contrasts= names '{column}', which is numeric: make it a category first")
-        call = f"contr.{spec.removeprefix('contr.')}"
-        text, count = re.subn(rf"(?<![\w.`]){re.escape(column)}(?![\w(`])", f"C({column}, {call})", text)
-        if not count:
-            raise DataError(f"contrasts= names '{column}', which is not among the fixed effects '{text}'")
-        rename[f"C({column}, {call})"] = column
-    X, names, spec = model_matrix(text, frame, context)
-    for long, short in rename.items():
-        names = [name.replace(long, short) for name in names]
-    return X, names, spec
-
-
-def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> tuple[np.ndarray, list[str], list[str]]:
+def _full_rank(X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Leave out columns that earlier ones determine, as lme4 does, and say which."""
-    independent = orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2]
-    dropped = [name for name, keep in zip(names, independent, strict=True) if not keep]
-    if dropped:
+    kept = np.asarray(orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2], bool)
+    if not kept.all():
+        dropped = [name for name, keep in zip(names, kept, strict=True) if not keep]
         warn(f"fixed-effects columns left out because other columns determine them: {some_of(dropped)}")
-        X, names = X[:, independent], [name for name, keep in zip(names, independent, strict=True) if keep]
+        X = X[:, kept]
     if X.shape[1] >= X.shape[0]:
         raise DataError(
             f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from"
         )
-    return X, names, dropped
+    return X, kept
 
 
-def _check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
+def check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
     """A response that the fixed effects reproduce up to rounding leaves no variance to model."""
     sqrt_w = None if weights is None else np.sqrt(weights)
     if not orthonormal_columns(np.column_stack([X, y]), sqrt_w)[2][-1]:
@@ -387,37 +331,27 @@ class _Term:
     Z: np.ndarray
     codes: np.ndarray
     labels: TermLabels
-    spec: Any
+    columns: Columns
+    group: Group
     structure: str
 
 
-def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Mapping[str, Any]) -> list[_Term]:
+def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[_Term]:
     factors: dict[str, tuple[np.ndarray, list[str]]] = {}
     terms = []
     for part in parsed.random:
         if part.group.name not in factors:
             factors[part.group.name] = _grouping_factor(part.group, frame)
         codes, levels = factors[part.group.name]
-        for effects in independent_effects(part.effects) if part.independent else [part.effects]:
-            Z, names, spec = model_matrix(effects, frame, context)
-            if not names:
-                raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
-            _check_columns_of_term(Z, names, part.group.name)
+        for block in part.blocks():
+            Z, columns = columns_of(block, frame, context)
+            _check_columns_of_term(Z, columns.names, part.group.name)
             if part.structure == "us":
-                _warn_of_constant_slopes(Z, names, codes, f"({effects} | {part.group.name})", part.group.name)
-            labels = TermLabels(part.group.name, tuple(names), tuple(levels))
-            terms.append(_Term(Z, codes, labels, spec, part.structure))
+                _warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
+            labels = TermLabels(part.group.name, columns.names, tuple(levels))
+            terms.append(_Term(Z, codes, labels, columns, part.group, part.structure))
     _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
-
-
-def independent_effects(effects: str) -> list[str]:
-    """``x + z || g``: one term each for the intercept, x and z. A factor keeps its own block of correlated columns."""
-    try:
-        terms = [str(term) for term in Formula(effects)]
-    except FormulaicError as error:
-        raise FormulaError(f"'{effects}' is not understood: {_plain(error)}") from error
-    return ["1" if term == "1" else f"0 + {term}" for term in terms]
 
 
 def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
@@ -429,7 +363,7 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, lis
     return codes, levels
 
 
-def _check_columns_of_term(Z: np.ndarray, names: list[str], group: str) -> None:
+def _check_columns_of_term(Z: np.ndarray, names: tuple[str, ...], group: str) -> None:
     independent = orthonormal_columns(Z, None)[2]
     if not independent.all():
         culprits = some_of([name for name, keep in zip(names, independent, strict=True) if not keep])
@@ -439,7 +373,7 @@ def _check_columns_of_term(Z: np.ndarray, names: list[str], group: str) -> None:
         )
 
 
-def _warn_of_constant_slopes(Z: np.ndarray, names: list[str], codes: np.ndarray, term: str, group: str) -> None:
+def _warn_of_constant_slopes(Z: np.ndarray, names: tuple[str, ...], codes: np.ndarray, term: str, group: str) -> None:
     """Effects that no level shows at two values, beside others of that kind with which they may correlate.
 
     Such effects move all rows of a level alike, so the data show one sum of them per level: its variance is a quadratic

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from mixjax.design import Rows, TermLabels
-from mixjax.formula.build import (
-    expression,
-    fixed_effects,
-    independent_effects,
-    model_matrix,
-    usable,
-)
+from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
 from mixjax.formula.errors import DataError, FormulaError, warn
-from mixjax.formula.parse import Group, ParsedFormula, made_factors, names_in, names_outside_factors
+from mixjax.formula.evaluate import Learnt, columns_of, numbers
+from mixjax.formula.parse import Group
+from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.state import FormulaState, kinds_of
+from mixjax.formula.syntax import Expression
+from mixjax.formula.syntax import column as column_of
 from mixjax.formula.table import (
     TextColumn,
+    as_numbers,
     check_finite,
-    column_names,
     is_text,
     level_name,
     refuse_dates,
     refuse_numbers_among_text,
     refuse_unknown,
-    to_pandas,
 )
 
 INTERCEPT = "Intercept"
@@ -91,59 +91,81 @@ class ChunkReader:
     given, a first pass, or the first chunk. Levels of grouping factors may appear in any chunk.
 
     Args:
-        parsed: the formula. first: the first table. categories: column -> all its categories, of columns that the
-            effects read as categories.
-        weights, offset: names of columns, or None. contrasts, context: as in :func:`mixjax.build_design`.
+        formula: as text. first: the first table. weights, offset: names of columns, or None.
+        contrasts, caller, trusted: as in :func:`mixjax.build_design`, ``context``.
     """
 
     def __init__(
         self,
-        parsed: ParsedFormula,
+        formula: str,
         first: Any,
-        categories: Mapping[str, Any],
         weights: str | None,
         offset: str | None,
         contrasts: Mapping[str, str],
-        context: Mapping[str, Any],
+        caller: Mapping[str, Any],
+        trusted: bool,
     ):
-        self.parsed, self.weights, self.offset = parsed, weights, offset
-        self.context, self.categories = usable(context), dict(categories)
-        self.used, self.numeric = used_columns(parsed, first, weights, offset, self.context)
-        self.effects = [name for name in self.numeric if name in names_in(_effects(parsed))]
+        available = column_names(first)
+        self.parsed, self.context = read_formula(formula, available, caller, trusted, first)
+        if not self.parsed.random:
+            raise FormulaError(f"{formula!r} has no random term such as (1 | g)")
+        self.weights, self.offset, self.contrasts = weights, offset, contrasts
+        self.used, arrays = columns_read(self.parsed, available, caller, first)
+        if arrays:
+            refuse_unknown(arrays[0], available, "the rows come in chunks, and arrays beside them do not")
+        self.computed = computed_with(self.parsed)
+        for extra, what in ((weights, "weights="), (offset, "offset=")):
+            if extra is None:
+                continue
+            if not isinstance(extra, str):
+                raise DataError(f"{what} must be the name of a column when the rows come in chunks")
+            if extra not in available:
+                refuse_unknown(extra, available, what)
+            self.used, self.computed = [*self.used, extra], [*self.computed, extra]
+        self.numeric = [*dict.fromkeys(n for e in self.parsed.predictors for n in e.columns), *self.computed]
+        self.effects = list(dict.fromkeys(name for e in self.parsed.effects for name in e.columns))
+        self.categories: dict[str, list] = {}
         self.n_rows, self.n_missing = 0, 0
         self.missing: dict[str, int] = {}
-        self.groups = {part.group.name: Levels(part.group) for part in parsed.random}
+        self.groups = {part.group.name: Levels(part.group) for part in self.parsed.random}
+
+    def categorical_columns(self, table: Any) -> list[str]:
+        """Columns that the effects read as categories: text, categories, truth values, or numbers inside ``C(...)``."""
+        made = {e.factor_of for e in self.parsed.effects}
+        frame = to_pandas(table, self.effects)
+        refuse_numbers_among_text(frame, [name for name in hardly_factors(self.parsed, {}) if name in frame])
+        refuse_dates(frame, self.effects)
+        return [n for n in self.effects if n in made or frame[n].dtype == bool or not is_numeric_dtype(frame[n])]
+
+    def begin(self, first: Any, categories: Mapping[str, list]) -> None:
+        """Settle the columns by the first table and the categories of all tables."""
+        self.categories = dict(categories)
         frame = self.frame(first, count=False)
         if not len(frame):
             raise DataError("the first chunk has no complete row: put another one first")
-        _, self.fixed, spec = fixed_effects(parsed.fixed, frame, self.context, contrasts)
-        self.specs: dict[str, Any] = {"fixed": spec, "random": []}
-        parts = []
-        for part in parsed.random:
-            for effects in independent_effects(part.effects) if part.independent else [part.effects]:
-                _, names, spec = model_matrix(effects, frame, self.context)
-                if not names:
-                    raise FormulaError(f"random term '({part.effects} | {part.group.name})' has no effects")
-                parts.append((part, names, spec))
-        self.parts = parts
-        for spec in (self.specs["fixed"], *(spec for *_, spec in parts)):
-            self._refuse_state(spec)
+        fixed = with_contrasts(self.parsed.fixed, frame, self.contrasts, self.context)
+        self.parsed = replace(self.parsed, fixed=fixed)
+        self.fixed = columns_of(fixed, frame, self.context, several=False)[1]
+        self.parts = [
+            (part, columns_of(block, frame, self.context, several=False)[1])
+            for part in self.parsed.random
+            for block in part.blocks()
+        ]
+        for columns in (self.fixed, *(columns for _, columns in self.parts)):
+            for e in columns.effects.expressions:
+                self._refuse_state(e, columns.learnt[e.shown])
+        for e in (self.parsed.response, *self.parsed.offsets):
+            self._refuse_state(e, numbers(e, frame, self.context, "response")[1])
         # Columns of one name are one column, whichever part of the formula asks for it.
-        self.names = list(dict.fromkeys([*self.fixed, *(name for _, names, _ in parts for name in names)]))
-        self.plain = all(self._is_plain(name, frame) for name in self.names)
+        self.names = list(dict.fromkeys([*self.fixed.names, *(n for _, columns in self.parts for n in columns.names)]))
+        self.kinds = kinds_of(frame, self.parsed)
+        self.plain = all(name == INTERCEPT or self.kinds.get(name) == np.float64 for name in self.names)
 
-    def _refuse_state(self, spec: Any) -> None:
-        state = {name: value for name, value in dict(spec.transform_state).items() if value}
-        if state:
+    def _refuse_state(self, e: Expression, learnt: Learnt) -> None:
+        if any(not isinstance(state, dict) or state for state in learnt.state.values()) or not learnt.alone:
             raise FormulaError(
-                f"{', '.join(state)} depends on all rows (means, knots), which chunks do not show; compute such "
-                "columns beforehand"
+                f"'{e}' depends on all rows (means, knots), which chunks do not show; compute such columns beforehand"
             )
-
-    def _is_plain(self, name: str, frame: pd.DataFrame) -> bool:
-        return name == INTERCEPT or (
-            name in frame and name not in self.categories and pd.api.types.is_numeric_dtype(frame[name])
-        )
 
     def frame(self, table: Any, count: bool = True) -> pd.DataFrame:
         """The used columns of a chunk, complete rows only."""
@@ -163,37 +185,41 @@ class ChunkReader:
                     self.missing[str(column)] = self.missing.get(str(column), 0) + int(k)
         if count:
             self.n_rows += len(missing)
+        frame = as_numbers(frame, self.computed)
         check_finite(frame)
         for name in self.effects if len(frame) else ():
             # Readers of csv files decide chunk by chunk: one cell makes text of what was numbers in the first chunk.
             if name not in self.categories and is_text(frame[name]):
                 raise DataError(f"in one of the chunks, column '{name}' holds {TextColumn(frame[name]).content()}")
         for name, values in self.categories.items():
-            codes = pd.Index(values).get_indexer(frame[name])
+            codes = pd.Index(values).get_indexer(pd.Index(frame[name]))
             if (codes < 0).any():
                 new = frame[name][codes < 0].iloc[0]
                 raise DataError(
                     f"column '{name}' has the value {new!r}, which is not among its {len(values)} categories; pass "
                     f"categories={{'{name}': [...]}} with all of them, or a source that can be read twice"
                 )
-            frame = frame.assign(**{name: pd.Categorical.from_codes(codes, categories=values)})
+            frame = frame.assign(**{name: pd.Categorical.from_codes(codes, categories=pd.Index(values))})
         return frame
 
     def rows(self, table: Any) -> Rows:
         """One chunk as arrays."""
         frame = self.frame(table)
-        y = expression(self.parsed.response, frame, self.context, "response") if len(frame) else np.zeros(0)
         if not len(frame):
-            return Rows(np.zeros((0, len(self.names))), y, None, [])
-        for text in (*self.parsed.offsets, *([] if self.offset is None else [f"`{self.offset}`"])):
-            y = y - expression(text, frame, self.context, "offset")
+            return Rows(np.zeros((0, len(self.names))), np.zeros(0), None, [])
+        y = self._numbers(self.parsed.response, frame, "response")
+        for e in (*self.parsed.offsets, *([] if self.offset is None else [column_of(self.offset)])):
+            y = y - self._numbers(e, frame, "offset")
         sqrt_w = None
         if self.weights is not None:
-            w = expression(f"`{self.weights}`", frame, self.context, "weights")
+            w = self._numbers(column_of(self.weights), frame, "weights")
             if not (w > 0).all():
                 raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of a chunk's are not")
             sqrt_w = np.sqrt(w)
         return Rows(self._columns(frame), y, sqrt_w, [levels.codes(frame) for levels in self.groups.values()])
+
+    def _numbers(self, e: Expression, frame: pd.DataFrame, what: str) -> np.ndarray:
+        return numbers(e, frame, self.context, what)[0]
 
     def _columns(self, frame: pd.DataFrame) -> np.ndarray:
         columns = np.empty((len(frame), len(self.names)), order="F")
@@ -202,23 +228,19 @@ class ChunkReader:
                 columns[:, j] = 1.0 if name == INTERCEPT else frame[name].to_numpy(float)
             return columns
         have: dict[str, np.ndarray] = {}
-        for names, spec in ((self.fixed, self.specs["fixed"]), *((names, spec) for _, names, spec in self.parts)):
-            if not set(names) <= set(have):
-                matrix = np.asarray(spec.get_model_matrix(frame, context=dict(self.context)), float)
-                have |= dict(zip(names, matrix.reshape(len(frame), len(names)).T, strict=True))
+        for part in (self.fixed, *(columns for _, columns in self.parts)):
+            if not set(part.names) <= set(have):
+                have |= dict(zip(part.names, part.of(frame, " of one of the chunks").T, strict=True))
         for j, name in enumerate(self.names):
             columns[:, j] = have[name]
-        if not np.isfinite(columns).all():
-            bad = self.names[int(np.flatnonzero(~np.isfinite(columns).all(axis=0))[0])]
-            raise DataError(f"'{bad}' is not finite in a row of one of the chunks")
         return columns
 
     def terms(self) -> list[tuple[list[int], int, str]]:
         """Per random term its columns among ``names``, its grouping factor, and its covariance structure."""
         factors = list(self.groups)
         return [
-            ([self.names.index(n) for n in names], factors.index(part.group.name), part.structure)
-            for part, names, _ in self.parts
+            ([self.names.index(n) for n in columns.names], factors.index(part.group.name), part.structure)
+            for part, columns in self.parts
         ]
 
     def labels(self) -> list[TermLabels]:
@@ -227,60 +249,37 @@ class ChunkReader:
         for name, own in levels.items():
             if len(own) < 2:
                 raise DataError(f"grouping factor '{name}' has one level; a variance between levels needs two or more")
-        return [TermLabels(part.group.name, tuple(names), levels[part.group.name]) for part, names, _ in self.parts]
+        return [TermLabels(part.group.name, columns.names, levels[part.group.name]) for part, columns in self.parts]
 
-    def report_missing(self) -> None:
-        """One message for all chunks."""
+    def state(self, kept: np.ndarray, order: list[int]) -> FormulaState:
+        """The formula as a function of new rows.
+
+        Args:
+            kept: which columns of the fixed effects are in the fit. order: of the random terms.
+        """
+        return FormulaState(
+            parsed=self.parsed,
+            fixed=self.fixed,
+            kept=np.asarray(kept, bool),
+            random=tuple(self.parts[t][1] for t in order),
+            offsets=tuple((e, Learnt({})) for e in self.parsed.offsets),
+            weights=self.weights,
+            offset=self.offset,
+            offset_beside=False,
+            contrasts=dict(self.contrasts),
+            context=self.context,
+            kinds=self.kinds,
+            levels={name: group.parts() for name, group in self.groups.items()},
+        )
+
+    def report(self) -> None:
+        """What all chunks together show: rows that were left out, and factors of one level, which are refused."""
+        for name, values in self.categories.items():
+            if len(values) < 2:
+                raise DataError(f"the factor '{name}' has one level ({values[0]!r}): leave it out of the formula")
         if self.n_missing:
             counts = ", ".join(f"{name} {k}" for name, k in self.missing.items() if k)
             warn(f"{self.n_missing} of {self.n_rows} rows left out because of missing values ({counts})")
-
-
-def used_columns(
-    parsed: ParsedFormula, table: Any, weights: str | None, offset: str | None, context: Mapping[str, Any]
-) -> tuple[list[str], list[str]]:
-    """Columns that the formula reads, and those of them that are more than grouping factors."""
-    available = column_names(table)
-    numeric = []
-    for text in (parsed.response, parsed.fixed, *parsed.offsets, *(part.effects for part in parsed.random)):
-        for name in names_in(text):
-            if name in available:
-                numeric.append(name)
-            elif name not in context:
-                refuse_unknown(name, available, f"in '{text}'")
-    for extra, what in ((weights, "weights="), (offset, "offset=")):
-        if extra is None:
-            continue
-        if not isinstance(extra, str):
-            raise DataError(f"{what} must be the name of a column when the rows come in chunks")
-        if extra not in available:
-            refuse_unknown(extra, available, what)
-        numeric.append(extra)
-    groups = [name for part in parsed.random for name in part.group.columns]
-    for name in groups:
-        if name not in available:
-            refuse_unknown(name, available, "grouping factor")
-    return list(dict.fromkeys([*numeric, *groups])), list(dict.fromkeys(numeric))
-
-
-def categorical_columns(parsed: ParsedFormula, table: Any, numeric: list[str]) -> list[str]:
-    """Columns that the effects read as categories: text, categories, or numbers inside ``C(...)``."""
-    text = _effects(parsed)
-    inside = made_factors(text)
-    effects = set(names_in(text))
-    frame = to_pandas(table, numeric)
-    refuse_numbers_among_text(frame, [name for name in names_outside_factors(text) if name in frame])
-    return [
-        name
-        for name in numeric
-        if name in effects
-        and (name in inside or not (pd.api.types.is_numeric_dtype(frame[name]) or frame[name].dtype.kind in "mM"))
-    ]
-
-
-def _effects(parsed: ParsedFormula) -> str:
-    """What the fixed effects and the effects of random terms read, as one text."""
-    return " ".join([parsed.fixed, *(part.effects for part in parsed.random)])
 
 
 def find_categories(source: Iterable[Any], columns: list[str]) -> dict[str, list]:
@@ -354,10 +353,13 @@ class Levels:
 
     def names(self) -> list[str]:
         """Names of the levels in their final order."""
+        return [":".join(names) for names in self.parts()]
+
+    def parts(self) -> np.ndarray:
+        """``(m, columns)`` names of the values that make each level, in their final order."""
         columns = [values[own] for values, own in zip(self.values, self._columns(), strict=True)]
         order = self.order()
-        parts = [[level_name(value) for value in column[order]] for column in columns]
-        return [":".join(names) for names in zip(*parts, strict=True)]
+        return np.array([[level_name(value) for value in column[order]] for column in columns], object).T
 
     def _columns(self) -> list[np.ndarray]:
         """Per column the number of the value that every level has there."""

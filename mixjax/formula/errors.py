@@ -27,10 +27,10 @@ class DataWarning(UserWarning):
 warnings.filterwarnings("always", category=DataWarning, append=True)
 
 
-def some_of(names: Sequence[str], separator: str = ", ") -> str:
+def some_of(names: Sequence[str], separator: str = ", ", most: int = SHOWN) -> str:
     """``a, b, c, d, e and 370 more``: a factor of many levels would make a message of thousands of characters."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return separator.join(names[:SHOWN]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def warn(message: str, category: type[Warning] = DataWarning) -> None:

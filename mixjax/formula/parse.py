@@ -1,18 +1,16 @@
-"""The formula language of lme4: ``response ~ fixed + (effects | group) + ...``.
-
-Text in, a small tree of text out. Fixed effects, and the effects inside a random term, are left to formulaic; what is
-read here are the random terms themselves, offsets, and the algebra of grouping factors.
-"""
+"""The formula language of lme4: ``response ~ fixed + (effects | group) + ...``, read into its parts."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 from mixjax.covariance import STRUCTURES
 from mixjax.formula.errors import FormulaError
+from mixjax.formula.syntax import Effects, Expression, Piece, effects, expression, read, summands
 
-OPENING, CLOSING = "([{", ")]}"
+MOST_GROUPS = 100
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,26 @@ class RandomPart:
     """One random term as written, its group expanded.
 
     Attributes:
-        effects: text of the effects, ``1 + x``.
+        effects: the effects, ``1 + x``.
         group: grouping factor.
         independent: written with ``||``: the effects are to be split into independent terms.
         structure: name of its covariance structure, ``us`` where none is written.
     """
 
-    effects: str
+    effects: Effects
     group: Group
     independent: bool
     structure: str = "us"
+
+    def blocks(self) -> list[Effects]:
+        """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
+        if not self.independent:
+            return [self.effects]
+        by_name = {e.shown: e for e in self.effects.expressions}
+        return [
+            Effects(f"0 + {':'.join(term)}" if term else "1", (term,), tuple(by_name[name] for name in term))
+            for term in self.effects.terms
+        ]
 
 
 @dataclass(frozen=True)
@@ -52,162 +60,157 @@ class ParsedFormula:
     Attributes:
         text: as given.
         response: left-hand side.
-        fixed: fixed effects, for formulaic.
+        fixed: fixed effects.
         offsets: expressions inside ``offset(...)``.
         random: random terms in the order written; ``(1 | a/b)`` gives two.
     """
 
     text: str
-    response: str
-    fixed: str
-    offsets: tuple[str, ...]
+    response: Expression
+    fixed: Effects
+    offsets: tuple[Expression, ...]
     random: tuple[RandomPart, ...]
 
+    @property
+    def predictors(self) -> tuple[Expression, ...]:
+        """All expressions but the response."""
+        return (*self.effects, *self.offsets)
 
-def parse(text: str) -> ParsedFormula:
+    @property
+    def effects(self) -> tuple[Expression, ...]:
+        """What the fixed effects and the effects of random terms are made of."""
+        return tuple(chain(self.fixed.expressions, *(part.effects.expressions for part in self.random)))
+
+
+def parse(text: str, columns: Collection[str] = ()) -> ParsedFormula:
     """Read a formula.
+
+    Args:
+        text: the formula. columns: of the table, so that names with dots, and those that are words of Python, are
+            known for what they are. Other plain names are left open.
 
     Raises:
         FormulaError: with the culprit and what to write instead.
     """
     if not isinstance(text, str):
         raise FormulaError(f"the formula must be text such as 'y ~ x + (x | g)', got {type(text).__name__}")
-    _check_brackets(text)
-    sides = split_top(text, ("~",))
+    columns = frozenset(columns)
+    sides = read(text).split("~")
     if len(sides) != 2:
-        raise FormulaError(f"{text!r} must have one '~' between response and terms, as in 'y ~ x + (x | g)'")
-    response, right = (side.strip() for side in sides)
-    if not response:
-        raise FormulaError(f"{text!r} has no response before '~'")
-    if not right:
-        raise FormulaError(f"{text!r} has no terms after '~'")
-    fixed: list[str] = []
-    offsets: list[str] = []
+        raise FormulaError(f"{_cut(text)!r} must have one '~' between response and terms, as in 'y ~ x + (x | g)'")
+    response, right = sides
+    for side, where in ((response, "response before '~'"), (right, "terms after '~'")):
+        if not side.tokens:
+            raise FormulaError(f"{_cut(text)!r} has no {where}")
+    fixed: list[tuple[str, Piece]] = []
+    offsets: list[Expression] = []
     random: list[RandomPart] = []
-    for sign, piece in _summands(right, text):
-        inner = _strip_brackets(piece)
-        if _has_bar(inner):
-            if sign == "-":
-                raise FormulaError(f"random term '({inner})' is subtracted; leave it out instead")
-            random.extend(_random_term(inner))
-        elif structured := _structured_term(inner):
+    for sign, piece in _summands(right):
+        terms = _random_term(piece, columns)
+        call = piece.call()
+        if terms is not None:
             if sign == "-":
                 raise FormulaError(f"random term '{piece}' is subtracted; leave it out instead")
-            random.extend(structured)
-        elif match := re.fullmatch(r"offset\s*\((.*)\)", piece, flags=re.DOTALL):
+            random.extend(terms)
+            if len(random) > MOST_GROUPS:
+                raise FormulaError(f"the formula has more than {MOST_GROUPS} random terms")
+        elif call is not None and call[0] == "offset":
             if sign == "-":
-                raise FormulaError(f"'{piece}' is subtracted; write offset(-({match[1]}))")
-            offsets.append(to_python(match[1]))
-        elif piece == ".":
-            raise FormulaError("'.' (all other columns) is not understood; name the columns")
+                raise FormulaError(f"'{piece}' is subtracted; write offset(-({call[1]}))")
+            offsets.append(expression(call[1], columns))
         else:
-            if "|" in _without_calls(piece):
+            if any(t.text in ("|", "||") and t.kind == "sign" for t in _outside_calls(piece)):
                 raise FormulaError(f"random terms can only be added, not combined with other terms: '{piece}'")
-            fixed.append(f"{sign} {to_python(piece)}")
-    text_of_fixed = " ".join(fixed).removeprefix("+ ") or "1"
-    return ParsedFormula(text, to_python(response), text_of_fixed, tuple(offsets), tuple(random))
+            fixed.append((sign, piece))
+    return ParsedFormula(text, expression(response, columns), effects(fixed, columns), tuple(offsets), tuple(random))
 
 
-def split_top(text: str, separators: tuple[str, ...]) -> list[str]:
-    """Split at separators that stand outside all brackets and quotes."""
-    pieces, start = [], 0
-    for i, char, depth in _walk(text):
-        if depth == 0 and char in separators:
-            pieces.append(text[start:i])
-            start = i + 1
-    return [*pieces, text[start:]]
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def to_python(text: str) -> str:
-    """R's spelling -> formulaic's: a power inside a function call, and ``factor()``."""
-    text = re.sub(r"\b(?:as\.)?factor\s*\(", "C(", text)
-    calls = _inside_calls(text)
-    return "".join("**" if char == "^" and calls[i] else char for i, char in enumerate(text)).strip()
+def _outside_calls(piece: Piece) -> list:
+    """Tokens that are not among the arguments of a function."""
+    found, inside = [], None
+    for i, token in enumerate(piece.tokens):
+        if inside is not None:
+            inside = None if token.depth == inside and token.text == ")" else inside
+        elif token.text == "(" and i and piece.tokens[i - 1].kind in ("name", "quoted"):
+            inside = token.depth
+        else:
+            found.append(token)
+    return found
 
 
-def names_in(text: str) -> list[str]:
-    """The names that an expression reads, in order: not functions called, attributes, keywords or quoted text."""
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", " ", text)
-    names = []
-    token = re.compile(r"`(?P<quoted>[^`]+)`|(?P<name>(?<![\w.])[^\W\d]\w*)(?P<after>\s*(?:\(|=(?!=))?)")
-    for match in token.finditer(text):
-        name = match["quoted"] or (match["name"] if not match["after"].strip() else None)
-        if name and name not in names and name not in ("True", "False", "None"):
-            names.append(name)
-    return names
+def _summands(right: Piece) -> list[tuple[str, Piece]]:
+    """Signed summands, brackets around sums opened. One random term may stand alone without brackets."""
+    if right.outer("|", "||"):
+        before = right.split("|", "||")[0]
+        if len(before.split("+", "-")) > 1:
+            raise FormulaError(
+                f"put brackets around the random term: '({right})', or '{before.split('+', '-')[0]} + (...)' "
+                "for one of its parts"
+            )
+        return [("+", right)]
+    parts = []
+    for sign, piece in summands(right):
+        inner = piece.unwrapped()
+        if inner is piece or inner.outer("|", "||") or not inner.outer("+", "-"):
+            parts.append((sign, piece))
+        elif sign == "+":
+            parts.extend(_summands(inner))
+        elif any(t.text in ("|", "||") and t.kind == "sign" for t in _outside_calls(inner)):
+            raise FormulaError(f"'{piece}' with random terms is subtracted; leave the terms out instead")
+        else:
+            parts.append((sign, piece))
+    return parts
 
 
-def made_factors(text: str) -> set[str]:
-    """The columns that an expression makes factors of: ``C(x)``, and so ``factor(x)``."""
-    return {plain or quoted for plain, quoted in _FACTOR_CALL.findall(text)}
-
-
-def names_outside_factors(text: str) -> list[str]:
-    """The names that an expression reads in another place than as the column of ``C(...)``."""
-    return names_in(_FACTOR_CALL.sub("C(", text))
-
-
-def names_outside_calls(text: str) -> list[str]:
-    """The names that stand as variables by themselves: not inside ``log(...)``, ``C(...)`` or any other call."""
-    return names_in(_without_calls(text))
-
-
-_FACTOR_CALL = re.compile(r"(?<![\w.])C\(\s*(?:(\w+)|`([^`]+)`)")
-
-
-def quote_columns(parsed: ParsedFormula, columns: list[str]) -> ParsedFormula:
-    """Backticks around column names with dots, as R users write them bare: to Python ``a.b`` is an attribute."""
-    dotted = sorted((c for c in columns if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", c)), key=len, reverse=True)
-    if not dotted:
-        return parsed
-    pattern = re.compile(r"(?<![\w.`])(" + "|".join(map(re.escape, dotted)) + r")(?![\w.`(])")
-
-    def quote(text: str) -> str:
-        return pattern.sub(r"`\1`", text)
-
-    return replace(
-        parsed,
-        response=quote(parsed.response),
-        fixed=quote(parsed.fixed),
-        offsets=tuple(map(quote, parsed.offsets)),
-        random=tuple(replace(part, effects=quote(part.effects)) for part in parsed.random),
-    )
-
-
-def _random_term(inner: str) -> list[RandomPart]:
-    parts = split_top(inner, ("|",))
-    independent = len(parts) == 3 and parts[1] == ""
-    if len(parts) != 2 and not independent:
-        raise FormulaError(f"'({inner})' must read (effects | group) or (effects || group)")
-    effects, group = parts[0].strip(), parts[-1].strip()
-    if not effects or not group:
-        raise FormulaError(f"'({inner})' needs effects before the bar and a grouping factor after it, as in (1 | g)")
-    return [RandomPart(to_python(effects), g, independent) for g in expand_groups(group)]
-
-
-def _structured_term(piece: str) -> list[RandomPart] | None:
-    """``name(effects | group)`` or lme4's ``name(effects | group, hom = TRUE)``; None for anything else."""
-    match = re.fullmatch(r"(\w+)\s*\((.*)\)", piece, flags=re.DOTALL)
-    if not match or match[1] == "I" or min(depth for _, _, depth in _walk(piece[match.start(2) - 1 :])) < 1:
-        return None
-    name, (inner, *options) = match[1], split_top(match[2], (",",))
-    inner = _strip_brackets(inner)
-    if not _has_bar(inner):
+def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | None:
+    """``(effects | group)``, ``name(effects | group)``, or lme4's ``name(effects | group, hom = TRUE)``."""
+    call = piece.call()
+    if call is None or call[0] == "I":
+        inner = piece.unwrapped()
+        return _bar_term(inner, columns) if inner.outer("|", "||") else None
+    name, (first, *options) = call[0], call[1].split(",")
+    inner = first.unwrapped()
+    if not inner.outer("|", "||"):
         return None
     for option in options:
-        hom = re.fullmatch(r"\s*hom\s*=\s*(TRUE|True|T|FALSE|False|F)\s*", option)
-        if not hom or len(options) > 1 or (name.startswith("hom") and hom[1].startswith("F")):
-            raise FormulaError(f"'{option.strip()}' in '{piece}' is not understood; there is only hom = TRUE or FALSE")
-        name = f"hom{name.removeprefix('hom')}" if hom[1].startswith("T") else name
+        words = [t.text for t in option.tokens]
+        value = words[2] if len(words) == 3 and words[:2] == ["hom", "="] else ""
+        if len(options) > 1 or value not in (*"TF", "TRUE", "FALSE", "True", "False") or (
+            name.startswith("hom") and value[0] == "F"
+        ):  # fmt: skip
+            raise FormulaError(f"'{option}' in '{piece}' is not understood; there is only hom = TRUE or FALSE")
+        name = f"hom{name.removeprefix('hom')}" if value[0] == "T" else name
     if name not in STRUCTURES:
         similar = "; hom = TRUE gives all effects one variance" if f"hom{name}" in STRUCTURES else ""
         raise FormulaError(
             f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}{similar}"
         )
-    parts = _random_term(inner)
+    parts = _bar_term(inner, columns)
     if parts[0].independent:
         raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
     return [replace(part, structure=name) for part in parts]
+
+
+def _bar_term(inner: Piece, columns: Collection[str]) -> list[RandomPart]:
+    parts = inner.split("|", "||")
+    if len(parts) != 2:
+        raise FormulaError(f"'({inner})' must read (effects | group) or (effects || group)")
+    left, group = parts
+    if not left.tokens or not group.tokens:
+        raise FormulaError(f"'({inner})' needs effects before the bar and a grouping factor after it, as in (1 | g)")
+    own = effects(_summands(left), columns, str(left))
+    if not own.terms:
+        raise FormulaError(f"random term '({inner})' has no effects")
+    return [RandomPart(own, g, bool(inner.outer("||"))) for g in _groups(group)]
+
+
+# --- grouping factors ------------------------------------------------------------------------------------------------
+
+_HELP = "write column names joined by ':', '/' or '*', or make a column of it first"
 
 
 def expand_groups(text: str) -> list[Group]:
@@ -215,154 +218,47 @@ def expand_groups(text: str) -> list[Group]:
 
     Orders and names are lme4's: ``a/b/c`` gives ``c:(b:a)``, ``b:a``, ``a``.
     """
-    tokens = re.findall(r"`[^`]+`|[^\W\d][\w.]*|[:/*+()]|\S", text)
-    groups, rest = _group_expression(tokens, text)
-    if rest:
-        raise FormulaError(f"grouping factor '{text}': '{rest[0]}' is not understood; {_GROUP_HELP}")
-    return groups
+    return _groups(read(text))
 
 
-_GROUP_HELP = "write column names joined by ':', '/' or '*', or make a column of it first"
-
-
-def _group_expression(tokens: list[str], text: str) -> tuple[list[Group], list[str]]:
+def _groups(piece: Piece) -> list[Group]:
     """``/``, ``*`` and ``+``, from left to right; ``:`` binds tighter."""
-    left, tokens = _group_interaction(tokens, text)
-    while tokens and tokens[0] in "/*+":
-        operator = tokens[0]
-        right, tokens = _group_interaction(tokens[1:], text)
-        if operator == "/":
-            left = [_interaction(inner, left[0]) for inner in right] + left
-        elif operator == "*":
-            left = left + right + [_interaction(a, b) for a in left for b in right]
+    at = [-1, *piece.outer("/", "*", "+"), len(piece.tokens)]
+    left: list[Group] = []
+    for here, end in pairwise(at):
+        own = _interactions(Piece(piece.source, piece.tokens[here + 1 : end]), piece)
+        sign = piece.tokens[here].text if here >= 0 else "+"
+        if sign == "/":
+            left = [_interaction(inner, left[0]) for inner in own] + left
         else:
-            left = left + right
-    return left, tokens
+            left = [*left, *own, *([_interaction(a, b) for a in left for b in own] if sign == "*" else [])]
+        if len(left) > MOST_GROUPS:
+            raise FormulaError(f"grouping factor '{_cut(str(piece))}' stands for more than {MOST_GROUPS} factors")
+    return left
 
 
-def _group_interaction(tokens: list[str], text: str) -> tuple[list[Group], list[str]]:
-    left, tokens = _group_atom(tokens, text)
-    while tokens and tokens[0] == ":":
-        right, tokens = _group_atom(tokens[1:], text)
+def _interactions(part: Piece, whole: Piece) -> list[Group]:
+    left, *others = (_atom(p, whole) for p in part.split(":"))
+    for right in others:
         left = [_interaction(a, b) for a in left for b in right]
-    return left, tokens
+    return left
 
 
-def _group_atom(tokens: list[str], text: str) -> tuple[list[Group], list[str]]:
-    if tokens and tokens[0] in ("factor", "as.factor", "C") and tokens[1:2] == ["("]:
-        tokens = tokens[1:]
-    if tokens and tokens[0] == "(":
-        groups, rest = _group_expression(tokens[1:], text)
-        if rest[:1] != [")"]:
-            raise FormulaError(f"grouping factor '{text}' is not understood; {_GROUP_HELP}")
-        return groups, rest[1:]
-    if not tokens or not re.match(r"`|[^\W\d]", tokens[0]):
-        found = f"'{tokens[0]}'" if tokens else "nothing"
-        raise FormulaError(f"grouping factor '{text}': a column name is needed where {found} stands; {_GROUP_HELP}")
-    name = tokens[0].strip("`")
-    return [Group(name, (name,))], tokens[1:]
+def _atom(part: Piece, whole: Piece) -> list[Group]:
+    call = part.call()
+    if call is not None and call[0] in ("factor", "as.factor", "C"):
+        part = call[1]
+    elif part.unwrapped() is not part:
+        return _groups(part.unwrapped())
+    if len(part.tokens) == 1 and part.tokens[0].kind in ("name", "quoted"):
+        name = part.tokens[0].text.strip("`")
+        return [Group(name, (name,))]
+    if not part.tokens or part.tokens[0].kind not in ("name", "quoted"):
+        found = f"'{part.tokens[0].text}'" if part.tokens else "nothing"
+        raise FormulaError(f"grouping factor '{whole}': a column name is needed where {found} stands; {_HELP}")
+    raise FormulaError(f"grouping factor '{whole}': '{part.tokens[1].text}' is not understood; {_HELP}")
 
 
 def _interaction(a: Group, b: Group) -> Group:
     right = b.name if len(b.columns) == 1 else f"({b.name})"
     return Group(f"{a.name}:{right}", a.columns + b.columns)
-
-
-def _summands(right: str, text: str) -> list[tuple[str, str]]:
-    """Signed summands, brackets around sums with random terms opened."""
-    pieces: list[tuple[str, str]] = []
-    start, sign = 0, "+"
-    for i, char, depth in [*_walk(right), (len(right), "+", 0)]:
-        if depth == 0 and char == "|" and i < len(right):
-            raise FormulaError(f"put brackets around the random term: '... + ({right[start:].strip()})'")
-        if depth or char not in "+-":
-            continue
-        piece = right[start:i].strip()
-        if piece:
-            inner = _strip_brackets(piece)
-            if inner != piece and not _has_bar(inner) and "|" in _without_calls(inner):
-                if sign == "-":
-                    raise FormulaError(f"'{piece}' with random terms is subtracted; leave the terms out instead")
-                pieces.extend(_summands(inner, text))
-            else:
-                pieces.append((sign, piece))
-        elif start > 0 and sign == "+" and char == "+":
-            raise FormulaError(f"{text!r}: a term is missing next to a '+'")
-        start, sign = i + 1, char
-    if not pieces:
-        raise FormulaError(f"{text!r} has no terms after '~'")
-    return pieces
-
-
-def _strip_brackets(piece: str) -> str:
-    """Take away brackets that enclose the whole piece, however many."""
-    piece = piece.strip()
-    while piece.startswith("(") and piece.endswith(")"):
-        depths = [depth for _, _, depth in _walk(piece)]
-        if min(depths[:-1]) < 1:
-            break
-        piece = piece[1:-1].strip()
-    return piece
-
-
-def _has_bar(text: str) -> bool:
-    return any(char == "|" and depth == 0 for _, char, depth in _walk(text))
-
-
-def _walk(text: str):
-    """``(position, character, depth of brackets)``; a bracket counts as inside, quoted text as deeply inside."""
-    depth, quote = 0, ""
-    for i, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-            yield i, char, depth + 1
-        elif char in "'\"`":
-            quote = char
-            yield i, char, depth + 1
-        elif char in OPENING:
-            depth += 1
-            yield i, char, depth
-        elif char in CLOSING:
-            yield i, char, depth
-            depth -= 1
-        else:
-            yield i, char, depth
-
-
-def _inside_calls(text: str) -> list[bool]:
-    """For every character: does it stand inside the brackets of a function call?"""
-    stack: list[bool] = []
-    inside = []
-    for i, char in enumerate(text):
-        if char in OPENING:
-            is_call = bool(re.search(r"[\w.]\s*$", text[:i]))
-            stack.append(is_call or (bool(stack) and stack[-1]))
-        elif char in CLOSING and stack:
-            stack.pop()
-        inside.append(bool(stack) and stack[-1])
-    return inside
-
-
-def _without_calls(text: str) -> str:
-    return "".join(char for char, inside in zip(text, _inside_calls(text), strict=True) if not inside)
-
-
-def _check_brackets(text: str) -> None:
-    stack: list[tuple[str, int]] = []
-    quote = ""
-    for i, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"`":
-            quote = char
-        elif char in OPENING:
-            stack.append((char, i))
-        elif char in CLOSING:
-            if not stack or OPENING.index(stack[-1][0]) != CLOSING.index(char):
-                raise FormulaError(f"unbalanced '{char}' in the formula:\n  {text}\n  {' ' * i}^")
-            stack.pop()
-    if stack:
-        char, i = stack[-1]
-        raise FormulaError(f"'{char}' is never closed in the formula:\n  {text}\n  {' ' * i}^")
-    if quote:
-        raise FormulaError(f"a quote {quote} is never closed in the formula: {text}")

@@ -1,10 +1,11 @@
-"""Tables of any make -> the pandas columns that a model uses, complete rows only."""
+"""What a model asks of its columns: that they are there, complete rows, numbers that are numbers; levels."""
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -12,104 +13,12 @@ import numpy as np
 import pandas as pd
 
 from mixjax.formula.errors import DataError, warn
+from mixjax.formula.reading import EXACT, as_column
 
 # Text with more distinct values than MANY is hardly a factor where a share MOSTLY of them are numbers.
 MANY, MOSTLY = 20, 0.8
 DECIMAL_COMMA = re.compile(r"\s*[+-]?(?:\d{1,3}(?:\.\d{3})+|\d*),\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?\s*")
-
-
-def column_names(data: Any) -> list[str]:
-    """Column names of a pandas, polars or pyarrow table or a mapping of arrays."""
-    if isinstance(data, Mapping):
-        return [str(name) for name in data]
-    if hasattr(data, "collect_schema"):  # polars
-        return list(data.collect_schema().names())
-    names = getattr(data, "column_names", None)  # pyarrow
-    if names is None:
-        names = getattr(data, "columns", None)
-    if names is None:
-        raise DataError(
-            f"data must be a pandas, polars or pyarrow table or a dict of arrays, got {type(data).__name__}"
-        )
-    return [str(name) for name in names]
-
-
-def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
-    """The named columns as pandas; categories and their order are kept. A single value in a dict holds for all rows."""
-    columns = list(dict.fromkeys(columns))
-    if isinstance(data, pd.DataFrame):
-        frame = data.set_axis(data.columns.map(str), axis=1).loc[:, columns].copy()
-        if frame.columns.has_duplicates:
-            twice = sorted(set(frame.columns[frame.columns.duplicated()]))
-            raise DataError(f"the table has more than one column named {', '.join(map(repr, twice))}")
-        return _numbers_as_numbers(frame)
-    if isinstance(data, Mapping):
-        data = _single_values_in_all_rows(data, columns)
-        lengths = {name: np.shape(data[name]) for name in columns}
-        if len({shape[:1] for shape in lengths.values()}) > 1:
-            raise DataError(f"columns of different length: {', '.join(f'{k} {lengths[k]}' for k in sorted(lengths))}")
-        return _numbers_as_numbers(pd.DataFrame({name: _one_dimensional(data[name], name) for name in columns}))
-    if hasattr(data, "collect") and hasattr(data, "collect_schema"):  # polars LazyFrame
-        data = data.select(columns).collect()
-    series = {}
-    for name in columns:
-        column = data[name]
-        series[name] = _from_polars(column) if hasattr(column, "to_physical") else column.to_pandas()
-    return _numbers_as_numbers(pd.DataFrame(series))
-
-
-def _numbers_as_numbers(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of Python objects that are all numbers (or missing) are numeric, whatever made them objects."""
-    for name in frame.columns:
-        if frame[name].dtype == object:
-            kind = pd.api.types.infer_dtype(frame[name], skipna=True)
-            if kind in ("integer", "floating", "mixed-integer-float", "decimal"):
-                frame[name] = frame[name].astype(float)
-    return frame
-
-
-def _single_values_in_all_rows(data: Mapping, columns: list[str]) -> dict[str, Any]:
-    """The columns, with single strings and numbers repeated as often as there are rows: once where all are single."""
-    single = {}
-    for name in columns:
-        value = data[name]
-        if pd.api.types.is_scalar(value):
-            single[name] = value
-        elif getattr(value, "shape", None) == () and hasattr(value, "item"):  # an array of no dimension
-            single[name] = value.item()
-    if not single:
-        return {name: data[name] for name in columns}
-    # Columns that are not asked for, such as a grouping factor in a prediction without it, count rows as well.
-    others = [name for name in columns if name not in single] or [name for name in data if name not in columns]
-    rows = {np.shape(data[name])[0] for name in others if np.ndim(data[name])}
-    if len(rows) > 1:
-        raise DataError(f"columns of different length: {', '.join(f'{k} {np.shape(data[k])}' for k in sorted(others))}")
-    n = rows.pop() if rows else 1
-    return {name: [single[name]] * n if name in single else data[name] for name in columns}
-
-
-def _one_dimensional(values: Any, name: str) -> Any:
-    if isinstance(values, pd.Series | pd.Categorical):
-        return values.reset_index(drop=True) if isinstance(values, pd.Series) else values
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise DataError(f"column '{name}' has shape {array.shape}; it must be one-dimensional")
-    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
-        missing = pd.isna(np.asarray(values, object))  # numpy makes the text 'nan' of a NaN among strings
-        if missing.any():
-            array = array.astype(object)
-            array[missing] = None
-    return array
-
-
-def _from_polars(column: Any) -> Any:
-    categories = getattr(column.dtype, "categories", None)
-    if type(column.dtype).__name__ == "Enum" and categories is not None:
-        return pd.Categorical(column.to_list(), categories=list(categories))
-    if column.null_count() or type(column.dtype).__name__ == "Categorical":
-        return pd.Series(column.to_list())
-    return column.to_numpy()
 
 
 def refuse_unknown(name: str, available: list[str], where: str, data: Any = None) -> NoReturn:
@@ -126,38 +35,77 @@ def refuse_unknown(name: str, available: list[str], where: str, data: Any = None
     raise DataError(f"there is no column '{name}' ({where}); {hint}")
 
 
-def row_values(name: str, values: Any, index: pd.Index | None, n: int, numbers: bool = True) -> Any:
-    """A column given beside the table, as an array ``(n,)``.
+def row_column(name: str, values: Any, index: pd.Index | None, n: int) -> pd.Series:
+    """Values given beside the table, of any make, as a column of the types of a table's, row by row.
 
     A pandas Series whose index holds the table's labels in another order is lined up with it; other labels are
     refused, for nobody can tell whether position or label was meant.
 
     Args:
         name: for messages. values: array, list or Series. index: of the table, or None where it has none.
-        n: rows of the table. numbers: turn into floats.
+        n: rows of the table.
     """
     if isinstance(values, pd.Series) and index is not None and not values.index.equals(index):
         same = len(values) == n and values.index.is_unique and index.is_unique and index.isin(values.index).all()
         if len(values) == n and not same:
             raise DataError(f"the index of {name} differs from the table's; pass its .to_numpy() to go by position")
         values = values.reindex(index) if same else values
-    try:
-        array = np.asarray(values, dtype=float if numbers else None)
-    except (TypeError, ValueError):
-        raise DataError(f"{name} must be numbers") from None
-    if array.shape != (n,):
-        raise DataError(f"{name} has shape {array.shape}, but the table has {n} rows")
-    return array
+    column = as_column(name, values)
+    if len(column) != n:
+        raise DataError(f"{name} has shape ({len(column)},), but the table has {n} rows")
+    return column if index is None else column.set_axis(index)
 
 
-def refuse_dates(frame: pd.DataFrame, names: list[str]) -> None:
+def row_values(name: str, values: Any, index: pd.Index | None, n: int, numbers: bool = True) -> Any:
+    """The same as an array ``(n,)``; ``numbers`` says that it must be one of floats: truth values are 0 and 1."""
+    column = row_column(name, values, index, n)
+    if not numbers:
+        return column.to_numpy()
+    first = _first(column)
+    if column.dtype == object and (first is None or isinstance(first, bool)):
+        column = column.astype(float)  # missing truth values
+    if column.dtype.kind not in "biuf":
+        raise DataError(f"{name} must be numbers, but holds {content(column)}")
+    return _floats(name, column).to_numpy()
+
+
+DAYS = "make numbers of them first, for example days: "
+CURES = {
+    "M": DAYS + "t = pandas.to_datetime(data['{0}']); (t - t.min()) / pandas.Timedelta(days=1)",
+    "m": DAYS + "pandas.to_timedelta(data['{0}']) / pandas.Timedelta(days=1)",
+    "period": "make numbers of them first, for example data['{0}'].dt.year",
+    "time": "make numbers of them first, for example hours: data['{0}'].map(lambda t: t.hour + t.minute / 60)",
+}
+
+
+def refuse_dates(frame: pd.DataFrame, names: Iterable[str]) -> None:
     """Dates have no zero and no unit: a model needs numbers, and only the user knows which."""
     for name in names:
-        if frame[name].dtype.kind in "mM" or isinstance(frame[name].dtype, pd.DatetimeTZDtype | pd.PeriodDtype):
-            raise DataError(
-                f"column '{name}' holds {frame[name].dtype} values; make numbers of them first, for example days: "
-                f"(data['{name}'] - data['{name}'].min()) / pandas.Timedelta(days=1)"
-            )
+        if kind := _kind_of_date(frame[name]):
+            raise DataError(f"column '{name}' holds {content(frame[name])}; {CURES[kind].format(name)}")
+
+
+def _kind_of_date(column: pd.Series) -> str | None:
+    """M: a moment, m: a duration, period, time of day; None for any other column."""
+    if isinstance(column.dtype, pd.PeriodDtype):
+        return "period"
+    if column.dtype.kind in "mM":
+        return column.dtype.kind
+    first = _first(column) if column.dtype == object else None
+    kinds: dict[str, Any] = {
+        "M": datetime.date | np.datetime64,
+        "m": datetime.timedelta | np.timedelta64,
+        "period": pd.Period,
+        "time": datetime.time,
+    }
+    return next((kind for kind, types in kinds.items() if isinstance(first, types)), None)
+
+
+def content(column: pd.Series) -> str:
+    """What a column that is no number holds, as the end of a sentence."""
+    if is_text(column) and _kind_of_date(column) is None:
+        return TextColumn(column).content()
+    return f"{type(_first(column)).__name__ if column.dtype == object else column.dtype} values"
 
 
 def is_text(column: pd.Series) -> bool:
@@ -174,9 +122,8 @@ class TextColumn:
 
     def __init__(self, column: pd.Series):
         self.column = column
-        text = column if isinstance(column.dtype, pd.StringDtype) else column.map(str, na_action="ignore")
-        self._codes, values = pd.factorize(text)
-        self.values = np.asarray(values, object)
+        self._codes, values = pd.factorize(column)
+        self.values = np.array([str(value) for value in values], object)
 
     @cached_property
     def _numbers(self) -> np.ndarray:
@@ -281,12 +228,45 @@ def check_finite(frame: pd.DataFrame) -> None:
             )
 
 
-def drop_unused_categories(frame: pd.DataFrame) -> pd.DataFrame:
-    """Categories without rows would give columns of zeros; R drops them too."""
+def as_numbers(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """The columns that expressions compute with, integers as floats: products of integers overflow without a word.
+
+    Raises:
+        DataError: names a column with integers that floats would round.
+    """
+    whole = [name for name in dict.fromkeys(names) if frame[name].dtype.kind in "iu"]
+    return frame.assign(**{name: _floats(f"column '{name}'", frame[name]) for name in whole})
+
+
+def _floats(what: str, column: pd.Series) -> pd.Series:
+    if column.dtype.kind in "iu":
+        values = column.to_numpy()
+        large = np.flatnonzero((values > EXACT) | (values < -EXACT))
+        if len(large):
+            first = f"row {column.index[large[0]]}: {values[large[0]]}"
+            raise DataError(
+                f"{what} holds integers beyond 2^53 (first: {first}), which a model's floats would round: rescale it, "
+                "or make a category of it if they are names"
+            )
+    return column.astype(float)
+
+
+def settle(frame: pd.DataFrame) -> pd.DataFrame:
+    """Complete rows: truth values are ``bool``, and categories without rows, which make columns of zeros, are gone."""
+    settled: dict[str, Any] = {}
     for name in frame.columns:
-        if isinstance(frame[name].dtype, pd.CategoricalDtype):
-            frame[name] = frame[name].cat.remove_unused_categories()
-    return frame
+        column = frame[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            settled[name] = column.cat.remove_unused_categories()
+        elif column.dtype == object and isinstance(_first(column), bool):
+            settled[name] = column.astype(bool)
+    return frame.assign(**settled)
+
+
+def _first(column: pd.Series) -> Any:
+    """The first value that is not missing; all of a column of objects are of its kind."""
+    at = column.notna().to_numpy().argmax() if len(column) else None
+    return None if at is None else column.iloc[at]
 
 
 def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
@@ -294,24 +274,47 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
 
     Order as in R: the categories' own order, else sorted; of an interaction, the first column varies slowest.
     """
+    codes, parts = _combinations(frame, columns)
+    return codes, [":".join(names) for names in parts]
+
+
+def levels_of(frame: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
+    """``(k, m)`` names of the values in m columns that make each of the k levels of :func:`factor_codes`."""
+    return _combinations(frame, columns)[1]
+
+
+def _combinations(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     codes = np.zeros(len(frame), np.int64)
-    parts = []
+    names = []
     for name in columns:
-        column = frame[name]
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            own, levels = column.cat.codes.to_numpy(), column.cat.categories
-        else:
-            own, levels = pd.factorize(column, sort=True)
-        parts.append([level_name(level) for level in levels])
+        own, levels = level_names(frame[name])
+        names.append(np.array(levels, object))
         codes = codes * len(levels) + own
     present, codes = np.unique(codes, return_inverse=True)
-    names = [""] * len(present)
-    for i in reversed(range(len(parts))):
-        present, which = np.divmod(present, len(parts[i]))
-        names = [parts[i][w] + (f":{name}" if name else "") for w, name in zip(which, names, strict=True)]
-    return codes.reshape(-1).astype(np.int32), names
+    parts = np.empty((len(present), len(columns)), object)
+    for j in reversed(range(len(columns))):
+        present, which = np.divmod(present, len(names[j]))
+        parts[:, j] = names[j][which]
+    return codes.reshape(-1).astype(np.int32), parts
+
+
+def level_names(column: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """The values of one column: codes ``(n,)``, -1 for a missing one, and names in order."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes, levels = column.cat.codes.to_numpy(), column.cat.categories
+    else:
+        codes, levels = pd.factorize(column, sort=True)
+    return codes, [level_name(level) for level in levels]
 
 
 def level_name(level: Any) -> str:
-    """A level's name: whole numbers without decimals."""
+    """A level's name, one for all types that a value can have: whole numbers without decimals, days without a time."""
+    if isinstance(level, str):
+        return str(level)
+    if isinstance(level, np.datetime64 | datetime.datetime):
+        moment = pd.Timestamp(level)
+        return str(moment.date()) if moment.tz is None and moment == moment.normalize() else str(moment)
+    if isinstance(level, np.timedelta64 | datetime.timedelta):
+        return str(pd.Timedelta(level))
+    level = level.item() if isinstance(level, np.generic) else level
     return str(int(level)) if isinstance(level, float) and level.is_integer() else str(level)

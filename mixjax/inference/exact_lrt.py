@@ -10,8 +10,8 @@ import numpy as np
 from scipy import linalg as dense
 
 from mixjax.fitted import Fitted, fit_products, record_of
-from mixjax.formula.build import caller_context, fixed_effects, usable
-from mixjax.formula.parse import names_in, parse, quote_columns
+from mixjax.formula.build import read_formula
+from mixjax.formula.evaluate import caller_context, columns_of
 from mixjax.inference.nesting import check_same_data, in_span, is_within, logdet_X, place_of
 from mixjax.inference.spectral import Spectrum, draw, exact_p, spectrum
 from mixjax.likelihood.statistics import CrossProducts
@@ -256,19 +256,15 @@ def _zero_in(fit: Fitted, m0: Any) -> np.ndarray:
         raise ValueError("m0 needs the rows of m, which a fit from chunks does not keep; fit the table instead")
     if not isinstance(m0, str):
         raise ValueError(f"m0 must be the formula of a regression such as 'y ~ 1', or None, got {type(m0).__name__}")
-    columns = list(map(str, fit.labels.frame.columns))
-    own, null = (quote_columns(parse(text), columns) for text in (fit.labels.formula, m0))
+    state, columns = fit.labels.state, list(map(str, fit.labels.frame.columns))
+    null, context = read_formula(m0, columns, {**caller_context(), **state.context.own}, state.context.trusted)
     if null.random:
         raise ValueError(f"m0 is ordinary regression here: leave the random terms out of {m0!r}")
-    if null.response != own.response:
-        raise ValueError(f"the response of m0 is {null.response!r}, that of m is {own.response!r}")
-    if null.offsets not in ((), own.offsets):
+    if null.response.shown != state.parsed.response.shown:
+        raise ValueError(f"the response of m0 is '{null.response}', that of m is '{state.parsed.response}'")
+    if null.offsets not in ((), state.parsed.offsets):
         raise ValueError(f"the offset of m0 must be that of m: leave offset() out of {m0!r}")
-    context = {**usable(caller_context()), **fit.labels.specs.get("context", {})}
-    unknown = [name for name in names_in(null.fixed) if name not in columns and name not in context]
-    if unknown:
-        raise ValueError(f"m0 uses {', '.join(map(repr, unknown))}, which m does not; m uses {', '.join(columns)}")
-    X0 = fixed_effects(null.fixed, fit.labels.frame, context, {})[0]
+    X0 = columns_of(null.fixed, fit.labels.frame, context)[0]
     R_inv = np.asarray(fit.stats.X_basis.R_inv, np.float64)
     X = np.asarray(fit.design.X, np.float64) @ R_inv
     if not in_span(X0, X):

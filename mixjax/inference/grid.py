@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from formulaic.errors import FormulaicError
 
 from mixjax.fitted import Fitted
-from mixjax.formula.build import caller_context, expression, usable
-from mixjax.formula.errors import DataError
-from mixjax.formula.parse import names_in, parse, quote_columns
+from mixjax.formula.errors import DataError, FormulaError
+from mixjax.formula.evaluate import evaluate
+from mixjax.formula.state import FormulaState
+from mixjax.formula.syntax import Expression
 from mixjax.formula.table import level_name, refuse_unknown
-from mixjax.inference.terms import short_names
 
 MOST_ROWS = 100_000
 
@@ -36,93 +34,99 @@ class Rows(NamedTuple):
 
 
 class FixedPart:
-    """The fixed part of a fit as a function of new rows; knots, centring, contrasts and levels are those of the fit."""
+    """The fixed part of a fit as a function of rows of a grid.
+
+    Attributes:
+        variables: columns that fixed effects and offsets read. factors: those with levels -> their values in a grid.
+        frame: the rows of the fit. dependence: see :meth:`FormulaState.dependence`.
+    """
 
     def __init__(self, fitted: Fitted):
         self.labels = fitted.labels
-        self.frame: pd.DataFrame = self.labels.frame
-        if self.frame is None:
+        self.state: FormulaState = self.labels.state
+        if self.labels.frame is None:
             raise DataError(
                 "this fit kept no rows, and means need them (levels, means of covariates); fit the whole table"
             )
-        self.spec = self.labels.specs["fixed"]
-        self.context = usable(caller_context())
-        self.parsed = quote_columns(parse(self.labels.formula), list(self.frame.columns))
-        names = {*map(str, self.spec.required_variables), *(n for text in self.parsed.offsets for n in names_in(text))}
-        self.variables = [name for name in self.frame.columns if name in names]
-        # emmeans' default as well: a covariate of two values is averaged over both.
-        self.factors = {
-            name: self._levels(name)
-            for name in self.variables
-            if not self.is_number(name) or self.frame[name].nunique() <= 2
-        }
+        if not self.labels.fixed:
+            raise DataError(f"{self.labels.formula!r} has no fixed effects, so there are no means to estimate")
+        self.frame: pd.DataFrame = self.labels.frame
+        self.variables = [str(name) for name in self.frame.columns if name in self.state.predictors]
+        self.made: dict[str, str] = {}  # variable -> the factor that the formula makes of several of its values
+        self.factors: dict[str, list[Any]] = {}
+        for name in self.variables:
+            levels = self._levels(name)
+            # emmeans' default as well: a covariate of two values is averaged over both.
+            if levels is not None or self.frame[name].nunique() <= 2:
+                self.factors[name] = sorted(self.frame[name].unique().tolist()) if levels is None else levels
         # Of an offset= only the sum with those of the formula is known. It counts with its mean, as in emmeans.
         total = None if fitted.design is None else fitted.design.offset
-        self.mean_offset = 0.0 if total is None else float(np.mean(np.asarray(total) - self._offset(self.frame)))
-        shorten = short_names(self.labels)
-        self.kept = np.array([shorten(name) in self.labels.fixed for name in self.spec.column_names], bool)
-        self.dependent = self._dependent()
+        own = self.state.offset_of(self.frame)
+        self.mean_offset = 0.0 if total is None else float(np.mean(np.asarray(total) - own))
+        self.dependence = self.state.dependence(self.frame)
 
     def is_number(self, name: str) -> bool:
-        """Any number makes sense to the formula."""
+        """Any number makes sense to the formula, which makes no factor of it."""
         dtype = self.frame[name].dtype
-        if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
-            return False
-        inside_C = re.compile(rf"C\(\s*`?{re.escape(name)}`?\s*[,)]")
-        return not any(inside_C.match(factor.expr) for factor in self.spec.factors)
+        return pd.api.types.is_numeric_dtype(dtype) and dtype != np.bool_ and not self._factors_of(name)
 
-    def _levels(self, name: str) -> list[Any]:
-        column = self.frame[name]
+    def _factors_of(self, name: str) -> list[Expression]:
+        fixed = self.state.fixed
+        return [e for e in fixed.effects.expressions if name in e.columns and fixed.categories(e) is not None]
+
+    def _levels(self, name: str) -> list[Any] | None:
+        """Values of a factor, one for each level that the formula makes of them; None for a number."""
+        if self.is_number(name):
+            return None
+        column, made = self.frame[name], self._factors_of(name)
         if isinstance(column.dtype, pd.CategoricalDtype):
-            return list(column.cat.categories)
-        return sorted(column.unique().tolist())
+            values = list(column.cat.categories)
+        else:
+            values = sorted(column.unique().tolist())
+        if not made or any(name in (e.column, e.factor_of) for e in made):
+            return values
+        several = [e.shown for e in made if e.columns != (name,)]
+        if several:
+            self.made[name] = several[0]
+            return values
+        table = pd.DataFrame({name: pd.Series(values, dtype=column.dtype)})
+        codes = []
+        for e in made:
+            value = evaluate(e, table, self.state.context, self.state.fixed.learnt[e.shown])[0]
+            codes.append(pd.factorize(np.asarray(value))[0])
+        level = pd.MultiIndex.from_arrays(codes)
+        if level.is_unique:
+            return values
+        self.made[name] = made[0].shown
+        return [value for value, again in zip(values, level.duplicated(), strict=True) if not again]
+
+    def refuse_made(self, name: str, shown: bool) -> None:
+        """Raise DataError where values of a variable do not stand for levels of the factor made of it."""
+        if name not in self.made:
+            return
+        made, reading = self._factors_of(name), [e for e in self.state.fixed.effects.expressions if name in e.columns]
+        if shown or len(made) < len(reading) or made[0].columns != (name,):
+            raise DataError(
+                f"the formula makes the factor '{self.made[name]}' of '{name}': make a column of the factor before "
+                "fitting, to average over its levels or to compare them"
+            )
 
     def rows(self, grid: pd.DataFrame) -> Rows:
         """Rows of the model matrix. Factors of the grid hold levels, other columns numbers."""
         table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
         for name in self.variables:
-            number = self.is_number(name)
-            table[name] = (
-                grid[name].to_numpy(float) if number else pd.Series(list(grid[name]), dtype=self.frame[name].dtype)
-            )
+            dtype = float if self.is_number(name) else self.frame[name].dtype
+            table[name] = pd.Series(list(grid[name]), dtype=dtype)
         try:
-            with np.errstate(all="ignore"):  # what is not finite is reported below
-                X = np.asarray(self.spec.get_model_matrix(table, context=self.context), float).reshape(len(table), -1)
-        except (FormulaicError, ValueError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return Rows(self.state.fixed.of(table, ""), self.state.offset_of(table) + self.mean_offset)
+        except (FormulaError, DataError) as error:
             raise DataError(
-                f"the formula cannot be evaluated at {described(grid)} (change it with at=): {why}"
+                f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"
             ) from error
-        bad = np.flatnonzero(~np.isfinite(X).all(axis=0))
-        if len(bad):
-            name = self.spec.column_names[bad[0]]
-            raise DataError(f"'{name}' is not finite at {described(grid)}; change it with at=")
-        return Rows(X, self._offset(table) + self.mean_offset)
-
-    def _offset(self, table: pd.DataFrame) -> np.ndarray:
-        texts = self.parsed.offsets
-        return sum((expression(text, table, self.context, "offset") for text in texts), np.zeros(len(table)))
-
-    def _dependent(self) -> np.ndarray:
-        """``(p, d)``: how the columns in the fit make those that were left out."""
-        if self.kept.all():
-            return np.zeros((int(self.kept.sum()), 0))
-        X = self.rows(self.frame).X
-        lengths = np.maximum(np.linalg.norm(X, axis=0), np.finfo(float).tiny)
-        X = X / lengths
-        C = np.linalg.lstsq(X[:, self.kept], X[:, ~self.kept], rcond=None)[0]
-        return C / lengths[self.kept, None] * lengths[~self.kept]
 
     def weights(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Averaged rows ``(k, f)`` -> weights ``(k, p)`` of the fixed effects, and what those leave open ``(k, d)``.
-
-        The latter is zero where the columns left out depend on the others as they do in the data: there the mean is the
-        same whichever columns are left out.
-        """
-        own, left = X[:, self.kept], X[:, ~self.kept]
-        size = np.abs(left) + np.abs(own) @ np.abs(self.dependent)
-        left = left - own @ self.dependent
-        return own, np.where(np.abs(left) > 1e-8 * size, left, 0.0)
+        """Averaged rows ``(k, f)`` -> weights ``(k, p)`` of the fixed effects, and what those leave open ``(k, d)``."""
+        return self.state.split(X, self.dependence)
 
 
 def described(grid: pd.DataFrame) -> str:
@@ -150,11 +154,12 @@ def names_of(value: Any, what: str) -> list[str]:
 
 
 def check_names(model: FixedPart, names: Sequence[str], where: str) -> None:
-    groups = {name for part in model.parsed.random for name in part.group.columns}
+    parsed = model.state.parsed
+    groups = {name for part in parsed.random for name in part.group.columns}
     for name in names:
         if name in model.variables:
             continue
-        if name in (model.labels.response, *names_in(model.parsed.response)):
+        if name in (model.labels.response, *parsed.response.columns):
             raise DataError(f"'{name}' ({where}) is the response; name variables of the fixed effects")
         if name in groups:
             raise DataError(
@@ -166,6 +171,7 @@ def check_names(model: FixedPart, names: Sequence[str], where: str) -> None:
 def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
     """The values of one variable in the grid."""
     if name not in at:
+        model.refuse_made(name, False)
         return model.factors[name] if name in model.factors else [float(np.mean(model.frame[name].to_numpy(float)))]
     given = [at[name]] if np.isscalar(at[name]) else list(dict.fromkeys(at[name]))
     if not given:
@@ -196,6 +202,7 @@ class Grid(NamedTuple):
 def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) -> Grid:
     averaged = [name for name in model.variables if name not in shown]
     for name in shown:
+        model.refuse_made(name, True)
         if name not in model.factors and name not in at:
             raise DataError(
                 f"'{name}' is numeric: give its values, at={{'{name}': [...]}}, or take its slope with emtrends"

@@ -83,7 +83,7 @@ def to_marginaleffects(fitted: Fitted) -> Any:
     vault = ModelVault(
         coef=np.asarray(fitted.estimates.beta),
         coefnames=np.array(labels.fixed),
-        formula=f"{part.parsed.response} ~ {part.parsed.fixed}",
+        formula=f"{part.state.parsed.response} ~ {part.state.parsed.fixed}",
         modeldata=ingest(frame),
         package="mixjax",
         pandas_categorical_orders={name: list(levels) for name, levels in levels_of.items()},

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-from formulaic import ModelSpec
-from formulaic.errors import FormulaicError
-from formulaic.parser.types import Factor
-from formulaic.parser.types import Term as FormulaTerm
 
 from mixjax.design import Labels
 from mixjax.fitted import Fitted
-from mixjax.formula.build import caller_context, usable
-from mixjax.formula.errors import FormulaError
 
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
 # Singular values and coefficients below this, relative to the largest, are zeros: columns have unit length there.
@@ -29,63 +20,31 @@ class Term(NamedTuple):
     Attributes:
         name: as the formula has it. columns: its columns among those of X.
         categories, numbers: its factors of either kind.
-        factors: all of them, as formulaic knows them.
+        factors: all of them, in order.
     """
 
     name: str
     columns: list[int]
     categories: frozenset[str]
     numbers: frozenset[str]
-    factors: tuple[Factor, ...]
+    factors: tuple[str, ...]
 
     def is_contained_in(self, other: Term) -> bool:
         """The other has the same numeric factors, all of this one's categorical factors, and more of them."""
         return self.numbers == other.numbers and self.categories < other.categories
 
 
-def short_names(labels: Labels) -> Callable[[str], str]:
-    """What formulaic calls a term or a column -> what it is called here.
-
-    The argument contrasts= makes ``C(recipe, contr.sum)`` of recipe; columns are called after recipe all the same.
-    """
-    known = [*labels.fixed, *labels.dropped_columns]
-    short = {}
-    for factor in labels.specs["fixed"].factors:
-        match = re.fullmatch(r"C\((.+?), contr\..+\)", factor.expr)
-        if match and not any(factor.expr in name for name in known):
-            short[factor.expr] = match[1]
-
-    def shorten(name: str) -> str:
-        for long, column in short.items():
-            name = name.replace(long, column)
-        return name
-
-    return shorten
-
-
 def terms_of(labels: Labels) -> list[Term]:
     """Terms of the fixed effects in the order of the columns, with the intercept."""
-    shorten = short_names(labels)
+    fixed = labels.state.fixed
+    categorical = {e.shown for e in fixed.effects.expressions if fixed.categories(e) is not None}
     place = {name: j for j, name in enumerate(labels.fixed)}
     terms = []
-    for part in labels.specs["fixed"].structure:
-        factors = tuple(f for f in part.term.factors if f.expr != "1")
-        categories = frozenset(f.expr for f in factors if _is_categorical(f, labels))
-        numbers = frozenset(f.expr for f in factors) - categories
-        columns = [place[name] for name in map(shorten, part.columns) if name in place]
-        terms.append(Term(shorten(str(part.term)), columns, categories, numbers, factors))
+    for part, factors in zip(fixed.spec.structure, fixed.effects.terms, strict=True):
+        columns = [place[name] for name in part.columns if name in place]
+        categories = frozenset(factors) & categorical
+        terms.append(Term(":".join(factors) or "1", columns, categories, frozenset(factors) - categories, factors))
     return terms
-
-
-def _is_categorical(factor: Factor, labels: Labels) -> bool:
-    """Categories for R: also truth values, which formulaic takes for numbers."""
-    kind = labels.specs["fixed"].encoder_state[factor.expr][0]
-    return kind is Factor.Kind.CATEGORICAL or _is_truth(factor, labels)
-
-
-def _is_truth(factor: Factor, labels: Labels) -> bool:
-    frame = labels.frame
-    return frame is not None and factor.expr in frame and pd.api.types.is_bool_dtype(frame[factor.expr])
 
 
 def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
@@ -168,28 +127,7 @@ def _orthogonal(X: np.ndarray, terms: list[Term], tested: list[Term], labels: La
 
 def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, np.ndarray]:
     """Per term: a column for every combination of levels, times the products of its numeric columns."""
-    spec, context = labels.specs["fixed"], usable(caller_context())
-    own: dict[str, np.ndarray] = {}
-    for factor in {f.expr: f for term in terms for f in term.factors}.values():
-        alone = ModelSpec(
-            formula=[FormulaTerm([factor])],
-            ensure_full_rank=False,
-            na_action="ignore",
-            output="numpy",
-            transform_state=spec.transform_state,
-            encoder_state=spec.encoder_state,
-        )
-        try:
-            columns = np.asarray(alone.get_model_matrix(labels.frame, context=context), float)
-        except FormulaicError as error:
-            raise FormulaError(
-                f"'{factor.expr}' cannot be evaluated again, which type III needs: {error}; the names that the formula "
-                "uses must be visible where the test is asked for"
-            ) from error
-        columns = columns.reshape(len(labels.frame), -1)
-        if _is_truth(factor, labels):
-            columns = np.hstack([1.0 - columns, columns])
-        own[factor.expr] = columns
+    own = labels.state.fixed.levels_of(labels.frame)
     full = {}
     for term in terms:
         numbers = np.ones((len(labels.frame), 1))

@@ -118,7 +118,7 @@ def _is_function_of(values: np.ndarray, codes: np.ndarray) -> bool:
 def _others(record: Fitted, across: Column) -> np.ndarray:
     """Codes ``(n,)`` of the combinations of the categories that the fixed effects use, apart from x and what x says."""
     frame = record.labels.frame
-    names = {str(name) for name in record.labels.specs["fixed"].required_variables}
+    names = set(record.labels.state.fixed.effects.columns)
     used = [name for name in frame.columns if name in names and name != across.name]
     codes = np.zeros(len(frame), np.int64)
     for name in used:

@@ -13,10 +13,9 @@ import scipy.stats
 from mixjax.design import TermLabels
 from mixjax.fitted import Fitted, InferenceWarning, term_names
 from mixjax.formula.errors import warn
-from mixjax.formula.newdata import NewTable
+from mixjax.formula.state import new_rows
 from mixjax.inference.contrasts import fitted_information
 from mixjax.inference.intervals import check_level
-from mixjax.inference.terms import short_names
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.henderson import Henderson
 from mixjax.prediction.second_order import second_order
@@ -76,7 +75,7 @@ def predict(
         of the replicates), ``lower``, ``upper``.
 
     Raises:
-        DataError: newdata lack a column, or hold what the fit does not know; see :mod:`mixjax.formula.newdata`.
+        DataError: newdata lack a column, or hold what the fit does not know; see :mod:`mixjax.formula.state`.
         ValueError: an argument makes no sense, or the method cannot do it.
 
     Warns:
@@ -189,10 +188,7 @@ def _targets(
         return targets, fitted.labels.frame.index, np.ones(m, bool)
 
     labels = fitted.labels
-    shorten = short_names(labels)
-    kept = np.array([shorten(name) in labels.fixed for name in labels.specs["fixed"].column_names], bool)
-    table = NewTable(fitted.design, labels, kept)
-    rows = table.rows(newdata, [own or whole for own in included], included, allow_new_levels, weights=whole)
+    rows = new_rows(labels, newdata, [own or whole for own in included], included, allow_new_levels, weights=whole)
     weighted = np.asarray(fitted.stats.sum_log_weights) != 0
     if whole and rows.weights is None and weighted:
         warn(

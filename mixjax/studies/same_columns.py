@@ -9,6 +9,7 @@ import numpy as np
 
 from mixjax.design import Design, Labels
 from mixjax.formula.errors import DataError
+from mixjax.formula.evaluate import Columns
 
 
 def same_columns(design: Design, labels: Labels, again: Design, own: Labels) -> bool:
@@ -23,22 +24,22 @@ def same_columns(design: Design, labels: Labels, again: Design, own: Labels) -> 
 
 def refuse_other_columns(labels: Labels, other: Labels) -> None:
     """Raise DataError where columns of the same formula have another meaning in another table."""
-    encoded, encoded_now = _learnt(labels, "encoder_state"), _learnt(other, "encoder_state")
-    for text, (_, state) in encoded.items():
-        was, now = (list(s.get("categories") or ()) for s in (state, encoded_now.get(text, (None, {}))[1]))
-        if was != now:
-            raise DataError(
-                f"{text} has the categories {', '.join(map(str, now)) or '(none: numbers)'} in the new table, and the "
-                f"parameters are those of {', '.join(map(str, was)) or 'numbers'}: give the column the same ones in "
-                "the same order, as by pandas.Categorical"
-            )
-    computed, computed_now = _learnt(labels, "transform_state"), _learnt(other, "transform_state")
-    for text, state in computed.items():
-        if not _agree(state, computed_now.get(text)):
-            raise DataError(
-                f"{text} is computed from all rows of a table and is something else in the new one, so that the "
-                "parameters do not fit: make a column of it before fitting, and name the column in the formula"
-            )
+    now = {e.shown: (part, e) for part in _parts(other) for e in part.effects.expressions}
+    for part in _parts(labels):
+        for e in part.effects.expressions:
+            part_now, e_now = now[e.shown]
+            was, is_now = (list(p.categories(x) or ()) for p, x in ((part, e), (part_now, e_now)))
+            if was != is_now:
+                raise DataError(
+                    f"{e} has the categories {', '.join(map(str, is_now)) or '(none: numbers)'} in the new table, and "
+                    f"the parameters are those of {', '.join(map(str, was)) or 'numbers'}: give the column the same "
+                    "ones in the same order, as by pandas.Categorical"
+                )
+            if not _agree(part.learnt[e.shown].state, part_now.learnt[e.shown].state):
+                raise DataError(
+                    f"{e} is computed from all rows of a table and is something else in the new one, so that the "
+                    "parameters do not fit: make a column of it before fitting, and name the column in the formula"
+                )
     if labels.fixed != other.fixed:
         raise DataError(
             f"the fixed effects on the new table are {', '.join(other.fixed)}, and the parameters are those of "
@@ -46,10 +47,8 @@ def refuse_other_columns(labels: Labels, other: Labels) -> None:
         )
 
 
-def _learnt(labels: Labels, what: str) -> dict[str, Any]:
-    """Part of a formula -> what formulaic learnt of it from the table: categories, or centres, knots and the like."""
-    specs = [labels.specs["fixed"], *labels.specs["random"]]
-    return {text: state for spec in specs for text, state in getattr(spec, what).items()}
+def _parts(labels: Labels) -> tuple[Columns, ...]:
+    return (labels.state.fixed, *labels.state.random)
 
 
 def _agree(a: Any, b: Any) -> bool:

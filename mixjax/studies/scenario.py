@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,11 @@ import pandas as pd
 from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
 from mixjax.fitted import record_of, term_names
-from mixjax.formula.build import build_design, caller_context
+from mixjax.formula.build import build_design
 from mixjax.formula.errors import DataError, DataWarning
+from mixjax.formula.evaluate import caller_context
 from mixjax.formula.parse import parse
-from mixjax.formula.table import column_names, to_pandas
+from mixjax.formula.reading import column_names, to_pandas
 from mixjax.inference.hypotheses import known_names
 from mixjax.simulation import simulate_responses, symmetric_root
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
@@ -103,8 +103,9 @@ class Scenario:
                 )
         table = to_pandas(data, column_names(data)).reset_index(drop=True)
         # Constants of the formula keep the values that they had, whatever the caller's variables are by now.
-        context = {**caller_context(), **self.labels.specs.get("context", {})}
-        design, labels = design_of(self.formula, table, **self.options, context=context)
+        known = self.labels.state.context
+        context = {**caller_context(), **known.own}
+        design, labels = design_of(self.formula, table, **self.options, context=context, trusted=known.trusted)
         refuse_other_columns(self.labels, labels)
         # Terms stand by decreasing number of levels, so that another table may turn their order.
         own = {(t.group, t.effects): Sigma for t, Sigma in zip(self.labels.terms, self.Sigma, strict=True)}
@@ -238,6 +239,7 @@ def design_of(
     offset: Any = None,
     contrasts: Mapping[str, str] | None = None,
     context: Mapping[str, Any] | None = None,
+    trusted: bool | None = None,
 ) -> tuple[Design, Labels]:
     """Design and labels of a formula whose response is yet to come.
 
@@ -245,18 +247,20 @@ def design_of(
         DataError: rows with missing values.
     """
     right = formula.partition("~")[2] if "~" in formula else formula
-    response = parse(f"{RESPONSE} ~ {right}" if formula.partition("~")[0].strip() == "" else formula).response
+    written = f"{RESPONSE} ~ {right}" if formula.partition("~")[0].strip() == "" else formula
+    response = parse(written, column_names(table)).response.shown
     # Any numbers that no fixed effects reproduce: not those of a seed that a user may have drawn predictors with.
     stand_in = np.random.default_rng(0x6D69786A6178).standard_normal(len(table))
     design, labels = build_design(
-        f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context
-    )
+        f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context,
+        trusted,
+    )  # fmt: skip
     if labels.n_missing:
         raise DataError(
             f"{labels.n_missing} rows of the predictors have missing values; a simulated response needs complete rows: "
             "fill or drop them first"
         )
-    return design, replace(labels, formula=formula, response=response.strip("`"))
+    return design, replace(labels, formula=formula, response=response)
 
 
 # --- from a fit ------------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def scenario_of(fit: Any) -> Scenario:
     record = record_of(fit)
     labels, design, est = record.labels, record.design, record.estimates
     cure = "describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma)"
-    if design is None or labels.frame is None or "fixed" not in labels.specs:
+    if design is None or labels.frame is None or labels.state is None:
         raise DataError(f"the fit of {labels.formula!r} has no table, because its rows were not kept: {cure}")
     if not est.converged:
         raise ValueError(
@@ -296,18 +300,19 @@ def scenario_of(fit: Any) -> Scenario:
         )
     table = labels.frame.reset_index(drop=True)
     # As in a fit: what the formula read beside columns has the values of then.
-    context = {**caller_context(), **labels.specs.get("context", {})}
-    options: dict[str, Any] = {"weights": None, "offset": None, "contrasts": _contrasts_of(labels)}
+    known = labels.state.context
+    surroundings: dict[str, Any] = {"context": {**caller_context(), **known.own}, "trusted": known.trusted}
+    options: dict[str, Any] = {"weights": None, "offset": None, "contrasts": dict(labels.state.contrasts) or None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the fit has told of the columns that it left out
         if design.weights is not None:
-            options["weights"] = _as_column(table, labels.specs.get("weights"), design.weights)
+            options["weights"] = _as_column(table, labels.state.weights, design.weights)
         if design.offset is not None:
-            part = design_of(labels.formula, table, **options, context=context)[0].offset
+            part = design_of(labels.formula, table, **options, **surroundings)[0].offset
             rest = design.offset - (0.0 if part is None else part)
             if part is None or rest.any():
-                options["offset"] = _as_column(table, labels.specs.get("offset"), rest)
-        again, own = design_of(labels.formula, table, **options, context=context)
+                options["offset"] = _as_column(table, labels.state.offset, rest)
+        again, own = design_of(labels.formula, table, **options, **surroundings)
     if not same_columns(design, labels, again, own):
         raise DataError(
             f"the formula {labels.formula!r} gives other columns now than when it was fitted, perhaps by a function or "
@@ -327,18 +332,6 @@ def _as_column(table: pd.DataFrame, name: str | None, values: Any) -> Any:
     if name not in table:
         table[name] = np.asarray(values)
     return name
-
-
-def _contrasts_of(labels: Labels) -> dict[str, str] | None:
-    """``contrasts=`` of a fit: ``C(column, contr....)`` of its columns that the names of fixed effects do not show."""
-    factors = {factor.expr for term in labels.specs["fixed"].terms for factor in term.factors}
-    names = [*labels.fixed, *labels.dropped_columns]
-    found = {}
-    for text in sorted(factors):
-        call = re.fullmatch(r"C\((\w+), contr\.(.+)\)", text)
-        if call and not any(text in name for name in names):
-            found[call[1]] = call[2]
-    return found or None
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,601 @@
+"""Expressions and terms on rows: their values, columns of a model matrix, and what they learnt from the rows of a fit.
+
+Values are made here; which columns the levels of factors get, and in which order, is formulaic's. What an expression
+computes of a whole column (a mean, knots, the largest value) is remembered, so that a new row means the same by it.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from formulaic import ModelSpec
+from formulaic.errors import FormulaicError
+from formulaic.materializers.types import FactorValues
+from formulaic.parser.types import Factor
+from formulaic.parser.types import Term as FormulaicTerm
+from formulaic.transforms import TRANSFORMS
+
+from mixjax.formula.errors import DataError, FormulaError, some_of
+from mixjax.formula.syntax import Effects, Expression
+from mixjax.formula.table import TextColumn, content, is_text
+
+MOST_COLUMNS = 20_000
+CATEGORICAL, NUMERICAL = Factor.Kind.CATEGORICAL, Factor.Kind.NUMERICAL
+# Relative size of what may differ where a row is computed among others: vector instructions round in their own way.
+ROUNDING = 1e-9
+
+
+def _log(x: Any, base: float | None = None) -> Any:
+    """R's logarithm, whose base may follow."""
+    return np.log(x) if base is None else np.log(x) / np.log(base)
+
+
+def _C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept: bool = True) -> Any:
+    """formulaic's ``C``; whole numbers have names without decimals, and no level is left out in silence."""
+    values = pd.Series(data.__wrapped__ if isinstance(data, FactorValues) else data).reset_index(drop=True)
+    category = isinstance(values.dtype, pd.CategoricalDtype)
+    named: Any = values.cat.categories if category else values
+    if named.dtype.kind == "f" and (named == np.floor(named)).all():
+        whole = named.astype(np.int64)
+        values = values.cat.rename_categories(whole) if category else whole
+    if levels is not None:
+        left = [value for value in pd.unique(values.dropna()) if value not in list(levels)]
+        if left:
+            raise DataError(f"levels={list(levels)} leaves out {_listed(left)}, which the column holds")
+    return TRANSFORMS["C"](values, contrasts, levels=levels, spans_intercept=spans_intercept)
+
+
+# What formulas may call beside formulaic's own: R's names without a prefix.
+FUNCTIONS: dict[str, Any] = {
+    **{name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")},
+    "log": _log,
+    "C": _C,
+}
+KNOWN: dict[str, Any] = {**TRANSFORMS, **FUNCTIONS}
+# Elementwise, so that nobody need look whether a row's value depends on the others.
+_BY_ROW = (_log, _C, np.round, np.where, np.clip, TRANSFORMS["I"], TRANSFORMS["exp10"])
+# What R users write and nobody here understands.
+CURES = {
+    "ns": "use cr(x, df=...) or bs(x, df=...)",
+    "cut": "make a column with pandas.cut first",
+    "relevel": "order the categories of the column; the first is the base",
+    "ifelse": "use np.where(...)",
+    "cbind": "fit one response at a time",
+    "as.numeric": "as.numeric() is not understood: columns of numbers are numbers; of text use pandas.to_numeric first",
+    "as.integer": "as.integer() is not understood: columns of numbers are numbers",
+    "as.character": "as.character() is not understood: factor(x) makes names of numbers",
+    "T": "write True",
+    "F": "write False",
+}
+# What a formula that is not trusted may call.
+# fmt: off
+SAFE = (
+    "log", "log2", "log10", "log1p", "exp", "exp2", "expm1", "sqrt", "abs", "sin", "cos", "tan", "round", "I", "C",
+    "poly", "bs", "cr", "cs", "cc", "center", "scale",
+)
+# fmt: on
+
+
+# --- what formulas may read beside columns ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """The caller's names that a formula reads, with the values that they had then.
+
+    Attributes:
+        own: name -> number, function or module. trusted: whether formulas may be code at all.
+    """
+
+    own: Mapping[str, Any] = field(default_factory=dict)
+    trusted: bool = True
+
+    def environment(self) -> dict[str, Any]:
+        """What an expression sees beside columns."""
+        known = KNOWN if self.trusted else {name: KNOWN[name] for name in (*SAFE, "contr") if name in KNOWN}
+        return {"__builtins__": builtins.__dict__ if self.trusted else {}, **known, **self.own}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Modules and a caller's lambdas cannot be pickled; the former are found again by name.
+        own = {}
+        for name, value in self.own.items():
+            try:
+                own[name] = _Module(value.__name__) if isinstance(value, ModuleType) else value
+                pickle.dumps(own[name])
+            except Exception:
+                own[name] = _Lost(name)
+        return {"own": own, "trusted": self.trusted}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = {name: v.module() if isinstance(v, _Module) else v for name, v in state["own"].items()}
+        object.__setattr__(self, "own", own)
+        object.__setattr__(self, "trusted", state["trusted"])
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+
+    def module(self) -> ModuleType:
+        return import_module(self.name)
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A function that could not be pickled with the fit."""
+
+    name: str
+
+    def __call__(self, *_args: Any, **_keywords: Any) -> Any:
+        raise FormulaError(f"the function '{self.name}' was not stored with the fit: define it in a module")
+
+
+def caller_context() -> dict[str, Any]:
+    """Names visible where mixjax was called from."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mixjax":
+        frame = frame.f_back
+    return {**frame.f_globals, **frame.f_locals}
+
+
+def is_trusted(trusted: bool | None) -> bool:
+    """What was asked for, or what ``MIXJAX_UNTRUSTED`` says of the process."""
+    return os.environ.get("MIXJAX_UNTRUSTED", "") in ("", "0") if trusted is None else bool(trusted)
+
+
+def resolve(
+    expressions: Iterable[Expression], caller: Mapping[str, Any], trusted: bool, unknown: Callable[[str, str], Any]
+) -> Context:
+    """The names that expressions read and that are no columns.
+
+    As in R, a variable called ``scale`` does not get in the way of ``scale(x)``.
+
+    Args:
+        expressions: of a formula. caller: names of the caller's. trusted: False refuses whatever could be code.
+        unknown: raises for a name that is nowhere, given the expression.
+    """
+    own: dict[str, Any] = {}
+    for e in expressions:
+        if not trusted:
+            refuse_code(e)
+        for name in (*e.names, *e.functions):
+            builtin = trusted and name in e.functions and hasattr(builtins, name)
+            if trusted and name in caller and (callable(caller[name]) or not (name in KNOWN or builtin)):
+                own[name] = caller[name]
+            elif name not in KNOWN and not builtin:
+                cure = next((cure for r, cure in CURES.items() if r.split(".")[0] == name and r in e.shown), None)
+                if cure is not None or name in e.functions:
+                    raise FormulaError(f"'{e}': {cure or f'there is no function {name!r}'}")
+                unknown(name, e.shown)
+    return Context(own, trusted)
+
+
+def refuse_code(e: Expression) -> None:
+    """Raise FormulaError for anything but columns, numbers, operators and the functions in ``SAFE``."""
+    bad = next((node for node in ast.walk(e.tree) if not _is_safe(node, e.aliases)), None)
+    if bad is not None:
+        text = ast.unparse(bad)
+        for alias, name in e.aliases.items():
+            text = text.replace(alias, name)
+        raise FormulaError(
+            f"'{e}': {text!r} is not allowed in a formula that is not trusted, which is made of columns, numbers, "
+            f"+ - * / **, comparisons and {', '.join(SAFE)}"
+        )
+
+
+def _is_safe(node: ast.AST, aliases: Mapping[str, str]) -> bool:
+    """Whether a node of a syntax tree can do nothing but arithmetic, as far as it is concerned itself."""
+    match node:
+        case ast.Name(id=name):
+            return name in aliases or name in ("contr", *SAFE)
+        case ast.Constant(value=value):
+            return isinstance(value, str | bool | int | float) or value is None
+        case ast.Call(func=function, args=args, keywords=keywords):
+            given = [arg for arg in [*args, *(k.value for k in keywords)] if isinstance(arg, ast.Constant)]
+            # A degree or a number of knots, and so of columns.
+            large = any(isinstance(arg.value, int | float) and abs(arg.value) > 100 for arg in given)
+            return not large and (isinstance(function, ast.Attribute) or getattr(function, "id", "") in SAFE)
+        case ast.Attribute(value=ast.Name(id="contr"), attr=name):
+            return not name.startswith("_")
+        case ast.BinOp(op=op, left=left, right=right):
+            texts = [s for s in (left, right) if isinstance(s, ast.List | ast.Tuple | ast.Dict) or _is_text(s)]
+            return isinstance(op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow) and not texts
+        case ast.UnaryOp(op=op):
+            return isinstance(op, ast.USub | ast.UAdd)
+    plain = ast.Compare | ast.List | ast.Tuple | ast.keyword | ast.operator | ast.unaryop | ast.cmpop | ast.expr_context
+    return isinstance(node, plain)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and not isinstance(node.value, int | float)
+
+
+# --- values of expressions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an expression took from the rows of the fit.
+
+    Attributes:
+        state: call -> state of a stateful transform, or a statistic of whole columns.
+        alone: False where the value of a row depends on its company all the same (a cumulative sum, ranks).
+    """
+
+    state: dict[str, Any]
+    alone: bool = True
+
+
+class _Program(ast.NodeTransformer):
+    """Code in which transforms find their state and statistics are remembered."""
+
+    def __init__(self, aliases: Mapping[str, str], environment: Mapping[str, Any]):
+        self.aliases, self.environment = aliases, environment
+        self.by_row = True  # as far as one can tell without trying
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        self.by_row = False
+        return node
+
+    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = visit_Lambda  # type: ignore[assignment]
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.by_row = False
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        key = ast.Constant(ast.unparse(node))
+        reads = any(isinstance(part, ast.Name) and part.id in self.aliases for part in ast.walk(node))
+        self.generic_visit(node)
+        function = self.function(node.func)
+        if getattr(function, "__is_stateful_transform__", False):
+            state = ast.Call(ast.Name("__state__", ast.Load()), [key], [])
+            node.keywords.append(ast.keyword("_state", state))
+            return node
+        if not reads:
+            return node
+        if isinstance(function, np.ufunc) or function in _BY_ROW:
+            return node
+        self.by_row = False
+        none = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        return ast.Call(ast.Name("__keep__", ast.Load()), [key, ast.Lambda(none, node)], [])
+
+    def function(self, node: ast.expr) -> Any:
+        """What is called, where that is known without evaluating anything."""
+        match node:
+            case ast.Name(id=name):
+                return self.environment.get(name)
+            case ast.Attribute(value=value, attr=name):
+                home = self.function(value)
+                return getattr(home, name, None) if isinstance(home, ModuleType | type) else None
+        return None
+
+
+def _is_statistic(value: Any, n: int) -> bool:
+    """Of the whole table and not of its rows."""
+    if isinstance(value, np.ndarray | pd.Series | pd.Index | list | tuple):
+        return np.ndim(value) == 0 or len(value) != n
+    return isinstance(value, int | float | complex | str | np.generic | pd.Timestamp | pd.Timedelta)
+
+
+def _run(
+    e: Expression, frame: pd.DataFrame, context: Context, state: dict[str, Any], learning: bool
+) -> tuple[Any, bool]:
+    """The value of an expression, and whether it surely goes row by row."""
+    if e.column is not None:
+        return frame[e.column], True
+    environment = context.environment()
+    program = _Program(e.aliases, environment)
+    tree = ast.fix_missing_locations(program.visit(ast.Expression(e.tree)))
+
+    def keep(key: str, value: Callable[[], Any]) -> Any:
+        if key in state:
+            return state[key]
+        found = value()
+        if learning and _is_statistic(found, len(frame)):
+            state[key] = found
+        return found
+
+    environment |= {alias: frame[name] for alias, name in e.aliases.items()}
+    environment |= {"__state__": lambda key: state.setdefault(key, {}), "__keep__": keep}
+    with np.errstate(all="ignore"):  # what is not finite is reported by name
+        return eval(compile(tree, "<formula>", "eval"), environment), program.by_row
+
+
+def evaluate(e: Expression, frame: pd.DataFrame, context: Context, learnt: Learnt | None = None) -> tuple[Any, Learnt]:
+    """The values of an expression on the rows of a frame.
+
+    Args:
+        e: the expression. frame: its columns, index 0 .. n - 1. context: other names.
+        learnt: from the rows of the fit; None on these themselves.
+
+    Returns:
+        An array ``(n,)`` or ``(n, k)`` of floats, a categorical Series, or formulaic's values; and what was learnt.
+
+    Raises:
+        FormulaError, DataError: the expression, and why it has no value.
+    """
+    state = {} if learnt is None else learnt.state
+    try:
+        value, by_row = _run(e, frame, context, state, learnt is None)
+        value = as_values(value, len(frame), e)
+        if learnt is None:
+            learnt = Learnt(state, by_row or _goes_by_row(e, frame, context, state, value))
+    except (DataError, FormulaError) as error:
+        raise type(error)(str(error) if e.shown in str(error) else f"'{e}': {error}") from None
+    except Exception as error:
+        raise FormulaError("; ".join([f"'{e}' cannot be evaluated: {_plain(error)}", *_cures(e, frame)])) from error
+    return value, learnt
+
+
+def _goes_by_row(e: Expression, frame: pd.DataFrame, context: Context, state: dict[str, Any], value: Any) -> bool:
+    """Whether every second row, the last first, gets the values that it has among all."""
+    rows = np.arange(len(frame))[::-2]
+    try:
+        part, _ = _run(e, frame.iloc[rows].reset_index(drop=True), context, {**state}, False)
+        part = as_values(part, len(rows), e)
+    except Exception:
+        return False
+    here, there = (np.asarray(_bare(v)) for v in (value, part))
+    here = here[rows]
+    if here.shape != there.shape or here.dtype.kind != "f" or there.dtype.kind != "f":
+        return here.shape == there.shape and bool((here == there).all())
+    size = np.abs(here[np.isfinite(here)]).max(initial=0.0)
+    return bool(np.allclose(here, there, rtol=ROUNDING, atol=ROUNDING * size, equal_nan=True))
+
+
+def _bare(value: Any) -> Any:
+    value = value.__wrapped__ if isinstance(value, FactorValues) else value
+    if isinstance(value, dict):
+        return np.column_stack([np.asarray(v) for k, v in value.items() if not str(k).startswith("__")])
+    return value
+
+
+def as_values(value: Any, n: int, e: Expression) -> Any:
+    """What an expression gave, as numbers or a factor: truth values and text are factors."""
+    coded = isinstance(value, FactorValues)
+    bare = _bare(value)
+    if coded and (value.__formulaic_metadata__.kind is CATEGORICAL or np.ndim(bare) == 2):
+        if len(bare) != n:
+            raise FormulaError(f"'{e}' gives {len(bare)} values for {n} rows")
+        return value
+    value = bare
+    if value is None:
+        raise FormulaError(f"'{e}' gives None, and no values")
+    if isinstance(value, pd.DataFrame):
+        return FactorValues({str(k): as_values(v, n, e) for k, v in value.items()}, kind=NUMERICAL)
+    if not isinstance(value, pd.Series):
+        array = np.asarray(value)
+        if array.ndim == 0:
+            raise FormulaError(f"'{e}' gives one value ({value!r}), not one for every row")
+        if array.ndim == 2 and array.dtype.kind in "iufb" and len(array) == n:
+            return array.astype(float)
+        if array.ndim != 1:
+            raise FormulaError(f"'{e}' gives an array of shape {array.shape} for {n} rows")
+        value = pd.Series(array)
+    if len(value) != n:
+        raise FormulaError(f"'{e}' gives {len(value)} values for {n} rows")
+    value = value.reset_index(drop=True)
+    if isinstance(value.dtype, pd.CategoricalDtype):
+        return value
+    if pd.api.types.is_bool_dtype(value.dtype) or is_text(value):
+        return value.astype(object).astype("category")
+    if pd.api.types.is_complex_dtype(value.dtype) or not pd.api.types.is_numeric_dtype(value.dtype):
+        raise DataError(f"'{e}' gives {value.dtype} values; make numbers of them, for example days or seconds")
+    return value.to_numpy(float)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return some_of([repr(value.item() if isinstance(value, np.generic) else value) for value in values])
+
+
+def _plain(error: Exception) -> str:
+    text = str(error).replace("\n", " ") or type(error).__name__
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _cures(e: Expression, frame: pd.DataFrame) -> list[str]:
+    called = {ast.unparse(node.func) for node in ast.walk(e.tree) if isinstance(node, ast.Call)}
+    cures = [cure for name, cure in CURES.items() if name in called or name in e.names]
+    texts = {name: TextColumn(frame[name]) for name in e.columns if is_text(frame[name])}
+    return cures + [f"column '{name}' holds {own.content()}" for name, own in texts.items() if own.mostly_numbers()]
+
+
+def numbers(
+    e: Expression, frame: pd.DataFrame, context: Context, what: str, learnt: Learnt | None = None, where: str = ""
+) -> tuple[np.ndarray, Learnt]:
+    """One numeric column; truth values count as 0 and 1."""
+    plain = frame.reset_index(drop=True)
+    if e.column is not None:
+        column = plain[e.column].infer_objects()  # truth values that were among missing ones
+        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+            raise DataError(f"the {what} '{e}' is not numeric: it holds {content(frame[e.column])}")
+        return column.to_numpy(float), Learnt({})
+    value, learnt = evaluate(e, plain, context, learnt)
+    if not isinstance(value, FactorValues | np.ndarray) and set(value.cat.categories) <= {False, True}:
+        value = value.astype(float).to_numpy()
+    if not isinstance(value, np.ndarray) or value.size != len(frame):
+        raise DataError(f"the {what} '{e}' is not one numeric column")
+    _check_finite(value.reshape(-1, 1), [e.shown], frame.index, where)
+    return value.reshape(-1), learnt
+
+
+def _check_finite(columns: np.ndarray, names: list[str], index: pd.Index, where: str = "") -> None:
+    for j, name in enumerate(names):
+        bad = ~np.isfinite(columns[:, j])
+        if bad.any():
+            raise DataError(
+                f"'{name}' is not finite in {int(bad.sum())} rows{where} (first: row {index[np.flatnonzero(bad)[0]]}); "
+                "leave them out with subset=, or change the expression"
+            )
+
+
+# --- columns of terms ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A part of a formula as a function of rows: always these columns, by what the rows of the fit had.
+
+    Attributes:
+        effects: the terms. names: of the columns, as formulaic names them. spec: formulaic's record of the coding.
+        learnt: expression -> what it took from the rows of the fit. context: other names that it reads.
+    """
+
+    effects: Effects
+    names: tuple[str, ...]
+    spec: Any
+    learnt: Mapping[str, Learnt]
+    context: Context
+
+    def of(self, frame: pd.DataFrame, where: str = " of newdata") -> np.ndarray:
+        """``(m, columns)`` of other rows.
+
+        Raises:
+            DataError: an expression depends on the other rows, a category is unknown, or a value is not finite.
+        """
+        if not len(frame) or not self.names:
+            return np.zeros((len(frame), len(self.names)))
+        plain = frame.reset_index(drop=True)
+        self.refuse_company()
+        values = {}
+        for e in self.effects.expressions:
+            values[e.shown], _ = evaluate(e, plain, self.context, self.learnt[e.shown])
+            self._check_categories(e, values[e.shown], where)
+        columns = _matrix(self.spec, values, len(frame))[0]
+        _check_finite(columns, list(self.names), frame.index, where)
+        return columns
+
+    def levels_of(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Expression -> its columns ``(m, k)`` on rows, of a factor one for every level."""
+        found = {}
+        for e in self.effects.expressions:
+            value, _ = evaluate(e, frame.reset_index(drop=True), self.context, self.learnt[e.shown])
+            alone = ModelSpec(
+                formula=[FormulaicTerm([Factor(e.shown, eval_method="lookup")])],
+                ensure_full_rank=False,
+                na_action="ignore",
+                output="numpy",
+                encoder_state=self.spec.encoder_state,
+            )
+            found[e.shown] = _matrix(alone, {e.shown: value}, len(frame))[0]
+        return found
+
+    def refuse_company(self) -> None:
+        """Raise DataError where the value of a row depends on the other rows of the table."""
+        for e in self.effects.expressions:
+            refuse_company(e, self.learnt[e.shown])
+
+    def categories(self, e: Expression) -> list[Any] | None:
+        """The categories of an expression in the fit; None of numbers."""
+        kind, state = self.spec.encoder_state.get(e.shown, (None, {}))
+        return list(state["categories"]) if kind is CATEGORICAL and "categories" in state else None
+
+    def _check_categories(self, e: Expression, value: Any, where: str) -> None:
+        known = self.categories(e)
+        if (known is None) != (not _is_categorical(value)):
+            holds, had = ("text", "numbers") if known is None else ("numbers", f"the categories {_listed(known)}")
+            raise DataError(f"'{e}' gives {holds}{where}; the fit had {had}")
+        if known is not None:
+            present = pd.Series(_bare(value)).drop_duplicates()
+            new = [v for v in present.astype(object) if v not in known and v == v]
+            if new:
+                raise DataError(
+                    f"'{e}' has {_listed(new)}{where}, not among the categories of the fit: {_listed(known)}"
+                )
+
+
+def refuse_company(e: Expression, learnt: Learnt) -> None:
+    """Raise DataError where the value of a row depends on the other rows of the table."""
+    if not learnt.alone:
+        raise DataError(
+            f"'{e}' gives a row another value when the other rows are missing or stand in another order, so it says "
+            "nothing of new rows: make a column of it before fitting, and name the column in the formula"
+        )
+
+
+def _is_categorical(value: Any) -> bool:
+    if isinstance(value, FactorValues):  # a proxy, which says it is what it holds
+        return value.__formulaic_metadata__.kind is CATEGORICAL
+    return isinstance(value, pd.Series)
+
+
+def _levels(value: Any) -> list[Any] | None:
+    """The levels of a factor, also those without rows in this chunk; None of numbers."""
+    if not _is_categorical(value):
+        return None
+    own = pd.Series(_bare(value))
+    return list(own.cat.categories if isinstance(own.dtype, pd.CategoricalDtype) else own.unique())
+
+
+def columns_of(
+    effects: Effects, frame: pd.DataFrame, context: Context, several: bool = True
+) -> tuple[np.ndarray, Columns]:
+    """The columns ``(n, p)`` that terms have on the rows of a fit, and the same as a function of other rows.
+
+    Args:
+        effects: the terms. frame: complete rows. context: names beside columns.
+        several: whether a factor must have more than one level.
+
+    Raises:
+        FormulaError, DataError: an expression cannot be evaluated, a factor has one level, a value is not finite.
+    """
+    plain = frame.reset_index(drop=True)
+    values, learnt = {}, {}
+    for e in effects.expressions:
+        if e.column == "Intercept":
+            raise DataError("a column called 'Intercept' has the name of the constant column: rename it")
+        values[e.shown], learnt[e.shown] = evaluate(e, plain, context)
+        levels = _levels(values[e.shown])
+        if several and levels is not None and len(levels) < 2:
+            raise DataError(
+                f"the factor '{e}' has one level in the rows used ({_listed(levels)}): there is "
+                "nothing to compare; leave it out, or look at subset= and at missing values"
+            )
+    _check_size(effects, values)
+    factors = {e.shown: Factor(e.shown, eval_method="lookup") for e in effects.expressions}
+    constant = Factor("1", eval_method="literal")
+    terms = [FormulaicTerm([factors[name] for name in term] or [constant]) for term in effects.terms]
+    spec = ModelSpec(formula=terms, ensure_full_rank=True, na_action="ignore", output="numpy")
+    columns, spec = _matrix(spec, values, len(frame))
+    names = list(spec.column_names)
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    if twice:
+        raise DataError(f"two columns of '{effects}' would be named {some_of(sorted(twice))}: rename a column")
+    _check_finite(columns, names, frame.index)
+    return columns, Columns(effects, tuple(names), spec, learnt, context)
+
+
+def _check_size(effects: Effects, values: Mapping[str, Any]) -> None:
+    wide = {}
+    for name, value in values.items():
+        levels = _levels(value)
+        wide[name] = (*np.shape(_bare(value)), 1)[1] if levels is None else len(levels)
+    for term in effects.terms:
+        width = int(np.prod([float(wide[name]) for name in term]))
+        if width > MOST_COLUMNS:
+            raise DataError(
+                f"'{':'.join(term)}' has {width} columns (limit {MOST_COLUMNS}): a factor of so many levels is better "
+                "a random effect, (1 | g)"
+            )
+
+
+def _matrix(spec: Any, values: Mapping[str, Any], n: int) -> tuple[np.ndarray, Any]:
+    try:
+        matrix = spec.get_model_matrix(pd.DataFrame(index=pd.RangeIndex(n)), context=dict(values))
+    except (FormulaicError, ValueError, TypeError, KeyError, IndexError) as error:
+        names = ", ".join(values)
+        raise FormulaError(f"'{names}' cannot be coded: {_plain(error)}") from error
+    spec = matrix.model_spec
+    return np.asarray(matrix, float).reshape(n, len(spec.column_names)), spec

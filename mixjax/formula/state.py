@@ -1,0 +1,325 @@
+"""The formula of a fit as a function of rows: columns of X and of every Z, levels, offset, weights.
+
+What the formula took from the fit's table (contrasts, categories, knots, means) and from its surroundings (a number
+called ``shift``) stays as it was: a row means the same alone, in another order, among others, and tomorrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.design import Labels
+from mixjax.formula.errors import DataError, some_of, warn
+from mixjax.formula.evaluate import Columns, Context, Learnt, numbers, refuse_company
+from mixjax.formula.parse import ParsedFormula
+from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.syntax import Expression, column
+from mixjax.formula.table import (
+    as_numbers,
+    check_finite,
+    factor_codes,
+    level_name,
+    levels_of,
+    refuse_unknown,
+    settle,
+)
+
+# What the columns left out of the fit add beyond those in it, relative to their size, that is rounding.
+ROUNDING = 1e-8
+
+
+@dataclass(frozen=True)
+class FormulaState:
+    """All that a fit's formula is, once it has met its table.
+
+    Attributes:
+        parsed: the formula. fixed, random: its parts as functions of rows; random in the order of the labels.
+        kept: ``(f,)`` which columns of the fixed effects are in the fit; others determine the rest.
+        offsets: expressions of ``offset(...)`` with what they learnt.
+        weights, offset: names of columns that were given beside the formula. offset_beside: an offset was given as
+            numbers, which say nothing of new rows.
+        contrasts: as given. context: names beside columns, with their values then.
+        kinds: column that expressions read -> dtype in the fit.
+        levels: grouping factor -> ``(m, columns)`` names of the values that make every level.
+    """
+
+    parsed: ParsedFormula
+    fixed: Columns
+    kept: np.ndarray
+    random: tuple[Columns, ...]
+    offsets: tuple[tuple[Expression, Learnt], ...]
+    weights: str | None
+    offset: str | None
+    offset_beside: bool
+    contrasts: Mapping[str, str]
+    context: Context
+    kinds: Mapping[str, Any]
+    levels: Mapping[str, np.ndarray]
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """Columns that fixed effects and offsets read."""
+        return tuple(dict.fromkeys([*self.fixed.effects.columns, *(n for e, _ in self.offsets for n in e.columns)]))
+
+    def offset_of(self, frame: pd.DataFrame, where: str = "") -> np.ndarray:
+        """The sum of the formula's offsets, ``(m,)``."""
+        total = np.zeros(len(frame))
+        for e, learnt in self.offsets if len(frame) else ():
+            refuse_company(e, learnt)
+            total = total + numbers(e, frame, self.context, "offset", learnt, where)[0]
+        return total
+
+    def dependence(self, frame: pd.DataFrame) -> np.ndarray:
+        """``(p, d)``: how the columns in the fit make those that were left out, on the rows of the fit."""
+        if self.kept.all():
+            return np.zeros((int(self.kept.sum()), 0))
+        X = self.fixed.of(frame, "")
+        lengths = np.maximum(np.linalg.norm(X, axis=0), np.finfo(float).tiny)
+        X = X / lengths
+        C = np.linalg.lstsq(X[:, self.kept], X[:, ~self.kept], rcond=None)[0]
+        # Rounding of one column must not count where another is all there is.
+        C = np.where(np.abs(C) > ROUNDING * np.abs(C).max(axis=0), C, 0.0)
+        return C / lengths[self.kept, None] * lengths[~self.kept]
+
+    def split(self, X: np.ndarray, dependence: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """All columns ``(m, f)`` -> those in the fit ``(m, p)``, and what they leave open ``(m, d)``.
+
+        The latter is zero where the columns left out depend on the others as they do in the rows of the fit: there a
+        mean is the same whichever columns are left out. Without rows nobody knows, and it is zero.
+        """
+        own, left = X[:, self.kept], X[:, ~self.kept]
+        if dependence is None:
+            return own, np.zeros_like(left)
+        size = np.abs(left) + np.abs(own) @ np.abs(dependence)
+        left = left - own @ dependence
+        return own, np.where(np.abs(left) > ROUNDING * size, left, 0.0)
+
+
+def kinds_of(frame: pd.DataFrame, parsed: ParsedFormula) -> dict[str, Any]:
+    """The dtypes of the columns that predictors read."""
+    return {name: frame[name].dtype for e in parsed.predictors for name in e.columns}
+
+
+# --- new tables ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of a new table as arrays. Only its m complete rows; ``complete`` says which these are.
+
+    Attributes:
+        X: ``(m, p)`` fixed-effects columns that are in the fit. estimable: ``(m,)`` False where columns left out of
+            the fit would matter.
+        Z: per random term ``(m, q)``, or None where it was not asked for. level: per random term ``(m,)`` numbers of
+            the fit's levels, -1 for a new one, or None.
+        offset: ``(m,)``. weights: ``(m,)`` precision weights, or None where they are not known.
+        index: labels of all rows of the table. complete: ``(rows,)``.
+    """
+
+    X: np.ndarray
+    estimable: np.ndarray
+    Z: tuple[np.ndarray | None, ...]
+    level: tuple[np.ndarray | None, ...]
+    offset: np.ndarray
+    weights: np.ndarray | None
+    index: pd.Index
+    complete: np.ndarray
+
+
+def new_rows(
+    labels: Labels,
+    newdata: Any,
+    effects: Sequence[bool],
+    levels: Sequence[bool],
+    allow_new_levels: bool = False,
+    weights: bool = False,
+) -> NewRows:
+    """The rows of a new table in the terms of a fit.
+
+    Args:
+        labels: of the fit.
+        newdata: pandas, polars or pyarrow table, or a dict of arrays, where a single value holds for all rows. The
+            response need not be there.
+        effects: per random term, whether its columns are needed. levels: whether its levels are.
+        allow_new_levels: levels that the fit does not know are -1; otherwise they are refused.
+        weights: whether precision weights are needed.
+
+    Raises:
+        DataError: a column is missing or of the wrong kind; a category, or a level that is not allowed, is unknown;
+            the formula cannot be evaluated.
+
+    Warns:
+        DataWarning: rows have missing values.
+    """
+    state: FormulaState = labels.state
+    random = [columns for columns, wanted in zip(state.random, effects, strict=True) if wanted]
+    groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
+    table = _table(state, newdata, [state.fixed, *random], list(groups), weights)
+    missing = table.isna()
+    complete = ~missing.any(axis=1).to_numpy()
+    if not complete.all():
+        counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
+        warn(f"{int((~complete).sum())} of {len(table)} rows of newdata have missing values ({counts}): NaN there")
+    index, table = table.index, table[complete]
+    check_finite(table)
+    table = _as_in_the_fit(table, state)
+    codes = _codes(state, table, list(groups), allow_new_levels)
+    X, left = state.split(state.fixed.of(table), _dependence(labels))
+    return NewRows(
+        X,
+        np.asarray(~left.any(axis=1)),
+        tuple(columns.of(table) if wanted else None for columns, wanted in zip(state.random, effects, strict=True)),
+        tuple(codes[t.group] if wanted else None for t, wanted in zip(labels.terms, levels, strict=True)),
+        _offset(state, table),
+        _weights(state, table) if weights else None,
+        index,
+        complete,
+    )
+
+
+def _dependence(labels: Labels) -> np.ndarray | None:
+    state: FormulaState = labels.state
+    if labels.frame is not None or state.kept.all():
+        return state.dependence(labels.frame)
+    warn(
+        f"columns were left out of the fit ({', '.join(labels.dropped_columns)}) and its rows were not "
+        "kept: where newdata break the dependence between columns, predictions are not unique"
+    )
+    return None
+
+
+def _table(
+    state: FormulaState, newdata: Any, parts: Sequence[Columns], groups: Sequence[str], weights: bool
+) -> pd.DataFrame:
+    """The columns needed, as in the fit numbers or not."""
+    available = column_names(newdata)
+    read = [(e, f"in '{e}'") for part in parts for e in part.effects.expressions]
+    read += [(e, f"in 'offset({e})'") for e, _ in state.offsets]
+    needed: dict[str, str] = {}
+    for e, where in read:
+        needed |= dict.fromkeys([name for name in e.columns if name not in needed], where)
+    computed = {name for e, _ in read for name in e.columns if name != e.factor_of}
+    columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
+    for group in groups:
+        own = [name for name in columns_of[group] if name not in needed]
+        needed |= dict.fromkeys(own, f"grouping factor '{group}'")
+    for what, name, wanted in (("offset", state.offset, True), ("weights", state.weights, weights)):
+        if wanted and name is not None:
+            needed.setdefault(name, f"the fit had {what}={name!r}")
+            computed.add(name)
+    for name, where in needed.items():
+        if name not in available:
+            refuse_unknown(name, available, f"needed in newdata: {where}", newdata)
+    return as_numbers(to_pandas(newdata, needed), [name for name in needed if name in computed])
+
+
+def _as_in_the_fit(table: pd.DataFrame, state: FormulaState) -> pd.DataFrame:
+    """Columns of the kind that the formula was fitted with; unknown categories are refused."""
+    known: dict[str, list[Any]] = {}
+    for part in (state.fixed, *state.random):
+        for e in part.effects.expressions:
+            name, categories = e.column or e.factor_of, part.categories(e)
+            if name is not None and categories is not None:
+                known[name] = categories
+    table = settle(table.copy())
+    for name in map(str, table):
+        if name in state.kinds:
+            table[name] = _as_kind(table[name], state.kinds[name], known.get(name))
+    return table
+
+
+def _as_kind(values: pd.Series, own: Any, categories: list[Any] | None) -> pd.Series:
+    """One column in the fit's type."""
+    category = isinstance(own, pd.CategoricalDtype)
+    if not len(values):
+        return values.astype(own)
+    # Text may stand for text and numbers for numbers; what a category is shows in its names.
+    numeric = _is_number((own.categories if category else own) if category else own)
+    given = values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else values
+    if _is_number(given) != numeric:
+        holds = "numbers" if _is_number(given) else _kind(given.dtype)
+        had = f"the categories {_listed(categories)}" if categories is not None else "numbers" if numeric else "text"
+        raise DataError(f"column '{values.name}' of newdata holds {holds}; the fit had {had}")
+    if categories is not None:
+        present = pd.Index(values.dropna().unique())
+        new = present[~present.isin(list(own.categories) if category else categories)]
+        if len(new):
+            raise DataError(
+                f"column '{values.name}' of newdata has {_listed(new)}, not among the categories of the fit: "
+                f"{_listed(categories)}"
+            )
+    if category:
+        return pd.Series(pd.Categorical(values, dtype=own), index=values.index, name=values.name)
+    if own == np.bool_ and not values.isin([0, 1]).all():
+        raise DataError(f"column '{values.name}' of newdata holds numbers; the fit had True and False")
+    return values.astype(own) if numeric else values.astype(object)
+
+
+def _is_number(values: Any) -> bool:
+    return pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
+
+
+def _kind(dtype: Any) -> str:
+    text = pd.api.types.is_object_dtype(dtype) or pd.api.types.is_string_dtype(dtype)
+    return "text" if text else f"{dtype} values"
+
+
+def _offset(state: FormulaState, table: pd.DataFrame) -> np.ndarray:
+    if state.offset_beside:
+        raise DataError(
+            "the fit had offset= as an array, which says nothing of new rows: make a column of it, fit with its "
+            "name (or offset(name) in the formula), and give newdata that column"
+        )
+    total = state.offset_of(table, " of newdata")
+    return total if state.offset is None else total + numbers(column(state.offset), table, state.context, "offset")[0]
+
+
+def _weights(state: FormulaState, table: pd.DataFrame) -> np.ndarray | None:
+    if state.weights is None:
+        return None
+    w = numbers(column(state.weights), table, state.context, "weights")[0]
+    if not (w > 0).all():
+        raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of newdata's '{state.weights}' are not")
+    return w
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def _codes(state: FormulaState, table: pd.DataFrame, groups: Sequence[str], allow_new: bool) -> dict[str, np.ndarray]:
+    columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
+    codes, unknown = {}, []
+    for group in groups:
+        codes[group], new = _level_codes(table, columns_of[group], state.levels[group], group)
+        if new:
+            unknown.append(f"{_listed(new)} of grouping factor '{group}'")
+    if unknown and not allow_new:
+        raise DataError(
+            f"newdata has levels that the fit does not know: {'; '.join(unknown)}; allow_new_levels=True predicts "
+            "them by the population, random=False all rows"
+        )
+    return codes
+
+
+def _level_codes(
+    table: pd.DataFrame, columns: Sequence[str], known: np.ndarray, group: str
+) -> tuple[np.ndarray, list[str]]:
+    """The fit's level of every row, -1 for a new one; and the new levels' names."""
+    own, _ = factor_codes(table, tuple(columns))
+    given = levels_of(table, tuple(columns))
+    place = {tuple(parts): k for k, parts in enumerate(known)}
+    if len(place) < len(known):
+        raise DataError(f"two levels of grouping factor '{group}' have the same name; rename one")
+    at = np.array([place.get(tuple(parts), -1) for parts in given], np.int64)
+    codes = at[own] if len(table) else np.zeros(0, np.int64)
+    new = dict.fromkeys(own[codes < 0].tolist())  # in the order of the rows
+    return codes, [":".join(given[k]) for k in new]
+
+
+def _listed(values: Any) -> str:
+    return some_of([repr(level_name(value)) for value in values], most=10)

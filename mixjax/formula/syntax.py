@@ -1,0 +1,522 @@
+"""Text of formulas -> tokens, expressions and the algebra of terms.
+
+Two languages meet in a formula. Between terms stands R's algebra: ``a*b``, ``(a + b)^2``, ``a %in% b``. What a term is
+made of is an expression, read by Python's own parser after names of columns, which may hold any signs, were replaced.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from mixjax.formula.errors import FormulaError
+
+# What is more than this is a slip or an attack, and would take minutes or all memory before it fails.
+LONGEST, DEEPEST, HIGHEST_POWER, MOST_TERMS = 100_000, 60, 1_000, 2_000
+OPENING, CLOSING = "([{", ")]}"
+_TOKEN = re.compile(
+    r"""(?P<space>\s+)
+    |(?P<quoted>`[^`]*`)
+    |(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
+    |(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
+    |(?P<name>[^\W\d]\w*(?:\.\w+)*)
+    |(?P<sign>%in%|%/%|%%|\*\*|\|\||&&|<=|>=|==|!=|//|<-|->|:=|[-+*/^:~|<>!&@%=,;?$.\[\](){}])""",
+    re.VERBOSE | re.DOTALL,
+)
+# Words of Python that stand between operands or before one. Where neither can stand, they are names of columns.
+_BETWEEN, _BEFORE = {"and", "or", "in", "is", "if", "else", "for"}, {"not", "lambda"}
+_SPELLINGS = {"TRUE": "True", "FALSE": "False", "NULL": "None"}
+_FACTOR = ("factor", "as.factor")
+_CURES = {
+    "%in%": "it stands between terms only; inside a function use x.isin([...])",
+    "%/%": "write //",
+    "%%": "write %",
+    "&&": "write &, with brackets around comparisons: (x > 1) & (z < 2)",
+    "||": "write |, with brackets around comparisons: (x > 1) | (z < 2)",
+    "!": "write ~(...)",
+    "$": "write the column's name alone",
+    "@": "it is no operator here",
+    "<-": "write x < -1 with a blank",
+}
+
+
+class Token(NamedTuple):
+    """One sign, name, number or quoted text. ``depth`` counts the brackets around it; they belong to what they hold."""
+
+    kind: str
+    text: str
+    start: int
+    end: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a formula: its tokens, and the whole text that they were cut from."""
+
+    source: str
+    tokens: tuple[Token, ...]
+
+    def __str__(self) -> str:
+        return self.source[self.tokens[0].start : self.tokens[-1].end] if self.tokens else ""
+
+    @cached_property
+    def depth(self) -> int:
+        """Depth of what stands outside all brackets of the piece."""
+        return min((t.depth - (t.text in (*OPENING, *CLOSING) and t.kind == "sign") for t in self.tokens), default=0)
+
+    def outer(self, *signs: str) -> list[int]:
+        """Where signs stand outside all brackets."""
+        return [i for i, t in enumerate(self.tokens) if t.depth == self.depth and t.kind == "sign" and t.text in signs]
+
+    def split(self, *signs: str) -> list[Piece]:
+        """The pieces between signs that stand outside all brackets."""
+        ends = [-1, *self.outer(*signs), len(self.tokens)]
+        return [Piece(self.source, self.tokens[a + 1 : b]) for a, b in pairwise(ends)]
+
+    def unwrapped(self) -> Piece:
+        """Without the brackets that enclose all of it, however many."""
+        piece = self
+        while len(piece.tokens) > 2 and piece.tokens[0].text == "(" and piece._closes(0) == len(piece.tokens) - 1:
+            piece = Piece(piece.source, piece.tokens[1:-1])
+        return piece
+
+    def call(self) -> tuple[str, Piece] | None:
+        """Name and arguments of a piece that is one call of a plain name; None of any other."""
+        tokens = self.tokens
+        if len(tokens) < 3 or tokens[0].kind != "name" or tokens[1].text != "(" or self._closes(1) != len(tokens) - 1:
+            return None
+        return tokens[0].text, Piece(self.source, tokens[2:-1])
+
+    def _closes(self, at: int) -> int:
+        """Where the bracket that opens at a place is closed."""
+        depth = self.tokens[at].depth
+        return next(i for i, t in enumerate(self.tokens) if i > at and t.text in CLOSING and t.depth == depth)
+
+
+def read(text: str) -> Piece:
+    """Text as tokens.
+
+    Raises:
+        FormulaError: a sign that is unknown, brackets or quotes that do not match, or more of anything than is sane.
+    """
+    if len(text) > LONGEST:
+        raise FormulaError(f"the formula has {len(text)} characters (limit {LONGEST})")
+    tokens: list[Token] = []
+    open_at: list[Token] = []
+    at = 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None:
+            what = f"a quote {text[at]} is never closed" if text[at] in "'\"`" else f"{text[at]!r} is not understood"
+            raise FormulaError(_pointing(f"{what} in the formula", text, at))
+        kind, own = str(found.lastgroup), found[0]
+        at = found.end()
+        if kind == "space":
+            continue
+        opens, closes = kind == "sign" and own in OPENING, kind == "sign" and own in CLOSING
+        token = Token(kind, own, found.start(), at, len(open_at) + opens)
+        if opens:
+            open_at.append(token)
+            if len(open_at) > DEEPEST:
+                raise FormulaError(f"brackets in the formula are more than {DEEPEST} deep")
+        elif closes and (not open_at or OPENING.index(open_at.pop().text) != CLOSING.index(own)):
+            raise FormulaError(_pointing(f"unbalanced '{own}' in the formula", text, found.start()))
+        tokens.append(token)
+    if open_at:
+        raise FormulaError(_pointing(f"'{open_at[-1].text}' is never closed in the formula", text, open_at[-1].start))
+    return Piece(text, tuple(tokens))
+
+
+def _pointing(what: str, text: str, at: int) -> str:
+    if len(text) > 200 or "\n" in text:
+        start = max(0, at - 20)
+        return f"{what}: ...{text[start : at + 20]}..."
+    return f"{what}:\n  {text}\n  {' ' * at}^"
+
+
+def quoted(name: str) -> str:
+    """A column's name as formulas write it: between backticks unless it is a plain word, dotted or not."""
+    return name if re.fullmatch(r"[^\W\d]\w*(?:\.\w+)*", name) else f"`{name}`"
+
+
+# --- expressions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Something that gives a value for every row.
+
+    Attributes:
+        shown: as messages and names of columns have it.
+        code: Python, with ``__c0__``, ``__c1__``, ... in place of the columns. columns: their names.
+        names: other names that are read, such as a number of the caller's. functions: names that are called.
+    """
+
+    shown: str
+    code: str
+    columns: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+
+    @property
+    def column(self) -> str | None:
+        """The column that it is, if it is nothing more."""
+        return self.columns[0] if self.code == "__c0__" else None
+
+    @property
+    def factor_of(self) -> str | None:
+        """The column that it makes a factor of, ``C(x)`` or ``C(x, ...)``, and None for anything else."""
+        match self.tree:
+            case ast.Call(func=ast.Name(id="C"), args=[ast.Name(id=alias), *_]) if alias in self.aliases:
+                return self.aliases[alias]
+        return None
+
+    @property
+    def tree(self) -> ast.expr:
+        """The code's syntax tree."""
+        return ast.parse(self.code, mode="eval").body
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """What stands in the code for columns -> their names."""
+        return {f"__c{i}__": name for i, name in enumerate(self.columns)}
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+def column(name: str) -> Expression:
+    """A column by itself."""
+    return Expression(name, "__c0__", (name,))
+
+
+def expression(piece: Piece | str, columns: Collection[str] = ()) -> Expression:
+    """Read Python with R's spellings: ``^`` is a power, ``factor()`` is ``C()``, names in backticks are columns.
+
+    Raises:
+        FormulaError: shows the text and what is wrong with it.
+    """
+    piece = read(piece) if isinstance(piece, str) else piece
+    aliases: dict[str, str] = {}
+    code = " ".join(_python(piece, columns, aliases))
+    try:
+        tree = ast.parse(code, mode="eval")
+        _check_powers(tree, str(piece))
+        plain = ast.unparse(tree)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else str(error)
+        if isinstance(error, FormulaError):
+            raise
+        raise FormulaError(f"'{piece}' cannot be read: {why}{_hint(piece)}") from None
+    shown = plain
+    for alias, name in aliases.items():
+        shown = shown.replace(alias, name if plain == alias else quoted(name))
+    bound = {arg.arg for node in ast.walk(tree) if isinstance(node, ast.Lambda) for arg in node.args.args}
+    bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    called = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    read_names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id not in aliases and n.id not in bound]
+    read_names.sort(key=lambda n: n.col_offset)
+    return Expression(
+        shown.replace("\n", " "),
+        plain,
+        tuple(aliases.values()),
+        tuple(dict.fromkeys(n.id for n in read_names if id(n) not in called)),
+        tuple(dict.fromkeys(n.id for n in read_names if id(n) in called)),
+    )
+
+
+def _python(piece: Piece, columns: Collection[str], aliases: dict[str, str]) -> Iterator[str]:
+    """The tokens as Python's; aliases are made on the way."""
+    names: dict[str, str] = {}
+
+    def alias(name: str) -> str:
+        if name not in names:
+            names[name] = f"__c{len(names)}__"
+            aliases[names[name]] = name
+        return names[name]
+
+    tokens = piece.tokens
+    operand = True  # whether an operand is to come, so that a word of Python's cannot stand between two
+    skip = 0
+    for i, token in enumerate(tokens):
+        if skip:
+            skip -= 1
+            continue
+        before, after = (tokens[j] if 0 <= j < len(tokens) else None for j in (i - 1, i + 1))
+        follows = after.text if after is not None and after.kind == "sign" else ""
+        text = token.text
+        if token.kind == "quoted":
+            if len(text) < 3:
+                raise FormulaError(f"'{piece}' has a name without letters: ``")
+            yield alias(text[1:-1])
+        elif token.kind == "name" and before is not None and before.text == ".":
+            yield text
+        elif token.kind == "name" and follows == "=" and token.depth > piece.depth:
+            yield text  # the name of an argument
+        elif token.kind == "name" and text == "Q" and (name := _patsy_name(tokens[i + 1 : i + 4])) is not None:
+            skip = 3
+            yield alias(name)
+        elif token.kind == "name":
+            begins = after is not None and (after.kind != "sign" or after.text in ("(", "["))
+            word = (text in _BETWEEN and not operand) or (text in _BEFORE and operand and begins)
+            own = None if word else _as_column(text, columns, follows == "(")
+            if own is not None:
+                yield alias(own) + text[len(own) :]
+            elif text in _FACTOR and follows == "(":
+                yield "C"
+            else:
+                _refuse_bad_attribute(text, piece)
+                yield _SPELLINGS.get(text, text)
+            operand = word
+            continue
+        elif token.kind == "sign":
+            if text in _CURES:
+                raise FormulaError(f"'{piece}': {text} is not understood; {_CURES[text]}")
+            yield "**" if text == "^" else text
+            operand = text not in CLOSING
+            continue
+        else:
+            yield text
+        operand = False
+
+
+def _as_column(text: str, columns: Collection[str], called: bool) -> str | None:
+    """The column that a dotted name begins with; the rest are attributes. A name that is called may be its method."""
+    parts = text.split(".")
+    for k in range(len(parts) - called, 0, -1):
+        name = ".".join(parts[:k])
+        if name in columns:
+            return name
+    return None
+
+
+def _patsy_name(tokens: tuple[Token, ...]) -> str | None:
+    """``("name")`` after ``Q``."""
+    if [t.kind for t in tokens] == ["sign", "string", "sign"] and tokens[0].text == "(" and tokens[2].text == ")":
+        return str(ast.literal_eval(tokens[1].text))
+    return None
+
+
+def _refuse_bad_attribute(text: str, piece: Piece) -> None:
+    if any(not part.isidentifier() for part in text.split(".")):
+        raise FormulaError(f"'{piece}': there is no column '{text}'")
+
+
+def _hint(piece: Piece) -> str:
+    words = [t.text for t in piece.tokens if t.kind == "name"]
+    if any(t.text == "=" and t.depth == piece.depth for t in piece.tokens):
+        return "; a comparison is written =="
+    numbers = [(a, b) for a, b in pairwise(piece.tokens) if a.kind == "number" == b.kind]
+    if numbers or len(words) > 1:
+        return "; names with blanks or other signs stand between backticks"
+    return ""
+
+
+def _check_powers(tree: ast.AST, text: str) -> None:
+    """Python computes constants exactly, however many digits they have."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+            right: ast.expr = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
+            constants = not any(isinstance(part, ast.Name) for part in ast.walk(node))
+            value = right.value if isinstance(right, ast.Constant) else None
+            if abs(value) > HIGHEST_POWER if isinstance(value, int | float) else constants:
+                raise FormulaError(f"'{text}': powers go up to {HIGHEST_POWER}")
+
+
+# --- terms -----------------------------------------------------------------------------------------------------------
+
+Term = tuple[str, ...]
+INTERCEPT: Term = ()
+
+
+@dataclass(frozen=True)
+class Effects:
+    """A sum of terms: the fixed effects, or those of a random term.
+
+    Attributes:
+        shown: as written.
+        terms: each a product of expressions, by their ``shown``; the empty product is the intercept. By degree, as
+            R and formulaic order them.
+        expressions: what the terms are made of.
+    """
+
+    shown: str
+    terms: tuple[Term, ...]
+    expressions: tuple[Expression, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that are read."""
+        return tuple(dict.fromkeys(name for e in self.expressions for name in e.columns))
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+def effects(pieces: list[tuple[str, Piece]], columns: Collection[str] = (), shown: str = "") -> Effects:
+    """Signed summands -> terms, with an intercept unless it is taken away.
+
+    Raises:
+        FormulaError: shows the text and what is wrong with it.
+    """
+    algebra = _Algebra(columns)
+    terms: dict[Term, None] = {INTERCEPT: None}
+    for sign, piece in pieces:
+        own = algebra.sum(piece)
+        zero = _is_zero(piece)
+        for term in [INTERCEPT] if zero else own:
+            if (sign == "-") != zero:
+                terms.pop(term, None)
+            else:
+                terms[term] = None
+    ordered = tuple(sorted(terms, key=len))
+    used = {name for term in ordered for name in term}
+    shown = shown or " ".join(f"{sign} {piece}" for sign, piece in pieces).removeprefix("+ ") or "1"
+    return Effects(shown, ordered, tuple(e for name, e in algebra.expressions.items() if name in used))
+
+
+def _is_zero(piece: Piece) -> bool:
+    return len(piece.tokens) == 1 and piece.tokens[0].text == "0"
+
+
+class _Algebra:
+    """R's algebra of terms. Terms are sets: ``b:a`` is ``a:b``, and stands as it was written first."""
+
+    def __init__(self, columns: Collection[str]):
+        self.columns = columns
+        self.expressions: dict[str, Expression] = {}
+        self.order: dict[frozenset[str], Term] = {frozenset(): INTERCEPT}
+
+    def sum(self, piece: Piece) -> list[Term]:
+        """Terms of a sum inside brackets or by itself, ``a + b - c``."""
+        terms: dict[Term, None] = {}
+        for sign, part in summands(piece):
+            own = [INTERCEPT] if _is_zero(part) else self.product(part)
+            for term in own:
+                if (sign == "-") != _is_zero(part):
+                    terms.pop(term, None)
+                else:
+                    terms[term] = None
+        return self._few(list(terms), piece)
+
+    def product(self, piece: Piece) -> list[Term]:
+        """``a * b`` and ``a / b``, from left to right."""
+        at = piece.outer("*", "/")
+        if not at:
+            return self.nested(piece)
+        left = self.nested(_cut(piece, 0, at[0]))
+        for here, end in zip(at, [*at[1:], len(piece.tokens)], strict=True):
+            right = self.nested(_cut(piece, here + 1, end))
+            if piece.tokens[here].text == "*":
+                left = [*left, *right, *self.cross(left, right, piece)]
+            else:
+                everything = self.joined([name for term in left for name in term])
+                left = [*left, *self.cross([everything], right, piece)]
+            left = self._few(list(dict.fromkeys(left)), piece)
+        return left
+
+    def nested(self, piece: Piece) -> list[Term]:
+        """``b %in% a``: the levels of b within those of a, without a main effect of b."""
+        parts = [self.interaction(part) for part in piece.split("%in%")]
+        terms = parts[0]
+        for right in parts[1:]:
+            terms = self.cross(terms, [self.joined([name for term in right for name in term])], piece)
+        return terms
+
+    def interaction(self, piece: Piece) -> list[Term]:
+        parts = [self.power(part) for part in piece.split(":")]
+        terms = parts[0]
+        for right in parts[1:]:
+            terms = self.cross(terms, right, piece)
+        return terms
+
+    def power(self, piece: Piece) -> list[Term]:
+        base, *exponents = piece.split("^", "**")
+        terms = self.atom(base)
+        for exponent in exponents:
+            text = str(exponent)
+            if not re.fullmatch(r"[1-9]\d{0,2}", text):
+                raise FormulaError(
+                    f"'{piece}': {text or 'nothing'} is no power of terms, which are 1, 2, ... 999; the power of "
+                    f"a number is written I({piece})"
+                )
+            once = terms
+            for _ in range(min(int(text), len(once) + 1) - 1):  # more add nothing
+                terms = self._few(list(dict.fromkeys([*terms, *self.cross(terms, once, piece)])), piece)
+        return terms
+
+    def atom(self, piece: Piece) -> list[Term]:
+        inner = piece.unwrapped()
+        if inner is not piece:
+            return self.sum(inner)
+        if not piece.tokens:
+            raise FormulaError(f"'{piece.source}' is not understood: a term is missing next to a sign")
+        first = piece.tokens[0]
+        if first.kind == "number":
+            if len(piece.tokens) == 1 and first.text in ("0", "1"):
+                return [INTERCEPT] if first.text == "1" else []
+            raise FormulaError(
+                f"'{piece}' cannot be a term: of numbers only 1 (intercept) and 0 (none); arithmetic is written I(...)"
+            )
+        if first.text == "{" and piece._closes(0) == len(piece.tokens) - 1:
+            return [self.factor(Piece(piece.source, piece.tokens[1:-1]))]
+        if first.text == "." and len(piece.tokens) == 1:
+            raise FormulaError("'.' (all other columns) is not understood; name the columns")
+        outer = piece.outer("<", ">", "<=", ">=", "==", "!=", "&", "|", "!", "=", "~", "%", "//", "-", "+")
+        if outer or first.kind == "string":
+            sign = piece.tokens[outer[0]].text if outer else first.text
+            raise FormulaError(f"'{piece}': {sign} cannot stand between terms; write I({piece})")
+        return [self.factor(piece)]
+
+    def factor(self, piece: Piece) -> Term:
+        own = expression(piece, self.columns)
+        if not own.columns and not own.names and own.functions == ():
+            raise FormulaError(f"'{piece}' cannot be a term: it reads no column")
+        if own.column is not None and not own.shown.isidentifier() and (
+            own.shown in ("0", "1") or self.expressions.get(own.shown, own) != own
+        ):  # fmt: skip
+            own = Expression(f"`{own.column}`", own.code, own.columns)
+        self.expressions.setdefault(own.shown, own)
+        return self.joined([own.shown])
+
+    def joined(self, names: list[str]) -> Term:
+        return self.order.setdefault(frozenset(names), tuple(dict.fromkeys(names)))
+
+    def cross(self, left: list[Term], right: list[Term], piece: Piece) -> list[Term]:
+        if len(left) * len(right) > MOST_TERMS**2:
+            self._few([*left, *right] * MOST_TERMS, piece)
+        return self._few(list(dict.fromkeys(self.joined([*a, *b]) for a in left for b in right)), piece)
+
+    def _few(self, terms: list[Term], piece: Piece) -> list[Term]:
+        if len(terms) > MOST_TERMS:
+            raise FormulaError(f"'{str(piece)[:80]}' has more than {MOST_TERMS} terms")
+        return terms
+
+
+def _cut(piece: Piece, start: int, end: int) -> Piece:
+    return Piece(piece.source, piece.tokens[start:end])
+
+
+def summands(piece: Piece) -> list[tuple[str, Piece]]:
+    """Signed parts of a sum. A sign that follows another operator belongs to its operand."""
+    before = [None, *piece.tokens]
+    at = [i for i in piece.outer("+", "-") if (t := before[i]) is None or t.kind != "sign" or t.text in (*CLOSING, ".")]
+    starts, parts = ([] if at[:1] == [0] else [-1]) + at, []
+    for start, end in zip(starts, [*starts[1:], len(piece.tokens)], strict=True):
+        sign = "+" if start < 0 else piece.tokens[start].text
+        tokens = piece.tokens[start + 1 : end]
+        if tokens and tokens[0].text in "+-" and tokens[0].kind == "sign":
+            if sign == tokens[0].text == "+":
+                raise FormulaError(f"'{piece.source}': a term is missing next to a '+'")
+            sign = "-" if sign != tokens[0].text else "+"
+            tokens = tokens[1:]
+        if not tokens:
+            raise FormulaError(f"'{piece.source}': a term is missing next to a '{sign}'")
+        parts.append((sign, Piece(piece.source, tokens)))
+    return parts
