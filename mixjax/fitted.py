@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates, estimate, estimate_with
+from mixjax.formula.errors import warn
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.optimise.results import Result
@@ -96,6 +98,43 @@ def term_names(labels: Labels) -> list[str]:
     return [f"{group}.{k}" if k else group for group, k in zip(groups, earlier, strict=True)]
 
 
+def interaction_key(name: str) -> tuple[str, ...]:
+    """The factors of a column's name in alphabetical order: ``a:b`` and ``b:a`` are one product.
+
+    A colon inside brackets, parentheses, quotes or backticks belongs to a factor.
+    """
+    parts, depth, quote = [""], 0, ""
+    for sign in name:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"`":
+            quote = sign
+        depth += 0 if quote else (sign in "[(") - (sign in "])")
+        if sign == ":" and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return tuple(sorted(parts))
+
+
+def by_effect(values: Mapping[str, Any]) -> Callable[[str, Any], Any]:
+    """Looks values up by the name of an effect, fixed or random, whatever the order of its factors: ``(name, default)
+    -> value``."""
+    by_key = {interaction_key(name): value for name, value in values.items()}
+    return lambda name, default: by_key.get(interaction_key(name), default)
+
+
+def names_apart(fixed: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Fixed effects in a table that they share with other columns: where one of those has the name, ``beta_`` goes in
+    front, as in ``beta_sigma`` of a predictor that is called sigma."""
+    own: list[str] = []
+    for name in fixed:
+        while name in taken or name in own:
+            name = f"beta_{name}"
+        own.append(name)
+    return own
+
+
 def record_of(fit: Any) -> Fitted:
     """The record of a fit: of a Fitted itself, or of an object that carries one as ``record``, as LMMFit does."""
     record = getattr(fit, "record", fit)
@@ -142,10 +181,9 @@ def fit_products(
         result.message,
     )
     if not est.converged:
-        warnings.warn(
+        warn(
             f"the fit of {labels.formula!r} did not converge after {info.iterations} iterations (scaled gradient "
             f"{info.gradient_norm:.1e}): {result.message}",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return Fitted(design, labels, stats, est, reml, info)

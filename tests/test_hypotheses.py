@@ -297,7 +297,10 @@ def test_terms_that_others_determine_have_rows_without_numbers():
     expected = anova(mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", cake).record, "III")
     np.testing.assert_allclose(found.loc["recipe", "statistic"], expected.loc["recipe", "statistic"], rtol=1e-6)
     assert found.loc["temperature", "statistic"] == pytest.approx(1.631, abs=5e-4)  # lmerTest
-    whole = anova(mj.lmm("angle ~ temp + I(2 * temp) + (1 | recipe:replicate)", cake).record, "III", "kenward-roger")
+    with pytest.warns(mj.DataWarning, match="left out"):
+        twice = mj.lmm("angle ~ temp + I(2 * temp) + (1 | recipe:replicate)", cake)
+    whole = anova(twice.record, "III", "kenward-roger")
+    assert "num_df 0: other terms determine" in repr(whole)
     assert whole["num_df"].tolist() == [0, 0]
     assert whole.drop(columns="num_df").isna().all(axis=None)
 

@@ -141,6 +141,8 @@ def _satterthwaite(theta: Array, beta: Array, sigma: Array, stats: CrossProducts
 
 
 def _kenward_roger(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+    if not L.shape[1]:
+        return _wald(theta, beta, sigma, stats, L, reml)
     fit = kr.adjust(theta, sigma, stats)
     df = jax.vmap(lambda row: kr.f_scaling(row[None], fit)[0])(L)
     return _contrast(L, beta, fit.adjusted, df)
@@ -299,10 +301,15 @@ class FixedEffects(NamedTuple):
     @staticmethod
     def of(fitted: Fitted, ddf: str) -> FixedEffects:
         check_ddf(ddf)
-        if ddf == "wald":
+        if ddf == "wald" or not fitted.labels.fixed:
             beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
             return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda *_: (math.inf, 1.0))
         return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
+
+
+def ddf_note(ddf: str) -> str:
+    """What a table says of its degrees of freedom."""
+    return "wald tests, without degrees of freedom" if ddf == "wald" else f"{ddf} degrees of freedom"
 
 
 def check_ddf(ddf: Any) -> None:
