@@ -102,6 +102,8 @@ class Labels:
         frame: the used columns of the table, used rows only (pandas); its index labels the rows.
         dropped_columns: fixed-effects columns left out because others determine them.
         n_missing: rows left out because of missing values.
+        used: ``(rows of the table,)`` booleans, which rows are in the fit; None where all are, or where rows came in
+            chunks.
         specs: what new data need to get the same columns, per part of the formula.
     """
 
@@ -112,6 +114,7 @@ class Labels:
     frame: Any
     dropped_columns: tuple[str, ...] = ()
     n_missing: int = 0
+    used: Any = field(default=None, compare=False)
     specs: dict[str, Any] = field(default_factory=dict, compare=False)
 
 

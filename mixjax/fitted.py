@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates, estimate, estimate_with
-from mixjax.formula.errors import warn
+from mixjax.formula.errors import DataError, warn
+from mixjax.formula.table import row_values
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.optimise.results import Result
@@ -96,6 +98,29 @@ def term_names(labels: Labels) -> list[str]:
     groups = [term.group for term in labels.terms]
     earlier = [groups[:t].count(group) for t, group in enumerate(groups)]
     return [f"{group}.{k}" if k else group for group, k in zip(groups, earlier, strict=True)]
+
+
+def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True) -> np.ndarray:
+    """A column for the rows of a fit, ``(nobs,)``: of those rows, or of all rows of the table that the fit was made of.
+
+    A pandas Series is lined up by its index.
+
+    Raises:
+        DataError: another length, or labels that are not the fit's.
+    """
+    index, used = labels.frame.index, labels.used
+    whole = used is not None and np.shape(values) == (len(used),)
+    if not isinstance(values, pd.Series):
+        values = np.asarray(values)[used] if whole else values
+    elif whole and values.index[used].equals(index):
+        values = values[used]
+    elif len(values) > len(index) and values.index.is_unique and index.isin(values.index).all():
+        values = values.loc[index]
+    if used is not None and np.shape(values) not in ((len(index),), ()):
+        raise DataError(
+            f"{name} has shape {np.shape(values)}, but the fit has {len(index)} rows, of {len(used)} of the table"
+        )
+    return row_values(name, values, index, len(index), numbers)
 
 
 def interaction_key(name: str) -> tuple[str, ...]:

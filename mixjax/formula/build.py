@@ -15,7 +15,7 @@ from formulaic import Formula
 from formulaic.errors import FactorEvaluationError, FormulaicError
 from formulaic.transforms import TRANSFORMS
 
-from mixjax.bases import orthonormal_columns
+from mixjax.bases import in_span, orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.parse import (
@@ -104,7 +104,7 @@ def build_design(
         )
     parsed = quote_columns(parsed, column_names(data))
     context = usable(caller_context() if context is None else context)
-    frame, n_missing = _used_rows(parsed, data, weights, offset, subset, context, contrasts or {})
+    frame, used, n_missing = _used_rows(parsed, data, weights, offset, subset, context, contrasts or {})
     specs: dict[str, Any] = {}
 
     y = _response(parsed.response, frame, context)
@@ -119,7 +119,7 @@ def build_design(
             "use subset="
         )
     X, fixed, dropped = _full_rank(X, fixed, w)
-    _check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response)
+    check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response)
 
     random = _random_terms(parsed, frame, context)
     specs["random"] = [part.spec for part in random]
@@ -140,6 +140,7 @@ def build_design(
         frame=frame.drop(columns=[c for c in (WEIGHTS, OFFSET) if c in frame]),
         dropped_columns=tuple(dropped),
         n_missing=n_missing,
+        used=None if used.all() else used,
         specs=specs,
     )
     return design, labels
@@ -164,8 +165,9 @@ def _used_rows(
     subset: Any,
     context: Mapping[str, Any],
     contrasts: Mapping[str, str],
-) -> tuple[pd.DataFrame, int]:
-    """The used columns, complete rows only, with weights and offset beside them; and the number of rows left out."""
+) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """The used columns, complete rows only, with weights and offset beside them; which rows of the table these are; and
+    the number of rows with missing values."""
     available = column_names(data)
     columns: list[str] = []  # of the table
     arrays: list[str] = []  # variables of the caller that stand for columns
@@ -210,15 +212,17 @@ def _used_rows(
     # A response or offset that is a column must be numbers anyway, and `expression` says so.
     computed = (text for text in (parsed.response, *parsed.offsets) if text.strip("`") not in frame)
     refuse_numbers_among_text(frame, _read_by((*effects, *computed), names_outside_factors, frame, contrasts))
-    frame = frame[_subset_rows(subset, table, index)]
+    used = _subset_rows(subset, table, index).copy()
+    frame = frame[used]
     if len(frame) == 0:
         raise DataError("subset leaves no rows")
     complete = complete_rows(frame)
     n_missing = int((~complete).sum())
     frame = frame[complete]
+    used[used] = complete
     check_finite(frame)
     warn_of_numeric_factors(frame, _read_by(effects, names_outside_calls, frame, contrasts))
-    return drop_unused_categories(frame.copy()), n_missing
+    return drop_unused_categories(frame.copy()), used, n_missing
 
 
 def _read_by(
@@ -369,10 +373,9 @@ def _full_rank(X: np.ndarray, names: list[str], weights: np.ndarray | None) -> t
     return X, names, dropped
 
 
-def _check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
+def check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
     """A response that the fixed effects reproduce up to rounding leaves no variance to model."""
-    sqrt_w = None if weights is None else np.sqrt(weights)
-    if not orthonormal_columns(np.column_stack([X, y]), sqrt_w)[2][-1]:
+    if in_span(y, X, None if weights is None else np.sqrt(weights)):
         raise DataError(
             f"the fixed effects reproduce the response '{response}' exactly: no variance is left; look for a column "
             "that was computed from the response"

@@ -100,7 +100,8 @@ class NewTable:
             newdata: pandas, polars or pyarrow table, or a dict of arrays, where a single value holds for all rows. The
                 response need not be there.
             effects: per random term, whether its columns are needed. levels: whether its levels are.
-            allow_new_levels: levels that the fit does not know are -1; otherwise they are refused.
+            allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused,
+                and rows with missing ones are not complete.
             weights: whether precision weights are needed.
 
         Raises:
@@ -115,6 +116,16 @@ class NewTable:
         groups = {term.group: self.groups[term.group] for term, wanted in zip(terms, levels, strict=True) if wanted}
         table, read = self._table(newdata, specs, groups, weights)
         missing = table.isna()
+        if allow_new_levels:
+            levels_only = [name for group in groups.values() for name in group.columns if name not in read]
+            without = missing[levels_only].any(axis=1)
+            if without.any():
+                counts = ", ".join(f"{name} {int(k)}" for name, k in missing[levels_only].sum().items() if k)
+                warn(
+                    f"{int(without.sum())} of {len(table)} rows of newdata have missing levels of grouping factors "
+                    f"({counts}): taken as new levels"
+                )
+            missing[levels_only] = False
         complete = ~missing.any(axis=1).to_numpy()
         if not complete.all():
             counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
@@ -303,10 +314,10 @@ class NewTable:
             own_names = np.array([level_name(value) for value in uniques], object)
             distinct = pd.Index(values).unique()
             at = distinct.get_indexer(own_names) if len(own_names) else np.zeros(0, np.int64)
-            row = at[own]
+            row = np.where(own < 0, -1, at[own]) if len(at) else np.full(len(own), -1)
             codes = np.where((codes < 0) | (row < 0), -1, codes * len(distinct) + row)
             old = old * len(distinct) + distinct.get_indexer(values)
-            names.append(own_names[own])
+            names.append(np.append(own_names, "missing")[own])
         if len(np.unique(old)) < len(old):
             raise DataError(f"two levels of grouping factor '{group.name}' have the same name; rename one")
         order = np.argsort(old)
