@@ -90,6 +90,18 @@ def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.nd
     return Q, R, independent
 
 
+def in_span(y: np.ndarray, X: np.ndarray, sqrt_w: np.ndarray | None) -> np.ndarray:
+    """Whether each of the responses ``y (..., n)`` depends on the columns of ``X (n, p)``, as those on each other."""
+    w = 1.0 if sqrt_w is None else sqrt_w
+    Q = orthonormal_columns(X, sqrt_w)[0]
+    rest = y if constant_column(X) is None else y - y.mean(axis=-1, keepdims=True)
+    rest = rest * w
+    lengths = np.linalg.norm(rest, axis=-1), np.linalg.norm(y * w, axis=-1)
+    for _ in range(2):
+        rest = rest - (rest @ Q) @ Q.T
+    return np.linalg.norm(rest, axis=-1) <= np.maximum(RANK_TOL * lengths[0], ROUNDING * lengths[1])
+
+
 def constant_column(X: np.ndarray) -> int | None:
     """Index of the first column with one and the same non-zero value in every row, or None."""
     for j in range(X.shape[1]):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mixjax.design import TermLabels
 from mixjax.estimation.estimate import Estimates
+from mixjax.fitted import by_effect, names_apart
 from mixjax.optimise.results import Result
 
 
@@ -133,11 +134,12 @@ class BatchFit:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per response: fixed effects, their standard errors (``se_...``), sds and correlations, codes."""
-        return pd.concat(
+        """One row per response: fixed effects, their standard errors (``se_...``), sds and correlations, codes.
+
+        A fixed effect that has the name of another column is ``beta_...`` (and ``se_beta_...``).
+        """
+        others = pd.concat(
             [
-                self.fixef,
-                self.se.add_prefix("se_"),
                 self.sdcor,
                 self.criterion,
                 self.converged,
@@ -146,6 +148,9 @@ class BatchFit:
             ],
             axis=1,
         )
+        names = names_apart(self.fixed, others.columns)
+        errors = [f"se_{name}" for name in names]
+        return pd.concat([self.fixef.set_axis(names, axis=1), self.se.set_axis(errors, axis=1), others], axis=1)
 
     def __repr__(self) -> str:
         parts = [f"{count} {name}" for name, count in self.counts.items() if name != "fits"]
@@ -153,7 +158,12 @@ class BatchFit:
 
 
 def with_fixed(ranef: pd.DataFrame, fixef: Mapping[Any, Any]) -> pd.DataFrame:
-    """Coefficients per level: name -> fixed effect (one, or one for every row) plus the random effects of that name."""
-    names = dict.fromkeys([*fixef, *ranef])
+    """Coefficients per level: name -> fixed effect (one, or one for every row) plus the random effects of that name,
+    in which factors of an interaction may stand in another order."""
+    name_of = by_effect({name: name for name in fixef})
+    random = {name_of(effect, effect): ranef[effect].to_numpy() for effect in ranef}
     zeros = np.zeros(len(ranef))
-    return pd.DataFrame({name: ranef.get(name, zeros) + fixef.get(name, 0.0) for name in names}, index=ranef.index)
+    return pd.DataFrame(
+        {name: random.get(name, zeros) + fixef.get(name, 0.0) for name in dict.fromkeys([*fixef, *random])},
+        index=ranef.index,
+    )

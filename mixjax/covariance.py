@@ -5,10 +5,10 @@ D``). Ways of writing it down:
 
 * ``theta``: the q (q + 1) / 2 entries of the lower triangle of Lambda, column by column, as in lme4, whatever the
   structure of D. What users see, with a non-negative diagonal.
-* log-Cholesky: the same triangle with the logarithm of the diagonal. Unconstrained, good for priors and samplers; a
-  singular covariance lies at minus infinity.
 * the coordinates of a :class:`Structure`: what the optimiser moves over. Standard deviations stand there with free
   signs: the criterion is even in them, and a zero variance is an ordinary stationary point.
+* the same with logarithms of the standard deviations, of an unstructured covariance log-Cholesky: unconstrained, good
+  for priors and samplers; a singular covariance lies at minus infinity.
 
 Structures are in :data:`STRUCTURES`; docs/contributing.md says how to add one.
 """
@@ -34,7 +34,7 @@ def rank_tolerance(dtype) -> float:
     return 1e-8 if jnp.finfo(dtype).bits == 64 else 1e-4
 
 
-# --- theta and log-Cholesky ----------------------------------------------------------------------------------------
+# --- theta ----------------------------------------------------------------------------------------------------------
 
 
 def n_theta(q: int) -> int:
@@ -83,18 +83,6 @@ def split_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
 def lambdas_of_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
     """``Lambda`` of every term, from theta of all."""
     return [lambda_of_theta(part, q) for part, q in zip(split_theta(theta, qs), qs, strict=True)]
-
-
-def log_diagonal(chol: Array, q: int) -> Array:
-    """Lower triangle -> log-Cholesky; a zero on the diagonal becomes ``-inf``."""
-    at = diagonal_positions(q)
-    return chol.at[at].set(jnp.log(chol[at]))
-
-
-def exp_diagonal(chol: Array, q: int) -> Array:
-    """Log-Cholesky -> lower triangle."""
-    at = diagonal_positions(q)
-    return chol.at[at].set(jnp.exp(chol[at]))
 
 
 def n_effects(k: int) -> int:
@@ -182,6 +170,18 @@ class Structure(ABC):
         """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
         others near them; None where there are no such. Kenward-Roger degrees of freedom need them."""
         return None
+
+    # --- unconstrained parameters: standard deviations as logarithms
+
+    def logarithms(self, x: Array) -> Array:
+        """Coordinates ``(k, ...)`` -> the same with logarithms of the standard deviations; ``-inf`` for zero."""
+        at = np.array(self.deviations, np.int32)
+        return x.at[at].set(jnp.log(x[at]))
+
+    def exponentials(self, x: Array) -> Array:
+        """The inverse of :meth:`logarithms`."""
+        at = np.array(self.deviations, np.int32)
+        return x.at[at].set(jnp.exp(x[at]))
 
     # --- lower ranks: each is tried where it is near, and kept where the criterion does not rise
 

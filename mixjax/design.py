@@ -102,6 +102,8 @@ class Labels:
         frame: the used columns of the table, used rows only (pandas); its index labels the rows.
         dropped_columns: fixed-effects columns left out because others determine them.
         n_missing: rows left out because of missing values.
+        used: ``(rows of the table,)`` booleans, which rows are in the fit; None where all are, or where rows came in
+            chunks.
         state: the formula as a function of new rows (:class:`mixjax.formula.state.FormulaState`).
     """
 
@@ -112,6 +114,7 @@ class Labels:
     frame: Any
     dropped_columns: tuple[str, ...] = ()
     n_missing: int = 0
+    used: Any = field(default=None, compare=False)
     state: Any = field(default=None, compare=False, repr=False)
 
 

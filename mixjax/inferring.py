@@ -60,7 +60,8 @@ class Inferring:
             ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``.
 
         Returns:
-            DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; one row per term.
+            DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; one row per term. A term that others
+            determine has num_df 0 and no numbers.
         """
         return hypotheses.anova(self.record, type, ddf)
 
@@ -129,8 +130,8 @@ class Inferring:
 
         Returns:
             DataFrame with columns ``lower``, ``upper``; rows ``sd_Intercept|Subject``,
-            ``cor_Days.Intercept|Subject``, ..., ``sigma``, then the fixed effects. ``attrs["notes"]`` of profile
-            intervals says what there is to say.
+            ``cor_Days.Intercept|Subject``, ..., ``sigma``, then the fixed effects, ``beta_sigma`` of a predictor that
+            is called sigma. ``attrs["notes"]`` of profile intervals says what there is to say.
 
         Warns:
             InferenceWarning: an interval ends on the boundary, or there is none.
@@ -152,8 +153,7 @@ class Inferring:
             frame = run_bootstrap(self.record, key, n).confint(level, kind)
         else:
             raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
-        fixed = list(self.record.labels.fixed)
-        return frame.loc[parameters.select(parm, list(frame.index), fixed)]
+        return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
 
     def profile(self, parm: Any = None) -> Profile:
         """Profile the ML deviance along parameters; see :class:`mixjax.inference.profile.Profile`.

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from mixjax.bases import in_span
 from mixjax.batch import BatchFit, with_fixed
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
@@ -18,16 +19,16 @@ from mixjax.diagnosing import Diagnosing
 from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products, term_names
-from mixjax.formula.build import build_design, check_number_of_effects
+from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products, term_names, values_of_rows
+from mixjax.formula.build import build_design, check_noise, check_number_of_effects
 from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.errors import DataError
-from mixjax.formula.table import row_values
 from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.optimise.results import Result
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
 
@@ -356,27 +357,39 @@ class LMMFit(Inferring, Diagnosing):
         """The same model fitted to another response, or by the other criterion.
 
         Args:
-            y: ``(nobs,)`` response for the used rows, or None for the same.
+            y: response, or None for the same: ``(nobs,)`` for the used rows, or as long as the table of the fit, of
+                which the rows are taken that are in the fit. A Series is lined up by its index.
             reml: None for the same.
+
+        Raises:
+            DataError: y has another length, or labels that are not the fit's; the fixed effects reproduce it exactly.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy")
+            >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", data, subset="Days > 1")
+            >>> round(fit.refit(data["Reaction"] / 1000).fixef["Days"], 4)
+            0.0114
         """
         reml = self.reml if reml is None else reml
         check_options(reml, self._method)
         if y is None:
             fitted = fit_products(self.stats, self.labels, reml, None, self._method, self._fitted.design)
             return LMMFit(fitted, self._method)
-        y = row_values("y", y, self.labels.frame.index, self.nobs)
-        labels = self.labels
+        labels, design = self.labels, self.design
+        y = values_of_rows(labels, "y", y)
+        check_noise(y if design.offset is None else y - design.offset, self.X, design.weights, labels.response)
         if labels.response in labels.frame:
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
-        design = replace(self.design, y=y)
-        return LMMFit(fit_design(design, labels, reml, None, self._method), self._method)
+        return LMMFit(fit_design(replace(design, y=y), labels, reml, None, self._method), self._method)
 
     def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None, ranef: bool = False) -> BatchFit:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
 
         Args:
-            Y: ``(B, nobs)``, one response per row, in the order of the used rows. Missing values make that one fit fail
-                and no other.
+            Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
+                the fit has rows. Or a list of responses as :meth:`refit` takes them. Missing values make that one fit
+                fail, and no other, and so does a response that the fixed effects reproduce exactly (``NO_NOISE``).
             reml: None for the same criterion.
             chunk: how many replicates are worked on at the same time, about; None for all cores.
             ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
@@ -384,11 +397,22 @@ class LMMFit(Inferring, Diagnosing):
         Returns:
             :class:`~mixjax.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
         """
-        Y = np.asarray(Y, dtype=np.float64)
+        design = self.design
+        if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
+            Y = [values_of_rows(self.labels, "a response", y) for y in Y]
+        Y, used = np.asarray(Y, dtype=np.float64), self.labels.used
+        if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
+            Y = Y[:, used]
         if Y.ndim != 2 or Y.shape[1] != self.nobs:
-            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}), one per row")
+            or_all = "" if used is None else f" or (B, {len(used)})"
+            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")
         reml = self.reml if reml is None else reml
         check_options(reml, None)
         keep = (*KEEP, "Sigma", "vcov", *["b"] * ranef)
-        est = estimate_many(cross_products(self.design, Y), reml, chunk=chunk, keep=keep)
+        est = estimate_many(cross_products(design, Y), reml, chunk=chunk, keep=keep)
+        sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights))
+        exact = in_span(Y if design.offset is None else Y - design.offset, self.X, sqrt_w)
+        if exact.any():
+            result = np.where(exact, Result.NO_NOISE, est.result)
+            est = est._replace(result=result, converged=est.converged & ~exact)
         return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))

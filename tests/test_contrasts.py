@@ -61,6 +61,28 @@ def test_joint_tests_agree(model):
                 assert found.p_value == pytest.approx(wanted["Pr(>F)"][i], rel=1e-5, abs=1e-12)
 
 
+def test_pooled_degrees_of_freedom_are_those_of_the_rows_as_given():
+    """lmerTest 3.1-3: contestMD(lmer(Reaction ~ Days + (1 | Subject)), rbind(c(1, 0), c(1, 9)))."""
+    record = fit_of("sleepstudy_intercept", "REML").record
+    L = np.array([[1.0, 0.0], [1.0, 9.0]])
+    found = f_test(record, L)
+    assert found.den_df == pytest.approx(29.41379294, rel=1e-6)
+    assert found.den_df != pytest.approx(f_test(record, np.eye(2)).den_df, rel=1e-2)
+    # Rows that depend on others count as rows, and rank as what they add: nothing.
+    V = FixedEffects.of(record, "satterthwaite").vcov
+    rows = np.vstack([L, L[1]])
+    values, vectors = np.linalg.eigh(rows @ V @ rows.T)
+    df = FixedEffects.of(record, "satterthwaite").df(vectors[:, 1:].T @ rows)
+    E = (df / (df - 2)).sum()
+    dependent = f_test(record, rows)
+    assert values[0] == pytest.approx(0, abs=1e-9 * values[2])
+    assert (dependent.num_df, dependent.statistic) == (2, pytest.approx(found.statistic))
+    assert dependent.den_df == pytest.approx(2 * E / (E - 2))
+    for ddf in ("kenward-roger", "wald"):
+        assert f_test(record, rows, ddf).den_df == pytest.approx(f_test(record, np.eye(2), ddf).den_df)
+    assert f_test(record, np.zeros((0, 2))).num_df == 0
+
+
 def dense_kenward_roger(fit):
     """The adjusted covariance from V and its derivatives by every variance and covariance, all n x n."""
     X, n = fit.X, fit.nobs

@@ -200,7 +200,7 @@ def test_type_three_is_the_own_columns_under_sum_to_zero():
     assert not record.labels.dropped_columns
     terms = {term.name: term for term in terms_of(record.labels)}
     for name, L in type_contrasts(record, "III").items():
-        np.testing.assert_allclose(L, np.eye(L.shape[1])[terms[name].columns], atol=1e-9)
+        np.testing.assert_allclose(projector(L), projector(np.eye(L.shape[1])[terms[name].columns]), atol=1e-9)
 
 
 def test_type_three_with_an_empty_cell_is_that_of_sas():
@@ -241,6 +241,68 @@ def test_types_do_not_depend_on_names_scales_or_the_order_of_rows(kind, empty):
     assert list(squares[0]) == ["a", "b", "x", "late", "a:b", "a:x"]
     for name, value in squares[0].items():
         np.testing.assert_allclose(squares[1][name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("fixed", ["a * b", "a * b + x", "b * a * late", "a * x + b"])
+def test_rows_are_those_of_treatment_coding(kind, fixed):
+    """lmerTest's: of types I and II from the Doolittle factorisation of X'X, of type III an identity in the columns of
+    the term; in any other coding the same functions of the means, which decide the pooled degrees of freedom."""
+    record = record_of_design(f"y ~ {fixed} + (1 | g)", unbalanced())
+    X, terms = np.asarray(record.design.X), terms_of(record.labels)
+    found = type_contrasts(record, kind)
+    for term in terms[1:]:
+        L = found[term.name]
+        np.testing.assert_allclose(np.tril(L[:, term.columns]), np.eye(len(L)), atol=1e-9)
+        if kind == "I":
+            before = sum(len(t.columns) for t in terms[: terms.index(term)])
+            lower = np.linalg.cholesky(X.T @ X)
+            theirs = (lower / np.diag(lower)).T[before : before + len(L)]
+            np.testing.assert_allclose(L, theirs, atol=1e-8 * np.abs(theirs).max())
+        elif kind == "III":
+            np.testing.assert_allclose(L[:, term.columns], np.eye(len(L)), atol=1e-9)
+    other = record_of_design(f"y ~ {fixed} + (1 | g)", unbalanced(), contrasts={"a": "sum", "b": "helmert"})
+    to_other = np.linalg.lstsq(X, np.asarray(other.design.X), rcond=None)[0]
+    for name, L in type_contrasts(other, kind).items():
+        np.testing.assert_allclose(L, found[name] @ to_other, atol=1e-8 * np.abs(L).max())
+
+
+@pytest.mark.parametrize(
+    ("without", "with_one"), [("0 + a * b", "a * b"), ("0 + b * a + x", "b * a + x"), ("0 + a + b", "a + b")]
+)
+def test_a_model_without_intercept_has_the_hypotheses_of_the_same_model_with_one(without, with_one):
+    """SAS's: what is adjusted for another factor is adjusted for the mean as well."""
+    a, b = (record_of_design(f"y ~ {fixed} + (1 | g)", unbalanced()) for fixed in (without, with_one))
+    to_other = np.linalg.lstsq(np.asarray(b.design.X), np.asarray(a.design.X), rcond=None)[0]
+    for kind in ("II", "III"):
+        ours, wanted = type_contrasts(a, kind), type_contrasts(b, kind)
+        assert list(ours) == list(wanted)
+        for name, L in wanted.items():
+            np.testing.assert_allclose(ours[name], L @ to_other, atol=1e-9, err_msg=name)
+    first = type_contrasts(a, "I")[without[4]]
+    assert len(first) == unbalanced()[without[4]].nunique()  # nothing comes before it: its means are zero
+    alone = type_contrasts(record_of_design("y ~ 0 + b + x + (1 | g)", unbalanced()), "III")["b"]
+    np.testing.assert_allclose(alone, np.eye(4)[:3], atol=1e-12)
+
+
+def test_terms_that_others_determine_have_rows_without_numbers():
+    cake = table("cake").assign(temperature=table("cake")["temperature"].astype(str))
+    with pytest.warns(mj.DataWarning, match="left out"):
+        fit = mj.lmm("angle ~ recipe + temp + temperature + (1 | recipe:replicate)", cake)
+    for kind, num_df in (("I", [2, 1, 4]), ("II", [2, 0, 4]), ("III", [2, 0, 4])):
+        found = anova(fit.record, kind)
+        assert list(found.index) == ["recipe", "temp", "temperature"]
+        assert found["num_df"].tolist() == num_df
+        assert found.loc["temp"].drop("num_df").isna().all() == (kind != "I")
+    expected = anova(mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", cake).record, "III")
+    np.testing.assert_allclose(found.loc["recipe", "statistic"], expected.loc["recipe", "statistic"], rtol=1e-6)
+    assert found.loc["temperature", "statistic"] == pytest.approx(1.631, abs=5e-4)  # lmerTest
+    with pytest.warns(mj.DataWarning, match="left out"):
+        twice = mj.lmm("angle ~ temp + I(2 * temp) + (1 | recipe:replicate)", cake)
+    whole = anova(twice.record, "III", "kenward-roger")
+    assert "num_df 0: other terms determine" in repr(whole)
+    assert whole["num_df"].tolist() == [0, 0]
+    assert whole.drop(columns="num_df").isna().all(axis=None)
 
 
 def test_truth_values_are_levels():

@@ -1,5 +1,7 @@
 """Marginal means and slopes: closed forms of balanced tables, rows of the fitted X, recodings, families of tests."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from conftest import fit_of, table
 
 import mixjax as mj
 from mixjax.fitted import Fitted
-from mixjax.inference import means
+from mixjax.inference import hypotheses, means
 from mixjax.inference.contrasts import t_tests
 from mixjax.inference.hypotheses import anova
 from mixjax.inference.means import emmeans, emtrends
@@ -315,8 +317,9 @@ def test_empty_cells_are_nan_and_others_are_right(curved, holed, coding):
     assert list(recipes.to_frame()["estimate"].isna()) == [False, False, True]
     pairs = recipes.contrasts().set_index("contrast")
     assert list(pairs["p_value"].isna()) == [False, True, True]
-    # Two means are left in the family.
-    assert pairs.loc["A - B", "p_value"] == recipes.contrasts(adjust="none")["p_value"].iloc[0]
+    # The family is that of three means, as in emmeans.
+    q = np.sqrt(2) * abs(pairs.loc["A - B", "statistic"])
+    assert pairs.loc["A - B", "p_value"] == pytest.approx(scipy.stats.studentized_range.sf(q, 3, np.inf), rel=1e-6)
     np.testing.assert_allclose(pairs.loc["A - B", "estimate"], raw["A"].mean() - raw["B"].mean(), rtol=1e-7)
     some = emmeans(record, "recipe", at={"temperature": ["175", "215"]}, ddf="wald").to_frame()["estimate"]
     np.testing.assert_allclose(some, raw.unstack()[["175", "215"]].mean(axis=1), rtol=1e-9)
@@ -394,10 +397,48 @@ def test_chunks_have_no_levels_to_average_over():
         emmeans(Fitted(None, labels, design, None, True, None), "recipe")
 
 
+@pytest.mark.filterwarnings("ignore::mixjax.formula.errors.DataWarning")
+def test_the_family_of_tukey_is_all_means():
+    """emmeans 1.8.4: pairs(emmeans(m, "recipe")) and "temperature" of the cake data without a cell."""
+    cake = table("cake").assign(temperature=lambda d: d.temperature.astype(str), recipe=lambda d: d.recipe.astype(str))
+    hole = (cake.recipe == "C") & (cake.temperature == "195")
+    cake = cake[cake.temperature.isin(["175", "185", "195"]) & ~hole]
+    fit = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", cake)
+    for factor, p in (("recipe", 0.885985), ("temperature", 0.035840)):
+        found = fit.emmeans(factor).contrasts()["p_value"]
+        assert found.notna().sum() == 1
+        assert found.dropna().iloc[0] == pytest.approx(p, abs=2e-3)
+
+
+def test_tables_say_how_their_numbers_came_about(cake):
+    result = emmeans(cake, "recipe")
+    pairs, own = result.contrasts(), result.contrasts({"A against the rest": [1, -0.5, -0.5], "A - B": [1, -1, 0]})
+    assert repr(pairs).endswith(
+        "\nsatterthwaite degrees of freedom, p values adjusted by tukey for a family of 3 means"
+    )
+    assert repr(own).endswith("p values not adjusted")  # weights of one's own are not a family unless one says so
+    raw = t_tests(cake, np.array([[1, -0.5, -0.5], [1, -1, 0]]) @ result.W)["p_value"]
+    np.testing.assert_allclose(own["p_value"], raw, rtol=1e-12)
+    by = emmeans(cake, "recipe", by="temperature", ddf="wald").contrasts("trt.vs.ctrl")
+    assert "adjusted by holm for 2 tests, within temperature" in repr(by)
+    assert "adjusted by holm" in by._repr_html_()
+    assert repr(result.to_frame()).endswith("satterthwaite degrees of freedom, 95 % intervals")
+    assert repr(anova(cake, "II")).endswith("\ntype II tests, satterthwaite degrees of freedom")
+    assert repr(hypotheses.test(cake, "recipe[T.B]", "wald")).endswith("\nwald tests, without degrees of freedom")
+    # All else is pandas'.
+    assert type(pairs[pairs["p_value"] < 1]) is type(pairs.round(2)) is type(pairs.copy()) is pd.DataFrame
+    assert pairs.round(2).attrs["notes"] == pairs.attrs["notes"]
+    again = pickle.loads(pickle.dumps(pairs))
+    pd.testing.assert_frame_equal(again, pairs)
+    assert repr(again) == repr(pairs)
+    pairs["stars"] = "*"
+    assert list(pd.concat([pairs, own])["contrast"]) == [*pairs["contrast"], *own["contrast"]]
+
+
 def test_the_table_says_what_it_is(covariate):
     text = str(emmeans(covariate, "recipe", ddf="wald", level=0.9))
     assert text.startswith("marginal means of recipe (temp = ")
-    assert "wald degrees of freedom, 90 % intervals" in text
+    assert "wald tests, without degrees of freedom, 90 % intervals" in text
     assert "slopes of temp" in str(emtrends(covariate, "recipe", "temp", ddf="wald"))
     frame = emmeans(covariate, "recipe").to_frame()
     assert list(frame.columns) == ["recipe", "estimate", "std_error", "df", "lower", "upper"]

@@ -211,7 +211,7 @@ def test_names_have_the_values_that_they_had_when_the_fit_was_made():
     threshold = 0.0
     fit = fit_formula("y ~ I(x > threshold) + (1 | g)", context={"threshold": threshold})
     before = predict(fit, TABLE.assign(x=1.0), random=False)
-    threshold = 1.5  # noqa: F841
+    threshold = 1.5
     close(predict(fit, TABLE.assign(x=1.0), random=False), before)
     close(before, predict(fit, TABLE.assign(x=2.0), random=False))
 

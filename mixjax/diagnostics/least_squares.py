@@ -9,7 +9,7 @@ import pandas as pd
 
 from mixjax.bases import orthonormal_columns
 from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
-from mixjax.fitted import Fitted, record_of
+from mixjax.fitted import Fitted, by_effect, record_of
 from mixjax.formula.errors import DataError
 
 
@@ -108,7 +108,9 @@ def level2(fitted: Any, group: str | None = None, scale: str = "raw") -> pd.Data
     b = np.hstack([fitted.estimates.b[t] for t in terms])
     own = least_squares(fitted, name)
     population = dict(zip(fitted.labels.fixed, fitted.estimates.beta, strict=True))
-    shared = [j for j, column in enumerate(own.columns) if column in effects]
+    effect_of = by_effect({effect: effect for effect in effects})
+    names = {j: effect_of(column, None) for j, column in enumerate(own.columns)}
+    shared = [j for j, name in names.items() if name is not None]
     ls = own.coefficients[:, shared] - [population.get(own.columns[j], 0.0) for j in shared]
     if scale == "standardized":
         variance = np.diagonal(conditional_covariances_by_group(fitted)[name], axis1=1, axis2=2)
@@ -116,7 +118,7 @@ def level2(fitted: Any, group: str | None = None, scale: str = "raw") -> pd.Data
             b = np.where(variance > 0, b / np.sqrt(variance), np.nan)
             ls = ls / np.nanstd(ls, axis=0, ddof=1)
     columns = {f"ranef_{effect}": b[:, j] for j, effect in enumerate(effects)}
-    columns |= {f"ls_{own.columns[j]}": ls[:, i] for i, j in enumerate(shared)}
+    columns |= {f"ls_{names[j]}": ls[:, i] for i, j in enumerate(shared)}
     return pd.DataFrame(columns, index=pd.Index(fitted.labels.terms[terms[0]].levels, name=name))
 
 

@@ -28,7 +28,7 @@ from mixjax.diagnostics.deletion import Rows, rows_of
 from mixjax.diagnostics.refits import entry_names
 from mixjax.estimation.search import own_factors
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
-from mixjax.fitted import Fitted, InferenceWarning, record_of, term_names
+from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
 from mixjax.formula.errors import warn
 from mixjax.likelihood.criterion import Profiled
 from mixjax.likelihood.incidence import Incidence, incidence
@@ -83,7 +83,8 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
     rows = rows_of(fitted)
     diagonal, below, residual = PREFIXES[scale]
     entries, varies = entry_names(fitted, term_names(fitted.labels), diagonal, below)
-    names = [*(name for name, own in zip(entries, varies, strict=True) if own), residual, *fitted.labels.fixed]
+    names = [*(name for name, own in zip(entries, varies, strict=True) if own), residual]
+    names += names_apart(fitted.labels.fixed, names)
     est, p = fitted.estimates, len(fitted.labels.fixed)
     code = Result(int(est.result))
     values = np.full((rows.n, len(names)), np.nan)

@@ -10,7 +10,7 @@ import pandas as pd
 from mixjax.bases import orthonormal_columns
 from mixjax.diagnostics.least_squares import group_of
 from mixjax.diagnostics.modes import terms_of_group
-from mixjax.fitted import record_of
+from mixjax.fitted import by_effect, record_of
 
 # Own coefficients this close to the population's, in their own size, leave nothing to shrink.
 NOTHING = 1e-10
@@ -54,8 +54,8 @@ def shrinkage(fitted: Any, group: str | None = None) -> pd.DataFrame:
     effects = [effect for t in terms for effect in labels.terms[t].effects]
     Z = np.hstack([np.asarray(design.terms[t].Z, float) for t in terms])
     b = np.hstack([est.b[t] for t in terms])
-    fixed = dict(zip(labels.fixed, est.beta, strict=True))
-    population = np.array([float(fixed.get(effect, 0.0)) for effect in effects])
+    fixed = by_effect(dict(zip(labels.fixed, est.beta, strict=True)))
+    population = np.array([float(fixed(effect, 0.0)) for effect in effects])
     y = np.asarray(design.y, float) - (0.0 if design.offset is None else np.asarray(design.offset))
     y = y - np.asarray(design.X) @ est.beta
     for t, (term, modes) in enumerate(zip(design.terms, est.b, strict=True)):

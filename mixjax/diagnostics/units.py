@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 
-from mixjax.fitted import Fitted
+from mixjax.fitted import Fitted, values_of_rows
 from mixjax.formula.errors import DataError
-from mixjax.formula.table import factor_codes, level_name, row_values
+from mixjax.formula.table import factor_codes, level_name
 
 
 class Units(NamedTuple):
@@ -56,11 +56,7 @@ def units_of(fitted: Fitted, by: Any) -> Units:
 
 
 def _labels_given(name: str, labels: Any, fitted: Fitted) -> tuple[str, np.ndarray, list[str]]:
-    frame = fitted.labels.frame
-    if isinstance(labels, pd.Series) and len(labels) > fitted.nobs and labels.index.is_unique:
-        # Labels of the whole table, of which the fit used some rows.
-        labels = labels.loc[frame.index] if frame.index.isin(labels.index).all() else labels
-    code, levels = pd.factorize(row_values(name, labels, frame.index, fitted.nobs, numbers=False))
+    code, levels = pd.factorize(values_of_rows(fitted.labels, name, labels, numbers=False))
     if (code < 0).any():
         raise DataError(f"the labels '{name}' are missing in {int((code < 0).sum())} of the used rows")
     return name, code, [level_name(level) for level in levels]

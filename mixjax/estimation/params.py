@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.design import Design
 from mixjax.estimation.estimate import Estimates
-from mixjax.likelihood.marginal import MarginalParams
+from mixjax.likelihood.marginal import MarginalParams, structures_of
+from mixjax.likelihood.statistics import CrossProducts
 
 
 class Parameters(NamedTuple):
@@ -25,8 +30,13 @@ class Parameters(NamedTuple):
     Sigma: tuple[Array, ...]
 
 
-def to_params(est: Estimates) -> MarginalParams:
-    """Unconstrained parameters at the estimates; a singular Sigma has ``-inf`` among its diagonals.
+def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> MarginalParams:
+    """Unconstrained parameters at the estimates; a singular Sigma has ``-inf`` among them.
+
+    Args:
+        est: the estimates.
+        design: the model, or its cross-products. Needed where a covariance has a structure (``diag``, ``homcs``); None
+            stands for terms without.
 
     Example:
         >>> import mixjax as mj
@@ -34,15 +44,22 @@ def to_params(est: Estimates) -> MarginalParams:
         >>> p = mj.to_params(fit.estimates)
         >>> [chol.shape for chol in p.chol]
         [(3,)]
+        >>> fit = mj.lmm("Reaction ~ Days + diag(Days | Subject)", mj.datasets.load("sleepstudy"), reml=False)
+        >>> [chol.shape for chol in mj.to_params(fit.estimates, fit.design).chol]
+        [(2,)]
     """
-    qs = tuple(Sigma.shape[0] for Sigma in est.Sigma)
-    parts = cov.split_theta(jnp.asarray(est.theta), qs)
-    chol = [cov.log_diagonal(est.sigma * part, q) for part, q in zip(parts, qs, strict=True)]
+    qs = [Sigma.shape[-1] for Sigma in est.Sigma]
+    structures = _structures(design, qs)
+    parts = cov.split_theta(jnp.asarray(est.theta), tuple(qs))
+    chol = [s.logarithms(_coordinates(s, est.sigma * part)) for s, part in zip(structures, parts, strict=True)]
     return MarginalParams(jnp.asarray(est.beta), jnp.log(est.sigma), tuple(chol))
 
 
-def from_params(p: MarginalParams) -> Parameters:
-    """Natural parameters from unconstrained ones; differentiable.
+def from_params(p: MarginalParams, design: Design | CrossProducts | None = None) -> Parameters:
+    """Natural parameters from unconstrained ones; differentiable. The inverse of :func:`to_params`.
+
+    Args:
+        p: unconstrained parameters. design: as in :func:`to_params`.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -51,8 +68,31 @@ def from_params(p: MarginalParams) -> Parameters:
         1.0
     """
     sigma = jnp.exp(p.log_sigma)
-    qs = [cov.n_effects(len(chol)) for chol in p.chol]
-    triangles = [cov.exp_diagonal(jnp.asarray(chol), q) for chol, q in zip(p.chol, qs, strict=True)]
-    lambdas = [cov.lambda_of_theta(part, q) for part, q in zip(triangles, qs, strict=True)]
-    theta = jnp.concatenate(triangles) / sigma
-    return Parameters(theta, jnp.asarray(p.beta), sigma, tuple(L @ L.T for L in lambdas))
+    structures = _structures(design, [cov.n_effects(len(chol)) for chol in p.chol] if design is None else None)
+    factors = [s.factor(s.exponentials(jnp.asarray(chol))) for s, chol in zip(structures, p.chol, strict=True)]
+    lower = [_lower(s, F) for s, F in zip(structures, factors, strict=True)]
+    theta = cov.theta_of_lambdas(lower) / sigma
+    return Parameters(theta, jnp.asarray(p.beta), sigma, tuple(F @ F.T for F in factors))
+
+
+def _structures(design: Design | CrossProducts | None, qs: Sequence[int] | None) -> tuple[cov.Structure, ...]:
+    if design is not None:
+        return structures_of(design)
+    return tuple(map(cov.Unstructured, qs or ()))
+
+
+def _coordinates(structure: cov.Structure, triangle: Array) -> Array:
+    """Coordinates ``(k,)``, exactly zero where they are up to rounding, of a covariance by the triangle of a factor."""
+    if isinstance(structure, cov.Unstructured):
+        return triangle
+    x = structure.near(cov.lambda_of_theta(triangle, structure.q))
+    if structure.scaling != "common":  # effects on scales of their own
+        return x
+    deviation = np.isin(np.arange(structure.k), structure.deviations)
+    return jnp.where(deviation & (jnp.abs(x) <= cov.rank_tolerance(x.dtype) * jnp.abs(x).max()), 0.0, x)
+
+
+def _lower(structure: cov.Structure, F: Array) -> Array:
+    if isinstance(structure, cov.Unstructured | cov.Diagonal):
+        return F
+    return linalg.lower_factor(F, cov.rank_tolerance(F.dtype))

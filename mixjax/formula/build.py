@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixjax.bases import orthonormal_columns
+from mixjax.bases import in_span, orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Columns, Context, caller_context, columns_of, is_trusted, numbers, resolve
@@ -85,7 +85,9 @@ def build_design(
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
     contrasts = contrasts or {}
-    frame, beside, n_missing = _used_rows(parsed, data, available, weights, offset, subset, known, caller, contrasts)
+    frame, beside, used, n_missing = _used_rows(
+        parsed, data, available, weights, offset, subset, known, caller, contrasts
+    )
     parsed = replace(parsed, fixed=with_contrasts(parsed.fixed, frame, contrasts, known))
 
     y, _ = numbers(parsed.response, frame, known, "response")
@@ -138,6 +140,7 @@ def build_design(
         frame=frame,
         dropped_columns=tuple(names[~kept]),
         n_missing=n_missing,
+        used=None if used.all() else used,
         state=state,
     )
     return design, labels
@@ -216,8 +219,9 @@ def _used_rows(
     context: Context,
     caller: Mapping[str, Any],
     contrasts: Mapping[str, str],
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], int]:
-    """The used columns, complete rows only; weights and offset beside them; the number of rows left out."""
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray, int]:
+    """The used columns, complete rows only; weights and offset beside them; which rows of the table these are; and the
+    number of rows with missing values."""
     columns, arrays = columns_read(parsed, available, caller, data)
     extra = []
     for what, values in (("weights", weights), ("offset", offset)):
@@ -247,16 +251,18 @@ def _used_rows(
     read = [name for e in (parsed.response, *parsed.predictors) for name in e.columns]
     refuse_dates(frame, read)
     refuse_numbers_among_text(frame, hardly_factors(parsed, contrasts))
-    frame = frame[_subset_rows(subset, table, index, context.trusted)]
+    used = _subset_rows(subset, table, index, context.trusted).copy()
+    frame = frame[used]
     if len(frame) == 0:
         raise DataError("subset leaves no rows")
     complete = complete_rows(frame)
+    used[used] = complete
     frame = settle(as_numbers(frame[complete].copy(), computed_with(parsed)))
     check_finite(frame)
     alone = [e.column for e in parsed.effects if e.column is not None and e.column not in contrasts]
     warn_of_numeric_factors(frame, dict.fromkeys(alone))
     values = {what: frame[name].to_numpy(float) for what, name in beside.items()}
-    return frame.drop(columns=list(beside.values())), values, int((~complete).sum())
+    return frame.drop(columns=list(beside.values())), values, used, int((~complete).sum())
 
 
 def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) -> np.ndarray:
@@ -315,8 +321,7 @@ def _full_rank(X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None
 
 def check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
     """A response that the fixed effects reproduce up to rounding leaves no variance to model."""
-    sqrt_w = None if weights is None else np.sqrt(weights)
-    if not orthonormal_columns(np.column_stack([X, y]), sqrt_w)[2][-1]:
+    if in_span(y, X, None if weights is None else np.sqrt(weights)):
         raise DataError(
             f"the fixed effects reproduce the response '{response}' exactly: no variance is left; look for a column "
             "that was computed from the response"

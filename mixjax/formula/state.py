@@ -146,7 +146,8 @@ def new_rows(
         newdata: pandas, polars or pyarrow table, or a dict of arrays, where a single value holds for all rows. The
             response need not be there.
         effects: per random term, whether its columns are needed. levels: whether its levels are.
-        allow_new_levels: levels that the fit does not know are -1; otherwise they are refused.
+        allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused, and
+            rows with missing ones are not complete.
         weights: whether precision weights are needed.
 
     Raises:
@@ -161,6 +162,18 @@ def new_rows(
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
     table = _table(state, newdata, [state.fixed, *random], list(groups), weights)
     missing = table.isna()
+    if allow_new_levels:
+        columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
+        read = {name for part in (state.fixed, *random) for name in part.effects.columns}
+        only = [name for group in groups for name in columns_of[group] if name not in {*read, *state.predictors}]
+        without = missing[only].any(axis=1)
+        if without.any():
+            counts = ", ".join(f"{name} {int(k)}" for name, k in missing[only].sum().items() if k)
+            warn(
+                f"{int(without.sum())} of {len(table)} rows of newdata have missing levels of grouping factors "
+                f"({counts}): taken as new levels"
+            )
+        missing[only] = False
     complete = ~missing.any(axis=1).to_numpy()
     if not complete.all():
         counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
@@ -310,14 +323,16 @@ def _level_codes(
     table: pd.DataFrame, columns: Sequence[str], known: np.ndarray, group: str
 ) -> tuple[np.ndarray, list[str]]:
     """The fit's level of every row, -1 for a new one; and the new levels' names."""
-    own, _ = factor_codes(table, tuple(columns))
-    given = levels_of(table, tuple(columns))
+    there = table[list(columns)].notna().all(axis=1).to_numpy()
+    own = np.full(len(table), -1)
+    own[there] = factor_codes(table[there], tuple(columns))[0]
+    given = levels_of(table[there], tuple(columns))
     place = {tuple(parts): k for k, parts in enumerate(known)}
     if len(place) < len(known):
         raise DataError(f"two levels of grouping factor '{group}' have the same name; rename one")
     at = np.array([place.get(tuple(parts), -1) for parts in given], np.int64)
-    codes = at[own] if len(table) else np.zeros(0, np.int64)
-    new = dict.fromkeys(own[codes < 0].tolist())  # in the order of the rows
+    codes = np.where(there, at[own], -1) if len(at) else own
+    new = dict.fromkeys(own[there & (codes < 0)].tolist())  # in the order of the rows
     return codes, [":".join(given[k]) for k in new]
 
 

@@ -16,7 +16,7 @@ from mixjax.batch import BatchFit
 from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference import intervals
 from mixjax.inference.resample import NUMBERS, Kind, chunk_size, resampler
@@ -283,7 +283,8 @@ class _Statistic:
             for column in term.effects
             if diagonal
         ]
-        return pd.concat([frame.drop(columns=zero, errors="ignore"), batch.fixef], axis=1)
+        frame = frame.drop(columns=zero, errors="ignore")
+        return pd.concat([frame, batch.fixef.set_axis(names_apart(batch.fixed, frame.columns), axis=1)], axis=1)
 
     def _flat(self, est: Estimates) -> jax.Array:
         leaves = named(self._function, self._function(est))  # type: ignore[misc]

@@ -20,9 +20,8 @@ import pandas as pd
 
 from mixjax.bases import orthonormal_columns
 from mixjax.covariance import split_theta, triangle
-from mixjax.fitted import Fitted
+from mixjax.fitted import Fitted, values_of_rows
 from mixjax.formula.errors import DataError
-from mixjax.formula.table import row_values
 
 # Parts of a variance below this count as rounding: leverages this near 1, expectations this near 0.
 NOTHING = 1e-10
@@ -101,10 +100,7 @@ def _labels_of(fitted: Fitted, cluster: Any, groups: dict[str, np.ndarray]) -> t
         name, labels = cluster, frame[cluster].to_numpy()
     else:
         name = str(getattr(cluster, "name", None) or "cluster")
-        if isinstance(cluster, pd.Series) and len(cluster) > fitted.nobs and cluster.index.is_unique:
-            # Labels of the whole table, of which the fit used some rows.
-            cluster = cluster.loc[frame.index] if frame.index.isin(cluster.index).all() else cluster
-        labels = row_values(name, cluster, frame.index, fitted.nobs, numbers=False)
+        labels = values_of_rows(fitted.labels, name, cluster, numbers=False)
     codes = pd.factorize(labels)[0]
     if (codes < 0).any():
         raise DataError(f"the clusters '{name}' are missing in {int((codes < 0).sum())} of the used rows")

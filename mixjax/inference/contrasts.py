@@ -141,6 +141,8 @@ def _satterthwaite(theta: Array, beta: Array, sigma: Array, stats: CrossProducts
 
 
 def _kenward_roger(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+    if not L.shape[1]:
+        return _wald(theta, beta, sigma, stats, L, reml)
     fit = kr.adjust(theta, sigma, stats)
     df = jax.vmap(lambda row: kr.f_scaling(row[None], fit)[0])(L)
     return _contrast(L, beta, fit.adjusted, df)
@@ -260,21 +262,24 @@ def t_tests(
 
 
 def f_test(fitted: Fitted, L: AnyArray, ddf: str = "satterthwaite", rhs: AnyArray = 0.0) -> FTest:
-    """Joint test that ``L beta = rhs``; rows that others determine are left out.
+    """Joint test that ``L beta = rhs``; rows may depend on each other.
 
     Satterthwaite: the rows are rotated to be uncorrelated, and the denominator's df chosen so that the F distribution
-    has the mean of the statistic (Fai & Cornelius 1996). Kenward-Roger: with the scaled statistic. Wald: chi-square
-    divided by its df, with infinite denominator df.
+    has the mean of the statistic (Fai & Cornelius 1996). These df, and only they, depend on how the hypothesis is
+    written: on L itself, as in SAS and lmerTest, not on its row space alone. Kenward-Roger: with the scaled statistic.
+    Wald: chi-square divided by its df, with infinite denominator df. Of no rows, NaN with ``num_df`` 0.
     """
     L = _checked(fitted, L)
+    if not len(L):
+        return FTest(math.nan, 0.0, math.nan, math.nan)
     rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
-    L, rhs = _independent_rows(L, rhs)
+    basis, values = _basis_of_rows(L, rhs)
     method = FixedEffects.of(fitted, ddf)
-    r = len(L)
-    covariance = L @ method.vcov @ L.T
-    difference = L @ method.beta - rhs
+    r = len(basis)
+    covariance = basis @ method.vcov @ basis.T
+    difference = basis @ method.beta - values
     statistic = float(difference @ np.linalg.solve(covariance, difference)) / r
-    den_df, scale = method.joint(L)
+    den_df, scale = method.joint(L, basis)
     statistic *= scale
     p = scipy.stats.chi2.sf(statistic * r, r) if math.isinf(den_df) else scipy.stats.f.sf(statistic, r, den_df)
     return FTest(statistic, float(r), den_df, float(p), scale)
@@ -285,21 +290,26 @@ class FixedEffects(NamedTuple):
 
     Attributes:
         beta: ``(p,)``. vcov: ``(p, p)``, adjusted by Kenward-Roger. df: ``L (r, p) -> (r,)``.
-        joint: ``L (r, p)`` of full row rank -> denominator df, factor of F.
+        joint: ``L (s, p)``, basis ``(r, p)`` of its rows -> denominator df, factor of F.
     """
 
     beta: np.ndarray
     vcov: np.ndarray
     df: Callable[[np.ndarray], np.ndarray]
-    joint: Callable[[np.ndarray], tuple[float, float]]
+    joint: Callable[[np.ndarray, np.ndarray], tuple[float, float]]
 
     @staticmethod
     def of(fitted: Fitted, ddf: str) -> FixedEffects:
         check_ddf(ddf)
-        if ddf == "wald":
+        if ddf == "wald" or not fitted.labels.fixed:
             beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
-            return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda L: (math.inf, 1.0))
+            return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda *_: (math.inf, 1.0))
         return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
+
+
+def ddf_note(ddf: str) -> str:
+    """What a table says of its degrees of freedom."""
+    return "wald tests, without degrees of freedom" if ddf == "wald" else f"{ddf} degrees of freedom"
 
 
 def check_ddf(ddf: Any) -> None:
@@ -327,9 +337,9 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
         with jax.enable_x64(True):
             return np.asarray(satterthwaite_df(jnp.asarray(L), info))
 
-    def joint(L: np.ndarray) -> tuple[float, float]:
+    def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
-        return _pooled_df(df(vectors.T @ L)), 1.0
+        return _pooled_df(df(vectors[:, -len(basis) :].T @ L)), 1.0
 
     return FixedEffects(np.asarray(fitted.estimates.beta), np.asarray(info.vcov), df, joint)
 
@@ -364,13 +374,13 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
     with jax.enable_x64(True):
         fit = jax.tree.map(np.asarray, _adjusted(fitted.estimates.theta, fitted.estimates.sigma, pad(fitted.stats)))
 
-    def joint(L: np.ndarray) -> tuple[float, float]:
+    def joint(_: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         with jax.enable_x64(True):
-            df, scale = kr.f_scaling(jnp.asarray(L), jax.tree.map(jnp.asarray, fit))
+            df, scale = kr.f_scaling(jnp.asarray(basis), jax.tree.map(jnp.asarray, fit))
             return float(df), float(scale)
 
     def df(L: np.ndarray) -> np.ndarray:
-        return np.array([joint(row[None])[0] for row in L])
+        return np.array([joint(L, row[None])[0] for row in L])
 
     return FixedEffects(np.asarray(fitted.estimates.beta), fit.adjusted, df, joint)
 
@@ -396,7 +406,7 @@ def _checked(fitted: Fitted, L: AnyArray) -> np.ndarray:
     return L
 
 
-def _independent_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _basis_of_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An orthonormal basis of the rows, with the values under the hypothesis.
 
     Raises:

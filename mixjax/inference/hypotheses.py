@@ -15,8 +15,9 @@ import pandas as pd
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.errors import warn
-from mixjax.inference.contrasts import f_test, t_tests
-from mixjax.inference.terms import type_contrasts
+from mixjax.inference.contrasts import check_ddf, ddf_note, f_test, t_tests
+from mixjax.inference.noted import NotedTable
+from mixjax.inference.terms import TYPES, type_contrasts
 
 # --- what a user writes -------------------------------------------------------------------------------------------
 
@@ -61,6 +62,8 @@ def contrast_matrix(fitted: Fitted, spec: Any) -> Hypotheses:
         Hypotheses(L=array([[-1.,  2.]]), rhs=array([5.]), names=['2*Days - Intercept = 5'])
     """
     fixed = list(fitted.labels.fixed)
+    if not fixed:
+        raise ValueError("the model has no fixed effects: there are no hypotheses about them")
     if isinstance(spec, pd.DataFrame):
         spec = [{str(k): v for k, v in row.items() if v != 0} for row in spec.to_dict("records")]
     if (
@@ -279,7 +282,8 @@ def anova(fitted: Fitted, type: str = "III", ddf: str = "satterthwaite") -> pd.D
 
     Returns:
         DataFrame, one row per term (none for the intercept): sum_sq = F x num_df x sigma^2, mean_sq, num_df, den_df,
-        statistic, p_value. F is the statistic, with Kenward-Roger before it is scaled, as in lmerTest.
+        statistic, p_value. F is the statistic, with Kenward-Roger before it is scaled, as in lmerTest. A term that
+        others determine has num_df 0 and no numbers. When printed it says which tests these are (``attrs["notes"]``).
 
     Example:
         >>> import mixjax as mj
@@ -291,8 +295,14 @@ def anova(fitted: Fitted, type: str = "III", ddf: str = "satterthwaite") -> pd.D
         temperature              5   210.0      20.52
         recipe:temperature      10   210.0       1.01
     """
+    check_ddf(ddf)
     found = type_contrasts(fitted, type)
-    return _f_table(fitted, {name: (L, 0.0) for name, L in found.items()}, ddf)
+    table = _f_table(fitted, {name: (L, 0.0) for name, L in found.items()}, ddf)
+    notes = [f"type {'I' * TYPES[str(type).upper()]} tests, {ddf_note(ddf)}"]
+    notes += ["num_df 0: other terms determine this one, so there is nothing to test"] * bool(
+        (table["num_df"] == 0).any()
+    )
+    return NotedTable(table, notes)
 
 
 def test(
@@ -324,8 +334,8 @@ def test(
     """
     weights, rhs, names = contrast_matrix(fitted, L)
     if joint if joint is not None else len(weights) > 1:
-        return _f_table(fitted, {", ".join(names): (weights, rhs)}, ddf)
-    return t_tests(fitted, weights, ddf=ddf, rhs=rhs, names=names)
+        return NotedTable(_f_table(fitted, {", ".join(names): (weights, rhs)}, ddf), [ddf_note(ddf)])
+    return NotedTable(t_tests(fitted, weights, ddf=ddf, rhs=rhs, names=names), [ddf_note(ddf)])
 
 
 def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:

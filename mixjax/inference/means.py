@@ -14,8 +14,9 @@ import scipy.stats
 
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
-from mixjax.inference.contrasts import t_tests
+from mixjax.inference.contrasts import ddf_note, t_tests
 from mixjax.inference.grid import FixedPart, Rows, as_text, check_names, names_of, reference_grid
+from mixjax.inference.noted import NotedTable
 
 TESTS = ["estimate", "std_error", "df", "statistic", "p_value"]
 METHODS = ("pairwise", "trt.vs.ctrl", "eff")
@@ -51,12 +52,13 @@ class MarginalMeans:
     level: float
 
     def to_frame(self) -> pd.DataFrame:
-        """The cells with estimate, std_error, df, lower, upper."""
+        """The cells with estimate, std_error, df, lower, upper; printed with notes (``attrs["notes"]``)."""
         tests = self._tests(np.eye(len(self.W)))
         half = scipy.stats.t.ppf(0.5 + self.level / 2, tests["df"]) * tests["std_error"]
         estimates = tests[["estimate", "std_error", "df"]]
         limits = {"lower": tests["estimate"] - half, "upper": tests["estimate"] + half}
-        return pd.concat([self.cells, estimates.assign(**limits)], axis=1)
+        frame = pd.concat([self.cells, estimates.assign(**limits)], axis=1)
+        return NotedTable(frame, (f"{ddf_note(self.ddf)}, {100 * self.level:g} % intervals", *_notes(frame)))
 
     def contrasts(self, method: Any = "pairwise", adjust: str | None = None) -> pd.DataFrame:
         """Compare the means within every cell of ``by``; p values are adjusted within it, too.
@@ -64,13 +66,25 @@ class MarginalMeans:
         Args:
             method: ``"pairwise"``: all differences, earlier minus later; ``"trt.vs.ctrl"``: each minus the first;
                 ``"eff"``: each minus their average; or a dict name -> weights, one per mean.
-            adjust: ``"tukey"`` (pairwise only; studentized range), ``"holm"``, ``"bonferroni"`` or ``"none"``. None:
-                tukey for pairwise, holm otherwise.
+            adjust: ``"tukey"`` (pairwise only; studentized range of all means, also of those that cannot be
+                estimated), ``"holm"``, ``"bonferroni"`` or ``"none"``. None: tukey for pairwise, none for weights of
+                your own, holm otherwise.
 
         Returns:
-            DataFrame: the columns of ``by``, contrast, estimate, std_error, df, statistic, p_value.
+            DataFrame: the columns of ``by``, contrast, estimate, std_error, df, statistic, p_value. When printed it
+            says how its p values came about (``attrs["notes"]``).
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("angle ~ recipe + (1 | recipe:replicate)", mj.datasets.load("cake"))
+            >>> print(fit.emmeans("recipe").contrasts()[["contrast", "p_value"]].round(3))
+              contrast  p_value
+            0    A - B    0.820
+            1    A - C    0.811
+            2    B - C    1.000
         """
-        adjust = ("tukey" if method == "pairwise" else "holm") if adjust is None else adjust
+        if adjust is None:
+            adjust = "none" if isinstance(method, Mapping) else "tukey" if method == "pairwise" else "holm"
         if adjust not in ADJUSTMENTS:
             raise ValueError(f"adjust must be one of {', '.join(map(repr, ADJUSTMENTS))}, got {adjust!r}")
         if adjust == "tukey" and method != "pairwise":
@@ -90,11 +104,15 @@ class MarginalMeans:
         for g in range(len(groups)):
             own = np.array(family, int) == g
             p, t, df = (frame[name].to_numpy()[own] for name in ("p_value", "statistic", "df"))
-            compared = int(table[own][~np.isnan(p)].any(axis=0).sum())
-            frame.loc[own, "p_value"] = _adjusted(p, t, df, adjust, compared)
+            # As in emmeans, the family is that of all means, also of those that cannot be estimated.
+            frame.loc[own, "p_value"] = _adjusted(p, t, df, adjust, groups.shape[1])
         first = groups[:, 0][np.array(family, int)]
         where = {name: self.cells[name].take(first).reset_index(drop=True) for name in self.by}
-        return pd.concat([pd.DataFrame(where | {"contrast": labels}), frame], axis=1)
+        result = pd.concat([pd.DataFrame(where | {"contrast": labels}), frame], axis=1)
+        of = f"a family of {groups.shape[1]} means" if adjust == "tukey" else f"{len(labels) // len(groups)} tests"
+        how = "not adjusted" if adjust == "none" else f"adjusted by {adjust} for {of}"
+        how += f", within {' and '.join(self.by)}" if self.by and adjust != "none" else ""
+        return NotedTable(result, (f"{ddf_note(self.ddf)}, p values {how}", *_notes(frame)))
 
     def _estimable(self, weights: np.ndarray) -> np.ndarray:
         return (np.abs(weights @ self.open) <= 1e-8 * (np.abs(weights) @ np.abs(self.open))).all(axis=1)
@@ -120,12 +138,15 @@ class MarginalMeans:
 
     def __str__(self) -> str:
         frame = self.to_frame()
-        notes = [f"{self.ddf} degrees of freedom, {100 * self.level:g} % intervals"]
-        notes += [NOT_ESTIMABLE] * bool(frame["estimate"].isna().any())
-        notes += [SAME] * bool((frame["std_error"] == 0).any())
-        return "\n".join([self.title, frame.to_string(index=False, float_format=lambda x: f"{x:.5g}"), *notes])
+        text = frame.to_string(index=False, float_format=lambda x: f"{x:.5g}")
+        return "\n".join([self.title, text, *frame.attrs["notes"]])
 
     __repr__ = __str__
+
+
+def _notes(frame: pd.DataFrame) -> tuple[str, ...]:
+    notes = [NOT_ESTIMABLE] * bool(frame["estimate"].isna().any())
+    return tuple(notes + [SAME] * bool((frame["std_error"] == 0).any()))
 
 
 def _weights(method: Any, names: list[str]) -> dict[str, np.ndarray]:

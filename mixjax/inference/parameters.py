@@ -15,7 +15,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.compiling import jit
-from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
 from mixjax.inference.intervals import check_level
@@ -118,23 +118,25 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
     width = quantile * np.sqrt(np.diag(fixed.vcov))
     lower = np.concatenate([ends[0], fixed.beta - width])
     upper = np.concatenate([ends[1], fixed.beta + width])
-    return pd.DataFrame({"lower": lower, "upper": upper}, index=[*variance.names, *fitted.labels.fixed])
+    index = [*variance.names, *names_apart(fitted.labels.fixed, variance.names)]
+    return pd.DataFrame({"lower": lower, "upper": upper}, index=index)
 
 
-def select(parm: Any, names: Sequence[str], fixed: Sequence[str]) -> list[str]:
+def select(parm: Any, names: Sequence[str], n_fixed: int) -> list[str]:
     """Rows of a table of all parameters that a user names.
 
     Args:
         parm: a name or a list of names, also as in lme4 (``.sig01``, ``.sigma``, ``(Intercept)``); ``"theta_"`` for all
             variance parameters, ``"beta_"`` for all fixed effects; None for everything.
-        names: all parameters, those of the variances first, sigma the last of them. fixed: of the fixed effects.
+        names: all parameters, all different: those of the variances, sigma the last of them, then ``n_fixed`` fixed
+            effects.
 
     Raises:
         ValueError: a name is none of them.
     """
     if parm is None:
         return list(names)
-    variance = [name for name in names if name not in fixed]
+    variance, fixed = list(names[: len(names) - n_fixed]), list(names[len(names) - n_fixed :])
     also = {f".sig{i + 1:02d}": name for i, name in enumerate(n for n in variance if n != "sigma")}
     also |= {".sigma": "sigma", "(Intercept)": "Intercept"}
     also |= {name.replace("[T.", "").replace("]", ""): name for name in fixed}

@@ -12,7 +12,7 @@ import scipy.stats
 from scipy.interpolate import PchipInterpolator
 
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted import Fitted, InferenceWarning, fit_products
+from mixjax.fitted import Fitted, InferenceWarning, fit_products, names_apart
 from mixjax.formula.errors import warn
 from mixjax.inference import constrained
 from mixjax.inference.constrained import OneDataSet
@@ -122,8 +122,7 @@ class Profile:
         self._data = OneDataSet(fitted.stats, self._est.theta, self._est.sigma)
         self._all = _curves(fitted)
         self._curves = {curve.name: curve for curve in self._all}
-        fixed = list(fitted.labels.fixed)
-        self._chosen = select(parm, list(self._curves), fixed)
+        self._chosen = select(parm, list(self._curves), len(fitted.labels.fixed))
         self.estimate = pd.Series({name: self._curves[name].estimate for name in self._chosen}, name="estimate")
         undefined = [name for name in self._chosen if np.isnan(self._curves[name].estimate)]
         if undefined:
@@ -361,7 +360,7 @@ def _curves(fitted: Fitted) -> list[_Curve]:
     sigma, se = float(fitted.estimates.sigma), variance.std_error[-1]
     curves.append(_Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
     errors = np.sqrt(np.diag(fitted.estimates.vcov))
-    for j, name in enumerate(fitted.labels.fixed):
+    for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):
         value = float(fitted.estimates.beta[j])
         curves.append(_Curve(name, Held("fixed", i=j), value, -np.inf, np.inf, float(errors[j])))
     return curves

@@ -48,9 +48,11 @@ def terms_of(labels: Labels) -> list[Term]:
 
 
 def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
-    """What the tests of an analysis of variance test, term by term, as lmerTest and SAS define it.
+    """What the tests of an analysis of variance test, term by term, as SAS defines it.
 
-    A term is contained in another that has the same numeric factors, all its categorical factors, and more.
+    A term is contained in another that has the same numeric factors, all its categorical factors, and more. Terms stand
+    for all columns that their levels make, whichever of them the fit has: ``0 + a * b`` is the model of ``a * b``, and
+    where types II and III adjust for ``b`` they adjust for the mean as well.
 
     Args:
         fitted: the fit.
@@ -62,7 +64,9 @@ def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
             II depend on how many rows the cells have; weights are not used.
 
     Returns:
-        dict term -> L ``(r, p)`` of full row rank, without the intercept, and without terms that others determine.
+        dict term -> L ``(r, p)`` of full row rank, without the intercept; r is 0 for a term that others determine. The
+        rows are those of lmerTest under treatment coding, whatever the coding of the fit: of types I and II those of
+        the Doolittle factorisation of X'X, of type III one for every level but the first.
 
     Raises:
         ValueError: unknown type, or rows that were not kept.
@@ -80,82 +84,119 @@ def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
         raise ValueError(f"type must be 'I', 'II' or 'III', got {type!r}")
     terms = terms_of(fitted.labels)
     X = np.asarray(fitted.rows.X)
+    if not X.shape[1]:
+        return {}
     lengths = np.linalg.norm(X, axis=0)
-    X = X / lengths
-    tested = [term for term in terms if term.factors and term.columns]
-    if number < 3:
-        found = {term.name: _after_others(X, term, terms, number) for term in tested}
-    else:
-        found = _orthogonal(X, terms, tested, fitted.labels)
-    return {term.name: _readable(found[term.name], term, lengths) for term in tested if len(found[term.name])}
-
-
-def _after_others(X: np.ndarray, term: Term, terms: list[Term], number: int) -> np.ndarray:
-    """The term's rows of the triangular factor of X: what it adds to the columns that come before it."""
-    before, after = [], []
-    earlier = True
-    for other in terms:
-        if other is term:
-            earlier = False
-        elif earlier if number == 1 else not term.is_contained_in(other):
-            before += other.columns
-        else:
-            after += other.columns
-    order = [*before, *term.columns, *after]
-    R = np.linalg.qr(X[:, order], mode="r")
-    L = np.zeros((len(term.columns), len(order)))
-    L[:, order] = R[len(before) : len(before) + len(term.columns)]
-    return L
-
-
-def _orthogonal(X: np.ndarray, terms: list[Term], tested: list[Term], labels: Labels) -> dict[str, np.ndarray]:
-    """Type III. The columns of all levels are ``Q M``, so that ``k' Q'X beta`` has the coefficients ``M'k`` there."""
-    Q, R = np.linalg.qr(X)
-    full = _columns_of_all_levels(terms, labels)
-    M = {term.name: Q.T @ full[term.name] / np.sqrt(len(X)) for term in terms}
+    Q, R = np.linalg.qr(X / lengths)
+    levels = _columns_of_all_levels(terms, fitted.labels)
+    # The columns of all levels are Q M, so that k'Q'X beta has the coefficients M'k there.
+    M = {name: Q.T @ own.columns / np.sqrt(len(X)) for name, own in levels.items()}
     found = {}
-    for term in tested:
-        containing = [M[other.name] for other in terms if term.is_contained_in(other)]
-        rest = [M[other.name] for other in terms if other is not term and not term.is_contained_in(other)]
-        A = _null_space(np.hstack([np.zeros((X.shape[1], 1)), *rest]).T)
-        within = A.T @ np.hstack([M[term.name], *containing])
-        of_containing_only = _null_space(M[term.name].T @ A)
-        K = A @ _null_space(of_containing_only.T @ within @ within.T)
-        found[term.name] = K.T @ R
+    for i, term in enumerate(terms):
+        if not term.factors:
+            continue
+        if number == 3:
+            K = _orthogonal(M, terms, term)
+        else:
+            others = terms[:i] if number == 1 else [t for t in terms if t is not term and not term.is_contained_in(t)]
+            K = _added(M[term.name], [M[other.name] for other in others])
+        own = levels[term.name]
+        K = _with_rows_of(K, M[term.name] * own.scale, own.base, identity=number == 3)
+        L = K.T @ R
+        L = np.where(np.abs(L) > TINY * np.abs(L).max(axis=1, keepdims=True, initial=0.0), L, 0.0)
+        found[term.name] = L * lengths / np.sqrt(len(X))
     return found
 
 
-def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, np.ndarray]:
+def _added(own: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
+    """Orthonormal ``(p, r)``: what columns add to the span of those that come before."""
+    A = _null_space(np.hstack([np.zeros((len(own), 1)), *before]).T)
+    return A @ _range(A.T @ own)
+
+
+def _orthogonal(M: dict[str, np.ndarray], terms: list[Term], term: Term) -> np.ndarray:
+    """Orthonormal ``(p, r)``, type III."""
+    containing = [M[other.name] for other in terms if term.is_contained_in(other)]
+    rest = [M[other.name] for other in terms if other is not term and not term.is_contained_in(other)]
+    A = _null_space(np.hstack([np.zeros((len(M[term.name]), 1)), *rest]).T)
+    within = A.T @ np.hstack([M[term.name], *containing])
+    of_containing_only = _null_space(M[term.name].T @ A)
+    return A @ _null_space(of_containing_only.T @ within @ within.T)
+
+
+def _with_rows_of(K: np.ndarray, columns: np.ndarray, base: np.ndarray, identity: bool) -> np.ndarray:
+    """The span of ``K (p, r)`` by other vectors: r of the term's own columns get an identity, or else a unit upper
+    triangle of orthogonal rows; columns of few base levels are chosen first, as treatment coding does."""
+    G = K.T @ columns
+    chosen: list[int] = []
+    Q = np.zeros((len(G), 0))
+    least = 1e-8 * np.linalg.norm(G, axis=0).max(initial=0.0)
+    for j in np.argsort(base, kind="stable"):
+        if len(chosen) == len(G):
+            break
+        left = G[:, j] - Q @ (Q.T @ G[:, j])
+        left = left - Q @ (Q.T @ left)
+        if np.linalg.norm(left) > least:
+            chosen.append(j)
+            Q = np.column_stack([Q, left / np.linalg.norm(left)])
+    if len(chosen) < len(G):
+        return K
+    G = G[:, sorted(chosen)]
+    if identity:
+        return K @ np.linalg.inv(G).T
+    Q, U = np.linalg.qr(G)
+    return K @ Q / np.diag(U)
+
+
+class _Levels(NamedTuple):
+    """All columns of one term, those of the first factor's levels varying fastest.
+
+    Attributes:
+        columns: ``(n, c)``, products of numeric columns of mean square 1. scale: ``(c,)``, their own size.
+        base: ``(c,)``, how many of the levels are the first of their factor.
+    """
+
+    columns: np.ndarray
+    scale: np.ndarray
+    base: np.ndarray
+
+
+def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, _Levels]:
     """Per term: a column for every combination of levels, times the products of its numeric columns."""
+    n = len(labels.frame)
     own = labels.state.fixed.levels_of(labels.frame)
     full = {}
     for term in terms:
-        numbers = np.ones((len(labels.frame), 1))
+        columns = np.ones((n, 1))
         for name in sorted(term.numbers):
-            numbers = _products(numbers, own[name])
+            columns = _products(columns, own[name])
         # One scale for a product of numeric columns, in whichever term it stands; levels keep theirs.
-        numbers = numbers / np.maximum(np.linalg.norm(numbers, axis=0) / np.sqrt(len(numbers)), np.finfo(float).tiny)
-        for name in sorted(term.categories):
-            numbers = _products(numbers, own[name])
-        full[term.name] = numbers
+        scale = np.maximum(np.linalg.norm(columns, axis=0) / np.sqrt(n), np.finfo(float).tiny)
+        columns, base = columns / scale, np.zeros(len(scale), int)
+        for name in (name for name in term.factors if name in term.categories):
+            m = own[name].shape[1]
+            columns = _products(own[name], columns)
+            scale, base = np.tile(scale, m), (np.eye(1, m, dtype=int).T + base).ravel()
+        full[term.name] = _Levels(columns, scale, base)
     return full
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """All products of two columns, the second's varying fastest."""
     return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
 
 
 def _null_space(A: np.ndarray) -> np.ndarray:
     """Orthonormal columns that A maps to zero."""
     _, values, Vt = np.linalg.svd(A, full_matrices=True)
-    rank = int((values > TINY * max(1.0, values.max(initial=0.0))).sum())
-    return Vt[rank:].T
+    return Vt[_rank(values) :].T
 
 
-def _readable(L: np.ndarray, term: Term, lengths: np.ndarray) -> np.ndarray:
-    """The same hypotheses about columns of their own length, with the identity in the term's columns if that can be."""
-    own = L[:, term.columns]
-    identity = own.shape[0] == own.shape[1] and np.linalg.cond(own) < 1e6
-    L = np.linalg.solve(own, L) if identity else L
-    L = np.where(np.abs(L) > TINY * np.abs(L).max(axis=1, keepdims=True), L, 0.0) * lengths
-    return L / lengths[term.columns, None] if identity else L
+def _range(A: np.ndarray) -> np.ndarray:
+    """Orthonormal columns that span those of A."""
+    U, values, _ = np.linalg.svd(A, full_matrices=False)
+    return U[:, : _rank(values)]
+
+
+def _rank(values: np.ndarray) -> int:
+    return int((values > TINY * max(1.0, values.max(initial=0.0))).sum())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mixjax.covariance import exp_diagonal, lambda_of_theta, n_theta
+from mixjax.covariance import Structure, structure_of
 from mixjax.design import AnyArray, Design
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
@@ -25,7 +25,9 @@ class MarginalParams(NamedTuple):
         beta: ``(p,)``.
         log_sigma: ``()`` log of the residual standard deviation.
         chol: per term ``(q (q + 1) / 2,)``: Cholesky factor of the absolute covariance Sigma, columns of the lower
-            triangle, its diagonal as logarithms. A singular Sigma has ``-inf`` there.
+            triangle, its diagonal as logarithms. Of a term whose covariance has a structure, ``(k,)``: its own
+            coordinates as logarithms, of ``diag`` the standard deviations, of ``homcs`` the roots of the eigenvalues
+            ``v (1 + (q - 1) rho)`` and ``v (1 - rho)``. A singular Sigma has ``-inf`` there.
     """
 
     beta: AnyArray
@@ -61,19 +63,27 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
 
 def check_shapes(params: MarginalParams, stats: CrossProducts) -> None:
     """Raise ValueError for parameters that would broadcast to something else than the model's."""
-    wanted = MarginalParams(stats.beta0.shape, (), tuple((n_theta(place.q),) for place in stats.layout.terms))
+    wanted = MarginalParams(stats.beta0.shape, (), tuple((s.k,) for s in stats.layout.structures))
     found = MarginalParams(np.shape(params.beta), np.shape(params.log_sigma), tuple(map(np.shape, params.chol)))
     for name, a, b in zip(MarginalParams._fields, found, wanted, strict=True):
         if a != b:
-            raise ValueError(f"{name} has shape {a}; this model needs {b}")
+            hint = " (terms with a covariance structure have its coordinates: mixjax.to_params(est, design))"
+            raise ValueError(f"{name} has shape {a}; this model needs {b}{hint if name == 'chol' else ''}")
+
+
+def structures_of(design: Design | CrossProducts) -> tuple[Structure, ...]:
+    """The covariance structure of every random term."""
+    if isinstance(design, CrossProducts):
+        return design.layout.structures
+    return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in design.terms)
 
 
 @jax.jit
 def _loglik(params: MarginalParams, stats: CrossProducts) -> Array:
     sigma = jnp.exp(params.log_sigma)
     lambdas = [
-        lambda_of_theta(exp_diagonal(jnp.asarray(chol), place.q), place.q) / sigma
-        for chol, place in zip(params.chol, stats.layout.terms, strict=True)
+        structure.factor(structure.exponentials(jnp.asarray(chol))) / sigma
+        for chol, structure in zip(params.chol, stats.layout.structures, strict=True)
     ]
     reduced = eliminate(in_bases(lambdas, stats), arrange(stats))
     delta = stats.X_basis.R @ (params.beta - stats.beta0)

@@ -6,13 +6,14 @@ from enum import IntEnum
 
 
 class Result(IntEnum):
-    """How an optimisation ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not."""
+    """How a fit ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
     NOT_FINITE = 2
     STALLED = 3
     NONDIFFERENTIABLE = 4
+    NO_NOISE = 5
 
     @property
     def is_solution(self) -> bool:
@@ -40,5 +41,9 @@ _MESSAGES = {
     Result.NONDIFFERENTIABLE: (
         "converged, on the edge between a singular and a regular fit: the estimates stand, but have no derivatives "
         "with respect to the data there"
+    ),
+    Result.NO_NOISE: (
+        "the fixed effects reproduce the response exactly: no variance is left; look for a column that was computed "
+        "from the response"
     ),
 }

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Labels
-from mixjax.fitted import Fitted, record_of
+from mixjax.fitted import Fitted, record_of, values_of_rows
 from mixjax.formula.errors import DataError
-from mixjax.formula.table import factor_codes, row_values
+from mixjax.formula.table import factor_codes
 
 
 class Column(NamedTuple):
@@ -51,7 +51,7 @@ def column(record: Fitted, x: Any, where: str) -> Column:
     frame = record.labels.frame
     if not isinstance(x, str):
         name = str(getattr(x, "name", None) or "x")
-        values = row_values("x", x, frame.index, record.nobs, numbers=False)
+        values = values_of_rows(record.labels, "x", x, numbers=False)
         if isinstance(x, pd.Series) and isinstance(x.dtype, pd.CategoricalDtype):
             values = pd.Categorical(values, categories=x.cat.categories)
         return _as_column(name, pd.Series(values, index=frame.index), where)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from mixjax.diagnostics.residuals import conditional_mean, fixed_part
 from mixjax.fitted import Fitted, InferenceWarning
+from mixjax.formula.errors import warn
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,
@@ -127,11 +127,7 @@ def _draw(ax: Axes, across: Column, y: np.ndarray, smooth: bool, span: float) ->
     finite = np.isfinite(y) & np.isfinite(x)
     if not finite.all():
         missing = int((~finite).sum())
-        warnings.warn(
-            f"{missing} of {len(y)} rows have no residual of this scale, or no finite x: not drawn",
-            InferenceWarning,
-            stacklevel=3,
-        )
+        warn(f"{missing} of {len(y)} rows have no residual of this scale, or no finite x: not drawn", InferenceWarning)
         x, y = x[finite], y[finite]
         note(ax, f"{thousands(missing)} rows not drawn")
     colours = palette()

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.stats
 
 from mixjax.design import TermLabels
-from mixjax.fitted import Fitted, InferenceWarning, term_names
+from mixjax.fitted import Fitted, InferenceWarning, interaction_key, term_names
 from mixjax.formula.errors import warn
 from mixjax.formula.state import new_rows
 from mixjax.inference.contrasts import fitted_information
@@ -52,9 +52,10 @@ def predict(
             ``offset=`` or ``weights=`` that the fit had by the name of a column is read from newdata too.
         random: True for all random effects of a row's own levels (conditional mean), False for none (population), or
             those of some terms: a grouping factor (``"Subject"``: all its terms), a term as ``varcorr`` calls it
-            (``"Subject.1"``) or as formulas write it (``"0 + Days | Subject"``), or a list of these.
+            (``"Subject.1"``) or as formulas write it (``"0 + Days | Subject"``), or a list of these. A formula may name
+            some effects of a larger term, as lme4's ``re.form``: ``"1 | Subject"`` of ``(Days | Subject)``.
         allow_new_levels: a level that the fit does not know has random effects 0, and their variance counts in
-            intervals. Otherwise it is an error.
+            intervals; so has one that is missing. Otherwise the former is an error, the latter NaN.
         interval: None; ``"confidence"`` for the mean itself, fixed effects and the random effects that ``random``
             includes; ``"prediction"`` for a new response, which adds ``sigma^2 / weight`` and, for the terms that
             ``random`` leaves out, the variance of new levels' effects. The weight is 1 where it is not known.
@@ -129,54 +130,65 @@ def _check_arguments(allow_new_levels: Any, interval: Any, level: float, method:
 # --- which random effects ------------------------------------------------------------------------------------------
 
 
-def _included(fitted: Fitted, random: Any) -> list[bool]:
-    """Per random term, whether ``random`` asks for it."""
+def _included(fitted: Fitted, random: Any) -> list[np.ndarray]:
+    """Per random term ``(q,)``, which of its effects ``random`` asks for."""
     terms = fitted.labels.terms
     if isinstance(random, bool | np.bool_):
-        return [bool(random)] * len(terms)
+        return [np.full(len(term.effects), bool(random)) for term in terms]
     names = [random] if isinstance(random, str) else random
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"random must be True, False, or names of grouping factors or terms, got {random!r}")
     own = term_names(fitted.labels)
-    wanted = [False] * len(terms)
+    wanted = [np.zeros(len(term.effects), bool) for term in terms]
     for name in names:
         matches = [t for t, term in enumerate(terms) if term.group == name]
-        matches = matches or [t for t, term in enumerate(terms) if _written(name) in (own[t], _term_text(term))]
-        if not matches:
+        matches = matches or [t for t, one in enumerate(own) if one == name]
+        found = {t: np.ones(len(terms[t].effects), bool) for t in matches} or _effects_written(name, terms)
+        if not found:
             texts = [f"{one!r} ({' + '.join(t.effects)} | {t.group})" for one, t in zip(own, terms, strict=True)]
             raise ValueError(f"there is no random term {name!r}; there are {', '.join(texts)}")
-        for t in matches:
-            wanted[t] = True
+        for t, which in found.items():
+            wanted[t] |= which
     return wanted
 
 
-def _term_text(term: TermLabels) -> str:
-    return f"{'+'.join(term.effects)}|{term.group}".replace(" ", "")
-
-
-def _written(name: str) -> str:
-    """``(0 + Days | Subject)``, ``(Days | Subject)`` -> the effects' names as labels have them, without spaces."""
-    if "|" not in name:
-        return name
+def _effects_written(name: str, terms: Sequence[TermLabels]) -> dict[int, np.ndarray]:
+    """Terms, and which of their effects, that ``(0 + Days | Subject)`` or ``Days | Subject`` stands for; none where the
+    fit does not have all of them. A factor stands for its columns only where the term is asked for as a whole."""
     text = re.sub(r"\s", "", name)
-    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    effects, group = text.split("|", 1)
+    written = re.fullmatch(r"(?:\w*\((.*)\)|(.*))", text)
+    effects, bar, group = (written[1] or written[2] or "").partition("|") if written else ("", "", "")
     parts = effects.split("+")
-    if parts[0] in ("0", "-1"):
-        parts = parts[1:]
-    else:
-        parts = ["Intercept", *(part for part in parts if part not in ("1", "Intercept"))]
-    return f"{'+'.join(parts)}|{group}"
+    if not bar:
+        return {}
+    parts = parts[1:] if parts[0] in ("0", "-1") else ["Intercept", *(p for p in parts if p not in ("1", "Intercept"))]
+    keys = {interaction_key(part) for part in parts}
+    of_group = [t for t, term in enumerate(terms) if term.group.replace(" ", "") == group.lstrip("|")]
+    for t in of_group:
+        factors = [re.sub(r"\[[^\[\]]*\]", "", effect.replace(" ", "")) for effect in terms[t].effects]
+        if set(map(interaction_key, factors)) == keys:
+            return {t: np.ones(len(factors), bool)}
+    own = {t: [interaction_key(effect.replace(" ", "")) for effect in terms[t].effects] for t in of_group}
+    if not keys <= {key for every in own.values() for key in every}:
+        return {}
+    found = {t: np.array([key in keys for key in every]) for t, every in own.items()}
+    return {t: which for t, which in found.items() if which.any()}
 
 
 # --- the rows ------------------------------------------------------------------------------------------------------
 
 
 def _targets(
-    fitted: Fitted, newdata: Any, included: list[bool], allow_new_levels: bool, interval: str | None
+    fitted: Fitted, newdata: Any, effects: list[np.ndarray], allow_new_levels: bool, interval: str | None
 ) -> tuple[Targets, pd.Index, np.ndarray]:
     """What is predicted; the index of all rows, and which of them are predicted."""
     whole = interval == "prediction"
+    included = [bool(which.any()) for which in effects]
+    if whole and any(which.any() and not which.all() for which in effects):
+        raise ValueError(
+            "random= asks for some effects of a term: the others of the same level are correlated with these, so that "
+            "there is no interval of a new response; name whole terms, or take interval='confidence'"
+        )
     if newdata is None:
         design = fitted.rows
         m = len(np.asarray(design.X))
@@ -185,6 +197,7 @@ def _targets(
         Z = tuple(np.asarray(t.Z) if own or whole else None for t, own in zip(design.terms, included, strict=True))
         level = tuple(np.asarray(t.group) if own else None for t, own in zip(design.terms, included, strict=True))
         targets = Targets(np.asarray(design.X), offset, Z, level, 1.0 / weights if whole else np.zeros(m))
+        targets = targets.with_effects(effects)
         return targets, fitted.labels.frame.index, np.ones(m, bool)
 
     labels = fitted.labels
@@ -197,7 +210,7 @@ def _targets(
         )
     m = len(rows.X)
     noise = np.zeros(m) if not whole else np.ones(m) if rows.weights is None else 1.0 / rows.weights
-    targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise)
+    targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise).with_effects(effects)
     complete = rows.complete.copy()
     if not rows.estimable.all():
         bad = int((~rows.estimable).sum())

@@ -35,6 +35,14 @@ class Targets(NamedTuple):
 
         return Targets(self.X[at], self.offset[at], some(self.Z), some(self.level), self.noise[at])
 
+    def with_effects(self, effects: list[np.ndarray]) -> Targets:
+        """Without the effects that are False in the ``(q,)`` of a term where others are True."""
+        Z = tuple(
+            None if own is None else np.where(which | ~which.any(), own, 0.0)
+            for own, which in zip(self.Z, effects, strict=True)
+        )
+        return self._replace(Z=Z)
+
     def mean(self, beta: np.ndarray, b: tuple[np.ndarray, ...]) -> np.ndarray:
         """``offset + x'beta + sum_t z_t'b_t``, new levels with ``b_t = 0``; ``(..., m)``.
 
