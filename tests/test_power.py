@@ -86,16 +86,18 @@ def test_power_of_a_variance_by_the_mixture():
 def test_probit_curves_recover_a_probit_curve():
     sizes, n = np.array([10, 20, 40, 80]), 4_000_000
     power = stats.norm.cdf(-1.5 + 0.3 * np.sqrt(sizes))
-    curve = _curve(pd.DataFrame({"m": sizes, "power": power, "n": n}), "m")
+    curve = _curve(pd.DataFrame({"m": sizes, "power": power, "replicates": n}), "m")
     np.testing.assert_allclose([curve.intercept, curve.slope], [-1.5, 0.3], rtol=1e-4)
     np.testing.assert_allclose(curve.size(0.8)[0] ** 2, ((stats.norm.ppf(0.8) + 1.5) / 0.3) ** 2, rtol=1e-4)
     # Errors: the spread of curves through binomial counts.
     rng = np.random.default_rng(1)
-    tables = [pd.DataFrame({"m": sizes, "power": rng.binomial(1000, power) / 1000, "n": 1000}) for _ in range(400)]
+    tables = [
+        pd.DataFrame({"m": sizes, "power": rng.binomial(1000, power) / 1000, "replicates": 1000}) for _ in range(400)
+    ]
     fits = [_curve(table, "m") for table in tables]
     roots = np.array([fit.size(0.8) for fit in fits])
     assert abs(roots[:, 0].std() / roots[:, 1].mean() - 1) < 0.15  # 400 values: 3.5 %, four times that
-    assert _curve(pd.DataFrame({"m": [10, 20], "power": [0.0, 0.0], "n": 50}), "m") is None
+    assert _curve(pd.DataFrame({"m": [10, 20], "power": [0.0, 0.0], "replicates": 50}), "m") is None
 
 
 def test_wilson_intervals():

@@ -342,7 +342,7 @@ def test_failed_fits_are_counted_and_not_used():
     assert result.counts["failed"].tolist() == [10]
     assert result.counts["converged"].tolist() == [30]
     assert result.counts["failed: NOT_FINITE"].tolist() == [10]
-    assert (result.to_frame()["n"] <= 30).all()
+    assert (result.to_frame()["replicates"] <= 30).all()
     assert result.raw().iloc[::4].drop(columns=["result", "singular"]).isna().all(axis=None)
     assert "10 fits failed" in str(result)
 
@@ -359,7 +359,7 @@ def test_measures_against_numbers_by_hand(both):
     assert frame.loc[("x", "rmse"), "value"] == pytest.approx(np.sqrt(((x - 0.5) ** 2).mean()))
     inside = (np.abs(x - 0.5) <= stats.t.ppf(0.975, df) * se)[df.notna()]
     assert frame.loc[("x", "coverage"), "value"] == pytest.approx(inside.mean())
-    assert frame.loc[("x", "coverage"), "n"] == df.notna().sum()
+    assert frame.loc[("x", "coverage"), "replicates"] == df.notna().sum()
     assert frame.loc[("x", "rejection"), "value"] == pytest.approx((raw["large::p(x)"].dropna() < 0.05).mean())
     tests = both.to_frame("rejection").query("term.str.startswith('large|small')", engine="python")
     assert len(tests) == 4  # chi-square and mixture in both cells
