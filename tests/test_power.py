@@ -56,9 +56,20 @@ def test_without_a_target_all_sizes_are_looked_at():
     assert found.target is None
 
 
+def test_sizes_may_be_called_n():
+    found = mj.power_curve(lambda n: trial(n), TRIAL, "treated", {"n": [12, 32]}, replicates=300, key=1, progress=False)
+    same = mj.power(lambda n: trial(n), TRIAL, "treated", {"n": iter([12, 32])}, 300, key=1, progress=False).table
+    assert found.table["n"].tolist() == same["n"].tolist() == [12, 32]
+    assert found.table["replicates"].tolist() == [300, 300]
+    assert found.table["power"].tolist() == same["power"].tolist()
+    assert found.curve is not None
+    assert found.curve.slope > 0
+
+
 def test_out_of_reach_is_said():
-    with pytest.warns(mj.InferenceWarning, match="no clusters up to 12 reaches power 0.99"):
+    with pytest.warns(mj.InferenceWarning, match="no clusters up to 12 reaches power 0.99") as caught:
         found = mj.power_curve(trial, TRIAL, "treated", {"clusters": [8, 12]}, 0.99, 500, key=1, progress=False)
+    assert caught[0].filename == __file__
     assert found.smallest is None
     assert "no clusters up to 12" in str(found)
     with pytest.warns(mj.InferenceWarning, match="allow smaller ones"):
@@ -118,6 +129,27 @@ def test_wilson_intervals():
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [0, 4]}), "1 or more"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4]}, target=0.01), "target must lie"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", [4, 5]), "one name with its sizes"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": "45"}), "must be a list of sizes"),
+        (
+            lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4.0]}),
+            "must be an integer, 1 or more, got 4.0",
+        ),
+        (
+            lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [True]}),
+            "must be an integer, 1 or more, got True",
+        ),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [10**400]}), "must be 4294967296 or less"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": range(10**11)}), "has more than 100000 values"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4]}, grid={"a": [1]}), "takes no grid: over="),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"cluster": [4, 6]}), "does not take the grid's"),
+        (lambda: mj.power_curve(lambda **_: trial(8), TRIAL, "treated", {"n": [4, 6]}), "data do not depend on 'n'"),
+        (
+            lambda: mj.power_curve(lambda power: trial(8), TRIAL, "treated", {"power": [4]}),
+            "'power' is that of a column",
+        ),
+        (lambda: mj.power(lambda lower: trial(8), TRIAL, "treated", {"lower": [4]}), "'lower' is that of a column"),
+        (lambda: mj.power(trial(12), TRIAL, "treated", compared=[("a", "b")]), "power takes no compared"),
+        (lambda: mj.power(trial(12), TRIAL, "treated", replicates=10**400), r"4294967296 or less, got 10\^400"),
     ],
 )
 def test_bad_input(call, message):

@@ -297,7 +297,7 @@ def test_a_complete_study_is_read_where_nothing_can_be_written(kept, read_only, 
 def test_what_has_to_be_written_is_said_before_it_is_computed(copied, tmp_path, read_only, monkeypatch):
     monkeypatch.setattr("mixjax.studies.study.outcomes", lambda *_: pytest.fail("computed first"))
     files(copied)[0].unlink()
-    with pytest.raises(StoreError, match="could not be written: .*Read-only file system.*with a copy of it"):
+    with pytest.raises(StoreError, match=r"could not be written: .*Read-only file system.*with a copy of it"):
         study(copied)
     with pytest.raises(StoreError, match="Read-only file system"):
         study(tmp_path / "study")
@@ -312,7 +312,7 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, monke
     (tmp_path / "store").mkdir()
     monkeypatch.setattr("mixjax.studies.store.secrets.token_hex", lambda _: "known")
     (tmp_path / "store" / ".manifest.json.known.part").symlink_to(victim)
-    with pytest.raises(StoreError, match="could not be written: .*File exists"):
+    with pytest.raises(StoreError, match=r"could not be written: .*File exists"):
         Store(tmp_path / "store", {"a": 1})
     assert victim.read_text() == "precious"
     monkeypatch.undo()
