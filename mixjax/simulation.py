@@ -6,10 +6,15 @@ replicate is depends on the design, the parameters, the key and its number, to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -124,6 +129,7 @@ def draw_responses(
     n, first = check_count("n", n, 1), check_count("first", first, 0)
     if first + n > MOST:
         raise ValueError(f"replicates are numbered up to {MOST}; got first + n = {first + n}")
+    check_memory(f"{n} responses of {nobs} rows", n * nobs * 8, "draw fewer at a time: first= goes on after them")
     # Padded, so that similar designs share the program; coarser where numbers are many.
     step = max(16, 1 << max(0, width.bit_length() - 3))
     padded = -(-width // step) * step
@@ -168,11 +174,48 @@ def as_key(key: Any) -> Any:
     raise ValueError(f"key must be an int or one JAX key such as jax.random.key(0), got {key!r}")
 
 
-def check_count(name: str, value: Any, least: int) -> int:
-    """An integer that is not too small, or ValueError."""
+def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:
+    """An integer that is not too small and not too large, or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
+        raise ValueError(f"{name} must be an integer, {least} or more, got {_shown(value)}")
+    if value > most:
+        raise ValueError(f"{name} must be {most} or less, got {_shown(value)}")
     return int(value)
+
+
+def check_list(name: str, values: Iterable[Any], most: int) -> list[Any]:
+    """The values as a list, or ValueError where there are too many; ``range(10**11)`` is not written out first."""
+    found = list(itertools.islice(values, most + 1))
+    if len(found) > most:
+        raise ValueError(f"{name} has more than {most} values: name fewer")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of an integer with hundreds of digits its size."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f"{'-' * (value < 0)}10^{int(math.log10(abs(value)))} or more"
+    return repr(value)
+
+
+def check_memory(what: str, size: int, advice: str) -> None:
+    """Raise ValueError, before any is taken, where numbers need more bytes than this machine has memory."""
+    if size > _memory():
+        raise ValueError(
+            f"{what} would take {size // 2**30:,} GiB of memory, and this machine has {_memory() // 2**30:,}: {advice}"
+        )
+
+
+@cache
+def _memory() -> int:
+    """Bytes of memory that this process can have at most, as far as the system says."""
+    found = [2**63]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not say
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            found.append(int(Path(path).read_text()))
+    return min(size for size in found if size > 0)
 
 
 # --- the linear part -----------------------------------------------------------------------------------------------

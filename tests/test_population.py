@@ -837,3 +837,39 @@ def test_exercise_of_a_misspecified_model():
     beta = np.linalg.lstsq(X, Y.T)[0].T
     # Random slopes with variance add to that of beta; the standard error is measured.
     assert (np.abs(beta.mean(axis=0) - projection) < 4 * beta.std(axis=0) / np.sqrt(len(beta))).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pop: pop.sample_x(10**9, key=1), "a sample of 1000000000 rows would take 44 GiB of memory, and this"),
+        (lambda pop: pop.sample_x(10**11, key=1), "n must be 4294967296 or less, got 100000000000"),
+        (lambda pop: pop.sample_x(10**400, key=1), r"n must be 4294967296 or less, got 10\^400 or more"),
+        (lambda pop: pop.sample_x(10**5000, key=1), r"n must be .* got 10\^5000 or more"),
+        (lambda pop: pop.sample_x(-(10**400), key=1), r"1 or more, got -10\^400 or more"),
+        (lambda pop: pop.sample_x(np.inf, key=1), "n must be an integer, 1 or more, got inf"),
+        (lambda pop: pop.rows(10**9, response="y"), "would take 44 GiB"),
+        (lambda pop: pop.rows(10**11, response="y"), "n must be 4294967296 or less"),
+        (lambda pop: pop.sample_many(1, 10**9, 100, keep="y"), "1000000000 samples of 100 rows would take 745 GiB"),
+        (lambda pop: pop.sample_many(1, 10**400, 100), "B must be 4294967296 or less"),
+        (
+            lambda pop: pop.sample_many(1, 10**9, 10, x="new", keep="x"),
+            "1000000000 samples of 10 rows would take 74 GiB",
+        ),
+        (
+            lambda pop: pop.sample_x(5, 1).sample_y(1, replicate=10**400),
+            "number of a sample must be 4294967296 or less",
+        ),
+        (lambda pop: population(g=factor(10**11)), "g: levels must be 2147483647 or less, got 100000000000"),
+        (lambda pop: population(g=factor(10**400)), r"g: levels must be 2147483647 or less, got 10\^400"),
+        (lambda pop: population(g=factor(2 * 10**9)), "g: 2000000000 levels would take 238 GiB"),
+        (lambda pop: population(g=factor(range(10**400))), "g: levels has more than 10000000 values"),
+        (lambda pop: population(g=factor(np.float32(3))), "g: levels must be their number or a list"),
+        (lambda pop: population(g=factor(10**5), h=factor(10**5, within="g")), "h: levels must be 2147483647 or less"),
+        (lambda pop: population(g=factor(3, balance="cycle", each=10**400)), "g: each must be 4294967296 or less"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused_before_memory_is_taken(call, message, schools, monkeypatch):
+    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
+    with pytest.raises(ValueError, match=message):
+        call(schools)

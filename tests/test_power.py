@@ -56,9 +56,20 @@ def test_without_a_target_all_sizes_are_looked_at():
     assert found.target is None
 
 
+def test_sizes_may_be_called_n():
+    found = mj.power_curve(lambda n: trial(n), TRIAL, "treated", {"n": [12, 32]}, replicates=300, key=1, progress=False)
+    same = mj.power(lambda n: trial(n), TRIAL, "treated", {"n": iter([12, 32])}, 300, key=1, progress=False).table
+    assert found.table["n"].tolist() == same["n"].tolist() == [12, 32]
+    assert found.table["replicates"].tolist() == [300, 300]
+    assert found.table["power"].tolist() == same["power"].tolist()
+    assert found.curve is not None
+    assert found.curve.slope > 0
+
+
 def test_out_of_reach_is_said():
-    with pytest.warns(mj.InferenceWarning, match="no clusters up to 12 reaches power 0.99"):
+    with pytest.warns(mj.InferenceWarning, match="no clusters up to 12 reaches power 0.99") as caught:
         found = mj.power_curve(trial, TRIAL, "treated", {"clusters": [8, 12]}, 0.99, 500, key=1, progress=False)
+    assert caught[0].filename == __file__
     assert found.smallest is None
     assert "no clusters up to 12" in str(found)
     with pytest.warns(mj.InferenceWarning, match="allow smaller ones"):
@@ -86,16 +97,18 @@ def test_power_of_a_variance_by_the_mixture():
 def test_probit_curves_recover_a_probit_curve():
     sizes, n = np.array([10, 20, 40, 80]), 4_000_000
     power = stats.norm.cdf(-1.5 + 0.3 * np.sqrt(sizes))
-    curve = _curve(pd.DataFrame({"m": sizes, "power": power, "n": n}), "m")
+    curve = _curve(pd.DataFrame({"m": sizes, "power": power, "replicates": n}), "m")
     np.testing.assert_allclose([curve.intercept, curve.slope], [-1.5, 0.3], rtol=1e-4)
     np.testing.assert_allclose(curve.size(0.8)[0] ** 2, ((stats.norm.ppf(0.8) + 1.5) / 0.3) ** 2, rtol=1e-4)
     # Errors: the spread of curves through binomial counts.
     rng = np.random.default_rng(1)
-    tables = [pd.DataFrame({"m": sizes, "power": rng.binomial(1000, power) / 1000, "n": 1000}) for _ in range(400)]
+    tables = [
+        pd.DataFrame({"m": sizes, "power": rng.binomial(1000, power) / 1000, "replicates": 1000}) for _ in range(400)
+    ]
     fits = [_curve(table, "m") for table in tables]
     roots = np.array([fit.size(0.8) for fit in fits])
     assert abs(roots[:, 0].std() / roots[:, 1].mean() - 1) < 0.15  # 400 values: 3.5 %, four times that
-    assert _curve(pd.DataFrame({"m": [10, 20], "power": [0.0, 0.0], "n": 50}), "m") is None
+    assert _curve(pd.DataFrame({"m": [10, 20], "power": [0.0, 0.0], "replicates": 50}), "m") is None
 
 
 def test_wilson_intervals():
@@ -116,6 +129,27 @@ def test_wilson_intervals():
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [0, 4]}), "1 or more"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4]}, target=0.01), "target must lie"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", [4, 5]), "one name with its sizes"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": "45"}), "must be a list of sizes"),
+        (
+            lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4.0]}),
+            "must be an integer, 1 or more, got 4.0",
+        ),
+        (
+            lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [True]}),
+            "must be an integer, 1 or more, got True",
+        ),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [10**400]}), "must be 4294967296 or less"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": range(10**11)}), "has more than 100000 values"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4]}, grid={"a": [1]}), "takes no grid: over="),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"cluster": [4, 6]}), "does not take the grid's"),
+        (lambda: mj.power_curve(lambda **_: trial(8), TRIAL, "treated", {"n": [4, 6]}), "data do not depend on 'n'"),
+        (
+            lambda: mj.power_curve(lambda power: trial(8), TRIAL, "treated", {"power": [4]}),
+            "'power' is that of a column",
+        ),
+        (lambda: mj.power(lambda lower: trial(8), TRIAL, "treated", {"lower": [4]}), "'lower' is that of a column"),
+        (lambda: mj.power(trial(12), TRIAL, "treated", compared=[("a", "b")]), "power takes no compared"),
+        (lambda: mj.power(trial(12), TRIAL, "treated", replicates=10**400), r"4294967296 or less, got 10\^400"),
     ],
 )
 def test_bad_input(call, message):

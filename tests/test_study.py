@@ -1,6 +1,7 @@
 """Simulation studies: scenarios, measures, and the same bits whatever the split."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import jax
@@ -342,7 +343,7 @@ def test_failed_fits_are_counted_and_not_used():
     assert result.counts["failed"].tolist() == [10]
     assert result.counts["converged"].tolist() == [30]
     assert result.counts["failed: NOT_FINITE"].tolist() == [10]
-    assert (result.to_frame()["n"] <= 30).all()
+    assert (result.to_frame()["replicates"] <= 30).all()
     assert result.raw().iloc[::4].drop(columns=["result", "singular"]).isna().all(axis=None)
     assert "10 fits failed" in str(result)
 
@@ -359,7 +360,7 @@ def test_measures_against_numbers_by_hand(both):
     assert frame.loc[("x", "rmse"), "value"] == pytest.approx(np.sqrt(((x - 0.5) ** 2).mean()))
     inside = (np.abs(x - 0.5) <= stats.t.ppf(0.975, df) * se)[df.notna()]
     assert frame.loc[("x", "coverage"), "value"] == pytest.approx(inside.mean())
-    assert frame.loc[("x", "coverage"), "n"] == df.notna().sum()
+    assert frame.loc[("x", "coverage"), "replicates"] == df.notna().sum()
     assert frame.loc[("x", "rejection"), "value"] == pytest.approx((raw["large::p(x)"].dropna() < 0.05).mean())
     tests = both.to_frame("rejection").query("term.str.startswith('large|small')", engine="python")
     assert len(tests) == 4  # chi-square and mixture in both cells
@@ -409,13 +410,31 @@ def test_the_truth_is_covered_and_tests_hold_their_level():
         ({"grid": {"slope": "abc"}}, "must be a list of values"),
         ({"grid": {"tilt": [1]}}, "does not take the grid's"),
         ({"grid": [{"slope": 1}, {"groups": 3}]}, "dicts of the same names"),
+        ({"grid": {"slope": {0.5, 0.6}}}, "must be a list of values"),
+        ({"grid": {"slope": [0.5, 0.5]}}, "has the cell slope=0.5 twice"),
+        ({"grid": {1: [0.5]}}, "names of the grid are text"),
+        ({"grid": {"slope": [0.5], "ddf": ["wald"]}}, "ddf is an option of mixjax.study and no argument of source"),
+        ({"grid": {"slope": range(10**11)}}, "has more than 100000 values"),
+        ({"grid": {"slope": range(10**3), "groups": range(10**3)}}, "the grid has 1000000 cells, and may have 100000"),
+        ({"grid": ({"slope": i} for i in range(10**11))}, "grid has more than 100000 values"),
+        ({"replicates": 10**400}, r"replicates must be 4294967296 or less, got 10\^400 or more"),
+        ({"replicates": 10**11}, "replicates must be 4294967296 or less, got 100000000000"),
+        ({"replicates": 4 * 10**9}, "results of 4000000000 fits would take 156 GiB of memory.*by store="),
+        ({"replicates": -1}, "replicates must be an integer, 1 or more, got -1"),
+        ({"replicates": 1e3}, "replicates must be an integer, 1 or more, got 1000.0"),
+        ({"replicates": np.inf}, "replicates must be an integer, 1 or more, got inf"),
+        ({"replicates": True}, "replicates must be an integer, 1 or more, got True"),
+        ({"chunk": 10**400}, "chunk must be 4294967296 or less"),
+        ({"null": {"z": 1.0}}, "null names z, and the fixed effects are Intercept, x"),
+        ({"statistic": lambda est: {"sigma": est.sigma**2}}, "the statistic's sigma is also the name of an estimate"),
         ({"compared": [("a", "b")]}, "compared= takes pairs"),
         ({"models": {}}, "models is empty"),
         ({"models": {"a::b": FORMULA}}, "without '::'"),
         ({"models": {"a": FORMULA, "b": "y ~ 1 + (x | g)"}, "compared": [("a", "b")]}, "is not a special case"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(arguments, message, monkeypatch):
+    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
     arguments = {"models": FORMULA, "grid": {"slope": [0.5]}, "replicates": 2, "progress": False} | arguments
     models = arguments.pop("models")
     with pytest.raises(ValueError, match=message):
@@ -429,6 +448,96 @@ def test_a_source_that_is_none():
         mj.study(source(), FORMULA, {"slope": [1]}, progress=False)
 
 
+def test_responses_that_cannot_be_are_refused_before_memory_is_taken(monkeypatch):
+    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
+    for n, message in [
+        (10**9, "1000000000 responses of 72 rows would take 536 GiB of memory, and this machine has 32"),
+        (10**11, "n must be 4294967296 or less"),
+        (10**400, r"n must be 4294967296 or less, got 10\^400 or more"),
+        (-1, "n must be an integer, 1 or more, got -1"),
+        (2.0, "n must be an integer"),
+        (True, "n must be an integer"),
+        (np.inf, "n must be an integer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            source().simulate(1, n)
+        with pytest.raises(ValueError, match=message):
+            mj.simulate(FORMULA, layout(), **PARAMETERS, n=n)
+    with pytest.raises(ValueError, match="first must be 4294967296 or less"):
+        source().simulate(1, 1, first=10**400)
+
+
+# --- names of the grid -----------------------------------------------------------------------------------------------
+
+
+def test_a_grid_may_be_called_n():
+    """The name of Population.rows, and of everybody; the results had a column of that name, which went first."""
+    pop = mj.population(g=mj.factor(6, balance="blocks"), x=mj.normal(), y=mj.response("x", error_scale=1))
+    found = mj.study(pop.rows, "y ~ x + (1 | g)", {"n": [30, 60]}, 40, truth={"x": 1.0}, ddf="wald", progress=False)
+    frame = found.to_frame()
+    assert frame["n"].unique().tolist() == [30, 60]
+    assert frame["replicates"].unique().tolist() == [40]
+    assert found.counts["n"].tolist() == [30, 60]
+    se = frame.query("term == 'x' and measure == 'model_se'")["value"].tolist()
+    assert 1.2 < se[0] / se[1] < 1.7  # half as many rows: 1.4 times
+    assert len(str(found).splitlines()[1:-3]) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize("name", ["model", "term", "measure", "value", "mcse", "replicates", "converged", "failed"])
+def test_names_of_columns_of_the_results_are_refused(name):
+    call = eval(f"lambda {name}: source()")
+    message = rf"the grid's name '{name}' is that of a column.*lambda {name}_: source\({name}={name}_\)"
+    with pytest.raises(ValueError, match=message):
+        mj.study(call, FORMULA, {name: [1]}, 2, progress=False)
+
+
+def test_names_that_nothing_reads_are_warned_of():
+    with pytest.warns(mj.DataWarning, match="the data do not depend on the grid's 'groups'") as caught:
+        mj.study(
+            lambda slope, **more: source(slope), FORMULA, {"slope": [0.1, 0.2], "groups": [10, 12]}, 4, ddf="wald",
+            progress=False,
+        )  # fmt: skip
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the truth reads it; or there is nothing to compare
+        options = {"ddf": "wald", "progress": False}
+        mj.study(lambda a: source(), FORMULA, {"a": [1, 2]}, 4, truth=lambda a: {"x": float(a)}, **options)
+        mj.study(lambda slope, groups: source(slope), FORMULA, [{"slope": 0.1, "groups": 1}], 4, **options)
+        mj.study(source, FORMULA, [{"slope": 0.1, "groups": 8}, {"slope": 0.2, "groups": 9}], 4, **options)
+
+
+def test_an_option_that_the_source_would_swallow_is_refused():
+    with pytest.raises(ValueError, match=r"reml is an option of mixjax\.study and no argument of"):
+        mj.study(lambda slope, **more: source(slope), FORMULA, {"slope": [0.5], "reml": [True, False]}, 2)
+
+
+steepness = 3.0
+
+
+def test_a_name_of_the_grid_that_a_formula_would_read_elsewhere_is_refused():
+    formula = "y ~ I(x * steepness) + (1 | g)"
+
+    def bent(steepness):
+        return mj.scenario(formula, layout(), [1.0, 0.5], sd=1.0)
+
+    with pytest.raises(ValueError, match=r"reads steepness, which is a name of the grid and no column"):
+        mj.study(bent, formula, {"steepness": [1.0, 2.0]}, 2, progress=False)
+
+
+def test_a_truth_that_names_nothing_is_warned_of():
+    with pytest.warns(mj.DataWarning, match="truth names slope, which no model estimates; estimates are Intercept"):
+        mj.study(source(), FORMULA, None, 4, truth={"slope": 1.0, "x": 0.5}, ddf="wald", progress=False)
+
+
+def test_cells_that_cannot_be_compared_are_all_shown():
+    values = [None, np.nan, [1, 2]]
+    found = mj.study(lambda a: source(), FORMULA, {"a": iter(values)}, 4, ddf="wald", common=True, progress=False,
+                     truth=lambda a: {"x": float(values.index(a))})  # fmt: skip
+    text = str(found)
+    assert all(f"\n{value} " in text for value in ("None", "nan", "[1, 2]"))
+
+
 def test_errors_say_in_which_cell():
     with pytest.raises(ValueError, match="'z'") as caught:
         mj.study(lambda groups: source(groups=groups), "y ~ z + (1 | g)", {"groups": [12]}, 2, progress=False)
@@ -438,8 +547,11 @@ def test_errors_say_in_which_cell():
 def test_unknown_measures_and_cells(both):
     with pytest.raises(ValueError, match=r"unknown measure 'precision'.*statistic="):
         both.to_frame("precision")
-    with pytest.raises(ValueError, match="cell is a row"):
-        both.raw(2)
+    for cell in (2, -1, 1.0, True):
+        with pytest.raises(ValueError, match="cell is a row"):
+            both.raw(cell)
+    with pytest.raises(ValueError, match="there is no column 'y', 'z'; there are small::result"):
+        both.raw(0, ["y", "large::x", "z"])
     with pytest.raises(ValueError, match="level must be"):
         both.to_frame(level=95)
     with pytest.raises(ValueError, match="alpha"):

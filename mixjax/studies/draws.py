@@ -8,7 +8,7 @@ on how many are drawn.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,10 @@ class Plan:
         own = self.stage("y")
         read = {name for variable in own for name in variable.needs} | {v.unit for v in own if v.unit is not None}
         return [name for name in self.columns("x") if name in read]
+
+    def numbers(self, n: int, columns: Iterable[str]) -> int:
+        """Numbers in these columns of a sample of n rows."""
+        return sum(n if self.units[name] is None else self.levels(str(self.units[name])) for name in columns)
 
     def size(self, n: int) -> int:
         """Samples in a block."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixjax.simulation import check_count, check_list, check_memory
 from mixjax.studies.expressions import Kind, Scope
 from mixjax.studies.noise import log_gamma, standard_uniform
 from mixjax.studies.variables import Spec, Variable, factor_of, shown
@@ -17,6 +18,10 @@ from mixjax.studies.variables import Spec, Variable, factor_of, shown
 Balance = Literal["random", "blocks", "cycle"]
 # Probabilities may miss a sum of 1 by rounding.
 ROUNDING = 1e-8
+# Levels at most, because their codes are int32; and the bytes that the name of one takes, with the references to it.
+MOST, NAME = 2**31 - 1, 128
+# Names of levels that are given one by one, at most.
+NAMES = 10**7
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +67,10 @@ class Factor(Spec):
     def bind(self, name: str, scope: Scope) -> Variable:
         if self.balance not in ("random", "blocks", "cycle"):
             raise ValueError(f"{name}: balance must be 'random', 'blocks' or 'cycle', got {self.balance!r}")
-        if isinstance(self.each, bool) or not isinstance(self.each, int | np.integer) or self.each < 1:
-            raise ValueError(f"{name}: each must be an integer, 1 or more, got {self.each!r}")
+        each = check_count(f"{name}: each", self.each, 1)
         if self.balance == "cycle" and self.probs is not None:
             raise ValueError(f"{name}: balance='cycle' gives every level the same number of rows; leave out probs")
-        if self.balance != "cycle" and self.each != 1:
+        if self.balance != "cycle" and each != 1:
             raise ValueError(f"{name}: each belongs to balance='cycle'")
         parents = None if self.within is None else factor_of(self.within, f"{name}: within", scope)
         own, counts = _levels(self.levels, name, parents)
@@ -80,7 +84,7 @@ class Factor(Spec):
             )
             parent = (self.within, np.repeat(np.arange(len(parents)), counts))
         leaves = {} if self.probs is None else _shares(self.probs, name, counts)
-        static = (tuple(counts), self.balance, int(self.each), self.within, isinstance(self.probs, Dirichlet))
+        static = (tuple(counts), self.balance, each, self.within, isinstance(self.probs, Dirichlet))
         return Variable(name, self.by, {name: Kind(labels=labels)}, _codes, static, leaves, (), self.factors, parent)
 
     def describe(self) -> str:
@@ -202,12 +206,12 @@ def occasion(within: str, times: Sequence[float] | None = None) -> Occasion:
 def _levels(levels: Any, name: str, parents: tuple[str, ...] | None) -> tuple[list[list[str]], list[int]]:
     """Names of the levels, and their number, per parent; without a parent, as if there were one."""
     n_parents = 1 if parents is None else len(parents)
-    if isinstance(levels, bool | str | float) or levels is None:
+    if isinstance(levels, bool | str) or not (isinstance(levels, int | np.integer) or hasattr(levels, "__iter__")):
         raise ValueError(f"{name}: levels must be their number or a list of names, got {levels!r}")
     if isinstance(levels, int | np.integer):
         counts = [int(levels)] * n_parents
     else:
-        given = list(levels)
+        given = check_list(f"{name}: levels", levels, NAMES)
         numbers = [isinstance(level, int | np.integer) and not isinstance(level, bool) for level in given]
         if parents is None or not all(numbers) or not given:
             labels = [str(level) for level in given]
@@ -222,6 +226,8 @@ def _levels(levels: Any, name: str, parents: tuple[str, ...] | None) -> tuple[li
         counts = [int(level) for level in given]
     if min(counts) < 1:
         raise ValueError(f"{name}: a factor needs one level or more, got {min(counts)}")
+    total = check_count(f"{name}: levels", sum(counts), 1, MOST)
+    check_memory(f"{name}: {total} levels", NAME * total, "give the factor fewer")
     return [[str(j + 1) for j in range(count)] for count in counts], counts
 
 

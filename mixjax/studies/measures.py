@@ -16,7 +16,7 @@ from scipy import stats
 MEASURES = ("mean", "bias", "empirical_se", "model_se", "relative_error_se", "rmse", "coverage", "rejection")
 # Columns of the replicates that are no estimates.
 OTHERS = ("result", "singular")
-_OF = re.compile(r"(se|df|p|p_mixture|lrt)\((.*)\)")
+TEST = re.compile(r"(se|df|p|p_mixture|lrt)\((.*)\)")
 
 
 class Value(NamedTuple):
@@ -95,9 +95,10 @@ def summarise(
     level: float,
     alpha: float,
 ) -> pd.DataFrame:
-    """Measures of every quantity of a cell: columns ``model``, ``term``, ``measure``, ``value``, ``mcse``, ``n``.
+    """Measures of every quantity of a cell: columns ``model``, ``term``, ``measure``, ``value``, ``mcse``,
+    ``replicates``.
 
-    ``n`` counts the replicates with a value: those whose fit failed have none, nor have correlations beside a zero
+    ``replicates`` counts those with a value: those whose fit failed have none, nor have correlations beside a zero
     variance. Coverage and rejection are of those with a test.
     """
     rows = []
@@ -109,7 +110,7 @@ def summarise(
             (model, term, measure, *value)
             for term, measure, value in _of(column, columns, truth, measures, level, alpha)
         ]
-    return pd.DataFrame(rows, columns=["model", "term", "measure", "value", "mcse", "n"])
+    return pd.DataFrame(rows, columns=["model", "term", "measure", "value", "mcse", "replicates"])
 
 
 def _of(
@@ -123,7 +124,7 @@ def _of(
     model, name = split(column)
     x = columns[column]
     there = ~np.isnan(x)
-    part = _OF.fullmatch(name)
+    part = TEST.fullmatch(name)
     if part:
         if part[1] not in ("p", "p_mixture") or "rejection" not in measures or not there.any():
             return []

@@ -21,6 +21,7 @@ from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, batch_axes, estimate_many
 from mixjax.fitted import Fitted, term_names
+from mixjax.formula.errors import some_of
 from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.inference.likelihood_ratio import mixture_p
@@ -109,8 +110,11 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     several = len(task.models) > 1
     columns: dict[str, np.ndarray] = {}
     fits = {}
-    for name, formula in task.models.items():
-        model = _model(formula, tables, task.source.options)
+    models = {name: _model(formula, tables, task.source.options) for name, formula in task.models.items()}
+    effects = list(dict.fromkeys(name for model in models.values() for name in model.labels.fixed))
+    if nothing := [name for name in task.null if name not in effects]:
+        raise ValueError(f"null names {some_of(nothing)}, and the fixed effects are {some_of(effects)}")
+    for name, model in models.items():
         prefix = f"{name}::" if several else ""
         own, products, est = _fitted(task, model, Y, mesh)
         fits[name] = (model, products, est)
@@ -166,6 +170,8 @@ def _fitted(
             columns[f"{column}({name})"] = np.where(lost, np.nan, values)
     if task.statistic is not None:
         own = _statistics(task.statistic, est)
+        if twice := [name for name in own if name in columns]:
+            raise ValueError(f"the statistic's {some_of(twice)} is also the name of an estimate: give it another name")
         columns |= {name: np.where(lost, np.nan, values) for name, values in own.items()}
     return columns, products, est
 

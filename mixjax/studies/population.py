@@ -17,7 +17,7 @@ import pandas as pd
 
 from mixjax.formula.errors import DataError
 from mixjax.likelihood.cross_products import n_cores
-from mixjax.simulation import as_key, check_count
+from mixjax.simulation import as_key, check_count, check_memory
 from mixjax.studies.columns import from_series
 from mixjax.studies.draws import Plan, check_order, draw_stage, failures_of, x_block, y_block
 from mixjax.studies.expressions import shortened
@@ -138,7 +138,7 @@ class Population:
         Raises:
             ValueError: a parameter that is an expression takes an impossible value; names it.
         """
-        n, replicate = check_count("n", n, 1), check_numbers(replicate, 1)
+        n, replicate = self._rows(n), check_numbers(replicate, 1)
         with jax.enable_x64(True):
             place = replicate % self._plan.size(n)
             return Sample(self, row_of(self._x(as_key(key), n, replicate), place, self._plan.columns("x")), n)
@@ -223,10 +223,12 @@ class Population:
         else:
             if n is None:
                 raise ValueError("n, the number of rows, is needed")
-            n = check_count("n", n, 1)
+            n = self._rows(n)
             shared = None
         wanted = _wanted(plan, effects, keep)
         new = isinstance(x, str) and x == "new"
+        drawn = plan.numbers(n, [name for name in wanted if new or plan.stages[name] == "y"])
+        check_memory(f"{B} samples of {n} rows", 8 * B * drawn, "draw fewer at a time (first=), or keep= fewer columns")
         size = plan.size(n)
         own_x = [name for name in wanted if plan.stages[name] == "x"]
         own_y = [name for name in wanted if plan.stages[name] == "y"]
@@ -332,7 +334,13 @@ class Population:
             raise ValueError(f"rows takes weights, offset and contrasts for the fits, not {', '.join(sorted(unknown))}")
         options = {"weights": None, "offset": None, "contrasts": None} | options
         x_key = None if x_key is None else _frozen(x_key)
-        return Rows(self, check_count("n", n, 1), x, x_key, response, dict(truth or {}), options)
+        return Rows(self, self._rows(n), x, x_key, response, dict(truth or {}), options)
+
+    def _rows(self, n: Any) -> int:
+        """A number of rows that one sample may have, or ValueError."""
+        n = check_count("n", n, 1)
+        check_memory(f"a sample of {n} rows", 8 * self._plan.numbers(n, self._plan.stages), "ask for fewer rows")
+        return n
 
     # --- blocks, inside the float64 scope ---
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,13 +13,16 @@ import pandas as pd
 from scipy import optimize, stats
 
 from mixjax.fitted import InferenceWarning
-from mixjax.formula.errors import DataError
+from mixjax.formula.errors import DataError, warn
 from mixjax.inference.intervals import check_level
-from mixjax.simulation import check_count
-from mixjax.studies.study import Study, names_of_effects, study
+from mixjax.simulation import check_count, check_list
+from mixjax.studies.describe import describe
+from mixjax.studies.study import MOST_CELLS, Study, combinations, names_of_effects, source_of, study
 
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
+# Columns of the table beside the grid's.
+COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class Power:
 
     Attributes:
         table: the cell's values, ``power``, its Monte Carlo standard error ``mcse``, Wilson's interval ``lower`` and
-            ``upper``, ``n`` replicates with a test, ``singular`` and ``failed`` ones.
+            ``upper``, the ``replicates`` with a test, ``singular`` and ``failed`` ones.
         test: what was tested. alpha: its level. study: everything else that was found.
     """
 
@@ -73,6 +76,7 @@ def power(
 
     Raises:
         DataError: there is no such fixed effect; said before anything is simulated.
+        ValueError: a name of the grid would be read by nothing, or is that of a column of the table.
 
     Example:
         >>> import mixjax as mj
@@ -85,6 +89,9 @@ def power(
     check_level(level)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
+    if twice := [name for name in ("models", "compared") if name in options]:
+        raise ValueError(f"power takes no {', '.join(twice)}: model= and test= say what is fitted and compared")
+    grid = combinations(grid, COLUMNS)
     models = {"": model} if isinstance(model, str) else dict(model)
     if test in ("lrt", "mixture"):
         if len(models) != 2:
@@ -94,14 +101,15 @@ def power(
         _check_effect(test, names_of_effects(source, list(models.values())[-1], grid))
     done = study(source, model, grid, replicates, key, **options)
     column = _column(test, models)
-    counts = done.counts.groupby(list(done.cells.columns) or (lambda _: 0), sort=False)[["singular", "failed"]].max()
+    names = ["singular", "failed"]
+    counts = done.counts[names].to_numpy().reshape(len(done.cells), len(models), 2).max(axis=1)
     rows = []
     for i in range(len(done.cells)):
         p = done.raw(i, [column])[column].to_numpy()
         p = p[~np.isnan(p)]
         hits = int((p < alpha).sum())
         row: dict[Any, Any] = done.cells.iloc[[i]].to_dict("records")[0]
-        rows.append(row | _share(hits, len(p), level) | counts.iloc[i].to_dict())
+        rows.append(row | _share(hits, len(p), level) | dict(zip(names, counts[i].tolist(), strict=True)))
     return Power(pd.DataFrame(rows), test, alpha, done)
 
 
@@ -135,11 +143,11 @@ def _check_effect(test: str, effects: Sequence[str]) -> None:
 def _share(hits: int, n: int, level: float) -> dict[str, Any]:
     """Power with Wilson's score interval (1927, J. Am. Stat. Assoc. 22, 209)."""
     if n == 0:
-        return {"power": np.nan, "mcse": np.nan, "lower": np.nan, "upper": np.nan, "n": 0}
+        return {"power": np.nan, "mcse": np.nan, "lower": np.nan, "upper": np.nan, "replicates": 0}
     share = hits / n
     interval = stats.binomtest(hits, n).proportion_ci(level, method="wilson")
     mcse = float(np.sqrt(share * (1 - share) / n))
-    return {"power": share, "mcse": mcse, "lower": float(interval.low), "upper": float(interval.high), "n": n}
+    return {"power": share, "mcse": mcse, "lower": float(interval.low), "upper": float(interval.high), "replicates": n}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -246,11 +254,22 @@ def power_curve(
     if not isinstance(over, Mapping) or len(over) != 1:
         raise ValueError(f"over must be one name with its sizes, such as {{'groups': range(10, 61, 10)}}, got {over!r}")
     ((name, values),) = over.items()
-    sizes = sorted({check_count(f"over[{name!r}]", value, 1) for value in values})
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise ValueError(f"over[{name!r}] must be a list of sizes, got {values!r}")
+    listed = check_list(f"over[{name!r}]", values, MOST_CELLS)
+    sizes = sorted({check_count(f"over[{name!r}]", value, 1) for value in listed})
     if not sizes:
         raise ValueError(f"over[{name!r}] is empty: name sizes")
     if target is not None and not alpha < target < 1:
         raise ValueError(f"target must lie between alpha = {alpha:g} and 1, got {target!r}")
+    if "grid" in options:
+        raise ValueError("power_curve takes no grid: over= is the one name that varies; give others to the source")
+    combinations({name: sizes[:1]}, COLUMNS)
+    if len(sizes) > 1 and not _depends(source, name, sizes):
+        raise ValueError(
+            f"the data do not depend on {name!r}: the source makes the same of {sizes[0]} and of {sizes[-1]}; pass a "
+            f"function of {name} that uses it"
+        )
 
     def at(chosen: Sequence[int]) -> pd.DataFrame:
         return power(source, model, test, {name: list(chosen)}, replicates, key, alpha, **options).table
@@ -259,6 +278,15 @@ def power_curve(
         table = at(sizes)
         return PowerCurve(table, name, None, test, alpha, _curve(table, name), None, np.nan, (np.nan, np.nan))
     return _search(at, name, sizes, target, test, alpha)
+
+
+def _depends(source: Any, name: str, sizes: Sequence[int]) -> bool:
+    """Whether the smallest and the largest size give other data, as far as can be seen."""
+    unseen: list[str] = []
+    ends = [
+        json.dumps(describe(source_of(source, {name: size}), unseen), sort_keys=True) for size in (sizes[0], sizes[-1])
+    ]
+    return bool(unseen) or ends[0] != ends[1]
 
 
 def _search(
@@ -284,11 +312,11 @@ def _search(
     crossing, interval = np.nan, (np.nan, np.nan)
     if smallest is None:
         message = f"no {name} up to {sizes[-1]} reaches power {target:g} (there it is {table['power'].iloc[-1]:.3g})"
-        warnings.warn(f"{message}; allow larger ones", InferenceWarning, stacklevel=3)
+        warn(f"{message}; allow larger ones", InferenceWarning)
         notes.append(message)
     elif smallest == sizes[0] and table["lower"].iloc[0] > target:
         message = f"the smallest {name} allowed, {sizes[0]}, has more than power {target:g}"
-        warnings.warn(f"{message}; allow smaller ones", InferenceWarning, stacklevel=3)
+        warn(f"{message}; allow smaller ones", InferenceWarning)
         notes.append(message)
     if curve is not None and curve.slope > 0:
         root, error = curve.size(target)
@@ -312,13 +340,13 @@ def _curve(table: pd.DataFrame, name: str, target: float | None = None) -> Curve
     With a target only sizes within one normal quantile of it count, where there are three such: with few groups the
     degrees of freedom bend the curve.
     """
-    rows = table[table["n"] > 0]
+    rows = table[table["replicates"] > 0]
     if target is not None:
         distance = stats.norm.ppf(rows["power"].clip(1e-6, 1 - 1e-6)) - stats.norm.ppf(target)
         near = rows[np.abs(distance) <= 1]
         rows = near if near[name].nunique() >= 3 else rows
-    root, n = np.sqrt(rows[name].to_numpy(float)), rows["n"].to_numpy(float)
-    hits = (rows["power"] * rows["n"]).to_numpy(float)
+    root, n = np.sqrt(rows[name].to_numpy(float)), rows["replicates"].to_numpy(float)
+    hits = (rows["power"] * rows["replicates"]).to_numpy(float)
     if len(rows) < 2 or hits.sum() in (0.0, n.sum()):
         return None
     centre, scale = root.mean(), max(root.std(), 1e-12)

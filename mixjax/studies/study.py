@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import platform
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,14 +19,15 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.design import Labels
 from mixjax.fitted import Fitted
-from mixjax.formula.errors import DataWarning
+from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
 from mixjax.optimise.results import Result
-from mixjax.simulation import as_key, check_count
+from mixjax.simulation import as_key, check_count, check_list, check_memory
 from mixjax.studies.describe import describe
-from mixjax.studies.measures import MEASURES, split, summarise
+from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
 from mixjax.studies.scenario import design_of, scenario_of
 from mixjax.studies.store import Store, missing
@@ -34,6 +36,11 @@ from mixjax.studies.store import Store, missing
 NUMBERS, MOST = 2**22, 2**13
 # Chunks that an executor has at the same time.
 IN_FLIGHT = 64
+# Cells at most, each of which has a design; and the bytes of a replicate's fit at least: codes, and numbers of one
+# fixed effect and of sigma.
+MOST_CELLS, BYTES = 10**5, 42
+# Columns of the tables that a study gives: a name of the grid beside them must be another.
+COLUMNS = ("model", "term", "measure", "value", "mcse", "replicates", "converged", "singular", "failed")
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,10 @@ class Study:
 
         NaN where a fit failed.
         """
-        if not 0 <= cell < len(self.cells):
-            raise ValueError(f"cell is a row of .cells, 0 to {len(self.cells) - 1}, got {cell}")
-        frame = pd.DataFrame(self._read(cell, None if columns is None else list(columns)))
+        if isinstance(cell, bool) or not isinstance(cell, int | np.integer) or not 0 <= cell < len(self.cells):
+            raise ValueError(f"cell is a row of .cells, 0 to {len(self.cells) - 1}, got {cell!r}")
+        names = [columns] if isinstance(columns, str) else columns
+        frame = pd.DataFrame(self._read(int(cell), None if names is None else list(names)))
         return frame.rename_axis("replicate")
 
     @cached_property
@@ -95,7 +103,8 @@ class Study:
         return frame
 
     def to_frame(self, measures: Sequence[str] = MEASURES, level: float = 0.95, alpha: float = 0.05) -> pd.DataFrame:
-        """Measures, one row each: the cell's values, ``model``, ``term``, ``measure``, ``value``, ``mcse``, ``n``.
+        """Measures, one row each: the cell's values, ``model``, ``term``, ``measure``, ``value``, ``mcse``,
+        ``replicates``.
 
         Args:
             measures: of ``"mean"``, ``"bias"``, ``"empirical_se"``, ``"model_se"``, ``"relative_error_se"``,
@@ -103,8 +112,8 @@ class Study:
                 known truth there is no bias.
             level: of the intervals whose coverage is counted. alpha: of the tests whose rejections are counted.
 
-        ``mcse`` is the Monte Carlo standard error (Morris, White & Crowther 2019, Stat. Med. 38, 2074). ``n`` counts
-        the replicates a value rests on: fits that failed are not among them, and ``counts`` says how many.
+        ``mcse`` is the Monte Carlo standard error (Morris, White & Crowther 2019, Stat. Med. 38, 2074). ``replicates``
+        counts those a value rests on: fits that failed are not among them, and ``counts`` says how many.
         """
         measures = [measures] if isinstance(measures, str) else list(measures)
         check_measures(measures)
@@ -121,6 +130,9 @@ class Study:
 
     def __str__(self) -> str:
         frame = self.to_frame(("bias", "empirical_se", "model_se", "coverage", "rejection"))
+        # As text where a value is none, or cannot be compared: a row of the table must not be lost.
+        for name in self.cells.columns:
+            frame[name] = [v if isinstance(v, str | int | float) and v == v else str(v) for v in frame[name]]
         index = [*self.cells.columns, *(["model"] if (frame["model"] != "").any() else []), "term"]
         wide = frame.pivot_table(index=index, columns="measure", values="value", sort=False)
         columns = [m for m in MEASURES if m in wide]
@@ -164,7 +176,8 @@ def study(
             (``population.rows(500)``), a fit, whose estimates are then the truth
             (:func:`mixjax.studies.scenario.scenario_of`), or a function of the grid's names that returns one of these.
         models: formula to fit, or dict name -> formula.
-        grid: name -> values, all combinations of which are cells; or a list of dicts; None for one cell.
+        grid: name -> values, all combinations of which are cells; or a list of dicts; None for one cell. Names are
+            those of the source's arguments, and of no column that the results have.
         replicates: in every cell.
         key: int or JAX key. A replicate depends on the key, the values of its cell and its number, and on nothing else.
         truth: parameter -> value, for bias and coverage; or a function of the cell's values. None: what the source
@@ -189,7 +202,12 @@ def study(
         :class:`Study`.
 
     Raises:
-        ValueError: an argument makes no sense. mixjax.studies.store.StoreError: the directory cannot be used.
+        ValueError: an argument makes no sense, or a name of the grid would be read by nothing, or twice.
+        mixjax.studies.store.StoreError: the directory cannot be used.
+
+    Warns:
+        DataWarning: the data do not depend on a name of the grid; a chunk of the store is damaged, and computed again;
+            a name in ``truth`` is that of no estimate.
 
     Example:
         >>> import mixjax as mj
@@ -206,9 +224,24 @@ def study(
     cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common)
     if mesh is not None and executor is not None:
         raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")
+    if store is None:
+        number = len(cells) * len(cells[0][0].task.models) * replicates
+        advice = "keep them on disk by store=, or ask for fewer"
+        check_memory(f"results of {number} fits", BYTES * number, advice)
     work_size = _chunk(chunk, cells)
+    unseen: list[str] = []
+    tasks = [describe(cell.task, unseen) for cell, _ in cells]
+    values_of = [dict(cell.values) for cell, _ in cells]
+    _warn_of_ignored(
+        values_of, [(task["source"], known) for task, (_, known) in zip(tasks, cells, strict=True)], unseen
+    )
+    if store is not None and unseen:
+        warn(
+            f"{store} cannot tell in full whether it holds this study, because "
+            f"{some_of(list(dict.fromkeys(unseen)), '; ')}: when that changes, use another directory"
+        )
     manifest = {
-        "cells": [{"values": describe(dict(cell.values)), "task": describe(cell.task)} for cell, _ in cells],
+        "cells": [{"values": describe(own), "task": task} for own, task in zip(values_of, tasks, strict=True)],
         "block": BLOCK,
         "versions": {"jax": jax.__version__, "numpy": np.__version__, "machine": platform.machine()},
     }
@@ -220,6 +253,9 @@ def study(
         for i in range(len(cells))
         for first, count in missing(done.get(i, []), replicates, work_size, BLOCK)
     ]
+
+    if kept is not None and work:
+        kept.prepare()
 
     def keep(i: int, first: int, columns: dict[str, np.ndarray]) -> None:
         if kept is not None:
@@ -236,9 +272,17 @@ def study(
         if kept is not None:
             return kept.read(i, replicates, names)
         parts = [memory[i][first] for first in sorted(memory[i])]
+        if lacking := [name for name in names or [] if name not in parts[0]]:
+            raise ValueError(f"there is no column {', '.join(map(repr, lacking))}; there are {', '.join(parts[0])}")
         return {name: np.concatenate([p[name] for p in parts]) for name in (parts[0] if names is None else names)}
 
-    frame = pd.DataFrame([dict(cell.values) for cell, _ in cells], index=pd.RangeIndex(len(cells)))
+    if truth is not None:
+        there = {split(column)[1] for column in read(0, None)}
+        if nothing := sorted({name for _, known in cells for name in known} - there):
+            warn(
+                f"truth names {some_of(nothing)}, which no model estimates; estimates are {some_of(_estimates(there))}"
+            )
+    frame = pd.DataFrame(values_of, index=pd.RangeIndex(len(cells)))
     return Study(frame, replicates, [known for _, known in cells], tuple(kept.notes) if kept else (), read)
 
 
@@ -278,9 +322,11 @@ def _cells(
             raise ValueError(f"compared= takes pairs of the models {', '.join(models)}, got {pair!r}")
     with jax.enable_x64(True):
         root = as_key(key)
-        cells = []
-        for values in _combinations(grid):
-            own = _source(source, values)
+        cells: list[tuple[Cell, dict[str, float]]] = []
+        for values in combinations(grid, COLUMNS):
+            own = source_of(source, values)
+            if not cells:
+                _refuse_names_of_formulas(models, own, values)
             code = np.uint32(zlib.crc32(json.dumps(describe(values), sort_keys=True).encode()))
             cell_key = np.asarray(jax.random.key_data(root if common else jax.random.fold_in(root, code)))
             pairs = tuple((smaller, larger) for smaller, larger in compared)
@@ -290,36 +336,65 @@ def _cells(
     return cells
 
 
-def _combinations(grid: Any) -> list[dict[str, Any]]:
+def combinations(grid: Any, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Values of every cell; ``columns`` are names that a grid may not have."""
     if grid is None:
         return [{}]
     if isinstance(grid, Mapping):
-        for name, values in grid.items():
-            if isinstance(values, str) or not hasattr(values, "__iter__") or not len(list(values)):
-                raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}")
-        return [
-            dict(zip(grid, combination, strict=True))
-            for combination in itertools.product(*(_plain_values(values) for values in grid.values()))
-        ]
-    cells = [dict(cell) for cell in grid]
-    if not cells or any(set(cell) != set(cells[0]) for cell in cells):
-        raise ValueError("a grid as a list needs dicts of the same names, one per cell")
+        lists = {name: _plain_values(name, values) for name, values in grid.items()}
+        if (number := math.prod(map(len, lists.values()))) > MOST_CELLS:
+            raise ValueError(f"the grid has {number} cells, and may have {MOST_CELLS}: name fewer values")
+        cells = [dict(zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values())]
+    else:
+        cells = [dict(cell) for cell in check_list("grid", grid, MOST_CELLS)]
+        if not cells or any(set(cell) != set(cells[0]) for cell in cells):
+            raise ValueError("a grid as a list needs dicts of the same names, one per cell")
+    for name in cells[0]:
+        if not isinstance(name, str):
+            raise ValueError(f"names of the grid are text, those of the source's arguments; got {name!r}")
+        if name in columns or name.startswith("failed: "):
+            raise ValueError(
+                f"the grid's name {name!r} is that of a column of the results; call it something else, such as "
+                f"grid={{'{name}_': ...}} with the source lambda {name}_: source({name}={name}_)"
+            )
+    found: set[str] = set()
+    for cell in cells:
+        unseen: list[str] = []
+        text = json.dumps(describe(cell, unseen), sort_keys=True)
+        if text in found and not unseen:
+            raise ValueError(f"the grid has the cell {_named(cell)} twice, and it would have the same replicates twice")
+        found.add(text)
     return cells
 
 
-def _plain_values(values: Any) -> list[Any]:
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+def _plain_values(name: str, values: Any) -> list[Any]:
+    # A set has no order that another process would have, too.
+    if isinstance(values, str | Set) or not hasattr(values, "__iter__"):
+        raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}")
+    found = check_list(f"grid[{name!r}]", values, MOST_CELLS)
+    if not found:
+        raise ValueError(f"grid[{name!r}] must be a list of values, and is empty")
+    return [value.item() if isinstance(value, np.generic) else value for value in found]
 
 
-def _source(source: Any, values: Mapping[str, Any]) -> Any:
+def _named(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def source_of(source: Any, values: Mapping[str, Any]) -> Any:
     if callable(source) and not hasattr(source, "tables"):
-        try:
-            inspect.signature(source).bind(**values)
-        except TypeError as error:
-            name = getattr(source, "__name__", "source")
+        signature = inspect.signature(source)
+        shown = f"{getattr(source, '__name__', 'source')}{signature}"
+        own = set(signature.parameters) - {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+        if options := [name for name in values if name not in own and name in inspect.signature(study).parameters]:
             raise ValueError(
-                f"{name}{inspect.signature(source)} does not take the grid's {list(values)}: {error}"
-            ) from error
+                f"the grid's {', '.join(options)} is an option of mixjax.study and no argument of {shown}: make one "
+                "study for each of its values"
+            )
+        try:
+            signature.bind(**values)
+        except TypeError as error:
+            raise ValueError(f"{shown} does not take the grid's {list(values)}: {error}") from error
         source = source(**values)
     elif values:
         names = ", ".join(values)
@@ -340,18 +415,60 @@ def _source(source: Any, values: Mapping[str, Any]) -> Any:
     return source
 
 
+def _warn_of_ignored(cells: list[dict[str, Any]], data: list[Any], unseen: list[str]) -> None:
+    """Warn of names of the grid whose values change neither data nor truth, whatever the others are."""
+    if unseen:  # what cannot be seen may be what changes
+        return
+    texts = [json.dumps(own, sort_keys=True, default=str) for own in data]
+    for name in cells[0]:
+        by_others: dict[str, list[int]] = {}
+        for i, cell in enumerate(cells):
+            rest = json.dumps(
+                describe({other: value for other, value in cell.items() if other != name}), sort_keys=True
+            )
+            by_others.setdefault(rest, []).append(i)
+        several = [group for group in by_others.values() if len(group) > 1]
+        if several and all(len({texts[i] for i in group}) == 1 for group in several):
+            warn(
+                f"the data do not depend on the grid's {name!r}: the source takes it and makes the same of each of its "
+                "values, so that cells differ by their random numbers alone"
+            )
+
+
+def _refuse_names_of_formulas(models: Mapping[str, str], own: Any, values: Mapping[str, Any]) -> None:
+    """A formula that is fitted reads columns and the caller's variables; a grid's value does not get there."""
+    for formula in models.values():
+        if not any(name in formula for name in values):
+            continue
+        read = [name for name in values if name in _labels_of(formula, own).specs.get("context", {})]
+        if read:
+            raise ValueError(
+                f"the formula {formula!r} reads {', '.join(read)}, which is a name of the grid and no column: it would "
+                "have the value of your own variable in every cell. Make a column of it in the source's table"
+            )
+
+
+def _estimates(names: set[str]) -> list[str]:
+    return sorted(name for name in names if name not in OTHERS and not TEST.fullmatch(name))
+
+
 def _is_fit(source: Any) -> bool:
     return isinstance(getattr(source, "record", source), Fitted)
 
 
 def names_of_effects(source: Any, formula: str, grid: Any) -> tuple[str, ...]:
     """Fixed effects of a model in the first cell of a grid, from its predictors alone: nothing is fitted."""
-    values = _combinations(grid)[0]
-    own = _source(source, values)
-    with _Named(values), warnings.catch_warnings():
+    values = combinations(grid)[0]
+    own = source_of(source, values)
+    with _Named(values):
+        return _labels_of(formula, own).fixed
+
+
+def _labels_of(formula: str, own: Any) -> Labels:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the study itself tells of columns left out
         table = own.table if hasattr(own, "table") else own.tables(0, 0, 1)[0][0]
-        return design_of(formula, table, **own.options)[1].fixed
+        return design_of(formula, table, **own.options)[1]
 
 
 def _chunk(chunk: int | None, cells: list[tuple[Cell, dict[str, float]]]) -> int:
@@ -407,7 +524,7 @@ class _Named:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self.values:
-            error.add_note("in cell " + ", ".join(f"{name}={value}" for name, value in self.values.items()))
+            error.add_note(f"in cell {_named(self.values)}")
 
 
 class _Bar:
