@@ -440,7 +440,7 @@ def _refuse_names_of_formulas(models: Mapping[str, str], own: Any, values: Mappi
     for formula in models.values():
         if not any(name in formula for name in values):
             continue
-        read = [name for name in values if name in _labels_of(formula, own).specs.get("context", {})]
+        read = [name for name in values if name in _labels_of(formula, own).state.context.own]
         if read:
             raise ValueError(
                 f"the formula {formula!r} reads {', '.join(read)}, which is a name of the grid and no column: it would "
