@@ -291,7 +291,7 @@ def _as_column(text: str, columns: Collection[str], called: bool) -> str | None:
     parts = text.split(".")
     for k in range(len(parts) - called, 0, -1):
         name = ".".join(parts[:k])
-        if name in columns:
+        if name in columns and all(part.isidentifier() for part in parts[k:]):
             return name
     return None
 
