@@ -117,7 +117,8 @@ class NewTable:
         table, read = self._table(newdata, specs, groups, weights)
         missing = table.isna()
         if allow_new_levels:
-            levels_only = [name for group in groups.values() for name in group.columns if name not in read]
+            columns = dict.fromkeys(name for group in groups.values() for name in group.columns)
+            levels_only = [name for name in columns if name not in read]
             without = missing[levels_only].any(axis=1)
             if without.any():
                 counts = ", ".join(f"{name} {int(k)}" for name, k in missing[levels_only].sum().items() if k)
