@@ -12,7 +12,7 @@ class NotedTable(pd.DataFrame):
     """A data frame whose ``attrs["notes"]`` are shown below it; what pandas makes of it are plain data frames."""
 
     def __init__(self, frame: pd.DataFrame, notes: Sequence[str]):
-        pd.DataFrame.__init__(self, frame)
+        super().__init__(frame)  # type: ignore[call-arg]
         self.attrs["notes"] = tuple(notes)
 
     def __reduce__(self) -> tuple:
