@@ -161,7 +161,7 @@ def with_fixed(ranef: pd.DataFrame, fixef: Mapping[Any, Any]) -> pd.DataFrame:
     """Coefficients per level: name -> fixed effect (one, or one for every row) plus the random effects of that name,
     in which factors of an interaction may stand in another order."""
     name_of = by_effect({name: name for name in fixef})
-    random = {name_of(effect, effect): ranef[effect].to_numpy() for effect in ranef}
+    random = {name_of(str(effect), effect): ranef[effect].to_numpy() for effect in ranef}
     zeros = np.zeros(len(ranef))
     return pd.DataFrame(
         {name: random.get(name, zeros) + fixef.get(name, 0.0) for name in dict.fromkeys([*fixef, *random])},

@@ -368,7 +368,7 @@ class LMMFit(Inferring, Diagnosing):
             >>> import mixjax as mj
             >>> data = mj.datasets.load("sleepstudy")
             >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", data, subset="Days > 1")
-            >>> round(fit.refit(data["Reaction"] / 1000).fixef["Days"], 4)
+            >>> round(float(fit.refit(data["Reaction"] / 1000).fixef["Days"]), 4)
             0.0114
         """
         reml = self.reml if reml is None else reml
@@ -402,7 +402,7 @@ class LMMFit(Inferring, Diagnosing):
             Y = [values_of_rows(self.labels, "a response", y) for y in Y]
         Y, used = np.asarray(Y, dtype=np.float64), self.labels.used
         if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
-            Y = Y[:, used]
+            Y = np.ascontiguousarray(Y[:, used])
         if Y.ndim != 2 or Y.shape[1] != self.nobs:
             or_all = "" if used is None else f" or (B, {len(used)})"
             raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")

@@ -25,8 +25,8 @@ FUNCTIONS = {
     "criterion": "theta, stats, reml=True",
     "MarginalParams": "beta, log_sigma, chol",
     "marginal_loglik": "params, design",
-    "to_params": "est",
-    "from_params": "p",
+    "to_params": "est, design=None",
+    "from_params": "p, design=None",
     "estimate": "stats, reml=True, start=None",
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result')",
@@ -149,7 +149,7 @@ def test_what_methods_of_a_fit_give():
     frames += [fit.predict(interval="confidence"), fit.variance_shares(), fit.variance_parameters()]
     frames += [fit.influence(method="fixed-theta").to_frame(), fit.profile("sigma").confint()]
     for frame in frames:
-        assert type(frame) is pd.DataFrame
+        assert isinstance(frame, pd.DataFrame)
     for series in (fit.icc(), fit.icc(by_group=True), fit.r2(), fit.predict(), fit.residuals()):
         assert type(series) is pd.Series
     frames, covariances = fit.ranef(condvar=True)

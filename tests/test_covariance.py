@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 from conftest import fit_of, table
 from dense import criterion as dense_criterion
+from dense import loglik as dense_loglik
 
 import mixjax as mj
 from mixjax import covariance as cov
@@ -116,6 +117,53 @@ def test_the_fit_against_the_dense_likelihood(name, case):
     own = dense_criterion(design, [np.linalg.cholesky(est.Sigma[0] / est.sigma**2 + 1e-14 * np.eye(Q))], True)
     np.testing.assert_allclose(est.criterion, own, rtol=1e-10)
     np.testing.assert_allclose(mj.criterion(est.theta, mj.cross_products(design)), est.criterion, rtol=1e-12)
+
+
+@ALL
+def test_unconstrained_parameters_know_the_structure(name):
+    design = design_of(name, 2)
+    s, stats = cov.structure_of(name, Q), mj.cross_products(design)
+    est = mj.estimate(stats, reml=False)
+    p = mj.to_params(est, design)
+    assert p.chol[0].shape == (s.k,)
+    np.testing.assert_allclose(-2 * mj.marginal_loglik(p, design), est.criterion, rtol=1e-12)
+    for leaf in jax.tree.leaves(jax.grad(mj.marginal_loglik)(p, stats)):
+        np.testing.assert_allclose(leaf, 0.0, atol=1e-5)
+    back = jax.jit(mj.from_params)(p, stats)
+    np.testing.assert_allclose(back.theta, est.theta, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(back.Sigma[0], est.Sigma[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(mj.to_params(est._replace(theta=back.theta), stats).chol[0], p.chol[0], rtol=1e-9)
+    # Any real vector is a covariance of the structure, differentiable there, many at a time.
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(2, s.k)))
+    many = jax.vmap(lambda u: mj.marginal_loglik(p._replace(chol=(u,)), stats))(u)
+    slopes = jax.vmap(jax.grad(lambda u: mj.marginal_loglik(p._replace(chol=(u,)), stats)))(u)
+    for i in range(2):
+        own = mj.from_params(p._replace(chol=(u[i],)), stats)
+        expected = dense_loglik(design, p.beta, [np.asarray(own.Sigma[0])], float(own.sigma))
+        np.testing.assert_allclose(many[i], expected, rtol=1e-10)
+        step = 1e-5 * jnp.eye(s.k)[0]
+        ends = [mj.marginal_loglik(p._replace(chol=(u[i] + h * step,)), stats) for h in (1, -1)]
+        np.testing.assert_allclose(slopes[i][0], (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+    if name != "us":
+        with pytest.raises(ValueError, match=r"mixjax.to_params\(est, design\)"):
+            mj.marginal_loglik(mj.to_params(est), design)
+
+
+@OTHERS
+@pytest.mark.parametrize("zero", [0, 1])
+def test_unconstrained_parameters_of_a_singular_fit(name, zero):
+    """A standard deviation that is zero, or an eigenvalue, is minus infinity, whatever rounding left of it."""
+    s, design = cov.structure_of(name, Q), design_of(name)
+    F = s.factor(jnp.asarray([0.7, 1.3, 0.9])[: s.k].at[zero].set(0.0))
+    theta = cov.theta_of_lambdas([lower_factor(F, 1e-8)])
+    est = mj.Estimates(**(dict.fromkeys(mj.Estimates._fields) | {"theta": theta, "beta": jnp.ones(2),
+                          "sigma": jnp.asarray(2.0), "Sigma": (4.0 * F @ F.T,)}))  # fmt: skip
+    p = mj.to_params(est, design)
+    assert np.isneginf(p.chol[0]).tolist() == [i == zero for i in range(s.k)]
+    np.testing.assert_allclose(mj.from_params(p, design).Sigma[0], est.Sigma[0], atol=1e-12)
+    gradient = jax.grad(mj.marginal_loglik)(p, design)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert gradient.chol[0][zero] == 0
 
 
 @OTHERS

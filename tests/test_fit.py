@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from dataclasses import replace
 
 import dense
 import numpy as np
@@ -11,6 +12,8 @@ from conftest import HERE, fit_of, table
 from scipy import sparse
 
 import mixjax as mj
+from mixjax.diagnostics.least_squares import level2
+from mixjax.fitted import interaction_key, names_apart
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +250,127 @@ def test_refit_lines_a_series_up(sleep):
     np.testing.assert_allclose(sleep.refit(y).criterion, sleep.criterion, atol=1e-9)
     with pytest.raises(ValueError, match="y must be numbers"):
         sleep.refit("Days")
+
+
+def test_responses_as_long_as_the_table():
+    data = table("sleepstudy")
+    holed = data.assign(Days=data["Days"].where(data.index % 50 != 7), label=[f"r{i}" for i in data.index])
+    some = [subject for subject in data["Subject"].unique() if subject not in ("308", "309")]
+    with pytest.warns(mj.DataWarning, match="3 of 160 rows"):
+        fit = mj.lmm(
+            "Reaction ~ Days + (Days | Subject)",
+            holed.set_index("label"),
+            subset=holed["Subject"].isin(some).to_numpy(),
+        )
+    assert fit.labels.used.shape == (180,)
+    assert fit.labels.used.sum() == fit.nobs
+    whole = 2 * holed.set_index("label")["Reaction"]
+    used = whole[fit.labels.frame.index]
+    expected = fit.refit(used.to_numpy())
+    np.testing.assert_allclose(expected.fixef, 2 * fit.fixef, rtol=1e-6)
+    twice = whole.set_axis(["r0"] * 20 + list(whole.index[20:]))  # labels twice, but not among the used rows
+    for y in (whole, whole.to_numpy(), list(whole), whole.iloc[::-1], used.iloc[::-1], twice):
+        assert fit.refit(y).criterion == expected.criterion
+    Y = fit.simulate(1, 3)
+    full = np.full((3, 180), np.nan)
+    full[:, fit.labels.used] = Y
+    wanted = fit.refit_many(Y).estimates.theta
+    np.testing.assert_array_equal(fit.refit_many(full).estimates.theta, wanted)
+    rows = [pd.Series(y, index=whole.index).iloc[::-1] for y in full]
+    np.testing.assert_array_equal(fit.refit_many(rows).estimates.theta, wanted)
+    by_name, by_array = (fit.influence(by).to_frame() for by in ("Subject", holed["Subject"].to_numpy()))
+    np.testing.assert_array_equal(by_array["cooks"], by_name["cooks"])
+    with pytest.raises(mj.DataError, match=r"y has shape \(9,\), but the fit has 157 rows, of 180 of the table"):
+        fit.refit(whole.iloc[:9])
+    with pytest.raises(mj.DataError, match=r"\(B, 157\) or \(B, 180\)"):
+        fit.refit_many(full[:, :9])
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few():
+    rng = np.random.default_rng(19)
+    data = pd.DataFrame({"g": np.repeat(np.arange(15), 10), "a": rng.normal(size=150), "b": rng.normal(size=150)})
+    return data.assign(y=data.a * data.b * (1 + rng.normal(size=15)[data.g]) + rng.normal(size=150))
+
+
+def test_an_interaction_is_its_factors_in_any_order(few):
+    one, other = (mj.lmm(f"y ~ a * b + (0 + {slope} | g)", few) for slope in ("a:b", "b:a"))
+    assert list(other.coef()["g"]) == ["Intercept", "a", "b", "a:b"]
+    pd.testing.assert_frame_equal(other.coef()["g"], one.coef()["g"], rtol=1e-6)
+    assert other.shrinkage()["population"].iloc[0] == one.fixef["a:b"]
+    np.testing.assert_allclose(other.shrinkage()["mixed"], one.coef()["g"]["a:b"], rtol=1e-6)
+    Y = one.simulate(1, 2)
+    batches = [fit.refit_many(Y, ranef=True).coef()["g"] for fit in (one, other)]
+    pd.testing.assert_frame_equal(*batches, rtol=1e-6)
+    levels = [level2(fit) for fit in (one, other)]
+    np.testing.assert_allclose(levels[1]["ls_b:a"], levels[0]["ls_a:b"], rtol=1e-6)
+
+
+def test_parts_of_a_name():
+    assert interaction_key("b:a") == interaction_key("a:b") == ("a", "b")
+    assert interaction_key("x:f[T.p:q]") == ("f[T.p:q]", "x")
+    assert interaction_key("C(f, levels=['p:q']):`odd:name`") == ("C(f, levels=['p:q'])", "`odd:name`")
+
+
+def test_a_predictor_with_the_name_of_a_variance_parameter(few):
+    right = mj.lmm("y ~ a + (1 | g)", few, reml=False)
+    fit = mj.lmm("y ~ sigma + (1 | g)", few.rename(columns={"a": "sigma"}), reml=False)
+    assert list(fit.fixef.index) == ["Intercept", "sigma"]
+    for call in (
+        lambda fit: fit.confint(method="wald"),
+        lambda fit: fit.confint("theta_", method="wald"),
+        lambda fit: fit.confint("beta_", method="wald"),
+        lambda fit: fit.profile(["theta_", "beta_"]).confint(),
+        lambda fit: fit.bootstrap(key=1, n=20).confint(),
+        lambda fit: fit.bootstrap(key=1, n=20).replicates.T,
+        lambda fit: fit.sensitivity().T,
+    ):
+        pd.testing.assert_frame_equal(call(fit), call(right).rename(index={"a": "beta_sigma"}), rtol=1e-5, atol=1e-9)
+    pd.testing.assert_frame_equal(fit.confint("sigma", method="wald"), right.confint("sigma", method="wald"), rtol=1e-5)
+    batch = fit.refit_many(right.simulate(1, 2))
+    shared = ["sd_Intercept|g", "sigma", "criterion", "converged", "singular", "result"]
+    for name in ("sigma", "sd_Intercept|g", "criterion"):
+        found = replace(batch, fixed=("Intercept", name)).to_frame()
+        assert list(found) == ["Intercept", f"beta_{name}", "se_Intercept", f"se_beta_{name}", *shared]
+    assert names_apart(["x", "beta_x"], ["x"]) == ["beta_x", "beta_beta_x"]
+    assert len(fit.tidy()) == len(right.tidy()) == 4
+
+
+def test_a_model_without_fixed_effects(few):
+    fit = mj.lmm("y ~ 0 + (1 | g)", few)
+    for ddf in ("kenward-roger", "satterthwaite", "wald"):
+        assert "Fixed effects:\nnone" in str(fit.summary(ddf))
+        assert list(fit.tidy(ddf)["effect"]) == ["ran_pars", "ran_pars"]
+        assert fit.anova("II", ddf).shape == (0, 6)
+        assert list(fit.confint(method="wald", ddf=ddf).index) == ["sd_Intercept|g", "sigma"]
+    none = np.zeros((1, 0))
+    for tests in (mj.wald, mj.satterthwaite, mj.kenward_roger):
+        assert tests(fit.estimates, fit.stats, none).estimate.tolist() == [0.0]
+    for call in (lambda: fit.test("a"), lambda: fit.test([]), lambda: fit.test(np.zeros((0, 0))), fit.robust):
+        with pytest.raises(ValueError, match="no fixed effects"):
+            call()
+    assert fit.r2()["marginal"] == 0
+    assert fit.icc()["adjusted"] == fit.icc()["unadjusted"]
+    means = fit.predict({"g": [0, 99]}, allow_new_levels=True, interval="confidence")
+    assert means["estimate"].tolist() == [fit.ranef()["g"].iloc[0, 0], 0.0]
+    assert fit.influence("g").dfbetas.shape == (15, 0)
+
+
+def test_a_fit_that_does_not_converge_is_warned_of_where_it_was_asked_for(few):
+    optax = pytest.importorskip("optax")
+
+    def still():
+        """An optimiser that stays where it is."""
+        return optax.sgd(0.0)
+
+    with pytest.warns(mj.ConvergenceWarning) as caught:
+        fit = mj.lmm("y ~ a + (1 | g)", few, optimizer=still())
+    with pytest.warns(mj.ConvergenceWarning) as again:
+        fit.refit(reml=False)
+    assert caught[0].filename == again[0].filename == __file__
 
 
 def test_one_grouping_factor_under_two_names():

@@ -308,6 +308,24 @@ def test_refit_many_names_and_counts():
         fit.refit_many(Y[0])
 
 
+def test_a_response_without_noise_fails_alone():
+    fit = fit_of("sleepstudy_slopes", "REML")
+    _, Y = sleepstudy_replicates(40, True)
+    expected = fit.refit_many(Y)
+    Y = Y.copy()
+    Y[3], Y[7] = 2 + 3 * table("sleepstudy")["Days"], 5.0
+    batch = fit.refit_many(Y)
+    assert np.flatnonzero(batch.estimates.result == Result.NO_NOISE).tolist() == [3, 7]
+    assert batch.counts["failed: NO_NOISE"] == batch.counts["failed"] == 2
+    assert batch.to_frame()["result"].iloc[3] == "NO_NOISE"
+    assert not batch.converged[[3, 7]].any()
+    others = np.delete(np.arange(40), [3, 7])
+    np.testing.assert_array_equal(batch.estimates.theta[others], expected.estimates.theta[others])
+    for y in (Y[3], Y[7]):
+        with pytest.raises(mj.DataError, match="fixed effects reproduce the response 'Reaction' exactly"):
+            fit.refit(y)
+
+
 def test_many_fixed_effects_are_fitted_one_by_one(monkeypatch):
     fit = fit_of("sleepstudy_slopes", "REML")
     stats = mj.cross_products(fit.design, fit.simulate(7, 3))

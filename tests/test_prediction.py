@@ -331,6 +331,49 @@ def test_bad_arguments(fit_f, options, message):
         predict(fit_f, **options)
 
 
+def test_missing_levels_are_new_levels_where_these_are_allowed(fit_f):
+    new = TABLE.iloc[:6].copy()
+    new["g"] = new["g"].astype(object)
+    new.loc[new.index[4], "g"] = None
+    unknown = new.assign(g=new["g"].where(new["g"].notna(), "nobody"))
+    with pytest.warns(DataWarning, match=r"1 of 6 rows of newdata have missing levels .*\(g 1\): taken as new levels"):
+        found = predict(fit_f, new, allow_new_levels=True, interval="prediction")
+    close(found, predict(fit_f, unknown, allow_new_levels=True, interval="prediction"))
+    assert found.notna().all(axis=None)
+    with pytest.warns(DataWarning, match="1 of 1 rows"):
+        alone = predict(fit_f, new.iloc[[4]], allow_new_levels=True)
+    close(alone, found["estimate"].iloc[[4]])
+
+
+def test_part_of_a_correlated_term():
+    """lme4's re.form = ~(0 + Days | Subject) and ~(1 | Subject) of a (Days | Subject) fit, its test-predict.R."""
+    fit = fit_of("sleepstudy_slopes", "REML").record
+    new = {"Days": [0, 9], "Subject": ["308", "308"]}
+    slopes, intercepts = (predict(fit, new, random=name) for name in ("0 + Days | Subject", "(1 | Subject)"))
+    np.testing.assert_allclose(slopes, [251.405104848485, 428.401471760037], rtol=1e-6)
+    np.testing.assert_allclose(intercepts, [253.663652396798, 347.869226033161], rtol=1e-6)
+    both = predict(fit, new, random=["1 | Subject", "0 + Days | Subject"])
+    close(both, predict(fit, new))
+    close(predict(fit, random="0 + Days|Subject").iloc[:10] - predict(fit, random=False).iloc[:10],
+          pd.Series(np.arange(10) * fit.estimates.b[0][0, 1]), 1e-9)  # fmt: skip
+    # The error of the mean, by hand: at day 0 the slope does not count, so it is that of the population.
+    close(predict(fit, new, random="0 + Days | Subject", interval="confidence")["se"].iloc[[0]],
+          predict(fit, new, random=False, interval="confidence")["se"].iloc[[0]])  # fmt: skip
+    with pytest.raises(ValueError, match="some effects of a term"):
+        predict(fit, new, random="1 | Subject", interval="prediction")
+    with pytest.raises(ValueError, match=r"no random term 'age \| Subject'"):
+        predict(fit, new, random="age | Subject")
+
+
+def test_terms_of_factors_and_interactions_by_their_formula():
+    data = TABLE.assign(f=np.resize(["p", "q"], len(TABLE)), z=np.resize([0.5, -1.0, 2.0], len(TABLE)))
+    fit = fit_formula("y ~ x + (0 + f | g) + (0 + x:z | h)", data)
+    close(predict(fit, random="0 + f | g"), predict(fit, random="g"))
+    close(predict(fit, random="0 + z:x | h"), predict(fit, random="h"))
+    one = predict(fit, random="0 + f[q] | g") - predict(fit, random=False)
+    assert ((one == 0) == (data["f"] == "p").to_numpy()).all()
+
+
 def test_some_of_the_terms():
     fit = fit_formula("y ~ x + (x || g) + (1 | h)")
     names = ["1 | g", "0 + x | g", "h"]

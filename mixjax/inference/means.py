@@ -79,9 +79,9 @@ class MarginalMeans:
             >>> fit = mj.lmm("angle ~ recipe + (1 | recipe:replicate)", mj.datasets.load("cake"))
             >>> print(fit.emmeans("recipe").contrasts()[["contrast", "p_value"]].round(3))
               contrast  p_value
-            0    A - B    0.820
-            1    A - C    0.811
-            2    B - C    1.000
+            0    A - B     0.82
+            1    A - C     0.81
+            2    B - C     1.00
         """
         if adjust is None:
             adjust = "none" if isinstance(method, Mapping) else "tukey" if method == "pairwise" else "holm"

@@ -269,7 +269,7 @@ class Profile:
 
     def zeta(self, name: str, values: Any) -> np.ndarray:
         """Signed root deviances of one parameter at given values, each minimised anew."""
-        (name,) = select(name, self._chosen, [])
+        (name,) = select(name, self._chosen, 0)
         if name not in self._curves:
             raise ValueError(f"there is no profile of {name}: an effect has no variance")
         curve = self._curves[name]

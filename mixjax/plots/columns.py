@@ -51,7 +51,7 @@ def column(record: Fitted, x: Any, where: str) -> Column:
     frame = record.labels.frame
     if not isinstance(x, str):
         name = str(getattr(x, "name", None) or "x")
-        values = values_of_rows(record.labels, "x", x, numbers=False)
+        values: Any = values_of_rows(record.labels, "x", x, numbers=False)
         if isinstance(x, pd.Series) and isinstance(x.dtype, pd.CategoricalDtype):
             values = pd.Categorical(values, categories=x.cat.categories)
         return _as_column(name, pd.Series(values, index=frame.index), where)
