@@ -281,7 +281,7 @@ def study(
     # A scenario knows more than a smaller model estimates; what the user says is meant to be read.
     said = {name for cell, known in cells if truth is not None or isinstance(cell.task.source, Rows) for name in known}
     if said:
-        columns = kept.columns(0) if kept is not None else next(iter(memory[0].values()))
+        columns = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))
         there = {split(column)[1] for column in columns}
         if nothing := sorted(said - there):
             warn(
