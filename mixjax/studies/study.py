@@ -281,8 +281,8 @@ def study(
     # A scenario knows more than a smaller model estimates; what the user says is meant to be read.
     said = {name for cell, known in cells if truth is not None or isinstance(cell.task.source, Rows) for name in known}
     if said:
-        columns = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))
-        there = {split(column)[1] for column in columns}
+        names = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))
+        there = {split(column)[1] for column in names}
         if nothing := sorted(said - there):
             warn(
                 f"truth names {some_of(nothing)}, which no model estimates; estimates are {some_of(_estimates(there))}"
