@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,12 +240,12 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _sizes(text: str) -> list[int]:
+def _sizes(text: str) -> Sequence[int]:
     """``10:60:10``, both ends, or ``10,20,40``."""
     if ":" not in text:
         return [int(part) for part in text.split(",")]
     first, last, *step = (int(part) for part in text.split(":"))
-    return list(range(first, last + 1, step[0] if step else 1))
+    return range(first, last + 1, step[0] if step else 1)
 
 
 def _power(arguments: argparse.Namespace) -> int:

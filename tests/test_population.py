@@ -848,6 +848,7 @@ def test_exercise_of_a_misspecified_model():
         (lambda pop: pop.sample_x(10**5000, key=1), r"n must be .* got 10\^5000 or more"),
         (lambda pop: pop.sample_x(-(10**400), key=1), r"1 or more, got -10\^400 or more"),
         (lambda pop: pop.sample_x(np.inf, key=1), "n must be an integer, 1 or more, got inf"),
+        (lambda pop: pop.draw(jax.random.key(1), 10**9), "would take 44 GiB"),
         (lambda pop: pop.rows(10**9, response="y"), "would take 44 GiB"),
         (lambda pop: pop.rows(10**11, response="y"), "n must be 4294967296 or less"),
         (lambda pop: pop.sample_many(1, 10**9, 100, keep="y"), "1000000000 samples of 100 rows would take 745 GiB"),

@@ -526,8 +526,16 @@ def test_a_name_of_the_grid_that_a_formula_would_read_elsewhere_is_refused():
 
 
 def test_a_truth_that_names_nothing_is_warned_of():
-    with pytest.warns(mj.DataWarning, match="truth names slope, which no model estimates; estimates are Intercept"):
+    message = "truth names slope, which no model estimates; estimates are Intercept"
+    with pytest.warns(mj.DataWarning, match=message) as caught:
         mj.study(source(), FORMULA, None, 4, truth={"slope": 1.0, "x": 0.5}, ddf="wald", progress=False)
+    assert caught[0].filename == __file__
+    pop = mj.population(x=mj.normal(), g=mj.factor(6, balance="blocks"), y=mj.response("x", error_scale=1))
+    rows = pop.rows(30, x_key=1, truth={"slope": 1.0})
+    with pytest.warns(mj.DataWarning, match=message):
+        mj.study(rows, "y ~ x + (1 | g)", None, 4, ddf="wald", progress=False)
+    small = mj.study(source(), "y ~ 1 + (x | g)", None, 4, ddf="wald", progress=False)
+    assert "x" in small.truths[0]  # of a scenario, and no fault
 
 
 def test_cells_that_cannot_be_compared_are_all_shown():

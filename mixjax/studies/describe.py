@@ -17,9 +17,9 @@ import importlib.util
 import json
 import logging
 import sys
-import sysconfig
 from collections.abc import Mapping, Set
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -322,8 +322,7 @@ def _is_library(name: str) -> bool:
         path = getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", [])), None)
     except Exception:
         return False
-    paths = sysconfig.get_paths()
-    return path is not None and any(path.startswith(paths[own]) for own in ("purelib", "platlib"))
+    return path is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
 
 
 def _library_name(value: Any) -> str | None:

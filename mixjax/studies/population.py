@@ -287,7 +287,7 @@ class Population:
             ...     jax.jit(jax.vmap(lambda key: pop.draw(key, 30)["y"].mean()))(keys).shape
             (5,)
         """
-        plan = self._plan
+        plan, n = self._plan, self._rows(n)
         x_leaves, y_leaves = (jax.tree.map(jnp.asarray, plan.leaves(stage)) for stage in ("x", "y"))
         x, _ = draw_stage(plan, "x", x_leaves, key if x_key is None else x_key, n, {})
         y, _ = draw_stage(plan, "y", y_leaves, key, n, x)

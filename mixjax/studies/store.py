@@ -157,6 +157,12 @@ class Store:
             found.setdefault(chunk.cell, []).append((chunk.first, chunk.end))
         return found
 
+    def columns(self, cell: int) -> list[str]:
+        """Names of the columns of a cell, of which there is a chunk."""
+        _, pq = _parquet()
+        chunk = next(chunk for chunk in self._chunks if chunk.cell == cell)
+        return list(pq.read_schema(self.path / chunk.name).names)
+
     def prepare(self) -> None:
         """Before chunks are computed: put damaged ones aside.
 
@@ -238,9 +244,9 @@ class Store:
                     "computes it anew"
                 ) from error
             if lacking := [name for name in names or list(parts[0] if parts else []) if name not in table.column_names]:
-                raise StoreError(
-                    f"{path} has no column {', '.join(map(repr, lacking))}: {', '.join(table.column_names)}"
-                )
+                there = ", ".join(table.column_names)
+                message = f"there is no column {', '.join(map(repr, lacking))} in {path}; there are {there}"
+                raise ValueError(message) if names else StoreError(message)
             window = slice(at - first, min(end, replicates) - first)
             parts.append({name: table[name].to_numpy()[window] for name in names or table.column_names})
             at = min(end, replicates)

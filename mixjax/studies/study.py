@@ -29,6 +29,7 @@ from mixjax.simulation import as_key, check_count, check_list, check_memory
 from mixjax.studies.describe import describe
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
+from mixjax.studies.sample import Rows
 from mixjax.studies.scenario import design_of, scenario_of
 from mixjax.studies.store import Store, missing
 
@@ -240,10 +241,11 @@ def study(
             f"{store} cannot tell in full whether it holds this study, because "
             f"{some_of(list(dict.fromkeys(unseen)), '; ')}: when that changes, use another directory"
         )
+    python = ".".join(platform.python_version_tuple()[:2])  # which a function's code depends on
     manifest = {
         "cells": [{"values": describe(own), "task": task} for own, task in zip(values_of, tasks, strict=True)],
         "block": BLOCK,
-        "versions": {"jax": jax.__version__, "numpy": np.__version__, "machine": platform.machine()},
+        "versions": {"jax": jax.__version__, "numpy": np.__version__, "machine": platform.machine(), "python": python},
     }
     kept = Store(store, manifest) if store is not None else None
     memory: list[dict[int, dict[str, np.ndarray]]] = [{} for _ in cells]
@@ -276,9 +278,12 @@ def study(
             raise ValueError(f"there is no column {', '.join(map(repr, lacking))}; there are {', '.join(parts[0])}")
         return {name: np.concatenate([p[name] for p in parts]) for name in (parts[0] if names is None else names)}
 
-    if truth is not None:
-        there = {split(column)[1] for column in read(0, None)}
-        if nothing := sorted({name for _, known in cells for name in known} - there):
+    # A scenario knows more than a smaller model estimates; what the user says is meant to be read.
+    said = {name for cell, known in cells if truth is not None or isinstance(cell.task.source, Rows) for name in known}
+    if said:
+        names = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))
+        there = {split(column)[1] for column in names}
+        if nothing := sorted(said - there):
             warn(
                 f"truth names {some_of(nothing)}, which no model estimates; estimates are {some_of(_estimates(there))}"
             )
