@@ -9,6 +9,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.estimation.estimate import Estimates
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.marginal import MarginalParams
 
 
@@ -35,6 +36,7 @@ def to_params(est: Estimates) -> MarginalParams:
         >>> [chol.shape for chol in p.chol]
         [(3,)]
     """
+    refuse_forked()
     qs = tuple(Sigma.shape[0] for Sigma in est.Sigma)
     parts = cov.split_theta(jnp.asarray(est.theta), qs)
     chol = [cov.log_diagonal(est.sigma * part, q) for part, q in zip(parts, qs, strict=True)]
@@ -50,6 +52,7 @@ def from_params(p: MarginalParams) -> Parameters:
         >>> float(mj.from_params(p).sigma)
         1.0
     """
+    refuse_forked()
     sigma = jnp.exp(p.log_sigma)
     qs = [cov.n_effects(len(chol)) for chol in p.chol]
     triangles = [cov.exp_diagonal(jnp.asarray(chol), q) for chol, q in zip(p.chol, qs, strict=True)]

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataWarning
 from mixjax.inference.contrasts import check_ddf
@@ -276,7 +277,7 @@ def _cells(
     for pair in compared:
         if len(pair) != 2 or any(name not in models for name in pair):
             raise ValueError(f"compared= takes pairs of the models {', '.join(models)}, got {pair!r}")
-    with jax.enable_x64(True):
+    with float64():
         root = as_key(key)
         cells = []
         for values in _combinations(grid):
