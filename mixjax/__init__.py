@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mixjax import forks as _forks  # noqa: F401 (what it does at a fork)
+
 __version__ = "0.1.0"
 
 # Public names in reading order, and the room where each lives.

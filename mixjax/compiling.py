@@ -1,8 +1,9 @@
-"""How programs are compiled."""
+"""How programs are compiled, and the scope that they run in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mixjax.design import is_concrete
+from mixjax.forks import refuse_forked
 
 # XLA's newer CPU code generator doubles the time that programs of many small vector operations take to compile, and
 # their run time is the same within 10 %.
@@ -32,6 +34,7 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
     @wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal known
+        refuse_forked()
         # Inside jit even a constant is traced.
         outside = all(map(is_concrete, jax.tree.leaves((args, kwargs)))) and is_concrete(jnp.zeros(()))
         if known and outside and jax.default_backend() == "cpu":
@@ -45,3 +48,9 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
 
     call._cache_size = lambda: plain._cache_size() + quick._cache_size()  # type: ignore[attr-defined]
     return call
+
+
+def float64(on: bool = True) -> AbstractContextManager[None]:
+    """JAX's scope of 64 bits, which every call enters that takes or gives names; refused in a forked process."""
+    refuse_forked()
+    return jax.enable_x64(on)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates, estimate, estimate_with
 from mixjax.formula.errors import DataError, warn
@@ -192,7 +193,7 @@ def fit_products(
         start = np.asarray(start, dtype=np.float64)
         if not np.isfinite(start).all():
             raise ValueError(f"start must be finite, got {start}")
-    with jax.enable_x64(True):
+    with float64():
         padded = pad(stats)
         est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
         est = jax.tree.map(np.asarray, jax.device_get(est))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from scipy import stats
 
+from mixjax.compiling import float64
 from mixjax.simulation import as_key, check_count
 
 
@@ -87,7 +88,7 @@ def lineup(fit: Any, plot: str | Callable[..., Any], n: int = 20, key: Any = 0) 
             raise ValueError(f"there is no plot {plot!r}; there are {', '.join(plots.__all__)}")
     else:
         draw = plot
-    with jax.enable_x64(True):
+    with float64():
         data_key, place_key = jax.random.split(as_key(key))
         place = int(jax.random.randint(place_key, (), 1, n + 1))
     fits = [fit.refit(y) for y in fit.simulate(data_key, n - 1)]

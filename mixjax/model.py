@@ -13,6 +13,7 @@ from scipy import sparse
 
 from mixjax.bases import in_span
 from mixjax.batch import BatchFit, with_fixed
+from mixjax.compiling import float64
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnosing import Diagnosing
@@ -198,7 +199,7 @@ class LMMFit(Inferring, Diagnosing):
 
         A second term on the same group is called ``Subject.1``, as in lme4.
         """
-        with jax.enable_x64(True):
+        with float64():
             lambdas = lambdas_of_theta(jax.numpy.asarray(self.theta), self._qs)
         return dict(zip(term_names(self.labels), map(np.asarray, lambdas), strict=True))
 

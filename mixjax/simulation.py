@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from mixjax.compiling import LANES, jit
+from mixjax.compiling import LANES, float64, jit
 from mixjax.design import Design, check_design
 from mixjax.likelihood.cross_products import n_cores
 
@@ -135,11 +135,11 @@ def draw_responses(
     padded = -(-width // step) * step
     size = 1 << max(0, min(11, (BLOCK // padded).bit_length() - 1))
     out = np.empty((n, nobs))
-    with jax.enable_x64(True):
+    with float64():
         key = as_key(key)
 
     def work(block: int) -> None:
-        with jax.enable_x64(True):  # the scope is each thread's own
+        with float64():  # the scope is each thread's own
             draws = np.asarray(_draws(key, np.uint32(block * size), size=size, width=padded, distribution=distribution))
         begin, end = max(first, block * size), min(first + n, (block + 1) * size)
         responses = respond(draws[:, :width])

@@ -14,6 +14,7 @@ PACKAGE = Path(mj.__file__).parent
 
 # From the ground up: a room may import only what is listed above it (docs/architecture.md).
 ROOMS = [
+    "mixjax.forks",
     "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.compiling", "mixjax.bases", "mixjax.optimise",
     "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.batch", "mixjax.inference", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
@@ -21,6 +22,7 @@ ROOMS = [
     "mixjax.model", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 CORE = (
+    "mixjax.forks",
     "mixjax.linalg",
     "mixjax.design",
     "mixjax.compiling",

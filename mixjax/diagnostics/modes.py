@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mixjax.compiling import float64
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
 from mixjax.estimation.blup import conditional_covariances
@@ -25,7 +26,7 @@ def terms_of_group(labels: Labels) -> dict[str, list[int]]:
 
 def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
     """Grouping factor -> ``(levels, q, q)``, absolute, given theta and beta, all terms of the factor side by side."""
-    with jax.enable_x64(True):
+    with float64():
         blocks = _relative(pad(fitted.stats), fitted.estimates.theta)
     result = {}
     for group, ts in terms_of_group(fitted.labels).items():

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.fitted import Fitted, record_of
 from mixjax.formula.errors import DataError
 from mixjax.simulation import as_key, check_count, simulate_responses
@@ -50,7 +51,7 @@ def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.n
     if y.ndim != 1 or simulated.ndim != 2 or simulated.shape[1] != len(y) or not len(simulated):
         raise ValueError(f"y must be (n,) and simulated (B, n), got {y.shape} and {simulated.shape}")
     below, equal = (simulated < y).sum(0), (simulated == y).sum(0)
-    with jax.enable_x64(True):
+    with float64():
         u = np.asarray(jax.random.uniform(as_key(key), y.shape))
     return (below + u * (equal + 1)) / (len(simulated) + 1)
 
@@ -88,7 +89,7 @@ def quantile_residuals(
             f"{n} simulations of {fitted.nobs} rows take too much memory: use n={MOST_NUMBERS // fitted.nobs}"
         )
     b = est.b if random == "fitted" else None
-    with jax.enable_x64(True):
+    with float64():
         own, places = jax.random.split(as_key(key))
     Y = simulate_responses(design, est.beta, est.sigma, est.Sigma, own, n, random=random, b=b)
     return QuantileResiduals(
@@ -211,7 +212,7 @@ class QuantileResiduals:
 
 def _ranks(all_y: np.ndarray, key: Any) -> np.ndarray:
     """Places along the first axis, ties in random order."""
-    with jax.enable_x64(True):
+    with float64():
         seed = np.asarray(jax.random.key_data(key)).ravel()
     ranks = np.empty(all_y.shape, np.int32)
     size = max(1, 2**22 // len(all_y))

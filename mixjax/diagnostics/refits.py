@@ -13,7 +13,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
-from mixjax.compiling import LANES, jit
+from mixjax.compiling import LANES, float64, jit
 from mixjax.diagnostics.deletion import Rows, batches
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
@@ -84,7 +84,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
     start = None if fitted.estimates.singular else fitted.estimates.theta
     for deleted, stats in batches(rows, unit):
         if is_large:
-            with jax.enable_x64(True):
+            with float64():
                 est = _one_by_one(stats, lambda one, where: _kept(fit_one(one, start, np.bool_(fitted.reml), where)))
         else:
             # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and
@@ -106,7 +106,7 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     out = nowhere(fitted, int(unit.max()) + 1)
     theta, reml = fitted.estimates.theta, np.bool_(fitted.reml)
     is_large = incidence(rows.stats) is not None
-    with jax.enable_x64(True):
+    with float64():
         for deleted, stats in batches(rows, unit):
             if is_large:
                 est, sound = _one_by_one(stats, lambda one, where: _step_of_one(one, theta, reml, where))

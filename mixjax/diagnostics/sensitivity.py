@@ -23,7 +23,7 @@ import pandas as pd
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.compiling import jit
+from mixjax.compiling import float64, jit
 from mixjax.diagnostics.deletion import Rows, rows_of
 from mixjax.diagnostics.refits import entry_names
 from mixjax.estimation.search import own_factors
@@ -90,7 +90,7 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
     values = np.full((rows.n, len(names)), np.nan)
     why = code.message
     if code is Result.CONVERGED:
-        with jax.enable_x64(True):
+        with float64():
             x, regular, slopes = jax.device_get(
                 _slopes_of_products(rows.stats, est.theta, np.bool_(fitted.reml), incidence(rows.stats))
             )

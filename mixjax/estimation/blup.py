@@ -18,6 +18,7 @@ from jax import Array
 
 from mixjax import linalg
 from mixjax.design import AnyArray, Design
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.elimination import arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -99,6 +100,8 @@ def predict(est: Any, design: Design) -> AnyArray:
             )
     read = (design.X, design.offset, est.beta, est.b, design.terms)
     xp = np if all(isinstance(a, np.ndarray | np.generic) for a in jax.tree.leaves(read)) else jnp
+    if xp is jnp:
+        refuse_forked()
     mean = xp.asarray(design.X) @ xp.asarray(est.beta)
     if design.offset is not None:
         mean = mean + xp.asarray(design.offset)

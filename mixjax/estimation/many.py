@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
-from mixjax.compiling import LANES, jit
+from mixjax.compiling import LANES, float64, jit
 from mixjax.covariance import Unstructured
 from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
@@ -89,7 +89,7 @@ def estimate_many(
             "these are the cross-products of one response: use mixjax.estimate, or cross_products(design, Y) with Y "
             "(B, n), or stack([...]) of several data sets"
         )
-    with jax.enable_x64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
+    with float64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
         warn_of_float32(stats)
         B = len(stats.yy)
         if start is not None:
@@ -356,7 +356,7 @@ def for_blocks(batch: Batch, work: Callable[[int], None], workers: int) -> None:
     x64 = jax.config.read("jax_enable_x64")
 
     def scoped(block: int) -> None:
-        with jax.enable_x64(x64):  # the scope is each thread's own
+        with float64(x64):  # the scope is each thread's own
             work(block)
 
     scoped(0)

@@ -13,6 +13,7 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import Design
 from mixjax.estimation.estimate import Estimates
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.marginal import MarginalParams, structures_of
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -48,6 +49,7 @@ def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> M
         >>> [chol.shape for chol in mj.to_params(fit.estimates, fit.design).chol]
         [(2,)]
     """
+    refuse_forked()
     qs = [Sigma.shape[-1] for Sigma in est.Sigma]
     structures = _structures(design, qs)
     parts = cov.split_theta(jnp.asarray(est.theta), tuple(qs))
@@ -67,6 +69,7 @@ def from_params(p: MarginalParams, design: Design | CrossProducts | None = None)
         >>> float(mj.from_params(p).sigma)
         1.0
     """
+    refuse_forked()
     sigma = jnp.exp(p.log_sigma)
     structures = _structures(design, [cov.n_effects(len(chol)) for chol in p.chol] if design is None else None)
     factors = [s.factor(s.exponentials(jnp.asarray(chol))) for s, chol in zip(structures, p.chol, strict=True)]

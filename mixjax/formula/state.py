@@ -165,7 +165,8 @@ def new_rows(
     if allow_new_levels:
         columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
         read = {name for part in (state.fixed, *random) for name in part.effects.columns}
-        only = [name for group in groups for name in columns_of[group] if name not in {*read, *state.predictors}]
+        levels_only = dict.fromkeys(name for group in groups for name in columns_of[group])
+        only = [name for name in levels_only if name not in {*read, *state.predictors}]
         without = missing[only].any(axis=1)
         if without.any():
             counts = ", ".join(f"{name} {int(k)}" for name, k in missing[only].sum().items() if k)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.batch import BatchFit
+from mixjax.compiling import float64
 from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
@@ -251,7 +252,7 @@ class _Statistic:
             frame = self._parameters(jax.tree.map(lambda a: np.asarray(a)[None], own))
             self.names, values = tuple(frame), frame.to_numpy()[0]
         else:
-            with jax.enable_x64(True):
+            with float64():
                 own = jax.tree.map(jnp.asarray, own)
                 leaves = named(function, function(own))
                 self.names = tuple(name for name, leaf in leaves for name in entries(name, leaf))
@@ -296,7 +297,7 @@ class _Statistic:
         numbers = sum(int(np.prod(leaf.shape[1:])) for leaf in leaves)
         size = max(1, min(STATISTIC, NUMBERS // max(1, numbers)))
         values = np.empty((B, len(self.names)))
-        with jax.enable_x64(True):
+        with float64():
             for first in range(0, B, size):
                 at = np.minimum(np.arange(first, first + size), B - 1)
                 block = np.asarray(self._many(jax.tree.map(lambda leaf, at=at: leaf[at], est)))

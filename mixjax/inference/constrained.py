@@ -19,7 +19,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.compiling import LANES, jit
+from mixjax.compiling import LANES, float64, jit
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
 from mixjax.design import AnyArray
 from mixjax.estimation.many import batch_axes
@@ -101,7 +101,7 @@ class OneDataSet:
         self.stats = padded(stats)
         sigma = np.asarray(sigma, np.float64)[None]
         self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
-        with jax.enable_x64(True):
+        with float64():
             self._moments = jax.tree.map(np.asarray, _moments(self.stats))
 
     def minimise(self, problems: Sequence[tuple[Held, float]]) -> Conditional:
@@ -129,7 +129,7 @@ def minimise_many(
     """
     B = len(sigma)
     starts = (estimates_start(theta, sigma, stats.layout.qs), far_start(stats, np.asarray(sigma)))
-    with jax.enable_x64(True):
+    with float64():
         moments = _moments_of_many(stats)
     found = []
     for start in starts:
@@ -187,7 +187,7 @@ def _least(stats: CrossProducts, moments: Moments, chart: Chart, width: int) -> 
 
     def call(at: np.ndarray, limit: int) -> _Found:
         index = np.append(at, np.repeat(at[-1], width - len(at)))
-        with jax.enable_x64(True):  # the scope is each thread's own
+        with float64():  # the scope is each thread's own
             part = jax.tree.map(lambda a: a[..., index] if a.shape[-1] == B and B > 1 else a, moments)
             found = _minimise(part, jax.tree.map(lambda a: a[..., index], chart), limit)
             return jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)

@@ -21,7 +21,7 @@ import scipy.stats
 from jax import Array
 from jax.scipy.special import betainc, erfc
 
-from mixjax.compiling import jit
+from mixjax.compiling import float64, jit
 from mixjax.design import AnyArray, is_concrete
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
@@ -191,11 +191,11 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
     ddf = {_wald: "wald", _satterthwaite: "satterthwaite"}.get(fun, "")
     if many and double and in_lanes(ddf, stats):
         each = np.atleast_2d(np.asarray(L, np.float64))
-        with jax.enable_x64(True):
+        with float64():
             return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
     stats = replace(stats, classes=None)
     axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
-    with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
+    with float64(double or jax.config.read("jax_enable_x64")):
         rows = jnp.atleast_2d(jnp.asarray(L, stats.XX.dtype))
         result = _jitted(fun, axes)(est.theta, est.beta, est.sigma, stats, rows, jnp.asarray(reml))
         return jax.tree.map(np.asarray, result) if double else result
@@ -334,7 +334,7 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
         )
 
     def df(L: np.ndarray) -> np.ndarray:
-        with jax.enable_x64(True):
+        with float64():
             return np.asarray(satterthwaite_df(jnp.asarray(L), info))
 
     def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
@@ -347,7 +347,7 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
 def fitted_information(fitted: Fitted) -> Any:
     """:func:`~mixjax.inference.information.information` of a fit, as numpy arrays."""
     est = fitted.estimates
-    with jax.enable_x64(True):
+    with float64():
         stats = pad(fitted.stats)
         return jax.tree.map(
             np.asarray, information_of(est.theta, est.sigma, stats, np.bool_(fitted.reml), incidence(stats))
@@ -371,11 +371,11 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
     if not fitted.reml:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
-    with jax.enable_x64(True):
+    with float64():
         fit = jax.tree.map(np.asarray, _adjusted(fitted.estimates.theta, fitted.estimates.sigma, pad(fitted.stats)))
 
     def joint(_: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
-        with jax.enable_x64(True):
+        with float64():
             df, scale = kr.f_scaling(jnp.asarray(basis), jax.tree.map(jnp.asarray, fit))
             return float(df), float(scale)
 

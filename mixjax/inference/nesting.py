@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mixjax.bases import orthonormal_columns
+from mixjax.compiling import float64
 from mixjax.covariance import Structure
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
@@ -102,7 +103,7 @@ def place_of(small: Fitted, large: Fitted) -> Place:
     ``D_t`` of the larger model that do the same. Vectors agree with probability one only where the covariances do,
     so that no matrix of rows by rows is needed. What was found must then be a covariance of the structure of each term.
     """
-    with jax.enable_x64(True):
+    with float64():
         rng = np.random.default_rng(0)
         probes = rng.standard_normal((small.nobs, PROBES))
         terms0, terms1 = _weighted_terms(small), _weighted_terms(large)

@@ -14,7 +14,7 @@ import scipy.stats
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.compiling import jit
+from mixjax.compiling import float64, jit
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
@@ -50,7 +50,7 @@ def variance_parameters(fitted: Fitted) -> VarianceParameters:
             pair = term.effects[row] if is_sd else f"{term.effects[row]}.{term.effects[column]}"
             names.append(f"{'sd' if is_sd else 'cor'}_{pair}|{group}")
             kinds.append("sd" if is_sd else "cor")
-    with jax.enable_x64(True):
+    with float64():
         est = fitted.estimates
         values, slopes = map(np.asarray, _natural_with_slopes(info.x, np.log(est.sigma), pad(fitted.stats)))
     with np.errstate(invalid="ignore"):

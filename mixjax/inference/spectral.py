@@ -17,7 +17,7 @@ from jax import Array
 from scipy import linalg as dense
 from scipy import optimize, stats
 
-from mixjax.compiling import LANES, jit
+from mixjax.compiling import LANES, float64, jit
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.simulation import as_key
@@ -156,7 +156,7 @@ def draw(of: Spectrum, key: Any, n: int) -> np.ndarray:
     Raises:
         ValueError: the key is none.
     """
-    with jax.enable_x64(True):
+    with float64():
         words = np.asarray(jax.random.key_data(as_key(key))).ravel().tolist()
     rows = _power_of_two(len(of.mu))
     mu, _ = _padded(of.mu, of.df)
@@ -173,7 +173,7 @@ def draw(of: Spectrum, key: Any, n: int) -> np.ndarray:
         )
         squares[: len(single)][single] = generator.standard_normal((single.sum(), size)) ** 2
         left_out = 2.0 * generator.standard_gamma(of.dropped / 2, size)
-        with jax.enable_x64(True):  # the scope is each thread's own
+        with float64():  # the scope is each thread's own
             return np.asarray(_suprema(squares, left_out, mu, xi, xi_df, of.total, t))
 
     blocks = range(-(-n // size))

@@ -13,6 +13,7 @@ from jax import Array
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import is_concrete
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.elimination import Blocks, arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
 
@@ -84,6 +85,7 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
         >>> bool(mj.criterion(np.array([1.0]), mj.cross_products(design)) > 0)
         True
     """
+    refuse_forked()
     check_products(stats)
     warn_of_float32(stats)
     return _criterion(theta, stats, reml)

@@ -12,6 +12,7 @@ from jax import Array
 
 from mixjax.covariance import Structure, structure_of
 from mixjax.design import AnyArray, Design
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.elimination import arrange, eliminate
@@ -56,6 +57,7 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
         >>> bool(mj.marginal_loglik(p, design) < 0)
         True
     """
+    refuse_forked()
     stats = design if isinstance(design, CrossProducts) else cross_products(design)
     check_shapes(params, stats)
     return _loglik(params, stats)

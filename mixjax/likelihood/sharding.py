@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax.design import is_concrete
+from mixjax.forks import refuse_forked
 from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, grow
 
 
@@ -42,6 +43,7 @@ def shard(stats: CrossProducts, mesh: Mesh) -> CrossProducts:
         >>> round(float(est.beta[0]), 6)
         5.5
     """
+    refuse_forked()
     if not all(map(is_concrete, jax.tree.leaves(stats))):
         raise TypeError("shard() places arrays of numbers; inside jit their places are already decided")
     if np.ndim(stats.yy):

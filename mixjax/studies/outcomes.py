@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from mixjax.batch import BatchFit
+from mixjax.compiling import float64
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, batch_axes, estimate_many
@@ -179,7 +180,7 @@ def _fitted(
 def _errors(task: Task, est: Estimates, products: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom of all fixed effects ``(B, p)``."""
     if in_lanes(task.ddf, products):
-        with jax.enable_x64(True):
+        with float64():
             return errors_of_many(task.ddf, est, products, np.eye(est.beta.shape[1]), task.reml)
     # Block by block, the last one filled up.
     padded = pad(replace(products, classes=None))
@@ -202,7 +203,7 @@ def _statistics(function: Callable[[Estimates], Any], est: Estimates) -> dict[st
     """The user's function of every fit, by blocks."""
     B = len(est.result)
     parts: list[np.ndarray] = []
-    with jax.enable_x64(True):
+    with float64():
         one = jax.tree.map(lambda a: jnp.asarray(a[0]), est)
         leaves = named(function, function(one))
         names = [name for own, leaf in leaves for name in entries(own, leaf)]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.formula.errors import DataError
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.simulation import as_key, check_count, check_memory
@@ -139,7 +140,7 @@ class Population:
             ValueError: a parameter that is an expression takes an impossible value; names it.
         """
         n, replicate = self._rows(n), check_numbers(replicate, 1)
-        with jax.enable_x64(True):
+        with float64():
             place = replicate % self._plan.size(n)
             return Sample(self, row_of(self._x(as_key(key), n, replicate), place, self._plan.columns("x")), n)
 
@@ -232,7 +233,7 @@ class Population:
         size = plan.size(n)
         own_x = [name for name in wanted if plan.stages[name] == "x"]
         own_y = [name for name in wanted if plan.stages[name] == "y"]
-        with jax.enable_x64(True):
+        with float64():
             key, x_key = as_key(key), as_key(x_key)
             if not new and shared is None:
                 shared = Sample(self, row_of(self._x(x_key, n, 0), 0, plan.columns("x")), n)
@@ -241,7 +242,7 @@ class Population:
         def work(block: int) -> dict[str, Any]:
             begin = block * size
             rows = slice(max(first, begin) - begin, min(first + B, begin + size) - begin)
-            with jax.enable_x64(True):  # the scope is each thread's own
+            with float64():  # the scope is each thread's own
                 sampled = self._x(x_key, n, begin, rows) if new else {}
                 part = {name: sampled[name] for name in own_x if name in sampled}
                 if own_y:
@@ -260,7 +261,7 @@ class Population:
         else:
             parts = []
         found = {}
-        with jax.enable_x64(True):
+        with float64():
             for name in wanted:
                 if not new and name in own_x:
                     assert shared is not None
@@ -401,5 +402,5 @@ def _frozen(key: Any) -> Any:
     """A key as an int or plain numbers, whatever it was made of."""
     if isinstance(key, int | np.integer):
         return key
-    with jax.enable_x64(True):
+    with float64():
         return np.asarray(jax.random.key_data(as_key(key)))

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.simulation import MOST, as_key, check_count
 from mixjax.studies.columns import to_series
 from mixjax.studies.expressions import shortened
@@ -64,7 +64,7 @@ class Sample:
         """
         pop, plan, replicate = self.population, self.population._plan, check_numbers(replicate, 1)
         size = plan.size(self.n)
-        with jax.enable_x64(True):
+        with float64():
             block = pop._y(self._spread(size), as_key(key), self.n, replicate)
             y = row_of(block, replicate % size, plan.columns("y"))
         frame = self.to_frame()

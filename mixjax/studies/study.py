@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.compiling import float64
 from mixjax.design import Labels
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataWarning, some_of, warn
@@ -325,7 +326,7 @@ def _cells(
     for pair in compared:
         if len(pair) != 2 or any(name not in models for name in pair):
             raise ValueError(f"compared= takes pairs of the models {', '.join(models)}, got {pair!r}")
-    with jax.enable_x64(True):
+    with float64():
         root = as_key(key)
         cells: list[tuple[Cell, dict[str, float]]] = []
         for values in combinations(grid, COLUMNS):
