@@ -334,6 +334,7 @@ def nothing_is_simulated(monkeypatch):
         (["--x", "normal", "--test", "dose"], "no fixed effect 'dose'"),
         (["--x", "normal", "--beta", "0,0.5,1"], "beta has shape (3,)"),
         (["--x", "normal", "--beta", "0"], "beta has shape (1,)"),
+        (["--sd", "1", "--cor", "0.2"], "--cor is the correlation of two random effects, and --sd has one"),
         (["--x", "normal", "--sd", "1"], "sd has shape (1,)"),
         (["--x", "normal", "--target", "0.8", "--alpha", "0.9"], "--target 0.8 must be larger than --alpha 0.9"),
         (["--groups", "1000000", "--per-group", "100"], "make 100000000 rows, more than 10000000: take fewer"),
