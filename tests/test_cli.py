@@ -151,10 +151,81 @@ def test_an_interval_that_does_not_exist_is_null(capsys):
     assert ["sd_Intercept|Batch", "none", "none"] in [line.split() for line in out.splitlines()]
 
 
+def status_of(arguments):
+    """The exit status; argparse leaves by an exception of its own."""
+    try:
+        return main(arguments)
+    except SystemExit as left:
+        return left.code
+
+
 def test_wrong_usage():
-    with pytest.raises(SystemExit) as caught:
-        main(["fit"])
-    assert caught.value.code == 2
+    assert status_of(["fit"]) == 2
+
+
+# --- whatever happens, no traceback -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            SyntaxError("invalid syntax", ("", 1, 3, "log(+)\n")),
+            "the formula cannot be read: invalid syntax in 'log(+)'",
+        ),
+        (RecursionError("maximum recursion depth exceeded"), "the formula is nested too deeply to be read"),
+        (MemoryError(), "out of memory; fewer rows, levels or replicates need less"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 8 bytes"), "out of memory; fewer rows"),
+        (IsADirectoryError(21, "Is a directory", "programs"), "programs: Is a directory"),
+        (PermissionError(13, "Permission denied", "power.png"), "power.png: Permission denied"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data"), "can't decode byte 0xe9"),
+        (ValueError("two\nlines"), "two lines"),
+        (KeyError("Days"), "unexpected KeyError: 'Days'; --debug shows where. Please report it"),
+        (AttributeError("no attribute"), "unexpected AttributeError: no attribute; --debug shows where"),
+        (OverflowError("too large"), "unexpected OverflowError: too large; --debug"),
+        (AssertionError(), "unexpected AssertionError: ; --debug"),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_is_one_line_and_status_2(error, message, debug, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mj, "lmm", fail)
+    assert main(["fit", FORMULA, "sleepstudy", "--no-cache", *["--debug"] * debug]) == 2
+    captured = capsys.readouterr()
+    *traceback, line = captured.err.splitlines()
+    assert captured.out == ""
+    assert line.startswith("mixjax: ")
+    assert message in line
+    assert ("Traceback" in captured.err) == debug == bool(traceback)
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mj, "lmm", interrupt)
+    assert main(["fit", FORMULA, "sleepstudy", "--no-cache"]) == 130
+    assert capsys.readouterr().err == "mixjax: interrupted\n"
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    """As ``mixjax fit ... | head -1`` does, but surely before anything is written."""
+    command = [sys.executable, "-m", "mixjax", "fit", FORMULA, "sleepstudy", "--no-cache"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    table("sleepstudy").rename(columns={"Days": "Jours_é"}).to_csv(tmp_path / "data.csv", index=False)
+    command = [sys.executable, "-m", "mixjax", "fit", "Reaction ~ Jours_é + (1 | Subject)", str(tmp_path / "data.csv")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run([*command, "--no-cache"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"Jours_\xe9" in done.stdout
 
 
 def test_default_folder_is_under_the_users_cache_directory(tmp_path):
@@ -182,13 +253,14 @@ def test_other_separators_and_unreadable_files(tmp_path, capsys):
     assert main(["fit", FORMULA, str(tmp_path / "data.csv"), "--sep", ";", "--no-cache"]) == 0
     (tmp_path / "empty.csv").write_text("")
     assert main(["fit", FORMULA, str(tmp_path / "empty.csv"), "--no-cache"]) == 2
-    assert "empty.csv cannot be read" in capsys.readouterr().err
+    assert "empty.csv is empty" in capsys.readouterr().err
     assert main(["fit", FORMULA, "sleepstdy", "--no-cache"]) == 2
     assert "did you mean 'sleepstudy'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("separator", "shown", "decimal"), [(";", ";", ","), ("\t", r"\t", "."), ("|", "|", "."), (",", ",", ".")]
+    ("separator", "shown", "decimal"),
+    [(";", ";", ","), ("\t", r"\t", "."), ("|", "|", "."), (" ", " ", "."), (",", ",", ".")],
 )
 def test_a_file_with_another_separator_says_which(separator, shown, decimal, tmp_path, capsys):
     table("sleepstudy").to_csv(tmp_path / "data.csv", index=False, sep=separator, decimal=decimal)
@@ -240,22 +312,93 @@ def test_power_is_that_of_the_same_study_in_python(capsys):
     assert out.strip() == str(expected)
 
 
+@pytest.fixture
+def nothing_is_simulated(monkeypatch):
+    """What is wrong is said before, however long the simulation would take."""
+
+    def started(*_, **__):
+        raise AssertionError("the simulation has begun")
+
+    monkeypatch.setattr("mixjax.studies.power.study", started)
+    monkeypatch.setattr("jax._src.compiler.compile_or_get_cached", started, raising=False)  # private
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--groups", "8", "--x", "sometimes"], "a predictor is made between, within or normal"),
-        (["--groups", "8"], "--x must say how x is made"),
-        (["--groups", "8", "--x", "z=normal"], "--x names 'z'; the predictors are x"),
-        (["--groups", "1", "--x", "normal"], "--groups must be 2 or more"),
-        (["--groups", "8", "--x", "normal", "--cor", "1.5"], "the covariance of 'g' is impossible"),
-        (["--groups", "8", "--x", "normal", "--replicates", "0"], "replicates must be an integer, 1 or more"),
-        (["--groups", "8", "--x", "normal", "--test", "dose", "--replicates", "2"], "no fixed effect 'dose'"),
-        (["--groups", "8", "--x", "normal", "--ddf", "exact"], "ddf must be one of"),
+        (["--x", "sometimes"], "a predictor is made between, within or normal"),
+        ([], "--x must say how x is made"),
+        (["--x", "z=normal"], "--x names 'z'; the predictors are x"),
+        (["--x", "normal", "--x", "between"], "--x 'between': nothing is left to be made so"),
+        (["--x", "x=normal", "--x", "x=between"], "--x 'x=between': nothing is left to be made so"),
+        (["--x", "normal", "--test", "dose"], "no fixed effect 'dose'"),
+        (["--x", "normal", "--beta", "0,0.5,1"], "beta has shape (3,)"),
+        (["--x", "normal", "--beta", "0"], "beta has shape (1,)"),
+        (["--sd", "1", "--cor", "0.2"], "--cor is the correlation of two random effects, and --sd has one"),
+        (["--x", "normal", "--sd", "1"], "sd has shape (1,)"),
+        (["--x", "normal", "--target", "0.8", "--alpha", "0.9"], "--target 0.8 must be larger than --alpha 0.9"),
+        (["--groups", "1000000", "--per-group", "100"], "make 100000000 rows, more than 10000000: take fewer"),
+        (["--plot", "power.gif"], "--plot power.gif: the name must end in .png, .pdf, .svg"),
+        (["--plot", "no/such/folder/power.png"], "no file can be written there"),
     ],
 )
-def test_power_says_what_is_wrong(change, message, capsys):
-    assert main([*POWER, *change]) == 2
+def test_power_says_what_is_wrong_before_it_simulates(change, message, nothing_is_simulated, capsys):
+    assert main([*POWER, "--groups", "8", *change]) == 2
     assert message in capsys.readouterr().err
+
+
+UNREADABLE = [
+    ("--beta", "0,x", "'x' is not a number"),
+    ("--beta", "0,,1", "'' is not a number"),
+    ("--beta", "0,inf", "must be finite, got inf"),
+    ("--beta", "nan,0", "must be finite, got nan"),
+    ("--sd", "1,-0.5", "must be 0 or more, got -0.5"),
+    ("--sd", "-1,0.5", "must be 0 or more, got -1"),
+    ("--sd", "1,inf", "must be 0 or more, got inf"),
+    ("--sigma", "-1", "must be 0 or more, got -1"),
+    ("--cor", "1.5", "must be -1 to 1, got 1.5"),
+    ("--cor", "-1.5", "must be -1 to 1, got -1.5"),
+    ("--alpha", "0", "must lie between 0 and 1, got 0"),
+    ("--alpha", "5", "must be 0 to 1, got 5"),
+    ("--target", "80", "must be 0 to 1, got 80"),
+    ("--target", "1", "must lie between 0 and 1, got 1"),
+    ("--groups", "1", "must be 2 or more, got 1"),
+    ("--groups", "8,x", "'x' is not a whole number"),
+    ("--groups", "8.5", "'8.5' is not a whole number"),
+    ("--groups", "60:10", "'60:10' is empty: it ends before it begins"),
+    ("--groups", "10:60:0", "must be 1 or more, got 0"),
+    ("--groups", "10:60:-10", "must be 1 or more, got -10"),
+    ("--groups", "10:60:10:2", "is not first:last or first:last:step"),
+    ("--groups", "2:1000000000", "has more than 10000 numbers: take a larger step"),
+    ("--groups", f"2:{10**30}", "has more than 10000 numbers: take a larger step"),
+    ("--per-group", "0", "must be 1 or more, got 0"),
+    ("--per-group", "many", "'many' is not a whole number"),
+    ("--replicates", "0", "must be 1 or more, got 0"),
+    ("--key", "-1", "must be 0 or more, got -1"),
+    ("--key", str(2**64), "must be 0 or more, up to 9223372036854775807, got"),
+    ("--ddf", "exact", "invalid choice: 'exact'"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "message"), UNREADABLE)
+def test_options_of_power_that_cannot_be(option, value, message, capsys):
+    assert status_of([*POWER, "--groups", "8", "--x", "normal", option, value]) == 2
+    said = capsys.readouterr().err
+    assert f"error: argument {option}: " in said
+    assert message in said
+
+
+def test_options_are_read_without_loading_jax():
+    code = "import sys; from mixjax.cli import main\ntry: main(sys.argv[1:])\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *POWER, "--groups", "60:10"], capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+    assert "is empty" in done.stderr
+
+
+def test_a_number_may_be_negative(capsys):
+    arguments = [*POWER, "--groups", "8", "--x", "between", "--replicates", "50", "--beta", "-1,-.5", "--cor", "-.2"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("power of x")
 
 
 def test_power_of_several_factors_points_to_python(capsys):

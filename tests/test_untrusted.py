@@ -41,7 +41,7 @@ def test_what_is_allowed_means_the_same(data):
 ATTACKS = {
     "import": "y ~ __import__('os').system('touch {path}') + (1 | g)",
     "open": "y ~ open('{path}', 'w') + (1 | g)",
-    "eval": "y ~ eval('open(\"{path}\", \"w\")') + (1 | g)",
+    "eval": 'y ~ eval(\'open("{path}", "w")\') + (1 | g)',
     "attribute": "y ~ x.to_csv('{path}') + (1 | g)",
     "dunder": "y ~ x.__class__.__init__.__globals__ + (1 | g)",
     "module": "y ~ np.save('{path}', x) + (1 | g)",
@@ -56,7 +56,7 @@ ATTACKS = {
     "comprehension": "y ~ I([open('{path}', 'w') for i in x]) + (1 | g)",
     "walrus": "y ~ I((y := open('{path}', 'w'))) + (1 | g)",
     "braces": "y ~ {{open('{path}', 'w')}} + (1 | g)",
-    "f-string": "y ~ I(f'{{open(\"{path}\", \"w\")}}') + (1 | g)",
+    "f-string": 'y ~ I(f\'{{open("{path}", "w")}}\') + (1 | g)',
     "backticks in a call": "y ~ log(`x`.to_csv('{path}')) + (1 | g)",
     "subscript": "y ~ x[open('{path}', 'w')] + (1 | g)",
     "text times a number": "y ~ I('a' * 99999999999) + (1 | g)",
@@ -88,10 +88,14 @@ def test_names_of_the_caller_are_not_read(data, trap):
 def test_attacks_by_subset(data, trap):
     with pytest.raises(mj.DataError, match="subset= as text is code"):
         mj.lmm("y ~ x + (1 | g)", data, subset=f"@pd.io.common.os.system('touch {trap}') == 0", trusted=False)
-    assert len(mj.build_design("y ~ x + (1 | g)", data, subset=data.x > 1, trusted=False)[0].y) == int((data.x > 1).sum())
+    assert len(mj.build_design("y ~ x + (1 | g)", data, subset=data.x > 1, trusted=False)[0].y) == int(
+        (data.x > 1).sum()
+    )
 
 
-@pytest.mark.parametrize("asked", ["sum() or open('{path}', 'w')", "treatment(base=open('{path}', 'w'))", "sum.__init__.__globals__"])
+@pytest.mark.parametrize(
+    "asked", ["sum() or open('{path}', 'w')", "treatment(base=open('{path}', 'w'))", "sum.__init__.__globals__"]
+)
 def test_attacks_by_contrasts(asked, data, trap):
     with pytest.raises((mj.FormulaError, mj.DataError)):
         mj.lmm("y ~ f + (1 | g)", data, contrasts={"f": asked.format(path=trap)}, trusted=False)
@@ -138,7 +142,7 @@ def test_attacks_by_the_command_line(data, trap, tmp_path):
     path = tmp_path / "data.csv"
     data.to_csv(path, index=False)
     attack = ATTACKS["open"].format(path=trap)
-    command = [sys.executable, "-m", "mixjax.cli", "fit", attack, str(path), "--no-cache"]
+    command = [sys.executable, "-m", "mixjax", "fit", attack, str(path), "--no-cache"]
     environment = {**os.environ, "MIXJAX_UNTRUSTED": "1"}
     for more, env in (["--untrusted"], os.environ), ([], environment):
         run = subprocess.run([*command, *more], capture_output=True, text=True, env=env, check=False)

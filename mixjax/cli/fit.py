@@ -1,0 +1,157 @@
+"""``mixjax fit``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import mixjax
+from mixjax.cli import reading
+from mixjax.cli.messages import Held, keep_programs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mixjax.formula.parse import ParsedFormula
+
+OK, NOT_CONVERGED = 0, 1
+# Coverage of the intervals.
+LEVEL = 0.95
+
+
+def fit_command(arguments: argparse.Namespace) -> int:
+    """Fit, and print the summary or JSON; returns the exit status."""
+    from mixjax.formula.parse import parse
+
+    parsed = parse(arguments.formula)
+    data = reading.read(
+        arguments.data,
+        lambda columns: _names_only(parsed, columns, arguments),
+        arguments.sep,
+        arguments.decimal,
+        arguments.encoding,
+    )
+    data = _with_references(data, arguments.ref, parsed)
+    keep_programs(arguments)
+    with Held() as held:
+        fit = mixjax.lmm(
+            arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset
+        )
+        held.known = not arguments.json
+    for column, level in arguments.ref:
+        if fit.labels.frame[column].cat.categories[0] != level:
+            raise ValueError(f"--ref {column}={level}: all rows of this level miss some value and are left out")
+    summary = fit.summary(arguments.ddf)
+    intervals = None
+    if arguments.confint is not None:
+        intervals = fit.confint(level=LEVEL, method=arguments.confint, ddf=arguments.ddf or "wald")
+    if arguments.json:
+        found = _as_json(fit, arguments.ddf, summary.tests, arguments.confint, intervals)
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        print(summary)
+        if intervals is not None:
+            print(f"\n{_interval_text(arguments.confint, intervals)}")
+    return OK if fit.converged else NOT_CONVERGED
+
+
+def _read_by(parsed: ParsedFormula) -> list[str]:
+    """Names that effects are made of."""
+    from mixjax.formula.parse import names_in
+
+    texts = (parsed.fixed, *(part.effects for part in parsed.random))
+    return [name for text in texts for name in names_in(text)]
+
+
+def _names_only(parsed: ParsedFormula, columns: list[str], arguments: argparse.Namespace) -> set[str]:
+    """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
+    from mixjax.formula.parse import names_in, quote_columns
+
+    parsed = quote_columns(parsed, columns)
+    groups = {column for part in parsed.random for column in part.group.columns}
+    numbers = {name for text in (parsed.response, *parsed.offsets) for name in names_in(text)}
+    return (groups - numbers - {*_read_by(parsed), arguments.weights, arguments.offset}) | {c for c, _ in arguments.ref}
+
+
+def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], parsed: ParsedFormula) -> pd.DataFrame:
+    """The table with these levels as the first of their factors."""
+    import pandas as pd
+
+    from mixjax.formula.errors import some_of
+    from mixjax.formula.parse import quote_columns
+    from mixjax.formula.table import level_name, refuse_unknown
+
+    columns = [str(column) for column in data.columns]
+    used = _read_by(quote_columns(parsed, columns))
+    given = [column for column, _ in references]
+    for column, level in references:
+        if column not in columns:
+            refuse_unknown(column, columns, "--ref", data)
+        if column not in used:
+            raise ValueError(
+                f"--ref names {column!r}, of which the formula makes no effect: there is no level to choose"
+            )
+        if given.count(column) > 1:
+            raise ValueError(f"--ref names {column!r} more than once")
+        values = data[column]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            levels = [level_name(own) for own in values.cat.categories]
+        else:
+            values = values.map(level_name, na_action="ignore")
+            levels = reading.ordered(values.dropna().unique())
+        if level not in levels:
+            raise ValueError(f"--ref {column}={level}: there is no such level; there are {some_of(levels)}")
+        first = [level, *(own for own in levels if own != level)]
+        names = values.map(level_name, na_action="ignore").astype(object)
+        data = data.assign(**{column: pd.Categorical(names, categories=first)})
+    return data
+
+
+def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, intervals: Any) -> dict[str, Any]:
+    """Estimates as plain numbers; what is not a number (the correlation of a zero variance) is null.
+
+    With tests the standard errors are those of their method, as in the summary.
+    """
+    frame = fit.varcorr.to_frame()
+    found = {
+        "formula": fit.labels.formula,
+        "method": "REML" if fit.reml else "ML",
+        "criterion": fit.criterion,
+        "loglik": fit.loglik,
+        "aic": fit.aic,
+        "bic": fit.bic,
+        "nobs": fit.nobs,
+        "npar": fit.npar,
+        "groups": {term.group: len(term.levels) for term in fit.labels.terms},
+        "fixef": fit.fixef.to_dict(),
+        "se": fit.se.to_dict(),
+    }
+    if tests is not None:
+        found |= {"ddf": ddf, "se": _plain(tests["std_error"])}
+        found |= {name: _plain(tests[name]) for name in ("df", "statistic", "p_value")}
+    found |= {
+        "sigma": fit.sigma,
+        "theta": fit.theta.tolist(),
+        "varcorr": json.loads(frame.to_json(orient="records", double_precision=15)),
+    }
+    if intervals is not None:
+        found["confint"] = {"method": method, "level": LEVEL}
+        found["confint"] |= {name: _plain(intervals[name]) for name in ("lower", "upper")}
+    return found | {"converged": fit.converged, "singular": fit.is_singular}
+
+
+def _plain(column: Any) -> dict[str, float | None]:
+    """Name -> number, or null where there is none: JSON has no infinite degrees of freedom of a z test."""
+    return {str(name): float(value) if math.isfinite(value) else None for name, value in column.items()}
+
+
+def _interval_text(method: str, intervals: Any) -> str:
+    from mixjax.summary import text_table
+
+    kind = "profile likelihood" if method == "profile" else "Wald"
+    table = intervals.rename_axis("").reset_index()
+    for name in ("lower", "upper"):
+        table[name] = ["none" if math.isnan(x) else f"{x:#.5g}" for x in table[name]]
+    return f"{100 * LEVEL:g} % confidence intervals ({kind}):\n{text_table(table, left=1)}"
