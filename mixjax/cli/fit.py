@@ -58,20 +58,17 @@ def fit_command(arguments: argparse.Namespace) -> int:
 
 
 def _read_by(parsed: ParsedFormula) -> list[str]:
-    """Names that effects are made of."""
-    from mixjax.formula.parse import names_in
-
-    texts = (parsed.fixed, *(part.effects for part in parsed.random))
-    return [name for text in texts for name in names_in(text)]
+    """Columns that effects are made of."""
+    return [name for e in parsed.effects for name in e.columns]
 
 
 def _names_only(parsed: ParsedFormula, columns: list[str], arguments: argparse.Namespace) -> set[str]:
     """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
-    from mixjax.formula.parse import names_in, quote_columns
+    from mixjax.formula.parse import parse
 
-    parsed = quote_columns(parsed, columns)
+    parsed = parse(parsed.text, columns)
     groups = {column for part in parsed.random for column in part.group.columns}
-    numbers = {name for text in (parsed.response, *parsed.offsets) for name in names_in(text)}
+    numbers = {name for e in (parsed.response, *parsed.offsets) for name in e.columns}
     return (groups - numbers - {*_read_by(parsed), arguments.weights, arguments.offset}) | {c for c, _ in arguments.ref}
 
 
@@ -80,11 +77,11 @@ def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], pars
     import pandas as pd
 
     from mixjax.formula.errors import some_of
-    from mixjax.formula.parse import quote_columns
+    from mixjax.formula.parse import parse
     from mixjax.formula.table import level_name, refuse_unknown
 
     columns = [str(column) for column in data.columns]
-    used = _read_by(quote_columns(parsed, columns))
+    used = _read_by(parse(parsed.text, columns))
     given = [column for column, _ in references]
     for column, level in references:
         if column not in columns:
