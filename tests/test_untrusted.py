@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -152,6 +153,6 @@ def test_attacks_by_the_command_line(data, trap, tmp_path):
 
 
 def test_documentation_lists_what_is_allowed():
-    text = open(os.path.join(os.path.dirname(__file__), "..", "docs", "formulas.md")).read()
+    text = (Path(__file__).parent.parent / "docs" / "formulas.md").read_text(encoding="utf-8")
     for name in SAFE:
         assert f"`{name}`" in text or f"{name}(" in text, name
