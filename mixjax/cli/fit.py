@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mixjax
 from mixjax.cli import reading
@@ -14,8 +14,6 @@ from mixjax.cli.messages import Held, keep_programs
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mixjax.formula.parse import ParsedFormula
-
 OK, NOT_CONVERGED = 0, 1
 # Coverage of the intervals.
 LEVEL = 0.95
@@ -23,17 +21,14 @@ LEVEL = 0.95
 
 def fit_command(arguments: argparse.Namespace) -> int:
     """Fit, and print the summary or JSON; returns the exit status."""
-    from mixjax.formula.parse import parse
-
-    parsed = parse(arguments.formula)
     data = reading.read(
         arguments.data,
-        lambda columns: _names_only(parsed, columns, arguments),
+        lambda columns: _names_only(arguments, columns),
         arguments.sep,
         arguments.decimal,
         arguments.encoding,
     )
-    data = _with_references(data, arguments.ref, parsed)
+    data = _with_references(data, arguments.ref, arguments.formula)
     keep_programs(arguments)
     with Held() as held:
         fit = mixjax.lmm(
@@ -57,31 +52,39 @@ def fit_command(arguments: argparse.Namespace) -> int:
     return OK if fit.converged else NOT_CONVERGED
 
 
-def _read_by(parsed: ParsedFormula) -> list[str]:
-    """Columns that effects are made of."""
-    return [name for e in parsed.effects for name in e.columns]
+class _Roles(NamedTuple):
+    """Names in a formula: those that effects read, those that the response and offsets read, grouping factors."""
+
+    effects: set[str]
+    others: set[str]
+    groups: set[str]
 
 
-def _names_only(parsed: ParsedFormula, columns: list[str], arguments: argparse.Namespace) -> set[str]:
-    """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
+def _roles(formula: str, columns: list[str]) -> _Roles:
     from mixjax.formula.parse import parse
 
-    parsed = parse(parsed.text, columns)
-    groups = {column for part in parsed.random for column in part.group.columns}
-    numbers = {name for e in (parsed.response, *parsed.offsets) for name in e.columns}
-    return (groups - numbers - {*_read_by(parsed), arguments.weights, arguments.offset}) | {c for c, _ in arguments.ref}
+    parsed = parse(formula, columns)
+    effects = {name for e in parsed.effects for name in e.columns}
+    others = {name for e in (parsed.response, *parsed.offsets) for name in e.columns}
+    return _Roles(effects, others, {column for part in parsed.random for column in part.group.columns})
 
 
-def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], parsed: ParsedFormula) -> pd.DataFrame:
+def _names_only(arguments: argparse.Namespace, columns: list[str]) -> set[str]:
+    """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
+    roles = _roles(arguments.formula, columns)
+    numbers = roles.effects | roles.others | {arguments.weights, arguments.offset}
+    return (roles.groups - numbers) | {column for column, _ in arguments.ref}
+
+
+def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], formula: str) -> pd.DataFrame:
     """The table with these levels as the first of their factors."""
     import pandas as pd
 
     from mixjax.formula.errors import some_of
-    from mixjax.formula.parse import parse
     from mixjax.formula.table import level_name, refuse_unknown
 
     columns = [str(column) for column in data.columns]
-    used = _read_by(parse(parsed.text, columns))
+    used = _roles(formula, columns).effects
     given = [column for column, _ in references]
     for column, level in references:
         if column not in columns:
