@@ -539,3 +539,24 @@ def test_columns_of_hundreds_of_thousands_of_rows_are_not_read_value_by_value(mo
 def test_as_column_says_what_it_was_given():
     with pytest.raises(mj.DataError, match=r"^weights has shape \(2, 2\); it must be one-dimensional"):
         as_column("weights", np.ones((2, 2)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v, null: pa.array(v, mask=null),
+        lambda v, null: pd.Series(pd.arrays.ArrowExtensionArray(pa.array(v, mask=null))),
+        lambda v, null: pl.Series(
+            pl.Series([None if n else x for x, n in zip(v, null, strict=True)], dtype=pl.Float64)
+        ),
+        lambda v, null: np.ma.MaskedArray(v, null),
+        lambda v, null: [None if n else x for x, n in zip(v, null, strict=True)],
+    ],
+    ids=["pyarrow", "pandas with arrow", "polars", "masked", "list"],
+)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_nulls_and_nan_in_one_column_are_missing_each_in_its_row(make, everywhere):
+    values = np.full(9, np.nan) if everywhere else np.array([0.0, np.nan, 2, 3, np.nan, 5, 6, 7, 8])
+    null = np.arange(9) % 4 == 2
+    column = to_pandas({"x": make(values, null)}, ["x"])["x"]
+    np.testing.assert_array_equal(column.to_numpy(float), np.where(null, np.nan, values))

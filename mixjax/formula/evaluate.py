@@ -254,9 +254,13 @@ class _Program(ast.NodeTransformer):
         self.by_row = False
         return self.generic_visit(node)
 
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.by_row &= not self._reads(node)  # x.index, x.array
+        return self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         key = ast.Constant(ast.unparse(node))
-        reads = any(isinstance(part, ast.Name) and part.id in self.aliases for part in ast.walk(node))
+        reads = self._reads(node)
         self.generic_visit(node)
         function = self.function(node.func)
         if getattr(function, "__is_stateful_transform__", False):
@@ -270,6 +274,9 @@ class _Program(ast.NodeTransformer):
         self.by_row = False
         none = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         return ast.Call(ast.Name("__keep__", ast.Load()), [key, ast.Lambda(none, node)], [])
+
+    def _reads(self, node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Name) and part.id in self.aliases for part in ast.walk(node))
 
     def function(self, node: ast.expr) -> Any:
         """What is called, where that is known without evaluating anything."""

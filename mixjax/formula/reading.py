@@ -177,13 +177,12 @@ def _present(what: str, values: Any) -> tuple[Any, np.ndarray]:
         values = values.cast(kind.removesuffix("_view")) if kind.endswith("_view") else values
         if kind.startswith("dictionary"):
             return _present(what, values.to_pandas())
-        present, _ = _present(what, values.drop_null().to_pandas(date_as_object=False))
-        return present, np.asarray(values.is_null())
+        present, own = _present(what, values.drop_null().to_pandas(date_as_object=False))
+        return present, _with(np.asarray(values.is_null()), own)
     if isinstance(values, np.ma.MaskedArray) and values.ndim == 1:
-        present, missing = np.asarray(values.compressed()), np.ma.getmaskarray(values).copy()
+        present, missing = np.asarray(values.compressed()), np.ma.getmaskarray(values)
         own = pd.isna(present)
-        missing[~missing] = own
-        return present[~own], missing
+        return present[~own], _with(missing, own)
     if isinstance(values, list | tuple):
         # numpy would make text of numbers beside text; list(masked array) holds the mask as values
         values = np.fromiter((None if v is np.ma.masked else v for v in values), object, len(values))
@@ -207,9 +206,14 @@ def _present_of_polars(what: str, series: Any) -> tuple[Any, np.ndarray]:
     if getattr(dtype, "time_zone", None):
         return pd.DatetimeIndex(values).tz_localize("UTC").tz_convert(dtype.time_zone).array, missing
     present, own = _present(what, values)
+    return present, _with(missing, own)
+
+
+def _with(missing: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Rows without a value, and those whose value is none: a table may have both nulls and NaN."""
     missing = missing.copy()
     missing[~missing] = own
-    return present, missing
+    return missing
 
 
 def _plain(what: str, values: Any, rows: pd.Index) -> Any:

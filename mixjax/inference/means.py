@@ -296,6 +296,8 @@ def _averages(
     names, groups = names_of(spec, "spec"), names_of(by, "by")
     check_names(model, names, "spec")
     check_names(model, groups, "by=")
+    if both := [name for name in names if name in groups]:
+        raise ValueError(f"{', '.join(map(repr, both))} cannot be both what is compared and by=, within which it is")
     check_names(model, list(at), "at=")
     shown = [*groups, *(name for name in names if name not in groups)]
     grid = reference_grid(model, shown, at)
