@@ -168,6 +168,7 @@ def test_a_response_of_two_calls_is_their_difference(data):
         ("I(sum(x) * z)", lambda d: d.x.sum() * d.z),
         ("scale(x, scale=FALSE)", lambda d: d.x - d.x.mean()),
         ("abs(z)", lambda d: d.z.abs()),
+        ("I(x.astype(int) / 2)", lambda d: np.floor(d.x) / 2),
         ("I((lambda v: v + 1)(x))", lambda d: d.x + 1),
         ("x.map(lambda v: v * 2)", lambda d: d.x * 2),
         ("I(-x if True else z)", lambda d: -d.x),

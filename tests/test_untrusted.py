@@ -77,10 +77,10 @@ def test_attacks_by_formula(attack, data, trap):
 
 def test_names_of_the_caller_are_not_read(data, trap):
     secret, log = 42.0, lambda x: trap.touch()  # noqa: F841
-    with pytest.raises(mj.FormulaError, match="'secret' is not allowed"):
+    with pytest.raises(mj.DataError, match="no column 'secret'"):
         mj.build_design("y ~ I(x * secret) + (1 | g)", data, trusted=False)
     array = np.ones(N)  # noqa: F841
-    with pytest.raises(mj.FormulaError, match="'array' is not allowed"):
+    with pytest.raises(mj.DataError, match="no column 'array'"):
         mj.build_design("y ~ array + (1 | g)", data, trusted=False)
     design = mj.build_design("y ~ log(x) + (1 | g)", data, trusted=False)[0]
     np.testing.assert_allclose(design.X[:, 1], np.log(data.x))

@@ -168,9 +168,14 @@ def resolve(
     own: dict[str, Any] = {}
     for e in expressions:
         if not trusted:
+            for name in e.names:
+                if name not in ("contr", *SAFE):
+                    unknown(name, e.shown)
             refuse_code(e)
         for name in (*e.names, *e.functions):
-            builtin = trusted and name in e.functions and hasattr(builtins, name)
+            builtin = (
+                trusted and (name in ("int", "float", "str", "bool") or name in e.functions) and hasattr(builtins, name)
+            )
             if trusted and name in caller and (callable(caller[name]) or not (name in KNOWN or builtin)):
                 own[name] = caller[name]
             elif name not in KNOWN and not builtin:
