@@ -191,7 +191,7 @@ def fit_products(
     """As :func:`fit_design`, from the cross-products on."""
     if start is not None:
         try:
-            start = np.asarray(start, dtype=np.float64)
+            start = np.atleast_1d(np.asarray(start, dtype=np.float64))
         except (TypeError, ValueError):
             raise ValueError(f"start must be theta as numbers, got {start!r}") from None
         if not np.isfinite(start).all():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -545,6 +546,8 @@ def test_as_column_says_what_it_was_given():
     "make",
     [
         lambda v, null: pa.array(v, mask=null),
+        lambda v, null: pc.run_end_encode(pa.array(v, mask=null)),
+        lambda v, null: pa.chunked_array([pa.array(v[:4], mask=null[:4]), pa.array(v[4:], mask=null[4:])]),
         lambda v, null: pd.Series(pd.arrays.ArrowExtensionArray(pa.array(v, mask=null))),
         lambda v, null: pl.Series(
             pl.Series([None if n else x for x, n in zip(v, null, strict=True)], dtype=pl.Float64)
@@ -552,7 +555,7 @@ def test_as_column_says_what_it_was_given():
         lambda v, null: np.ma.MaskedArray(v, null),
         lambda v, null: [None if n else x for x, n in zip(v, null, strict=True)],
     ],
-    ids=["pyarrow", "pandas with arrow", "polars", "masked", "list"],
+    ids=["pyarrow", "run ends", "chunked", "pandas with arrow", "polars", "masked", "list"],
 )
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_nulls_and_nan_in_one_column_are_missing_each_in_its_row(make, everywhere):

@@ -175,6 +175,10 @@ def _present(what: str, values: Any) -> tuple[Any, np.ndarray]:
     if hasattr(values, "drop_null"):  # pyarrow
         kind = str(values.type)
         values = values.cast(kind.removesuffix("_view")) if kind.endswith("_view") else values
+        if kind.startswith("run_end_encoded"):  # which has its nulls inside runs
+            import pyarrow.compute
+
+            return _present(what, pyarrow.compute.run_end_decode(values))
         if kind.startswith("dictionary"):
             return _present(what, values.to_pandas())
         present, own = _present(what, values.drop_null().to_pandas(date_as_object=False))

@@ -32,6 +32,7 @@ _TOKEN = re.compile(
 _BETWEEN, _BEFORE = {"and", "or", "in", "is", "if", "else", "for"}, {"not", "lambda"}
 _SPELLINGS = {"TRUE": "True", "FALSE": "False", "NULL": "None"}
 _FACTOR = ("factor", "as.factor")
+_BASES = ("poly", "bs", "cr", "cs", "cc", "hashed")
 _CURES = {
     "%in%": "it stands between terms only; inside a function use x.isin([...])",
     "%/%": "write //",
@@ -203,13 +204,15 @@ def expression(piece: Piece | str, columns: Collection[str] = ()) -> Expression:
         FormulaError: shows the text and what is wrong with it.
     """
     piece = read(piece) if isinstance(piece, str) else piece
+    if not piece.tokens:
+        raise FormulaError(f"'{piece.source}': an expression is missing between brackets or next to a sign")
     aliases: dict[str, str] = {}
     code = " ".join(_python(piece, columns, aliases))
     try:
         tree = ast.parse(code, mode="eval")
-        _check_powers(tree, str(piece))
+        _check_sizes(tree, str(piece))
         plain = ast.unparse(tree)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError) as error:
         why = error.msg if isinstance(error, SyntaxError) else str(error)
         if isinstance(error, FormulaError):
             raise
@@ -318,12 +321,28 @@ def _hint(piece: Piece) -> str:
     return ""
 
 
-def _check_powers(tree: ast.AST, text: str) -> None:
-    """Python computes constants exactly, however many digits they have."""
+def _check_sizes(tree: ast.AST, text: str) -> None:
+    """Python computes constants exactly, however many digits they have; splines have as many columns as one says."""
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
             right: ast.expr = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
-            constants = not any(isinstance(part, ast.Name) for part in ast.walk(node))
             value = right.value if isinstance(right, ast.Constant) else None
-            if abs(value) > HIGHEST_POWER if isinstance(value, int | float) else constants:
+            if abs(value) > HIGHEST_POWER if isinstance(value, int | float) else _is_constant(node):
                 raise FormulaError(f"'{text}': powers go up to {HIGHEST_POWER}")
+    for node in ast.walk(tree):  # powers are small by now
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BASES:
+            for part in [*node.args[1:], *(k.value for k in node.keywords)]:
+                value = (
+                    eval(compile(ast.Expression(part), "", "eval"), {"__builtins__": {}}) if _is_constant(part) else 0
+                )
+                if isinstance(value, int | float) and abs(value) > HIGHEST_POWER:
+                    raise FormulaError(f"'{text}': {ast.unparse(part)} columns are too many (limit {HIGHEST_POWER})")
+
+
+def _is_constant(node: ast.AST) -> bool:
+    """Arithmetic of numbers alone."""
+    arithmetic = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    numbers = [
+        part for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, int | float)
+    ]
+    return all(part in numbers or isinstance(part, arithmetic) for part in ast.walk(node))

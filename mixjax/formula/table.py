@@ -23,6 +23,7 @@ THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?\s*")
 
 def refuse_unknown(name: str, available: list[str], where: str, data: Any = None) -> NoReturn:
     """Raise DataError for a name that is no column, with the nearest ones that are."""
+    name = str(name)
     if isinstance(data, pd.DataFrame) and name in data.index.names:
         raise DataError(f"'{name}' ({where}) is a level of the index, not a column: pass data.reset_index()")
     # Another case is the likeliest slip, and to difflib 'RT' and 'rt' have nothing in common.

@@ -154,6 +154,8 @@ def _weights(method: Any, names: list[str]) -> dict[str, np.ndarray]:
     k = len(names)
     eye = np.eye(k)
     if isinstance(method, Mapping):
+        if not method:
+            raise ValueError("method= is a dict without a contrast: name -> weights, one for every mean")
         weights = {str(name): np.asarray(w, float) for name, w in method.items()}
         for name, w in weights.items():
             if w.shape != (k,) or not np.isfinite(w).all():
