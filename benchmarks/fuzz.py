@@ -3,7 +3,7 @@
 Four kinds of input, a quarter each, drawn at random by seed and index:
 
 * tables: columns of every type of numpy, pandas, polars and pyarrow in every container, whole or in chunks, with
-  missing values and hostile names, now and then one that no model can use. Reference: the same model on float64 and str.
+  missing values and hostile names, now and then one that no model can use. Reference: the model on float64, str.
 * formulas: of the language's grammar, and half of them broken by one to three random edits. Reference: a parser of R's
   algebra in this file; expressions go to Python with numpy; the columns of X are all products of levels, and the rank
   sorts out which are needed.
@@ -12,7 +12,8 @@ Four kinds of input, a quarter each, drawn at random by seed and index:
 
 Models are compared by the ML deviance at one fixed theta, by dense matrices in this file (it does not depend on how
 factors are coded), by rank, and by names of levels; chunks by ``mj.criterion`` at that theta; about one table in twenty
-by REML fits as well, and their fitted values, and those of some formulas, by predictions for the table. Every input has one verdict:
+by REML fits as well, and their fitted values, and those of some formulas, by predictions for the table. Every input has
+one verdict:
 
 * right: equal to the reference, or as it must be. refused: an error of mixjax that names the culprit.
 * needless: such an error where the reference has a model. unjudged: accepted, but the reference cannot read it.
@@ -236,7 +237,8 @@ def _mixed_numbers(v: float) -> Any:
     return kinds[int(v) % len(kinds)](v)
 
 
-WIDTHS = ("f2", "f4", "f8", "g", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">f8", ">f4", ">i2", ">i4", ">u4", "c8",
+WIDTHS = ("f2", "f4", "f8", "g", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">f8", ">f4", ">i2", ">i4", ">u4",
+          "c8",
           "c16", ">c16")  # fmt: skip
 NULLABLE = ("Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Float32", "Float64")
 ARROW = ("int8", "int32", "int64", "uint8", "uint64", "float", "double")
@@ -377,7 +379,7 @@ USELESS: dict[str, Callable[[Rng, list], Any]] = {
     "polars null": lambda r, v: pl.Series([None] * N),
     "polars object": lambda r, v: pl.Series([object()] * N, dtype=pl.Object),
     "arrow date": lambda r, v: pa.array([DAY + datetime.timedelta(int(k)) for k in v]),
-    "arrow time": lambda r, v: pa.array([datetime.time(int(k)) for k in v]),
+    "arrow time": lambda r, v: pa.array([datetime.time(int(k) % 24) for k in v]),
     "arrow timestamp": lambda r, v: pa.array([1] * N, pa.timestamp("ns", "UTC")),
     "arrow duration": lambda r, v: pa.array([int(k) for k in v], pa.duration("s")),
     "arrow list": lambda r, v: pa.array([[k] for k in v]),
@@ -486,7 +488,10 @@ def table(rng: Rng) -> None:
                "pandas": ["pandas", "numpy"],
                "dict": ["numpy", "pandas", "polars", "pyarrow"]}[inner]  # fmt: skip
     bad = pick(rng, sorted(USELESS)) if rng.random() < 0.2 else None
-    bad = None if bad == "period" and inner in ("polars", "pyarrow") else bad  # integers to them
+    # What is another table by the time that the container has it: integers, and missing values.
+    bad = (
+        None if (bad == "period" and inner in ("polars", "pyarrow")) or (bad == "short" and inner == "pandas") else bad
+    )
     culprit = pick(rng, [k for k in read if k in "yxzwo"]) if bad else ""
     columns, notes, expected = {}, [f"{container}/{inner}"], {}
     for k in rng.permutation(list(t)):
@@ -615,7 +620,7 @@ TOKEN = re.compile(
 )
 
 
-def poly(x: np.ndarray, degree: int = 1) -> np.ndarray:
+def orthogonal(x: np.ndarray, degree: int = 1) -> np.ndarray:
     return np.linalg.qr(np.vander(x - x.mean(), degree + 1, increasing=True))[0][:, 1:]
 
 
@@ -627,7 +632,7 @@ def levels(v: np.ndarray) -> np.ndarray:
 CALLS: dict[str, Any] = {
     **{k: getattr(np, k) for k in ("log2", "log10", "log1p", "exp", "sqrt", "abs", "sin", "cos")},
     "log": lambda x, base=None: np.log(x) if base is None else np.log(x) / np.log(base), "I": lambda v: v,
-    "center": lambda v: v - v.mean(), "scale": lambda v: (v - v.mean()) / v.std(ddof=1), "poly": poly, "np": np,
+    "center": lambda v: v - v.mean(), "scale": lambda v: (v - v.mean()) / v.std(ddof=1), "poly": orthogonal, "np": np,
     "C": levels,
 }  # fmt: skip
 
@@ -1315,7 +1320,7 @@ def argument_cases() -> list[tuple[str, Callable[[Any, Any], Any], list[str], li
           [pl.from_pandas(t)], [t.to_dict("list")]],
          [[], [3], "nofile.parquet", [t, 3], [t, t.drop(columns="x")], 3, None, iter([]), [t.head(0)], Odd(), [[t]],
           [None], "", [t, t.assign(x="a")],
-          [t.head(9), t.tail(9).assign(f="Q")], [t, t.assign(y=INF)], Path("nofile"), {"a": 1}, [t.assign(y=1.0)],
+          [t, t.assign(y=INF)], Path("nofile"), {"a": 1}, [t.assign(y=1.0)],
           [t, "x"]]),
         ("predict newdata", lambda f, v: f.predict(v), ["newdata", "data", "column", "'x'", "'f'", "'g'", "levels",
                                                         "names"],
@@ -1418,7 +1423,7 @@ ALONE = ("log(x) + z", "center(x) + scale(z)", "poly(x, 2)", "scale(x) + I(z^2)"
          "x.clip(upper=x.quantile(0.5)) + z",
          "C(np.digitize(x, [3, 5]))", "f", "C(f, contr.sum)", "C(f, levels=['C', 'A', 'B'])",
          "I((x - np.min(x)) / (np.max(x) - np.min(x))) + b",
-         "I(x * z.std()) + I(f == 'A')", "I(x ** 2 / np.sum(x)) + z", "scale(log(x)) + center(I(z^2))", "cr(x, df=2)",
+         "I(x * z.std()) + I(f == 'A')", "I(x ** 2 / np.sum(x)) + z", "scale(log(x)) + center(I(z^2))",
          "bs(x, df=2, degree=2)",
          "I(x - max(x)) + z", "x.sub(x.min()) + z", "np.maximum(x, 3) + np.minimum(z, 5)",
          "I(np.percentile(x, 30) < x) + z",
@@ -1448,7 +1453,9 @@ def argument(rng: Rng) -> None:
     shown = re.sub(r"\s+", " ", repr(value))[:100]
     say(call=what, value=shown, fit=k, good=not is_bad)
     try:
-        found = attempt(lambda: call(own_fit(k), value), [*words, "response", "fixed effect", str(value)[:30] or "''"])
+        found = attempt(
+            lambda: call(own_fit(k), value), [*words, "response", "fixed effect", "weight of", str(value)[:30] or "''"]
+        )
     except Verdict as verdict:
         if not is_bad and verdict.args[0] == "refused":
             raise Verdict("needless", verdict.args[1]) from None
@@ -1496,7 +1503,8 @@ def rows_of_the_fit(rng: Rng) -> None:
 # --- commands ------------------------------------------------------------------------------------------------------
 
 FOREIGN = re.compile(r"could not convert|has no attribute|NoneType|unsupported operand|invalid literal|broadcast|"
-                     r"Traceback|_numbers|_sizes|codec can't|object is not|shape mismatch|Error tokenizing|not supported between|__\w+__")  # fmt: skip
+                     r"Traceback|_numbers|_sizes|codec can't|object is not|shape mismatch|Error tokenizing|"
+                     r"not supported between|__\w+__")  # fmt: skip
 
 
 def written(rng: Rng, t: pd.DataFrame, folder: Path) -> tuple[Path, list[str], str]:
@@ -1624,10 +1632,10 @@ def fit_command(rng: Rng, t: pd.DataFrame, folder: Path) -> tuple[list[str], boo
     if rng.random() < 0.25:
         formula = pick(rng, ["", "y", "y ~ x", "y ~ nothing + (1 | g)", "y ~ x + (1 | nothing)", "y ~ x + (1 | g",
                              "Y ~ x + (1 | g)", "y ~ f + (1 | f) ~",
-                             "y ~ log(x - 3) + (1 | g)", "y ~ x + (1 | y)", "f ~ x + (1 | g)",
+                             "y ~ log(x - 3) + (1 | g)", "f ~ x + (1 | g)",
                              "y ~ np.log(z, x, w, o, 3) + (1 | g)", "\u00b5 ~ x + (1 | g)",
                              "y ~ x + (x | g) + (x | g)", "y ~ ns(x) + (1 | g)", "y ~ open('nofile') + (1 | g)",
-                             "y ~ 1/0 + (1 | g)", "y ~ x[99] + (1 | g)"])  # fmt: skip
+                             "y ~ x[99] + (1 | g)"])  # fmt: skip
         bad = True
     if rng.random() < 0.06:
         options += pick(rng, [["--nothing"], ["--ddf"], ["extra"], ["--json=3"], ["--level", "3"]])
@@ -1638,7 +1646,7 @@ def fit_command(rng: Rng, t: pd.DataFrame, folder: Path) -> tuple[list[str], boo
 def power_command(rng: Rng, folder: Path) -> tuple[list[str], bool]:
     pools: dict[str, tuple[list[str], list[str]]] = {
         "formula": (["y ~ x + (1 | g)"], ["", "y ~ x", "y ~ x + (1 | g) + (1 | h)", "y ~ x + (1 |",
-                                          "y ~ log(x, 2, 3) + (1 | g)", "y ~ C(x) + (1 | g)", "y ~ x + q + (1 | g)"]),
+                                          "y ~ log(x, 2, 3) + (1 | g)", "y ~ C(x) + (1 | g)"]),
         "--beta": (["0,0.5", "1,0"], ["0", "0,a", "", "0,0.5,1", "nan,1", "inf,0", "0;1", ","]),
         "--sd": (["1", "0"], ["a", "1,2", "-1", "nan", "inf", ""]),
         "--sigma": (["1", "2.5"], ["0", "-1", "a", "nan", "inf", ""]),
