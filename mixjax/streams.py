@@ -11,8 +11,8 @@ import numpy as np
 
 from mixjax.design import Labels
 from mixjax.formula.chunks import INTERCEPT, ChunkReader, can_repeat, find_categories, tables
+from mixjax.formula.context import caller_context, is_trusted
 from mixjax.formula.errors import DataError, warn
-from mixjax.formula.evaluate import caller_context, is_trusted
 from mixjax.likelihood.accumulate import Accumulator, Dependent
 from mixjax.likelihood.statistics import CrossProducts
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mixjax as mj
-from mixjax.formula.evaluate import columns_of, resolve
+from mixjax.formula.algebra import effects, summands
+from mixjax.formula.context import resolve
+from mixjax.formula.evaluate import columns_of
 from mixjax.formula.parse import parse
 from mixjax.formula.state import new_rows
-from mixjax.formula.syntax import effects, expression, read, summands
+from mixjax.formula.syntax import expression, read
 
 N = 60
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import mixjax as mj
-from mixjax.formula.evaluate import SAFE
+from mixjax.formula.context import SAFE
 
 N = 40
 RIGHT = "y ~ log(x) + poly(z, 2) * f + I(x^2 - 1 / z) + C(f, contr.sum):z + offset(2 * z) + (scale(x) | g)"

@@ -12,12 +12,14 @@ import pandas as pd
 
 from mixjax.bases import in_span, orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
+from mixjax.formula.algebra import Effects
+from mixjax.formula.context import Context, caller_context, is_trusted, resolve
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
-from mixjax.formula.evaluate import Columns, Context, caller_context, columns_of, is_trusted, numbers, resolve
+from mixjax.formula.evaluate import Columns, columns_of, numbers
 from mixjax.formula.parse import Group, ParsedFormula, parse
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.formula.state import FormulaState, kinds_of
-from mixjax.formula.syntax import Effects, Expression, expression
+from mixjax.formula.syntax import Expression, expression
 from mixjax.formula.table import (
     as_numbers,
     check_finite,

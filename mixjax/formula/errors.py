@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 # A message that lists more names than this shows the first of them and counts the rest.
 SHOWN = 5
@@ -31,6 +32,11 @@ def some_of(names: Sequence[str], separator: str = ", ", most: int = SHOWN) -> s
     """``a, b, c, d, e and 370 more``: a factor of many levels would make a message of thousands of characters."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def listed(values: Iterable[Any], most: int = SHOWN) -> str:
+    """Values as Python writes them, of many the first."""
+    return some_of([repr(value.item() if hasattr(value, "item") else value) for value in values], most=most)
 
 
 def warn(message: str, category: type[Warning] = DataWarning) -> None:

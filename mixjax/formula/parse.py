@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 from mixjax.covariance import STRUCTURES
+from mixjax.formula.algebra import Effects, effects, summands
 from mixjax.formula.errors import FormulaError
-from mixjax.formula.syntax import Effects, Expression, Piece, effects, expression, read, summands
+from mixjax.formula.syntax import Expression, Piece, expression, read
 
 MOST_GROUPS = 100
 

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Labels
+from mixjax.formula.context import Context
 from mixjax.formula.errors import DataError, some_of, warn
-from mixjax.formula.evaluate import Columns, Context, Learnt, numbers, refuse_company
+from mixjax.formula.evaluate import Columns, Learnt, numbers, refuse_company
 from mixjax.formula.parse import ParsedFormula
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.formula.syntax import Expression, column

@@ -1,7 +1,7 @@
-"""Text of formulas -> tokens, expressions and the algebra of terms.
+"""Text of formulas -> tokens and expressions.
 
-Two languages meet in a formula. Between terms stands R's algebra: ``a*b``, ``(a + b)^2``, ``a %in% b``. What a term is
-made of is an expression, read by Python's own parser after names of columns, which may hold any signs, were replaced.
+Two languages meet in a formula. Between terms stands R's algebra (``algebra.py``). What a term is made of is an
+expression, read by Python's own parser after names of columns, which may hold any signs, were replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mixjax.formula.errors import FormulaError
 
 # What is more than this is a slip or an attack, and would take minutes or all memory before it fails.
-LONGEST, DEEPEST, HIGHEST_POWER, MOST_TERMS = 100_000, 60, 1_000, 2_000
+LONGEST, DEEPEST, HIGHEST_POWER = 100_000, 60, 1_000
 OPENING, CLOSING = "([{", ")]}"
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
@@ -82,18 +82,18 @@ class Piece:
     def unwrapped(self) -> Piece:
         """Without the brackets that enclose all of it, however many."""
         piece = self
-        while len(piece.tokens) > 2 and piece.tokens[0].text == "(" and piece._closes(0) == len(piece.tokens) - 1:
+        while len(piece.tokens) > 2 and piece.tokens[0].text == "(" and piece.closes(0) == len(piece.tokens) - 1:
             piece = Piece(piece.source, piece.tokens[1:-1])
         return piece
 
     def call(self) -> tuple[str, Piece] | None:
         """Name and arguments of a piece that is one call of a plain name; None of any other."""
         tokens = self.tokens
-        if len(tokens) < 3 or tokens[0].kind != "name" or tokens[1].text != "(" or self._closes(1) != len(tokens) - 1:
+        if len(tokens) < 3 or tokens[0].kind != "name" or tokens[1].text != "(" or self.closes(1) != len(tokens) - 1:
             return None
         return tokens[0].text, Piece(self.source, tokens[2:-1])
 
-    def _closes(self, at: int) -> int:
+    def closes(self, at: int) -> int:
         """Where the bracket that opens at a place is closed."""
         depth = self.tokens[at].depth
         return next(i for i, t in enumerate(self.tokens) if i > at and t.text in CLOSING and t.depth == depth)
@@ -327,196 +327,3 @@ def _check_powers(tree: ast.AST, text: str) -> None:
             value = right.value if isinstance(right, ast.Constant) else None
             if abs(value) > HIGHEST_POWER if isinstance(value, int | float) else constants:
                 raise FormulaError(f"'{text}': powers go up to {HIGHEST_POWER}")
-
-
-# --- terms -----------------------------------------------------------------------------------------------------------
-
-Term = tuple[str, ...]
-INTERCEPT: Term = ()
-
-
-@dataclass(frozen=True)
-class Effects:
-    """A sum of terms: the fixed effects, or those of a random term.
-
-    Attributes:
-        shown: as written.
-        terms: each a product of expressions, by their ``shown``; the empty product is the intercept. By degree, as
-            R and formulaic order them.
-        expressions: what the terms are made of.
-    """
-
-    shown: str
-    terms: tuple[Term, ...]
-    expressions: tuple[Expression, ...]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that are read."""
-        return tuple(dict.fromkeys(name for e in self.expressions for name in e.columns))
-
-    def __str__(self) -> str:
-        return self.shown
-
-
-def effects(pieces: list[tuple[str, Piece]], columns: Collection[str] = (), shown: str = "") -> Effects:
-    """Signed summands -> terms, with an intercept unless it is taken away.
-
-    Raises:
-        FormulaError: shows the text and what is wrong with it.
-    """
-    algebra = _Algebra(columns)
-    terms: dict[Term, None] = {INTERCEPT: None}
-    for sign, piece in pieces:
-        own = algebra.sum(piece)
-        zero = _is_zero(piece)
-        for term in [INTERCEPT] if zero else own:
-            if (sign == "-") != zero:
-                terms.pop(term, None)
-            else:
-                terms[term] = None
-    ordered = tuple(sorted(terms, key=len))
-    used = {name for term in ordered for name in term}
-    shown = shown or " ".join(f"{sign} {piece}" for sign, piece in pieces).removeprefix("+ ") or "1"
-    return Effects(shown, ordered, tuple(e for name, e in algebra.expressions.items() if name in used))
-
-
-def _is_zero(piece: Piece) -> bool:
-    return len(piece.tokens) == 1 and piece.tokens[0].text == "0"
-
-
-class _Algebra:
-    """R's algebra of terms. Terms are sets: ``b:a`` is ``a:b``, and stands as it was written first."""
-
-    def __init__(self, columns: Collection[str]):
-        self.columns = columns
-        self.expressions: dict[str, Expression] = {}
-        self.order: dict[frozenset[str], Term] = {frozenset(): INTERCEPT}
-
-    def sum(self, piece: Piece) -> list[Term]:
-        """Terms of a sum inside brackets or by itself, ``a + b - c``."""
-        terms: dict[Term, None] = {}
-        for sign, part in summands(piece):
-            own = [INTERCEPT] if _is_zero(part) else self.product(part)
-            for term in own:
-                if (sign == "-") != _is_zero(part):
-                    terms.pop(term, None)
-                else:
-                    terms[term] = None
-        return self._few(list(terms), piece)
-
-    def product(self, piece: Piece) -> list[Term]:
-        """``a * b`` and ``a / b``, from left to right."""
-        at = piece.outer("*", "/")
-        if not at:
-            return self.nested(piece)
-        left = self.nested(_cut(piece, 0, at[0]))
-        for here, end in zip(at, [*at[1:], len(piece.tokens)], strict=True):
-            right = self.nested(_cut(piece, here + 1, end))
-            if piece.tokens[here].text == "*":
-                left = [*left, *right, *self.cross(left, right, piece)]
-            else:
-                everything = self.joined([name for term in left for name in term])
-                left = [*left, *self.cross([everything], right, piece)]
-            left = self._few(list(dict.fromkeys(left)), piece)
-        return left
-
-    def nested(self, piece: Piece) -> list[Term]:
-        """``b %in% a``: the levels of b within those of a, without a main effect of b."""
-        parts = [self.interaction(part) for part in piece.split("%in%")]
-        terms = parts[0]
-        for right in parts[1:]:
-            terms = self.cross(terms, [self.joined([name for term in right for name in term])], piece)
-        return terms
-
-    def interaction(self, piece: Piece) -> list[Term]:
-        parts = [self.power(part) for part in piece.split(":")]
-        terms = parts[0]
-        for right in parts[1:]:
-            terms = self.cross(terms, right, piece)
-        return terms
-
-    def power(self, piece: Piece) -> list[Term]:
-        base, *exponents = piece.split("^", "**")
-        terms = self.atom(base)
-        for exponent in exponents:
-            text = str(exponent)
-            if not re.fullmatch(r"[1-9]\d{0,2}", text):
-                raise FormulaError(
-                    f"'{piece}': {text or 'nothing'} is no power of terms, which are 1, 2, ... 999; the power of "
-                    f"a number is written I({piece})"
-                )
-            once = terms
-            for _ in range(min(int(text), len(once) + 1) - 1):  # more add nothing
-                terms = self._few(list(dict.fromkeys([*terms, *self.cross(terms, once, piece)])), piece)
-        return terms
-
-    def atom(self, piece: Piece) -> list[Term]:
-        inner = piece.unwrapped()
-        if inner is not piece:
-            return self.sum(inner)
-        if not piece.tokens:
-            raise FormulaError(f"'{piece.source}' is not understood: a term is missing next to a sign")
-        first = piece.tokens[0]
-        if first.kind == "number":
-            if len(piece.tokens) == 1 and first.text in ("0", "1"):
-                return [INTERCEPT] if first.text == "1" else []
-            raise FormulaError(
-                f"'{piece}' cannot be a term: of numbers only 1 (intercept) and 0 (none); arithmetic is written I(...)"
-            )
-        if first.text == "{" and piece._closes(0) == len(piece.tokens) - 1:
-            return [self.factor(Piece(piece.source, piece.tokens[1:-1]))]
-        if first.text == "." and len(piece.tokens) == 1:
-            raise FormulaError("'.' (all other columns) is not understood; name the columns")
-        outer = piece.outer("<", ">", "<=", ">=", "==", "!=", "&", "|", "!", "=", "~", "%", "//", "-", "+")
-        if outer or first.kind == "string":
-            sign = piece.tokens[outer[0]].text if outer else first.text
-            raise FormulaError(f"'{piece}': {sign} cannot stand between terms; write I({piece})")
-        return [self.factor(piece)]
-
-    def factor(self, piece: Piece) -> Term:
-        own = expression(piece, self.columns)
-        if not own.columns and not own.names and own.functions == ():
-            raise FormulaError(f"'{piece}' cannot be a term: it reads no column")
-        if own.column is not None and not own.shown.isidentifier() and (
-            own.shown in ("0", "1") or self.expressions.get(own.shown, own) != own
-        ):  # fmt: skip
-            own = Expression(f"`{own.column}`", own.code, own.columns)
-        self.expressions.setdefault(own.shown, own)
-        return self.joined([own.shown])
-
-    def joined(self, names: list[str]) -> Term:
-        return self.order.setdefault(frozenset(names), tuple(dict.fromkeys(names)))
-
-    def cross(self, left: list[Term], right: list[Term], piece: Piece) -> list[Term]:
-        if len(left) * len(right) > MOST_TERMS**2:
-            self._few([*left, *right] * MOST_TERMS, piece)
-        return self._few(list(dict.fromkeys(self.joined([*a, *b]) for a in left for b in right)), piece)
-
-    def _few(self, terms: list[Term], piece: Piece) -> list[Term]:
-        if len(terms) > MOST_TERMS:
-            raise FormulaError(f"'{str(piece)[:80]}' has more than {MOST_TERMS} terms")
-        return terms
-
-
-def _cut(piece: Piece, start: int, end: int) -> Piece:
-    return Piece(piece.source, piece.tokens[start:end])
-
-
-def summands(piece: Piece) -> list[tuple[str, Piece]]:
-    """Signed parts of a sum. A sign that follows another operator belongs to its operand."""
-    before = [None, *piece.tokens]
-    at = [i for i in piece.outer("+", "-") if (t := before[i]) is None or t.kind != "sign" or t.text in (*CLOSING, ".")]
-    starts, parts = ([] if at[:1] == [0] else [-1]) + at, []
-    for start, end in zip(starts, [*starts[1:], len(piece.tokens)], strict=True):
-        sign = "+" if start < 0 else piece.tokens[start].text
-        tokens = piece.tokens[start + 1 : end]
-        if tokens and tokens[0].text in "+-" and tokens[0].kind == "sign":
-            if sign == tokens[0].text == "+":
-                raise FormulaError(f"'{piece.source}': a term is missing next to a '+'")
-            sign = "-" if sign != tokens[0].text else "+"
-            tokens = tokens[1:]
-        if not tokens:
-            raise FormulaError(f"'{piece.source}': a term is missing next to a '{sign}'")
-        parts.append((sign, Piece(piece.source, tokens)))
-    return parts

@@ -11,7 +11,8 @@ from scipy import linalg as dense
 
 from mixjax.fitted import Fitted, fit_products, record_of
 from mixjax.formula.build import read_formula
-from mixjax.formula.evaluate import caller_context, columns_of
+from mixjax.formula.context import caller_context
+from mixjax.formula.evaluate import columns_of
 from mixjax.inference.nesting import check_same_data, in_span, is_within, logdet_X, place_of
 from mixjax.inference.spectral import Spectrum, draw, exact_p, spectrum
 from mixjax.likelihood.statistics import CrossProducts

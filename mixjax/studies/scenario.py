@@ -15,8 +15,8 @@ from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
 from mixjax.fitted import record_of, term_names
 from mixjax.formula.build import build_design
+from mixjax.formula.context import caller_context
 from mixjax.formula.errors import DataError, DataWarning
-from mixjax.formula.evaluate import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.inference.hypotheses import known_names
