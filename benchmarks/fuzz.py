@@ -102,7 +102,7 @@ def of_error(error: Exception, words: list[str]) -> Verdict:
         return Verdict("UNCLEAR", f"{said} [{Path(last.filename).name}:{last.lineno}]")
     if not Path(last.filename).is_relative_to(HOME):
         return Verdict("UNCLEAR", f"raised in {Path(last.filename).name}:{last.lineno}: {said}")
-    if not any(word in text for word in words):
+    if not any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)" if w.isidentifier() else re.escape(w), text) for w in words):
         return Verdict("UNCLEAR", f"names nothing of {words[:6]}: {said}")
     return Verdict("refused", said)
 
@@ -137,11 +137,6 @@ def deviance(model: Model) -> float:
     y = np.linalg.solve(C, model.y if model.offset is None else model.y - model.offset)
     y = y - Q @ (Q.T @ y)
     return float(2 * np.log(np.diag(C)).sum() + n * (1 + np.log(2 * np.pi * (y @ y) / n)))
-
-
-def theta(model: Model) -> np.ndarray:
-    parts = [root(Z.shape[1], structure) for Z, _, structure in model.terms]
-    return np.concatenate([L[np.tril_indices(len(L))[::-1]] if len(L) > 1 else L[0] for L in parts])
 
 
 def as_model(design: mj.Design) -> Model:
@@ -489,9 +484,8 @@ def table(rng: Rng) -> None:
                "dict": ["numpy", "pandas", "polars", "pyarrow"]}[inner]  # fmt: skip
     bad = pick(rng, sorted(USELESS)) if rng.random() < 0.2 else None
     # What is another table by the time that the container has it: integers, and missing values.
-    bad = (
-        None if (bad == "period" and inner in ("polars", "pyarrow")) or (bad == "short" and inner == "pandas") else bad
-    )
+    converted = {"polars": ("period",), "pyarrow": ("period",), "pandas": ("short",)}
+    bad = None if bad in converted.get(inner, ()) else bad
     culprit = pick(rng, [k for k in read if k in "yxzwo"]) if bad else ""
     columns, notes, expected = {}, [f"{container}/{inner}"], {}
     for k in rng.permutation(list(t)):
@@ -568,9 +562,9 @@ def table(rng: Rng) -> None:
     if container == "chunks":
         if int(stats.n) != keep.sum():
             raise Verdict("WRONG", f"{int(stats.n)} rows, reference {keep.sum()}")
-        theta_ = np.concatenate([root(q, "us")[np.triu_indices(q)[::-1]] for q in stats.layout.qs])
+        theta = np.concatenate([root(q, "us")[np.triu_indices(q)[::-1]] for q in stats.layout.qs])
         with x64():
-            found = float(criterion()(theta_, stats))
+            found = float(criterion()(theta, stats))
         close("criterion of chunks", found, deviance(reference), 1e-6)
         return
     same(as_model(design), reference)
