@@ -190,7 +190,10 @@ def fit_products(
 ) -> Fitted:
     """As :func:`fit_design`, from the cross-products on."""
     if start is not None:
-        start = np.asarray(start, dtype=np.float64)
+        try:
+            start = np.asarray(start, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"start must be theta as numbers, got {start!r}") from None
         if not np.isfinite(start).all():
             raise ValueError(f"start must be finite, got {start}")
     with float64():

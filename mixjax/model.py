@@ -401,7 +401,12 @@ class LMMFit(Inferring, Diagnosing):
         design = self.design
         if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
             Y = [values_of_rows(self.labels, "a response", y) for y in Y]
-        Y, used = np.asarray(Y, dtype=np.float64), self.labels.used
+        try:
+            Y, used = np.asarray(Y, dtype=np.float64), self.labels.used
+        except (TypeError, ValueError):
+            raise DataError(
+                f"Y must be an array of numbers, (B, {self.nobs}), got {type(Y).__name__} of others"
+            ) from None
         if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
             Y = np.ascontiguousarray(Y[:, used])
         if Y.ndim != 2 or Y.shape[1] != self.nobs:

@@ -45,44 +45,42 @@ def effects(pieces: list[tuple[str, Piece]], columns: Collection[str] = (), show
         FormulaError: shows the text and what is wrong with it.
     """
     algebra = _Algebra(columns)
-    terms: dict[Term, None] = {INTERCEPT: None}
-    for sign, piece in pieces:
-        own = algebra.sum(piece)
-        zero = _is_zero(piece)
-        for term in [INTERCEPT] if zero else own:
-            if (sign == "-") != zero:
-                terms.pop(term, None)
-            else:
-                terms[term] = None
-    ordered = tuple(sorted(terms, key=len))
+    terms = algebra.add_up(pieces, True)
+    ordered = tuple(sorted([INTERCEPT, *terms] if algebra.intercept else terms, key=len))
     used = {name for term in ordered for name in term}
     shown = shown or " ".join(f"{sign} {piece}" for sign, piece in pieces).removeprefix("+ ") or "1"
     return Effects(shown, ordered, tuple(e for name, e in algebra.expressions.items() if name in used))
 
 
-def _is_zero(piece: Piece) -> bool:
-    return len(piece.tokens) == 1 and piece.tokens[0].text == "0"
-
-
 class _Algebra:
-    """R's algebra of terms. Terms are sets: ``b:a`` is ``a:b``, and stands as it was written first."""
+    """R's algebra of terms. Terms are sets: ``b:a`` is ``a:b``, and stands as it was written first.
+
+    The intercept is no term: 1 and 0 say for the whole formula whether there is one, wherever in a sum they stand.
+    """
 
     def __init__(self, columns: Collection[str]):
         self.columns = columns
         self.expressions: dict[str, Expression] = {}
-        self.order: dict[frozenset[str], Term] = {frozenset(): INTERCEPT}
+        self.order: dict[frozenset[str], Term] = {}
+        self.intercept = True
+        self.in_product = 0
 
-    def sum(self, piece: Piece) -> list[Term]:
-        """Terms of a sum inside brackets or by itself, ``a + b - c``."""
+    def add_up(self, parts: list[tuple[str, Piece]], adds: bool) -> list[Term]:
+        """Terms of signed summands; ``adds`` is False where all of them are taken away from something."""
         terms: dict[Term, None] = {}
-        for sign, part in summands(piece):
-            own = [INTERCEPT] if _is_zero(part) else self.product(part)
+        for sign, part in parts:
+            plus, inner = (sign == "+") == adds, part.unwrapped()
+            if [t.text for t in inner.tokens] in (["0"], ["1"]) and not self.in_product:
+                self.intercept = plus == (inner.tokens[0].text == "1")
+                continue
+            own = self.product(part) if inner is part else self.add_up(summands(inner), plus)
             for term in own:
-                if (sign == "-") != _is_zero(part):
+                if sign == "-":
                     terms.pop(term, None)
                 else:
-                    terms[term] = None
-        return self._few(list(terms), piece)
+                    terms.setdefault(term)
+            self._few(list(terms), part)
+        return list(terms)
 
     def product(self, piece: Piece) -> list[Term]:
         """``a * b`` and ``a / b``, from left to right."""
@@ -133,13 +131,16 @@ class _Algebra:
     def atom(self, piece: Piece) -> list[Term]:
         inner = piece.unwrapped()
         if inner is not piece:
-            return self.sum(inner)
+            self.in_product += 1
+            terms = self.add_up(summands(inner), True)
+            self.in_product -= 1
+            return terms
         if not piece.tokens:
             raise FormulaError(f"'{piece.source}' is not understood: a term is missing next to a sign")
         first = piece.tokens[0]
         if first.kind == "number":
             if len(piece.tokens) == 1 and first.text in ("0", "1"):
-                return [INTERCEPT] if first.text == "1" else []
+                raise FormulaError(f"'{piece.source}': {first.text}, the intercept, can only be added or taken away")
             raise FormulaError(
                 f"'{piece}' cannot be a term: of numbers only 1 (intercept) and 0 (none); arithmetic is written I(...)"
             )

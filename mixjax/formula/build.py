@@ -248,8 +248,8 @@ def _used_rows(
             beside[what] = f"({what})"
             while beside[what] in frame:
                 beside[what] = f"({beside[what]})"
-            column = table[values] if isinstance(values, str) else values
-            frame[beside[what]] = row_values(what, column, index, len(table))
+            column, name = (table[values], f"{what}={values!r}") if isinstance(values, str) else (values, what)
+            frame[beside[what]] = row_values(name, column, index, len(table))
     read = [name for e in (parsed.response, *parsed.predictors) for name in e.columns]
     refuse_dates(frame, read)
     refuse_numbers_among_text(frame, hardly_factors(parsed, contrasts))
@@ -289,9 +289,11 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) ->
 def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str, str], context: Context) -> Effects:
     """The terms with factors coded as asked for; their names stay."""
     found: dict[str, Expression] = {}
+    if not isinstance(contrasts, Mapping):
+        raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")
     for name, asked in contrasts.items():
         if name not in frame:
-            refuse_unknown(name, list(frame.columns), "contrasts=")
+            refuse_unknown(str(name), list(frame.columns), "contrasts=")
         kind = asked.removeprefix("contr.").split("(")[0] if isinstance(asked, str) else asked
         if not isinstance(asked, str) or kind not in CONTRASTS:
             raise DataError(f"contrasts for '{name}' must be one of {', '.join(CONTRASTS)}, got {asked!r}")

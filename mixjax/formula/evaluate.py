@@ -149,6 +149,7 @@ def evaluate(e: Expression, frame: pd.DataFrame, context: Context, learnt: Learn
         value, by_row = _run(e, frame, context, state, learnt is None)
         value = as_values(value, len(frame), e)
         if learnt is None:
+            by_row = by_row and bool(e.columns)
             learnt = Learnt(state, by_row or _goes_by_row(e, frame, context, state, value))
     except (DataError, FormulaError) as error:
         raise type(error)(str(error) if e.shown in str(error) else f"'{e}': {error}") from None
@@ -158,8 +159,15 @@ def evaluate(e: Expression, frame: pd.DataFrame, context: Context, learnt: Learn
 
 
 def _goes_by_row(e: Expression, frame: pd.DataFrame, context: Context, state: dict[str, Any], value: Any) -> bool:
-    """Whether every second row, the last first, gets the values that it has among all."""
-    rows = np.arange(len(frame))[::-2]
+    """Whether rows have the values that they have among all: every second one, backwards, the others, some alone."""
+    n = len(frame)
+    parts = [np.arange(n)[::-2], np.arange(n - 1)[::-2], *([row] for row in {0, n // 3, n // 2, n - 1})]
+    return bool(e.columns) and all(_same_there(e, frame, np.array(rows), context, state, value) for rows in parts)
+
+
+def _same_there(
+    e: Expression, frame: pd.DataFrame, rows: np.ndarray, context: Context, state: dict[str, Any], value: Any
+) -> bool:
     try:
         part, _ = _run(e, frame.iloc[rows].reset_index(drop=True), context, {**state}, False)
         part = as_values(part, len(rows), e)
@@ -394,13 +402,13 @@ def _check_size(effects: Effects, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         levels = _levels(value)
         wide[name] = (*np.shape(_bare(value)), 1)[1] if levels is None else len(levels)
-    for term in effects.terms:
-        width = int(np.prod([float(wide[name]) for name in term]))
-        if width > MOST_COLUMNS:
-            raise DataError(
-                f"'{':'.join(term)}' has {width} columns (limit {MOST_COLUMNS}): a factor of so many levels is better "
-                "a random effect, (1 | g)"
-            )
+    widths = {":".join(term): int(np.prod([float(wide[name]) for name in term])) for term in effects.terms}
+    if sum(widths.values()) > MOST_COLUMNS:
+        widest = max(widths, key=lambda name: widths[name])
+        raise DataError(
+            f"'{widest}' has {widths[widest]} columns, and all terms {sum(widths.values())} (limit {MOST_COLUMNS}): a "
+            "factor of so many levels is better a random effect, (1 | g)"
+        )
 
 
 def _matrix(spec: Any, values: Mapping[str, Any], n: int) -> tuple[np.ndarray, Any]:

@@ -156,14 +156,13 @@ def _summands(right: Piece) -> list[tuple[str, Piece]]:
     parts = []
     for sign, piece in summands(right):
         inner = piece.unwrapped()
-        if inner is piece or inner.outer("|", "||") or not inner.outer("+", "-"):
+        bars = any(t.text in ("|", "||") and t.kind == "sign" for t in _outside_calls(inner))
+        if inner is piece or inner.outer("|", "||") or not bars:
             parts.append((sign, piece))
-        elif sign == "+":
-            parts.extend(_summands(inner))
-        elif any(t.text in ("|", "||") and t.kind == "sign" for t in _outside_calls(inner)):
-            raise FormulaError(f"'{piece}' with random terms is subtracted; leave the terms out instead")
+        elif sign == "-" or inner.outer("-"):
+            raise FormulaError(f"'{piece}': take the random terms out of the brackets")
         else:
-            parts.append((sign, piece))
+            parts.extend(_summands(inner))
     return parts
 
 

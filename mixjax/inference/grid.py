@@ -145,10 +145,11 @@ def as_text(value: Any) -> str:
 
 
 def names_of(value: Any, what: str) -> list[str]:
-    if value is None or value in ("1", ""):
+    if value is None or (isinstance(value, str) and value == "1"):
         return []
-    names = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    several = isinstance(value, Sequence | np.ndarray | pd.Index | pd.Series)
+    names = [value] if isinstance(value, str) else list(value) if several and np.ndim(value) == 1 else []
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError(f"{what} must be a name or a list of different names, got {value!r}")
     return names
 
@@ -173,7 +174,11 @@ def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
     if name not in at:
         model.refuse_made(name, False)
         return model.factors[name] if name in model.factors else [float(np.mean(model.frame[name].to_numpy(float)))]
-    given = [at[name]] if np.isscalar(at[name]) else list(dict.fromkeys(at[name]))
+    one = at[name] is None or isinstance(at[name], str) or np.ndim(at[name]) == 0
+    given = np.asarray([at[name]] if one else at[name], object).tolist() if one or np.ndim(at[name]) == 1 else None
+    if given is None or any(isinstance(value, list | tuple | dict | set) for value in given):
+        raise DataError(f"at= for '{name}' must be a value or a list of values, got {at[name]!r}")
+    given = list(dict.fromkeys(given))
     if not given:
         raise DataError(f"at= has no value for '{name}'")
     if name in model.factors and not model.is_number(name):

@@ -332,6 +332,8 @@ def test(
                    estimate  std_error    df  statistic  p_value
         Days = 10    10.467      1.546  17.0      0.302    0.766
     """
+    if joint is not None and not isinstance(joint, bool | np.bool_):
+        raise ValueError(f"joint must be True, False or None, got {joint!r}")
     weights, rhs, names = contrast_matrix(fitted, L)
     if joint if joint is not None else len(weights) > 1:
         return NotedTable(_f_table(fitted, {", ".join(names): (weights, rhs)}, ddf), [ddf_note(ddf)])

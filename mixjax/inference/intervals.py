@@ -18,7 +18,7 @@ METHODS = ("percentile", "basic", "normal", "bca")
 
 def check_level(level: float) -> None:
     """Raise ValueError unless 0 < level < 1."""
-    if isinstance(level, bool) or not isinstance(level, int | float | np.number) or not 0 < level < 1:
+    if isinstance(level, bool) or not isinstance(level, int | float | np.integer | np.floating) or not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, such as 0.95, got {level!r}")
 
 

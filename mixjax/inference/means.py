@@ -16,6 +16,7 @@ from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
 from mixjax.inference.contrasts import ddf_note, t_tests
 from mixjax.inference.grid import FixedPart, Rows, as_text, check_names, names_of, reference_grid
+from mixjax.inference.intervals import check_level
 from mixjax.inference.noted import NotedTable
 
 TESTS = ["estimate", "std_error", "df", "statistic", "p_value"]
@@ -290,9 +291,10 @@ def _averages(
     what: str,
     rows_of: Callable[[pd.DataFrame], Rows],
 ) -> MarginalMeans:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
+    check_level(level)
     at = {} if at is None else at
+    if not isinstance(at, Mapping):
+        raise ValueError(f"at must be a dict of variables and their values, got {at!r}")
     names, groups = names_of(spec, "spec"), names_of(by, "by")
     check_names(model, names, "spec")
     check_names(model, groups, "by=")

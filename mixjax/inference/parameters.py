@@ -136,6 +136,8 @@ def select(parm: Any, names: Sequence[str], n_fixed: int) -> list[str]:
     """
     if parm is None:
         return list(names)
+    if not isinstance(parm, str | Sequence | pd.Index | np.ndarray):
+        raise ValueError(f"parm must be a name or a list of names of parameters, got {parm!r}")
     variance, fixed = list(names[: len(names) - n_fixed]), list(names[len(names) - n_fixed :])
     also = {f".sig{i + 1:02d}": name for i, name in enumerate(n for n in variance if n != "sigma")}
     also |= {".sigma": "sigma", "(Intercept)": "Intercept"}
