@@ -706,8 +706,8 @@ class Reading:
         left = self.within(top)
         while sign := self.take("*", "/"):
             right = self.within(False)
-            if left is NOTHING or right is NOTHING:
-                raise Unreadable("a random term in a product")
+            if not left or not right:
+                raise Unreadable("a random term, or zero, in a product")
             crossed = [a | b for a in (left if sign == "*" else [frozenset().union(*left)]) for b in right]
             left = list(dict.fromkeys([*left, *(right if sign == "*" else []), *crossed]))
         return left
@@ -723,8 +723,8 @@ class Reading:
         left = self.power(top)
         while self.take(":"):
             right = self.power(False)
-            if left is NOTHING or right is NOTHING:
-                raise Unreadable("a random term in a product")
+            if not left or not right:
+                raise Unreadable("a random term, or zero, in a product")
             left = list(dict.fromkeys(a | b for a in left for b in right))
         return left
 
@@ -1200,7 +1200,7 @@ def foreseen(model: Model, reading: Reading) -> bool:
     Q = basis(model.X)
     y = model.y if model.offset is None else model.y - model.offset
     left = np.linalg.norm(y - Q @ (Q.T @ y))
-    return bool(Q.shape[1] >= N or left <= 1e-8 * np.linalg.norm(y) or np.ptp(model.y) == 0)
+    return bool(Q.shape[1] >= N - 4 or left <= 1e-8 * np.linalg.norm(y) or np.ptp(model.y) == 0)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -1448,7 +1448,8 @@ def argument(rng: Rng) -> None:
     say(call=what, value=shown, fit=k, good=not is_bad)
     try:
         found = attempt(
-            lambda: call(own_fit(k), value), [*words, "response", "fixed effect", "weight of", str(value)[:30] or "''"]
+            lambda: call(own_fit(k), value),
+            [*words, "response", "responses", "fixed effect", "weight of", str(value)[:30] or "''"],
         )
     except Verdict as verdict:
         if not is_bad and verdict.args[0] == "refused":
