@@ -631,6 +631,13 @@ CALLS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def few(terms: list) -> list:
+    """The limits of the reference are above those of mixjax."""
+    if len(terms) > 2_500:
+        raise Unreadable("too many terms")
+    return terms
+
+
 class Reading:
     """R's grammar by precedence climbing; terms are frozensets of the texts of their factors."""
 
@@ -709,7 +716,7 @@ class Reading:
             if not left or not right:
                 raise Unreadable("a random term, or zero, in a product")
             crossed = [a | b for a in (left if sign == "*" else [frozenset().union(*left)]) for b in right]
-            left = list(dict.fromkeys([*left, *(right if sign == "*" else []), *crossed]))
+            left = few(list(dict.fromkeys([*left, *(right if sign == "*" else []), *crossed])))
         return left
 
     def within(self, top: bool) -> list[frozenset]:
@@ -725,7 +732,7 @@ class Reading:
             right = self.power(False)
             if not left or not right:
                 raise Unreadable("a random term, or zero, in a product")
-            left = list(dict.fromkeys(a | b for a in left for b in right))
+            left = few(list(dict.fromkeys(a | b for a in left for b in right)))
         return left
 
     def power(self, top: bool) -> list[frozenset]:
@@ -737,7 +744,7 @@ class Reading:
             self.at += 1
             once = left
             for _ in range(min(int(text), 12) - 1):
-                left = list(dict.fromkeys([*left, *(a | b for a in left for b in once)]))
+                left = few(list(dict.fromkeys([*left, *(a | b for a in left for b in once)])))
             if self.peek() in ("^", "**"):
                 raise Unreadable("a power of a power")
         return left
@@ -859,7 +866,7 @@ class Reading:
                 everything = tuple(dict.fromkeys(k for g in left for k in g))
                 left = [*(everything + b for b in right), *left]
             else:
-                left = [*left, *right, *([a + b for a in left for b in right] if sign == "*" else [])]
+                left = few([*left, *right, *([a + b for a in left for b in right] if sign == "*" else [])])
         return left
 
     def group_colon(self) -> list[tuple[str, ...]]:
@@ -1309,7 +1316,7 @@ def argument_cases() -> list[tuple[str, Callable[[Any, Any], Any], list[str], li
         ("lmm optimizer", lambda f, v: fitted(optimizer=v), ["optimizer"], [None],
          ["newton", 3, Odd(), lambda x: x, [], {"a": 1}, True, NAN]),
         ("lmm chunks", lambda f, v: mj.cross_products_from(v, DESIGN_FORMULA, context={}),
-         ["data", "table", "chunk", "column", "'x'", "rows", "nofile", "batches", "source"],
+         ["data", "table", "chunk", "chunks", "column", "'x'", "rows", "nofile", "batches", "source"],
          [[t.head(20), t.tail(28)], iter([t.head(24), t.tail(24)]), (k for k in [t]), [t, t.head(0)],
           [pl.from_pandas(t)], [t.to_dict("list")]],
          [[], [3], "nofile.parquet", [t, 3], [t, t.drop(columns="x")], 3, None, iter([]), [t.head(0)], Odd(), [[t]],
@@ -1436,6 +1443,9 @@ COMPANY = ("x.rank() + z", "x.cumsum() + z", "np.cumsum(x) + z", "x.shift(1).fil
            "I(x.index % 5) + z", "I(x - np.mean(x[z > 3])) + z")  # fmt: skip
 
 
+COMMON = ["response", "responses", "fixed effect", "weight of"]
+
+
 def argument(rng: Rng) -> None:
     if rng.random() < 0.35:
         rows_of_the_fit(rng)
@@ -1449,7 +1459,7 @@ def argument(rng: Rng) -> None:
     try:
         found = attempt(
             lambda: call(own_fit(k), value),
-            [*words, "response", "responses", "fixed effect", "weight of", str(value)[:30] or "''"],
+            [*words, *COMMON, str(value)[:30] or "''"],
         )
     except Verdict as verdict:
         if not is_bad and verdict.args[0] == "refused":
