@@ -347,7 +347,7 @@ USELESS: dict[str, Callable[[Rng, list], Any]] = {
     "year 9999": lambda r, v: _objects(lambda k: datetime.datetime(9000 + int(k), 1, 1))(v),
     "complex": lambda r, v: np.array(v) + 1j,
     "infinite": lambda r, v: np.where(np.arange(N) == 7, np.inf, np.array(v)),
-    "infinite decimal": lambda r, v: _objects(lambda k: decimal.Decimal("inf" if k > 5 else int(k)))(v),
+    "infinite decimal": lambda r, v: _objects(decimal.Decimal)([*map(int, v[1:]), "inf"]),
     "bytes": lambda r, v: np.array([str(int(k)) for k in v], "S"),
     "bytes objects": lambda r, v: _objects(lambda k: str(int(k)).encode())(v),
     "mixed text": lambda r, v: np.array([k if i > 2 else "low" for i, k in enumerate(v)], object),
@@ -717,8 +717,8 @@ class Reading:
         left = self.within(top)
         while sign := self.take("*", "/"):
             right = self.within(False)
-            if not left or not right:
-                raise Unreadable("a random term, or zero, in a product")
+            if not left or not right or frozenset() in [*left, *right]:
+                raise Unreadable("a random term, or a constant, in a product")
             crossed = [a | b for a in (left if sign == "*" else [frozenset().union(*left)]) for b in right]
             left = few(list(dict.fromkeys([*left, *(right if sign == "*" else []), *crossed])))
         return left
@@ -734,8 +734,8 @@ class Reading:
         left = self.power(top)
         while self.take(":"):
             right = self.power(False)
-            if not left or not right:
-                raise Unreadable("a random term, or zero, in a product")
+            if not left or not right or frozenset() in [*left, *right]:
+                raise Unreadable("a random term, or a constant, in a product")
             left = few(list(dict.fromkeys(a | b for a in left for b in right)))
         return left
 
@@ -743,7 +743,7 @@ class Reading:
         left = self.atom(top)
         if self.take("^", "**"):
             kind, text = self.tokens[self.at] if self.at < len(self.tokens) else ("", "")
-            if kind != "number" or not text.isdigit() or int(text) < 1 or left is NOTHING:
+            if kind != "number" or not text.isdigit() or not 1 <= int(text) < 1_000 or left is NOTHING:
                 raise Unreadable("not a power")
             self.at += 1
             once = left
@@ -781,7 +781,7 @@ class Reading:
         if kind == "name" and self.peek() == "(":
             end = self.closing(self.at)
             inside, self.at = self.tokens[self.at + 1 : end], end + 1
-            if text in ("us", "diag", "homcs", "cs") and self.bar(inside):
+            if text in ("us", "diag", "homcs", "cs") and self.bar(inside) and ("sign", "||") not in inside:
                 return self.structured(text, inside, top)
             if text == "offset":
                 if not top or self.tokens[start - 1 : start] == [("sign", "-")]:
@@ -1165,7 +1165,7 @@ def formula(rng: Rng) -> None:
     say(formula=text if len(text) < 2_000 else f"{text[:60]}... ({len(text)} characters)")
     try:
         reading = Reading(text, columns)
-        reference: Any = reading.model() if len(text) < 5_000 else Unreadable("long")
+        reference: Any = reading.model() if len(text) < 5_000 and text != greedy else Unreadable("long")
     except (Unreadable, RecursionError) as error:
         reference = error
     words = [*(w for w in re.findall(r"[^\W\d]\w*|\d+|\W", text) if w.strip()), "empty", "response", "formula", "term"]
@@ -1315,7 +1315,7 @@ def argument_cases() -> list[tuple[str, Callable[[Any, Any], Any], list[str], li
         ("lmm reml", lambda f, v: fitted(reml=v), ["reml"], [True, False],
          ["yes", None, NAN, 3, [True], Odd(), "ML", 0.5]),
         ("lmm start", lambda f, v: fitted(start=v), ["start", "theta"],
-         [[1.0], 1.0, np.array([0.5]), None, (2,), [0.0], [100.0]],
+         [[1.0], np.array([0.5]), None, (2,), [0.0], [100.0]],
          [[1, 2, 3], "a", [NAN], [INF], [[1.0], [2.0]], [1j], Odd(), {"g": 1}, [None], [], -INF, ["a"]]),
         ("lmm optimizer", lambda f, v: fitted(optimizer=v), ["optimizer"], [None],
          ["newton", 3, Odd(), lambda x: x, [], {"a": 1}, True, NAN]),
