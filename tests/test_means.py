@@ -369,7 +369,7 @@ def test_means_that_the_model_makes_equal():
         (lambda r: emmeans(r, "recipe", at={"recipe": "D"}), "'recipe' has no level 'D' .*levels: A, B, C"),
         (lambda r: emmeans(r, "recipe", at={"angle": 3}), "'angle' .* is the response"),
         (lambda r: emmeans(r, ["recipe", "recipe"]), "list of different names"),
-        (lambda r: emmeans(r, "recipe", level=95), "level must lie between 0 and 1, got 95"),
+        (lambda r: emmeans(r, "recipe", level=95), "level must be between 0 and 1, such as 0.95, got 95"),
         (lambda r: emmeans(r, "recipe", ddf="none").to_frame(), "ddf must be one of"),
         (lambda r: emmeans(r, "recipe", at={"temp": np.arange(50_000)}), "150000 rows"),
         (lambda r: emtrends(r, "recipe", "recipe"), "'recipe' is a factor, which has no slope"),
