@@ -398,15 +398,16 @@ class LMMFit(Inferring, Diagnosing):
         Returns:
             :class:`~mixjax.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
         """
-        design = self.design
-        if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
-            Y = [values_of_rows(self.labels, "a response", y) for y in Y]
+        design, used = self.design, self.labels.used
         try:
-            Y, used = np.asarray(Y, dtype=np.float64), self.labels.used
-        except (TypeError, ValueError):
-            raise DataError(
-                f"Y must be an array of numbers, (B, {self.nobs}), got {type(Y).__name__} of others"
-            ) from None
+            if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
+                Y = [values_of_rows(self.labels, "a response", y) for y in Y]
+            Y = np.asarray(Y) if np.iscomplexobj(Y) else np.asarray(Y, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            why = error if isinstance(error, DataError) else f"got {type(Y).__name__} of others"
+            raise DataError(f"Y must be numbers, (B, {self.nobs}): {why}") from None
+        if np.iscomplexobj(Y):
+            raise DataError("Y holds complex numbers; take their real part, size or angle")
         if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
             Y = np.ascontiguousarray(Y[:, used])
         if Y.ndim != 2 or Y.shape[1] != self.nobs:

@@ -86,7 +86,9 @@ def build_design(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
-    contrasts = contrasts or {}
+    contrasts = {} if contrasts is None else contrasts
+    if not isinstance(contrasts, Mapping):
+        raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")
     frame, beside, used, n_missing = _used_rows(
         parsed, data, available, weights, offset, subset, known, caller, contrasts
     )
@@ -289,8 +291,6 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) ->
 def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str, str], context: Context) -> Effects:
     """The terms with factors coded as asked for; their names stay."""
     found: dict[str, Expression] = {}
-    if not isinstance(contrasts, Mapping):
-        raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")
     for name, asked in contrasts.items():
         if name not in frame:
             refuse_unknown(str(name), list(frame.columns), "contrasts=")

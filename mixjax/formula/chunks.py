@@ -13,7 +13,7 @@ from pandas.api.types import is_numeric_dtype
 
 from mixjax.design import Rows, TermLabels
 from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
-from mixjax.formula.errors import DataError, FormulaError, warn
+from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Learnt, columns_of, numbers
 from mixjax.formula.parse import Group
 from mixjax.formula.reading import column_names, to_pandas
@@ -60,7 +60,7 @@ def tables(source: Any, columns: list[str] | None = None) -> Iterator[Any]:
             import pyarrow.dataset
         except ImportError as error:
             raise ImportError("reading parquet files needs pyarrow: pip install 'mixjax[parquet]'") from error
-        if not Path(source).exists():
+        if not str(source) or not Path(source).exists():
             raise DataError(f"there is no file or folder '{source}'")
         source = pyarrow.dataset.dataset(source)
     if _is_dataset(source):
@@ -72,8 +72,10 @@ def tables(source: Any, columns: list[str] | None = None) -> Iterator[Any]:
         if columns is not None:
             source = source[[name for name in columns if name in source.columns]]
         yield from (source.get_partition(i).compute() for i in range(source.npartitions))
-    else:
+    elif isinstance(source, Iterable):
         yield from source
+    else:
+        raise DataError(f"rows come in chunks from an iterable of tables or a file, not from {type(source).__name__}")
 
 
 def _is_dask(source: Any) -> bool:
@@ -142,7 +144,9 @@ class ChunkReader:
         self.categories = dict(categories)
         frame = self.frame(first, count=False)
         if not len(frame):
-            raise DataError("the first chunk has no complete row: put another one first")
+            missing = to_pandas(first, self.used).isna().all()
+            names = some_of([repr(name) for name in self.used if missing[name]]) or "one column or another"
+            raise DataError(f"the first chunk has no complete row ({names} is missing): put another one first")
         fixed = with_contrasts(self.parsed.fixed, frame, self.contrasts, self.context)
         self.parsed = replace(self.parsed, fixed=fixed)
         self.fixed = columns_of(fixed, frame, self.context, several=False)[1]

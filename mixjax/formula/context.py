@@ -22,12 +22,12 @@ from mixjax.formula.errors import DataError, FormulaError, listed
 from mixjax.formula.syntax import Expression
 
 
-def _log(x: Any, base: float | None = None) -> Any:
+def log(x: Any, base: float | None = None) -> Any:
     """R's logarithm, whose base may follow."""
     return np.log(x) if base is None else np.log(x) / np.log(base)
 
 
-def _C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept: bool = True) -> Any:
+def C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept: bool = True) -> Any:
     """formulaic's ``C``; whole numbers have names without decimals, and no level is left out in silence."""
     values = pd.Series(data.__wrapped__ if isinstance(data, FactorValues) else data).reset_index(drop=True)
     category = isinstance(values.dtype, pd.CategoricalDtype)
@@ -35,6 +35,8 @@ def _C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept:
     if named.dtype.kind == "f" and (named == np.floor(named)).all():
         whole = named.astype(np.int64)
         values = values.cat.rename_categories(whole) if category else whole
+    if isinstance(contrasts, str):
+        raise DataError(f"a coding is written contr.{contrasts.removeprefix('contr.')}, without quotes")
     if levels is not None:
         left = [value for value in pd.unique(values.dropna()) if value not in list(levels)]
         if left:
@@ -45,12 +47,12 @@ def _C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept:
 # What formulas may call beside formulaic's own: R's names without a prefix.
 FUNCTIONS: dict[str, Any] = {
     **{name: getattr(np, name) for name in ("sqrt", "abs", "sin", "cos", "tan", "log1p", "expm1", "round")},
-    "log": _log,
-    "C": _C,
+    "log": log,
+    "C": C,
 }
 KNOWN: dict[str, Any] = {**TRANSFORMS, **FUNCTIONS}
 # Elementwise, so that nobody need look whether a row's value depends on the others.
-BY_ROW = (_log, _C, np.round, np.where, np.clip, TRANSFORMS["I"], TRANSFORMS["exp10"])
+BY_ROW = (log, C, np.round, np.where, np.clip, TRANSFORMS["I"], TRANSFORMS["exp10"])
 # What R users write and nobody here understands.
 CURES = {
     "ns": "use cr(x, df=...) or bs(x, df=...)",

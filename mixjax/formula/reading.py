@@ -165,6 +165,8 @@ def _present(what: str, values: Any) -> tuple[Any, np.ndarray]:
     if isinstance(values, pd.Series):
         if isinstance(values.dtype, pd.ArrowDtype):
             return _present(what, values.array.__arrow_array__())  # type: ignore[attr-defined]
+        if values.dtype.kind == "V":  # of which pandas cannot say what is missing
+            return values.to_numpy(), np.zeros(len(values), bool)
         missing = values.isna().to_numpy()
         present = values[~missing] if missing.any() else values
         if isinstance(values.dtype, pd.CategoricalDtype | pd.DatetimeTZDtype | pd.PeriodDtype):

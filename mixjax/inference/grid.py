@@ -145,7 +145,7 @@ def as_text(value: Any) -> str:
 
 
 def names_of(value: Any, what: str) -> list[str]:
-    if value is None or (isinstance(value, str) and value == "1"):
+    if (value is None and what != "spec") or (isinstance(value, str) and value == "1"):
         return []
     several = isinstance(value, Sequence | np.ndarray | pd.Index | pd.Series)
     names = [value] if isinstance(value, str) else list(value) if several and np.ndim(value) == 1 else []
