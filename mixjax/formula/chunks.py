@@ -144,9 +144,9 @@ class ChunkReader:
         self.categories = dict(categories)
         frame = self.frame(first, count=False)
         if not len(frame):
-            missing = to_pandas(first, self.used).isna().all()
-            names = some_of([repr(name) for name in self.used if missing[name]]) or "one column or another"
-            raise DataError(f"the first chunk has no complete row ({names} is missing): put another one first")
+            missing = to_pandas(first, self.used).isna().sum()
+            counts = some_of([f"{name} {missing[name]}" for name in self.used if missing[name]])
+            raise DataError(f"the first chunk has no complete row (missing: {counts}): put another one first")
         fixed = with_contrasts(self.parsed.fixed, frame, self.contrasts, self.context)
         self.parsed = replace(self.parsed, fixed=fixed)
         self.fixed = columns_of(fixed, frame, self.context, several=False)[1]
