@@ -70,6 +70,8 @@ def _check_power(arguments: argparse.Namespace) -> None:
     rows = max(arguments.groups) * arguments.per_group
     if rows > MOST_ROWS:
         raise ValueError(f"--groups and --per-group make {rows} rows, more than {MOST_ROWS}: take fewer")
+    if arguments.sigma == 0:
+        raise ValueError("--sigma 0 leaves no residual variance, and every fit would fail: take a small one")
     if arguments.cor and len(arguments.sd) < 2:
         raise ValueError("--cor is the correlation of two random effects, and --sd has one")
     if arguments.target is not None and arguments.target <= arguments.alpha:
