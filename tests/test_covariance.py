@@ -260,7 +260,7 @@ def test_brackets_and_spellings():
         "homcs(0+f|g,hom=TRUE)",
     ]
     parts = [parse(f"y ~ x + {term}").random for term in written]
-    assert {(part.effects.replace(" ", ""), part.group.name, part.structure) for (part,) in parts} == {
+    assert {(str(part.effects).replace(" ", ""), part.group.name, part.structure) for (part,) in parts} == {
         ("0+f", "g", "homcs")
     }
     assert [part.structure for part in parse("y ~ diag(x | a/b) + us(1 | c) + I(x | z)").random] == [

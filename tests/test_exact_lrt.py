@@ -386,7 +386,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="not among those of mA"):
         exact_rlrt(slopes_only(), correlated, zerocorr)
     for m0, message in {
-        "Reaction ~ Day": "m0 uses 'Day', which m does not; m uses Reaction, Days, Subject",
+        "Reaction ~ Day": "there is no column 'Day' (in 'Day'); did you mean 'Days'?",
         "Days ~ 1": "response of m0 is 'Days', that of m is 'Reaction'",
         "Reaction ~ Days + (1 | Subject)": "leave the random terms out",
         "Reaction ~ I(Days**2)": "are not among those of m",

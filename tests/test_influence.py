@@ -22,6 +22,7 @@ from mixjax.diagnostics.influence import LEVERAGES, MEASURES, METHODS, influence
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError
+from mixjax.formula.table import level_name
 from mixjax.likelihood.incidence import incidence
 
 MODELS = [(name, method) for name in ("sleepstudy_slopes", "sleepstudy_intercept") for method in ("REML", "ML")]
@@ -117,7 +118,7 @@ def test_refits_are_fits_of_the_other_rows(case):
     if by is None:
         labels = np.arange(len(frame))
     elif by in frame:
-        labels = frame[by].astype(str).to_numpy()
+        labels = frame[by].map(level_name).to_numpy()
     else:
         term = next(t for t, label in enumerate(fit.labels.terms) if label.group == by)
         labels = np.array(fit.labels.terms[term].levels)[fit.design.terms[term].group]

@@ -168,10 +168,10 @@ def _summands(right: Piece) -> list[tuple[str, Piece]]:
 
 def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | None:
     """``(effects | group)``, ``name(effects | group)``, or lme4's ``name(effects | group, hom = TRUE)``."""
+    piece = piece.unwrapped()
     call = piece.call()
     if call is None or call[0] == "I":
-        inner = piece.unwrapped()
-        return _bar_term(inner, columns) if inner.outer("|", "||") else None
+        return _bar_term(piece, columns) if piece.outer("|", "||") else None
     name, (first, *options) = call[0], call[1].split(",")
     inner = first.unwrapped()
     if not inner.outer("|", "||"):
