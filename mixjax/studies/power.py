@@ -17,7 +17,8 @@ from mixjax.formula.errors import DataError, warn
 from mixjax.inference.intervals import check_level
 from mixjax.simulation import check_count, check_list
 from mixjax.studies.describe import describe
-from mixjax.studies.study import MOST_CELLS, Study, combinations, names_of_effects, source_of, study
+from mixjax.studies.grid import MOST_CELLS, combinations, source_of
+from mixjax.studies.study import OPTIONS, Study, names_of_effects, study
 
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
@@ -283,9 +284,8 @@ def power_curve(
 def _depends(source: Any, name: str, sizes: Sequence[int]) -> bool:
     """Whether the smallest and the largest size give other data, as far as can be seen."""
     unseen: list[str] = []
-    ends = [
-        json.dumps(describe(source_of(source, {name: size}), unseen), sort_keys=True) for size in (sizes[0], sizes[-1])
-    ]
+    sources = [source_of(source, {name: size}, OPTIONS) for size in (sizes[0], sizes[-1])]
+    ends = [json.dumps(describe(own, unseen), sort_keys=True) for own in sources]
     return bool(unseen) or ends[0] != ends[1]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import math
 import platform
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,26 +20,25 @@ import pandas as pd
 
 from mixjax.compiling import float64
 from mixjax.design import Labels
-from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
 from mixjax.optimise.results import Result
-from mixjax.simulation import as_key, check_count, check_list, check_memory
+from mixjax.simulation import as_key, check_count, check_memory
 from mixjax.studies.describe import describe
+from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
 from mixjax.studies.sample import Rows
-from mixjax.studies.scenario import design_of, scenario_of
+from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
 
 # Numbers in the responses of one chunk, and its replicates at most.
 NUMBERS, MOST = 2**22, 2**13
 # Chunks that an executor has at the same time.
 IN_FLIGHT = 64
-# Cells at most, each of which has a design; and the bytes of a replicate's fit at least: codes, and numbers of one
-# fixed effect and of sigma.
-MOST_CELLS, BYTES = 10**5, 42
+# Bytes of a replicate's fit at least: codes, and numbers of one fixed effect and of sigma.
+BYTES = 42
 # Columns of the tables that a study gives: a name of the grid beside them must be another.
 COLUMNS = ("model", "term", "measure", "value", "mcse", "replicates", "converged", "singular", "failed")
 
@@ -234,9 +232,7 @@ def study(
     unseen: list[str] = []
     tasks = [describe(cell.task, unseen) for cell, _ in cells]
     values_of = [dict(cell.values) for cell, _ in cells]
-    _warn_of_ignored(
-        values_of, [(task["source"], known) for task, (_, known) in zip(tasks, cells, strict=True)], unseen
-    )
+    warn_of_ignored(values_of, [(task["source"], known) for task, (_, known) in zip(tasks, cells, strict=True)], unseen)
     if store is not None and unseen:
         warn(
             f"{store} cannot tell in full whether it holds this study, because "
@@ -292,6 +288,10 @@ def study(
     return Study(frame, replicates, [known for _, known in cells], tuple(kept.notes) if kept else (), read)
 
 
+# Names of the study's own arguments, which no name of a grid stands for.
+OPTIONS = tuple(inspect.signature(study).parameters)
+
+
 def check_measures(measures: Sequence[str]) -> None:
     """Raise ValueError for measures that are none."""
     unknown = [name for name in measures if name not in MEASURES]
@@ -330,7 +330,7 @@ def _cells(
         root = as_key(key)
         cells: list[tuple[Cell, dict[str, float]]] = []
         for values in combinations(grid, COLUMNS):
-            own = source_of(source, values)
+            own = source_of(source, values, OPTIONS)
             if not cells:
                 _refuse_names_of_formulas(models, own, values)
             code = np.uint32(zlib.crc32(json.dumps(describe(values), sort_keys=True).encode()))
@@ -340,105 +340,6 @@ def _cells(
             known = truth(**values) if callable(truth) else own.truth if truth is None else truth
             cells.append((Cell(values, task), {str(name): float(value) for name, value in known.items()}))
     return cells
-
-
-def combinations(grid: Any, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Values of every cell; ``columns`` are names that a grid may not have."""
-    if grid is None:
-        return [{}]
-    if isinstance(grid, Mapping):
-        lists = {name: _plain_values(name, values) for name, values in grid.items()}
-        if (number := math.prod(map(len, lists.values()))) > MOST_CELLS:
-            raise ValueError(f"the grid has {number} cells, and may have {MOST_CELLS}: name fewer values")
-        cells = [dict(zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values())]
-    else:
-        cells = [dict(cell) for cell in check_list("grid", grid, MOST_CELLS)]
-        if not cells or any(set(cell) != set(cells[0]) for cell in cells):
-            raise ValueError("a grid as a list needs dicts of the same names, one per cell")
-    for name in cells[0]:
-        if not isinstance(name, str):
-            raise ValueError(f"names of the grid are text, those of the source's arguments; got {name!r}")
-        if name in columns or name.startswith("failed: "):
-            raise ValueError(
-                f"the grid's name {name!r} is that of a column of the results; call it something else, such as "
-                f"grid={{'{name}_': ...}} with the source lambda {name}_: source({name}={name}_)"
-            )
-    found: set[str] = set()
-    for cell in cells:
-        unseen: list[str] = []
-        text = json.dumps(describe(cell, unseen), sort_keys=True)
-        if text in found and not unseen:
-            raise ValueError(f"the grid has the cell {_named(cell)} twice, and it would have the same replicates twice")
-        found.add(text)
-    return cells
-
-
-def _plain_values(name: str, values: Any) -> list[Any]:
-    # A set has no order that another process would have, too.
-    if isinstance(values, str | Set) or not hasattr(values, "__iter__"):
-        raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}")
-    found = check_list(f"grid[{name!r}]", values, MOST_CELLS)
-    if not found:
-        raise ValueError(f"grid[{name!r}] must be a list of values, and is empty")
-    return [value.item() if isinstance(value, np.generic) else value for value in found]
-
-
-def _named(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def source_of(source: Any, values: Mapping[str, Any]) -> Any:
-    if callable(source) and not hasattr(source, "tables"):
-        signature = inspect.signature(source)
-        shown = f"{getattr(source, '__name__', 'source')}{signature}"
-        own = set(signature.parameters) - {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
-        if options := [name for name in values if name not in own and name in inspect.signature(study).parameters]:
-            raise ValueError(
-                f"the grid's {', '.join(options)} is an option of mixjax.study and no argument of {shown}: make one "
-                "study for each of its values"
-            )
-        try:
-            signature.bind(**values)
-        except TypeError as error:
-            raise ValueError(f"{shown} does not take the grid's {list(values)}: {error}") from error
-        source = source(**values)
-    elif values:
-        names = ", ".join(values)
-        hint = ""
-        if _is_fit(source):
-            hint = (
-                f", such as lambda {names}: scenario_of(fit).on(table({names})), with scenario_of of "
-                "mixjax.studies.scenario and your own table of predictors"
-            )
-        raise ValueError(f"the source does not depend on the grid's {names}: pass a function of these{hint}")
-    if not hasattr(source, "tables") and _is_fit(source):
-        return scenario_of(source)
-    if not hasattr(source, "tables"):
-        raise ValueError(
-            "data come from mixjax.scenario(...), from population.rows(n), from a fit, or from a function that returns "
-            f"one of these; got {type(source).__name__}"
-        )
-    return source
-
-
-def _warn_of_ignored(cells: list[dict[str, Any]], data: list[Any], unseen: list[str]) -> None:
-    """Warn of names of the grid whose values change neither data nor truth, whatever the others are."""
-    if unseen:  # what cannot be seen may be what changes
-        return
-    texts = [json.dumps(own, sort_keys=True, default=str) for own in data]
-    for name in cells[0]:
-        by_others: dict[str, list[int]] = {}
-        for i, cell in enumerate(cells):
-            rest = json.dumps(
-                describe({other: value for other, value in cell.items() if other != name}), sort_keys=True
-            )
-            by_others.setdefault(rest, []).append(i)
-        several = [group for group in by_others.values() if len(group) > 1]
-        if several and all(len({texts[i] for i in group}) == 1 for group in several):
-            warn(
-                f"the data do not depend on the grid's {name!r}: the source takes it and makes the same of each of its "
-                "values, so that cells differ by their random numbers alone"
-            )
 
 
 def _refuse_names_of_formulas(models: Mapping[str, str], own: Any, values: Mapping[str, Any]) -> None:
@@ -458,14 +359,10 @@ def _estimates(names: set[str]) -> list[str]:
     return sorted(name for name in names if name not in OTHERS and not TEST.fullmatch(name))
 
 
-def _is_fit(source: Any) -> bool:
-    return isinstance(getattr(source, "record", source), Fitted)
-
-
 def names_of_effects(source: Any, formula: str, grid: Any) -> tuple[str, ...]:
     """Fixed effects of a model in the first cell of a grid, from its predictors alone: nothing is fitted."""
     values = combinations(grid)[0]
-    own = source_of(source, values)
+    own = source_of(source, values, OPTIONS)
     with _Named(values):
         return _labels_of(formula, own).fixed
 
@@ -530,7 +427,7 @@ class _Named:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self.values:
-            error.add_note(f"in cell {_named(self.values)}")
+            error.add_note(f"in cell {named(self.values)}")
 
 
 class _Bar:
