@@ -59,7 +59,7 @@ def row_column(name: str, values: Any, index: pd.Index | None, n: int) -> pd.Ser
 
 def row_values(name: str, values: Any, index: pd.Index | None, n: int, numbers: bool = True) -> Any:
     """The same as an array ``(n,)``; ``numbers`` says that it must be one of floats: truth values are 0 and 1."""
-    if isinstance(values, str) or np.ndim(values) == 0:
+    if isinstance(values, str):
         raise DataError(f"{name} must be numbers, one for each of the {n} rows, got {values!r}")
     column = row_column(name, values, index, n)
     if not numbers:
