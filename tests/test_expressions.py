@@ -495,3 +495,33 @@ def test_every_expression_is_compiled_from_its_own_code(data):
     X, _ = columns_of(parsed.fixed, data, context)
     same(X[:, 1], np.log(data.x))
     assert expression("f(x, y=2) ** `a b`", ["x"]).code == "f(__c0__, y=2) ** __c1__"
+
+
+def test_means_of_dotted_and_blank_names(data):
+    plain = mj.lmm("y ~ f + z + (1 | g)", data).emmeans("f", ddf="wald").to_frame()["estimate"]
+    own = mj.lmm("y ~ blood.type + `my z` + (1 | g)", data.rename(columns={"f": "blood.type", "z": "my z"}))
+    np.testing.assert_allclose(own.emmeans("blood.type", ddf="wald").to_frame()["estimate"], plain, rtol=1e-10)
+    slope = own.emtrends("1", "my z", ddf="wald").to_frame()["estimate"].iloc[0]
+    assert slope == pytest.approx(own.fixef["my z"], rel=1e-9)
+
+
+def test_without_fixed_effects_there_are_no_means(data):
+    fit = mj.lmm("y ~ 0 + (1 | g)", data)
+    with pytest.raises(mj.DataError, match="no fixed effects"):
+        fit.emmeans("1")
+
+
+def test_rows_of_a_fit_that_left_columns_out_are_estimable(data):
+    """Also rows of zeros, in which rounding is all that the columns left out have."""
+    table = data.assign(x=np.arange(N) % 5.0).assign(twice=lambda d: 2 * d.x)
+    with pytest.warns(mj.DataWarning, match="twice"):
+        _, labels = mj.build_design("y ~ x + twice + (1 | g)", table)
+    assert new_rows(labels, table, [True], [True]).estimable.all()
+
+
+def test_one_random_term_needs_no_brackets(data):
+    own, labels = mj.build_design("y ~ 1|g", data)
+    right = mj.build_design("y ~ 1 + (1 | g)", data)[0]
+    same(own.X, right.X)
+    assert [term.effects for term in labels.terms] == [("Intercept",)]
+    same(X_of("y ~ poly(x, 2, raw=TRUE) + (1 | g)", data).iloc[:, 1:], np.column_stack([data.x, data.x**2]))
