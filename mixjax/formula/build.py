@@ -318,7 +318,8 @@ def _full_rank(X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None
         X = X[:, kept]
     if X.shape[1] >= X.shape[0]:
         raise DataError(
-            f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from"
+            f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from: "
+            f"{some_of([name for name, keep in zip(names, kept, strict=True) if keep])}"
         )
     return X, kept
 
