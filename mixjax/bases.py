@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.design import AnyArray, is_concrete
+from mixjax.design import AnyArray
+from mixjax.machine import is_concrete
 
 # A column counts as dependent when what the columns before it leave of it is smaller than RANK_TOL of its centred
 # length, or than what rounding of its entries alone could leave (ROUNDING of its raw length).

@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import linalg
+from mixjax.machine import Array, namespace, set_at
 
 
 def rank_tolerance(dtype) -> float:
     """A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length
     counts as dependent: 1e-8 in float64, 1e-4 in float32. The correlation is then 1 to twice as many digits."""
-    return 1e-8 if jnp.finfo(dtype).bits == 64 else 1e-4
+    return 1e-8 if np.finfo(dtype).bits == 64 else 1e-4
 
 
 # --- theta ----------------------------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def diagonal_positions(q: int) -> np.ndarray:
 
 def lambda_of_theta(theta: Array, q: int) -> Array:
     """``Lambda (q, q, ...)``, lower triangular, from ``theta (q (q + 1) / 2, ...)``."""
-    return _stack(Unstructured(q).entries(theta))
+    return stack_of(Unstructured(q).entries(theta))
 
 
 def theta_of_lambda(Lambda: Array, q: int) -> Array:
@@ -67,12 +65,13 @@ def theta_of_lambda(Lambda: Array, q: int) -> Array:
     rows, columns = triangle(q)
     if isinstance(Lambda, np.ndarray):
         return Lambda[rows, columns]
-    return jnp.stack([Lambda[int(row), int(column)] for row, column in zip(rows, columns, strict=True)])
+    xp = namespace(Lambda)
+    return xp.stack([Lambda[int(row), int(column)] for row, column in zip(rows, columns, strict=True)])
 
 
 def theta_of_lambdas(lambdas: list[Array]) -> Array:
     """theta of all terms from the lower-triangular Lambda of each."""
-    return jnp.concatenate([theta_of_lambda(Lambda, Lambda.shape[0]) for Lambda in lambdas])
+    return namespace(*lambdas).concatenate([theta_of_lambda(Lambda, Lambda.shape[0]) for Lambda in lambdas])
 
 
 def split_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
@@ -101,10 +100,13 @@ def _cut(x: Array, sizes: list[int], wrong: str) -> list[Array]:
     return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _stack(entries: list[list[Array | None]]) -> Array:
-    """A matrix ``(q, q, ...)`` from its entries, None for zero."""
-    zero = jnp.zeros_like(next(entry for row in entries for entry in row if entry is not None))
-    return jnp.stack([jnp.stack([zero if entry is None else entry for entry in row]) for row in entries])
+def stack_of(entries: list[list[Array | None]]) -> Array:
+    """A matrix ``(q, q, ...)`` from its entries ``(...)``, None for zero."""
+    some = next(entry for row in entries for entry in row if entry is not None)
+    xp = namespace(some)
+    zero = xp.zeros_like(some)
+    flat = xp.stack([zero if entry is None else entry for row in entries for entry in row])
+    return flat.reshape(len(entries), len(entries), *flat.shape[1:])
 
 
 @cache
@@ -146,7 +148,9 @@ class Structure(ABC):
 
     @abstractmethod
     def entries(self, x: Array) -> list[list[Array | None]]:
-        """A factor of D, any ``Lambda (q, q)`` with ``D = Lambda Lambda'``, by its entries ``(...)``; None for 0."""
+        """A factor of D, any ``Lambda (q, q)`` with ``D = Lambda Lambda'``, by its entries ``(...)``; None for 0.
+
+        Linear in x; otherwise :meth:`jacobian` and :meth:`curvature` must be given as well."""
 
     @abstractmethod
     def near(self, F: Array) -> Array:
@@ -164,7 +168,7 @@ class Structure(ABC):
 
     def factor(self, x: Array) -> Array:
         """``Lambda (q, q, ...)``."""
-        return _stack(self.entries(x))
+        return stack_of(self.entries(x))
 
     def directions(self) -> np.ndarray | None:
         """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
@@ -176,12 +180,12 @@ class Structure(ABC):
     def logarithms(self, x: Array) -> Array:
         """Coordinates ``(k, ...)`` -> the same with logarithms of the standard deviations; ``-inf`` for zero."""
         at = np.array(self.deviations, np.int32)
-        return x.at[at].set(jnp.log(x[at]))
+        return set_at(x, at, namespace(x).log(x[at]))
 
     def exponentials(self, x: Array) -> Array:
         """The inverse of :meth:`logarithms`."""
         at = np.array(self.deviations, np.int32)
-        return x.at[at].set(jnp.exp(x[at]))
+        return set_at(x, at, namespace(x).exp(x[at]))
 
     # --- lower ranks: each is tried where it is near, and kept where the criterion does not rise
 
@@ -192,39 +196,42 @@ class Structure(ABC):
 
     def sizes(self, x: Array) -> Array:
         """``(n_reductions, B)``: what each would set to zero, on the scale of the singular values of a factor."""
-        return jnp.abs(jnp.stack([x[i] for i in self.deviations]))
+        return abs(x[np.array(self.deviations, np.int32)])
 
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
         """Reduction ``c (B,)`` of ``x (k, B)``, and which of its coordinates stay free: those that are not zero, also
         by reductions made before. Any other c, such as -1, leaves x as it is."""
         which = np.full((self.k, 1), -1)
         which[list(self.deviations), 0] = np.arange(self.n_reductions)
-        x = jnp.where((which >= 0) & (which == c), 0.0, x)
+        x = namespace(x, c).where((which >= 0) & (which == c), 0.0, x)
         return x, (x != 0) | (which < 0)
 
     def has_derivatives(self, Lambda: Array) -> Array:
         """``(...)``: whether there are derivatives where the factor of the user's columns is ``Lambda (q, q, ...)``."""
-        return jnp.ones(Lambda.shape[2:], bool)
+        return namespace(Lambda).ones(Lambda.shape[2:], bool)
 
     # --- derivatives of D = (D_ab), a <= b, row by row
 
     def jacobian(self, x: Array) -> Array:
         """``dD_ab / dx_i (pairs, k, B)``."""
-        along = [jax.jvp(self._upper, (x,), (jnp.zeros_like(x).at[i].set(1.0),))[1] for i in range(self.k)]
-        return jnp.stack(along, axis=1)
+        return 2.0 * _product(_quadratic_forms(self), x)
 
     def curvature(self, x: Array, g: Array) -> Array:
         """``sum_ab g_ab d2D_ab / dx_i dx_j (k, k, B)`` for ``g (pairs, B)``."""
+        return 2.0 * _product(_quadratic_forms(self).transpose(1, 2, 0), g)
 
-        def slope(x):
-            return jax.grad(lambda x: (g * self._upper(x)).sum())(x)
 
-        return jnp.stack([jax.jvp(slope, (x,), (jnp.zeros_like(x).at[i].set(1.0),))[1] for i in range(self.k)])
+@cache
+def _quadratic_forms(structure: Structure) -> np.ndarray:
+    """``S (pairs, k, k)`` with ``D_ab = x' S_ab x``, of a structure whose factor is linear in x."""
+    units = [structure.factor(unit) for unit in np.eye(structure.k)]
+    U = np.stack([np.asarray(unit, np.float64) for unit in units])  # (k, q, q)
+    D = np.einsum("iac,jbc->abij", U, U)
+    return np.stack([0.5 * (D[a, b] + D[a, b].T) for a, b in pairs_of(structure.q)])
 
-    def _upper(self, x: Array) -> Array:
-        Lambda = self.factor(x)
-        D = linalg.matmul(Lambda, linalg.transpose(Lambda))
-        return jnp.stack([D[a, b] for a, b in pairs_of(self.q)])
+
+def _product(A: np.ndarray, x: Array) -> Array:
+    return namespace(x).tensordot(A.astype(x.dtype), x, 1)
 
 
 @dataclass(frozen=True)
@@ -258,46 +265,22 @@ class Unstructured(Structure):
 
     def sizes(self, x: Array) -> Array:
         """The singular values of Lambda, ascending: the rank falls to q - 1, q - 2, ..."""
-        return jnp.flip(linalg.orthogonal_columns(self.factor(x))[1], 0)
+        return linalg.orthogonal_columns(self.factor(x))[1][::-1]
 
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
-        q = self.q
+        q, xp = self.q, namespace(x, c)
         columns, _ = linalg.orthogonal_columns(self.factor(x))
-        kept = jnp.where(jnp.arange(q)[:, None] < q - 1 - c, columns, 0.0)
+        kept = xp.where(np.arange(q)[:, None] < q - 1 - c, columns, 0.0)
         theta = theta_of_lambda(linalg.lower_factor(kept, rank_tolerance(x.dtype)), q)
-        theta = jnp.where((c >= 0) & (c < q), theta, x)
+        theta = xp.where((c >= 0) & (c < q), theta, x)
         nonzero = (self.factor(theta) != 0).any(0)  # (q, B), by column
         return theta, nonzero[triangle(q)[1]]
 
     def has_derivatives(self, Lambda: Array) -> Array:
         """Not where a zero column of Lambda stands in front of one that is not zero."""
         nonzero = (Lambda != 0).any(0)
-        behind = jnp.flip(jnp.cumsum(jnp.flip(nonzero.astype(int), 0), 0), 0)
+        behind = nonzero[::-1].astype(int).cumsum(0)[::-1]
         return ~(~nonzero & (behind > 0)).any(0)
-
-    # What automatic differentiation finds as well, but programs of many fits compile longer with that.
-
-    def jacobian(self, x: Array) -> Array:
-        """``dD_ab / dLambda_ic`` is ``Lambda_bc`` for i = a, ``Lambda_ac`` for i = b, their sum for both."""
-        entries, zero = self.entries(x), jnp.zeros_like(x[0])
-
-        def move(a, b, i, c):
-            other = entries[b if i == a else a][c] if i in (a, b) else None
-            return zero if other is None else 2.0 * other if a == b else other
-
-        where = list(zip(*triangle(self.q), strict=True))
-        return jnp.stack([jnp.stack([move(a, b, i, c) for i, c in where]) for a, b in pairs_of(self.q)])
-
-    def curvature(self, x: Array, g: Array) -> Array:
-        """``d2D_ab / dLambda_ic dLambda_jc = 1`` for (i, j) = (a, b), 2 where they are equal."""
-        pairs = pairs_of(self.q)
-        second = np.zeros((self.k, self.k, len(pairs)))
-        where = list(zip(*triangle(self.q), strict=True))
-        for m, (i, c) in enumerate(where):
-            for n, (j, e) in enumerate(where):
-                if c == e:
-                    second[m, n, pairs.index((min(i, j), max(i, j)))] = 2.0 if i == j else 1.0
-        return jnp.tensordot(second.astype(g.dtype), g, 1)
 
 
 @dataclass(frozen=True)
@@ -314,7 +297,7 @@ class Diagonal(Structure):
         return [[x[a] if a == b else None for b in range(self.q)] for a in range(self.q)]
 
     def near(self, F: Array) -> Array:
-        return jnp.sqrt((F * F).sum(1))
+        return namespace(F).sqrt((F * F).sum(1))
 
     def directions(self) -> np.ndarray:
         return np.eye(self.q)[:, :, None] * np.eye(self.q)[:, None]
@@ -339,7 +322,7 @@ class HomogeneousCompoundSymmetry(Structure):
     def near(self, F: Array) -> Array:
         mean = F.mean(0)
         of_mean, of_differences = self.q * (mean**2).sum(0), ((F - mean) ** 2).sum((0, 1)) / (self.q - 1)
-        return jnp.sqrt(jnp.stack([of_mean, of_differences]))
+        return namespace(F).sqrt(namespace(F).stack([of_mean, of_differences]))
 
     def directions(self) -> np.ndarray:
         return np.stack([np.eye(self.q), np.ones((self.q, self.q)) - np.eye(self.q)])
@@ -377,4 +360,4 @@ def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
 
 def near(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
     """Coordinates of all terms from a factor of the covariance of each; see :meth:`Structure.near`."""
-    return jnp.concatenate([s.near(F) for s, F in zip(structures, factors, strict=True)])
+    return namespace(*factors).concatenate([s.near(F) for s, F in zip(structures, factors, strict=True)])

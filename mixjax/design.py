@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mixjax.covariance import structure_of
+from mixjax.machine import is_concrete
 
 # A numpy array outside JAX's transformations, a JAX array or tracer inside.
 AnyArray = Any
@@ -168,8 +169,3 @@ def check_design(design: Design) -> None:
                 f"terms[{t}].group runs from {group.min()} to {group.max()}; with n_groups={term.n_groups} it must lie "
                 f"in 0 .. {term.n_groups - 1}"
             )
-
-
-def is_concrete(x: Any) -> bool:
-    """True when x holds numbers, False inside a JAX transformation."""
-    return not isinstance(x, jax.core.Tracer)

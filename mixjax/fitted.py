@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import pandas as pd
 
-from mixjax.compiling import float64
 from mixjax.design import Design, Labels
-from mixjax.estimation.estimate import Estimates, estimate, estimate_with
+from mixjax.estimation.estimate import Estimates, estimate, estimate_with, fit_at_once
 from mixjax.formula.errors import DataError, warn
 from mixjax.formula.table import row_values
 from mixjax.likelihood.cross_products import cross_products
+from mixjax.likelihood.moments import is_small
 from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.machine import float64
 from mixjax.optimise.results import Result
 
 
@@ -196,10 +197,14 @@ def fit_products(
             raise ValueError(f"start must be theta as numbers, got {start!r}") from None
         if not np.isfinite(start).all():
             raise ValueError(f"start must be finite, got {start}")
-    with float64():
-        padded = pad(stats)
-        est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
-        est = jax.tree.map(np.asarray, jax.device_get(est))
+    if optimizer is None and is_small(stats):
+        est = fit_at_once(stats, start, bool(reml))
+    else:
+        with float64():
+            padded = pad(stats)
+            est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
+            est = jax.device_get(est)
+    est = jax.tree.map(np.asarray, est)
     sizes = [stats.factors[place.factor].ZZ.shape[2] for place in stats.layout.terms]
     est = est._replace(b=tuple(b[:m] for b, m in zip(est.b, sizes, strict=True)))
     result = Result(int(est.result))

@@ -7,15 +7,23 @@ matrix ``(n, n)`` goes to LAPACK.
 The derivative rules say what calculus says (Petersen & Pedersen 2012, The Matrix Cookbook, eqs. 43, 59), so automatic
 differentiation never works through a factorisation. They are written with differentiable functions and can be
 differentiated again.
+
+NumPy's arrays are worked on by NumPy and LAPACK, JAX's by JAX (:mod:`mixjax.machine`).
 """
 
 from __future__ import annotations
 
+import math
+from functools import cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import scipy.linalg
 from jax.custom_derivatives import SymbolicZero
+
+from mixjax.machine import Array, namespace, set_at
 
 # How one symmetric matrix is inverted: up to the first size by elimination that is written out, up to the second by a
 # loop, up to the third by LAPACK, beyond it by halves. LAPACK takes a third of the time for one matrix of 100 rows, but
@@ -26,11 +34,19 @@ UNROLLED, BY_ELIMINATION, BY_HALVES = 4, 128, 1024
 WRITTEN_OUT_LANES = 12
 # Longest sum over lanes that is written out term by term.
 WRITTEN_OUT = 128
+# NumPy's stacks of matrices up to this size are worked on entry by entry, larger ones matrix by matrix.
+STACKED_UP_TO = 6
 
 
 def transpose(A: Array) -> Array:
     """Swap the two matrix axes of ``(i, j, ...)``."""
-    return jnp.swapaxes(A, 0, 1)
+    return A.swapaxes(0, 1)
+
+
+def eye(q: int, like: Array) -> Array:
+    """The identity ``(q, q, 1, ...)``, with as many axes and of the kind of a stack ``(q, q, ...)``."""
+    one = namespace(like).eye(q, dtype=like.dtype)
+    return one.reshape(q, q, *(1,) * (like.ndim - 2))
 
 
 def matmul(A: Array, B: Array) -> Array:
@@ -42,14 +58,26 @@ def matmul(A: Array, B: Array) -> Array:
         return A @ B
     A, B = _align(A, B)
     inner = A.shape[1]
+    xp = namespace(A, B)
     # One stack that stands alone is a plain matrix; beyond small sizes written-out sums would be long programs.
-    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1) and np.prod(A.shape[2:]) == 1:
-        return jnp.tensordot(A.reshape(A.shape[:2]), B, 1)
-    if inner > WRITTEN_OUT and np.prod(B.shape[2:]) == 1:
-        return jnp.moveaxis(jnp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
-    if A.shape[1] == 0:
-        return jnp.zeros((A.shape[0], B.shape[1], *jnp.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
-    return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
+    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1 or xp is np) and math.prod(A.shape[2:]) == 1:
+        return (A.reshape(A.shape[:2]) @ B.reshape(inner, -1)).reshape(A.shape[0], *B.shape[1:])
+    if (inner > WRITTEN_OUT or xp is np) and math.prod(B.shape[2:]) == 1:
+        return xp.moveaxis(xp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
+    if inner == 0:
+        return xp.zeros((A.shape[0], B.shape[1], *np.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
+    if xp is np and inner > STACKED_UP_TO:
+        return _of_matrices(np.matmul(_matrices(A), _matrices(B)))
+    return sum((A[:, None, j] * B[None, j] for j in range(1, inner)), A[:, None, 0] * B[None, 0])
+
+
+def _matrices(A: np.ndarray) -> np.ndarray:
+    """``(i, j, ...) -> (..., i, j)``, each matrix in one piece."""
+    return np.ascontiguousarray(np.moveaxis(A, (0, 1), (-2, -1)))
+
+
+def _of_matrices(A: np.ndarray) -> np.ndarray:
+    return np.moveaxis(A, (-2, -1), (0, 1))
 
 
 def _align(A: Array, B: Array) -> tuple[Array, Array]:
@@ -66,7 +94,47 @@ def trace_of_product(A: Array, B: Array) -> Array:
     return (A * B).sum((0, 1))
 
 
-@jax.custom_jvp
+def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if (M.ndim == 2 and M.shape[0] <= 1) or (M.ndim > 2 and M.shape[0] <= STACKED_UP_TO and M.shape[2:] != (1,)):
+        return _written_out(M)
+    if M.ndim == 2:
+        return _by_lapack(M)
+    flat = M.reshape(*M.shape[:2], -1)
+    pairs = [_by_lapack(flat[:, :, i]) for i in range(flat.shape[2])]
+    inverse, logdet = np.empty_like(flat), np.empty(flat.shape[2:], M.dtype)
+    for i, (one, value) in enumerate(pairs):
+        inverse[:, :, i], logdet[i] = one, value
+    return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
+
+
+def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of one matrix ``(n, n)``."""
+    factorise, invert = _lapack(M.dtype.char)
+    factor, failed = factorise(M, lower=True)
+    if failed or not np.isfinite(factor[-1, -1]):
+        return np.full_like(M, np.nan), M.dtype.type(np.nan)
+    half = np.tril(invert(factor, lower=True)[0])
+    return half + np.tril(half, -1).T, 2.0 * np.log(factor.diagonal()).sum()
+
+
+@cache
+def _lapack(char: str) -> tuple[Any, Any]:
+    return scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.dtype(char))
+
+
+def _written_out(M: Array) -> tuple[Array, Array]:
+    """Gauss-Jordan elimination in place. The pivots of a positive definite matrix need no exchange of rows."""
+    logdet = namespace(M).zeros(M.shape[2:], M.dtype)
+    for k in range(M.shape[0]):
+        pivot = M[k, k]
+        logdet = logdet + namespace(M).log(pivot)
+        row = M[k] / pivot
+        column = M[:, k]
+        M = M - column[:, None] * row[None]
+        M = set_at(set_at(set_at(M, k, row), (slice(None), k), -column / pivot), (k, k), 1.0 / pivot)
+    return M, logdet
+
+
 def inverse_logdet(M: Array) -> tuple[Array, Array]:
     """Inverse and log-determinant of symmetric positive definite matrices.
 
@@ -76,6 +144,11 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
     Returns:
         ``(n, n), ()`` or ``(q, q, m), (m,)``. Not positive definite gives NaN.
     """
+    return _numpys_inverse_logdet(M) if namespace(M) is np else _inverse_logdet(M)
+
+
+@jax.custom_jvp
+def _inverse_logdet(M: Array) -> tuple[Array, Array]:
     if M.ndim == 2 and M.shape[0] > BY_HALVES:
         return _inverse_by_halves(M)
     if M.ndim == 2 and M.shape[0] > BY_ELIMINATION:
@@ -94,16 +167,7 @@ def inverse_logdet(M: Array) -> tuple[Array, Array]:
     if M.shape[0] > WRITTEN_OUT_LANES:
         inverse, logdet, positive = _eliminate(M)
         return jnp.where(positive, inverse, jnp.nan), jnp.where(positive, logdet, jnp.nan)
-    # Gauss-Jordan elimination in place. The pivots of a positive definite matrix need no exchange of rows.
-    logdet = jnp.zeros(M.shape[2:], M.dtype)
-    for k in range(M.shape[0]):
-        pivot = M[k, k]
-        logdet = logdet + jnp.log(pivot)
-        row = M[k] / pivot
-        column = M[:, k]
-        M = M - column[:, None] * row[None]
-        M = M.at[k].set(row).at[:, k].set(-column / pivot).at[k, k].set(1.0 / pivot)
-    return M, logdet
+    return _written_out(M)
 
 
 def _eliminate(M: Array) -> tuple[Array, Array, Array]:
@@ -131,6 +195,11 @@ def _eliminate(M: Array) -> tuple[Array, Array, Array]:
 def inverse_small(M: Array) -> Array:
     """As the inverse of :func:`inverse_logdet`, but where a small matrix is not positive definite it gives what it
     gives: look at :func:`is_positive` first. Not for reverse-mode differentiation."""
+    if namespace(M) is np:
+        try:
+            return np.linalg.inv(M)
+        except np.linalg.LinAlgError:
+            return np.full_like(M, np.nan)
     return _eliminate(M)[0] if M.shape[0] <= BY_ELIMINATION else inverse_logdet(M)[0]
 
 
@@ -151,24 +220,35 @@ def _inverse_by_halves(M: Array) -> tuple[Array, Array]:
     return inverse, logdet_P + logdet_S
 
 
-@inverse_logdet.defjvp
+@_inverse_logdet.defjvp
 def _inverse_logdet_jvp(primals, tangents):
     (M,), (dM,) = primals, tangents
     inverse, logdet = inverse_logdet(M)
     return (inverse, logdet), (-matmul(matmul(inverse, dM), inverse), trace_of_product(inverse, dM))
 
 
-@jax.custom_jvp
+def _numpys_solve_logdet(M: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    factor, failed = _lapack(M.dtype.char)[0](M, lower=True)
+    if failed:
+        return np.full_like(R, np.nan), M.dtype.type(np.nan)
+    return scipy.linalg.cho_solve((factor, True), R, check_finite=False), 2.0 * np.log(factor.diagonal()).sum()
+
+
 def solve_logdet(M: Array, R: Array) -> tuple[Array, Array]:
     """``M^{-1} R`` and the log-determinant of one large symmetric positive definite ``M (n, n)``, ``R (n, r)``.
 
     A third of the cost of the inverse, which only derivatives need. Not positive definite gives NaN.
     """
+    return (_numpys_solve_logdet if namespace(M, R) is np else _solve_logdet)(M, R)
+
+
+@jax.custom_jvp
+def _solve_logdet(M: Array, R: Array) -> tuple[Array, Array]:
     factor = jnp.linalg.cholesky(M)
     return jax.scipy.linalg.cho_solve((factor, True), R), 2.0 * jnp.log(jnp.diagonal(factor)).sum()
 
 
-@solve_logdet.defjvp
+@_solve_logdet.defjvp
 def _solve_logdet_jvp(primals, tangents):
     (M, R), (dM, dR) = primals, tangents
     inverse, logdet = inverse_logdet(M)
@@ -176,29 +256,37 @@ def _solve_logdet_jvp(primals, tangents):
     return (X, logdet), (inverse @ (dR - dM @ X), trace_of_product(inverse, dM))
 
 
-@jax.custom_jvp
 def solve_spd(M: Array, R: Array) -> Array:
     """``M^{-1} R`` for one symmetric positive definite ``M`` (n, n) and ``R`` (n, r)."""
+    return solve_logdet(M, R)[0] if namespace(M, R) is np else _solve_spd(M, R)
+
+
+@jax.custom_jvp
+def _solve_spd(M: Array, R: Array) -> Array:
     return inverse_logdet(M)[0] @ R
 
 
-@solve_spd.defjvp
+@_solve_spd.defjvp
 def _solve_spd_jvp(primals, tangents):
     (M, R), (dM, dR) = primals, tangents
     X = solve_spd(M, R)
     return X, inverse_logdet(M)[0] @ (dR - dM @ X)
 
 
-@jax.custom_jvp
 def quadratic_form(M: Array, R: Array) -> Array:
     """``R' M^{-1} R`` for one symmetric positive definite ``M`` (n, n) and ``R`` (n, r).
 
     Its derivative needs only ``X = M^{-1} R``: ``dR' X + X' dR - X' dM X``.
     """
+    return R.T @ solve_spd(M, R) if namespace(M, R) is np else _quadratic_form(M, R)
+
+
+@jax.custom_jvp
+def _quadratic_form(M: Array, R: Array) -> Array:
     return R.T @ solve_spd(M, R)
 
 
-@quadratic_form.defjvp
+@_quadratic_form.defjvp
 def _quadratic_form_jvp(primals, tangents):
     (M, R), (dM, dR) = primals, tangents
     X = solve_spd(M, R)
@@ -226,18 +314,20 @@ def gain(Lambda: Array, A: Array) -> tuple[Array, Array]:
     Derivatives: ``dK = F' dD F - K dA K`` and ``d log det = tr(N dD) + tr(K dA)`` with ``F = I - A K``,
     ``N = A - A K A``.
     """
-    return _gain(Lambda, A)
+    return (_gain_of if namespace(Lambda, A) is np else _gain)(Lambda, A)
 
 
-@jax.custom_jvp
-def _gain(Lambda, A):
+def _gain_of(Lambda, A):
     L = Lambda[..., None]
     if Lambda.shape[0] == 1:
         M = 1.0 + L * A * L
-        return L * L / M, jnp.log(M[0, 0])
-    M = jnp.eye(Lambda.shape[0], dtype=A.dtype)[..., None] + matmul(matmul(transpose(L), A), L)
+        return L * L / M, namespace(M).log(M[0, 0])
+    M = eye(Lambda.shape[0], A) + matmul(matmul(transpose(L), A), L)
     inverse, logdet = inverse_logdet(M)
     return matmul(matmul(L, inverse), transpose(L)), logdet
+
+
+_gain = jax.custom_jvp(_gain_of)
 
 
 def _gain_jvp(primals, tangents):
@@ -272,6 +362,7 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
     Returns:
         ``(q, q, ...)``.
     """
+    xp = namespace(F, rtol)
     q = F.shape[0]
     columns = []
     rest = F
@@ -279,13 +370,13 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
         row = rest[j]
         square = (row * row).sum(0)
         independent = square > rtol**2 * (F[j] * F[j]).sum(0)
-        length = jnp.sqrt(jnp.where(independent, square, 1.0))
-        unit = jnp.where(independent, row / length, 0.0)
+        length = xp.sqrt(xp.where(independent, square, 1.0))
+        unit = xp.where(independent, row / length, 0.0)
         column = (rest * unit).sum(1)
-        below = (jnp.arange(q) >= j).reshape(q, *(1,) * (F.ndim - 2))
-        columns.append(jnp.where(below, column, 0.0))
+        below = (xp.arange(q) >= j).reshape(q, *(1,) * (F.ndim - 2))
+        columns.append(xp.where(below, column, 0.0))
         rest = rest - column[:, None] * unit
-    return jnp.stack(columns, axis=1)
+    return xp.stack(columns, axis=1)
 
 
 # --- decompositions of a stack -------------------------------------------------------------------------------------
@@ -303,7 +394,9 @@ def eigh(H: Array) -> tuple[Array, Array]:
     """
     k = H.shape[0]
     if k == 1:
-        return H[0], jnp.ones_like(H)
+        return H[0], namespace(H).ones_like(H)
+    if namespace(H) is np:
+        return _numpys_eigh(H)
     if k > ROTATIONS_UP_TO:
         finite = jnp.isfinite(H).all((0, 1))
         values, vectors = jnp.linalg.eigh(jnp.moveaxis(jnp.where(finite, H, jnp.eye(k)[..., None]), -1, 0))
@@ -330,6 +423,20 @@ def eigh(H: Array) -> tuple[Array, Array]:
             pairs = [_exchange(swap, a, b) for a, b in zip(vectors[j], vectors[j + 1], strict=True)]
             vectors[j], vectors[j + 1] = ([pair[side] for pair in pairs] for side in (0, 1))
     return jnp.stack(values), jnp.stack([jnp.stack(column) for column in vectors], axis=1)
+
+
+def _numpys_eigh(H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    finite = np.isfinite(H.sum((0, 1)))
+    values, vectors = np.linalg.eigh(_matrices(H if finite.all() else np.where(finite, H, 0.0)))
+    values, vectors = np.moveaxis(values, -1, 0), _of_matrices(vectors)
+    if finite.all():
+        return values, vectors
+    return np.where(finite, values, np.nan), np.where(finite, vectors, np.nan)
+
+
+def _numpys_orthogonal_columns(F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    U, S, _ = np.linalg.svd(_matrices(np.where(np.isfinite(F).all((0, 1)), F, 0.0)))
+    return _of_matrices(U * S[..., None, :]), np.moveaxis(S, -1, 0)
 
 
 def _rotate(H: dict, V: dict, i: int, j: int) -> tuple[dict, dict]:
@@ -360,11 +467,12 @@ def _exchange(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
 
 def is_positive(H: Array) -> Array:
     """Which of the symmetric ``H (k, k, m)`` are positive definite: ``(m,)``, by the pivots of Gaussian elimination."""
-    positive = jnp.ones(H.shape[2:], bool)
+    xp = namespace(H)
+    positive = xp.ones(H.shape[2:], bool)
     while H.shape[0]:
         pivot = H[0, 0]
         positive = positive & (pivot > 0)
-        H = H[1:, 1:] - H[1:, :1] * (H[:1, 1:] / jnp.where(pivot > 0, pivot, 1.0))
+        H = H[1:, 1:] - H[1:, :1] * (H[:1, 1:] / xp.where(pivot > 0, pivot, 1.0))
     return positive
 
 
@@ -381,6 +489,8 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
         ``(q, q, m)`` and ``(q, m)``.
     """
     q = F.shape[0]
+    if namespace(F) is np:
+        return _numpys_orthogonal_columns(F)
     if q > ROTATIONS_UP_TO:
         finite = jnp.isfinite(F).all((0, 1))
         U, S, _ = jnp.linalg.svd(jnp.moveaxis(jnp.where(finite, F, 0.0), -1, 0))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from mixjax.compiling import float64
+from mixjax.machine import float64
 from mixjax.simulation import as_key, check_count
 
 

@@ -13,7 +13,6 @@ from scipy import sparse
 
 from mixjax.bases import in_span
 from mixjax.batch import BatchFit, with_fixed
-from mixjax.compiling import float64
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnosing import Diagnosing
@@ -29,6 +28,7 @@ from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from mixjax.compiling import LANES, float64, jit
 from mixjax.design import Design, check_design
 from mixjax.likelihood.cross_products import n_cores
+from mixjax.machine import LANES, float64, jit
 
 # Random numbers of one block of replicates, so that what is made of them stays in the cache.
 BLOCK = 2**17

@@ -12,7 +12,7 @@ import textwrap
 from functools import cache
 from pathlib import Path
 
-# Programs inside JAX's transformations cannot choose this themselves (mixjax/compiling.py): half the time to compile.
+# Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax

@@ -15,7 +15,7 @@ PACKAGE = Path(mj.__file__).parent
 # From the ground up: a room may import only what is listed above it (docs/architecture.md).
 ROOMS = [
     "mixjax.forks",
-    "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.compiling", "mixjax.bases", "mixjax.optimise",
+    "mixjax.machine", "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.batch", "mixjax.inference", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
     "mixjax.plots", "mixjax.lineups", "mixjax.summary", "mixjax.inferring", "mixjax.diagnosing", "mixjax.streams",
@@ -25,7 +25,7 @@ CORE = (
     "mixjax.forks",
     "mixjax.linalg",
     "mixjax.design",
-    "mixjax.compiling",
+    "mixjax.machine",
     "mixjax.optimise",
     "mixjax.covariance",
     "mixjax.likelihood",

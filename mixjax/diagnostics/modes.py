@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixjax.compiling import float64
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.fitted import Fitted
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.machine import float64
 
 
 def terms_of_group(labels: Labels) -> dict[str, list[int]]:

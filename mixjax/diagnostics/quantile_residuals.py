@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pandas as pd
 
-from mixjax.compiling import float64
 from mixjax.fitted import Fitted, record_of
 from mixjax.formula.errors import DataError
+from mixjax.machine import float64
 from mixjax.simulation import as_key, check_count, simulate_responses
 
 # Numbers in all simulated responses together.

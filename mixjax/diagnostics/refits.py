@@ -13,7 +13,6 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
-from mixjax.compiling import LANES, float64, jit
 from mixjax.diagnostics.deletion import Rows, batches
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
@@ -22,6 +21,7 @@ from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, s
 from mixjax.fitted import Fitted
 from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import LANES, float64, jit
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 

@@ -23,7 +23,6 @@ import pandas as pd
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.compiling import float64, jit
 from mixjax.diagnostics.deletion import Rows, rows_of
 from mixjax.diagnostics.refits import entry_names
 from mixjax.estimation.search import own_factors
@@ -33,6 +32,7 @@ from mixjax.formula.errors import warn
 from mixjax.likelihood.criterion import Profiled
 from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import float64, jit
 from mixjax.optimise.results import Result
 
 Scale = Literal["sdcor", "vcov", "theta"]

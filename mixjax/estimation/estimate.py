@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.compiling import jit
 from mixjax.design import AnyArray
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
@@ -19,13 +18,15 @@ from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.estimation.surface import evaluate_of, profiled_of
-from mixjax.likelihood.criterion import check_products, in_bases, profile, warn_of_float32
+from mixjax.likelihood.criterion import Profiled, check_products, in_bases, profile, warn_of_float32
 from mixjax.likelihood.crossed import crossed_moments
-from mixjax.likelihood.curvature import modes_of_factors, profile_lanes
+from mixjax.likelihood.curvature import profile_and_modes, value_gradient_hessian
+from mixjax.likelihood.dense_block import Lanes
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.incidence import Incidence, incidence
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import Array, jit, namespace, silently
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
 
@@ -120,6 +121,23 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
     return est._replace(theta=est.theta + 0.0 * x.sum())
 
 
+def fit_at_once(stats: CrossProducts, start: np.ndarray | None, reml: bool) -> Estimates:
+    """As :func:`fit_one`, by NumPy: nothing is compiled, and nothing padded.
+
+    For NumPy's arrays of one response, and models that :func:`~mixjax.likelihood.moments.is_small` says yes to.
+    """
+    with silently():
+        moments = moments_of(stats)
+        x0 = minque_start(moments) if start is None else start_in_bases(stats, start)[:, None]
+        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
+        solution = search.run(evaluate, x0, stats.layout.structures)
+        solution = Solution(*(a[..., 0] for a in solution))
+        solution = solution._replace(result=result_code(solution, own_factors(solution.x, stats.Z_bases, stats.layout)))
+        lanes, by_factor = profile_and_modes(solution.x[:, None], moments, reml)
+        lanes = Lanes(*(a[..., 0] for a in lanes))
+        return _of_parts(solution, lanes, _by_term(by_factor, stats), stats)
+
+
 def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array, Incidence | None]) -> Array:
     return profiled_of(*data)(x).criterion
 
@@ -182,13 +200,30 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     layout = stats.layout
     if start is None:
         return cov.near(moment_start(stats), layout.structures)
-    lambdas = cov.lambdas_of_theta(jnp.asarray(start, stats.XX.dtype), layout.qs)
-    return cov.near(in_bases(lambdas, stats), layout.structures)
+    start = namespace(start, stats.XX).asarray(start, stats.XX.dtype)
+    return cov.near(in_bases(cov.lambdas_of_theta(start, layout.qs), stats), layout.structures)
 
 
 def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incidence | None = None) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
-    profiled, modes = _profile_and_modes(solution.x, stats, reml, where)
+    if where is None:
+        lambdas = cov.factors_of(solution.x, stats.layout.structures)
+        profiled = profile(lambdas, arrange(stats), stats, reml)
+        return _of_parts(solution, profiled, conditional_modes(lambdas, stats), stats)
+    moments = crossed_moments(stats, where)
+    lanes, by_factor = profile_and_modes(solution.x[:, None], moments, reml)
+    lanes = Lanes(*(a[..., 0] for a in lanes))
+    return _of_parts(solution, lanes, _by_term(by_factor, stats), stats)
+
+
+def _by_term(by_factor: dict[int, Array], stats: CrossProducts) -> list[Array]:
+    return [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]
+
+
+def _of_parts(
+    solution: Solution, profiled: Profiled | Lanes, modes: Sequence[Array], stats: CrossProducts
+) -> Estimates:
+    """From the profiled likelihood, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
     own = own_factors(solution.x, stats.Z_bases, stats.layout)
     R_inv = stats.X_basis.R_inv
     return Estimates(
@@ -205,14 +240,3 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incid
         grad_norm=solution.scaled_gradient,
         result=solution.result,
     )
-
-
-def _profile_and_modes(x: Array, stats: CrossProducts, reml: Array, where: Incidence | None):
-    """The profiled likelihood, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
-    if where is None:
-        lambdas = cov.factors_of(x, stats.layout.structures)
-        return profile(lambdas, arrange(stats), stats, reml), conditional_modes(lambdas, stats)
-    moments = crossed_moments(stats, where)
-    lanes = jax.tree.map(lambda a: a[..., 0], profile_lanes(x[:, None], moments, reml))
-    by_factor = modes_of_factors(x[:, None], moments, reml)
-    return lanes, [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]

@@ -14,9 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
-from mixjax.compiling import LANES, float64, jit
 from mixjax.covariance import Unstructured
-from mixjax.design import is_concrete
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one
 from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
@@ -25,6 +23,7 @@ from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
 from mixjax.likelihood.statistics import ClassProducts, CrossProducts, FactorProducts, PairProducts
+from mixjax.machine import LANES, float64, is_concrete, jit
 from mixjax.optimise.results import Result
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Structure, rank_tolerance
 from mixjax.likelihood.statistics import Layout
+from mixjax.machine import Array, namespace, while_loop
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
@@ -47,17 +45,18 @@ class Search(NamedTuple):
 
 def begin(x0: Array, structures: tuple[Structure, ...], iterations: Array | int = 0) -> Search:
     """Searches that start at ``x0 (k, B)``, after so many evaluations already."""
+    xp = namespace(x0)
     lanes = x0.shape[1:]
     nothing = Solution(
         x=x0,
-        value=jnp.full(lanes, jnp.inf, x0.dtype),
-        free=jnp.ones(x0.shape, bool),
-        kink=jnp.zeros(lanes, bool),
-        scaled_gradient=jnp.full(lanes, jnp.inf, x0.dtype),
-        iterations=jnp.broadcast_to(jnp.asarray(iterations, int), lanes),
-        result=jnp.full(lanes, int(Result.NOT_FINITE)),
+        value=xp.full(lanes, xp.inf, x0.dtype),
+        free=xp.ones(x0.shape, bool),
+        kink=xp.zeros(lanes, bool),
+        scaled_gradient=xp.full(lanes, xp.inf, x0.dtype),
+        iterations=xp.broadcast_to(xp.asarray(iterations, int), lanes),
+        result=xp.full(lanes, int(Result.NOT_FINITE)),
     )
-    return Search(_begin_at(x0, structures), jnp.zeros(lanes, bool), nothing, jnp.zeros(lanes, bool))
+    return Search(_begin_at(x0, structures), xp.zeros(lanes, bool), nothing, xp.zeros(lanes, bool))
 
 
 def advance(
@@ -68,40 +67,43 @@ def advance(
     Args:
         one_minimum: ``(B,)`` or one bool: the criterion is known to have no other minimum, so that no end is doubtful.
     """
+    xp = namespace(search.done)
     state = newton.advance(search.state, evaluate, rank_reductions(structures))
     ended = state.done & ~search.done
     new, best = newton.solution_of(state), search.best
     converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
     lower = new.value < best.value - newton.value_tolerance(new.value.dtype)
     take = ended & (~search.again | (converged & (~had | lower)))
-    iterations = best.iterations + jnp.where(ended, new.iterations, 0)
-    best = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, best)._replace(iterations=iterations)
+    iterations = best.iterations + xp.where(ended, new.iterations, 0)
+    best = newton.where(take, new, best)._replace(iterations=iterations)
     doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
-    far = cov.near([FAR * jnp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
-    restart = _begin_at(jnp.broadcast_to(far[:, None], state.trial.shape), structures)
-    state = jax.tree.map(lambda a, b: jnp.where(doubtful, a, b), restart, state)
+    far = cov.near([FAR * xp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
+    restart = _begin_at(xp.broadcast_to(far[:, None], state.trial.shape), structures)
+    state = newton.where(doubtful, restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
 
 
 def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZERO) -> Array:
     """``(B,)`` the singular values of every term's Lambda are above ``least``: no reduction of rank would be tried."""
+    xp = namespace(x)
     clear = [
-        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * jnp.eye(len(L), dtype=x.dtype)[..., None])
+        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * xp.eye(len(L), dtype=x.dtype)[..., None])
         for L in cov.factors_of(x, structures)
     ]
-    return jnp.stack(clear).all(0)
+    return xp.stack(clear).all(0)
 
 
 def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...]) -> Solution:
     """Search until every lane is done."""
     goes_on = lambda search: ~search.done.all()  # noqa: E731
     step = lambda search: advance(search, evaluate, structures)  # noqa: E731
-    return jax.lax.while_loop(goes_on, step, begin(x0, structures)).best
+    return while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
 
 
 def _begin_at(x0: Array, structures: tuple[Structure, ...]) -> newton.State:
-    length = jnp.sqrt((x0 * x0).sum(0))
-    return newton.begin(x0, jnp.maximum(REGION * length, LEAST_REGION), rank_reductions(structures))
+    xp = namespace(x0)
+    length = xp.sqrt((x0 * x0).sum(0))
+    return newton.begin(x0, xp.maximum(REGION * length, LEAST_REGION), rank_reductions(structures))
 
 
 def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
@@ -109,14 +111,16 @@ def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
     starts = np.cumsum([0, *(s.n_reductions for s in structures)])
 
     def worthwhile(x):
+        xp = namespace(x)
         parts = zip(structures, cov.cut(x, structures), strict=True)
-        sizes = jnp.concatenate([s.sizes(part) for s, part in parts])
+        sizes = xp.concatenate([s.sizes(part) for s, part in parts])
         return (sizes < NEAR_ZERO) & (sizes > 0)
 
     def candidate(x, c):
+        xp = namespace(x)
         parts = zip(structures, cov.cut(x, structures), starts[:-1], strict=True)
         xs, frees = zip(*(s.reduced(part, c - int(first)) for s, part, first in parts), strict=True)
-        return jnp.concatenate(xs), jnp.concatenate(frees)
+        return xp.concatenate(xs), xp.concatenate(frees)
 
     return Simplify(int(starts[-1]), worthwhile, candidate)
 
@@ -136,10 +140,11 @@ class OwnFactors(NamedTuple):
 
 def own_factors(x: Array, bases: tuple[Basis, ...], layout: Layout) -> OwnFactors:
     """From the optimiser's coordinates ``(k, ...)`` to the user's columns; axes behind the first may be absent."""
+    xp = namespace(x)
     pairs = [own_factor(basis.R_inv, F) for basis, F in zip(bases, cov.factors_of(x, layout.structures), strict=True)]
     lambdas = [factor for factor, _ in pairs]
     smooth = [s.has_derivatives(factor) for s, factor in zip(layout.structures, lambdas, strict=True)]
-    return OwnFactors(lambdas, jnp.stack([d for _, d in pairs]).any(0), jnp.stack(smooth).all(0))
+    return OwnFactors(lambdas, xp.stack([d for _, d in pairs]).any(0), xp.stack(smooth).all(0))
 
 
 def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
@@ -151,16 +156,17 @@ def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
     Args:
         R_inv: ``(q, q, ...)`` of the basis. Lambda: ``(q, q, ...)``, any factor in the basis.
     """
+    xp = namespace(Lambda)
     rtol = rank_tolerance(Lambda.dtype)
     deficient = (~(linalg.lower_factor(Lambda, rtol) != 0).any(0)).any(0)
     own = linalg.matmul(R_inv, Lambda)
     longest = (Lambda * Lambda).sum(1).max(0)
-    rounding = rtol**2 * jnp.abs(R_inv).sum(1) ** 2 * longest
-    own = jnp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
-    return linalg.lower_factor(own, jnp.where(deficient, rtol, 0.0)), deficient
+    rounding = rtol**2 * xp.abs(R_inv).sum(1) ** 2 * longest
+    own = xp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
+    return linalg.lower_factor(own, xp.where(deficient, rtol, 0.0)), deficient
 
 
 def result_code(solution: Solution, own: OwnFactors) -> Array:
     """The optimiser's code, or ``NONDIFFERENTIABLE`` for a converged fit whose derivatives do not exist."""
     edge = (solution.result == int(Result.CONVERGED)) & (solution.kink | ~own.smooth)
-    return jnp.where(edge, int(Result.NONDIFFERENTIABLE), solution.result)
+    return namespace(edge).where(edge, int(Result.NONDIFFERENTIABLE), solution.result)

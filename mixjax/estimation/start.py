@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
@@ -12,6 +10,7 @@ from mixjax.covariance import pairs_of
 from mixjax.likelihood.curvature import minque_equations
 from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import Array, namespace, set_at
 
 # Limits of the standard deviation ratios that a start may have, in the basis of Z. Zero would be a stationary point.
 LOWEST, HIGHEST = 0.1, 100.0
@@ -24,18 +23,19 @@ def minque_start(moments: Moments) -> Array:
     the covariances (Searle, Casella & McCulloch 1992, Variance Components, section 11.3). Solved, and clipped to
     reasonable ratios. In balanced designs this is the REML estimate itself, wherever that is not singular.
     """
+    xp = namespace(moments.UU)
     equations, traces, spots = minque_equations(moments)
     d = sum(q * m for _, q, m in moments.dense)
     XX, XdX = moments.UU[d:, d:], moments.UU[:d, d:]
     p = XX.shape[0]
     Xy, e, rss = moments.Uy[d:], moments.Uy[:d], moments.yy
-    c = jnp.zeros_like(moments.Uy)
+    c = xp.zeros_like(moments.Uy)
     if p:
         delta = linalg.matmul(linalg.inverse_logdet(XX)[0], Xy[:, None])[:, 0]
         e = e - linalg.matmul(XdX, delta[:, None])[:, 0]
         rss = rss - (Xy * delta).sum(0)
-        c = jnp.concatenate([c[:d], -delta])
-    squares = moments.pull_back(c[:, None] * c[None], c, jnp.ones_like(rss))
+        c = xp.concatenate([c[:d], -delta])
+    squares = moments.pull_back(c[:, None] * c[None], c, xp.ones_like(rss))
     forms = {
         (moments.layout.chain[0], pair): x.sum(0) for pair, x in zip(pairs_of(moments.A.shape[0]), squares, strict=True)
     }
@@ -44,16 +44,16 @@ def minque_start(moments: Moments) -> Array:
         effects = e[at : at + q * m].reshape(q, m, -1)
         at += q * m
         forms |= {(f, (a, b)): (effects[a] * effects[b]).sum(0) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)}
-    rhs = jnp.stack([*(forms[spot] for spot in spots), rss])
-    df = jnp.broadcast_to(moments.n - p, traces.shape[1:])
-    lhs = jnp.concatenate(
+    rhs = xp.stack([*(forms[spot] for spot in spots), rss])
+    df = xp.broadcast_to(moments.n - p, traces.shape[1:])
+    lhs = xp.concatenate(
         [
-            jnp.concatenate([equations, traces[:, None]], axis=1),
-            jnp.concatenate([traces, df[None]])[None],
+            xp.concatenate([equations, traces[:, None]], axis=1),
+            xp.concatenate([traces, df[None]])[None],
         ]
     )
     solution = _solve_scaled(lhs, rhs)
-    sigma2 = jnp.maximum(solution[-1], 1e-3 * rss / moments.n)
+    sigma2 = xp.maximum(solution[-1], 1e-3 * rss / moments.n)
     values = {spot: solution[j] / sigma2 for j, spot in enumerate(spots)}
     parts = []
     for place in moments.layout.terms:
@@ -61,22 +61,23 @@ def minque_start(moments: Moments) -> Array:
             [values[place.factor, (place.start + min(a, b), place.start + max(a, b))] for b in range(place.q)]
             for a in range(place.q)
         ]
-        squared, vectors = linalg.eigh(jnp.stack([jnp.stack(row) for row in D]))
-        root = jnp.sqrt(jnp.clip(squared, LOWEST**2, HIGHEST**2))
+        squared, vectors = linalg.eigh(cov.stack_of(D))
+        root = xp.sqrt(xp.clip(squared, LOWEST**2, HIGHEST**2))
         parts.append(vectors * root[None])
     structures = moments.layout.structures
     x = cov.near(parts, structures)
-    fallback = cov.near([jnp.eye(s.q, dtype=x.dtype) for s in structures], structures)
-    return jnp.where(jnp.isfinite(x).all(0), x, fallback[:, None])
+    fallback = cov.near([xp.eye(s.q, dtype=x.dtype) for s in structures], structures)
+    return xp.where(xp.isfinite(x).all(0), x, fallback[:, None])
 
 
 def _solve_scaled(lhs: Array, rhs: Array) -> Array:
     """Equations ``(k, k, L)`` of very different size, solved for ``rhs (k, B)``; an unsolvable system does not fail."""
+    xp = namespace(lhs)
     k = lhs.shape[0]
-    diagonal = jnp.stack([lhs[j, j] for j in range(k)])
-    scale = jnp.sqrt(jnp.maximum(diagonal, jnp.finfo(lhs.dtype).tiny))
+    diagonal = xp.stack([lhs[j, j] for j in range(k)])
+    scale = xp.sqrt(xp.maximum(diagonal, np.finfo(lhs.dtype).tiny))
     scaled = lhs / scale[:, None] / scale[None]
-    ridge = 1e4 * jnp.finfo(lhs.dtype).eps * jnp.eye(k, dtype=lhs.dtype)[..., None]
+    ridge = 1e4 * np.finfo(lhs.dtype).eps * linalg.eye(k, lhs)
     inverse = linalg.inverse_logdet(scaled + ridge)[0]
     return linalg.matmul(inverse, (rhs / scale)[:, None])[:, 0] / scale
 
@@ -89,6 +90,7 @@ def moment_start(stats: CrossProducts) -> list[Array]:
     McCulloch 1992, Variance Components, section 11.3, the loss of p degrees of freedom left out). Solved, and clipped
     to reasonable ratios.
     """
+    xp = namespace(stats.XX, stats.yy)
     layout = stats.layout
     first, k = [], 0
     for products in stats.factors:
@@ -96,28 +98,28 @@ def moment_start(stats: CrossProducts) -> list[Array]:
         k += products.ZZ.shape[0]
     dtype = stats.XX.dtype
     # Unknowns: the k variances, then sigma^2. Equations: one per effect, then the total sum of squares.
-    lhs = jnp.zeros((k + 1, k + 1), dtype).at[k, k].set(stats.n)
-    rhs = jnp.zeros(k + 1, dtype).at[k].set(stats.yy)
+    lhs = set_at(xp.zeros((k + 1, k + 1), dtype), (k, k), stats.n)
+    rhs = set_at(xp.zeros(k + 1, dtype), k, stats.yy)
 
     def frobenius(ZZ):
         return (ZZ**2).sum(-1)
 
     for start, products in zip(first, stats.factors, strict=True):
         own = start + np.arange(products.ZZ.shape[0])
-        lhs = lhs.at[own[:, None], own[None]].set(frobenius(products.ZZ))
-        traces = jnp.diagonal(products.ZZ.sum(-1))
-        lhs = lhs.at[own, k].set(traces).at[k, own].set(traces)
-        rhs = rhs.at[own].set((products.Zy**2).sum(-1))
+        lhs = set_at(lhs, (own[:, None], own[None]), frobenius(products.ZZ))
+        traces = xp.diagonal(products.ZZ.sum(-1))
+        lhs = set_at(set_at(lhs, (own, k), traces), (k, own), traces)
+        rhs = set_at(rhs, own, (products.Zy**2).sum(-1))
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
         at_s, at_t = first[s] + np.arange(pair.ZZ.shape[0]), first[t] + np.arange(pair.ZZ.shape[1])
         block = frobenius(pair.ZZ)
-        lhs = lhs.at[at_s[:, None], at_t[None]].set(block).at[at_t[:, None], at_s[None]].set(block.T)
+        lhs = set_at(set_at(lhs, (at_s[:, None], at_t[None]), block), (at_t[:, None], at_s[None]), block.T)
     # Equations of very different size: scale the unknowns, and keep an unsolvable system from failing.
-    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(lhs), jnp.finfo(dtype).tiny))
-    scaled = lhs / scale[:, None] / scale[None] + 1e-8 * jnp.eye(k + 1, dtype=dtype)
-    solution = jnp.linalg.solve(scaled, rhs / scale) / scale
+    scale = xp.sqrt(xp.maximum(xp.diagonal(lhs), np.finfo(dtype).tiny))
+    scaled = lhs / scale[:, None] / scale[None] + 1e-8 * xp.eye(k + 1, dtype=dtype)
+    solution = xp.linalg.solve(scaled, rhs / scale) / scale
     floor = 1e-3 * stats.yy / stats.n
-    ratio = jnp.sqrt(jnp.maximum(solution[:k], 0.0) / jnp.maximum(solution[k], floor))
-    ratio = jnp.clip(jnp.where(jnp.isfinite(ratio), ratio, 1.0), LOWEST, HIGHEST)
+    ratio = xp.sqrt(xp.maximum(solution[:k], 0.0) / xp.maximum(solution[k], floor))
+    ratio = xp.clip(xp.where(xp.isfinite(ratio), ratio, 1.0), LOWEST, HIGHEST)
     starts = [first[place.factor] + place.start for place in layout.terms]
-    return [jnp.diag(ratio[at : at + place.q]) for at, place in zip(starts, layout.terms, strict=True)]
+    return [xp.diag(ratio[at : at + place.q]) for at, place in zip(starts, layout.terms, strict=True)]

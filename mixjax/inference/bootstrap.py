@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from mixjax.batch import BatchFit
-from mixjax.compiling import float64
 from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
@@ -23,6 +22,7 @@ from mixjax.inference import intervals
 from mixjax.inference.resample import NUMBERS, Kind, chunk_size, resampler
 from mixjax.inference.statistic import entries, named
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.simulation import check_count
 

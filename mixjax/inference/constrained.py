@@ -19,7 +19,6 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.compiling import LANES, float64, jit
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
 from mixjax.design import AnyArray
 from mixjax.estimation.many import batch_axes
@@ -29,6 +28,7 @@ from mixjax.likelihood.curvature import deviance_at_sigma, profile_lanes
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts, Layout, pad
 from mixjax.linalg import ROTATIONS_UP_TO
+from mixjax.machine import LANES, float64, jit
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
 

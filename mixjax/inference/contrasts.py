@@ -21,8 +21,7 @@ import scipy.stats
 from jax import Array
 from jax.scipy.special import betainc, erfc
 
-from mixjax.compiling import float64, jit
-from mixjax.design import AnyArray, is_concrete
+from mixjax.design import AnyArray
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of, profiled_of
@@ -34,6 +33,7 @@ from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.likelihood.criterion import check_products
 from mixjax.likelihood.incidence import incidence
 from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.machine import float64, is_concrete, jit
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mixjax.compiling import jit
 from mixjax.design import AnyArray
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
 from mixjax.likelihood.incidence import Incidence
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import jit
 
 
 class Information(NamedTuple):

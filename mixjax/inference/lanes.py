@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 
 from mixjax import linalg
-from mixjax.compiling import LANES, jit
 from mixjax.design import AnyArray
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, Sizes, put, slice_of
@@ -24,6 +23,7 @@ from mixjax.estimation.surface import coordinates_in
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import LANES, jit
 
 
 def in_lanes(ddf: str, stats: CrossProducts) -> bool:

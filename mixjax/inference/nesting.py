@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from mixjax.bases import orthonormal_columns
-from mixjax.compiling import float64
 from mixjax.covariance import Structure
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
+from mixjax.machine import float64
 
 # Relative size of what counts as rounding in projections and in covariances that follow from them.
 ROUNDING = 1e-8

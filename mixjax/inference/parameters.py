@@ -14,12 +14,12 @@ import scipy.stats
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.compiling import float64, jit
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
 from mixjax.inference.intervals import check_level
 from mixjax.likelihood.statistics import CrossProducts, pad
+from mixjax.machine import float64, jit
 
 
 @dataclass(frozen=True)

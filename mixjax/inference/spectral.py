@@ -17,9 +17,9 @@ from jax import Array
 from scipy import linalg as dense
 from scipy import optimize, stats
 
-from mixjax.compiling import LANES, float64, jit
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import LANES, float64, jit
 from mixjax.simulation import as_key
 
 # Eigenvalues that agree to this part of the largest are one with a multiplicity; those below it are zero.

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
-from mixjax.design import is_concrete
 from mixjax.forks import refuse_forked
 from mixjax.likelihood.elimination import Blocks, arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import Array, is_concrete
 
 
 class Profiled(NamedTuple):
@@ -117,4 +116,4 @@ def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
 
 def in_bases(lambdas: list[Array], stats: CrossProducts) -> list[Array]:
     """Factors of the covariances of effects of Z's own columns -> of Z's basis."""
-    return [jnp.asarray(basis.R) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
+    return [basis.R @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]

@@ -18,7 +18,7 @@ import scipy.sparse
 
 from mixjax.bases import Basis, change_basis, change_scale, constant_column
 from mixjax.covariance import structure_of
-from mixjax.design import Design, check_design, is_concrete
+from mixjax.design import Design, check_design
 from mixjax.likelihood.moments import has_closed_form
 from mixjax.likelihood.statistics import (
     ClassProducts,
@@ -30,6 +30,7 @@ from mixjax.likelihood.statistics import (
     order_by_levels,
     sum_by_group,
 )
+from mixjax.machine import is_concrete
 
 
 def cross_products(design: Design, y: Any = None) -> CrossProducts:

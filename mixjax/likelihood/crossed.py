@@ -59,7 +59,7 @@ class CrossedMoments:
         """Number of dense effects."""
         return sum(q * m for _, q, m in self.dense)
 
-    def contract(self, weights: list) -> tuple:
+    def contract(self, weights: Any) -> tuple:
         """As :meth:`mixjax.likelihood.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
         # One at a time: slices of what is stacked last cost nothing, strided ones a copy of the dense block each.
         UU, Uy, yy = zip(

@@ -29,10 +29,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
@@ -44,22 +42,23 @@ from mixjax.likelihood.dense_block import (
     Rest,
     blocks_times,
     dense_directions,
+    effects_of,
     finish,
     pad_rows,
     traces_of_products,
 )
 from mixjax.likelihood.first_factor import (
     First,
-    congruence,
     directions_of,
-    dot,
     eliminate_first,
     of_levels,
-    ordered,
+    orders_of,
+    sum_of,
     weights_of,
 )
 from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import Layout
+from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 
 Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
 
@@ -78,12 +77,13 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
 def profile_of(lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
     """What is left when all effects are eliminated; no derivatives."""
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
-    UU, Uy, yy = moments.contract(weights_of([first.K]))
+    UU, Uy, yy = moments.contract(weights_of(first))
     return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
 
 
-def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int, Array]:
-    """Predicted effects in the bases of the products at the profiled fixed effects: per factor ``(q, m)``.
+def profile_and_modes(x: Array, moments: AnyMoments, reml: Array | bool) -> tuple[Lanes, dict[int, Array]]:
+    """The profiled likelihood of one lane, and the predicted effects at its fixed effects: per factor ``(q, m)``,
+    in the bases of the products.
 
     Those of the dense factors solve the mixed-model equations; a level of the first factor has ``K_i Z_i'(y - U u - X
     beta)`` (Bates et al. 2015, J. Stat. Softw. 67(1), section 3.1). One lane.
@@ -91,15 +91,16 @@ def modes_of_factors(x: Array, moments: CrossedMoments, reml: Array) -> dict[int
     lambdas = _lambdas(x, moments)
     f1 = moments.layout.chain[0]
     first = eliminate_first(lambdas[f1], moments)
-    UU, Uy, yy = moments.contract(weights_of([first.K]))
-    c = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).c
-    left, q = moments.rows_times(c), len(lambdas[f1])
-    modes = {f1: jnp.stack([dot((first.K[ordered(a, b)], left[b]) for b in range(q)) for a in range(q)])[..., 0]}
+    UU, Uy, yy = moments.contract(weights_of(first))
+    rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
+    left, q = moments.rows_times(rest.c), len(lambdas[f1])
+    K_left = [sum_of(first.K[a, b] * left[b] for b in range(q)) for a in range(q)]
+    modes = {f1: namespace(x).stack(K_left)[..., 0]}
     start = 0
     for f, q, m in moments.dense:
-        modes[f] = -c[start : start + q * m, 0].reshape(q, m)
+        modes[f] = -rest.c[start : start + q * m, 0].reshape(q, m)
         start += q * m
-    return modes
+    return rest.lanes, modes
 
 
 def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[Array, Array, Array]:
@@ -109,8 +110,52 @@ def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[
     theorem, which differentiates the criterion itself.
     """
     lambdas = _lambdas(x, moments)
-    lanes, g, H, _, spots = _by_covariance(lambdas, moments, reml)
-    return (lanes.criterion, *_to_coordinates(x, g, H, spots, moments.layout))
+    found = _by_covariance(lambdas, moments, reml)
+    jacobian, curvature = _chain(x, found.gradient, found.spots, moments.layout)
+    back = linalg.transpose(jacobian)
+    gradient = linalg.matmul(back, found.gradient[:, None])[:, 0]
+    return found.lanes.criterion, gradient, linalg.matmul(back, linalg.matmul(found.Hessian, jacobian)) + curvature
+
+
+class Slopes(NamedTuple):
+    """How the fixed effects' covariance and the residual sum of squares move with the coordinates; last axis: lanes.
+
+    Attributes:
+        lanes: the profiled likelihood. Hessian: ``(k, k, B)`` of the criterion.
+        XX_inverse: ``(k, p, p, B)``, derivatives of ``lanes.XX_inverse``. log_rss: ``(k, B)``.
+    """
+
+    lanes: Lanes
+    Hessian: Array
+    XX_inverse: Array
+    log_rss: Array
+
+
+def slopes_of(x: Array, moments: Moments, reml: Array | bool) -> Slopes:
+    """Args as in :func:`profile_lanes`.
+
+    With C the inverse of the reduced products of X's basis, ``dC/dE_j = C T_X'J_j T_X C`` in the first factor's
+    directions, and ``C P_X'E_j P_X C`` in those of the others (:class:`~mixjax.likelihood.dense_block.Rest`).
+    """
+    xp = namespace(x, moments.UU)
+    lambdas = _lambdas(x, moments)
+    found = _by_covariance(lambdas, moments, reml)
+    lanes, rest = found.lanes, found.rest
+    p = lanes.delta.shape[0]
+    falls = [linalg.matmul(linalg.matmul(linalg.transpose(rest.T_X)[:, :, None], found.J.UU), rest.T_X[:, :, None])]
+    at = effects_of(moments)
+    for f, pair in found.spots[len(found.J.own) :]:
+        part = sum_of(
+            linalg.matmul(linalg.transpose(rest.P2[at[f, a], :p]), rest.P2[at[f, b], :p]) for a, b in orders_of(*pair)
+        )
+        falls.append(part[:, :, None])
+    C = lanes.XX_inverse[:, :, None]
+    moves = linalg.matmul(linalg.matmul(C, xp.concatenate(falls, axis=2)), C)  # (p, p, J, B)
+    jacobian, curvature = _chain(x, found.gradient, found.spots, moments.layout)
+    back = linalg.transpose(jacobian)
+    H = linalg.matmul(back, linalg.matmul(found.Hessian, jacobian)) + curvature
+    of_C = (moves[None] * back[:, None, None]).sum(3)
+    return Slopes(lanes, H, of_C, -linalg.matmul(back, found.falls[:, None])[:, 0] / lanes.rss)
 
 
 def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
@@ -119,10 +164,11 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     ``V_j = Z E_j Z'`` for the J free entries (factor, (a, b)) of the covariances, P the projection that takes the fixed
     effects out. They do not depend on y.
     """
+    xp = namespace(moments.UU)
     moments = moments.without_response()
-    nothing = jnp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
-    _, g, H, _, spots = _by_covariance(_lambdas(nothing, moments), moments, True, precision=0.0)
-    return -H, g, spots
+    nothing = xp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
+    found = _by_covariance(_lambdas(nothing, moments), moments, True, precision=0.0)
+    return -found.Hessian, found.gradient, found.spots
 
 
 class AtSigma(NamedTuple):
@@ -148,54 +194,20 @@ def deviance_at_sigma(factors: list[Array], moments: AnyMoments, variance: Calla
     Returns:
         :class:`AtSigma`; the entries of D stand term by term, pairs a <= b row by row.
     """
+    xp = namespace(moments.UU, *factors)
     lambdas = _lambdas_of_factors([[list(row) for row in F] for F in factors], moments)
     lanes = profile_of(lambdas, moments, False).lanes
     sigma2 = variance(lanes.rss / moments.n)
-    _, g, H, falls, spots = _by_covariance(lambdas, moments, False, precision=1.0 / sigma2)
-    at = {spot: j for j, spot in enumerate(spots)}
+    found = _by_covariance(lambdas, moments, False, precision=1.0 / sigma2)
+    g, H, falls = found.gradient, found.Hessian, found.falls
+    at = {spot: j for j, spot in enumerate(found.spots)}
     order = np.array([at[t.factor, (t.start + a, t.start + b)] for t in moments.layout.terms for a, b in pairs_of(t.q)])
     g, H, falls = g[order], H[order[:, None], order], falls[order]
     ratio = lanes.rss / sigma2
-    value = lanes.criterion + moments.n * (jnp.log(sigma2 * moments.n / lanes.rss) - 1.0) + ratio
+    value = lanes.criterion + moments.n * (xp.log(sigma2 * moments.n / lanes.rss) - 1.0) + ratio
     mixed = falls / sigma2
-    upper, lower = jnp.concatenate([H, mixed[:, None]], 1), jnp.concatenate([mixed, ratio[None]])
-    return AtSigma(value, jnp.concatenate([g, (moments.n - ratio)[None]]), jnp.concatenate([upper, lower[None]]))
-
-
-def _by_covariance(lambdas: dict, moments: AnyMoments, reml: Array | bool, precision: Array | float | None = None):
-    """Derivatives with respect to the J free entries of the covariances D of all factors.
-
-    Args:
-        precision: ``1 / sigma^2``, given; None where sigma is profiled out. 0 leaves the residual sum of squares out.
-
-    Returns:
-        Lanes; gradient ``(J, B)``; Hessian ``(J, J, B)``; the residual sum of squares' own gradient, sign changed; and
-        for each entry its spot (factor, (a, b)).
-    """
-    layout = moments.layout
-    f1 = layout.chain[0]
-    own = directions_of(layout, f1)
-    first = eliminate_first(lambdas[f1], moments)
-    # J of every direction along axis 2, behind what the elimination itself takes away.
-    UU, Uy, yy = moments.contract(weights_of([first.K, *(congruence(first.F, pair) for pair in own)]))
-    rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
-    J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
-    df = moments.n - jnp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
-    s = df / rest.lanes.rss if precision is None else precision + jnp.zeros_like(rest.lanes.rss)
-    curve = s / rest.lanes.rss if precision is None else jnp.zeros_like(s)
-    spots = [(f1, pair) for pair in own] + [(f, pair) for f, *_ in moments.dense for pair in directions_of(layout, f)]
-    rest_of = (first, rest, J, s, curve, reml)
-    if isinstance(moments, CrossedMoments) and all(q == 1 for _, q, _ in moments.dense):
-        crossed = moments
-        ratios = jnp.stack([lambdas[f][0][0] for f, *_ in crossed.dense])
-        g, H, falls = jax.lax.cond(
-            (jnp.abs(ratios) > LEAST_RATIO).all(),
-            lambda: _scalar_derivatives(lambdas, crossed, *rest_of),
-            lambda: _derivatives(lambdas, crossed, *rest_of),
-        )
-    else:
-        g, H, falls = _derivatives(lambdas, moments, *rest_of)
-    return rest.lanes, g, H, falls, spots
+    upper, lower = xp.concatenate([H, mixed[:, None]], 1), xp.concatenate([mixed, ratio[None]])
+    return AtSigma(value, xp.concatenate([g, (moments.n - ratio)[None]]), xp.concatenate([upper, lower[None]]))
 
 
 class _Directions(NamedTuple):
@@ -208,9 +220,60 @@ class _Directions(NamedTuple):
     yy: Array
 
 
+class _ByCovariance(NamedTuple):
+    """Derivatives with respect to the J free entries of the covariances D of all factors.
+
+    Attributes:
+        lanes, rest: the profiled likelihood, and what it is made of.
+        gradient: ``(J, B)``. Hessian: ``(J, J, B)``. falls: ``(J, B)``, the residual sum of squares' own gradient, sign
+            changed. spots: what each entry is. J: of the first factor's directions.
+    """
+
+    lanes: Lanes
+    rest: Rest
+    gradient: Array
+    Hessian: Array
+    falls: Array
+    spots: list[Spot]
+    J: _Directions
+
+
+def _by_covariance(
+    lambdas: dict, moments: AnyMoments, reml: Array | bool, precision: Array | float | None = None
+) -> _ByCovariance:
+    """Args: precision: ``1 / sigma^2``, given; None where sigma is profiled out. 0 leaves the residual sum of squares
+    out."""
+    layout = moments.layout
+    f1 = layout.chain[0]
+    own = directions_of(layout, f1)
+    first = eliminate_first(lambdas[f1], moments)
+    xp = namespace(first.logdet, reml)
+    # J of every direction along axis 2, behind what the elimination itself takes away.
+    UU, Uy, yy = moments.contract(weights_of(first, own))
+    rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
+    J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
+    df = moments.n - xp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
+    s = df / rest.lanes.rss if precision is None else precision + xp.zeros_like(rest.lanes.rss)
+    curve = s / rest.lanes.rss if precision is None else xp.zeros_like(s)
+    spots = [(f1, pair) for pair in own] + [(f, pair) for f, *_ in moments.dense for pair in directions_of(layout, f)]
+    rest_of = (first, rest, J, s, curve, reml)
+    if isinstance(moments, CrossedMoments) and all(q == 1 for _, q, _ in moments.dense):
+        crossed = moments
+        ratios = xp.stack([lambdas[f][0][0] for f, *_ in crossed.dense])
+        g, H, falls = cond(
+            (xp.abs(ratios) > LEAST_RATIO).all(),
+            lambda: _scalar_derivatives(lambdas, crossed, *rest_of),
+            lambda: _derivatives(lambdas, crossed, *rest_of),
+        )
+    else:
+        g, H, falls = _derivatives(lambdas, moments, *rest_of)
+    return _ByCovariance(rest.lanes, rest, g, H, falls, spots, J)
+
+
 def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J: _Directions, s, curve, reml):
     """Gradient ``(J, B)``, Hessian ``(J, J, B)``, fall of the residual sum of squares ``(J, B)``: the first factor's
     directions, then those of the dense ones."""
+    xp = namespace(rest.W)
     lanes, c, T_X = rest.lanes, rest.c, rest.T_X
     u, p, d = c.shape[0], lanes.delta.shape[0], rest.W.shape[0]
     K2 = rest.W
@@ -218,19 +281,19 @@ def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J
         half = blocks_times(lambdas, moments, rest.W)
         K2 = blocks_times(lambdas, moments, linalg.transpose(half))
     # C, the inverse of the mixed-model equations of U: for the determinant, where the fixed effects may be left out.
-    C_log = jnp.pad(K2, ((0, u - d), (0, u - d), (0, 0)))
+    C_log = pad_rows(linalg.transpose(pad_rows(K2, u)), u)
     half = linalg.matmul(T_X, lanes.XX_inverse) if p else T_X
     if p:
-        C_log = C_log + jnp.where(reml, linalg.matmul(half, linalg.transpose(T_X)), 0.0)
+        C_log = C_log + xp.where(reml, linalg.matmul(half, linalg.transpose(T_X)), 0.0)
     Jc = linalg.matmul(J.UU, c[:, None, None])[:, 0] + J.Uy
     cJc = (c[:, None] * (Jc + J.Uy)).sum(0) + J.yy
     # In two parts: a product whose sides are the padded sizes of the blocks is twice as fast.
     parts = [linalg.matmul(K2[:, :, None], part) for part in (J.UU[:d, :d], J.UU[:d, d:])] if d else [J.UU[:d]]
-    KJ = jnp.concatenate(parts, axis=1)
+    KJ = xp.concatenate(parts, axis=1)
     CJ, TJ = pad_rows(KJ, u), None
     if p:
         TJ = linalg.matmul(linalg.transpose(T_X)[:, :, None], J.UU)
-        CJ = CJ + jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
+        CJ = CJ + xp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
     CJc = pad_rows(linalg.matmul(K2, Jc[:d]), u)  # C for rss always has the fixed effects
     if p:
         CJc = CJc + linalg.matmul(half, linalg.matmul(linalg.transpose(T_X), Jc))
@@ -251,8 +314,9 @@ def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J
 
 
 def _join(g: Array, H: Array, falls: Array, g2: Array, among: Array, mixed: Array, falls2: Array):
-    upper, lower = jnp.concatenate([H, mixed], 1), jnp.concatenate([linalg.transpose(mixed), among], 1)
-    return jnp.concatenate([g, g2]), jnp.concatenate([upper, lower]), jnp.concatenate([falls, falls2])
+    xp = namespace(g)
+    upper, lower = xp.concatenate([H, mixed], 1), xp.concatenate([linalg.transpose(mixed), among], 1)
+    return xp.concatenate([g, g2]), xp.concatenate([upper, lower]), xp.concatenate([falls, falls2])
 
 
 def _scalar_derivatives(
@@ -284,7 +348,7 @@ def _scalar_derivatives(
     V = _rough_product(W, l[:, None, None] * J_UU[:d, :d] * l[None, :, None])  # (d, d, J)
     ATJT = jnp.einsum("pq,qrj->prj", A, TJT)
     Vs = [V[:, :, j] for j in range(V.shape[2])]
-    transposed = [jax.lax.optimization_barrier(v.T).reshape(-1) for v in Vs]  # read along rows
+    transposed = [as_laid_out(v.T).reshape(-1) for v in Vs]  # read along rows
     CJCJ = jnp.stack([jnp.stack([v.reshape(-1) @ t for t in transposed]) for v in Vs])
     CJCJ = CJCJ + with_X * (2.0 * jnp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + jnp.einsum("pqj,qpl->jl", ATJT, ATJT))
     JcCJc = Jc[:d].T @ K_times(Jc[:d]) + TJc.T @ A @ TJc
@@ -374,20 +438,26 @@ def _lambdas_of_factors(entries: list, moments: AnyMoments) -> dict[int, list[li
 # --- from covariances to coordinates --------------------------------------------------------------------------------
 
 
-def _to_coordinates(x: Array, g: Array, H: Array, spots: list[Spot], layout: Layout) -> tuple[Array, Array]:
-    """Chain rule from the entries of the covariances D to the coordinates x: gradient and Hessian."""
+def _chain(x: Array, g: Array, spots: list[Spot], layout: Layout) -> tuple[Array, Array]:
+    """From the entries of the covariances D to the coordinates x: ``dD / dx (J, k, B)``, and what the curvature of D
+    adds to the Hessian of a function of gradient g, ``(k, k, B)``."""
+    xp = namespace(x, g)
     k, lanes = layout.k, g.shape[1:]
     at = {spot: j for j, spot in enumerate(spots)}
-    jacobian = jnp.zeros((len(spots), k, *lanes), g.dtype)
-    curvature = jnp.zeros((k, k, *lanes), g.dtype)
+    parts = zip(layout.terms, cov.cut(x, layout.structures), strict=True)
+    if len(layout.terms) == 1:
+        ((place, part),) = parts
+        own = [at[place.factor, (place.start + a, place.start + b)] for a, b in pairs_of(place.q)]
+        if own == list(range(len(spots))):
+            return place.structure.jacobian(part), place.structure.curvature(part, g)
+    jacobian = xp.zeros((len(spots), k, *lanes), g.dtype)
+    curvature = xp.zeros((k, k, *lanes), g.dtype)
     start = 0
     for place, part in zip(layout.terms, cov.cut(x, layout.structures), strict=True):
         s = place.structure
-        own = np.array([at[place.factor, (place.start + a, place.start + b)] for a, b in pairs_of(place.q)])
+        rows = np.array([at[place.factor, (place.start + a, place.start + b)] for a, b in pairs_of(place.q)])
         columns = np.arange(start, start + s.k)
-        jacobian = jacobian.at[own[:, None], columns].set(s.jacobian(part))
-        curvature = curvature.at[columns[:, None], columns].set(s.curvature(part, g[own]))
+        jacobian = set_at(jacobian, (rows[:, None], columns), s.jacobian(part))
+        curvature = set_at(curvature, (columns[:, None], columns), s.curvature(part, g[rows]))
         start += s.k
-    back = linalg.transpose(jacobian)
-    gradient = linalg.matmul(back, g[:, None])[:, 0]
-    return gradient, linalg.matmul(back, linalg.matmul(H, jacobian)) + curvature
+    return jacobian, curvature

@@ -5,17 +5,18 @@ The notation is that of :mod:`mixjax.likelihood.curvature`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import linalg
+from mixjax.covariance import stack_of
 from mixjax.likelihood.crossed import AnyMoments
 from mixjax.likelihood.first_factor import First, directions_of, dot, orders_of, sum_of
 from mixjax.likelihood.moments import MOST_DENSE
+from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 
 # Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
 LEAST_RATIO = 1e-3
@@ -61,6 +62,7 @@ def finish(
     Args:
         with_W: False where only the solution is needed, which takes less than the inverse of a large block.
     """
+    xp = namespace(moments.UU, first.logdet)
     UU, Uy, yy = moments.UU - contracted[0], moments.Uy - contracted[1], moments.yy - contracted[2]
     u = Uy.shape[0]
     d = sum(q * m for _, q, m in moments.dense)
@@ -73,7 +75,7 @@ def finish(
     c = G_dy
     if d:
         M = _plus_one(on_both_sides(lambdas, moments, G_dd))
-        B2 = jnp.concatenate([G_dX, G_dy[:, None]], axis=1)
+        B2 = xp.concatenate([G_dX, G_dy[:, None]], axis=1)
         half = blocks_times(lambdas, moments, B2, transpose=True)
         if with_W or d <= MOST_DENSE or M.shape[2] > 1:
             W, logdet_M = linalg.inverse_logdet(M)
@@ -93,15 +95,15 @@ def finish(
         XX_inverse, logdet_XX = linalg.inverse_logdet(XX)
         delta = linalg.matmul(XX_inverse, Xy[:, None])[:, 0]
         rss = yy - (Xy * delta).sum(0)
-        eye = jnp.broadcast_to(jnp.eye(p, dtype=yy.dtype)[..., None], XX.shape)
-        T_X = jnp.concatenate([T_X, eye])
-        c = jnp.pad(c, ((0, p), (0, 0))) - linalg.matmul(T_X, delta[:, None])[:, 0]
+        eye = xp.broadcast_to(linalg.eye(p, XX), XX.shape)
+        T_X = xp.concatenate([T_X, eye])
+        c = pad_rows(c, u) - linalg.matmul(T_X, delta[:, None])[:, 0]
     else:
-        XX_inverse, logdet_XX, delta, rss = XX, jnp.zeros_like(yy), Xy, yy
-    df = moments.n - jnp.where(reml, p, 0)
-    criterion = logdet + df * (1.0 + jnp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
-    criterion = criterion + jnp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
-    lanes = Lanes(criterion, delta, XX_inverse, rss, jnp.sqrt(rss / df))
+        XX_inverse, logdet_XX, delta, rss = XX, xp.zeros_like(yy), Xy, yy
+    df = moments.n - xp.where(reml, p, 0)
+    criterion = logdet + df * (1.0 + xp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
+    criterion = criterion + xp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
+    lanes = Lanes(criterion, delta, XX_inverse, rss, xp.sqrt(rss / df))
     return Rest(lanes, G_dd, W, P2, T_X, c)
 
 
@@ -116,11 +118,13 @@ def on_both_sides(lambdas: dict, moments: AnyMoments, G: Array) -> Array:
 
 def _diagonal(lambdas: dict, moments: AnyMoments, lanes: tuple[int, ...]) -> Array:
     """Lambda ``(d, B)`` where every dense factor has one effect a level."""
-    return jnp.concatenate([jnp.broadcast_to(lambdas[f][0][0], (m, *lanes)) for f, _, m in moments.dense])
+    xp = namespace(lambdas[moments.dense[0][0]][0][0])
+    return xp.concatenate([xp.broadcast_to(lambdas[f][0][0], (m, *lanes)) for f, _, m in moments.dense])
 
 
 def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
     """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
+    xp = namespace(rows)
     if all(q == 1 for _, q, _ in moments.dense):
         return _diagonal(lambdas, moments, rows.shape[2:])[:, None] * rows
     parts, start = [], 0
@@ -130,7 +134,7 @@ def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: boo
         for a in range(q):
             parts.append(dot((part[b], Lambda[b][a] if transpose else Lambda[a][b]) for b in range(q)))
         start += q * m
-    return jnp.concatenate(parts)
+    return xp.concatenate(parts)
 
 
 def dense_directions(
@@ -152,62 +156,84 @@ def dense_directions(
         The gradient; the Hessian among them; and with the first factor's directions; the fall of the residual sum of
         squares.
     """
+    xp = namespace(K2)
     J_UU, Jc, cJc, KJ, TJ = first
     lanes, p = rest.lanes, rest.lanes.delta.shape[0]
     d, u = K2.shape[0], rest.c.shape[0]
     P_X = rest.P2[:, :p]
     F, LJ, Omega = _dense_products(lambdas, moments, rest, K2, J_UU[:d], KJ)
-    L_log = jnp.pad(F, ((0, 0), (0, u - d), (0, 0)))
+    L_log = linalg.transpose(pad_rows(linalg.transpose(F), u))
     LJc = Jc[:d] - linalg.matmul(rest.G_dd, linalg.matmul(K2, Jc[:d]))
     e = rest.P2[:, p]
     if p:
         half = linalg.matmul(P_X, lanes.XX_inverse)
         T_X = linalg.transpose(rest.T_X)
-        L_log = L_log - jnp.where(reml, linalg.matmul(half, T_X), 0.0)
-        LJ = LJ - jnp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
+        L_log = L_log - xp.where(reml, linalg.matmul(half, T_X), 0.0)
+        LJ = LJ - xp.where(reml, linalg.matmul(half[:, :, None], TJ), 0.0)
         LJc = LJc - linalg.matmul(half, linalg.matmul(T_X, Jc))
         e = e - linalg.matmul(P_X, lanes.delta[:, None])[:, 0]
 
-    at = {}  # where the effects (factor, a) stand
-    start = 0
-    for f, q, m in moments.dense:
-        at.update({(f, a): slice(start + a * m, start + (a + 1) * m) for a in range(q)})
-        start += q * m
+    at = effects_of(moments)
     spots = [(f, pair) for f, _, _ in moments.dense for pair in directions_of(moments.layout, f)]
 
     def unit_times(f, pair):
         """E e for the unit symmetric matrix E of a direction."""
-        moved = jnp.zeros_like(e)
+        moved = xp.zeros_like(e)
         for a, b in orders_of(*pair):
-            moved = moved.at[at[f, a]].set(e[at[f, b]])
+            moved = set_at(moved, at[f, a], e[at[f, b]])
         return moved
 
-    Ee = jnp.stack([unit_times(*spot) for spot in spots], axis=1)  # (d, J, B)
+    Ee = xp.stack([unit_times(*spot) for spot in spots], axis=1)  # (d, J, B)
     eEe = (e[:, None] * Ee).sum(0)
     Omega_Ee, Omega_log = linalg.matmul(Omega, Ee), Omega
     if p:
         Omega_Ee = Omega_Ee - linalg.matmul(half, linalg.matmul(linalg.transpose(P_X), Ee))
-        Omega_log = Omega - jnp.where(reml, linalg.matmul(half, linalg.transpose(P_X)), 0.0)
+        Omega_log = Omega - xp.where(reml, linalg.matmul(half, linalg.transpose(P_X)), 0.0)
+    inner = _inner_products(Omega_log, moments, at)
     traces, products, mixed = [], [], []
     for f, pair in spots:
         orders = orders_of(*pair)
-        traces.append(sum_of(jnp.einsum("iiB->B", Omega_log[at[f, b], at[f, a]]) for a, b in orders))
+        traces.append(sum_of(_trace(Omega_log[at[f, b], at[f, a]]) for a, b in orders))
         products.append(
             [
-                sum_of(
-                    (Omega_log[at[f, b], at[f2, a2]] * Omega_log[at[f, a], at[f2, b2]]).sum((0, 1))
-                    for a, b in orders
-                    for a2, b2 in orders_of(*pair2)
-                )
+                sum_of(inner(f, f2, (b, a2), (a, b2)) for a, b in orders for a2, b2 in orders_of(*pair2))
                 for f2, pair2 in spots
             ]
         )
         mixed.append(sum_of((LJ[at[f, b]] * L_log[at[f, a]][:, :, None]).sum((0, 1)) for a, b in orders))
-    g = jnp.stack(traces) - s * eEe
+    g = xp.stack(traces) - s * eEe
     among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
-    among = among - jnp.stack([jnp.stack(row) for row in products])
+    among = among - xp.stack([xp.stack(row) for row in products])
     between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
-    return g, among, between - jnp.stack(mixed, axis=1), eEe
+    return g, among, between - xp.stack(mixed, axis=1), eEe
+
+
+def effects_of(moments: AnyMoments) -> dict[tuple[int, int], slice]:
+    """Where the effects (factor, a) of the dense factors stand."""
+    at, start = {}, 0
+    for f, q, m in moments.dense:
+        at.update({(f, a): slice(start + a * m, start + (a + 1) * m) for a in range(q)})
+        start += q * m
+    return at
+
+
+def _inner_products(Omega: Array, moments: AnyMoments, at: dict) -> Callable[..., Array]:
+    """``(f, f2, (a, b), (c, e))`` -> the sum of the products, entry by entry, of the blocks of Omega where effects a
+    and c of factor f meet b and e of f2. Under NumPy, for one lane, all of two factors are one product of matrices."""
+    if namespace(Omega) is not np or Omega.shape[2] > 1:
+        return lambda f, f2, left, right: (
+            Omega[at[f, left[0]], at[f2, left[1]]] * Omega[at[f, right[0]], at[f2, right[1]]]
+        ).sum((0, 1))
+    size = {f: (q, m) for f, q, m in moments.dense}
+
+    @cache
+    def all_of(f: int, f2: int) -> np.ndarray:
+        (q, m), (q2, m2) = size[f], size[f2]
+        block = Omega[at[f, 0].start : at[f, q - 1].stop, at[f2, 0].start : at[f2, q2 - 1].stop, 0]
+        rows = block.reshape(q, m, q2, m2).swapaxes(1, 2).reshape(q * q2, m * m2)
+        return (rows @ rows.T).reshape(q, q2, q, q2)
+
+    return lambda f, f2, left, right: all_of(f, f2)[(*left, *right)][None]
 
 
 def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array):
@@ -215,6 +241,7 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
 
     With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.
     """
+    xp = namespace(K2)
     d, lanes = K2.shape[0], K2.shape[2]
     G = rest.G_dd
 
@@ -226,12 +253,12 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
         return by_products()
     inverses, least = {}, []
     for f, _, _ in moments.dense:
-        zero = jnp.zeros_like(rest.c[0])
-        Lambda = jnp.stack([jnp.stack([zero if x is None else x for x in row]) for row in lambdas[f]])
+        zero = xp.zeros_like(rest.c[0])
+        Lambda = stack_of([[zero if x is None else x for x in row] for row in lambdas[f]])
         D = linalg.matmul(Lambda, linalg.transpose(Lambda))
-        floor = LEAST_RATIO**2 * jnp.eye(D.shape[0], dtype=D.dtype)[..., None]
-        least.append(linalg.is_positive(D - floor))
-        inverse = linalg.inverse_logdet(jnp.where(least[-1], D, jnp.eye(D.shape[0], dtype=D.dtype)[..., None]))[0]
+        one = linalg.eye(len(D), D)
+        least.append(linalg.is_positive(D - LEAST_RATIO**2 * one))
+        inverse = linalg.inverse_logdet(xp.where(least[-1], D, one))[0]
         inverses[f] = [list(row) for row in inverse]
 
     def by_scaling():
@@ -239,15 +266,19 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
         back = linalg.transpose(blocks_times(inverses, moments, linalg.transpose(_plus_one(-F))))
         return F, blocks_times(inverses, moments, KJ), 0.5 * (back + linalg.transpose(back))
 
-    return jax.lax.cond(jnp.stack(least).all(), by_scaling, by_products)
+    return cond(xp.stack(least).all(), by_scaling, by_products)
 
 
 def _plus_one(A: Array) -> Array:
     """``I + A`` of ``(d, d, B)``; a large identity takes longer to make than to add."""
     d = A.shape[0]
     if d <= MOST_DENSE:
-        return A + jnp.eye(d, dtype=A.dtype)[..., None]
-    at = jnp.arange(d)
+        return A + linalg.eye(d, A)
+    if namespace(A) is np:
+        A = A.copy()
+        A[np.arange(d), np.arange(d)] += 1.0
+        return A
+    at = namespace(A).arange(d)
     return A.at[at, at].add(1.0, unique_indices=True, indices_are_sorted=True)
 
 
@@ -255,9 +286,20 @@ def traces_of_products(A: Array) -> Array:
     """``tr(A_j A_l) (J, J, B)`` of ``A (u, u, J, B)``."""
     transposed = linalg.transpose(A)
     if A.shape[0] > MOST_DENSE:  # read along rows; reading along columns takes three times as long
-        transposed = jax.lax.optimization_barrier(transposed)
+        transposed = as_laid_out(transposed)
+    if namespace(A) is np and A.shape[3] == 1:
+        J = A.shape[2]
+        return (A.reshape(-1, J).T @ transposed.reshape(-1, J))[..., None]
     return (A[:, :, :, None] * transposed[:, :, None]).sum((0, 1))
 
 
+def _trace(A: Array) -> Array:
+    """``(B,)`` of ``(m, m, B)``."""
+    return namespace(A).einsum("iiB->B", A)
+
+
 def pad_rows(rows: Array, u: int) -> Array:
-    return jnp.pad(rows, ((0, u - rows.shape[0]), *((0, 0),) * (rows.ndim - 1)))
+    if rows.shape[0] == u:
+        return rows
+    xp = namespace(rows)
+    return xp.concatenate([rows, xp.zeros((u - rows.shape[0], *rows.shape[1:]), rows.dtype)])

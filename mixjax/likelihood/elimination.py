@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from mixjax import linalg
 from mixjax.likelihood.statistics import CrossProducts, Layout
+from mixjax.machine import Array, add_at, namespace, set_at
 
 
 @dataclass(frozen=True)
@@ -66,46 +67,49 @@ def arrange(stats: CrossProducts) -> Blocks:
     p = stats.Xy.shape[0]
     r = n_dense + p + 1
     dtype = stats.XX.dtype
+    xp = namespace(*(leaf for leaf in jax.tree.leaves(stats)))
 
     def border(f):
         products = stats.factors[f]
-        return jnp.concatenate([jnp.asarray(products.ZX), jnp.asarray(products.Zy)[:, None]], axis=1)  # (q, p + 1, m)
+        return xp.concatenate([products.ZX, products.Zy[:, None]], axis=1)  # (q, p + 1, m)
 
     def dense_columns(t, q_t, levels):
         """Border columns of effects 0 .. q_t - 1 of dense factor t at the given levels: (q_t, k)."""
         m = stats.factors[t].ZZ.shape[2]
-        return starts[t] + jnp.arange(q_t)[:, None] * m + levels[None]
+        levels = xp.minimum(levels, m - 1)  # a level without rows has no parent, and no products with one
+        return starts[t] + np.arange(q_t, dtype=np.int32)[:, None] * m + levels[None]
 
-    G = jnp.zeros((r, r), dtype)
-    corner = jnp.concatenate(
-        [jnp.concatenate([stats.XX, stats.Xy[:, None]], 1), jnp.append(stats.Xy, stats.yy)[None]], axis=0
+    G = xp.zeros((r, r), dtype)
+    corner = xp.concatenate(
+        [xp.concatenate([stats.XX, stats.Xy[:, None]], 1), xp.append(stats.Xy, stats.yy)[None]], axis=0
     )
-    G = G.at[n_dense:, n_dense:].set(corner)
+    G = set_at(G, (slice(n_dense, None), slice(n_dense, None)), corner)
     for t, q, m in dense:
-        at = dense_columns(t, q, jnp.arange(m))  # (q, m)
-        G = G.at[at[:, None], at[None]].add(stats.factors[t].ZZ)
+        at = dense_columns(t, q, np.arange(m, dtype=np.int32))  # (q, m)
+        G = add_at(G, (at[:, None], at[None]), stats.factors[t].ZZ)
         side = border(t)
-        index = n_dense + jnp.arange(p + 1)
-        G = G.at[at[:, None], index[None, :, None]].set(side)
-        G = G.at[index[:, None, None], at[None]].set(jnp.swapaxes(side, 0, 1))
+        index = n_dense + np.arange(p + 1, dtype=np.int32)
+        G = set_at(G, (at[:, None], index[None, :, None]), side)
+        G = set_at(G, (index[:, None, None], at[None]), side.swapaxes(0, 1))
     B = {}
     for f in layout.chain:
         q, _, m = stats.factors[f].ZZ.shape
-        B[f] = jnp.concatenate([jnp.zeros((q, n_dense, m), dtype), border(f)], axis=1)
+        B[f] = xp.concatenate([xp.zeros((q, n_dense, m), dtype), border(f)], axis=1)
     C = {}
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
         q_s, q_t, _ = pair.ZZ.shape
         if s in layout.chain and t in layout.chain:
-            C[s, t] = (jnp.asarray(pair.cols), jnp.asarray(pair.ZZ))
+            C[s, t] = (pair.cols, pair.ZZ)
         elif s in layout.chain:
-            at = dense_columns(t, q_t, jnp.asarray(pair.cols))
-            B[s] = B[s].at[jnp.arange(q_s)[:, None, None], at[None], pair.rows[None, None]].add(pair.ZZ)
+            at = dense_columns(t, q_t, pair.cols)
+            effect = np.arange(q_s, dtype=np.int32)[:, None, None]
+            B[s] = add_at(B[s], (effect, at[None], pair.rows[None, None]), pair.ZZ)
         else:
-            at_s = dense_columns(s, q_s, jnp.asarray(pair.rows))
-            at_t = dense_columns(t, q_t, jnp.asarray(pair.cols))
-            G = G.at[at_s[:, None], at_t[None]].add(pair.ZZ)
-            G = G.at[at_t[:, None], at_s[None]].add(jnp.swapaxes(jnp.asarray(pair.ZZ), 0, 1))
-    return Blocks({f: jnp.asarray(stats.factors[f].ZZ) for f in layout.chain}, C, B, G, dense, layout)
+            at_s = dense_columns(s, q_s, pair.rows)
+            at_t = dense_columns(t, q_t, pair.cols)
+            G = add_at(G, (at_s[:, None], at_t[None]), pair.ZZ)
+            G = add_at(G, (at_t[:, None], at_s[None]), pair.ZZ.swapaxes(0, 1))
+    return Blocks({f: stats.factors[f].ZZ for f in layout.chain}, C, B, G, dense, layout)
 
 
 def eliminate(lambdas: list[Array], blocks: Blocks) -> Reduced:

@@ -1,23 +1,34 @@
 """The first factor of the closed-form derivatives, level by level.
 
-The matrices of a level are tiny, so they are written out: each entry is one vector over classes of levels and lanes.
-The notation is that of :mod:`mixjax.likelihood.curvature`.
+The matrices of a level are tiny. XLA has them written out: each entry is one vector over classes of levels and lanes.
+NumPy has them in stacks ``(q, q, C, B)``, because there every operation costs the same up to some thousand numbers. The
+formulas are the same: what differs is :func:`times` and its like. The notation is that of
+:mod:`mixjax.likelihood.curvature`.
 """
 
 from __future__ import annotations
 
 from functools import cache, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from mixjax.covariance import pairs_of
+from mixjax import linalg
+from mixjax.covariance import pairs_of, stack_of
 from mixjax.likelihood.crossed import AnyMoments
 from mixjax.likelihood.statistics import Layout
+from mixjax.machine import Array, namespace
 
-Entries = dict[tuple[int, int], Array]  # of tiny matrices, each entry a vector over classes and lanes
+
+class Entries(dict):
+    """Tiny matrices, each entry ``(a, b)`` a vector over classes and lanes; None for zero. Of a symmetric one the upper
+    entries are enough."""
+
+    def __missing__(self, key: tuple[int, int]) -> Array:
+        return self[key[::-1]] if key[0] > key[1] else super().__missing__(key)  # type: ignore[misc]
+
+
+Tiny = Any  # Entries, or a stack (q, q, C, B)
 
 
 class First(NamedTuple):
@@ -37,33 +48,65 @@ def directions_of(layout: Layout, f: int) -> list[tuple[int, int]]:
 
 
 def eliminate_first(Lambda: list[list[Array | None]], moments: AnyMoments) -> First:
-    A = {(a, b): moments.A[a, b] for a, b in _square(len(Lambda))}
+    """Args: Lambda: entries ``(B,)``, None for zero."""
     q = len(Lambda)
+    A: Any = moments.A
+    L: Any
+    Lt: Any
     if q == 1:
         D = dot([(Lambda[0][0], Lambda[0][0])])
         pivot = 1.0 + D * A[0, 0]
         inverse = 1.0 / pivot
-        return First({(0, 0): D * inverse}, {(0, 0): inverse}, {(0, 0): A[0, 0] * inverse}, jnp.log(pivot))
-    AL = {(a, c): dot((A[a, b], Lambda[b][c]) for b in range(q)) for a, c in _square(q)}
-    M = {}
-    for a, b in pairs_of(q):
-        M[a, b] = dot((Lambda[c][a], AL[c, b]) for c in range(q)) + (1.0 if a == b else 0.0)
-    inverse, logdet = _inverse_of_entries(M, q)
-    LM = {(a, c): dot((Lambda[a][b], inverse[ordered(b, c)]) for b in range(q)) for a, c in _square(q)}
-    K = {(a, b): dot((LM[a, c], Lambda[b][c]) for c in range(q)) for a, b in pairs_of(q)}
-    F = {(a, b): (1.0 if a == b else 0.0) - dot((A[a, c], K[ordered(c, b)]) for c in range(q)) for a, b in _square(q)}
-    N = {(a, b): dot((F[a, c], A[c, b]) for c in range(q)) for a, b in pairs_of(q)}
-    return First(K, F, N, logdet)
+        K, F, N = (_alone(part) for part in (D * inverse, inverse, A[0, 0] * inverse))
+        return First(K, F, N, namespace(pivot).log(pivot))
+    if namespace(A) is np:
+        L = stack_of(Lambda)[:, :, None]
+        Lt = linalg.transpose(L)
+    else:
+        A = Entries({(a, b): A[a, b] for a, b in _square(q)})
+        L, Lt = (Entries({(a, b): (Lambda[b][a] if t else Lambda[a][b]) for a, b in _square(q)}) for t in (0, 1))
+    M = _one_plus(times(Lt, times(A, L), True))
+    inverse, logdet = _inverse(M)
+    K = times(times(L, inverse), Lt, True)
+    F = _one_plus(times(A, K), -1.0)
+    return First(K, F, times(F, A, True), logdet)
 
 
-def _inverse_of_entries(M: Entries, q: int) -> tuple[Entries, Array]:
-    """Gauss-Jordan elimination of a symmetric positive definite matrix given by its upper entries."""
-    M = {(a, b): M[ordered(a, b)] for a, b in _square(q)}
+def _alone(entry: Array) -> Tiny:
+    return entry[None, None] if namespace(entry) is np else Entries({(0, 0): entry})
+
+
+def size_of(A: Tiny) -> int:
+    return len(A) if isinstance(A, np.ndarray) else 1 + max(b for _, b in A)
+
+
+def times(A: Tiny, B: Tiny, symmetric: bool = False) -> Tiny:
+    """The product of tiny matrices; upper entries only where it is known to be symmetric."""
+    if isinstance(A, np.ndarray):
+        return linalg.matmul(A, B)
+    q = size_of(A)
+    where = pairs_of(q) if symmetric else _square(q)
+    return Entries({(a, b): dot((A[a, c], B[c, b]) for c in range(q)) for a, b in where})
+
+
+def _one_plus(A: Tiny, sign: float = 1.0) -> Tiny:
+    """``I + sign A``."""
+    if isinstance(A, np.ndarray):
+        return linalg.eye(len(A), A) + sign * A
+    return Entries({(a, b): (1.0 if a == b else 0.0) + sign * x for (a, b), x in A.items()})
+
+
+def _inverse(M: Tiny) -> tuple[Tiny, Array]:
+    """Of a symmetric positive definite matrix, and its log-determinant: Gauss-Jordan elimination."""
+    if isinstance(M, np.ndarray):
+        return linalg.inverse_logdet(M)
+    q = size_of(M)
+    M = Entries({(a, b): M[a, b] for a, b in _square(q)})
     product = M[0, 0]
     for k in range(q):
         product = product * M[k, k] if k else product
         inverse = 1.0 / M[k, k]
-        new = {(k, k): inverse}
+        new = Entries({(k, k): inverse})
         for a, b in _square(q):
             if a != k and b != k:
                 new[a, b] = M[a, b] - M[a, k] * M[k, b] * inverse
@@ -72,34 +115,67 @@ def _inverse_of_entries(M: Entries, q: int) -> tuple[Entries, Array]:
             elif a != k:
                 new[a, b] = -M[a, b] * inverse
         M = new
-    return {pair: M[pair] for pair in pairs_of(q)}, jnp.log(product)
+    return Entries({pair: M[pair] for pair in pairs_of(q)}), namespace(product).log(product)
 
 
-def congruence(F: Entries, pair: tuple[int, int]) -> Entries:
+def weights_of(first: First, own: list[tuple[int, int]] | None = None) -> list[Array] | np.ndarray:
+    """Per pair of effects the entries ``(C, j, B)`` of K, and behind it of ``F'E F`` for the unit symmetric matrices E
+    of the pairs ``own``."""
+    own = own or []
+    pairs = pairs_of(size_of(first.K))
+    if isinstance(first.K, np.ndarray):
+        rows, columns = _rows_columns(len(first.K))
+        K = first.K[rows, columns][:, :, None]
+        if not own:
+            return K
+        a, b = np.array(own).T
+        Fa, Fb = first.F[a][:, rows], first.F[b][:, columns]  # (J, pairs, C, B)
+        E = Fa * Fb
+        if (a != b).any():
+            E = E + np.where((a != b)[:, None, None, None], first.F[b][:, rows] * first.F[a][:, columns], 0.0)
+        return np.concatenate([K, np.moveaxis(E, 0, 2)], axis=2)
+    matrices = [first.K, *(_congruence(first.F, pair) for pair in own)]
+    xp = namespace(first.K[0, 0])
+    return [xp.stack([matrix[pair] for matrix in matrices], axis=1) for pair in pairs]
+
+
+def _congruence(F: Entries, pair: tuple[int, int]) -> Entries:
     """``F'E F`` for the unit symmetric matrix E of a pair."""
-    q = 1 + max(a for a, _ in F)
-    a, b = pair
+    (a, b), pairs = pair, pairs_of(size_of(F))
     if a == b:
-        return {(c, d): F[a, c] * F[a, d] for c, d in pairs_of(q)}
-    return {(c, d): F[a, c] * F[b, d] + F[b, c] * F[a, d] for c, d in pairs_of(q)}
+        return Entries({(c, d): F[a, c] * F[a, d] for c, d in pairs})
+    return Entries({(c, d): F[a, c] * F[b, d] + F[b, c] * F[a, d] for c, d in pairs})
 
 
-def _sandwich(F: Entries, Q: Entries) -> Entries:
-    """``F Q F'`` of symmetric Q."""
-    q = 1 + max(a for a, _ in F)
-    FQ = {(a, c): dot((F[a, b], Q[ordered(b, c)]) for b in range(q)) for a, c in _square(q)}
-    return {(a, b): dot((FQ[a, c], F[b, c]) for c in range(q)) for a, b in pairs_of(q)}
-
-
-def weights_of(matrices: list[Entries]) -> list[Array]:
-    """Per pair of effects ``(C, j, B)``: entry of matrix j."""
-    q = 1 + max(b for _, b in matrices[0])
-    return [jnp.stack([matrix[pair] for matrix in matrices], axis=1) for pair in pairs_of(q)]
-
-
-def _pairs_to_matrix(pulled: list[Array]) -> Entries:
+def _symmetric(pulled: list[Array] | np.ndarray) -> Tiny:
+    """The matrices whose sums ``S_ab + S_ba`` are given by pair."""
     q = int((np.sqrt(8 * len(pulled) + 1) - 1) / 2)
-    return {(a, b): x if a == b else 0.5 * x for (a, b), x in zip(pairs_of(q), pulled, strict=True)}
+    if isinstance(pulled, np.ndarray):
+        halves = np.array([1.0 if a == b else 0.5 for a, b in pairs_of(q)], pulled.dtype)
+        return (halves[:, None, None] * pulled)[position(q)]
+    return Entries({(a, b): x if a == b else 0.5 * x for (a, b), x in zip(pairs_of(q), pulled, strict=True)})
+
+
+def upper(A: Tiny) -> Array:
+    """The upper entries ``(pairs, C, B)`` of symmetric matrices, row by row."""
+    if isinstance(A, np.ndarray):
+        return A[_rows_columns(len(A))]
+    return namespace(A[0, 0]).stack([A[pair] for pair in pairs_of(size_of(A))])
+
+
+@cache
+def _rows_columns(q: int) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = zip(*pairs_of(q), strict=True)
+    return np.array(rows), np.array(columns)
+
+
+@cache
+def position(q: int) -> np.ndarray:
+    """Where entry (a, b) of a symmetric matrix stands among its upper entries, row by row."""
+    places = np.zeros((q, q), np.int32)
+    for v, (a, b) in enumerate(pairs_of(q)):
+        places[a, b] = places[b, a] = v
+    return places
 
 
 @cache
@@ -125,12 +201,20 @@ def _first_directions(own: tuple, pairs: tuple) -> tuple[np.ndarray, np.ndarray,
 
 def of_levels(pulled: list[Array], first: First, moments: AnyMoments, own: list) -> tuple[Array, Array]:
     """What ``B_i Psi B_i'`` gives: gradient ``(J, B)``, and ``sum_i tr(N E_j (2 F Q F' - N) E_l) (J, J, B)``."""
-    sandwich, count = _sandwich(first.F, _pairs_to_matrix(pulled)), moments.count
-    FQF, N = (jnp.stack([entries[pair] for pair in first.N]) for entries in (sandwich, first.N))
-    N_and_Y = (N[:, None] * (2.0 * FQF - count * N)).sum(2)
-    at, twice, products = _first_directions(tuple(own), tuple(first.N))
-    moved = sum_of(N_and_Y[row, column] * jnp.asarray(weight, N.dtype)[..., None] for row, column, weight in products)
-    return twice[:, None] * (count * N - FQF).sum(1)[at], moved
+    F, count = first.F, moments.count
+    Ft = linalg.transpose(F) if isinstance(F, np.ndarray) else Entries({(b, a): x for (a, b), x in F.items()})
+    FQF, N = upper(times(times(F, _symmetric(pulled)), Ft, True)), upper(first.N)
+    N_and_Y = _sums_of_products(N, 2.0 * FQF - count * N)
+    at, twice, products = _first_directions(tuple(own), pairs_of(size_of(first.N)))
+    moved = sum_of(N_and_Y[row, column] * weight.astype(N.dtype)[..., None] for row, column, weight in products)
+    return twice.astype(N.dtype)[:, None] * (count * N - FQF).sum(1)[at], moved
+
+
+def _sums_of_products(X: Array, Y: Array) -> Array:
+    """``sum_c X_ac Y_bc``: ``(a, C, B), (b, C, B) -> (a, b, B)``."""
+    if namespace(X, Y) is np:
+        return np.einsum("acl,bcl->abl", X, Y) if Y.shape[2] > 1 else (X[..., 0] @ Y[..., 0].T)[..., None]
+    return (X[:, None] * Y).sum(2)
 
 
 # --- entries --------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mixjax.design import AnyArray, is_concrete
+from mixjax.design import AnyArray
 from mixjax.likelihood.moments import MOST_DENSE
 from mixjax.likelihood.sharding import mesh_of, split_first_axis
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import is_concrete
 
 # The longest list of pairs, some 40 bytes each while sums are formed.
 MOST_PAIRS = 2**24

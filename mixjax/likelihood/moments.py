@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mixjax.covariance import pairs_of
@@ -21,6 +20,7 @@ from mixjax.design import AnyArray
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.statistics import CrossProducts, Layout
 from mixjax.linalg import ROTATIONS_UP_TO
+from mixjax.machine import namespace
 
 
 class ClassSums(NamedTuple):
@@ -45,13 +45,24 @@ class LevelSums(NamedTuple):
     z: AnyArray
 
 
+class RowSums(NamedTuple):
+    """Of one fit under NumPy, where products of matrices are cheaper than moments.
+
+    Attributes:
+        V: ``(C, q, u + 1, 1)``, ``Z_i'[U y]``.
+    """
+
+    V: AnyArray
+
+
 @dataclass(frozen=True)
 class Moments:
     """Products of B fits, lanes last. An axis L has length B, or 1 for what all lanes share. A JAX pytree.
 
     Attributes:
         A: ``(q, q, C, L)`` of the C classes. count: ``(C, L)`` how many levels each has.
-        pair_UU: ``(pairs, C, t, L)`` moments among the u columns of U, by pair of effects and pair of columns.
+        pair_UU: ``(pairs, C, t, L)`` moments among the u columns of U, by pair of effects and pair of columns; None
+            beside :class:`RowSums`.
         sums: moments with y.
         UU, Uy, yy: ``(u, u, L), (u, L), (L,)`` products of U's columns and of y.
         n, sum_log_weights, X_logdet: ``(L,)``.
@@ -62,7 +73,7 @@ class Moments:
     A: AnyArray
     count: AnyArray
     pair_UU: AnyArray
-    sums: ClassSums | LevelSums
+    sums: ClassSums | LevelSums | RowSums
     UU: AnyArray
     Uy: AnyArray
     yy: AnyArray
@@ -76,13 +87,17 @@ class Moments:
         """The same with y = 0, so that lanes of one design are one lane."""
 
         def zero(a):
-            return jnp.zeros((*a.shape[:-1], self.UU.shape[-1]), a.dtype)
+            return namespace(a).zeros((*a.shape[:-1], self.UU.shape[-1]), a.dtype)
 
+        if isinstance(self.sums, RowSums):
+            V = self.sums.V.copy()
+            V[:, :, -1] = 0.0
+            return replace(self, sums=RowSums(V), Uy=zero(self.Uy), yy=zero(self.yy))
         part = {name: getattr(self.sums, name) for name in self.sums._fields if name != "U"}
         sums = self.sums._replace(**{name: zero(a) for name, a in part.items()})
         return replace(self, sums=sums, Uy=zero(self.Uy), yy=zero(self.yy))
 
-    def contract(self, weights: list) -> tuple:
+    def contract(self, weights: Any) -> tuple:
         """``sum_i [U_i z_i]' W(A_i) [U_i z_i]`` for j symmetric matrices W at once.
 
         Args:
@@ -91,8 +106,11 @@ class Moments:
         Returns:
             ``(u, u, j, B), (u, j, B), (j, B)``.
         """
+        xp = namespace(self.UU, weights[0])
+        if isinstance(self.sums, RowSums):
+            return _contract_rows(self.sums.V[..., 0], np.asarray(weights))
         if self.pair_UU.shape[-1] == 1:
-            upper = _sum_over_classes(self.pair_UU[..., 0], jnp.stack(weights))
+            upper = _sum_over_classes(self.pair_UU[..., 0], xp.stack(weights))
         else:
             upper = sum((S[:, :, None] * w[:, None]).sum(0) for S, w in zip(self.pair_UU, weights, strict=True))
         UU = upper[_position(self.Uy.shape[0])]
@@ -105,12 +123,20 @@ class Moments:
         at = {pair: v for v, pair in enumerate(pairs_of(q))}
         Wz = [sum(weights[at[min(a, b), max(a, b)]] * z[b][:, None] for b in range(q)) for a in range(q)]
         if U.shape[-1] == 1:
-            Uy = _sum_over_classes(jnp.swapaxes(U[..., 0], 1, 2), jnp.stack(Wz))
+            Uy = _sum_over_classes(xp.swapaxes(U[..., 0], 1, 2), xp.stack(Wz))
         else:
             Uy = sum((U[a][:, :, None] * Wz[a][None]).sum(1) for a in range(q))
         return UU, Uy, sum((z[a][:, None] * Wz[a]).sum(0) for a in range(q))
 
-    def pull_back(self, UU, Uy, yy) -> list:
+    def rows_times(self, c):
+        """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, B)`` from ``c (u, B)``."""
+        if isinstance(self.sums, RowSums):
+            V = self.sums.V[..., 0]
+            return np.moveaxis(V @ np.append(c[:, 0], 1.0), 0, 1)[..., None]
+        U, z = self.sums
+        return z + (U * c[:, None]).sum(1)
+
+    def pull_back(self, UU, Uy, yy) -> Any:
         """``Q_i = [U_i z_i] Psi [U_i z_i]'`` summed over the levels of every class, for a symmetric Psi.
 
         Args:
@@ -119,31 +145,65 @@ class Moments:
         Returns:
             Per pair a <= b of effects ``(C, B)``: ``Q_aa``, or ``Q_ab + Q_ba``.
         """
+        xp = namespace(self.UU, UU)
+        if isinstance(self.sums, RowSums):
+            return _pull_back_rows(self.sums.V[..., 0], UU[..., 0], Uy[:, 0], yy[0])
         rows, columns = np.triu_indices(Uy.shape[0])
-        twice = jnp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
+        twice = xp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
         upper = UU[rows.astype(np.int32), columns.astype(np.int32)] * twice[:, None]
         if self.pair_UU.shape[-1] == 1:
-            Q = list(jnp.tensordot(self.pair_UU[..., 0], upper, 1))
+            Q = list(xp.tensordot(self.pair_UU[..., 0], upper, 1))
         else:
             Q = [(S * upper).sum(1) for S in self.pair_UU]
         if isinstance(self.sums, ClassSums):
             pairs = zip(Q, self.sums.Uy, self.sums.yy, strict=True)
-            return [x + 2.0 * (S * Uy).sum(1) + yy * s for x, S, s in pairs]
+            return _as_array([x + 2.0 * (S * Uy).sum(1) + yy * s for x, S, s in pairs])
         U, z = self.sums
         shared = U.shape[-1] == 1
-        w = jnp.tensordot(jnp.swapaxes(U[..., 0], 1, 2), Uy, 1) if shared else (U * Uy[:, None]).sum(1)
+        w = xp.tensordot(xp.swapaxes(U[..., 0], 1, 2), Uy, 1) if shared else (U * Uy[:, None]).sum(1)
         w = w + (0.5 * yy) * z
-        return [
-            x + (2.0 * w[a] * z[a] if a == b else 2.0 * (w[a] * z[b] + w[b] * z[a]))
-            for x, (a, b) in zip(Q, pairs_of(len(z)), strict=True)
-        ]
+        return _as_array(
+            [
+                x + (2.0 * w[a] * z[a] if a == b else 2.0 * (w[a] * z[b] + w[b] * z[a]))
+                for x, (a, b) in zip(Q, pairs_of(len(z)), strict=True)
+            ]
+        )
+
+
+def _contract_rows(V: np.ndarray, weights: np.ndarray) -> tuple:
+    C, q, r = V.shape
+    flat = V.reshape(C * q, r).T
+    W = np.moveaxis(weights[_position(q), :, :, 0], -1, 0)  # (j, q, q, C)
+    G = np.empty((len(W), r, r), V.dtype)
+    for k, one in enumerate(W):
+        WV = one[0, 0, :, None, None] * V if q == 1 else np.matmul(np.moveaxis(one, -1, 0), V)
+        G[k] = flat @ WV.reshape(C * q, r)
+    G = np.moveaxis(G, 0, -1)[..., None]
+    return G[:-1, :-1], G[:-1, -1], G[-1, -1]
+
+
+def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarray) -> np.ndarray:
+    C, q, r = V.shape
+    Psi = np.empty((r, r), V.dtype)
+    Psi[:-1, :-1], Psi[:-1, -1], Psi[-1, :-1], Psi[-1, -1] = UU, Uy, Uy, yy
+    half = (V.reshape(C * q, r) @ Psi).reshape(C, q, r)
+    if q == 1:
+        return (half * V).sum(2).T[..., None]
+    Q = np.matmul(half, np.swapaxes(V, 1, 2))
+    return np.stack([Q[:, a, b] * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])[..., None]
+
+
+def _as_array(Q: list) -> Any:
+    """Of NumPy's arrays one; XLA has them one by one."""
+    return np.stack(Q) if namespace(*Q) is np else Q
 
 
 def _sum_over_classes(S, w):
     """``(pairs, C, t), (pairs, C, j, B) -> (t, j, B)``."""
+    xp = namespace(S, w)
     if w.shape[-1] > FEW_LANES:
-        return jnp.tensordot(S, w, ((0, 1), (0, 1)))
-    return jnp.moveaxis(jnp.tensordot(w, S, ((0, 1), (0, 1))), -1, 0)
+        return xp.tensordot(S, w, ((0, 1), (0, 1)))
+    return xp.moveaxis(xp.tensordot(w, S, ((0, 1), (0, 1))), -1, 0)
 
 
 # Up to so many lanes a product that reads S along its rows is five times as fast as one along its columns.
@@ -174,28 +234,43 @@ def has_closed_form(stats: CrossProducts) -> bool:
     return small and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
 
+# NumPy writes nothing out: what counts is the cube of the dense block, and the numbers that stand in memory.
+MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
+
+
+def is_small(stats: CrossProducts) -> bool:
+    """Whether one fit by NumPy is at most some seconds: not too many effects beside those of the first factor."""
+    first, *rest = stats.layout.chain + stats.layout.dense
+    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
+    d = sum(q * m for q, m in (sizes[f] for f in rest))
+    q, m = sizes[first]
+    return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + stats.XX.shape[-1]) <= MOST_NUMBERS
+
+
 def moments_of(stats: CrossProducts) -> Moments:
     """Moments of one fit, with a last axis of 1; every level a class. Factors nested in the first's parents are dense.
 
     Inside ``vmap`` over fits with ``out_axes=-1`` drop that axis.
     """
+    xp = namespace(stats.XX, stats.yy)
     layout = stats.layout
     first, rest = layout.chain[:1], layout.chain[1:] + layout.dense
     layout = Layout(layout.terms, first, rest, layout.pairs)
     blocks = arrange(replace(stats, layout=layout))
     A, B = blocks.A[first[0]], blocks.B[first[0]]
     U, z = B[:, :-1], B[:, -1]
+    rows = xp is np
     moments = Moments(
         A=A,
-        count=jnp.ones(A.shape[2], A.dtype),
-        pair_UU=pair_moments(U),
-        sums=LevelSums(U, z),
+        count=xp.ones(A.shape[2], A.dtype),
+        pair_UU=None if rows else pair_moments(U),
+        sums=RowSums(np.ascontiguousarray(B.transpose(2, 0, 1))) if rows else LevelSums(U, z),
         UU=blocks.G[:-1, :-1],
         Uy=blocks.G[:-1, -1],
         yy=blocks.G[-1, -1],
-        n=jnp.asarray(stats.n),
-        sum_log_weights=jnp.asarray(stats.sum_log_weights),
-        X_logdet=jnp.asarray(stats.X_basis.logdet),
+        n=xp.asarray(stats.n),
+        sum_log_weights=xp.asarray(stats.sum_log_weights),
+        X_logdet=xp.asarray(stats.X_basis.logdet),
         dense=blocks.dense,
         layout=layout,
     )
@@ -204,14 +279,15 @@ def moments_of(stats: CrossProducts) -> Moments:
 
 def pair_moments(U):
     """``S_ab + S_ba`` of ``S_ab = U_a (x) U_b``, upper entries only: ``(q, u, m) -> (pairs, m, t)``."""
+    xp = namespace(U)
     rows, columns = (i.astype(np.int32) for i in np.triu_indices(U.shape[1]))
-    U = jnp.swapaxes(U, 1, 2)  # before the products, or the search keeps them the other way round and reads them slowly
+    U = xp.swapaxes(U, 1, 2)  # before the products, or the search keeps them the other way round and reads them slowly
 
     def moment(a, b):
         one = U[a][:, rows] * U[b][:, columns]
         return one if a == b else one + U[b][:, rows] * U[a][:, columns]
 
-    return jnp.stack([moment(a, b) for a, b in pairs_of(U.shape[0])])
+    return xp.stack([moment(a, b) for a, b in pairs_of(U.shape[0])])
 
 
 @cache

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mixjax.design import is_concrete
 from mixjax.forks import refuse_forked
 from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, grow
+from mixjax.machine import is_concrete
 
 
 def shard(stats: CrossProducts, mesh: Mesh) -> CrossProducts:

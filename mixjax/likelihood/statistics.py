@@ -16,7 +16,8 @@ import numpy as np
 
 from mixjax.bases import Basis
 from mixjax.covariance import Structure
-from mixjax.design import AnyArray, is_concrete
+from mixjax.design import AnyArray
+from mixjax.machine import is_concrete
 
 
 class FactorProducts(NamedTuple):

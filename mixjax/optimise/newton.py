@@ -9,13 +9,14 @@ a minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from mixjax import linalg
+from mixjax.machine import Array, fori_loop, namespace, while_loop
 from mixjax.optimise.results import Result
 
 # x (k, B) -> value (B,), gradient (k, B), Hessian (k, k, B)
@@ -96,7 +97,7 @@ def gradient_tolerance(dtype) -> float:
     It is the distance to the minimum in units of the curvature; for a deviance, in standard errors. The last Newton
     step, taken without another evaluation, squares it.
     """
-    return 1e-6 if jnp.finfo(dtype).bits == 64 else 3e-3
+    return 1e-6 if np.finfo(dtype).bits == 64 else 3e-3
 
 
 def foretold_distance(distance: Array, before: Array) -> Array:
@@ -105,35 +106,38 @@ def foretold_distance(distance: Array, before: Array) -> Array:
     Only close to the minimum, where a step of at most a thousandth follows one of less than half a standard error;
     else infinite. (Deuflhard 2004, Newton Methods for Nonlinear Problems, builds on such contraction factors.)
     """
+    xp = namespace(distance)
     near = (before > 0) & (before < 0.5) & (distance <= 1e-3)
-    return jnp.where(near, distance * (distance / jnp.where(near, before, 1.0)) ** 2, jnp.inf)
+    return xp.where(near, distance * (distance / xp.where(near, before, 1.0)) ** 2, xp.inf)
 
 
 def foretold_tolerance(dtype) -> float:
     """Foretold distance at which a search ends without evaluating there: 1e-9 in float64, never in float32."""
-    return 1e-9 if jnp.finfo(dtype).bits == 64 else -1.0
+    return 1e-9 if np.finfo(dtype).bits == 64 else -1.0
 
 
 def value_tolerance(dtype) -> float:
     """Rise of the value that a simplification may cost: 1e-9 in float64, 1e-3 in float32."""
-    return 1e-9 if jnp.finfo(dtype).bits == 64 else 1e-3
+    return 1e-9 if np.finfo(dtype).bits == 64 else 1e-3
 
 
 def curvature_tolerance(dtype) -> float:
     """Curvature that counts as none, relative to the largest: 1e-10 in float64, 1e-4 in float32."""
-    return 1e-10 if jnp.finfo(dtype).bits == 64 else 1e-4
+    return 1e-10 if np.finfo(dtype).bits == 64 else 1e-4
 
 
 def scaled_gradient(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
     """``sqrt(g' |H|^{-1} g)``, with eigenvalues of a flat Hessian bounded from below."""
-    floor = 1e-8 * jnp.maximum(jnp.abs(eigenvalues).max(0), jnp.finfo(eigenvalues.dtype).tiny)
+    xp = namespace(gradient)
+    floor = 1e-8 * xp.maximum(xp.abs(eigenvalues).max(0), np.finfo(eigenvalues.dtype).tiny)
     along = (eigenvectors * gradient[:, None]).sum(0)
-    return jnp.sqrt((along**2 / jnp.maximum(jnp.abs(eigenvalues), floor)).sum(0))
+    return xp.sqrt((along**2 / xp.maximum(xp.abs(eigenvalues), floor)).sum(0))
 
 
 def is_semidefinite(eigenvalues: Array) -> Array:
     """No eigenvalue negative beyond rounding."""
-    return eigenvalues.min(0) >= -curvature_tolerance(eigenvalues.dtype) * jnp.abs(eigenvalues).max(0)
+    xp = namespace(eigenvalues)
+    return eigenvalues.min(0) >= -curvature_tolerance(eigenvalues.dtype) * xp.abs(eigenvalues).max(0)
 
 
 def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
@@ -179,22 +183,24 @@ def minimise(
         max_iterations: limit on evaluations.
         radius: ``(B,)`` or scalar, first trust region: how far from ``x0`` a quadratic model may be good.
     """
-    state = begin(x0, jnp.broadcast_to(jnp.asarray(radius, x0.dtype), x0.shape[1:]), simplify)
+    xp = namespace(x0)
+    state = begin(x0, xp.broadcast_to(xp.asarray(radius, x0.dtype), x0.shape[1:]), simplify)
     step = lambda state: advance(state, evaluate, simplify, max_iterations)  # noqa: E731
-    return solution_of(jax.lax.while_loop(lambda state: ~state.done.all(), step, state))
+    return solution_of(while_loop(lambda state: ~state.done.all(), step, state, xp))
 
 
 def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
     """The state before the first evaluation, at ``x0 (k, B)`` with trust regions ``radius (B,)``."""
+    xp = namespace(x0)
     (k, lanes), dtype = x0.shape, x0.dtype
 
     def full(value, of=dtype):
-        return jnp.full(lanes, value, of)
+        return xp.full(lanes, value, of)
 
     # The first trial is the start itself, and a start of infinite value accepts anything.
-    eye = jnp.broadcast_to(jnp.eye(k, dtype=dtype)[..., None], (k, k, lanes))
-    free = jnp.ones((k, lanes), bool)
-    nowhere = _Point(x0, free, full(jnp.inf), jnp.zeros_like(x0), eye, jnp.ones_like(x0), eye)
+    eye = xp.broadcast_to(xp.eye(k, dtype=dtype)[..., None], (k, k, lanes))
+    free = xp.ones((k, lanes), bool)
+    nowhere = _Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye)
     return State(
         at=nowhere, trial=x0, trial_free=free, predicted=full(0.0), radius=radius, candidate=full(-1, int),
         before=full(0.0), settled=full(simplify is None, bool), at_rounding=full(False, bool), iterations=full(0, int),
@@ -204,53 +210,55 @@ def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
 
 def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, max_iterations: int = 200) -> State:
     """One evaluation in every lane, and the next trial. Lanes that are done do not change."""
+    xp = namespace(state.trial)
     at, dtype = state.at, state.trial.dtype
-    rounding = 100 * jnp.finfo(dtype).eps
+    rounding = 100 * np.finfo(dtype).eps
     new = _point(evaluate, state.trial, state.trial_free)
-    finite = jnp.isfinite(new.f) & jnp.isfinite(new.g).all(0) & jnp.isfinite(new.H).all((0, 1))
-    noise = rounding * jnp.maximum(1.0, jnp.abs(new.f))
+    finite = xp.isfinite(new.f) & xp.isfinite(new.g).all(0) & xp.isfinite(new.H).all((0, 1))
+    noise = rounding * xp.maximum(1.0, xp.abs(new.f))
     ratio = (at.f - new.f + noise) / (state.predicted + noise)
     # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
     # the curvature is negative: there the gradient grows on the way down.)
     distance, distance_new = _distance(at), _distance(new)
-    promised = jnp.maximum(state.predicted, 0.5 * distance**2)
+    promised = xp.maximum(state.predicted, 0.5 * distance**2)
     judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
-    judged_by_gradient = judged_by_gradient & jnp.isfinite(at.f)
+    judged_by_gradient = judged_by_gradient & xp.isfinite(at.f)
     # In a flat and curved valley the gradient grows where the value still falls.
     gained = (at.f - new.f > 10 * noise) & (ratio > 0.1)
     closer = (distance_new < distance) | gained
-    good_step = finite & jnp.where(judged_by_gradient, closer, ratio > 1e-3)
+    good_step = finite & xp.where(judged_by_gradient, closer, ratio > 1e-3)
     # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
     good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
     is_step = state.candidate < 0
-    accept = jnp.where(is_step, good_step, good_candidate)
-    length = jnp.sqrt(((state.trial - at.x) ** 2).sum(0))
-    radius = jnp.where(ratio > 0.75, jnp.maximum(state.radius, 3.0 * length), state.radius)
-    radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
-    radius = jnp.where(judged_by_gradient & ~gained, jnp.where(closer, state.radius, 0.25 * length), radius)
-    radius = jnp.where(finite, radius, 0.25 * length)
-    newton = is_step & is_semidefinite(at.eigenvalues) & (length < 0.99 * state.radius) & jnp.isfinite(at.f)
+    accept = xp.where(is_step, good_step, good_candidate)
+    length = xp.sqrt(((state.trial - at.x) ** 2).sum(0))
+    radius = xp.where(ratio > 0.75, xp.maximum(state.radius, 3.0 * length), state.radius)
+    radius = xp.where(ratio < 0.25, 0.25 * length, radius)
+    radius = xp.where(judged_by_gradient & ~gained, xp.where(closer, state.radius, 0.25 * length), radius)
+    radius = xp.where(finite, radius, 0.25 * length)
+    newton = is_step & is_semidefinite(at.eigenvalues) & (length < 0.99 * state.radius) & xp.isfinite(at.f)
     moved = state._replace(
-        at=_where(accept, new, at),
-        before=jnp.where(accept, jnp.where(newton, distance, 0.0), state.before),
-        radius=jnp.where(is_step, radius, state.radius),
+        at=where(accept, new, at),
+        before=xp.where(accept, xp.where(newton, distance, 0.0), state.before),
+        radius=xp.where(is_step, radius, state.radius),
         at_rounding=is_step & finite & judged_by_gradient & ~closer & (state.predicted < 30 * noise),
         iterations=state.iterations + 1,
     )
-    return _where(state.done, state, _next_trial(moved, simplify, max_iterations))
+    return where(state.done, state, _next_trial(moved, simplify, max_iterations))
 
 
 def solution_of(state: State) -> Solution:
     """What the searches have found."""
+    xp = namespace(state.trial)
     at = state.at
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
     converged = state.result == int(Result.CONVERGED)
     distance = _distance(at)
     foretold = foretold_distance(distance, state.before)
-    foretold = jnp.where(converged & (distance > gradient_tolerance(distance.dtype)), foretold, jnp.inf)
-    value = jnp.where(jnp.isfinite(foretold), at.f - 0.5 * distance**2, at.f)
-    x = jnp.where(converged, state.trial, at.x)
-    return Solution(x, value, at.free, _kink(at), jnp.minimum(distance, foretold), state.iterations, state.result)
+    foretold = xp.where(converged & (distance > gradient_tolerance(distance.dtype)), foretold, xp.inf)
+    value = xp.where(xp.isfinite(foretold), at.f - 0.5 * distance**2, at.f)
+    x = xp.where(converged, state.trial, at.x)
+    return Solution(x, value, at.free, _kink(at), xp.minimum(distance, foretold), state.iterations, state.result)
 
 
 def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
@@ -259,19 +267,20 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
     Unlike in :func:`minimise` the candidates are tried before convergence is looked at: an optimiser over logarithms
     cannot reach a zero.
     """
+    xp = namespace(x)
     lanes, dtype = x.shape[1], x.dtype
 
     def attempt(c, at):
-        candidate, free = simplify.candidate(at.x, jnp.full(lanes, c))
+        candidate, free = simplify.candidate(at.x, xp.full(lanes, c))
         new = _point(evaluate, candidate, free)
         keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
-        return _where(keep, new, at)
+        return where(keep, new, at)
 
-    at = jax.lax.fori_loop(0, simplify.n_candidates, attempt, _point(evaluate, x, jnp.ones(x.shape, bool)))
+    at = fori_loop(simplify.n_candidates, attempt, _point(evaluate, x, xp.ones(x.shape, bool)), xp)
     converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
-    result = jnp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
-    result = jnp.where(jnp.isfinite(at.f), result, int(Result.NOT_FINITE))
-    return Solution(at.x, at.f, at.free, _kink(at), _distance(at), jnp.zeros(lanes, int), result)
+    result = xp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
+    result = xp.where(xp.isfinite(at.f), result, int(Result.NOT_FINITE))
+    return Solution(at.x, at.f, at.free, _kink(at), _distance(at), xp.zeros(lanes, int), result)
 
 
 class Direct(NamedTuple):
@@ -296,19 +305,21 @@ class Direct(NamedTuple):
 
     def solution(self) -> Solution:
         """Minima where converged; infinite values elsewhere."""
+        xp = namespace(self.value)
         lanes = self.value.shape
-        result = jnp.where(self.converged, int(Result.CONVERGED), int(Result.NOT_FINITE))
-        free, kink = jnp.ones(self.x.shape, bool), jnp.zeros(lanes, bool)
-        value = jnp.where(self.converged, self.value, jnp.inf)
+        result = xp.where(self.converged, int(Result.CONVERGED), int(Result.NOT_FINITE))
+        free, kink = xp.ones(self.x.shape, bool), xp.zeros(lanes, bool)
+        value = xp.where(self.converged, self.value, xp.inf)
         return Solution(self.x, value, free, kink, self.distance, self.iterations, result)
 
 
 def begin_directly(x0: Array) -> Direct:
     """The state before the first evaluation, at ``x0 (k, B)``."""
+    xp = namespace(x0)
     lanes = x0.shape[1:]
-    infinite, no = jnp.full(lanes, jnp.inf, x0.dtype), jnp.zeros(lanes, bool)
-    zero = jnp.zeros(lanes, x0.dtype)
-    return Direct(x0, x0, infinite, zero, zero, infinite, jnp.zeros(lanes, int), ~no, no)
+    infinite, no = xp.full(lanes, xp.inf, x0.dtype), xp.zeros(lanes, bool)
+    zero = xp.zeros(lanes, x0.dtype)
+    return Direct(x0, x0, infinite, zero, zero, infinite, xp.zeros(lanes, int), ~no, no)
 
 
 def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Array], Array], region: float) -> Direct:
@@ -319,18 +330,19 @@ def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Arra
     from there. The convergence that is found is that of :func:`has_converged`. Steps are no longer than ``region``
     times the point.
     """
+    xp = namespace(state.x)
     at, dtype = state.x, state.x.dtype
     f, g, H = evaluate(at)
     # Free of scale, and far above the tolerance of has_converged.
-    least = jnp.sqrt(curvature_tolerance(dtype)) * jnp.stack([H[i, i] for i in range(H.shape[0])])
-    definite = linalg.is_positive(H - jnp.eye(H.shape[0], dtype=dtype)[..., None] * least)
+    least = xp.sqrt(curvature_tolerance(dtype)) * xp.stack([H[i, i] for i in range(H.shape[0])])
+    definite = linalg.is_positive(H - linalg.eye(len(H), H) * least)
     step = -linalg.matmul(linalg.inverse_logdet(H)[0], g[:, None])[:, 0]
     decrement = -(g * step).sum(0)
-    distance = jnp.sqrt(jnp.maximum(decrement, 0.0))
-    part = jnp.minimum(1.0, region * jnp.sqrt((at * at).sum(0) / (step * step).sum(0)))
-    noise = 100 * jnp.finfo(dtype).eps * jnp.maximum(1.0, jnp.abs(f))
+    distance = xp.sqrt(xp.maximum(decrement, 0.0))
+    part = xp.minimum(1.0, region * xp.sqrt((at * at).sum(0) / (step * step).sum(0)))
+    noise = 100 * np.finfo(dtype).eps * xp.maximum(1.0, xp.abs(f))
     fell = state.value - f + noise > 1e-3 * (state.predicted + noise)
-    sound = definite & fell & jnp.isfinite(f) & jnp.isfinite(step).all(0)
+    sound = definite & fell & xp.isfinite(f) & xp.isfinite(step).all(0)
     x = at + part * step
     plain = is_plain(x)
     foretold = foretold_distance(distance, state.before)
@@ -339,73 +351,80 @@ def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Arra
     new = Direct(
         x=x,
         last=at,
-        value=jnp.where(converged & ~reached, f - 0.5 * decrement, f),
+        value=xp.where(converged & ~reached, f - 0.5 * decrement, f),
         predicted=(part - 0.5 * part**2) * decrement,
-        before=jnp.where(part < 1.0, 0.0, distance),
-        distance=jnp.where(converged & ~reached, foretold, distance),
+        before=xp.where(part < 1.0, 0.0, distance),
+        distance=xp.where(converged & ~reached, foretold, distance),
         iterations=state.iterations,
         going=sound & plain & ~converged,
         converged=converged,
     )
-    back = state._replace(x=state.last, going=jnp.zeros_like(state.going))
-    new = _where(sound, new, back)._replace(iterations=state.iterations + 1)
-    return _where(state.going, new, state)
+    back = state._replace(x=state.last, going=xp.zeros_like(state.going))
+    new = where(sound, new, back)._replace(iterations=state.iterations + 1)
+    return where(state.going, new, state)
 
 
 def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) -> State:
     """Converged: next candidate or end. Else: a trust-region step."""
+    xp = namespace(state.trial)
     at = state.at
-    rounding = 100 * jnp.finfo(at.x.dtype).eps
+    rounding = 100 * np.finfo(at.x.dtype).eps
     # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
     converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
     converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
     foretold = foretold_distance(_distance(at), state.before) <= foretold_tolerance(at.x.dtype)
     foretold = foretold & is_semidefinite(at.eigenvalues)
     step, predicted = _trust_region_step(at.g, at.eigenvalues, at.eigenvectors, state.radius)
-    trial, free, candidate, settled = at.x + jnp.where(at.free, step, 0.0), at.free, state.candidate, state.settled
+    trial, free, candidate, settled = at.x + xp.where(at.free, step, 0.0), at.free, state.candidate, state.settled
     if simplify is not None:
-        start = jnp.where(candidate >= 0, candidate + 1, 0)
+        start = xp.where(candidate >= 0, candidate + 1, 0)
         # A search that takes long may be following a valley that leads nowhere but to a simpler point.
-        slow = (state.iterations % PATIENCE == 0) & jnp.isfinite(at.f)
+        slow = (state.iterations % PATIENCE == 0) & xp.isfinite(at.f)
         trying = (candidate >= 0) | ((converged | slow) & ~settled)
         worthwhile = simplify.worthwhile(at.x)
         # Candidates are compared with the value at a minimum that was reached, not one that is foretold.
         foretold = foretold & (state.settled | ~worthwhile.any(0)) & (candidate < 0)
-        left = worthwhile & (jnp.arange(simplify.n_candidates)[:, None] >= start)
-        chosen = jnp.argmax(left, axis=0)
+        left = worthwhile & (xp.arange(simplify.n_candidates)[:, None] >= start)
+        chosen = xp.argmax(left, axis=0)
         found = trying & left.any(0)
         x_c, free_c = simplify.candidate(at.x, chosen)
-        trial = jnp.where(found, x_c, trial)
-        free = jnp.where(found, free_c, free)
-        candidate = jnp.where(found, chosen, -1)
+        trial = xp.where(found, x_c, trial)
+        free = xp.where(found, free_c, free)
+        candidate = xp.where(found, chosen, -1)
         settled = settled | (trying & converged)
         converged = converged & ~found
     converged = converged | (foretold & (candidate < 0))
-    shrunk = (state.radius < rounding * (1.0 + jnp.abs(at.x).max(0))) & (candidate < 0)
-    finite = jnp.isfinite(at.f)
-    result = jnp.where(shrunk, int(Result.STALLED), int(Result.MAX_ITERATIONS))
-    result = jnp.where(converged, int(Result.CONVERGED), result)
+    shrunk = (state.radius < rounding * (1.0 + xp.abs(at.x).max(0))) & (candidate < 0)
+    finite = xp.isfinite(at.f)
+    result = xp.where(shrunk, int(Result.STALLED), int(Result.MAX_ITERATIONS))
+    result = xp.where(converged, int(Result.CONVERGED), result)
     return state._replace(
         trial=trial,
         trial_free=free,
         predicted=predicted,
         candidate=candidate,
         settled=settled,
-        result=jnp.where(finite, result, int(Result.NOT_FINITE)),
+        result=xp.where(finite, result, int(Result.NOT_FINITE)),
         done=converged | shrunk | (state.iterations >= max_iterations) | ~finite,
     )
 
 
-def _where(condition: Array, a, b):
+def where(condition: Array, a: Any, b: Any) -> Any:
     """``a`` in the lanes where the condition holds, else ``b``."""
-    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
+    if namespace(condition) is np:
+        if condition.all():
+            return a
+        if not condition.any():
+            return b
+    return jax.tree.map(lambda u, v: namespace(condition, u, v).where(condition, u, v), a, b)
 
 
 def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
+    xp = namespace(x)
     f, g, H = evaluate(x)
     among = free[:, None] & free[None]
-    eye = jnp.eye(x.shape[0], dtype=x.dtype)[..., None]
-    return _Point(x, free, f, jnp.where(free, g, 0.0), H, *linalg.eigh(jnp.where(among, H, eye)))
+    eye = linalg.eye(len(x), H)
+    return _Point(x, free, f, xp.where(free, g, 0.0), H, *linalg.eigh(xp.where(among, H, eye)))
 
 
 def _distance(at: _Point) -> Array:
@@ -415,54 +434,57 @@ def _distance(at: _Point) -> Array:
 
 def _no_curvature(at: _Point) -> Array:
     """What rounding leaves of a curvature that is zero: relative to the largest, and to the value itself."""
+    xp = namespace(at.f)
     smallest = curvature_tolerance(at.H.dtype)
-    return smallest * (jnp.abs(at.H).max((0, 1)) + jnp.maximum(1.0, jnp.abs(at.f)))
+    return smallest * (xp.abs(at.H).max((0, 1)) + xp.maximum(1.0, xp.abs(at.f)))
 
 
 def _fixed_is_semidefinite(at: _Point) -> Array:
     """The Hessian, fixed coordinates included, is positive semidefinite up to rounding."""
-    return linalg.is_positive(at.H + _no_curvature(at) * jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None])
+    return linalg.is_positive(at.H + _no_curvature(at) * linalg.eye(len(at.H), at.H))
 
 
 def _kink(at: _Point) -> Array:
     """Some fixed coordinate, or a direction among them, without curvature."""
+    xp = namespace(at.f)
     fixed = ~at.free
-    eye = jnp.eye(at.H.shape[0], dtype=at.H.dtype)[..., None]
-    block = jnp.where(fixed[:, None] & fixed[None], at.H, jnp.abs(at.H).max((0, 1)) * eye)
+    eye = linalg.eye(len(at.H), at.H)
+    block = xp.where(fixed[:, None] & fixed[None], at.H, xp.abs(at.H).max((0, 1)) * eye)
     return fixed.any(0) & ~linalg.is_positive(block - 100 * _no_curvature(at) * eye)
 
 
 def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius: Array) -> tuple[Array, Array]:
     """Minimiser of ``g's + s'Hs/2`` over ``|s| <= radius``, and the decrease that the model promises."""
+    xp = namespace(g)
     along = (eigenvectors * g[:, None]).sum(0)
     lowest = eigenvalues[0]
-    eps, tiny = jnp.finfo(g.dtype).eps, jnp.finfo(g.dtype).tiny
+    eps, tiny = np.finfo(g.dtype).eps, np.finfo(g.dtype).tiny
     # The hard case (no gradient along negative curvature) becomes the easy one by a push along the lowest eigenvector.
-    push = 1e-3 * jnp.abs(lowest) * radius
-    pushed = jnp.where((lowest < 0) & (jnp.abs(along[0]) < push), jnp.where(along[0] < 0, -push, push), along[0])
-    along = jnp.concatenate([pushed[None], along[1:]])
-    floor = eps * jnp.maximum(jnp.abs(eigenvalues).max(0), tiny)
-    curvature = eigenvalues + jnp.maximum(0.0, -lowest)
+    push = 1e-3 * xp.abs(lowest) * radius
+    pushed = xp.where((lowest < 0) & (xp.abs(along[0]) < push), xp.where(along[0] < 0, -push, push), along[0])
+    along = xp.concatenate([pushed[None], along[1:]])
+    floor = eps * xp.maximum(xp.abs(eigenvalues).max(0), tiny)
+    curvature = eigenvalues + xp.maximum(0.0, -lowest)
 
     def norm(v):
-        return jnp.sqrt((v * v).sum(0))
+        return xp.sqrt((v * v).sum(0))
 
-    interior = (lowest > 0) & (norm(along / jnp.maximum(curvature, floor)) <= radius)
+    interior = (lowest > 0) & (norm(along / xp.maximum(curvature, floor)) <= radius)
     # |s| falls from |along| / extra or more to zero: the root lies below |along| / radius.
     high = norm(along) / radius
-    low = jnp.where(lowest > 0, 0.0, jnp.abs(along[0]) / radius)
+    low = xp.where(lowest > 0, 0.0, xp.abs(along[0]) / radius)
 
     def improve(_, extra):
-        inverse = 1.0 / jnp.maximum(curvature + extra, floor)
+        inverse = 1.0 / xp.maximum(curvature + extra, floor)
         s = along * inverse
         length = norm(s)
         slope = (s * s * inverse).sum(0)
-        step = (length / radius - 1.0) * length**2 / jnp.maximum(slope, tiny)
-        return jnp.clip(extra + step, low, high)
+        step = (length / radius - 1.0) * length**2 / xp.maximum(slope, tiny)
+        return xp.clip(extra + step, low, high)
 
-    extra = jax.lax.fori_loop(0, 12, improve, low)
-    extra = jnp.where(interior, 0.0, extra)
-    s = -along / jnp.maximum(curvature + extra, floor)
-    s = s * jnp.minimum(1.0, radius / jnp.maximum(norm(s), tiny))
+    extra = fori_loop(12, improve, low, xp)
+    extra = xp.where(interior, 0.0, extra)
+    s = -along / xp.maximum(curvature + extra, floor)
+    s = s * xp.minimum(1.0, radius / xp.maximum(norm(s), tiny))
     predicted = -(along * s + 0.5 * eigenvalues * s**2).sum(0)
     return (eigenvectors * s[None]).sum(1), predicted

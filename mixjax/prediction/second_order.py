@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax.compiling import float64
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import float64
 from mixjax.prediction.blocks import Blocks
 from mixjax.prediction.targets import Targets, effect_rows
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.compiling import jit
+from mixjax.machine import jit
 from mixjax.simulation import BLOCK
 from mixjax.studies.expressions import Kind, Scope, names_in
 from mixjax.studies.variables import Spec, Variable, factor_of

@@ -17,7 +17,6 @@ import pandas as pd
 from scipy import stats
 
 from mixjax.batch import BatchFit
-from mixjax.compiling import float64
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, batch_axes, estimate_many
@@ -30,6 +29,7 @@ from mixjax.inference.nesting import is_within, place_of
 from mixjax.inference.statistic import entries, named
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts, pad, stack
+from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.studies.scenario import design_of
 

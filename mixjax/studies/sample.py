@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from mixjax.compiling import float64
+from mixjax.machine import float64
 from mixjax.simulation import MOST, as_key, check_count
 from mixjax.studies.columns import to_series
 from mixjax.studies.expressions import shortened

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 import pandas as pd
 
-from mixjax.compiling import float64
 from mixjax.design import Labels
 from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
+from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.simulation import as_key, check_count, check_memory
 from mixjax.studies.describe import describe

@@ -1,0 +1,137 @@
+"""Who runs what: NumPy evaluates at once, XLA compiles.
+
+The engine is written once, against what NumPy and ``jax.numpy`` have in common, and takes its namespace from its
+arguments: NumPy arrays in, NumPy arrays out, and nothing is compiled; JAX arrays or tracers in, JAX out. This room has
+what the two do not share: loops, updates of entries, and how programs are compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixjax.forks import refuse_forked
+
+# --- one source, two namespaces ----------------------------------------------------------------------------------
+
+# NumPy's array, or JAX's, a tracer among them.
+Array = Any
+
+_NUMPYS_OWN = (np.ndarray, np.generic, bool, int, float, type(None))
+
+
+def namespace(*arrays: Any) -> Any:
+    """``numpy`` where all arrays are NumPy's or plain numbers, else ``jax.numpy``. None says nothing."""
+    for array in arrays:
+        if not isinstance(array, _NUMPYS_OWN):
+            return jnp
+    return np
+
+
+def is_concrete(x: Any) -> bool:
+    """True when x holds numbers, False inside a JAX transformation."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def set_at(x: Any, index: Any, value: Any) -> Any:
+    """A copy of x with ``value`` at ``index``."""
+    if isinstance(x, np.ndarray) and namespace(value) is np:
+        x = x.copy()
+        x[index] = value
+        return x
+    return jnp.asarray(x).at[index].set(value)
+
+
+def add_at(x: Any, index: Any, value: Any) -> Any:
+    """A copy of x with ``value`` added at ``index``; what stands there several times is added several times."""
+    if isinstance(x, np.ndarray) and namespace(value) is np:
+        x = x.copy()
+        np.add.at(x, index, value)
+        return x
+    return jnp.asarray(x).at[index].add(value)
+
+
+def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, xp: Any) -> Any:
+    """``lax.while_loop``, or Python's under NumPy."""
+    if xp is not np:
+        return jax.lax.while_loop(goes_on, step, state)
+    while goes_on(state):
+        state = step(state)
+    return state
+
+
+def fori_loop(n: int, step: Callable[[Any, Any], Any], state: Any, xp: Any) -> Any:
+    """``lax.fori_loop`` from 0, or Python's under NumPy."""
+    if xp is not np:
+        return jax.lax.fori_loop(0, n, step, state)
+    for i in range(n):
+        state = step(i, state)
+    return state
+
+
+def cond(predicate: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """``lax.cond``, or Python's under NumPy."""
+    if namespace(predicate) is not np:
+        return jax.lax.cond(predicate, yes, no)
+    return yes() if predicate else no()
+
+
+def as_laid_out(x: Any) -> Any:
+    """x, in memory as its axes say: XLA and NumPy would otherwise keep a transpose and read it along columns."""
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else jax.lax.optimization_barrier(x)
+
+
+def silently() -> AbstractContextManager[None]:
+    """The scope in which NumPy does what XLA does: what is not a number is NaN, and nothing is said of it."""
+    return np.errstate(all="ignore")
+
+
+# --- compiling -----------------------------------------------------------------------------------------------------
+
+# XLA's newer CPU code generator doubles the time that programs of many small vector operations take to compile, and
+# their run time is the same within 10 %.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
+# For programs over lanes, of which each core runs its own. Wide vectors are worth a quarter of the run time where the
+# processor has them (docs/performance.md).
+LANES = {**QUICK, "xla_cpu_prefer_vector_width": 512, "xla_cpu_multi_thread_eigen": False}
+
+
+def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any) -> Callable:
+    """``jax.jit`` with compiler options that suit small programs on CPUs, where they can be had.
+
+    JAX takes compiler options only outside its transformations, and XLA only those that it knows: in all other cases
+    this is ``jax.jit``.
+    """
+    plain = jax.jit(fun, **options)
+    quick = jax.jit(fun, **options, compiler_options=compiler_options)
+    known = True
+
+    @wraps(fun)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal known
+        refuse_forked()
+        # Inside jit even a constant is traced.
+        outside = all(map(is_concrete, jax.tree.leaves((args, kwargs)))) and is_concrete(jnp.zeros(()))
+        if known and outside and jax.default_backend() == "cpu":
+            try:
+                return quick(*args, **kwargs)
+            except jax.errors.JaxRuntimeError as error:
+                if "No such compile option" not in str(error):
+                    raise
+                known = False
+        return plain(*args, **kwargs)
+
+    call._cache_size = lambda: plain._cache_size() + quick._cache_size()  # type: ignore[attr-defined]
+    return call
+
+
+def float64(on: bool = True) -> AbstractContextManager[None]:
+    """JAX's scope of 64 bits, which every call enters that takes or gives names; refused in a forked process."""
+    refuse_forked()
+    return jax.enable_x64(on)
