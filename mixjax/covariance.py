@@ -231,7 +231,8 @@ def _quadratic_forms(structure: Structure) -> np.ndarray:
 
 
 def _product(A: np.ndarray, x: Array) -> Array:
-    return namespace(x).tensordot(A.astype(x.dtype), x, 1)
+    flat = A.astype(x.dtype).reshape(-1, A.shape[-1]).T
+    return linalg.over_first(flat, x).reshape(*A.shape[:-1], *x.shape[1:])
 
 
 @dataclass(frozen=True)

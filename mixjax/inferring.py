@@ -186,6 +186,7 @@ class Inferring:
         progress: bool = False,
         weights: Literal["mammen", "rademacher"] = "mammen",
         modes: bool = False,
+        engine: Literal["auto", "numpy", "jax"] = "auto",
     ) -> Bootstrap:
         """Draw n data sets from the fit and refit each; see :func:`mixjax.inference.bootstrap.bootstrap`.
 
@@ -198,7 +199,7 @@ class Inferring:
             >>> fit.bootstrap(key=1, n=200).replicates.shape
             (200, 6)
         """
-        return run_bootstrap(self.record, key, n, kind, statistic, chunk, progress, weights, modes)
+        return run_bootstrap(self.record, key, n, kind, statistic, chunk, progress, weights, modes, engine)
 
     def simulate(self, key: Any, n: int, random: Literal["new", "fitted"] = "new") -> np.ndarray:
         """Responses ``(n, nobs)`` drawn from the fit.

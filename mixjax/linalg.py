@@ -36,6 +36,8 @@ WRITTEN_OUT_LANES = 12
 WRITTEN_OUT = 128
 # NumPy's stacks of matrices up to this size are worked on entry by entry, larger ones matrix by matrix.
 STACKED_UP_TO = 6
+# From this size on LAPACK's threads are worth being woken for one matrix.
+BLAS_THREADS = 150
 
 
 def transpose(A: Array) -> Array:
@@ -59,16 +61,43 @@ def matmul(A: Array, B: Array) -> Array:
     A, B = _align(A, B)
     inner = A.shape[1]
     xp = namespace(A, B)
+    if xp is np and inner > 0:
+        return _numpys_matmul(A, B)
     # One stack that stands alone is a plain matrix; beyond small sizes written-out sums would be long programs.
-    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1 or xp is np) and math.prod(A.shape[2:]) == 1:
+    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1) and math.prod(A.shape[2:]) == 1:
         return (A.reshape(A.shape[:2]) @ B.reshape(inner, -1)).reshape(A.shape[0], *B.shape[1:])
-    if (inner > WRITTEN_OUT or xp is np) and math.prod(B.shape[2:]) == 1:
-        return xp.moveaxis(xp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
+    if inner > WRITTEN_OUT and math.prod(B.shape[2:]) == 1:
+        return jnp.moveaxis(jnp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
     if inner == 0:
         return xp.zeros((A.shape[0], B.shape[1], *np.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
-    if xp is np and inner > STACKED_UP_TO:
-        return _of_matrices(np.matmul(_matrices(A), _matrices(B)))
-    return sum((A[:, None, j] * B[None, j] for j in range(1, inner)), A[:, None, 0] * B[None, 0])
+    return _sum_of_products(A, B)
+
+
+def _sum_of_products(A: Array, B: Array) -> Array:
+    return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
+
+
+def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """BLAS sees matrices only, no lanes: what it makes of a column depends on how many there are."""
+    alone_A, alone_B = (math.prod(X.shape[2:]) == 1 for X in (A, B))
+    if alone_A and (alone_B or B.shape[-1] == 1):
+        return (A.reshape(A.shape[:2]) @ B.reshape(len(B), -1)).reshape(A.shape[0], *B.shape[1:])
+    if alone_B and A.shape[-1] == 1:
+        return np.moveaxis(np.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
+    if alone_A:
+        return over_first(A.reshape(A.shape[:2]).T, B)
+    if A.shape[1] <= STACKED_UP_TO or alone_B:
+        return _sum_of_products(A, B)
+    return _of_matrices(np.matmul(_matrices(A), _matrices(B)))
+
+
+def over_first(A: Array, B: Array) -> Array:
+    """``sum_k A_kt B_k...``: ``(k, t), (k, ..., lanes) -> (t, ..., lanes)``; no lane's bits depend on another."""
+    if namespace(A, B) is not np:
+        return jnp.tensordot(A, B, ((0,), (0,)))
+    if B.shape[-1] == 1:
+        return (A.T @ B.reshape(len(B), -1)).reshape(A.shape[1], *B.shape[1:])
+    return np.einsum("kt,kx->tx", A, B.reshape(len(B), -1)).reshape(A.shape[1], *B.shape[1:])
 
 
 def _matrices(A: np.ndarray) -> np.ndarray:
@@ -95,26 +124,54 @@ def trace_of_product(A: Array, B: Array) -> Array:
 
 
 def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if (M.ndim == 2 and M.shape[0] <= 1) or (M.ndim > 2 and M.shape[0] <= STACKED_UP_TO and M.shape[2:] != (1,)):
+    n = M.shape[0]
+    if math.prod(M.shape[2:]) == 1 and n > 1:
+        inverse, logdet = (_of_a_large_one if n >= BLAS_THREADS else _of_one)(M.reshape(n, n))
+        return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
+    if n <= STACKED_UP_TO:
         return _written_out(M)
-    if M.ndim == 2:
-        return _by_lapack(M)
-    flat = M.reshape(*M.shape[:2], -1)
-    pairs = [_by_lapack(flat[:, :, i]) for i in range(flat.shape[2])]
+    if n <= BY_ELIMINATION:
+        return _eliminate_at_once(M)
+    flat = M.reshape(n, n, -1)
     inverse, logdet = np.empty_like(flat), np.empty(flat.shape[2:], M.dtype)
-    for i, (one, value) in enumerate(pairs):
-        inverse[:, :, i], logdet[i] = one, value
+    for i in range(flat.shape[2]):
+        inverse[:, :, i], logdet[i] = _of_a_large_one(flat[:, :, i])
     return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
 
 
-def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of one matrix ``(n, n)``."""
+def _of_one(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        diagonal = np.linalg.cholesky(M).diagonal()
+        inverse = np.linalg.inv(M)
+    except np.linalg.LinAlgError:
+        return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
+    return 0.5 * (inverse + inverse.T), 2.0 * np.log(diagonal).sum()
+
+
+def _of_a_large_one(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     factorise, invert = _lapack(M.dtype.char)
     factor, failed = factorise(M, lower=True)
     if failed or not np.isfinite(factor[-1, -1]):
-        return np.full_like(M, np.nan), M.dtype.type(np.nan)
+        return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
     half = np.tril(invert(factor, lower=True)[0])
     return half + np.tril(half, -1).T, 2.0 * np.log(factor.diagonal()).sum()
+
+
+def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_eliminate`, in place."""
+    diagonal = np.einsum("iim->im", M)
+    scale = 1.0 / np.sqrt(diagonal)
+    M = M * scale[:, None] * scale[None]
+    logdet, least = np.log(diagonal).sum(0), np.inf
+    for k in range(len(M)):
+        pivot = M[k, k].copy()
+        row, column = M[k] / pivot, M[:, k].copy()
+        M -= column[:, None] * row[None]
+        M[k], M[:, k], M[k, k] = row, -column / pivot, 1.0 / pivot
+        logdet, least = logdet + np.log(pivot), np.minimum(least, pivot)
+    inverse = 0.5 * (M + transpose(M)) * scale[:, None] * scale[None]
+    positive = least > 0
+    return np.where(positive, inverse, np.nan), np.where(positive, logdet, np.nan)
 
 
 @cache

@@ -57,6 +57,14 @@ def add_at(x: Any, index: Any, value: Any) -> Any:
     return jnp.asarray(x).at[index].add(value)
 
 
+def lanes_of(tree: Any, index: np.ndarray, n: int | None = None) -> Any:
+    """Lanes ``index`` of the last axis of NumPy's arrays; with n, of those that have so many there.
+
+    In memory as the axes say, which ``a[..., index]`` is not: sums would be made in another order.
+    """
+    return jax.tree.map(lambda a: np.take(a, index, axis=-1) if n is None or a.shape[-1] == n else a, tree)
+
+
 def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, xp: Any) -> Any:
     """``lax.while_loop``, or Python's under NumPy."""
     if xp is not np:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -384,7 +384,14 @@ class LMMFit(Inferring, Diagnosing):
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
         return LMMFit(fit_design(replace(design, y=y), labels, reml, None, self._method), self._method)
 
-    def refit_many(self, Y: Any, reml: bool | None = None, chunk: int | None = None, ranef: bool = False) -> BatchFit:
+    def refit_many(
+        self,
+        Y: Any,
+        reml: bool | None = None,
+        chunk: int | None = None,
+        ranef: bool = False,
+        engine: Literal["auto", "numpy", "jax"] = "auto",
+    ) -> BatchFit:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
 
         Args:
@@ -394,6 +401,7 @@ class LMMFit(Inferring, Diagnosing):
             reml: None for the same criterion.
             chunk: how many replicates are worked on at the same time, about; None for all cores.
             ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
+            engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where that pays.
 
         Returns:
             :class:`~mixjax.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
@@ -416,7 +424,7 @@ class LMMFit(Inferring, Diagnosing):
         reml = self.reml if reml is None else reml
         check_options(reml, None)
         keep = (*KEEP, "Sigma", "vcov", *["b"] * ranef)
-        est = estimate_many(cross_products(design, Y), reml, chunk=chunk, keep=keep)
+        est = estimate_many(cross_products(design, Y), reml, chunk=chunk, keep=keep, engine=engine)
         sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights))
         exact = in_span(Y if design.offset is None else Y - design.offset, self.X, sqrt_w)
         if exact.any():

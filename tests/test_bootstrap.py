@@ -121,12 +121,14 @@ def test_ml_fits_are_refitted_by_ml():
     assert batch.sdcor["sd_Intercept|Batch"].mean() < reml.sdcor["sd_Intercept|Batch"].mean()
 
 
+@pytest.mark.parametrize("engine", ["numpy", "jax"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_and_number_do_not_change_a_bit(kind):
-    whole = slopes_bootstrap(kind).replicates
+def test_chunks_and_number_do_not_change_a_bit(kind, engine):
+    whole = bootstrap(slopes(), 2024, 4_000, kind, engine=engine).replicates
     for n, chunk in [(700, 37), (700, 256), (1, None)]:
-        part = bootstrap(slopes(), 2024, n, kind, chunk=chunk).replicates
+        part = bootstrap(slopes(), 2024, n, kind, chunk=chunk, engine=engine).replicates
         pd.testing.assert_frame_equal(part, whole[:n], check_exact=True)
+    pd.testing.assert_frame_equal(slopes_bootstrap(kind).replicates, whole, rtol=1e-9)
     other = bootstrap(slopes(), 2025, 5, kind).replicates
     assert (other != whole[:5]).all(axis=None)
 
@@ -160,13 +162,13 @@ def test_order_of_rows_does_not_matter_to_cases():
 
 
 def test_names_of_terms_on_one_group():
-    names = _Statistic(fit_of("sleepstudy_zerocorr", "REML").record, None, False).names
+    names = _Statistic(fit_of("sleepstudy_zerocorr", "REML").record, None, False, "auto").names
     assert list(names[:3]) == ["sd_Intercept|Subject", "sd_Days|Subject.1", "sigma"]
 
 
 def test_structural_zeros_are_no_parameters():
     record = mj.lmm("Reaction ~ Days + diag(Days | Subject)", table("sleepstudy")).record
-    names = _Statistic(record, None, False).names
+    names = _Statistic(record, None, False, "auto").names
     assert list(names) == ["sd_Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 
 

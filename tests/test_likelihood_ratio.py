@@ -295,7 +295,7 @@ def test_blocks_and_failed_replicates(monkeypatch):
 
     fit_many = likelihood_ratio.estimate_many
 
-    def failing(products, reml, keep):
+    def failing(products, reml, keep, **options):
         found = fit_many(products, reml, keep=keep)
         return found._replace(converged=found.converged & (np.arange(len(found.criterion)) != 3))
 

@@ -340,11 +340,11 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, monke
         ("[1, 2]", "is no manifest of a study, but list"),
         ("null", "is no manifest of a study, but NoneType"),
         ('{"letter": "Dear Sir"}', "is no manifest of a study, because it lacks block, cells, format, versions"),
-        ('{"format": 2, "block": 1024, "versions": {}}', "because it lacks cells"),
-        ('{"format": 3, "chunks": []}', "newer version of mixjax .format 3, and this one reads 2.: upgrade mixjax"),
-        ('{"block": 1024, "cells": [], "versions": {}}', "older version of mixjax whose chunks have no checksums"),
+        ('{"format": 3, "block": 1024, "versions": {}}', "because it lacks cells"),
+        ('{"format": 4, "chunks": []}', "newer version of mixjax .format 4, and this one reads 3.: upgrade mixjax"),
+        ('{"block": 1024, "cells": [], "versions": {}}', "older version of mixjax, and this one reads"),
         ('{"format": "x", "block": 1, "cells": [], "versions": {}}', "has format 'x', of an older version"),
-        ('{"format": 2, "block": 1, "cells": [], "versions": 3}', "holds another study"),
+        ('{"format": 3, "block": 1, "cells": [], "versions": 3}', "holds another study"),
     ],
 )
 def test_manifests_that_are_none(text, message, tmp_path):

@@ -217,7 +217,8 @@ def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incid
 
 
 def _by_term(by_factor: dict[int, Array], stats: CrossProducts) -> list[Array]:
-    return [by_factor[place.factor][place.start : place.start + place.q] for place in stats.layout.terms]
+    """Of one lane."""
+    return [by_factor[place.factor][place.start : place.start + place.q, :, 0] for place in stats.layout.terms]
 
 
 def _of_parts(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
@@ -25,7 +25,10 @@ from mixjax.estimation.search import Search, own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
 from mixjax.likelihood.moments import Moments
+from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import Array, lanes_of, silently
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
+from mixjax.optimise.results import Result
 
 # Newton steps between two looks at which lanes are finished. Bookkeeping costs about as much as half a step.
 STEPS = 3
@@ -192,6 +195,112 @@ def fit_block(
     )
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, tiles, finish_tile, empty)
+
+
+# --- by NumPy -------------------------------------------------------------------------------------------------------
+
+# Numbers of the largest array of a tile of lanes, so that it stays in the cache, and lanes at most.
+TILE_NUMBERS, MOST_LANES = 2**15, 512
+# What the number of lanes is a multiple of, so that the last bits of a lane do not depend on how many others there are:
+# BLAS and NumPy sum the remainder of a row in another order.
+MULTIPLE = 16
+# Seconds that a program of many fits takes to compile, about, and nanoseconds that NumPy takes for a number of a lane.
+COMPILING, NANOSECONDS = 0.75, 400
+
+
+def numbers_of(stats: CrossProducts) -> int:
+    """Numbers of the largest array of one lane in an evaluation of the derivatives."""
+    first, *rest = stats.layout.chain + stats.layout.dense
+    shapes = [f.ZZ.shape[-2:] for f in stats.factors]
+    q, C = shapes[first][0], shapes[first][1] if stats.classes is None else len(stats.classes.count)
+    u = sum(width * m for width, m in (shapes[f] for f in rest)) + stats.XX.shape[-1]
+    J = 1 + q * (q + 1) // 2
+    return max(C * q * q * J, u * u * J, stats.layout.k**2)
+
+
+def pays_to_compile(fits: int, numbers: int) -> bool:
+    """Whether so many fits of so many numbers take longer by NumPy than compiling a program for them: of sizes only, so
+    that the same call gives the same bits."""
+    return fits * (40 + numbers) * NANOSECONDS > COMPILING * 1e9
+
+
+def fit_block_at_once(
+    moments: Moments, bases: Bases, count: int, reml: bool, start: np.ndarray | None, one_minimum: bool, sizes: Sizes
+) -> Fits:
+    """As :func:`fit_block`, by NumPy: lanes that are done are dropped. Returns the first ``count`` replicates."""
+    structures, k = moments.layout.structures, moments.layout.k
+    N = sizes.block
+    tile = max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // _numbers(moments) // MULTIPLE * MULTIPLE))
+    with silently():
+        found = Solution(*(np.array(a) for a in search.begin(np.zeros((k, count)), structures).best))
+        x = np.zeros((k, count))
+        is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
+        for first in range(0, count, tile):
+            at = np.arange(first, min(first + tile, count))
+            own = lanes_of(moments, _padded(at), N)
+            begun = minque_start(own) if start is None else _start_at(start, bases, _padded(at), moments, N)
+            state = begin_directly(np.array(np.broadcast_to(begun, (k, len(_padded(at))))))
+            for _ in range(sizes.direct):
+                evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
+                state = advance_directly(state, evaluate, is_plain, search.REGION)
+                x[:, at] = state.x[:, : len(at)]
+                _store(found, at, state.solution())
+                going = np.flatnonzero(state.going[: len(at)])
+                if not len(going):
+                    break
+                at, lanes = at[going], _padded(going)
+                state, own = lanes_of(state, lanes), lanes_of(moments, _padded(at), N)
+        left = np.flatnonzero(found.result != int(Result.CONVERGED))
+        for first in range(0, len(left), tile):
+            at = left[first : first + tile]
+            begun = search.begin(x[:, _padded(at)], structures, found.iterations[_padded(at)])
+            _search(begun, at, moments, N, reml, one_minimum, found)
+        every = _padded(np.arange(count))
+        fits = finish(lanes_of(found, every), lanes_of(moments, every, N), lanes_of(bases, every, N), reml)
+        return lanes_of(fits, np.arange(count))
+
+
+def _search(
+    state: Search, at: np.ndarray, moments: Moments, N: int, reml: bool, one_minimum: bool, found: Solution
+) -> None:
+    """The full search of replicates ``at``; its ends are put into ``found``."""
+    structures = moments.layout.structures
+    own = lanes_of(moments, _padded(at), N)
+    while len(at):
+        evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
+        state = search.advance(state, evaluate, structures, one_minimum)
+        done = state.done[: len(at)]
+        if not done.any():
+            continue
+        _store(found, at[done], lanes_of(state.best, np.flatnonzero(done)))
+        going = np.flatnonzero(~done)
+        if len(going):
+            at, lanes = at[going], _padded(going)
+            state = lanes_of(state, lanes)
+            own = lanes_of(moments, _padded(at), N)
+        else:
+            at = at[:0]
+
+
+def _numbers(moments: Moments) -> int:
+    q, C, u = moments.A.shape[0], moments.A.shape[2], moments.Uy.shape[0]
+    return max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
+
+
+def _padded(at: np.ndarray) -> np.ndarray:
+    """Lanes, the last one repeated so that their number is a multiple."""
+    return np.append(at, np.repeat(at[-1], -len(at) % MULTIPLE))
+
+
+def _store(found: Solution, at: np.ndarray, part: Solution) -> None:
+    for whole, new in zip(found, part, strict=True):
+        whole[..., at] = new[..., : len(at)]
+
+
+def _start_at(start: np.ndarray, bases: Bases, at: np.ndarray, moments: Moments, N: int) -> np.ndarray:
+    lambdas = cov.lambdas_of_theta(start[:, at], moments.layout.qs)
+    in_basis = [linalg.matmul(Z.R, L) for Z, L in zip(lanes_of(bases, at, N).Z, lambdas, strict=True)]
+    return cov.near(in_basis, moments.layout.structures)
 
 
 def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> Fits:

@@ -6,27 +6,49 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
+from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Unstructured
-from mixjax.estimation.blup import conditional_modes
-from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_one
-from mixjax.estimation.lanes import Bases, Fits, Sizes, fit_block, sizes_for
+from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_at_once, fit_one
+from mixjax.estimation.lanes import (
+    Bases,
+    Fits,
+    Sizes,
+    fit_block,
+    fit_block_at_once,
+    numbers_of,
+    pays_to_compile,
+    sizes_for,
+)
 from mixjax.likelihood.criterion import warn_of_float32
 from mixjax.likelihood.cross_products import n_cores
+from mixjax.likelihood.curvature import profile_and_modes
 from mixjax.likelihood.incidence import incidence
-from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
+from mixjax.likelihood.moments import (
+    MOST_PRODUCTS,
+    ClassSums,
+    LevelSums,
+    Moments,
+    has_closed_form,
+    is_small,
+    moments_of,
+)
 from mixjax.likelihood.statistics import ClassProducts, CrossProducts, FactorProducts, PairProducts
-from mixjax.machine import LANES, float64, is_concrete, jit
+from mixjax.machine import LANES, float64, is_concrete, jit, silently
 from mixjax.optimise.results import Result
 
+Engine = Literal["auto", "numpy", "jax"]
+
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
+# Effects beside the first factor's up to which NumPy works on lanes side by side.
+MOST_DENSE_LANES = 32
 # Replicates of one call where no closed form applies.
 VMAP_BLOCK = 32
 # Fixed effects of the lanes' program at most: its matrices of X's columns are eliminated row by row, one entry of all
@@ -41,6 +63,7 @@ def estimate_many(
     chunk: int | None = None,
     mesh: Mesh | None = None,
     keep: Sequence[str] = KEEP,
+    engine: Engine = "auto",
 ) -> Estimates:
     """Fit many responses of one design, or many designs of one structure.
 
@@ -58,13 +81,18 @@ def estimate_many(
             With several processes (``jax.distributed``) every process passes all of ``stats`` and gets all results.
         keep: names of the fields of :class:`~mixjax.Estimates` to return. ``vcov (B, p, p)``, ``Sigma`` and above all
             ``b`` (per term ``(B, n_groups, q)``) are large and left out unless named.
+        engine: ``"numpy"`` fits at once on one core and compiles nothing; ``"jax"`` compiles a program for the
+            structure, which then is 10 to 30 times as fast. ``"auto"`` compiles where the fits would take longer than
+            compiling does, as far as the sizes of the model and of the batch tell: the same call always gives the same
+            bits. The two differ by rounding.
 
     Returns:
         :class:`~mixjax.Estimates` of numpy arrays with a leading axis B; None for what is not kept. A fit that fails
         carries its code in ``result`` (see ``mixjax.Result``) and touches no other.
 
     Raises:
-        ValueError: ``stats`` is of one response; a name in ``keep`` is unknown.
+        ValueError: ``stats`` is of one response; a name in ``keep`` or the engine is unknown; ``engine="numpy"`` for
+            a structure that it does not serve, or with a mesh.
 
     Not for differentiation: for that, ``jax.vmap(mixjax.estimate)``.
 
@@ -81,6 +109,7 @@ def estimate_many(
     unknown = set(keep) - set(Estimates._fields)
     if unknown:
         raise ValueError(f"keep names {sorted(unknown)}; there are {list(Estimates._fields)}")
+    check_engine(engine)
     if not all(map(is_concrete, jax.tree.leaves(stats))):
         raise TypeError("estimate_many runs outside jit, on arrays of numbers; inside use jax.vmap(mixjax.estimate)")
     if np.ndim(stats.yy) != 1:
@@ -99,9 +128,18 @@ def estimate_many(
             start = np.broadcast_to(start, (B, n_theta))
         if B == 0:
             raise ValueError("there are no responses to fit")
-        if not in_blocks(stats):
-            return _one_by_one(stats, reml, start, keep)
-        batch = Batch(stats, start, _platform(mesh))
+        at_once = chosen_engine(stats, B, engine, mesh) == "numpy"
+        if not (in_lanes_at_once(stats) if at_once else in_blocks(stats)):
+            return (_one_by_one_at_once if at_once else _one_by_one)(stats, reml, start, keep)
+        batch = Batch(stats, start, "cpu" if at_once else _platform(mesh), at_once)
+        if at_once:
+            results = _Results(batch, keep)
+            for block in range(batch.n_blocks):
+                moments, bases, begin = batch.inputs(block)
+                one = bool(batch.one_minimum)
+                fits = fit_block_at_once(moments, bases, batch.count(block), bool(reml), begin, one, batch.sizes)
+                results.put(block, fits)
+            return results.estimates()
         workers = batch.workers
         if chunk is not None:
             workers = max(1, min(workers, -(-int(chunk) // batch.sizes.block)))
@@ -111,6 +149,43 @@ def estimate_many(
         else:
             _on_mesh(batch, reml, results, mesh)
         return results.estimates()
+
+
+def check_engine(engine: Any) -> None:
+    """Raise ValueError for what is none."""
+    if engine not in ("auto", "numpy", "jax"):
+        raise ValueError(f"engine must be 'auto', 'numpy' or 'jax', got {engine!r}")
+
+
+def chosen_engine(
+    stats: CrossProducts, fits: int, engine: Engine = "auto", mesh: Mesh | None = None
+) -> Literal["numpy", "jax"]:
+    """What fits a batch: what was asked for, or by the sizes of the model and the number of fits alone.
+
+    Who works on a batch in several calls asks once, with the number of all fits.
+
+    Raises:
+        ValueError: NumPy was asked for and does not serve these fits.
+    """
+    double = np.asarray(stats.yy).dtype == np.float64
+    served = double and mesh is None and is_small(stats)
+    if engine == "numpy" and not served:
+        why = "a mesh is JAX's" if mesh is not None else "the dense block is too large" if double else "not in float64"
+        raise ValueError(f"engine='numpy' does not serve these fits ({why}); use engine='auto'")
+    if engine != "auto":
+        return engine
+    at_once = served and (not in_blocks(stats) or not pays_to_compile(fits, numbers_of(stats)))
+    return "numpy" if at_once else "jax"
+
+
+def in_lanes_at_once(stats: CrossProducts) -> bool:
+    """Whether NumPy works on many lanes side by side: not where the products of matrices in a lane are large."""
+    first, *rest = stats.layout.chain + stats.layout.dense
+    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
+    d = sum(q * m for q, m in (sizes[f] for f in rest))
+    q, m = sizes[first]
+    u = d + stats.XX.shape[-1]
+    return d <= MOST_DENSE_LANES and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
 
 def in_blocks(stats: CrossProducts) -> bool:
@@ -131,19 +206,19 @@ class Batch:
     For models that :func:`in_blocks` says yes to.
     """
 
-    def __init__(self, stats: CrossProducts, start: np.ndarray | None, platform: str):
-        self.stats, self.start, self.platform = stats, start, platform
+    def __init__(self, stats: CrossProducts, start: np.ndarray | None, platform: str, at_once: bool = False):
+        self.stats, self.start, self.platform, self.at_once = stats, start, platform, at_once
         self.B = len(stats.yy)
         self.stacked = np.ndim(stats.XX) == 3
         self.axes = batch_axes(stats)
         self.one_minimum = np.bool_(_has_one_minimum(stats))
         if self.stacked:
-            shapes = jax.eval_shape(moments_of, _index(stats, self.axes, 0))
+            shapes = moments_of(_index(stats, self.axes, 0), alone=False)
         else:
             single = replace(_index(stats, self.axes, 0), classes=None)
             if stats.classes is not None:
                 single = _without_levels(single)
-            self.shared = jax.tree.map(np.asarray, _jitted_moments(single))
+            self.shared = moments_of(single, alone=False)
             if stats.classes is not None:
                 ZZ, count, UU = (np.asarray(a)[..., None] for a in stats.classes[:3])
                 self.shared = replace(self.shared, A=ZZ, count=count, pair_UU=UU)
@@ -176,7 +251,7 @@ class Batch:
         """Arguments of :func:`~mixjax.estimation.lanes.fit_block`, lanes last."""
         part = self.part(block)
         if self.stacked:
-            moments = _jitted_stacked_moments(part)
+            moments = stacked_moments(part) if self.at_once else _jitted_stacked_moments(part)
             bases = Bases(last(part.X_basis.R_inv), last(part.beta0), jax.tree.map(last, part.Z_bases))
         else:
             moments = self._with_responses(part)
@@ -189,13 +264,21 @@ class Batch:
             return moments, bases, None
         return moments, bases, last(self.start[self.index(block)])
 
+    def levels(self, block: int) -> Moments | None:
+        """The moments level by level of replicates whose :meth:`inputs` have them by class; None of others."""
+        if self.stats.classes is None:
+            return None
+        whole = moments_of(replace(_index(self.stats, self.axes, 0), classes=None), alone=False)
+        z = last(self.part(block).factors[whole.layout.chain[0]].Zy)
+        return replace(whole, sums=LevelSums(whole.sums.U, z))  # type: ignore[union-attr]
+
     def _with_responses(self, part: CrossProducts) -> Moments:
         shared, layout = self.shared, self.shared.layout
         dense = [last(part.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
         if part.classes is not None:
             sums: Any = ClassSums(last(part.classes.Uy), last(part.classes.yy))
         else:
-            sums = LevelSums(shared.sums.U, last(part.factors[layout.chain[0]].Zy))
+            sums = LevelSums(shared.sums.U, last(part.factors[layout.chain[0]].Zy))  # type: ignore[union-attr]
         return replace(shared, sums=sums, Uy=np.concatenate([*dense, last(part.Xy)]), yy=np.asarray(part.yy))
 
 
@@ -224,14 +307,14 @@ def _index(stats: CrossProducts, axes: CrossProducts, at: Any) -> CrossProducts:
 
 
 @jax.jit
-def _jitted_moments(stats: CrossProducts) -> Moments:
-    return moments_of(stats)
-
-
-@jax.jit
 def _jitted_stacked_moments(stats: CrossProducts) -> Moments:
     moments = jax.vmap(moments_of, out_axes=-1)(stats)
     return jax.tree.map(lambda a: a[..., 0, :], moments)
+
+
+def stacked_moments(stats: CrossProducts) -> Moments:
+    parts = [moments_of(jax.tree.map(lambda a: a[i], stats), alone=False) for i in range(len(stats.yy))]  # noqa: B023
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
 
 
 def _without_levels(stats: CrossProducts) -> CrossProducts:
@@ -313,22 +396,17 @@ def _Sigma(theta: np.ndarray, sigma: np.ndarray, qs: tuple[int, ...]) -> tuple[n
 
 
 def _modes(batch: Batch, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    part, axes = batch.part(block), batch.axes
-    part, axes = replace(part, classes=None), replace(axes, classes=None)
-    return tuple(np.asarray(b) for b in _jitted_modes(tuple(jax.tree.leaves(axes)))(part, x))
-
-
-@cache
-def _jitted_modes(axes: tuple[int, ...]) -> Callable:
-    def one(stats, x):
-        modes = conditional_modes(cov.factors_of(x, stats.layout.structures), stats)
-        return tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True))
-
-    def many(stats, x):
-        tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
-        return jax.vmap(one, in_axes=(tree, 0))(stats, x)
-
-    return jax.jit(many)
+    """Random effects of the block's replicates, of which the coordinates are ``x (N, k)``."""
+    count, layout = batch.count(block), batch.stats.layout
+    moments, bases, _ = batch.inputs(block)
+    lanes = jax.tree.map(lambda a: np.asarray(a)[..., :count], (moments, bases, batch.levels(block)))
+    moments, bases, levels = lanes
+    with silently():
+        _, by_factor = profile_and_modes(np.asarray(x)[:count].T, moments, True, levels)
+    modes = [by_factor[place.factor][place.start : place.start + place.q] for place in layout.terms]
+    return tuple(
+        np.moveaxis(linalg.matmul(Z.R_inv, b), -1, 0).swapaxes(1, 2) for Z, b in zip(bases.Z, modes, strict=True)
+    )
 
 
 # --- where the blocks run ------------------------------------------------------------------------------------------
@@ -400,7 +478,18 @@ def _on_mesh(batch: Batch, reml: bool, results: _Results, mesh: Mesh) -> None:
                 results.put(first + i, jax.tree.map(lambda a, i=i: a[i], fits))
 
 
-# --- structures without a closed form ------------------------------------------------------------------------------
+# --- one fit after the other ----------------------------------------------------------------------------------------
+
+
+def _one_by_one_at_once(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
+    axes = replace(batch_axes(stats), classes=None)
+    stats = replace(stats, classes=None)
+    parts = []
+    for i in range(len(stats.yy)):
+        one = fit_at_once(_index(stats, axes, i), None if start is None else start[i], bool(reml))
+        left_out: dict[str, Any] = {name: None for name in Estimates._fields if name not in keep}
+        parts.append(one._replace(**left_out))
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *parts)
 
 
 def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:

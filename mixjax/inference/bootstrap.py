@@ -15,7 +15,7 @@ import pandas as pd
 from mixjax.batch import BatchFit
 from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, estimate_many
+from mixjax.estimation.many import KEEP, Engine, check_engine, chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference import intervals
@@ -40,12 +40,14 @@ def bootstrap(
     progress: bool = False,
     weights: Literal["mammen", "rademacher"] = "mammen",
     modes: bool = False,
+    engine: Engine = "auto",
 ) -> Bootstrap:
     """Draw n data sets from a fit, refit each by the same criterion, and collect a statistic of them.
 
     Args:
         fitted: the fit; its rows are needed.
-        key: int or JAX key. Replicate i depends on the key and on i, to the last bit, and not on n or chunk.
+        key: int or JAX key. Replicate i depends on the key and on i, to the last bit, and not on chunk, nor on n but
+            for the engine that it takes.
         n: number of replicates.
         kind: how data sets are drawn.
 
@@ -62,6 +64,8 @@ def bootstrap(
             parameters of the model, standard deviations and correlations of the random effects first, then sigma, then
             the fixed effects.
         chunk: so many data sets are in memory at the same time; None for as many as fit into about 100 MB.
+        engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where n fits pay for it. Engines differ by
+            rounding.
         progress: a bar, where tqdm is installed.
         weights: of the wild bootstrap: Mammen's two points, which keep the skewness, or Rademacher's signs.
         modes: the statistic needs the random effects ``b`` too. With cases, of the levels in the order drawn.
@@ -87,10 +91,11 @@ def bootstrap(
     """
     n = check_count("n", n, 1)
     resample = resampler(fitted, kind, key, weights)
-    compute = _Statistic(fitted, statistic, modes)
+    check_engine(engine)
+    compute = _Statistic(fitted, statistic, modes, engine)
     chunk = chunk_size(resample.numbers) if chunk is None else check_count("chunk", chunk, 1)
     parts = [
-        compute.refitted(resample.products(first, min(chunk, n - first)))
+        compute.refitted(resample.products(first, min(chunk, n - first)), n)
         for first in _bar(range(0, n, chunk), progress)
     ]
     values, singular, result = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -240,8 +245,8 @@ class _Refitted(NamedTuple):
 class _Statistic:
     """What is computed of every refit, and its value and names in the fit itself."""
 
-    def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool):
-        self._reml = fitted.reml
+    def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: Engine):
+        self._reml, self._engine = fitted.reml, engine
         self._keep = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
         self._labels, self._function = fitted.labels, function
         own = Estimates._make(getattr(fitted.estimates, f) if f in self._keep else None for f in Estimates._fields)
@@ -267,9 +272,9 @@ class _Statistic:
     def _many(self) -> Any:
         return jax.jit(jax.vmap(self._flat))
 
-    def refitted(self, stats: CrossProducts) -> _Refitted:
-        """The statistic of the fits of B data sets."""
-        est = estimate_many(stats, self._reml, keep=self._keep)
+    def refitted(self, stats: CrossProducts, n: int) -> _Refitted:
+        """The statistic of the fits of B data sets, of n in all."""
+        est = estimate_many(stats, self._reml, keep=self._keep, engine=chosen_engine(stats, n, self._engine))
         values = self._parameters(est).to_numpy() if self._function is None else self._by_blocks(est)
         values = np.where(est.converged[:, None], values, np.nan)
         return _Refitted(values, est.singular, est.result)

@@ -15,20 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
 from mixjax.design import AnyArray
-from mixjax.estimation.many import batch_axes
+from mixjax.estimation.many import MOST_DENSE_LANES, batch_axes, chosen_engine, in_lanes_at_once, stacked_moments
 from mixjax.inference.held import Chart, Held, Start, charts_of, hold
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.curvature import deviance_at_sigma, profile_lanes
 from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts, Layout, pad
 from mixjax.linalg import ROTATIONS_UP_TO
-from mixjax.machine import LANES, float64, jit
+from mixjax.machine import LANES, Array, float64, jit, lanes_of, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
 
@@ -61,8 +60,8 @@ class Conditional(NamedTuple):
 
 def refusal(stats: CrossProducts) -> str | None:
     """Why a model's deviance cannot be minimised here; None where it can."""
-    if not has_closed_form(stats):
-        return "more than 3 effects a level of the largest factor, or more than 64 effects of the others"
+    if not has_closed_form(stats) and not in_lanes_at_once(stats):
+        return f"more than {MOST_DENSE_LANES} effects beside those of the largest factor"
     if not all(isinstance(s, Unstructured | Diagonal) for s in stats.layout.structures):
         return "a covariance structure other than unstructured or diagonal"
     return None
@@ -101,8 +100,7 @@ class OneDataSet:
         self.stats = padded(stats)
         sigma = np.asarray(sigma, np.float64)[None]
         self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
-        with float64():
-            self._moments = jax.tree.map(np.asarray, _moments(self.stats))
+        self._moments = moments_of(self.stats, alone=False)
 
     def minimise(self, problems: Sequence[tuple[Held, float]]) -> Conditional:
         """The better of the two searches for every parameter and value."""
@@ -113,7 +111,7 @@ class OneDataSet:
             charts.append(charts_of(self.stats, held, np.repeat([problems[n][1] for n in own], 2), start))
             order += own
         chart = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *charts)
-        found = _least(self.stats, self._moments, chart, WIDTH)
+        found = _least(self.stats, self._moments, chart, WIDTH, in_lanes_at_once(self.stats))
         best = 2 * np.arange(len(order)) + found.deviance.reshape(-1, 2).argmin(1)
         return jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
 
@@ -129,12 +127,13 @@ def minimise_many(
     """
     B = len(sigma)
     starts = (estimates_start(theta, sigma, stats.layout.qs), far_start(stats, np.asarray(sigma)))
+    at_once = chosen_engine(stats, B) == "numpy"
     with float64():
-        moments = _moments_of_many(stats)
+        moments = _moments_of_many(stats, at_once)
     found = []
     for start in starts:
         chart = charts_of(stats, held, np.broadcast_to(np.asarray(value, np.float64), B), start)
-        found.append(_least(stats, moments, chart, WIDE))
+        found.append(_least(stats, moments, chart, WIDE, at_once))
     second = found[1].deviance < found[0].deviance
 
     def better(a, b):
@@ -147,24 +146,24 @@ def minimise_many(
 
 
 @jax.jit
-def _moments(stats: CrossProducts) -> Moments:
-    return moments_of(stats)
-
-
-@jax.jit
 def _stacked_moments(stats: CrossProducts) -> Moments:
     return jax.vmap(moments_of, out_axes=-1)(stats)
 
 
-def _moments_of_many(stats: CrossProducts) -> Moments:
+def _moments_of_many(stats: CrossProducts, at_once: bool) -> Moments:
     """Moments of B data sets; those of one design share what does not depend on y."""
+    if np.ndim(stats.XX) == 3 and at_once:
+        return stacked_moments(stats)
     if np.ndim(stats.XX) == 3:
         return jax.tree.map(lambda a: np.asarray(a)[..., 0, :], _stacked_moments(stats))
     axes = batch_axes(stats)
     first = jax.tree.map(lambda a, axis: np.asarray(a)[0] if axis == 0 else a, stats, axes)
-    shared = jax.tree.map(np.asarray, _moments(replace(first, classes=None)))
+    shared = moments_of(replace(first, classes=None), alone=False)
     dense = [_last(stats.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
-    sums: ClassSums | LevelSums = LevelSums(shared.sums.U, _last(stats.factors[shared.layout.chain[0]].Zy))
+    sums: ClassSums | LevelSums = LevelSums(
+        shared.sums.U,  # type: ignore[union-attr]
+        _last(stats.factors[shared.layout.chain[0]].Zy),
+    )
     if stats.classes is not None:
         A, count, UU = (np.asarray(a)[..., None] for a in stats.classes[:3])
         shared = replace(shared, A=A, count=count, pair_UU=UU)
@@ -179,8 +178,10 @@ def _last(a: AnyArray) -> np.ndarray:
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 
-def _least(stats: CrossProducts, moments: Moments, chart: Chart, width: int) -> Conditional:
+def _least(stats: CrossProducts, moments: Moments, chart: Chart, width: int, at_once: bool) -> Conditional:
     """Search every lane, in calls of at most ``width`` lanes."""
+    if at_once:
+        return _conditional(stats, chart, _minimise_at_once(moments, chart, LONG))
     B = chart.start.shape[-1]
     own = sum(a.size // B for a in jax.tree.leaves(moments) if B > 1 and a.shape[-1] == B)
     width = int(max(2, min(width, 2 ** int(np.log2(max(2, MOST_NUMBERS // max(1, own)))))))
@@ -245,15 +246,45 @@ class _Found(NamedTuple):
 def _minimise(moments: Moments, chart: Chart, limit: AnyArray) -> _Found:
     chart = jax.tree.map(jnp.asarray, chart)
     moments = hold(jax.tree.map(jnp.asarray, moments), chart)
-    structures = moments.layout.structures
-    evaluate = partial(_evaluate, moments=moments, chart=chart, structures=structures)
-    length = jnp.sqrt((chart.start**2).sum(0))
-    solution = newton.minimise(evaluate, chart.start, None, limit, 0.5 * jnp.maximum(length, 0.2))
+    evaluate = partial(_evaluate, moments=moments, chart=chart, structures=moments.layout.structures)
+    return _found(newton.minimise(evaluate, chart.start, None, limit, _region(chart)), moments, chart)
+
+
+def _minimise_at_once(moments: Moments, chart: Chart, limit: int) -> _Found:
+    """By NumPy; lanes that are done are dropped where they are many."""
+    B, structures = chart.start.shape[-1], moments.layout.structures
+    with silently():
+        state = newton.begin(chart.start, _region(chart))
+        found = newton.Solution(*(np.array(a) for a in newton.solution_of(state)))
+        at, own = np.arange(B), (hold(moments, chart), chart)
+        while len(at):
+            evaluate = partial(_evaluate, moments=own[0], chart=own[1], structures=structures)
+            state = newton.advance(state, evaluate, None, limit)
+            left = np.flatnonzero(~state.done)
+            if len(left) > 0.75 * len(at):
+                continue
+            for whole, part in zip(found, newton.solution_of(state), strict=True):
+                whole[..., at] = part
+            at = at[left]
+            state = lanes_of(state, left)
+            part = lanes_of((moments, chart), at, B) if B > 1 else (moments, chart)
+            own = hold(*part), part[1]
+        return _found(found, hold(moments, chart), chart)
+
+
+def _region(chart: Chart) -> Array:
+    """The first trust regions ``(B,)``."""
+    xp = namespace(chart.start)
+    return 0.5 * xp.maximum(xp.sqrt((chart.start**2).sum(0)), 0.2)
+
+
+def _found(solution: newton.Solution, moments: Moments, chart: Chart) -> _Found:
+    xp, structures = namespace(chart.start), moments.layout.structures
     factors = _factors(solution.x, chart, structures)
-    lanes = profile_lanes(_coordinates(factors, structures), moments, jnp.bool_(False))
-    given = ~jnp.isnan(chart.log_variance)
-    variance = jnp.exp(jnp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
-    sigma = jnp.sqrt(jnp.where(given, variance, lanes.rss / moments.n))
+    lanes = profile_lanes(_coordinates(factors, structures), moments, False)
+    given = ~xp.isnan(chart.log_variance)
+    variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
+    sigma = xp.sqrt(xp.where(given, variance, lanes.rss / moments.n))
     return _Found(solution.value, solution.result, solution.x, tuple(factors), sigma, lanes.delta)
 
 
@@ -263,58 +294,61 @@ def _factors(z: Array, chart: Chart, structures: tuple[Structure, ...]) -> list[
 
 def _coordinates(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
     """The structures' own coordinates ``(k, B)`` of the covariances with these factors."""
+    xp = namespace(*factors)
     parts = []
     for F, structure in zip(factors, structures, strict=True):
         if isinstance(structure, Diagonal):
-            parts.append(jnp.stack([F[i, i] for i in range(structure.q)]))
+            parts.append(xp.stack([F[i, i] for i in range(structure.q)]))
         else:
             L = linalg.lower_factor(F, cov.rank_tolerance(F.dtype))
             parts.append(cov.theta_of_lambda(L, structure.q))
-    return jnp.concatenate(parts)
+    return xp.concatenate(parts)
 
 
 def _held_variance(factors: list[Array], chart: Chart) -> Array:
     """D_ii of the effect whose sd is held; 1 where it is none."""
+    xp = namespace(*factors)
     d = sum(((F * row[:, None]).sum(0) ** 2).sum(0) for F, row in zip(factors, chart.row, strict=True))
     has_sd = sum((row**2).sum(0) for row in chart.row) > 0
-    return jnp.where(has_sd, d, 1.0)
+    return xp.where(has_sd, d, 1.0)
 
 
 def _evaluate(z: Array, moments: Moments, chart: Chart, structures: tuple[Structure, ...]):
+    xp = namespace(z, chart.start)
     parts = cov.cut(z, structures)
     factors = _factors(z, chart, structures)
-    given = ~jnp.isnan(chart.log_variance)
+    given = ~xp.isnan(chart.log_variance)
     # D_ii and its derivatives by the entries of D.
     d = _held_variance(factors, chart)
-    d_D = jnp.stack([row[a] * row[b] * (1.0 if a == b else 2.0) for row in chart.row for a, b in pairs_of(len(row))])
-    fixed_variance = jnp.exp(jnp.where(given, chart.log_variance, 0.0)) / d
-    at = deviance_at_sigma(factors, moments, lambda profiled: jnp.where(given, fixed_variance, profiled))
+    d_D = xp.stack([row[a] * row[b] * (1.0 if a == b else 2.0) for row in chart.row for a, b in pairs_of(len(row))])
+    fixed_variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / d
+    at = deviance_at_sigma(factors, moments, lambda profiled: xp.where(given, fixed_variance, profiled))
     g, H = at.gradient, at.Hessian
     g_D, g_s, H_DD, H_Ds, H_ss = g[:-1], g[-1], H[:-1, :-1], H[:-1, -1], H[-1, -1]
-    s_D = jnp.where(given, -d_D / d, -H_Ds / H_ss)  # how log sigma^2 moves with D
-    s_DD = jnp.where(given, d_D[:, None] * d_D / d**2, 0.0)
-    gradient = g_D + jnp.where(given, g_s, 0.0) * s_D
+    s_D = xp.where(given, -d_D / d, -H_Ds / H_ss)  # how log sigma^2 moves with D
+    s_DD = xp.where(given, d_D[:, None] * d_D / d**2, 0.0)
+    gradient = g_D + xp.where(given, g_s, 0.0) * s_D
     Hessian = H_DD + H_Ds[:, None] * s_D + s_D[:, None] * H_Ds + H_ss * s_D[:, None] * s_D + g_s * s_DD
     jacobian, curvature, start, k = [], [], 0, z.shape[0]
     column = 0
     for M, F, part in zip(chart.maps, factors, parts, strict=True):
         q, own = len(F), len(part)
-        slopes = jnp.stack(
+        slopes = xp.stack(
             [(M[a] * F[b][:, None] + F[a][:, None] * M[b]).sum(0) for a, b in pairs_of(q)]
         )  # (pairs, k_t, B)
-        jacobian.append(jnp.pad(slopes, ((0, 0), (column, k - column - own), (0, 0))))
+        jacobian.append(xp.pad(slopes, ((0, 0), (column, k - column - own), (0, 0))))
         along = [
             gradient[start + n] * ((M[a][:, :, None] * M[b][:, None] + M[b][:, :, None] * M[a][:, None]).sum(0))
             for n, (a, b) in enumerate(pairs_of(q))
         ]
-        curvature.append(jnp.pad(sum(along), ((column, k - column - own),) * 2 + ((0, 0),)))
+        curvature.append(xp.pad(sum(along), ((column, k - column - own),) * 2 + ((0, 0),)))
         start += q * (q + 1) // 2
         column += own
-    J = jnp.concatenate(jacobian)
+    J = xp.concatenate(jacobian)
     back = linalg.transpose(J)
     g_z = linalg.matmul(back, gradient[:, None])[:, 0]
     H_z = linalg.matmul(back, linalg.matmul(Hessian, J)) + sum(curvature)
     alive = chart.alive
-    H_z = jnp.where(alive[:, None] & alive, H_z, jnp.eye(k, dtype=z.dtype)[..., None])
+    H_z = xp.where(alive[:, None] & alive, H_z, xp.eye(k, dtype=z.dtype)[..., None])
     outside = (chart.positive & (z <= 0)).any(0)
-    return jnp.where(outside, jnp.inf, at.value), jnp.where(alive, g_z, 0.0), H_z
+    return xp.where(outside, xp.inf, at.value), xp.where(alive, g_z, 0.0), H_z

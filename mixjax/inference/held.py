@@ -16,9 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
@@ -27,6 +25,7 @@ from mixjax.design import AnyArray
 from mixjax.estimation.start import LOWEST
 from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import Array, namespace
 
 
 class Held(NamedTuple):
@@ -258,4 +257,4 @@ def _projected(UU: Array, v: Array) -> Array:
 
 def _padded(v: Array, u: int) -> Array:
     """v with zeros in front, for the dense effects: ``(u, ...)``."""
-    return jnp.pad(v, ((u - len(v), 0), *((0, 0),) * (v.ndim - 1)))
+    return namespace(v).pad(v, ((u - len(v), 0), *((0, 0),) * (v.ndim - 1)))

@@ -87,11 +87,12 @@ def acceleration(jackknife: np.ndarray) -> np.ndarray:
     return (d**3).sum(axis=0) / (6 * np.where(squares > 0, squares, 1.0) ** 1.5)
 
 
-def jackknife(fitted: Fitted, refit: Callable[[CrossProducts], tuple[Any, Any, Any]]) -> np.ndarray:
+def jackknife(fitted: Fitted, refit: Callable[[CrossProducts, int], tuple[Any, Any, Any]]) -> np.ndarray:
     """A statistic without each level of the outermost grouping factor, one level after the other: ``(levels, k)``.
 
     Args:
-        refit: products of B data sets -> values ``(B, k)``, anything, and codes of ``mixjax.Result`` ``(B,)``.
+        refit: products of B data sets, of so many in all -> values ``(B, k)``, anything, and codes of ``mixjax.Result``
+            ``(B,)``.
 
     Raises:
         ValueError: factors are crossed; there are fewer than three levels; the model cannot be fitted without some
@@ -106,7 +107,7 @@ def jackknife(fitted: Fitted, refit: Callable[[CrossProducts], tuple[Any, Any, A
     for first in range(0, M, chunk):
         left_out = np.arange(first, min(M, first + chunk))[:, None]
         others = np.arange(M - 1)[None]
-        part, _, result = refit(clusters.gather(others + (others >= left_out)))
+        part, _, result = refit(clusters.gather(others + (others >= left_out)), M)
         values.append(part)
         codes.append(result)
     lost = [i for i, code in enumerate(np.concatenate(codes)) if not Result(code).is_solution]

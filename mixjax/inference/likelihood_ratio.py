@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mixjax.estimation.many import estimate_many
+from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.formula.errors import warn
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of
@@ -341,9 +341,9 @@ def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.n
     found = []
     for first in range(0, n, size):
         Y = simulate_responses(small.rows, est.beta, est.sigma, est.Sigma, key, min(size, n - first), first)
-        a, b = (
-            estimate_many(cross_products(fit.rows, Y), reml, keep=("criterion", "converged")) for fit in (small, large)
-        )
+        both = [cross_products(fit.rows, Y) for fit in (small, large)]
+        keep = ("criterion", "converged")
+        a, b = (estimate_many(own, reml, keep=keep, engine=chosen_engine(own, n)) for own in both)
         difference = a.criterion - b.criterion - constant
         found.append(np.maximum(difference, 0.0)[a.converged & b.converged])
     draws = np.concatenate(found)

@@ -81,24 +81,27 @@ def profile_of(lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
     return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
 
 
-def profile_and_modes(x: Array, moments: AnyMoments, reml: Array | bool) -> tuple[Lanes, dict[int, Array]]:
-    """The profiled likelihood of one lane, and the predicted effects at its fixed effects: per factor ``(q, m)``,
-    in the bases of the products.
+def profile_and_modes(
+    x: Array, moments: AnyMoments, reml: Array | bool, levels: Moments | None = None
+) -> tuple[Lanes, dict[int, Array]]:
+    """The profiled likelihood, and the predicted effects at its fixed effects: per factor ``(q, m, B)``, in the bases
+    of the products. Beside moments by class, ``levels`` are the same of every level.
 
     Those of the dense factors solve the mixed-model equations; a level of the first factor has ``K_i Z_i'(y - U u - X
-    beta)`` (Bates et al. 2015, J. Stat. Softw. 67(1), section 3.1). One lane.
+    beta)`` (Bates et al. 2015, J. Stat. Softw. 67(1), section 3.1).
     """
     lambdas = _lambdas(x, moments)
     f1 = moments.layout.chain[0]
     first = eliminate_first(lambdas[f1], moments)
     UU, Uy, yy = moments.contract(weights_of(first))
     rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
-    left, q = moments.rows_times(rest.c), len(lambdas[f1])
-    K_left = [sum_of(first.K[a, b] * left[b] for b in range(q)) for a in range(q)]
-    modes = {f1: namespace(x).stack(K_left)[..., 0]}
+    if levels is not None:
+        first = eliminate_first(lambdas[f1], levels)
+    left, q = (levels or moments).rows_times(rest.c), len(lambdas[f1])
+    modes = {f1: namespace(x).stack([sum_of(first.K[a, b] * left[b] for b in range(q)) for a in range(q)])}
     start = 0
     for f, q, m in moments.dense:
-        modes[f] = -rest.c[start : start + q * m, 0].reshape(q, m)
+        modes[f] = -rest.c[start : start + q * m].reshape(q, m, -1)
         start += q * m
     return rest.lanes, modes
 

@@ -59,7 +59,7 @@ def eliminate_first(Lambda: list[list[Array | None]], moments: AnyMoments) -> Fi
         inverse = 1.0 / pivot
         K, F, N = (_alone(part) for part in (D * inverse, inverse, A[0, 0] * inverse))
         return First(K, F, N, namespace(pivot).log(pivot))
-    if namespace(A) is np:
+    if namespace(A, *Lambda[0], Lambda[-1][-1]) is np:
         L = stack_of(Lambda)[:, :, None]
         Lt = linalg.transpose(L)
     else:

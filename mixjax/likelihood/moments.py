@@ -19,7 +19,7 @@ from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.statistics import CrossProducts, Layout
-from mixjax.linalg import ROTATIONS_UP_TO
+from mixjax.linalg import ROTATIONS_UP_TO, over_first
 from mixjax.machine import namespace
 
 
@@ -134,7 +134,9 @@ class Moments:
             V = self.sums.V[..., 0]
             return np.moveaxis(V @ np.append(c[:, 0], 1.0), 0, 1)[..., None]
         U, z = self.sums
-        return z + (U * c[:, None]).sum(1)
+        if U.shape[-1] > 1:
+            return z + (U * c[:, None]).sum(1)
+        return z + over_rows(U, c)
 
     def pull_back(self, UU, Uy, yy) -> Any:
         """``Q_i = [U_i z_i] Psi [U_i z_i]'`` summed over the levels of every class, for a symmetric Psi.
@@ -152,7 +154,8 @@ class Moments:
         twice = xp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
         upper = UU[rows.astype(np.int32), columns.astype(np.int32)] * twice[:, None]
         if self.pair_UU.shape[-1] == 1:
-            Q = list(xp.tensordot(self.pair_UU[..., 0], upper, 1))
+            shared = self.pair_UU[..., 0]
+            Q = list(over_first(shared.reshape(-1, shared.shape[2]).T, upper).reshape(*shared.shape[:2], -1))
         else:
             Q = [(S * upper).sum(1) for S in self.pair_UU]
         if isinstance(self.sums, ClassSums):
@@ -160,7 +163,7 @@ class Moments:
             return _as_array([x + 2.0 * (S * Uy).sum(1) + yy * s for x, S, s in pairs])
         U, z = self.sums
         shared = U.shape[-1] == 1
-        w = xp.tensordot(xp.swapaxes(U[..., 0], 1, 2), Uy, 1) if shared else (U * Uy[:, None]).sum(1)
+        w = over_rows(U, Uy) if shared else (U * Uy[:, None]).sum(1)
         w = w + (0.5 * yy) * z
         return _as_array(
             [
@@ -193,6 +196,12 @@ def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarra
     return np.stack([Q[:, a, b] * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])[..., None]
 
 
+def over_rows(U: Any, c: Any) -> Any:
+    """``U_i c``: ``(q, u, C, 1), (u, B) -> (q, C, B)``."""
+    q, u, C, _ = U.shape
+    return over_first(U[..., 0].swapaxes(0, 1).reshape(u, q * C), c).reshape(q, C, -1)
+
+
 def _as_array(Q: list) -> Any:
     """Of NumPy's arrays one; XLA has them one by one."""
     return np.stack(Q) if namespace(*Q) is np else Q
@@ -201,6 +210,8 @@ def _as_array(Q: list) -> Any:
 def _sum_over_classes(S, w):
     """``(pairs, C, t), (pairs, C, j, B) -> (t, j, B)``."""
     xp = namespace(S, w)
+    if namespace(S, w) is np:
+        return over_first(S.reshape(-1, S.shape[2]), w.reshape(-1, *w.shape[2:]))
     if w.shape[-1] > FEW_LANES:
         return xp.tensordot(S, w, ((0, 1), (0, 1)))
     return xp.moveaxis(xp.tensordot(w, S, ((0, 1), (0, 1))), -1, 0)
@@ -247,8 +258,10 @@ def is_small(stats: CrossProducts) -> bool:
     return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + stats.XX.shape[-1]) <= MOST_NUMBERS
 
 
-def moments_of(stats: CrossProducts) -> Moments:
+def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
     """Moments of one fit, with a last axis of 1; every level a class. Factors nested in the first's parents are dense.
+
+    ``alone``: no other fits share them, so that NumPy has :class:`RowSums`.
 
     Inside ``vmap`` over fits with ``out_axes=-1`` drop that axis.
     """
@@ -259,7 +272,7 @@ def moments_of(stats: CrossProducts) -> Moments:
     blocks = arrange(replace(stats, layout=layout))
     A, B = blocks.A[first[0]], blocks.B[first[0]]
     U, z = B[:, :-1], B[:, -1]
-    rows = xp is np
+    rows = alone and xp is np
     moments = Moments(
         A=A,
         count=xp.ones(A.shape[2], A.dtype),

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from mixjax.design import Design
-from mixjax.estimation.many import estimate_many
+from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size
@@ -63,7 +63,8 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     parts, failed = [], 0
     for first in range(0, n, step):
         drawn = draw_responses(respond, nobs + m, nobs + m + q_total, key, min(step, n - first), first)
-        fits = estimate_many(cross_products(design, np.ascontiguousarray(drawn[:, :nobs])), fitted.reml, keep=KEEP)
+        stats = cross_products(design, np.ascontiguousarray(drawn[:, :nobs]))
+        fits = estimate_many(stats, fitted.reml, keep=KEEP, engine=chosen_engine(stats, n))
         good = np.isin(fits.result, [code for code in Result if code.is_solution])
         failed += int((~good).sum())
         predicted = targets.mean(fits.beta[good], tuple(b[good] for b in fits.b))

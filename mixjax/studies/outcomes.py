@@ -19,7 +19,7 @@ from scipy import stats
 from mixjax.batch import BatchFit
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, batch_axes, estimate_many
+from mixjax.estimation.many import KEEP, Engine, batch_axes, chosen_engine, estimate_many
 from mixjax.fitted import Fitted, term_names
 from mixjax.formula.errors import some_of
 from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
@@ -75,6 +75,7 @@ class Task:
         key: of the cell. reml: criterion of the fits; likelihood ratios are always by ML.
         ddf: test of the fixed effects. null: their values under the hypothesis, 0 where not named.
         statistic: JAX function of one :class:`~mixjax.Estimates` -> number, array or dict of those; or None.
+        engine: of the fits, as for :func:`mixjax.estimate_many`. fits: number of replicates that ``"auto"`` goes by.
     """
 
     source: Any
@@ -85,6 +86,8 @@ class Task:
     ddf: str = "satterthwaite"
     null: Mapping[str, float] = field(default_factory=dict)
     statistic: Callable[[Estimates], Any] | None = None
+    engine: Engine = "auto"
+    fits: int = 0
 
 
 class _Model(NamedTuple):
@@ -127,7 +130,8 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
                 _, products, est = fits[name]
                 ml = est
                 if task.reml:
-                    ml = estimate_many(products, False, mesh=mesh, keep=("criterion", "converged"))
+                    keep = ("criterion", "converged")
+                    ml = estimate_many(products, False, mesh=mesh, keep=keep, engine=_engine(task, products, mesh))
                 deviances[name] = np.where(ml.converged, ml.criterion, np.nan)
         statistic = deviances[smaller] - deviances[larger]
         pair = f"{larger}|{smaller}"
@@ -155,7 +159,8 @@ def _fitted(
         products = cross_products(model.designs[0], Y)
     else:
         products = stack([cross_products(replace(d, y=y)) for d, y in zip(model.designs, Y, strict=True)])
-    est = estimate_many(products, task.reml, mesh=mesh, keep=(*KEEP, "Sigma"))
+    engine = _engine(task, products, mesh)
+    est = estimate_many(products, task.reml, mesh=mesh, keep=(*KEEP, "Sigma"), engine=engine)
     batch = BatchFit(est, labels.fixed, tuple(zip(term_names(labels), labels.terms, strict=True)))
     lost = ~est.converged
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
@@ -175,6 +180,10 @@ def _fitted(
             raise ValueError(f"the statistic's {some_of(twice)} is also the name of an estimate: give it another name")
         columns |= {name: np.where(lost, np.nan, values) for name, values in own.items()}
     return columns, products, est
+
+
+def _engine(task: Task, products: CrossProducts, mesh: Any) -> Engine:
+    return chosen_engine(products, task.fits or len(products.yy), task.engine, mesh)
 
 
 def _errors(task: Task, est: Estimates, products: CrossProducts) -> tuple[np.ndarray, np.ndarray]:

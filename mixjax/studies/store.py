@@ -24,7 +24,7 @@ from mixjax.formula.errors import warn
 
 MANIFEST = "manifest.json"
 # Of the files and the manifest; another one is not read.
-FORMAT = 2
+FORMAT = 3
 _FILE = re.compile(r"cell-(\d+)-replicates-(\d+)-(\d+)-([0-9a-f]{32})\.parquet")
 # What a damaged chunk is renamed to, so that nothing reads it again.
 DAMAGED = ".damaged"
@@ -53,7 +53,11 @@ class Store:
 
     Args:
         path: the directory; made if it is not there.
-        manifest: what determines the numbers, as plain JSON. ``versions`` in it may differ from those on disk.
+        manifest: what determines the numbers, as plain JSON. ``versions`` and ``began_with`` in it may differ from
+            those on disk.
+
+    Attributes:
+        began_with: the number of replicates that the study was asked for first.
 
     Raises:
         StoreError: the directory belongs to another study; the message has the difference.
@@ -64,6 +68,7 @@ class Store:
         self.path = Path(path)
         self.notes: list[str] = []
         manifest = {**manifest, "format": FORMAT}
+        self.began_with: int = manifest.get("began_with", 0)
         self._study = hashlib.sha256(_plain(_numbers(manifest)).encode()).digest()
         try:
             if self.path.exists() and not self.path.is_dir():
@@ -103,11 +108,13 @@ class Store:
             )
         if form != FORMAT and "cells" in found:
             raise StoreError(
-                f"{there} has format {form!r}, of an older version of mixjax whose chunks have no checksums, and this "
-                f"one reads {FORMAT}: use another directory"
+                f"{there} has format {form!r}, of an older version of mixjax, and this one reads {FORMAT}: use "
+                "another directory"
             )
         if lacking := sorted(manifest.keys() - found.keys()):
             raise StoreError(f"{there} is no manifest of a study, because it lacks {', '.join(lacking)}: {cure}")
+        if isinstance(found.get("began_with"), int):
+            self.began_with = found["began_with"]
         old, new = (_plain(_numbers(m)) for m in (found, manifest))
         versions = [m.get("versions") for m in (found, manifest)]
         if old != new:
@@ -273,7 +280,7 @@ def missing(done: list[tuple[int, int]], replicates: int, chunk: int, block: int
 
 def _numbers(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the numbers but for rounding."""
-    return {name: value for name, value in manifest.items() if name != "versions"}
+    return {name: value for name, value in manifest.items() if name not in ("versions", "began_with")}
 
 
 def _not_written(place: Path, error: OSError) -> StoreError:

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Labels
+from mixjax.estimation.many import Engine, check_engine
 from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
@@ -168,6 +169,7 @@ def study(
     mesh: Any = None,
     chunk: int | None = None,
     progress: bool = True,
+    engine: Engine = "auto",
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
 
@@ -197,6 +199,8 @@ def study(
         mesh: devices to spread the fits of a chunk over, as for :func:`mixjax.estimate_many`; without an executor.
         chunk: replicates of one piece of work, a multiple of 1024. Results do not depend on it.
         progress: a bar, where tqdm is installed.
+        engine: ``"numpy"`` or ``"jax"``, as for :func:`mixjax.estimate_many`; ``"auto"`` goes by the sizes of the model
+            and the number of replicates. A store goes on by what it began with.
 
     Returns:
         :class:`Study`.
@@ -221,7 +225,8 @@ def study(
     """
     replicates = check_count("replicates", replicates, 1)
     check_ddf(ddf)
-    cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common)
+    check_engine(engine)
+    cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common, engine)
     if mesh is not None and executor is not None:
         raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")
     if store is None:
@@ -242,9 +247,12 @@ def study(
     manifest = {
         "cells": [{"values": describe(own), "task": task} for own, task in zip(values_of, tasks, strict=True)],
         "block": BLOCK,
+        "began_with": replicates,
         "versions": {"jax": jax.__version__, "numpy": np.__version__, "machine": platform.machine(), "python": python},
     }
     kept = Store(store, manifest) if store is not None else None
+    fits = replicates if kept is None else kept.began_with
+    cells = [(replace(cell, task=replace(cell.task, fits=fits)), known) for cell, known in cells]
     memory: list[dict[int, dict[str, np.ndarray]]] = [{} for _ in cells]
     done = kept.done() if kept is not None else {}
     work = [
@@ -317,6 +325,7 @@ def _cells(
     compared: Sequence[tuple[str, str]],
     statistic: Callable[..., Any] | None,
     common: bool,
+    engine: Engine = "auto",
 ) -> list[tuple[Cell, dict[str, float]]]:
     models = {"": models} if isinstance(models, str) else dict(models)
     if not models:
@@ -336,7 +345,7 @@ def _cells(
             code = np.uint32(zlib.crc32(json.dumps(describe(values), sort_keys=True).encode()))
             cell_key = np.asarray(jax.random.key_data(root if common else jax.random.fold_in(root, code)))
             pairs = tuple((smaller, larger) for smaller, larger in compared)
-            task = Task(own, models, cell_key, pairs, reml, ddf, dict(null or {}), statistic)
+            task = Task(own, models, cell_key, pairs, reml, ddf, dict(null or {}), statistic, engine)
             known = truth(**values) if callable(truth) else own.truth if truth is None else truth
             cells.append((Cell(values, task), {str(name): float(value) for name, value in known.items()}))
     return cells
