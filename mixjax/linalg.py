@@ -36,8 +36,6 @@ WRITTEN_OUT_LANES = 12
 WRITTEN_OUT = 128
 # NumPy's stacks of matrices up to this size are worked on entry by entry, larger ones matrix by matrix.
 STACKED_UP_TO = 6
-# From this size on LAPACK's threads are worth being woken for one matrix.
-BLAS_THREADS = 150
 
 
 def transpose(A: Array) -> Array:
@@ -126,7 +124,7 @@ def trace_of_product(A: Array, B: Array) -> Array:
 def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = M.shape[0]
     if math.prod(M.shape[2:]) == 1 and n > 1:
-        inverse, logdet = (_of_a_large_one if n >= BLAS_THREADS else _of_one)(M.reshape(n, n))
+        inverse, logdet = _by_lapack(M.reshape(n, n))
         return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
     if n <= STACKED_UP_TO:
         return _written_out(M)
@@ -135,26 +133,18 @@ def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = M.reshape(n, n, -1)
     inverse, logdet = np.empty_like(flat), np.empty(flat.shape[2:], M.dtype)
     for i in range(flat.shape[2]):
-        inverse[:, :, i], logdet[i] = _of_a_large_one(flat[:, :, i])
+        inverse[:, :, i], logdet[i] = _by_lapack(flat[:, :, i])
     return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
 
 
-def _of_one(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        diagonal = np.linalg.cholesky(M).diagonal()
-        inverse = np.linalg.inv(M)
-    except np.linalg.LinAlgError:
-        return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
-    return 0.5 * (inverse + inverse.T), 2.0 * np.log(diagonal).sum()
-
-
-def _of_a_large_one(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     factorise, invert = _lapack(M.dtype.char)
     factor, failed = factorise(M, lower=True)
     if failed or not np.isfinite(factor[-1, -1]):
         return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
-    half = np.tril(invert(factor, lower=True)[0])
-    return half + np.tril(half, -1).T, 2.0 * np.log(factor.diagonal()).sum()
+    # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
+    half = invert(factor, lower=True)[0]
+    return half.T @ half, 2.0 * np.log(factor.diagonal()).sum()
 
 
 def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +166,7 @@ def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _lapack(char: str) -> tuple[Any, Any]:
-    return scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.dtype(char))
+    return scipy.linalg.get_lapack_funcs(("potrf", "trtri"), dtype=np.dtype(char))
 
 
 def _written_out(M: Array) -> tuple[Array, Array]:
