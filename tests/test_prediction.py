@@ -21,10 +21,10 @@ from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError, DataWarning
 from mixjax.inference.contrasts import fitted_information
 from mixjax.likelihood.criterion import in_bases
+from mixjax.likelihood.equations import Equations
 from mixjax.prediction import blocks, bootstrap
 from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
-from mixjax.prediction.henderson import Henderson
 from mixjax.prediction.predict import predict
 from mixjax.prediction.second_order import _covariances, second_order
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
@@ -516,8 +516,8 @@ def test_three_ways_to_hendersons_variance(name, singular):
     targets = random_targets(design, 2)
     expected = dense_prediction(design, targets, [L @ L.T for L in lambdas], sigma)[0]
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
-    close(sigma**2 * Henderson(stats, factors).variance(rows), expected, 1e-10)
-    close(sigma**2 * Henderson(stats, factors, most_dense=0).variance(rows), expected, 1e-10)
+    close(sigma**2 * Equations(stats, factors).variance(rows), expected, 1e-10)
+    close(sigma**2 * Equations(stats, factors, most_dense=0).variance(rows), expected, 1e-10)
     close(sigma**2 * Blocks(stats, rows).variance(factors), expected, 1e-10)
 
 
@@ -628,7 +628,7 @@ def test_levels_of_separate_blocks_in_one_target():
     targets = Targets(np.ones((1, 2)), np.zeros(1), (np.ones((1, 1)), np.ones((1, 2))), level, np.zeros(1))
     expected = dense_prediction(design, targets, [L @ L.T for L in lambdas], 1.0)[0]
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
-    close(Henderson(stats, factors).variance(rows), expected, 1e-10)
+    close(Equations(stats, factors).variance(rows), expected, 1e-10)
     close(Blocks(stats, rows).variance(factors), expected, 1e-10)
 
 
