@@ -1,5 +1,5 @@
-"""The mixed-model equations of one fit: against dense textbook formulas and against automatic differentiation; and what a
-fit says compiles nothing."""
+"""The mixed-model equations of one fit: against dense textbook formulas and against automatic differentiation; and
+what a fit says compiles nothing."""
 
 import jax
 import jax.numpy as jnp

@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
 
+from mixjax import linalg
 from mixjax.likelihood.statistics import CrossProducts, Layout, PairProducts
 
 # Effects beside the first factor's up to which their matrix is inverted; more are factorised.
@@ -182,10 +182,8 @@ class Equations:
             half = self._each(factors, left, transpose=True)
             matrix = self._each(factors, half.T, transpose=True)
             matrix[np.diag_indices(self._r)] += 1.0
-            triangle = scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
-            half = self._each(factors, np.eye(self._r), transpose=True)
-            half = scipy.linalg.solve_triangular(triangle, half, lower=True, check_finite=False)
-            self._dense = half.T @ half
+            half = self._each(factors, linalg.inverse_logdet(matrix)[0])
+            self._dense = self._each(factors, half.T)
             return
         blocks = [sp.kron(sp.eye_array(self._levels[f]), F) for f, F in zip(self._others, factors, strict=True)]
         self._F = sp.csr_array(sp.block_diag(blocks))
@@ -196,7 +194,7 @@ class Equations:
             options={"SymmetricMode": True},
         )
 
-    def _each(self, factors: list[np.ndarray], rows: np.ndarray, transpose: bool) -> np.ndarray:
+    def _each(self, factors: list[np.ndarray], rows: np.ndarray, transpose: bool = False) -> np.ndarray:
         """``F rows``, or ``F'rows``, for all effects of the others: ``(r, k)``."""
         parts = []
         for f, F in zip(self._others, factors, strict=True):
