@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
@@ -18,6 +18,7 @@ from mixjax.likelihood.elimination import arrange
 from mixjax.likelihood.incidence import Incidence
 from mixjax.likelihood.moments import has_closed_form, moments_of
 from mixjax.likelihood.statistics import CrossProducts, Layout
+from mixjax.machine import Array, namespace, set_at
 from mixjax.optimise.newton import Evaluate, by_differentiation
 
 
@@ -62,36 +63,39 @@ def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]
     At a singular fit the standard deviations that are zero, and in an unstructured covariance all of their columns, are
     not.
     """
-    return coordinates_in(jnp.asarray(theta, stats.XX.dtype), stats.layout, [basis.R for basis in stats.Z_bases])
+    bases = [basis.R for basis in stats.Z_bases]
+    theta = namespace(theta, *bases).asarray(theta, stats.XX.dtype)
+    return coordinates_in(theta, stats.layout, bases)
 
 
 def coordinates_in(theta: Array, layout: Layout, bases: Sequence[AnyArray]) -> tuple[Array, Array]:
     """The same from the structure of the model and each Z's ``R (q, q)``."""
+    xp = namespace(theta, *bases)
     parts, free = [], []
     lambdas = cov.lambdas_of_theta(theta, layout.qs)
     for structure, Lambda, R in zip(layout.structures, lambdas, bases, strict=True):
-        F = jnp.asarray(R) @ Lambda
-        x = structure.near(F)
-        at = jnp.asarray(structure.deviations)
-        sds = jnp.abs(x[at])
-        x = x.at[at].set(jnp.where(sds <= rank_tolerance(x.dtype) * jnp.abs(x).max(), 0.0, x[at]))
-        x, own = structure.reduced(x[:, None], jnp.full(1, -1))
+        x = structure.near(xp.asarray(R) @ Lambda)
+        at = np.array(structure.deviations, np.int32)
+        sds = abs(x[at])
+        x = set_at(x, at, xp.where(sds <= rank_tolerance(x.dtype) * abs(x).max(), 0.0, x[at]))
+        x, own = structure.reduced(x[:, None], xp.full(1, -1))
         parts.append(x[:, 0])
         free.append(own[:, 0])
-    return jnp.concatenate(parts), jnp.concatenate(free)
+    return xp.concatenate(parts), xp.concatenate(free)
 
 
 def solve_where(free: Array, H: Array, rhs: Array) -> Array:
     """``H^{-1} rhs`` among the free coordinates, zero in the others: ``H (k, k)``, ``rhs (k, r)``."""
     among = free[:, None] & free[None]
-    inverse = linalg.inverse_small(jnp.where(among, H, jnp.eye(H.shape[0], dtype=H.dtype)))
+    inverse = linalg.inverse_small(namespace(H, free).where(among, H, linalg.eye(H.shape[0], H)))
     return (inverse @ (rhs * free[:, None])) * free[:, None]
 
 
 def is_regular(free: Array, H: Array) -> Array:
     """Whether the Hessian is positive definite among the free coordinates."""
-    among = free[:, None] & free[None]
-    scaled = jnp.where(among, H, jnp.eye(H.shape[0], dtype=H.dtype))
-    d = jnp.sqrt(jnp.abs(jnp.diagonal(scaled)))
-    least = jnp.sqrt(jnp.finfo(H.dtype).eps) * jnp.eye(H.shape[0], dtype=H.dtype)
-    return linalg.is_positive((scaled / jnp.outer(d, d) - least)[..., None])[0]
+    xp = namespace(H, free)
+    one = linalg.eye(H.shape[0], H)
+    scaled = xp.where(free[:, None] & free[None], H, one)
+    d = xp.sqrt(abs(xp.diagonal(scaled)))
+    least = float(np.sqrt(np.finfo(H.dtype).eps)) * one
+    return linalg.is_positive((scaled / xp.outer(d, d) - least)[..., None])[0]

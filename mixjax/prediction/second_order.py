@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import float64
 from mixjax.prediction.blocks import Blocks
 from mixjax.prediction.targets import Targets, effect_rows
 
@@ -80,9 +78,8 @@ def _covariances(x: np.ndarray, stats: CrossProducts):
     for place, basis in zip(layout.terms, stats.Z_bases, strict=True):
         structure, q, R_inv = place.structure, place.q, np.asarray(basis.R_inv)
         own = slice(place.start, place.start + q)
-        with float64():
-            lanes = jnp.asarray(np.reshape(x, (-1, k)).T[start : start + structure.k])
-            F, jacobian = np.asarray(structure.factor(lanes)), np.asarray(structure.jacobian(lanes))
+        lanes = np.reshape(x, (-1, k)).T[start : start + structure.k]
+        F, jacobian = structure.factor(lanes), structure.jacobian(lanes)
         F = np.moveaxis(F, -1, 0).reshape(*leading, q, q)
         moved = np.zeros((*leading, k, q, q))
         for pair, (a, b) in enumerate(cov.pairs_of(q)):
