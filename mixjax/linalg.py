@@ -100,6 +100,12 @@ def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if M.ndim == 2:
         return _by_lapack(M)
     flat = M.reshape(*M.shape[:2], -1)
+    try:
+        half = np.linalg.inv(np.linalg.cholesky(_matrices(flat)))
+        inverse, logdet = half.swapaxes(1, 2) @ half, -2.0 * np.log(np.einsum("bii->bi", half)).sum(1)
+        return _of_matrices(inverse).reshape(M.shape), logdet.reshape(M.shape[2:])
+    except np.linalg.LinAlgError:  # at least one of them is not positive definite
+        pass
     pairs = [_by_lapack(flat[:, :, i]) for i in range(flat.shape[2])]
     inverse, logdet = np.empty_like(flat), np.empty(flat.shape[2:], M.dtype)
     for i, (one, value) in enumerate(pairs):
