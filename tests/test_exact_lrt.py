@@ -71,12 +71,7 @@ def supremum(mu, squares, xi, total):
 
 def suprema(of, squares, left_out):
     """The package's, of given chi-square variables ``(J, B)``."""
-    mu, _ = spectral._padded(of.mu, of.df)
-    xi, xi_df = spectral._padded(of.xi, of.xi_df)
-    rows = np.zeros((len(mu), squares.shape[1]))
-    rows[: len(squares)] = squares
-    with jax.enable_x64(True):
-        return np.asarray(spectral._suprema(rows, left_out, mu, xi, xi_df, of.total, spectral._log_grid(of.mu)))
+    return spectral._suprema(squares, left_out, of.mu, of.xi, of.xi_df, of.total, spectral._log_grid(of.mu))
 
 
 # --- oracle ----------------------------------------------------------------------------------------------------------

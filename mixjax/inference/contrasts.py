@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import scipy.special
 import scipy.stats
-from jax import Array
 from jax.scipy.special import betainc, erfc
 
 from mixjax.design import AnyArray
@@ -31,9 +30,11 @@ from mixjax.inference import kenward_roger as kr
 from mixjax.inference.information import information, information_of
 from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.likelihood.criterion import check_products
+from mixjax.likelihood.curvature import profile_lanes
 from mixjax.likelihood.incidence import incidence
+from mixjax.likelihood.moments import is_small, moments_of
 from mixjax.likelihood.statistics import CrossProducts, pad
-from mixjax.machine import float64, is_concrete, jit
+from mixjax.machine import Array, float64, is_concrete, jit, namespace, silently
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 
@@ -128,37 +129,48 @@ def kenward_roger(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast
     return _of_one_or_many(_kenward_roger, est, stats, L)
 
 
-def _wald(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+def _wald(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool) -> Contrast:
     x, _ = coordinates_of(theta, stats)
-    half = jnp.asarray(stats.X_basis.R_inv)
-    vcov = sigma**2 * half @ profiled_of(stats, reml)(x).XX_inverse @ half.T
-    return _contrast(L, beta, vcov, jnp.full(L.shape[0], jnp.inf, vcov.dtype))
+    if namespace(theta, stats.XX, stats.yy) is np:
+        inverse = profile_lanes(x[:, None], moments_of(stats), reml).XX_inverse[..., 0]
+    else:
+        inverse = profiled_of(stats, reml)(x).XX_inverse
+    half = namespace(inverse).asarray(stats.X_basis.R_inv)
+    vcov = sigma**2 * half @ inverse @ half.T
+    return _contrast(L, beta, vcov, namespace(vcov).full(L.shape[0], np.inf, vcov.dtype))
 
 
-def _satterthwaite(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+def _satterthwaite(
+    theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool
+) -> Contrast:
     info = information(theta, sigma, stats, reml)
     return _contrast(L, beta, info.vcov, satterthwaite_df(L, info))
 
 
-def _kenward_roger(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array) -> Contrast:
+def _kenward_roger(
+    theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool
+) -> Contrast:
     if not L.shape[1]:
         return _wald(theta, beta, sigma, stats, L, reml)
     fit = kr.adjust(theta, sigma, stats)
-    df = jax.vmap(lambda row: kr.f_scaling(row[None], fit)[0])(L)
-    return _contrast(L, beta, fit.adjusted, df)
+    return _contrast(L, beta, fit.adjusted, kr.df_of_rows(L, fit))
 
 
 def satterthwaite_df(L: Array, info: Any) -> Array:
     """Degrees of freedom of every row of ``L (r, p)``; see :func:`satterthwaite`."""
-    variance = jnp.einsum("rp,pq,rq->r", L, info.vcov, L)
-    gradient = jnp.einsum("rp,kpq,rq->rk", L, info.slopes, L)
-    df = 2.0 * variance**2 / jnp.einsum("rk,kl,rl->r", gradient, info.covariance, gradient)
-    return jnp.where(info.regular, df, jnp.nan)
+    xp = namespace(L, *info)
+    variance = xp.einsum("rp,pq,rq->r", L, info.vcov, L)
+    gradient = xp.einsum("rp,kpq,rq->rk", L, info.slopes, L)
+    df = 2.0 * variance**2 / xp.einsum("rk,kl,rl->r", gradient, info.covariance, gradient)
+    return xp.where(info.regular, df, xp.nan)
 
 
 def _contrast(L: Array, beta: Array, vcov: Array, df: Array) -> Contrast:
+    xp = namespace(L, vcov)
     estimate = L @ beta
-    se = jnp.sqrt(jnp.einsum("rp,pq,rq->r", L, vcov, L))
+    se = xp.sqrt(xp.einsum("rp,pq,rq->r", L, vcov, L))
+    if xp is np:
+        return contrast_of(estimate, se, df)
     t = estimate / se
     finite = jnp.where(jnp.isfinite(df), df, 1.0)
     p = jnp.where(jnp.isinf(df), erfc(jnp.abs(t) / math.sqrt(2.0)), betainc(finite / 2, 0.5, finite / (finite + t * t)))
@@ -174,10 +186,8 @@ def contrast_of(estimate: np.ndarray, se: np.ndarray, df: np.ndarray) -> Contras
 
 def two_sided(t: np.ndarray, df: np.ndarray) -> np.ndarray:
     """p values of t statistics; of normal ones where df is infinite."""
-    normal = np.isinf(df)
-    if normal.all():
-        return 2.0 * scipy.stats.norm.sf(np.abs(t))
-    return 2.0 * np.where(normal, scipy.stats.norm.sf(np.abs(t)), scipy.special.stdtr(df, -np.abs(t)))
+    size = -np.abs(t)
+    return 2.0 * np.where(np.isinf(df), scipy.special.ndtr(size), scipy.special.stdtr(df, size))
 
 
 def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True) -> Contrast:
@@ -193,6 +203,9 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
         each = np.atleast_2d(np.asarray(L, np.float64))
         with float64():
             return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
+    if not many and double and namespace(*jax.tree.leaves((est, stats))) is np and is_small(stats):
+        with silently():
+            return fun(est.theta, est.beta, est.sigma, stats, np.atleast_2d(np.asarray(L, np.float64)), bool(reml))
     stats = replace(stats, classes=None)
     axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
     with float64(double or jax.config.read("jax_enable_x64")):
@@ -261,20 +274,29 @@ def t_tests(
     return pd.DataFrame(columns, index=None if names is None else pd.Index(list(names)))
 
 
-def f_test(fitted: Fitted, L: AnyArray, ddf: str = "satterthwaite", rhs: AnyArray = 0.0) -> FTest:
+def f_test(
+    fitted: Fitted,
+    L: AnyArray,
+    ddf: str = "satterthwaite",
+    rhs: AnyArray = 0.0,
+    method: FixedEffects | None = None,
+) -> FTest:
     """Joint test that ``L beta = rhs``; rows may depend on each other.
 
     Satterthwaite: the rows are rotated to be uncorrelated, and the denominator's df chosen so that the F distribution
     has the mean of the statistic (Fai & Cornelius 1996). These df, and only they, depend on how the hypothesis is
     written: on L itself, as in SAS and lmerTest, not on its row space alone. Kenward-Roger: with the scaled statistic.
     Wald: chi-square divided by its df, with infinite denominator df. Of no rows, NaN with ``num_df`` 0.
+
+    Args:
+        method: what ``FixedEffects.of(fitted, ddf)`` gave, where several tests share it.
     """
     L = _checked(fitted, L)
     if not len(L):
         return FTest(math.nan, 0.0, math.nan, math.nan)
     rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
     basis, values = _basis_of_rows(L, rhs)
-    method = FixedEffects.of(fitted, ddf)
+    method = method or FixedEffects.of(fitted, ddf)
     r = len(basis)
     covariance = basis @ method.vcov @ basis.T
     difference = basis @ method.beta - values
@@ -334,8 +356,8 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
         )
 
     def df(L: np.ndarray) -> np.ndarray:
-        with float64():
-            return np.asarray(satterthwaite_df(jnp.asarray(L), info))
+        with silently():
+            return satterthwaite_df(L, info)
 
     def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
@@ -346,9 +368,12 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
 
 def fitted_information(fitted: Fitted) -> Any:
     """:func:`~mixjax.inference.information.information` of a fit, as numpy arrays."""
-    est = fitted.estimates
+    est, stats = fitted.estimates, fitted.stats
+    if is_small(stats):
+        with silently():
+            return information(est.theta, est.sigma, stats, fitted.reml)
     with float64():
-        stats = pad(fitted.stats)
+        stats = pad(stats)
         return jax.tree.map(
             np.asarray, information_of(est.theta, est.sigma, stats, np.bool_(fitted.reml), incidence(stats))
         )
@@ -371,21 +396,19 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
     if not fitted.reml:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
-    with float64():
-        fit = jax.tree.map(np.asarray, _adjusted(fitted.estimates.theta, fitted.estimates.sigma, pad(fitted.stats)))
+    with silently():
+        fit = kr.adjust(fitted.estimates.theta, fitted.estimates.sigma, fitted.stats)
 
     def joint(_: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
-        with float64():
-            df, scale = kr.f_scaling(jnp.asarray(basis), jax.tree.map(jnp.asarray, fit))
-            return float(df), float(scale)
+        with silently():
+            df, scale = kr.f_scaling(basis, fit)
+        return float(df), float(scale)
 
     def df(L: np.ndarray) -> np.ndarray:
-        return np.array([joint(L, row[None])[0] for row in L])
+        with silently():
+            return kr.df_of_rows(L, fit)
 
     return FixedEffects(np.asarray(fitted.estimates.beta), fit.adjusted, df, joint)
-
-
-_adjusted = jit(kr.adjust)
 
 
 def refuse_kenward_roger(stats: CrossProducts) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +14,7 @@ import pandas as pd
 from mixjax.design import Labels
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.errors import warn
-from mixjax.inference.contrasts import check_ddf, ddf_note, f_test, t_tests
+from mixjax.inference.contrasts import FixedEffects, check_ddf, ddf_note, f_test, t_tests
 from mixjax.inference.noted import NotedTable
 from mixjax.inference.terms import TYPES, type_contrasts
 
@@ -346,13 +345,12 @@ def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], d
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
     sigma2 = float(fitted.estimates.sigma) ** 2
+    method = FixedEffects.of(fitted, ddf) if any(len(L) for L, _ in hypotheses.values()) else None
     rows = []
-    with warnings.catch_warnings():
-        for L, rhs in hypotheses.values():
-            F = f_test(fitted, L, ddf=ddf, rhs=rhs)
-            warnings.simplefilter("ignore", InferenceWarning)  # what the first test said holds for all
-            mean_sq = F.statistic / F.scale * sigma2
-            numbers = (float(F.den_df), float(F.statistic), float(F.p_value))
-            rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
+    for L, rhs in hypotheses.values():
+        F = f_test(fitted, L, ddf, rhs, method)
+        mean_sq = F.statistic / F.scale * sigma2
+        numbers = (float(F.den_df), float(F.statistic), float(F.p_value))
+        rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
     frame = pd.DataFrame(rows, index=list(hypotheses), columns=columns)
     return frame.astype(dict.fromkeys(columns, float) | {"num_df": int})

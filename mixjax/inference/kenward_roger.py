@@ -9,17 +9,16 @@ G_i are replaced by others of the same span: H itself stands for the one of sigm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import AnyArray
 from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.likelihood.statistics import CrossProducts, PairProducts
+from mixjax.machine import Array, add_at, namespace, set_at
 
 # Random effects of all levels together, where they do not fall apart by level: one matrix of that size is inverted.
 MOST_EFFECTS = 4000
@@ -60,32 +59,36 @@ def adjust(theta: AnyArray, sigma: AnyArray, stats: CrossProducts) -> Adjusted:
 
     Kenward & Roger (1997), section 2, with the R_ij zero since V is linear in its parameters.
     """
-    lambdas = in_bases(cov.lambdas_of_theta(jnp.asarray(theta, stats.XX.dtype), stats.layout.qs), stats)
-    A, B, places = _blocks(stats)
-    N, T, DT = _eliminated(A, B, _block_diagonal(lambdas, stats, places, A.shape[1]))
-    M = stats.XX - jnp.einsum("gsp,gsq->pq", B, DT)
+    xp = namespace(theta, sigma, stats.XX, stats.yy)
+    lambdas = in_bases(cov.lambdas_of_theta(xp.asarray(theta, stats.XX.dtype), stats.layout.qs), stats)
+    A, B, places = _blocks(stats, xp)
+    N, T, DT = _eliminated(A, B, _block_diagonal(lambdas, places, A.shape[1]))
+    M = stats.XX - _inner(B, DT)
     C = linalg.inverse_small(M)
 
-    # Everything relative to sigma^2. E T of every direction, then H itself as the last direction.
-    directions = _directions(stats)
-    ET = [_apply(E, f, start, T, places) for E, f, start in directions]
-    NET = [N @ x for x in ET]
-    TET = [jnp.einsum("gsp,gsq->pq", T, x) for x in ET]
-    TETET = [[jnp.einsum("gsp,gsq->pq", x, y) for y in NET] for x in ET]
-    traces = [[_trace(d, e, N, places) for e in directions] for d in directions]
-    single = [_single_trace(d, N, places) for d in directions]
-    J = len(directions)
-    P = jnp.stack([*TET, M])
-    Q = jnp.stack([*(jnp.stack([*row, P[j]]) for j, row in enumerate(TETET)), jnp.concatenate([P[:J], M[None]])])
-    K = jnp.block(
-        [[jnp.array(traces), jnp.array(single)[:, None]], [jnp.array(single)[None], jnp.reshape(stats.n, (1, 1))]]
-    )
+    # Everything relative to sigma^2, direction after direction, H itself as the last.
+    directions = [place.units for place in places]
+    J, p = sum(map(len, directions)), T.shape[2]
+    parts = [T[:, place.own].reshape(len(T), place.q, place.m, p) for place in places]
+    ET = [xp.einsum("jab,gbmp->gamjp", E, part) for E, part in zip(directions, parts, strict=True)]
+    ET = [x.reshape(len(T), -1, x.shape[3] * p) for x in ET]  # (g, q m, j p)
+    TET = [_inner(T[:, place.own], x).reshape(p, -1, p) for x, place in zip(ET, places, strict=True)]
+    NET = xp.concatenate([N[:, :, place.own] @ x for x, place in zip(ET, places, strict=True)], axis=2)
+    TETET = xp.concatenate([_inner(x, NET[:, place.own]) for x, place in zip(ET, places, strict=True)])
+    traces = [[_traces(a, b, N) for b in places] for a in places]
+    single = xp.concatenate([_single_traces(place, N) for place in places])
+    P = xp.concatenate([xp.swapaxes(xp.concatenate(TET, axis=1), 0, 1), M[None]])
+    Q = xp.swapaxes(TETET.reshape(J, p, J, p), 1, 2)
+    Q = xp.concatenate([xp.concatenate([Q, P[:J, None]], axis=1), P[None]])
+    K = xp.block([[xp.block(traces), single[:, None]], [single[None], xp.reshape(stats.n, (1, 1))]])
     CP = C @ P
-    information = K - 2.0 * jnp.einsum("pq,ijqp->ij", C, Q) + jnp.einsum("ipq,jqp->ij", CP, CP)
+    flat = CP.reshape(J + 1, -1)
+    information = K - 2.0 * xp.einsum("pq,ijqp->ij", C, Q) + flat @ xp.swapaxes(CP, 1, 2).reshape(J + 1, -1).T
     information = 0.5 * (information + information.T)
     W = 2.0 * linalg.inverse_small(information)
-    U = jnp.einsum("ij,ijpq->pq", W, Q) - jnp.einsum("ij,ipq,jqr->pr", W, P, CP)
-    R_inv = jnp.asarray(stats.X_basis.R_inv)
+    WP = xp.tensordot(W, P, 1)
+    U = xp.tensordot(W, Q, 2) - (WP @ CP).sum(0)
+    R_inv = xp.asarray(stats.X_basis.R_inv)
 
     def own(X):
         return R_inv @ X @ R_inv.T
@@ -95,111 +98,129 @@ def adjust(theta: AnyArray, sigma: AnyArray, stats: CrossProducts) -> Adjusted:
     return Adjusted(vcov, adjusted, sigma**2 * own(CP @ C), W)
 
 
+def df_of_rows(L: Array, fit: Adjusted) -> Array:
+    """Denominator degrees of freedom of every row of ``L (r, p)`` alone, whose F statistic needs no scaling.
+
+    For one row :func:`f_scaling` comes to ``2 v^2 / (g'W g)`` for its variance v and the derivatives g of that.
+    """
+    xp = namespace(L, fit.vcov)
+    variance = xp.einsum("rp,pq,rq->r", L, fit.vcov, L)
+    slopes = xp.einsum("rp,jpq,rq->rj", L, fit.P, L)
+    return 2.0 * variance**2 / xp.einsum("rj,jk,rk->r", slopes, fit.W, slopes)
+
+
 def f_scaling(L: Array, fit: Adjusted) -> tuple[Array, Array]:
     """Denominator degrees of freedom of the joint test of the rows of ``L (r, p)``, of full row rank, and the factor of
     the F statistic; Kenward & Roger (1997), section 3, with the limits taken where a denominator vanishes.
     """
+    xp = namespace(L, fit.vcov)
     r = L.shape[0]
     inverse = linalg.inverse_small(L @ fit.vcov @ L.T)
-    Theta = L.T @ inverse @ L
-    TP = Theta @ fit.P
-    first = jnp.einsum("jpp->j", TP)
+    TP = (L.T @ inverse @ L) @ fit.P
+    first = xp.trace(TP, axis1=1, axis2=2)
     A1 = first @ fit.W @ first
-    A2 = jnp.einsum("ij,ipq,jqp->", fit.W, TP, TP)
+    TWP = xp.tensordot(fit.W, TP, 1)
+    A2 = (TWP * xp.swapaxes(TP, 1, 2)).sum()
     B = (A1 + 6.0 * A2) / (2.0 * r)
     g = ((r + 1) * A1 - (r + 4) * A2) / ((r + 2) * A2)
     below = 3 * r + 2 * (1 - g)
     c1, c2, c3 = g / below, (r - g) / below, (r + 2 - g) / below
     V0, V1, V2 = 1.0 + c1 * B, 1.0 - c2 * B, 1.0 - c3 * B
-    V0 = jnp.where(jnp.abs(V0) < 1e-10, 0.0, V0)
-    over = jnp.where(jnp.abs(V1) < 1e-14, 1.0, (1.0 - A2 / r) / V1)
+    V0 = xp.where(abs(V0) < 1e-10, 0.0, V0)
+    over = xp.where(abs(V1) < 1e-14, 1.0, (1.0 - A2 / r) / V1)
     rho = over**2 * V0 / (r * V2)
     df = 4.0 + (r + 2) / (r * rho - 1.0)
-    return df, jnp.where(jnp.abs(df - 2.0) < 1e-2, 1.0, df * (1.0 - A2 / r) / (df - 2.0))
+    return df, xp.where(abs(df - 2.0) < 1e-2, 1.0, df * (1.0 - A2 / r) / (df - 2.0))
 
 
 # --- cross-products as blocks --------------------------------------------------------------------------------------
 
 
-def _blocks(stats: CrossProducts) -> tuple[Array, Array, dict[int, tuple[int, int, int]]]:
-    """``Z'Z (g, s, s)`` and ``Z'Q (g, s, p)``, a block per level or one of all effects, and per factor where in a block
-    its effects stand: start, number of effects, levels."""
-    if len(stats.factors) == 1:
-        products = stats.factors[0]
-        A = jnp.moveaxis(jnp.asarray(products.ZZ), -1, 0)
-        return A, jnp.moveaxis(jnp.asarray(products.ZX), -1, 0), {0: (0, A.shape[1], 1)}
-    places, size = {}, 0
+class _Place(NamedTuple):
+    """Where the effects of a term stand in a block, effect after effect: at ``own``, q effects of m levels each.
+
+    ``units (j, q, q)`` are symmetric matrices that span the term's covariances.
+    """
+
+    own: slice
+    q: int
+    m: int
+    units: np.ndarray
+
+
+def _blocks(stats: CrossProducts, xp: Any) -> tuple[Array, Array, list[_Place]]:
+    """``Z'Z (g, s, s)`` and ``Z'Q (g, s, p)``, a block per level or one of all effects, and the place of every term."""
+    starts, size = {}, 0
+    alone = len(stats.factors) == 1
     for f, products in enumerate(stats.factors):
         q, _, m = products.ZZ.shape
-        places[f] = (size, q, m)
+        starts[f] = (size, 1 if alone else m)
         size += q * m
-    A = jnp.zeros((size, size), stats.XX.dtype)
+    places = []
+    for term in stats.layout.terms:
+        start, m = starts[term.factor]
+        first, units = start + term.start * m, term.structure.directions()
+        units = np.zeros((0, term.q, term.q)) if units is None else units
+        places.append(_Place(slice(first, first + term.q * m), term.q, m, units))
+    if alone:
+        products = stats.factors[0]
+        return xp.moveaxis(xp.asarray(products.ZZ), -1, 0), xp.moveaxis(xp.asarray(products.ZX), -1, 0), places
+    A = xp.zeros((size, size), stats.XX.dtype)
     B = []
-    for f, (start, q, m) in places.items():
-        at = start + jnp.arange(q)[:, None] * m + jnp.arange(m)[None]
-        A = A.at[at[:, None], at[None]].set(jnp.asarray(stats.factors[f].ZZ))
-        B.append(jnp.moveaxis(jnp.asarray(stats.factors[f].ZX), 1, -1).reshape(q * m, -1))
+    for (start, m), products in zip(starts.values(), stats.factors, strict=True):
+        at = start + np.arange(len(products.ZZ), dtype=np.int32)[:, None] * m + np.arange(m, dtype=np.int32)
+        A = set_at(A, (at[:, None], at[None]), xp.asarray(products.ZZ))
+        B.append(xp.moveaxis(xp.asarray(products.ZX), 1, -1).reshape(at.size, -1))
     for (s, t), pair in zip(stats.layout.pairs, stats.pairs, strict=True):
-        (start_s, q_s, m_s), (start_t, q_t, m_t) = places[s], places[t]
-        at_s = start_s + jnp.arange(q_s)[:, None] * m_s + jnp.asarray(pair.rows)[None]
-        at_t = start_t + jnp.arange(q_t)[:, None] * m_t + jnp.asarray(pair.cols)[None]
-        ZZ = jnp.asarray(pair.ZZ)
-        A = A.at[at_s[:, None], at_t[None]].add(ZZ, mode="drop")
-        A = A.at[at_t[:, None], at_s[None]].add(jnp.swapaxes(ZZ, 0, 1), mode="drop")
-    return A[None], jnp.concatenate(B)[None], places
+        A = _add_pair(A, pair, starts[s], starts[t], xp)
+    return A[None], xp.concatenate(B)[None], places
+
+
+def _add_pair(A: Array, pair: PairProducts, s: tuple[int, int], t: tuple[int, int], xp: Any) -> Array:
+    """Products of two factors, which start at ``s[0]`` with ``s[1]`` levels; pairs with a level out of range are none."""
+    q_s, q_t, _ = pair.ZZ.shape
+    there = (pair.rows < s[1]) & (pair.cols < t[1])
+    ZZ = xp.where(there, pair.ZZ, 0.0)
+    rows, cols = xp.minimum(pair.rows, s[1] - 1), xp.minimum(pair.cols, t[1] - 1)
+    at_s = s[0] + np.arange(q_s, dtype=np.int32)[:, None] * s[1] + rows[None]
+    at_t = t[0] + np.arange(q_t, dtype=np.int32)[:, None] * t[1] + cols[None]
+    A = add_at(A, (at_s[:, None], at_t[None]), ZZ)
+    return add_at(A, (at_t[:, None], at_s[None]), xp.swapaxes(ZZ, 0, 1))
 
 
 def _eliminated(A: Array, B: Array, Lambda: Array) -> tuple[Array, Array, Array]:
     """``N = (I + A D)^{-1} A``, ``T = (I + A D)^{-1} B`` and ``D T``, a block each; ``Lambda (s, s)`` is common."""
-    K = jnp.moveaxis(linalg.gain(Lambda, jnp.moveaxis(A, 0, -1))[0], -1, 0)
+    xp = namespace(A, Lambda)
+    K = xp.moveaxis(linalg.gain(Lambda, xp.moveaxis(A, 0, -1))[0], -1, 0)
     AK = A @ K
     N = A - AK @ A
-    return 0.5 * (N + jnp.swapaxes(N, 1, 2)), B - AK @ B, K @ B
+    return 0.5 * (N + xp.swapaxes(N, 1, 2)), B - AK @ B, K @ B
 
 
-def _block_diagonal(lambdas: list[Array], stats: CrossProducts, places: dict, size: int) -> Array:
-    total = jnp.zeros((size, size), stats.XX.dtype)
-    for Lambda, place in zip(lambdas, stats.layout.terms, strict=True):
-        start, _, m = places[place.factor]
-        at = start + (place.start + jnp.arange(place.q))[:, None] * m + jnp.arange(m)[None]
-        total = total.at[at[:, None], at[None]].set(Lambda[:, :, None])
+def _block_diagonal(lambdas: list[Array], places: list[_Place], size: int) -> Array:
+    total = namespace(*lambdas).zeros((size, size), lambdas[0].dtype)
+    for Lambda, place in zip(lambdas, places, strict=True):
+        at = place.own.start + np.arange(place.q * place.m, dtype=np.int32).reshape(place.q, place.m)
+        total = set_at(total, (at[:, None], at[None]), Lambda[:, :, None])
     return total
 
 
-def _directions(stats: CrossProducts) -> list[tuple[np.ndarray, int, int]]:
-    """Symmetric matrices that span the covariances: ``(q, q)`` of a term, its factor, its first effect there."""
-    found = []
-    for place in stats.layout.terms:
-        units = place.structure.directions()
-        found += [] if units is None else [(E, place.factor, place.start) for E in units]
-    return found
+def _inner(X: Array, Y: Array) -> Array:
+    """``sum_g X_g' Y_g`` of ``(g, s, r)`` and ``(g, s, c)``."""
+    return X.reshape(-1, X.shape[2]).T @ Y.reshape(-1, Y.shape[2])
 
 
-def _apply(E: np.ndarray, f: int, first: int, T: Array, places: dict) -> Array:
-    """``E T`` for one direction: ``(g, s, p)``."""
-    start, _, m = places[f]
-    own = slice(start + first * m, start + (first + len(E)) * m)
-    part = T[:, own].reshape(T.shape[0], len(E), m, -1)
-    return jnp.zeros_like(T).at[:, own].set(jnp.einsum("ab,gbmp->gamp", E, part).reshape(T.shape[0], -1, T.shape[2]))
+def _traces(a: _Place, b: _Place, N: Array) -> Array:
+    """``tr(E N F N)`` of all directions E of one term and F of another, ``(j, l)``."""
+    xp = namespace(N)
+    part = N[:, a.own, b.own].reshape(len(N), a.q, a.m, b.q, b.m)
+    flat = xp.moveaxis(part, (1, 3), (0, 1)).reshape(a.q * b.q, -1)
+    squares = (flat @ flat.T).reshape(a.q, b.q, a.q, b.q)  # of the parts of effects (b, c) and (a, d)
+    return xp.einsum("jab,lcd,bcad->jl", a.units, b.units, squares)
 
 
-def _between(N: Array, d: tuple, e: tuple, places: dict) -> Array:
-    """N among the effects of two directions: ``(g, q, m, q', m')``."""
-    (E, f, first), (E2, f2, first2) = d, e
-    (start, _, m), (start2, _, m2) = places[f], places[f2]
-    rows = slice(start + first * m, start + (first + len(E)) * m)
-    columns = slice(start2 + first2 * m2, start2 + (first2 + len(E2)) * m2)
-    return N[:, rows, columns].reshape(N.shape[0], len(E), m, len(E2), m2)
-
-
-def _trace(d: tuple, e: tuple, N: Array, places: dict) -> Array:
-    """``tr(E N E' N)``."""
-    part = _between(N, d, e, places)
-    moved = jnp.einsum("ab,cd,gbicj->gaidj", d[0], e[0], part)
-    return (moved * part).sum()
-
-
-def _single_trace(d: tuple, N: Array, places: dict) -> Array:
-    """``tr(E N)``."""
-    part = _between(N, d, d, places)
-    return jnp.einsum("ab,gbiai->", d[0], part)
+def _single_traces(place: _Place, N: Array) -> Array:
+    """``tr(E N)`` of all directions of a term."""
+    xp = namespace(N)
+    part = N[:, place.own, place.own].reshape(len(N), place.q, place.m, place.q, place.m)
+    return xp.einsum("jab,gbiai->j", place.units, part)

@@ -20,7 +20,7 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, Sizes, put, slice_of
 from mixjax.estimation.many import Batch, for_blocks, in_blocks, last
 from mixjax.estimation.surface import coordinates_in
-from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
+from mixjax.likelihood.curvature import profile_lanes, slopes_of
 from mixjax.likelihood.moments import Moments
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import LANES, jit
@@ -80,19 +80,13 @@ def _errors_in_lanes(
     x, free = _coordinates(theta, moments, bases)
     rows = linalg.matmul(L[..., None], jnp.asarray(bases.X_R_inv))
 
-    def parts(x: Array) -> tuple[Array, Array]:
-        at = profile_lanes(x, moments, reml)
-        left = linalg.matmul(rows, at.XX_inverse)
-        return (left * rows).sum(1), jnp.log(at.rss)
-
     if ddf == "wald":
-        unscaled, _ = parts(x)
+        unscaled = _quadratic(rows, profile_lanes(x, moments, reml).XX_inverse)
         return sigma * jnp.sqrt(unscaled), jnp.full(unscaled.shape, jnp.inf, unscaled.dtype)
-    along = [jax.jvp(parts, (x,), (jnp.zeros_like(x).at[i].set(1.0),)) for i in range(len(x))]
-    (unscaled, _), _ = along[0]
-    slopes = jnp.stack([tangent[0] for _, tangent in along])  # (k, r, B)
-    log_sigma = jnp.where(free, 0.5 * jnp.stack([tangent[1] for _, tangent in along]), 0.0)
-    H = value_gradient_hessian(x, moments, reml)[2]
+    found = slopes_of(x, moments, reml)
+    unscaled, H = _quadratic(rows, found.lanes.XX_inverse), found.Hessian
+    slopes = jnp.stack([_quadratic(rows, C) for C in found.XX_inverse])  # (k, r, B)
+    log_sigma = jnp.where(free, 0.5 * found.log_rss, 0.0)
     among = free[:, None] & free[None]
     H = jnp.where(among, H, jnp.eye(len(x), dtype=H.dtype)[..., None])
     inverse = jnp.where(among, linalg.inverse_logdet(H)[0], 0.0)
@@ -103,6 +97,11 @@ def _errors_in_lanes(
     spread = (slopes * linalg.matmul(inverse, slopes)).sum(0)
     spread += 4.0 * unscaled * (slopes * mixed[:, None]).sum(0) + 4.0 * unscaled**2 * of_sigma
     return sigma * jnp.sqrt(unscaled), jnp.where(_is_regular(H), unscaled**2 / spread, jnp.nan)
+
+
+def _quadratic(rows: Array, C: Array) -> Array:
+    """``r'C r`` for every row: ``(r, p, B), (p, p, B) -> (r, B)``."""
+    return (linalg.matmul(rows, C) * rows).sum(1)
 
 
 def _coordinates(theta: Array, moments: Moments, bases: Bases) -> tuple[Array, Array]:

@@ -6,17 +6,14 @@ Names say nothing here: columns and grouping are compared as numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from mixjax.bases import orthonormal_columns
 from mixjax.covariance import Structure
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
-from mixjax.machine import float64
 
 # Relative size of what counts as rounding in projections and in covariances that follow from them.
 ROUNDING = 1e-8
@@ -103,30 +100,29 @@ def place_of(small: Fitted, large: Fitted) -> Place:
     ``D_t`` of the larger model that do the same. Vectors agree with probability one only where the covariances do,
     so that no matrix of rows by rows is needed. What was found must then be a covariance of the structure of each term.
     """
-    with float64():
-        rng = np.random.default_rng(0)
-        probes = rng.standard_normal((small.nobs, PROBES))
-        terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
-        spans = [_span(term.structure, rng) for term in terms1]
-        kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
-        A = np.stack([*kernels, probes.ravel()], axis=1)
-        lengths = np.linalg.norm(A, axis=0)
-        left, singular, right = np.linalg.svd(A / lengths, full_matrices=False)
-        kept = singular > ROUNDING * singular[0]
-        zeros = []
-        for _ in range(POINTS):
-            target = np.sum([t.apply(_random_covariance(t.structure, rng), probes) for t in terms0], axis=0).ravel()
-            in_span = left[:, kept].T @ target
-            if np.linalg.norm(target - left[:, kept] @ in_span) > ROUNDING * np.linalg.norm(target):
-                return Place(False, None)
-            if not kept.all():
-                continue
-            coefficients = right.T @ (in_span / singular) / lengths
-            found = _zeros(coefficients, terms1, spans)
-            if found is None:
-                return Place(False, None)
-            zeros.append(found)
-        return Place(True, min(zeros) if zeros else None)
+    rng = np.random.default_rng(0)
+    probes = rng.standard_normal((small.nobs, PROBES))
+    terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
+    spans = [_span(term.structure, rng) for term in terms1]
+    kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
+    A = np.stack([*kernels, probes.ravel()], axis=1)
+    lengths = np.linalg.norm(A, axis=0)
+    left, singular, right = np.linalg.svd(A / lengths, full_matrices=False)
+    kept = singular > ROUNDING * singular[0]
+    zeros = []
+    for _ in range(POINTS):
+        target = np.sum([t.apply(_random_covariance(t.structure, rng), probes) for t in terms0], axis=0).ravel()
+        in_span = left[:, kept].T @ target
+        if np.linalg.norm(target - left[:, kept] @ in_span) > ROUNDING * np.linalg.norm(target):
+            return Place(False, None)
+        if not kept.all():
+            continue
+        coefficients = right.T @ (in_span / singular) / lengths
+        found = _zeros(coefficients, terms1, spans)
+        if found is None:
+            return Place(False, None)
+        zeros.append(found)
+    return Place(True, min(zeros) if zeros else None)
 
 
 class _WeightedTerm(NamedTuple):
@@ -165,19 +161,8 @@ def _weighted_terms(fit: Fitted) -> list[_WeightedTerm]:
 
 
 def _covariance(structure: Structure, x: np.ndarray) -> np.ndarray:
-    factor = np.asarray(_factor(structure, x))
+    factor = structure.factor(x)
     return factor @ factor.T
-
-
-# Compiled once per structure: operation by operation the first comparison takes seconds.
-@partial(jax.jit, static_argnums=0)
-def _factor(structure: Structure, x: Any) -> jax.Array:
-    return structure.factor(x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _near(structure: Structure, F: Any) -> jax.Array:
-    return structure.near(F)
 
 
 def _random_covariance(structure: Structure, rng: np.random.Generator) -> np.ndarray:
@@ -210,7 +195,7 @@ def _zeros(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[lis
         if values[0] < -ROUNDING * scale:
             return None
         roots = np.sqrt(np.where(values > ROUNDING * scale, values, 0.0))
-        x = np.asarray(_near(term.structure, vectors * roots))
+        x = term.structure.near(vectors * roots)
         if np.abs(_covariance(term.structure, x) - D).max() > 10 * ROUNDING * scale:
             return None
         deviations = np.abs(x[list(term.structure.deviations)])

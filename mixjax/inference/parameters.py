@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import scipy.stats
-from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
 from mixjax.inference.intervals import check_level
-from mixjax.likelihood.statistics import CrossProducts, pad
-from mixjax.machine import float64, jit
+from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import silently
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,8 @@ def variance_parameters(fitted: Fitted) -> VarianceParameters:
             pair = term.effects[row] if is_sd else f"{term.effects[row]}.{term.effects[column]}"
             names.append(f"{'sd' if is_sd else 'cor'}_{pair}|{group}")
             kinds.append("sd" if is_sd else "cor")
-    with float64():
-        est = fitted.estimates
-        values, slopes = map(np.asarray, _natural_with_slopes(info.x, np.log(est.sigma), pad(fitted.stats)))
-    with np.errstate(invalid="ignore"):
+    with silently():
+        values, slopes = _natural_with_slopes(info.x, float(fitted.estimates.sigma), fitted.stats)
         variances = np.einsum("ij,jk,ik->i", slopes, info.covariance, slopes)
         std_error = np.sqrt(np.where(info.regular, variances, np.nan))
     kinds.append("sigma")
@@ -62,23 +57,31 @@ def variance_parameters(fitted: Fitted) -> VarianceParameters:
     return VarianceParameters((*names, "sigma"), tuple(kinds), values, np.where(inside, std_error, np.nan))
 
 
-def _natural(parameters: Array, stats: CrossProducts) -> Array:
-    """Standard deviations, correlations and sigma from the optimiser's coordinates and log sigma."""
-    x, sigma = parameters[:-1], jnp.exp(parameters[-1])
-    values = []
-    for basis, F in zip(stats.Z_bases, cov.factors_of(x, stats.layout.structures), strict=True):
-        own = jnp.asarray(basis.R_inv) @ F
-        D = own @ own.T
-        sd = jnp.sqrt(jnp.diagonal(D))
-        for row, column in zip(*cov.triangle(D.shape[0]), strict=True):
-            values.append(sigma * sd[row] if row == column else D[row, column] / (sd[row] * sd[column]))
-    return jnp.stack([*values, sigma])
-
-
-@jit
-def _natural_with_slopes(x: Array, log_sigma: Array, stats: CrossProducts) -> tuple[Array, Array]:
-    at = jnp.append(jnp.asarray(x), log_sigma)
-    return _natural(at, stats), jax.jacfwd(_natural)(at, stats)
+def _natural_with_slopes(x: np.ndarray, sigma: float, stats: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations, correlations and sigma, and their derivatives by the optimiser's coordinates and log sigma."""
+    layout = stats.layout
+    values, slopes, start = [np.atleast_1d(sigma)], np.zeros((sum(map(cov.n_theta, layout.qs)) + 1, len(x) + 1)), 0
+    parts = zip(stats.Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True)
+    own = slopes[:-1]
+    for basis, structure, part in parts:
+        rows, columns = cov.triangle(structure.q)
+        F = basis.R_inv @ structure.factor(part)
+        D = F @ F.T
+        moves = np.empty((structure.k, structure.q, structure.q))
+        moves[:, columns, rows] = moves[:, rows, columns] = structure.jacobian(part[:, None])[..., 0].T
+        moves = basis.R_inv @ moves @ basis.R_inv.T
+        sd = np.sqrt(D.diagonal())
+        of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
+        is_sd, lengths = rows == columns, sd[rows] * sd[columns]
+        cor = D[rows, columns] / lengths
+        of_cor = moves[:, rows, columns] / lengths - cor * (of_sd / sd)[:, rows] - cor * (of_sd / sd)[:, columns]
+        found = np.where(is_sd, sigma * sd[rows], cor)
+        own[: len(rows), start : start + structure.k] = np.where(is_sd, sigma * of_sd[:, rows], of_cor).T
+        own[: len(rows), -1] = np.where(is_sd, found, 0.0)
+        values.insert(-1, found)
+        own, start = own[len(rows) :], start + structure.k
+    slopes[-1, -1] = sigma
+    return np.concatenate(values), slopes
 
 
 def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:

@@ -7,20 +7,16 @@ distinct eigenvalue (Crainiceanu & Ruppert 2004, J. R. Stat. Soc. B 66, 165). Dr
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from scipy import linalg as dense
 from scipy import optimize, stats
 
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import LANES, float64, jit
-from mixjax.simulation import as_key
+from mixjax.machine import silently
+from mixjax.simulation import key_words
 
 # Eigenvalues that agree to this part of the largest are one with a multiplicity; those below it are zero.
 SAME = 1e-10
@@ -28,6 +24,8 @@ SAME = 1e-10
 GRID = 128
 # Numbers that one block of draws may hold in an array, and the most draws of a block.
 BLOCK, MOST = 2**20, 2**13
+# Draws that are worked on at once, so that arrays over the grid stay in the cache.
+TILE = 2**11
 STEPS = 60
 
 
@@ -156,41 +154,29 @@ def draw(of: Spectrum, key: Any, n: int) -> np.ndarray:
     Raises:
         ValueError: the key is none.
     """
-    with float64():
-        words = np.asarray(jax.random.key_data(as_key(key))).ravel().tolist()
-    rows = _power_of_two(len(of.mu))
-    mu, _ = _padded(of.mu, of.df)
-    xi, xi_df = _padded(of.xi, of.xi_df)
+    words = key_words(key)
     single = of.df == 1
-    size = min(MOST, max(2**6, BLOCK // max(GRID, len(mu), len(xi))))
+    size = min(MOST, max(2**6, BLOCK // max(GRID, _power_of_two(len(of.mu)), _power_of_two(len(of.xi)))))
     t = _log_grid(of.mu)
 
     def work(block: int) -> np.ndarray:
         generator = np.random.default_rng([*words, block])
-        squares = np.zeros((rows, size))
-        squares[: len(single)][~single] = 2.0 * generator.standard_gamma(
-            of.df[~single, None] / 2, (np.sum(~single), size)
-        )
-        squares[: len(single)][single] = generator.standard_normal((single.sum(), size)) ** 2
+        squares = np.empty((len(single), size))
+        squares[~single] = 2.0 * generator.standard_gamma(of.df[~single, None] / 2, (np.sum(~single), size))
+        squares[single] = generator.standard_normal((single.sum(), size)) ** 2
         left_out = 2.0 * generator.standard_gamma(of.dropped / 2, size)
-        with float64():  # the scope is each thread's own
-            return np.asarray(_suprema(squares, left_out, mu, xi, xi_df, of.total, t))
+        tiles = [slice(i, i + TILE) for i in range(0, size, TILE)]
+        with silently():
+            found = [_suprema(squares[:, i], left_out[i], of.mu, of.xi, of.xi_df, of.total, t) for i in tiles]
+        return np.concatenate(found)
 
     blocks = range(-(-n // size))
-    parts = [work(0)]  # compiles
     with ThreadPoolExecutor(n_cores()) as pool:
-        parts += pool.map(work, blocks[1:])
-    return np.concatenate(parts)[:n]
+        return np.concatenate(list(pool.map(work, blocks)))[:n]
 
 
 def _power_of_two(length: int) -> int:
     return 1 << (length - 1).bit_length()
-
-
-def _padded(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zeros that occur never fill up to a power of two, so that designs share compiled programs."""
-    missing = _power_of_two(len(values)) - len(values)
-    return np.pad(values, (0, missing)), np.pad(counts, (0, missing))
 
 
 def _log_grid(mu: np.ndarray) -> np.ndarray:
@@ -199,8 +185,15 @@ def _log_grid(mu: np.ndarray) -> np.ndarray:
     return np.linspace(np.log(c), np.log(c + 1e8 / mu[1:].min()), GRID)
 
 
-@partial(jit, compiler_options=LANES)
-def _suprema(squares: Array, left_out: Array, mu: Array, xi: Array, xi_df: Array, total: Array, t: Array) -> Array:
+def _suprema(
+    squares: np.ndarray,
+    left_out: np.ndarray,
+    mu: np.ndarray,
+    xi: np.ndarray,
+    xi_df: np.ndarray,
+    total: float,
+    t: np.ndarray,
+) -> np.ndarray:
     """The statistic ``(B,)`` from its chi-square variables.
 
     ``total log(1 + left_out / sum squares) + sup_lambda total log(sum squares / D) - sum xi_df log(1 + lambda xi)``
@@ -208,51 +201,59 @@ def _suprema(squares: Array, left_out: Array, mu: Array, xi: Array, xi_df: Array
 
     Args:
         squares: ``(J, B)`` by eigenvalue. left_out: ``(B,)``, of the fixed effects that the null leaves out.
-        mu, xi, xi_df, total: as in :class:`Spectrum`, padded. t: the grid.
+        mu, xi, xi_df, total: as in :class:`Spectrum`. t: the grid.
     """
-    c = jnp.exp(t[0])
+    c = np.exp(t[0])
     mu, xi = mu[:, None], xi[:, None]
     sum_of_squares = squares.sum(0)
 
-    def derivatives(t: Array) -> tuple[Array, Array]:
+    def derivatives(t: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slope and curvature over t."""
-        ahead = jnp.exp(t)
+        ahead = np.exp(t)
         shrink = 1.0 / (1.0 + mu * (ahead - c))
         moved, rate = squares * shrink, mu * shrink
         D = moved.sum(0)
-        slope_D, bend_D = (moved * rate).sum(0) / D, 2.0 * (moved * rate**2).sum(0) / D
+        moved *= rate
+        slope_D = moved.sum(0) / D
+        moved *= rate
+        bend_D = 2.0 * moved.sum(0) / D
         part = xi / (1.0 + xi * (ahead - c))
         slope = (total * slope_D - xi_df @ part) * ahead
         bend = (total * (slope_D**2 - bend_D) + xi_df @ part**2) * ahead**2
         return slope, bend + slope
 
-    lam = (jnp.exp(t) - c).at[0].set(0.0)
-    on_grid = total * jnp.log(sum_of_squares / ((1.0 / (1.0 + lam[:, None] * mu[:, 0])) @ squares))
-    on_grid = on_grid - (xi_df @ jnp.log1p(xi * lam))[:, None]
+    lam = np.append(0.0, (np.exp(t) - c)[1:])
+    on_grid = (1.0 / (1.0 + lam[:, None] * mu[:, 0])) @ squares
+    np.divide(sum_of_squares, on_grid, out=on_grid)
+    np.log(on_grid, out=on_grid)
+    on_grid *= total
+    on_grid -= (xi_df @ np.log1p(xi * lam))[:, None]
     best = on_grid.argmax(0)
-    before, after = jnp.maximum(best - 1, 0), jnp.minimum(best + 1, len(t) - 1)
-    left, at, right = (jnp.take_along_axis(on_grid, i[None], 0)[0] for i in (before, best, after))
+    before, after = np.maximum(best - 1, 0), np.minimum(best + 1, len(t) - 1)
+    left, at, right = (np.take_along_axis(on_grid, i[None], 0)[0] for i in (before, best, after))
     fall = left - 2.0 * at + right
-    vertex = t[best] + jnp.where(fall < 0, 0.5 * (left - right) / fall, 0.0) * (t[1] - t[0])
+    vertex = t[best] + np.where(fall < 0, 0.5 * (left - right) / fall, 0.0) * (t[1] - t[0])
     # At the edge there is one neighbour only; the slope says whether the variance is zero.
-    edge = best == 0
-    zero = edge & (derivatives(jnp.full_like(sum_of_squares, t[0]))[0] <= 0)
-    low, high = t[before], jnp.where(zero, t[0], t[after])
-    start = jnp.where(edge, 0.5 * (low + high), vertex)
-
-    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, t, low, high, _ = state
-        slope, bend = derivatives(t)
-        low, high = jnp.where(slope > 0, t, low), jnp.where(slope > 0, high, t)
-        newton = t - slope / bend
-        inside = (bend < 0) & (newton >= low) & (newton <= high)
-        # The step is still taken; it gains half of slope^2 / |bend| and leaves the square of that or so.
-        done = (inside & (slope**2 < 1e-6 * jnp.abs(bend))) | (high - low < 1e-12)
-        return i + 1, jnp.where(inside, newton, 0.5 * (low + high)), low, high, done
-
-    first: tuple[Any, ...] = (0, start, low, high, zero)
-    state = jax.lax.while_loop(lambda s: (s[0] < STEPS) & ~s[-1].all(), step, first)
-    lam = jnp.exp(state[1]) - c
-    polished = total * jnp.log(sum_of_squares / (squares / (1.0 + mu * lam)).sum(0)) - xi_df @ jnp.log1p(xi * lam)
-    supremum = jnp.where(zero, 0.0, jnp.maximum(jnp.maximum(at, polished), 0.0))
-    return supremum + total * jnp.log1p(left_out / sum_of_squares)
+    edge = np.flatnonzero(best == 0)
+    zero = np.zeros(len(best), bool)
+    zero[edge] = derivatives(np.full(len(edge), t[0]), squares[:, edge])[0] <= 0
+    low, high = t[before], t[after]
+    found = np.where(best == 0, 0.5 * (low + high), vertex)
+    left_to_do = np.flatnonzero(~zero)
+    for _ in range(STEPS):
+        own = found[left_to_do]
+        slope, bend = derivatives(own, squares[:, left_to_do])
+        below, above = np.where(slope > 0, own, low[left_to_do]), np.where(slope > 0, high[left_to_do], own)
+        newton = own - slope / bend
+        inside = (bend < 0) & (newton >= below) & (newton <= above)
+        found[left_to_do] = np.where(inside, newton, 0.5 * (below + above))
+        low[left_to_do], high[left_to_do] = below, above
+        # The step was still taken; it gains half of slope^2 / |bend| and leaves the square of that or so.
+        done = (inside & (slope**2 < 1e-6 * np.abs(bend))) | (above - below < 1e-12)
+        left_to_do = left_to_do[~done]
+        if not len(left_to_do):
+            break
+    lam = np.exp(found) - c
+    polished = total * np.log(sum_of_squares / (squares / (1.0 + mu * lam)).sum(0)) - xi_df @ np.log1p(xi * lam)
+    supremum = np.where(zero, 0.0, np.maximum(np.maximum(at, polished), 0.0))
+    return supremum + total * np.log1p(left_out / sum_of_squares)
