@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
 
+from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.likelihood.statistics import CrossProducts, Layout, PairProducts
 
@@ -247,6 +248,36 @@ def by_factor(lambdas: list[np.ndarray], layout: Layout) -> list[np.ndarray]:
         own = slice(place.start, place.start + place.q)
         factors[place.factor][..., own, own] = Lambda
     return factors
+
+
+def covariances_with_slopes(x: np.ndarray, stats: CrossProducts):
+    """Covariances at coordinates ``x (..., k)``, and their derivatives by these.
+
+    Returns:
+        Per grouping factor F ``(..., w, w)`` and the derivatives ``(..., k, w, w)`` of ``F F'``, in the bases; per
+        term D ``(..., q, q)`` and its own ``(..., k, q, q)``, in its columns.
+    """
+    layout = stats.layout
+    leading, k = np.shape(x)[:-1], np.shape(x)[-1]
+    factors = [np.zeros((*leading, w, w)) for w in layout.widths]
+    slopes = [np.zeros((*leading, k, w, w)) for w in layout.widths]
+    D, D_slopes, start = [], [], 0
+    for place, basis in zip(layout.terms, stats.Z_bases, strict=True):
+        structure, q, R_inv = place.structure, place.q, np.asarray(basis.R_inv)
+        own = slice(place.start, place.start + q)
+        lanes = np.reshape(x, (-1, k)).T[start : start + structure.k]
+        F, jacobian = structure.factor(lanes), structure.jacobian(lanes)
+        F = np.moveaxis(F, -1, 0).reshape(*leading, q, q)
+        moved = np.zeros((*leading, k, q, q))
+        for pair, (a, b) in enumerate(cov.pairs_of(q)):
+            entry = np.moveaxis(jacobian[pair], -1, 0).reshape(*leading, structure.k)
+            moved[..., start : start + structure.k, a, b] = moved[..., start : start + structure.k, b, a] = entry
+        factors[place.factor][..., own, own] = F
+        slopes[place.factor][..., own, own] = moved
+        D.append(R_inv @ F @ np.swapaxes(F, -1, -2) @ R_inv.T)
+        D_slopes.append(R_inv @ moved @ R_inv.T)
+        start += structure.k
+    return factors, slopes, tuple(D), tuple(D_slopes)
 
 
 def _by_level(stats: CrossProducts, f: int) -> tuple[np.ndarray, np.ndarray]:
