@@ -14,13 +14,16 @@ from designs import STRUCTURES, random_design
 import mixjax as mj
 from mixjax.bases import Basis
 from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructured, triangle
-from mixjax.diagnostics.deletion import rows_of
+from mixjax.diagnostics.deletion import batches, rows_of
+from mixjax.diagnostics.refits import _steps
+from mixjax.diagnostics.residuals import SCALES
 from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes_of_products
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import fit_at_once
+from mixjax.estimation.side_by_side import fit_side_by_side, step_side_by_side
 from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.equations import Equations, by_factor
-from mixjax.likelihood.statistics import Layout, TermPlace
+from mixjax.likelihood.statistics import Layout, TermPlace, stack
 
 pytestmark = pytest.mark.usefixtures("x64")
 WAYS = {"dense": {}, "sparse": {"most_crossed": 0}, "factorised": {"most_dense": 0}}
@@ -143,3 +146,107 @@ def test_slopes_of_variances_are_those_of_automatic_differentiation(scale, struc
         return jnp.append(values, sigma**2 if scale == "vcov" else sigma)
 
     close(_jacobian(x, 1.7, stats, scale), jax.jacfwd(variances)(jnp.append(x, 1.7)), 1e-9, 1e-11)
+
+
+# --- many data sets side by side --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_fits_side_by_side_are_single_fits(name, reml):
+    rows = rows_of(record(random_design(STRUCTURES[name], 8), reml))
+    unit = np.arange(rows.n) // 4
+    deleted, stats = next(iter(batches(rows, unit)))
+    found = fit_side_by_side(stats, reml)
+    assert found.converged.all()
+    for i in range(len(deleted)):
+        one = fit_at_once(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), None, reml)
+        assert bool(one.singular) == found.singular[i]
+        for what in ("criterion", "sigma", "beta", "vcov", "theta"):
+            expected = np.asarray(getattr(one, what))
+            close(getattr(found, what)[i], expected, 1e-9, 1e-7 * np.abs(expected).max(initial=1e-3))
+        for Sigma, expected in zip(found.Sigma, one.Sigma, strict=True):
+            close(Sigma[i], expected, 1e-9, 1e-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_steps_side_by_side_are_those_of_the_compiled_program(name):
+    fitted = record(random_design(STRUCTURES[name], 8), True)
+    rows = rows_of(fitted)
+    _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
+    found, sound = step_side_by_side(stats, fitted.estimates.theta, True)
+    expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True), None)
+    np.testing.assert_array_equal(sound, also)
+    for what in ("theta", "sigma", "beta", "vcov", "singular"):
+        own, other = (np.asarray(getattr(est, what), float)[sound] for est in (found, expected))
+        close(own, other, 1e-9, 1e-9 * np.abs(other).max(initial=1e-3))
+
+
+def test_data_sets_of_different_pairs_of_levels_go_one_by_one():
+    design = random_design(STRUCTURES["crossed"], 8)
+    parts = [
+        replace(design, terms=(design.terms[0], replace(design.terms[1], group=np.roll(design.terms[1].group, k))))
+        for k in range(3)
+    ]
+    found = fit_side_by_side(stack([mj.cross_products(part) for part in parts]), True)
+    for i, part in enumerate(parts):
+        close(found.criterion[i], fit_at_once(mj.cross_products(part), None, True).criterion, 1e-10)
+
+
+# --- nothing is compiled ----------------------------------------------------------------------------------------------
+
+MODELS = {
+    "sleepstudy": "Reaction ~ Days + (Days | Subject)",
+    "cake": "angle ~ recipe * temperature + (1 | recipe:replicate)",
+    "Penicillin": "diameter ~ 1 + (1 | plate) + (1 | sample)",
+    "Pastes": "strength ~ 1 + (1 | batch/cask)",
+    "Machines": "score ~ Machine + (Machine | Worker)",
+}
+CALLS = {
+    "ranef": lambda fit: fit.ranef(condvar=True),
+    "coef": lambda fit: fit.coef(),
+    "Lambda, Sigma, varcorr": lambda fit: (fit.Lambda, fit.Sigma, str(fit.varcorr)),
+    "summary": lambda fit: (str(fit.summary()), fit.tidy(), fit.glance()),
+    "predict": lambda fit: fit.predict(fit.labels.frame),
+    "predict, henderson": lambda fit: fit.predict(fit.labels.frame, interval="prediction"),
+    "predict, second-order": lambda fit: fit.predict(interval="confidence", method="second-order"),
+    "residuals": lambda fit: [fit.residuals(kind, scale) for kind, scales in SCALES.items() for scale in scales],
+    "leverage": lambda fit: fit.leverage(),
+    "augment": lambda fit: fit.augment(),
+    "shrinkage": lambda fit: fit.shrinkage(),
+    "sensitivity": lambda fit: [fit.sensitivity(scale) for scale in ("sdcor", "vcov", "theta")],
+    "influence, exact": lambda fit: fit.influence(fit.labels.terms[-1].group).to_frame(),
+    "influence, one-step": lambda fit: fit.influence(method="one-step").to_frame(),
+    "influence, fixed-theta": lambda fit: fit.influence(method="fixed-theta").to_frame(),
+}
+
+
+@pytest.fixture
+def compiled():
+    """How many programs have been compiled since the test began."""
+    names = []
+
+    def note(name, *_, **__):
+        if "backend_compile" in name:
+            names.append(name)
+
+    jax.clear_caches()  # what another test has compiled would not be counted
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_what_counts_programs_sees_one(compiled):
+    jax.jit(lambda x: x + 1)(np.ones(3))
+    assert compiled
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_fit_says_compiles_nothing(name, compiled):
+    fit = mj.lmm(MODELS[name], mj.datasets.load(name))
+    found = {}
+    for call, of in CALLS.items():
+        del compiled[:]
+        of(fit)
+        found[call] = len(compiled)
+    assert not any(found.values()), found

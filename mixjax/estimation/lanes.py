@@ -194,7 +194,7 @@ def fit_block(
     return jax.lax.fori_loop(0, tiles, finish_tile, empty)
 
 
-def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> Fits:
+def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array | bool) -> Fits:
     """All that follows from the optimiser's coordinates, on the scale of the original columns."""
     lanes = profile_lanes(solution.x, moments, reml)
     own = own_factors(solution.x, bases.Z, moments.layout)

@@ -23,7 +23,7 @@ from mixjax.estimation.lanes import Bases, finish
 from mixjax.estimation.start import minque_start
 from mixjax.estimation.surface import coordinates_in
 from mixjax.likelihood.curvature import value_gradient_hessian
-from mixjax.likelihood.moments import Moments, RowSums, is_small, moments_of
+from mixjax.likelihood.moments import Moments, is_small, moments_of
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import silently
 from mixjax.optimise.newton import Solution
@@ -77,12 +77,15 @@ def _stepped(moments: Moments, bases: Bases, theta: np.ndarray, reml: bool) -> t
         coordinates_in(theta, moments.layout, [b.R[..., i] for b in bases.Z])
         for i in range(lanes[0] if different else 1)
     ]
-    x, free = (np.broadcast_to(np.stack(part, -1), (len(part[0]), *lanes)) for part in zip(*each, strict=True))
+    points, sets = zip(*each, strict=True)
+    shape = (moments.layout.k, *lanes)
+    x, free = np.broadcast_to(np.stack(points, -1), shape), np.broadcast_to(np.stack(sets, -1), shape)
     value, gradient, H = value_gradient_hessian(x, moments, reml)
-    among, one = free[:, None] & free[None], linalg.eye(len(x), H)
+    among = free[:, None] & free[None]
+    one = np.eye(len(x))[..., None]
     H = np.where(among, H, one)
     d = np.sqrt(abs(np.einsum("iiB->iB", H)))
-    regular = linalg.is_positive(H / (d[:, None] * d) - np.sqrt(np.finfo(H.dtype).eps) * one)
+    regular = linalg.is_positive(H / (d[:, None] * d) - np.sqrt(np.finfo(np.float64).eps) * one)
     H = np.where(regular & np.isfinite(H).all((0, 1)), H, one)
     right = np.where(free, gradient, 0.0)
     step = -np.linalg.solve(np.moveaxis(H, -1, 0), right.T[:, :, None])[:, :, 0].T
@@ -97,9 +100,7 @@ def _searched(moments: Moments, reml: bool) -> Solution:
     """The minima of all lanes. Lanes that are done leave the search now and then."""
     structures = moments.layout.structures
     state = search.begin(minque_start(moments), structures)
-    best, lane = state.best, np.arange(len(state.done))
-    best = Solution(*(np.array(a) for a in best))
-    own = moments
+    best, lane, own = Solution(*(np.array(a) for a in state.best)), np.arange(len(state.done)), moments
     while len(lane):
         state = search.advance(state, partial(value_gradient_hessian, moments=own, reml=reml), structures)
         if state.done.mean() > DONE:
@@ -113,11 +114,12 @@ def _searched(moments: Moments, reml: bool) -> Solution:
 
 def _take(moments: Moments, at: np.ndarray) -> Moments:
     """Some of the lanes."""
-    B = len(at)
-    V = moments.sums.V if isinstance(moments.sums, RowSums) else None
-    assert V is not None
-    some = jax.tree.map(lambda a: a[..., at] if a.shape[-1] == B else a, replace(moments, sums=None))
-    return replace(some, sums=RowSums(np.moveaxis(np.moveaxis(V, -1, 0)[at], 0, -1)))
+
+    def some(a: np.ndarray) -> np.ndarray:
+        # Indexing the first axis keeps lanes running slowest where they do.
+        return np.moveaxis(np.moveaxis(a, -1, 0)[at], 0, -1) if a.shape[-1] == len(at) else a
+
+    return jax.tree.map(some, moments)
 
 
 def _estimates(solution: Solution, moments: Moments, bases: Bases, reml: bool) -> Estimates:

@@ -58,7 +58,6 @@ class CaseSlopes(NamedTuple):
 
 def case_slopes(x: np.ndarray, moments: Moments, reml: bool, rows: ProductRows) -> CaseSlopes:
     """Args: x: ``(k,)``. moments: of one fit, by NumPy."""
-    assert isinstance(moments.sums, RowSums)
     lambdas = _lambdas(x[:, None], moments)
     found = _by_covariance(lambdas, moments, reml)
     jacobian, curvature = (part[..., 0] for part in _chain(x[:, None], found.gradient, found.spots, moments.layout))
@@ -77,6 +76,7 @@ class _Point:
         first, rest, lanes = eliminate_first(lambdas[moments.layout.chain[0]], moments), found.rest, found.lanes
         self.reml, self.own = reml, found.J.own
         self.K, self.F = (np.moveaxis(np.asarray(part)[..., 0], -1, 0) for part in (first.K, first.F))
+        assert isinstance(moments.sums, RowSums)
         self.V = moments.sums.V[..., 0]
         self.FV = self.F @ self.V
         self.J_UU, self.J_Uy = found.J.UU[..., 0], found.J.Uy[..., 0]  # (u, u, J), (u, J)
