@@ -177,7 +177,8 @@ def as_key(key: Any) -> Any:
 def key_words(key: Any) -> list[int]:
     """The words of a key, as a seed of NumPy's generators; those of an int without a program being compiled."""
     # As jax.random.key makes them of an int, by the generator that is JAX's default.
-    if type(key) is int and -(2**63) <= key < 2**63 and jax.config.jax_default_prng_impl == "threefry2x32":
+    default = jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+    if type(key) is int and -(2**63) <= key < 2**63 and default == "threefry2x32":
         return [key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF]
     with float64():
         return np.asarray(jax.random.key_data(as_key(key))).ravel().tolist()

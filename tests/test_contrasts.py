@@ -1,21 +1,25 @@
 """Degrees of freedom, tests and Wald intervals of single fits and of many, against lmerTest, pbkrtest and lme4."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import HERE, fit_of, r_name, table
-from designs import STRUCTURES, random_design
+from designs import STRUCTURES, random_design, random_theta
 
 import mixjax as mj
-from mixjax.covariance import lambdas_of_theta, triangle
+from mixjax.covariance import factors_of, lambdas_of_theta, triangle
+from mixjax.estimation.estimate import fit_at_once
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of
 from mixjax.inference import contrasts
+from mixjax.inference import kenward_roger as kr
 from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
-from mixjax.inference.parameters import select, variance_parameters, wald_intervals
+from mixjax.inference.information import information, information_of
+from mixjax.inference.parameters import _natural_with_slopes, select, variance_parameters, wald_intervals
 from mixjax.likelihood.criterion import in_bases, profile
 from mixjax.likelihood.elimination import arrange
 
@@ -142,6 +146,119 @@ def test_information_is_the_hessian_of_the_criterion(x64):
     to_x = np.asarray(jax.jacfwd(lambda theta: coordinates_of(theta, stats)[0])(at[:-1]))
     J = np.block([[to_x, np.zeros((3, 1))], [np.zeros((1, 3)), np.ones((1, 1))]])
     np.testing.assert_allclose(info.covariance, J @ covariance @ J.T, rtol=1e-6, atol=1e-9)
+
+
+SMALL = ["one factor, q=2, weights", "two terms on a factor", "nested", "crossed"]
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_information_at_once_is_that_by_automatic_differentiation(x64, name, reml):
+    """At singular fits, and at fits of responses that have all of the random effects."""
+    free = set()
+    for seed in range(6):
+        design = random_design(STRUCTURES[name], seed, n=40 + 80 * (seed % 2))
+        rng = np.random.default_rng(seed)
+        effects = sum((t.Z * rng.normal(size=(t.n_groups, t.Z.shape[1]))[t.group]).sum(1) for t in design.terms)
+        design = replace(design, y=2.0 * (seed % 2) * effects + rng.normal(size=len(design.y)))
+        stats = mj.cross_products(design)
+        est = fit_at_once(stats, None, reml)
+        own = information(est.theta, est.sigma, stats, reml)
+        other = information_of(est.theta, est.sigma, stats, reml, None)
+        assert all(isinstance(part, np.ndarray | np.bool_) for part in own)
+        assert own.regular
+        for a, b in zip(own, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
+        free.add(bool(own.free.all()))
+    assert free == {True, False}
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if not STRUCTURES[name].weights])
+def test_kenward_roger_by_numpy_is_that_by_jax(x64, name):
+    structure = STRUCTURES[name]
+    stats = mj.cross_products(random_design(structure, 5))
+    theta, L = random_theta(structure, 5), np.array([[1.0, 0.0], [1.0, -2.0]])
+    own, other = kr.adjust(theta, 1.7, stats), jax.jit(kr.adjust)(theta, 1.7, stats)
+    for a, b in zip(own, other, strict=True):
+        assert isinstance(a, np.ndarray)
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11 * np.abs(b).max())
+    for a, b in zip(kr.f_scaling(L, own), jax.jit(kr.f_scaling)(L, other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    rows = [kr.f_scaling(row[None], own) for row in L]
+    np.testing.assert_allclose(kr.df_of_rows(L, own), [df for df, _ in rows], rtol=1e-9)
+    np.testing.assert_allclose([scale for _, scale in rows], 1.0, rtol=1e-9)
+
+
+def test_kenward_roger_from_dense_matrices():
+    """Kenward & Roger (1997), section 2, written down with V itself; two terms on two crossed factors."""
+    design = random_design(STRUCTURES["crossed"], 2)
+    fit = fit_at_once(mj.cross_products(design), None, True)
+    X, n = np.asarray(design.X), len(design.y)
+    G = [np.eye(n)]
+    for term in design.terms:
+        same = np.equal.outer(term.group, term.group)
+        for a in range(term.Z.shape[1]):
+            for b in range(a, term.Z.shape[1]):
+                part = np.outer(term.Z[:, a], term.Z[:, b])
+                G.append(same * (part if a == b else part + part.T))
+    pairs = [Sigma[a, b] for Sigma in fit.Sigma for a in range(len(Sigma)) for b in range(a, len(Sigma))]
+    V_inverse = np.linalg.inv(sum(s * g for s, g in zip([fit.sigma**2, *pairs], G, strict=True)))
+    C = np.linalg.inv(X.T @ V_inverse @ X)
+    half = [V_inverse @ g @ V_inverse for g in G]
+    P = [-X.T @ h @ X for h in half]
+    Q = [[X.T @ h @ g @ V_inverse @ X for g in G] for h in half]
+    projection = V_inverse - V_inverse @ X @ C @ X.T @ V_inverse
+    information = [[0.5 * np.trace(projection @ g @ projection @ h) for h in G] for g in G]
+    W = np.linalg.inv(information)
+    spread = sum(W[i, j] * (Q[i][j] - P[i] @ C @ P[j]) for i in range(len(G)) for j in range(len(G)))
+    own = kr.adjust(fit.theta, fit.sigma, mj.cross_products(design))
+    np.testing.assert_allclose(own.vcov, C, rtol=1e-8)
+    np.testing.assert_allclose(own.adjusted, C + 2 * C @ (0.5 * (spread + spread.T)) @ C, rtol=1e-7)
+    slopes = np.array([[row @ C @ p @ C @ row for p in P] for row in np.eye(2)])
+    df = 2 * np.diag(C) ** 2 / np.einsum("ri,ij,rj->r", slopes, W, slopes)
+    np.testing.assert_allclose(kr.df_of_rows(np.eye(2), own), df, rtol=1e-7)
+
+
+@pytest.mark.parametrize("formula", ["(Machine | Worker)", "diag(Machine | Worker)", "homcs(Machine | Worker)"])
+def test_standard_deviations_and_correlations_have_the_slopes_of_automatic_differentiation(x64, formula):
+    stats = mj.lmm(f"score ~ Machine + {formula} + (1 | Worker:Machine)", table("Machines")).stats
+    structures = stats.layout.structures
+
+    def natural(at):
+        sigma, values = jnp.exp(at[-1]), []
+        for basis, F in zip(stats.Z_bases, factors_of(at[:-1], structures), strict=True):
+            D = (basis.R_inv @ F) @ (basis.R_inv @ F).T
+            sd = jnp.sqrt(jnp.diagonal(D))
+            for row, column in zip(*triangle(len(D)), strict=True):
+                values.append(sigma * sd[row] if row == column else D[row, column] / (sd[row] * sd[column]))
+        return jnp.stack([*values, sigma])
+
+    x = np.random.default_rng(3).normal(size=stats.layout.k)
+    values, slopes = _natural_with_slopes(x, 2.5, stats)
+    at = jnp.append(x, np.log(2.5))
+    np.testing.assert_allclose(values, natural(at), rtol=1e-12)
+    np.testing.assert_allclose(slopes, jax.jacfwd(natural)(at), rtol=1e-10, atol=1e-12)
+
+
+def test_array_forms_of_numpys_arrays_are_those_of_jaxs(x64):
+    fit = fit_of("sleepstudy_slopes", "REML")
+    L = np.array([[0.0, 1.0], [1.0, 3.0]])
+    for function in (mj.wald, mj.satterthwaite, mj.kenward_roger):
+        own = function(fit.estimates, fit.stats, L)
+        other = function(*jax.tree.map(jnp.asarray, (fit.estimates, fit.stats)), L)
+        for a, b in zip(own, other, strict=True):
+            assert isinstance(a, np.ndarray)
+            np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def test_no_fixed_effects():
+    fit = mj.lmm("Yield ~ 0 + (1 | Batch)", table("Dyestuff"))
+    info = fitted_information(fit.record)
+    assert info.vcov.shape == (0, 0)
+    assert info.slopes.shape == (2, 0, 0)
+    assert np.isfinite(fit.confint(method="wald").to_numpy()).all()
+    for function in (mj.wald, mj.satterthwaite, mj.kenward_roger):
+        assert function(fit.estimates, fit.stats, np.zeros((0, 0))).p.shape == (0,)
 
 
 def test_many_fits_at_once_are_single_fits():

@@ -41,7 +41,7 @@ class Information(NamedTuple):
 def information(
     theta: AnyArray, sigma: AnyArray, stats: CrossProducts, reml: Array | bool, where: Incidence | None = None
 ) -> Information:
-    """Covariance of the variance parameters, and the derivatives of that of beta, all exact: under NumPy in closed form.
+    """Covariance of the variance parameters, and the derivatives of that of beta, all exact.
 
     With sigma profiled out ``f(x) = min_s F(x, s)``, ``s = log sigma``, ``F = ... + 2 df s + rss(x) exp(-2 s)``. So
     the joint Hessian follows from that of f: ``ds / dx = rss_x / (2 rss)`` and ``F_ss = 4 df``.

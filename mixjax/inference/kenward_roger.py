@@ -177,7 +177,7 @@ def _blocks(stats: CrossProducts, xp: Any) -> tuple[Array, Array, list[_Place]]:
 
 
 def _add_pair(A: Array, pair: PairProducts, s: tuple[int, int], t: tuple[int, int], xp: Any) -> Array:
-    """Products of two factors, which start at ``s[0]`` with ``s[1]`` levels; pairs with a level out of range are none."""
+    """Products of factors that start at ``s[0]`` and have ``s[1]`` levels; a pair with a level out of range is none."""
     q_s, q_t, _ = pair.ZZ.shape
     there = (pair.rows < s[1]) & (pair.cols < t[1])
     ZZ = xp.where(there, pair.ZZ, 0.0)

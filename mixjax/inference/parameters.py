@@ -58,7 +58,7 @@ def variance_parameters(fitted: Fitted) -> VarianceParameters:
 
 
 def _natural_with_slopes(x: np.ndarray, sigma: float, stats: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations, correlations and sigma, and their derivatives by the optimiser's coordinates and log sigma."""
+    """Standard deviations, correlations and sigma, and their derivatives by the coordinates and log sigma."""
     layout = stats.layout
     values, slopes, start = [np.atleast_1d(sigma)], np.zeros((sum(map(cov.n_theta, layout.qs)) + 1, len(x) + 1)), 0
     parts = zip(stats.Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True)
