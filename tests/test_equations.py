@@ -13,7 +13,7 @@ from designs import STRUCTURES, random_design
 
 import mixjax as mj
 from mixjax.bases import Basis
-from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructured, triangle
+from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructured, lambdas_of_theta, triangle
 from mixjax.diagnostics.deletion import batches, rows_of
 from mixjax.diagnostics.refits import _steps
 from mixjax.diagnostics.residuals import SCALES
@@ -120,6 +120,28 @@ def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
     expected = _contract(rows, slopes)
     size = np.abs(expected).max(axis=0) + (expected == 0).all(axis=0)
     close(found / size, expected / size, 0.0, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["one factor, q=2, weights", "crossed"])
+def test_without_fixed_effects(name):
+    design = random_design(STRUCTURES[name], 6)
+    fitted = record(replace(design, X=design.X[:, :0]), True)
+    rows = rows_of(fitted)
+    lambdas = lambdas_of_theta(fitted.estimates.theta, fitted.stats.layout.qs)
+    expected = dense_conditional_covariances(fitted.rows, lambdas)
+    for covariances, dense in zip(
+        conditional_covariances(in_bases(lambdas, fitted.stats), fitted.stats), expected, strict=True
+    ):
+        close(np.moveaxis(covariances, -1, 0), dense, 1e-9, 1e-12 * np.abs(dense).max())
+    stats = rows.padded().stats
+    slopes = jax.device_get(_slopes_of_products(stats, fitted.estimates.theta, np.bool_(True), None))[2]
+    expected = _contract(rows, slopes)
+    close(_at_once(fitted, rows)[2] / np.abs(expected).max(axis=0), expected / np.abs(expected).max(axis=0), 0.0, 1e-9)
+    deleted, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
+    found = fit_side_by_side(stats, True)
+    for i in range(len(deleted)):
+        one = fit_at_once(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), None, True)
+        close(found.criterion[i], one.criterion, 1e-10)
 
 
 @pytest.mark.parametrize("scale", ["sdcor", "vcov", "theta"])

@@ -243,18 +243,18 @@ def rows_of(fitted: Fitted) -> Rows:
     )
 
 
-def batches(rows: Rows, unit: np.ndarray, most: int = 2**31) -> Iterator[tuple[np.ndarray, CrossProducts]]:
+def batches(rows: Rows, unit: np.ndarray, most: int | None = None) -> Iterator[tuple[np.ndarray, CrossProducts]]:
     """Units and the cross-products without each of them, in batches that fit into memory.
 
     Units without which X loses rank are left out.
 
     Args:
-        unit: ``(n,)`` codes ``0 .. U - 1``, each with rows. most: numbers of one batch, about.
+        unit: ``(n,)`` codes ``0 .. U - 1``, each with rows. most: units of a batch.
     """
     U = int(unit.max()) + 1
     dominant = rows.dominant(unit)
     plain = np.setdiff1d(np.arange(U), dominant)
-    chunk = min(chunk_size(rows.numbers()), max(1, most // rows.numbers()))
+    chunk = chunk_size(rows.numbers()) if most is None else min(most, chunk_size(rows.numbers()))
     for first in range(0, len(plain), chunk):
         deleted = plain[first : first + chunk]
         yield deleted, rows.without(unit, deleted)

@@ -17,7 +17,7 @@ from mixjax.diagnostics.deletion import Rows, batches
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.search import REGION
-from mixjax.estimation.side_by_side import fit_side_by_side, is_worthwhile, step_side_by_side
+from mixjax.estimation.side_by_side import fit_side_by_side, how_many, is_worthwhile, step_side_by_side
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, solve_where
 from mixjax.fitted import Fitted
 from mixjax.likelihood.incidence import Incidence, incidence
@@ -33,8 +33,6 @@ SOLUTIONS = (COMPUTED, *(code.name for code in Result if code.is_solution))
 FIELDS = ("theta", "beta", "sigma", "Sigma", "vcov", "singular", "result")
 # Deletions that take their Newton step in one call.
 TOGETHER = 64
-# Numbers of the products of the deletions that NumPy works on at the same time: 16 MB.
-TOGETHER_AT_ONCE = 2**21
 
 
 class Without(NamedTuple):
@@ -84,7 +82,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
     out = nowhere(fitted, int(unit.max()) + 1)
     is_large = incidence(rows.stats) is not None
     if not is_large and is_worthwhile(rows.stats, len(out.result)):
-        for deleted, stats in batches(rows, unit, TOGETHER_AT_ONCE):
+        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
             est = fit_side_by_side(_in_basis(stats), fitted.reml)
             _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
         return out
@@ -115,7 +113,7 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     theta, reml = fitted.estimates.theta, np.bool_(fitted.reml)
     is_large = incidence(rows.stats) is not None
     if not is_large and is_worthwhile(rows.stats, len(out.result)):
-        for deleted, stats in batches(rows, unit, TOGETHER_AT_ONCE):
+        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
             est, sound = step_side_by_side(_in_basis(stats), theta, fitted.reml)
             result = np.where(sound, COMPUTED, NO_STEP).astype(object)
             _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)

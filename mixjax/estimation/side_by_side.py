@@ -29,18 +29,27 @@ from mixjax.machine import silently
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 
-# Multiplications of one step of all searches up to which the fits are worked on here.
-MOST_WORK = 2**28
+# Numbers of the first factor's matrices of all fits up to which they are worked on here: at most some 10 s. What the
+# other factors and X cost takes as long here as in a compiled program.
+MOST_NUMBERS = 2**20
+# Numbers of the largest arrays: 32 MB.
+TOGETHER = 2**22
 # Lanes that are done are left out where they are more than this part.
 DONE = 0.3
 
 
 def is_worthwhile(stats: CrossProducts, fits: int) -> bool:
     """Whether so many fits like the one of ``stats`` take less time here than a program takes to compile."""
+    q, m = stats.factors[stats.layout.chain[0]].Zy.shape
+    return is_small(stats) and fits * m * q * q <= MOST_NUMBERS
+
+
+def how_many(stats: CrossProducts) -> int:
+    """Data sets like the one of ``stats`` that are worked on at the same time."""
     first, *rest = stats.layout.chain + stats.layout.dense
     q, m = stats.factors[first].Zy.shape
-    d, p = sum(np.size(stats.factors[f].Zy) for f in rest), stats.XX.shape[-1]
-    return is_small(stats) and fits * (m * q * (8 * q + (d + p + 1) ** 2) + (d + p) ** 3) <= MOST_WORK
+    u = sum(np.size(stats.factors[f].Zy) for f in rest) + stats.XX.shape[-1]
+    return max(1, TOGETHER // max(u * u * (1 + stats.layout.k), m * q * (u + q + 1)))
 
 
 def fit_side_by_side(stats: CrossProducts, reml: bool) -> Estimates:

@@ -69,6 +69,7 @@ class Equations:
         self._is_sparse = sizes[first] * self._r > most_crossed or self._r > most_dense
 
         J, U = _by_level(stats, first)
+        p = U.shape[2]
         F = factors[first]
         self._K = F @ np.linalg.inv(np.eye(len(F)) + F.T @ J @ F) @ F.T  # (m, w, w)
         KU = self._K @ U
@@ -76,8 +77,8 @@ class Equations:
         if self._r:
             cross = self._cross(stats)
             self._KB: Any = self._times_K(cross)
-            U_rest = np.concatenate([_by_level(stats, f)[1].reshape(sizes[f], -1) for f in self._others])
-            U_rest = U_rest - cross.T @ KU.reshape(-1, KU.shape[-1])
+            U_rest = np.concatenate([_by_level(stats, f)[1].reshape(sizes[f], p) for f in self._others])
+            U_rest = U_rest - cross.T @ KU.reshape(sizes[first], p)
             left = self._rest(stats) - cross.T @ self._KB
             self._invert(left, [factors[f] for f in self._others], most_dense)
             KU_rest = self._solve(U_rest)

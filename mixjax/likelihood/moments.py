@@ -131,7 +131,7 @@ class Moments:
     def rows_times(self, c):
         """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, B)`` from ``c (u, B)``."""
         if isinstance(self.sums, RowSums):
-            V, full = _lanes_first(self.sums.V), np.concatenate([c, np.ones_like(c[:1])]).T
+            V, full = _lanes_first(self.sums.V), np.concatenate([c, np.ones((1, *c.shape[1:]))]).T
             return np.moveaxis((V @ full[:, None, :, None])[..., 0], (0, 1), (2, 1))
         U, z = self.sums
         return z + (U * c[:, None]).sum(1)
