@@ -119,13 +119,14 @@ def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     factor, failed = factorise(M, lower=True)
     if failed or not np.isfinite(factor[-1, -1]):
         return np.full_like(M, np.nan), M.dtype.type(np.nan)
-    half = np.tril(invert(factor, lower=True)[0])
-    return half + np.tril(half, -1).T, 2.0 * np.log(factor.diagonal()).sum()
+    # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
+    half = invert(factor, lower=True)[0]
+    return half.T @ half, 2.0 * np.log(factor.diagonal()).sum()
 
 
 @cache
 def _lapack(char: str) -> tuple[Any, Any]:
-    return scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.dtype(char))
+    return scipy.linalg.get_lapack_funcs(("potrf", "trtri"), dtype=np.dtype(char))
 
 
 def _written_out(M: Array) -> tuple[Array, Array]:

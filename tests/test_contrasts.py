@@ -251,6 +251,15 @@ def test_array_forms_of_numpys_arrays_are_those_of_jaxs(x64):
             np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
+def test_models_too_large_for_numpy_are_tested_by_jax(monkeypatch):
+    fit = fit_of("penicillin", "REML")
+    own = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
+    monkeypatch.setattr(contrasts, "is_small", lambda _: False)
+    other = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
+    for a, b in zip([*own[0], *own[1]], [*other[0], *other[1]], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
+
+
 def test_no_fixed_effects():
     fit = mj.lmm("Yield ~ 0 + (1 | Batch)", table("Dyestuff"))
     info = fitted_information(fit.record)

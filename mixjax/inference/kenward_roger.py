@@ -62,7 +62,7 @@ def adjust(theta: AnyArray, sigma: AnyArray, stats: CrossProducts) -> Adjusted:
     xp = namespace(theta, sigma, stats.XX, stats.yy)
     lambdas = in_bases(cov.lambdas_of_theta(xp.asarray(theta, stats.XX.dtype), stats.layout.qs), stats)
     A, B, places = _blocks(stats, xp)
-    N, T, DT = _eliminated(A, B, _block_diagonal(lambdas, places, A.shape[1]))
+    N, T, DT = _eliminated(A, B, lambdas, places)
     M = stats.XX - _inner(B, DT)
     C = linalg.inverse_small(M)
 
@@ -188,21 +188,33 @@ def _add_pair(A: Array, pair: PairProducts, s: tuple[int, int], t: tuple[int, in
     return add_at(A, (at_t[:, None], at_s[None]), xp.swapaxes(ZZ, 0, 1))
 
 
-def _eliminated(A: Array, B: Array, Lambda: Array) -> tuple[Array, Array, Array]:
-    """``N = (I + A D)^{-1} A``, ``T = (I + A D)^{-1} B`` and ``D T``, a block each; ``Lambda (s, s)`` is common."""
-    xp = namespace(A, Lambda)
-    K = xp.moveaxis(linalg.gain(Lambda, xp.moveaxis(A, 0, -1))[0], -1, 0)
-    AK = A @ K
-    N = A - AK @ A
-    return 0.5 * (N + xp.swapaxes(N, 1, 2)), B - AK @ B, K @ B
+def _eliminated(A: Array, B: Array, lambdas: list[Array], places: list[_Place]) -> tuple[Array, Array, Array]:
+    """``N = (I + A D)^{-1} A``, ``T = (I + A D)^{-1} B`` and ``D T``, a block each, with ``D = Lambda Lambda'``.
+
+    Products with ``W = (I + Lambda'A Lambda)^{-1}``, as in :func:`mixjax.linalg.gain`; Lambda itself is never laid out.
+    """
+    xp = namespace(A, *lambdas)
+    right = _times(A, lambdas, places)  # A Lambda
+    left = xp.swapaxes(right, 1, 2)
+    M = xp.eye(A.shape[1], dtype=A.dtype) + _times(left, lambdas, places)
+    W = xp.moveaxis(linalg.inverse_logdet(xp.moveaxis(M, 0, -1))[0], -1, 0)
+    half = right @ W
+    N = A - half @ left
+    rows = xp.swapaxes(_times(xp.swapaxes(B, 1, 2), lambdas, places), 1, 2)  # Lambda'B
+    turned = [xp.swapaxes(Lambda, 0, 1) for Lambda in lambdas]
+    DT = xp.swapaxes(_times(xp.swapaxes(W @ rows, 1, 2), turned, places), 1, 2)
+    return 0.5 * (N + xp.swapaxes(N, 1, 2)), B - half @ rows, DT
 
 
-def _block_diagonal(lambdas: list[Array], places: list[_Place], size: int) -> Array:
-    total = namespace(*lambdas).zeros((size, size), lambdas[0].dtype)
-    for Lambda, place in zip(lambdas, places, strict=True):
-        at = place.own.start + np.arange(place.q * place.m, dtype=np.int32).reshape(place.q, place.m)
-        total = set_at(total, (at[:, None], at[None]), Lambda[:, :, None])
-    return total
+def _times(X: Array, lambdas: list[Array], places: list[_Place]) -> Array:
+    """``X Lambda`` for ``X (g, r, s)`` and the ``(q, q)`` of every term, which all of its levels share."""
+    xp = namespace(X, *lambdas)
+    at = np.argsort([place.own.start for place in places])
+    parts = []
+    for t in at:
+        part = X[:, :, places[t].own].reshape(*X.shape[:2], places[t].q, places[t].m)
+        parts.append(xp.einsum("graj,ab->grbj", part, lambdas[t]).reshape(*X.shape[:2], -1))
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=2)
 
 
 def _inner(X: Array, Y: Array) -> Array:
