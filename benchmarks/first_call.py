@@ -162,7 +162,9 @@ def main() -> None:
         sys.exit(done.stderr[-3_000:])
     ours, r = json.loads(done.stdout.strip().splitlines()[-1]), in_r()
     packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("mixjax", "jax", "numpy"))
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}\n")
+    print(
+        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}\n"
+    )
     print("| step | first, s | again, ms | compiled | R, s |\n|---|---|---|---|---|")
     for name, (first, again, compiled) in ours.items():
         beside = "" if r is None or name not in r else f"{r[name]:.2f}"

@@ -36,6 +36,8 @@ WRITTEN_OUT_LANES = 12
 WRITTEN_OUT = 128
 # NumPy's stacks of matrices up to this size are worked on entry by entry, larger ones matrix by matrix.
 STACKED_UP_TO = 6
+# Stacks up to this size are inverted by elimination over lanes, larger ones by LAPACK, one by one.
+STACK_ELIMINATED_UP_TO = 12
 
 
 def transpose(A: Array) -> Array:
@@ -128,9 +130,15 @@ def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return inverse.reshape(M.shape), logdet.reshape(M.shape[2:])
     if n <= STACKED_UP_TO:
         return _written_out(M)
-    if n <= BY_ELIMINATION:
+    if n <= STACK_ELIMINATED_UP_TO:
         return _eliminate_at_once(M)
     flat = M.reshape(n, n, -1)
+    try:
+        half = np.linalg.inv(np.linalg.cholesky(_matrices(flat)))
+        inverse, logdet = half.swapaxes(1, 2) @ half, -2.0 * np.log(np.einsum("bii->bi", half)).sum(1)
+        return _of_matrices(inverse).reshape(M.shape), logdet.reshape(M.shape[2:])
+    except np.linalg.LinAlgError:  # at least one of them is not positive definite
+        pass
     inverse, logdet = np.empty_like(flat), np.empty(flat.shape[2:], M.dtype)
     for i in range(flat.shape[2]):
         inverse[:, :, i], logdet[i] = _by_lapack(flat[:, :, i])

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -28,7 +27,6 @@ from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
@@ -199,9 +197,7 @@ class LMMFit(Inferring, Diagnosing):
 
         A second term on the same group is called ``Subject.1``, as in lme4.
         """
-        with float64():
-            lambdas = lambdas_of_theta(jax.numpy.asarray(self.theta), self._qs)
-        return dict(zip(term_names(self.labels), map(np.asarray, lambdas), strict=True))
+        return dict(zip(term_names(self.labels), lambdas_of_theta(self.theta, self._qs), strict=True))
 
     @property
     def Sigma(self) -> dict[str, np.ndarray]:

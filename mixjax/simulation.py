@@ -136,7 +136,7 @@ def draw_responses(
     size = 1 << max(0, min(11, (BLOCK // padded).bit_length() - 1))
     out = np.empty((n, nobs))
     with float64():
-        key = as_key(key)
+        key = raw_key(key)
 
     def work(block: int) -> None:
         with float64():  # the scope is each thread's own
@@ -182,6 +182,11 @@ def key_words(key: Any) -> list[int]:
         return [key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF]
     with float64():
         return np.asarray(jax.random.key_data(as_key(key))).ravel().tolist()
+
+
+def raw_key(key: Any) -> Any:
+    """As :func:`as_key`, but an int's without the programs that making a key takes: its words, which JAX takes too."""
+    return np.array(key_words(key), np.uint32) if type(key) is int else as_key(key)
 
 
 def check_count(name: str, value: Any, least: int, most: int = MOST) -> int:

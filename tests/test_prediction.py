@@ -21,12 +21,12 @@ from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError, DataWarning
 from mixjax.inference.contrasts import fitted_information
 from mixjax.likelihood.criterion import in_bases
+from mixjax.likelihood.equations import Equations, covariances_with_slopes
 from mixjax.prediction import blocks, bootstrap
 from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
-from mixjax.prediction.henderson import Henderson
 from mixjax.prediction.predict import predict
-from mixjax.prediction.second_order import _covariances, second_order
+from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
 
 CASES = [(name, "REML") for name in ORACLES] + [("sleepstudy_slopes", "ML"), ("pastes_nested", "ML")]
@@ -516,8 +516,8 @@ def test_three_ways_to_hendersons_variance(name, singular):
     targets = random_targets(design, 2)
     expected = dense_prediction(design, targets, [L @ L.T for L in lambdas], sigma)[0]
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
-    close(sigma**2 * Henderson(stats, factors).variance(rows), expected, 1e-10)
-    close(sigma**2 * Henderson(stats, factors, most_dense=0).variance(rows), expected, 1e-10)
+    close(sigma**2 * Equations(stats, factors).variance(rows), expected, 1e-10)
+    close(sigma**2 * Equations(stats, factors, most_dense=0).variance(rows), expected, 1e-10)
     close(sigma**2 * Blocks(stats, rows).variance(factors), expected, 1e-10)
 
 
@@ -582,7 +582,7 @@ def test_second_order_parts_against_finite_differences(name):
     A = A @ A.T
 
     def dense(x):
-        return dense_prediction(design, targets, _covariances(x, stats)[2], sigma)
+        return dense_prediction(design, targets, covariances_with_slopes(x, stats)[2], sigma)
 
     variance, _, V = dense(x)
     h = 1e-5
@@ -628,7 +628,7 @@ def test_levels_of_separate_blocks_in_one_target():
     targets = Targets(np.ones((1, 2)), np.zeros(1), (np.ones((1, 1)), np.ones((1, 2))), level, np.zeros(1))
     expected = dense_prediction(design, targets, [L @ L.T for L in lambdas], 1.0)[0]
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
-    close(Henderson(stats, factors).variance(rows), expected, 1e-10)
+    close(Equations(stats, factors).variance(rows), expected, 1e-10)
     close(Blocks(stats, rows).variance(factors), expected, 1e-10)
 
 
@@ -752,5 +752,5 @@ def test_bootstrap_where_blocks_are_too_large(sleep, monkeypatch):
 def test_information_of_the_fit_is_in_the_coordinates_of_the_slopes(sleep):
     """The covariances that the coordinates stand for are the fit's own."""
     info = fitted_information(sleep)
-    D = _covariances(info.x, sleep.stats)[2]
+    D = covariances_with_slopes(info.x, sleep.stats)[2]
     close(D[0] * float(sleep.estimates.sigma) ** 2, sleep.estimates.Sigma[0], 1e-8)

@@ -34,7 +34,7 @@ class Rows:
     """The rows of a fit, each in the bases of the fit's cross-products and times the root of its weight.
 
     Attributes:
-        design: the arrays. stats: the cross-products of all rows, padded.
+        design: the arrays. stats: the cross-products of all rows.
         Q: ``(n, p)``. residual: ``(n,)`` of y on Q. log_w: ``(n,)``.
         Z: per grouping factor ``(n, q)``. groups: ``(n,)`` its levels.
         entries: per pair of factors ``(n,)``: where its products of this row's levels stand.
@@ -53,6 +53,10 @@ class Rows:
     def n(self) -> int:
         """Number of rows."""
         return len(self.residual)
+
+    def padded(self) -> Rows:
+        """With empty levels, as compiled programs share them."""
+        return replace(self, stats=pad(self.stats))
 
     def of_factor(self, f: int, at: Any = slice(None)) -> np.ndarray:
         """``Z' [Z X y]`` of single rows: ``(q, q + p + 1, n)``."""
@@ -229,7 +233,7 @@ def rows_of(fitted: Fitted) -> Rows:
         entries.append(order[np.searchsorted(codes[order], own)])
     return Rows(
         design,
-        pad(unpadded),
+        unpadded,
         Q,
         residual,
         np.zeros(n) if sqrt_w is None else 2.0 * np.log(sqrt_w),
@@ -239,18 +243,18 @@ def rows_of(fitted: Fitted) -> Rows:
     )
 
 
-def batches(rows: Rows, unit: np.ndarray) -> Iterator[tuple[np.ndarray, CrossProducts]]:
+def batches(rows: Rows, unit: np.ndarray, most: int | None = None) -> Iterator[tuple[np.ndarray, CrossProducts]]:
     """Units and the cross-products without each of them, in batches that fit into memory.
 
     Units without which X loses rank are left out.
 
     Args:
-        unit: ``(n,)`` codes ``0 .. U - 1``, each with rows.
+        unit: ``(n,)`` codes ``0 .. U - 1``, each with rows. most: units of a batch.
     """
     U = int(unit.max()) + 1
     dominant = rows.dominant(unit)
     plain = np.setdiff1d(np.arange(U), dominant)
-    chunk = chunk_size(rows.numbers())
+    chunk = chunk_size(rows.numbers()) if most is None else min(most, chunk_size(rows.numbers()))
     for first in range(0, len(plain), chunk):
         deleted = plain[first : first + chunk]
         yield deleted, rows.without(unit, deleted)

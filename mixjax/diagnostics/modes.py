@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-import jax
 import numpy as np
 
 from mixjax.covariance import lambdas_of_theta
@@ -12,8 +11,6 @@ from mixjax.design import Labels
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.fitted import Fitted
 from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.statistics import CrossProducts, pad
-from mixjax.machine import float64
 
 
 def terms_of_group(labels: Labels) -> dict[str, list[int]]:
@@ -26,8 +23,8 @@ def terms_of_group(labels: Labels) -> dict[str, list[int]]:
 
 def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
     """Grouping factor -> ``(levels, q, q)``, absolute, given theta and beta, all terms of the factor side by side."""
-    with float64():
-        blocks = _relative(pad(fitted.stats), fitted.estimates.theta)
+    stats = fitted.stats if fitted.stats.classes is None else replace(fitted.stats, classes=None)
+    blocks = conditional_covariances(in_bases(lambdas_of_theta(fitted.estimates.theta, stats.layout.qs), stats), stats)
     result = {}
     for group, ts in terms_of_group(fitted.labels).items():
         m = len(fitted.labels.terms[ts[0]].levels)
@@ -36,10 +33,3 @@ def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
         block = np.asarray(blocks[places[0].factor])[np.ix_(own, own, np.arange(m))]
         result[group] = float(fitted.estimates.sigma) ** 2 * np.moveaxis(block, -1, 0)
     return result
-
-
-@jax.jit
-def _relative(stats: CrossProducts, theta: Any) -> list[Any]:
-    """Per grouping factor ``(q, q, m)``, all its terms side by side, on the scale of Z's own columns."""
-    lambdas = lambdas_of_theta(theta, stats.layout.qs)
-    return conditional_covariances(in_bases(lambdas, stats), stats)

@@ -16,7 +16,7 @@ import pandas as pd
 from mixjax.fitted import Fitted, record_of
 from mixjax.formula.errors import DataError
 from mixjax.machine import float64
-from mixjax.simulation import as_key, check_count, simulate_responses
+from mixjax.simulation import check_count, raw_key, simulate_responses
 
 # Numbers in all simulated responses together.
 MOST_NUMBERS = 2**27
@@ -52,7 +52,7 @@ def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.n
         raise ValueError(f"y must be (n,) and simulated (B, n), got {y.shape} and {simulated.shape}")
     below, equal = (simulated < y).sum(0), (simulated == y).sum(0)
     with float64():
-        u = np.asarray(jax.random.uniform(as_key(key), y.shape))
+        u = np.asarray(jax.random.uniform(raw_key(key), y.shape))
     return (below + u * (equal + 1)) / (len(simulated) + 1)
 
 
@@ -90,7 +90,7 @@ def quantile_residuals(
         )
     b = est.b if random == "fitted" else None
     with float64():
-        own, places = jax.random.split(as_key(key))
+        own, places = jax.random.split(raw_key(key))
     Y = simulate_responses(design, est.beta, est.sigma, est.Sigma, own, n, random=random, b=b)
     return QuantileResiduals(
         np.asarray(design.y, np.float64), Y, places, fitted.labels.frame, f"random effects {random}"

@@ -17,6 +17,7 @@ from mixjax.diagnostics.deletion import Rows, batches
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.search import REGION
+from mixjax.estimation.side_by_side import fit_side_by_side, how_many, is_worthwhile, step_side_by_side
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, solve_where
 from mixjax.fitted import Fitted
 from mixjax.likelihood.incidence import Incidence, incidence
@@ -79,8 +80,14 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
         unit: ``(n,)`` codes ``0 .. U - 1``. delta: ``(p,)`` coefficients of all rows in the basis of X.
     """
     out = nowhere(fitted, int(unit.max()) + 1)
-    # Fits of a large crossed design go one after another, over sparse rows, from the theta of all rows.
     is_large = incidence(rows.stats) is not None
+    if not is_large and is_worthwhile(rows.stats, len(out.result)):
+        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
+            est = fit_side_by_side(_in_basis(stats), fitted.reml)
+            _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
+        return out
+    rows = rows.padded()
+    # Fits of a large crossed design go one after another, over sparse rows, from the theta of all rows.
     start = None if fitted.estimates.singular else fitted.estimates.theta
     for deleted, stats in batches(rows, unit):
         if is_large:
@@ -90,8 +97,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
             # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and
             # where there are several minima the choice among them does not depend on the rows that are left out.
             est = estimate_many(_in_basis(stats), fitted.reml, keep=(*KEEP, "Sigma", "vcov"))
-        result = np.array([Result(code).name for code in est.result], dtype=object)
-        _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
+        _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
     return out
 
 
@@ -106,6 +112,13 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     out = nowhere(fitted, int(unit.max()) + 1)
     theta, reml = fitted.estimates.theta, np.bool_(fitted.reml)
     is_large = incidence(rows.stats) is not None
+    if not is_large and is_worthwhile(rows.stats, len(out.result)):
+        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
+            est, sound = step_side_by_side(_in_basis(stats), theta, fitted.reml)
+            result = np.where(sound, COMPUTED, NO_STEP).astype(object)
+            _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
+        return out
+    rows = rows.padded()
     with float64():
         for deleted, stats in batches(rows, unit):
             if is_large:
@@ -115,6 +128,10 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
             result = np.where(sound, COMPUTED, NO_STEP).astype(object)
             _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
     return out
+
+
+def _names_of(codes: np.ndarray) -> np.ndarray:
+    return np.array([Result(code).name for code in codes], dtype=object)
 
 
 def _one_by_one(stats: CrossProducts, call: Callable[[CrossProducts, Incidence | None], Any]) -> Any:

@@ -13,7 +13,6 @@ for every product, and contracted with the products of every row the derivatives
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -29,13 +28,18 @@ from mixjax.estimation.search import own_factors
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
 from mixjax.formula.errors import warn
+from mixjax.likelihood.case_slopes import ProductRows, case_slopes
 from mixjax.likelihood.criterion import Profiled
+from mixjax.likelihood.equations import covariances_with_slopes
 from mixjax.likelihood.incidence import Incidence, incidence
+from mixjax.likelihood.moments import is_small, moments_of
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import float64, jit
+from mixjax.machine import float64, jit, silently
 from mixjax.optimise.results import Result
 
 Scale = Literal["sdcor", "vcov", "theta"]
+# Numbers of the rows, as long as the effects beside those of the first factor, up to which NumPy works on them.
+MOST_NUMBERS = 2**25
 PREFIXES = {"sdcor": ("sd", "cor", "sigma"), "vcov": ("var", "cov", "sigma2"), "theta": ("theta", "theta", "sigma")}
 
 
@@ -90,19 +94,51 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
     values = np.full((rows.n, len(names)), np.nan)
     why = code.message
     if code is Result.CONVERGED:
-        with float64():
-            x, regular, slopes = jax.device_get(
-                _slopes_of_products(rows.stats, est.theta, np.bool_(fitted.reml), incidence(rows.stats))
-            )
-            J = np.asarray(_jacobian(np.append(x, est.sigma), rows.stats, scale=scale))
+        x, regular, own = _of_rows(fitted, rows)
         why = "" if regular else "the Hessian of the criterion is not positive definite"
     if why:
         warn(f"the estimates have no derivatives, all are NaN: {why}", InferenceWarning)
     else:
-        own = _contract(rows, slopes)
+        J = _jacobian(x, float(est.sigma), fitted.stats, scale)
         kept = np.append(varies, True)
         values = np.concatenate([own[:, : own.shape[1] - p] @ J[kept].T, own[:, own.shape[1] - p :]], axis=1)
     return pd.DataFrame(values, index=fitted.labels.frame.index, columns=names)
+
+
+def _of_rows(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
+    """The coordinates x ``(k,)`` of the fit; whether there are derivatives; those of x, sigma and beta by the weight of
+    every row, ``(n, k + 1 + p)``."""
+    stats, where = rows.stats, incidence(rows.stats)
+    d = sum(np.size(f.Zy) for f in stats.factors) - np.size(stats.factors[stats.layout.chain[0]].Zy)
+    if where is None and is_small(stats) and rows.n * (d + rows.Q.shape[1] + 1) <= MOST_NUMBERS:
+        with silently():
+            return _at_once(fitted, rows)
+    padded = rows.padded().stats
+    with float64():
+        x, regular, slopes = jax.device_get(
+            _slopes_of_products(padded, fitted.estimates.theta, np.bool_(fitted.reml), incidence(padded))
+        )
+    return x, bool(regular), _contract(rows, slopes)
+
+
+def _at_once(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
+    """By NumPy, in closed form."""
+    stats = rows.stats
+    moments = moments_of(stats)
+    x, free = coordinates_of(np.asarray(fitted.estimates.theta), stats)
+    first, columns = moments.layout.chain[0], []
+    for f, q, m in moments.dense:
+        dense = np.zeros((rows.n, q * m))
+        dense[np.arange(rows.n)[:, None], rows.groups[f][:, None] + m * np.arange(q)] = rows.Z[f]
+        columns.append(dense)
+    others = np.concatenate([*columns, rows.Q, rows.residual[:, None]], axis=1)
+    found = case_slopes(x, moments, fitted.reml, ProductRows(rows.Z[first], np.asarray(rows.groups[first]), others))
+    by_x = np.concatenate([np.eye(len(x)), found.sigma_by_x[None], stats.X_basis.R_inv @ found.delta_by_x])
+    multipliers = solve_where(free, found.Hessian, np.where(free, by_x, 0.0).T)
+    own = -found.mixed @ multipliers
+    own[:, len(x)] += found.sigma
+    own[:, len(x) + 1 :] += found.delta @ stats.X_basis.R_inv.T
+    return x, bool(is_regular(free, found.Hessian)), own
 
 
 Sums = dict[str, Any]
@@ -153,31 +189,49 @@ def _slopes(stats: CrossProducts, theta: Array, reml: Array, where: Incidence | 
 _slopes_of_products = jit(_slopes)
 
 
-def _variances(at: Array, stats: CrossProducts, scale: str) -> Array:
-    """Parameters of the random effects on a scale, entries that a structure holds at 0 among them, then sigma; from
-    the coordinates x and sigma."""
-    x, sigma, values = at[:-1], at[-1], []
+def _jacobian(x: np.ndarray, sigma: float, stats: CrossProducts, scale: str) -> np.ndarray:
+    """Derivatives by the coordinates x and sigma, ``(parameters, k + 1)``, of the parameters of the random effects on a
+    scale, entries that a structure holds at 0 among them, then of sigma's own."""
+    _, _, D, moves = covariances_with_slopes(x, stats)
+    lambdas = own_factors(x, stats.Z_bases, stats.layout).lambdas
+    parts = [_of_term(scale, sigma, *term) for term in zip(D, moves, lambdas, strict=True)]
+    of_sigma = np.zeros((1, len(x) + 1))
+    of_sigma[0, -1] = 2.0 * sigma if scale == "vcov" else 1.0
+    return np.concatenate([*parts, of_sigma])
+
+
+def _of_term(scale: str, sigma: float, D: np.ndarray, moves: np.ndarray, Lambda: np.ndarray) -> np.ndarray:
+    """One term's rows of :func:`_jacobian`: its D ``(q, q)``, the derivatives ``(k, q, q)`` of that, its Lambda."""
+    rows, columns = cov.triangle(len(D))
     if scale == "theta":
-        return jnp.append(cov.theta_of_lambdas(own_factors(x, stats.Z_bases, stats.layout).lambdas), sigma)
-    for basis, F in zip(stats.Z_bases, cov.factors_of(x, stats.layout.structures), strict=True):
-        own = jnp.asarray(basis.R_inv) @ F
-        D = own @ own.T
-        rows, columns = cov.triangle(D.shape[0])
-        if scale == "vcov":
-            values.append(sigma**2 * D[rows, columns])
-            continue
-        # A standard deviation of zero stays zero: its root has no derivative, and needs none.
-        positive = jnp.diagonal(D) > 0
-        sd = jnp.where(positive, jnp.sqrt(jnp.where(positive, jnp.diagonal(D), 1.0)), 0.0)
-        safe = jnp.where(positive, sd, jnp.nan)
-        values.append(jnp.where(rows == columns, sigma * sd[rows], D[rows, columns] / (safe[rows] * safe[columns])))
-    return jnp.concatenate([*values, (sigma**2 if scale == "vcov" else sigma)[None]])
+        slopes = _factors_slopes(Lambda, moves)[:, rows, columns]
+        return np.concatenate([slopes, np.zeros((1, len(rows)))]).T
+    if scale == "vcov":
+        return np.concatenate([sigma**2 * moves[:, rows, columns], 2.0 * sigma * D[None, rows, columns]]).T
+    # A standard deviation of zero stays zero: its root has no derivative, and needs none.
+    variances = D.diagonal()
+    sd = np.sqrt(np.where(variances > 0, variances, np.nan))
+    of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
+    relative = of_sd / sd
+    cor = D[rows, columns] / (sd[rows] * sd[columns])
+    of_cor = moves[:, rows, columns] / (sd[rows] * sd[columns]) - cor * (relative[:, rows] + relative[:, columns])
+    is_sd = rows == columns
+    slopes = np.where(is_sd, np.nan_to_num(sigma * of_sd[:, rows]), of_cor)
+    last = np.where(is_sd, np.nan_to_num(sd[rows]), np.where(np.isnan(cor), np.nan, 0.0))
+    return np.concatenate([slopes, last[None]]).T
 
 
-@partial(jit, static_argnames="scale")
-def _jacobian(at: Array, stats: CrossProducts, scale: str) -> Array:
-    at, stats = jax.tree.map(jnp.asarray, (at, stats))
-    return jax.jacfwd(partial(_variances, stats=stats, scale=scale))(at)
+def _factors_slopes(L: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """Derivatives ``(k, q, q)`` of the lower-triangular L with ``L L' = D``, from those of D. Columns of zeros stay."""
+    slopes = np.zeros_like(moves)
+    for j in range(len(L)):
+        if L[j, j] > 0:
+            column = L[:, j]
+            slopes[:, j, j] = moves[:, j, j] / (2.0 * L[j, j])
+            slopes[:, j + 1 :, j] = (moves[:, j + 1 :, j] - slopes[:, j, j, None] * column[j + 1 :]) / L[j, j]
+            outer = slopes[:, :, j, None] * column
+            moves = moves - outer - outer.swapaxes(1, 2)
+    return slopes
 
 
 def _contract(rows: Rows, slopes: Sums) -> np.ndarray:

@@ -303,7 +303,7 @@ def _start_at(start: np.ndarray, bases: Bases, at: np.ndarray, moments: Moments,
     return cov.near(in_basis, moments.layout.structures)
 
 
-def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array) -> Fits:
+def finish(solution: Solution, moments: Moments, bases: Bases, reml: Array | bool) -> Fits:
     """All that follows from the optimiser's coordinates, on the scale of the original columns."""
     lanes = profile_lanes(solution.x, moments, reml)
     own = own_factors(solution.x, bases.Z, moments.layout)

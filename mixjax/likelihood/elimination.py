@@ -57,7 +57,10 @@ class Reduced(NamedTuple):
 
 
 def arrange(stats: CrossProducts) -> Blocks:
-    """Lay the products out for :func:`eliminate`; linear in the products and independent of theta."""
+    """Lay the products out for :func:`eliminate`; linear in the products and independent of theta.
+
+    Products of many data sets that have their levels in common may stand in a last axis of every array.
+    """
     layout = stats.layout
     dense = tuple((f, stats.factors[f].ZZ.shape[1], stats.factors[f].ZZ.shape[2]) for f in layout.dense)
     starts, n_dense = {}, 0
@@ -66,7 +69,7 @@ def arrange(stats: CrossProducts) -> Blocks:
         n_dense += q * m
     p = stats.Xy.shape[0]
     r = n_dense + p + 1
-    dtype = stats.XX.dtype
+    dtype, lanes = stats.XX.dtype, stats.yy.shape
     xp = namespace(*(leaf for leaf in jax.tree.leaves(stats)))
 
     def border(f):
@@ -79,10 +82,9 @@ def arrange(stats: CrossProducts) -> Blocks:
         levels = xp.minimum(levels, m - 1)  # a level without rows has no parent, and no products with one
         return starts[t] + np.arange(q_t, dtype=np.int32)[:, None] * m + levels[None]
 
-    G = xp.zeros((r, r), dtype)
-    corner = xp.concatenate(
-        [xp.concatenate([stats.XX, stats.Xy[:, None]], 1), xp.append(stats.Xy, stats.yy)[None]], axis=0
-    )
+    G = xp.zeros((r, r, *lanes), dtype)
+    last = xp.concatenate([stats.Xy, xp.asarray(stats.yy)[None]])
+    corner = xp.concatenate([xp.concatenate([stats.XX, stats.Xy[:, None]], 1), last[None]], axis=0)
     G = set_at(G, (slice(n_dense, None), slice(n_dense, None)), corner)
     for t, q, m in dense:
         at = dense_columns(t, q, np.arange(m, dtype=np.int32))  # (q, m)
@@ -93,11 +95,11 @@ def arrange(stats: CrossProducts) -> Blocks:
         G = set_at(G, (index[:, None, None], at[None]), side.swapaxes(0, 1))
     B = {}
     for f in layout.chain:
-        q, _, m = stats.factors[f].ZZ.shape
-        B[f] = xp.concatenate([xp.zeros((q, n_dense, m), dtype), border(f)], axis=1)
+        q, _, m = stats.factors[f].ZZ.shape[:3]
+        B[f] = xp.concatenate([xp.zeros((q, n_dense, m, *lanes), dtype), border(f)], axis=1)
     C = {}
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
-        q_s, q_t, _ = pair.ZZ.shape
+        q_s, q_t = pair.ZZ.shape[:2]
         if s in layout.chain and t in layout.chain:
             C[s, t] = (pair.cols, pair.ZZ)
         elif s in layout.chain:

@@ -46,10 +46,10 @@ class LevelSums(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Of one fit under NumPy, where products of matrices are cheaper than moments.
+    """Under NumPy, where products of matrices are cheaper than moments.
 
     Attributes:
-        V: ``(C, q, u + 1, 1)``, ``Z_i'[U y]``.
+        V: ``(C, q, u + 1, L)``, ``Z_i'[U y]``; in memory lanes run slowest.
     """
 
     V: AnyArray
@@ -108,7 +108,7 @@ class Moments:
         """
         xp = namespace(self.UU, weights[0])
         if isinstance(self.sums, RowSums):
-            return _contract_rows(self.sums.V[..., 0], np.asarray(weights))
+            return _contract_rows(self.sums.V, np.asarray(weights))
         if self.pair_UU.shape[-1] == 1:
             upper = _sum_over_classes(self.pair_UU[..., 0], xp.stack(weights))
         else:
@@ -131,8 +131,8 @@ class Moments:
     def rows_times(self, c):
         """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, B)`` from ``c (u, B)``."""
         if isinstance(self.sums, RowSums):
-            V = self.sums.V[..., 0]
-            return np.moveaxis(V @ np.append(c[:, 0], 1.0), 0, 1)[..., None]
+            V, full = _lanes_first(self.sums.V), np.concatenate([c, np.ones((1, *c.shape[1:]))]).T
+            return np.moveaxis((V @ full[:, None, :, None])[..., 0], (0, 1), (2, 1))
         U, z = self.sums
         if U.shape[-1] > 1:
             return z + (U * c[:, None]).sum(1)
@@ -149,7 +149,7 @@ class Moments:
         """
         xp = namespace(self.UU, UU)
         if isinstance(self.sums, RowSums):
-            return _pull_back_rows(self.sums.V[..., 0], UU[..., 0], Uy[:, 0], yy[0])
+            return _pull_back_rows(self.sums.V, UU, Uy, yy)
         rows, columns = np.triu_indices(Uy.shape[0])
         twice = xp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
         upper = UU[rows.astype(np.int32), columns.astype(np.int32)] * twice[:, None]
@@ -173,27 +173,35 @@ class Moments:
         )
 
 
+def _lanes_first(V: np.ndarray) -> np.ndarray:
+    return np.moveaxis(V, -1, 0)
+
+
 def _contract_rows(V: np.ndarray, weights: np.ndarray) -> tuple:
-    C, q, r = V.shape
-    flat = V.reshape(C * q, r).T
-    W = np.moveaxis(weights[_position(q), :, :, 0], -1, 0)  # (j, q, q, C)
-    G = np.empty((len(W), r, r), V.dtype)
+    V = _lanes_first(V)
+    L, C, q, r = V.shape
+    flat = V.reshape(L, C * q, r)
+    W = weights[_position(q)]  # (q, q, C, j, B)
+    W = np.moveaxis(W, (3, 4), (0, 1))  # (j, B, q, q, C)
+    G = np.empty((len(W), W.shape[1], r, r), V.dtype)
     for k, one in enumerate(W):
-        WV = one[0, 0, :, None, None] * V if q == 1 else np.matmul(np.moveaxis(one, -1, 0), V)
-        G[k] = flat @ WV.reshape(C * q, r)
-    G = np.moveaxis(G, 0, -1)[..., None]
+        WV = one[:, 0, 0, :, None, None] * V if q == 1 else np.moveaxis(one, -1, 1) @ V
+        G[k] = flat.swapaxes(1, 2) @ WV.reshape(-1, C * q, r)
+    G = np.moveaxis(G, (0, 1), (2, 3))
     return G[:-1, :-1], G[:-1, -1], G[-1, -1]
 
 
 def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarray) -> np.ndarray:
-    C, q, r = V.shape
-    Psi = np.empty((r, r), V.dtype)
-    Psi[:-1, :-1], Psi[:-1, -1], Psi[-1, :-1], Psi[-1, -1] = UU, Uy, Uy, yy
-    half = (V.reshape(C * q, r) @ Psi).reshape(C, q, r)
+    V = _lanes_first(V)
+    L, C, q, r = V.shape
+    Psi = np.empty((yy.shape[0], r, r), V.dtype)
+    Psi[:, :-1, :-1], Psi[:, -1, -1] = np.moveaxis(UU, -1, 0), yy
+    Psi[:, :-1, -1] = Psi[:, -1, :-1] = Uy.T
+    half = (V.reshape(L, C * q, r) @ Psi).reshape(-1, C, q, r)
     if q == 1:
-        return (half * V).sum(2).T[..., None]
-    Q = np.matmul(half, np.swapaxes(V, 1, 2))
-    return np.stack([Q[:, a, b] * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])[..., None]
+        return (half * V).sum(3).T
+    Q = half @ V.swapaxes(2, 3)
+    return np.stack([Q[:, :, a, b].T * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])
 
 
 def over_rows(U: Any, c: Any) -> Any:
@@ -263,7 +271,8 @@ def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
 
     ``alone``: no other fits share them, so that NumPy has :class:`RowSums`.
 
-    Inside ``vmap`` over fits with ``out_axes=-1`` drop that axis.
+    Inside ``vmap`` over fits with ``out_axes=-1`` drop that axis. Under NumPy also of many data sets that have their
+    levels in common, in the last axis of all their arrays.
     """
     xp = namespace(stats.XX, stats.yy)
     layout = stats.layout
@@ -277,7 +286,7 @@ def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
         A=A,
         count=xp.ones(A.shape[2], A.dtype),
         pair_UU=None if rows else pair_moments(U),
-        sums=RowSums(np.ascontiguousarray(B.transpose(2, 0, 1))) if rows else LevelSums(U, z),
+        sums=_row_sums(B) if rows else LevelSums(U, z),
         UU=blocks.G[:-1, :-1],
         Uy=blocks.G[:-1, -1],
         yy=blocks.G[-1, -1],
@@ -287,7 +296,16 @@ def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
         dense=blocks.dense,
         layout=layout,
     )
+    if np.ndim(stats.yy):
+        return replace(moments, count=moments.count[:, None])
     return jax.tree.map(lambda x: x[..., None], moments)
+
+
+def _row_sums(B: np.ndarray) -> RowSums:
+    """From ``(q, r, C)``, or with lanes behind."""
+    axes = (2, 0, 1) if B.ndim == 3 else (3, 2, 0, 1)
+    V = np.ascontiguousarray(B.transpose(axes))
+    return RowSums(V if B.ndim == 3 else np.moveaxis(V, 0, -1))
 
 
 def pair_moments(U):

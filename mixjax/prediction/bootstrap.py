@@ -14,9 +14,9 @@ from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size
 from mixjax.likelihood.cross_products import cross_products
+from mixjax.likelihood.equations import Equations
 from mixjax.optimise.results import Result
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
-from mixjax.prediction.henderson import Henderson
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
 from mixjax.simulation import draw_responses, random_columns, symmetric_root
 
@@ -108,7 +108,7 @@ class _Scale:
             D = tuple(L @ np.swapaxes(L, -1, -2) for L in lambdas)
             factors = factors_in_bases(lambdas, self._stats)
             if self._blocks is None:
-                variance = Henderson(self._stats, [F[0] for F in factors]).variance(self._rows)[None]
+                variance = Equations(self._stats, [F[0] for F in factors]).variance(self._rows)[None]
             else:
                 variance = self._blocks.variance(factors)
             variance = variance + self._targets.fresh_variance(D)

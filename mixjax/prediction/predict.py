@@ -16,8 +16,8 @@ from mixjax.formula.errors import warn
 from mixjax.formula.state import new_rows
 from mixjax.inference.contrasts import fitted_information
 from mixjax.inference.intervals import check_level
+from mixjax.likelihood.equations import Equations
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
-from mixjax.prediction.henderson import Henderson
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
 from mixjax.simulation import check_count
@@ -237,7 +237,7 @@ def errors_of(
         return _second_order(fitted, targets, level)
     lambdas = relative_factors(np.asarray(est.theta), stats.layout.qs)
     D = tuple(Lambda @ Lambda.T for Lambda in lambdas)
-    equations = Henderson(stats, factors_in_bases(lambdas, stats))
+    equations = Equations(stats, factors_in_bases(lambdas, stats))
     variance = equations.variance(effect_rows(targets, stats)) + targets.fresh_variance(D)
     se = sigma * np.sqrt(np.maximum(variance, 0.0))
     if method == "henderson":

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from mixjax import covariance as cov
+from mixjax.likelihood.equations import covariances_with_slopes
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import float64
 from mixjax.prediction.blocks import Blocks
 from mixjax.prediction.targets import Targets, effect_rows
 
@@ -54,7 +52,7 @@ def second_order(
     Raises:
         TooLarge: too many effects depend on each other.
     """
-    factors, slopes, D, D_slopes = _covariances(x, stats)
+    factors, slopes, D, D_slopes = covariances_with_slopes(x, stats)
     parts = Blocks(stats, effect_rows(targets, stats)).parts(factors, slopes)
     variance = parts.variance + targets.fresh_variance(D)
     slope = parts.slopes
@@ -68,29 +66,3 @@ def second_order(
     with np.errstate(divide="ignore", invalid="ignore"):
         df = 2.0 * (scale * variance) ** 2 / np.einsum("...mk,...kl,...ml->...m", gradient, A, gradient)
     return SecondOrder(scale * variance, correction, df)
-
-
-def _covariances(x: np.ndarray, stats: CrossProducts):
-    """Per grouping factor F and the derivatives of ``F F'``, in the bases; per term D and its own, in its columns."""
-    layout = stats.layout
-    leading, k = np.shape(x)[:-1], np.shape(x)[-1]
-    factors = [np.zeros((*leading, w, w)) for w in layout.widths]
-    slopes = [np.zeros((*leading, k, w, w)) for w in layout.widths]
-    D, D_slopes, start = [], [], 0
-    for place, basis in zip(layout.terms, stats.Z_bases, strict=True):
-        structure, q, R_inv = place.structure, place.q, np.asarray(basis.R_inv)
-        own = slice(place.start, place.start + q)
-        with float64():
-            lanes = jnp.asarray(np.reshape(x, (-1, k)).T[start : start + structure.k])
-            F, jacobian = np.asarray(structure.factor(lanes)), np.asarray(structure.jacobian(lanes))
-        F = np.moveaxis(F, -1, 0).reshape(*leading, q, q)
-        moved = np.zeros((*leading, k, q, q))
-        for pair, (a, b) in enumerate(cov.pairs_of(q)):
-            entry = np.moveaxis(jacobian[pair], -1, 0).reshape(*leading, structure.k)
-            moved[..., start : start + structure.k, a, b] = moved[..., start : start + structure.k, b, a] = entry
-        factors[place.factor][..., own, own] = F
-        slopes[place.factor][..., own, own] = moved
-        D.append(R_inv @ F @ np.swapaxes(F, -1, -2) @ R_inv.T)
-        D_slopes.append(R_inv @ moved @ R_inv.T)
-        start += structure.k
-    return factors, slopes, tuple(D), tuple(D_slopes)

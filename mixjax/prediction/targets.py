@@ -8,6 +8,7 @@ import numpy as np
 
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import AnyArray
+from mixjax.likelihood.equations import EffectRows, by_factor
 from mixjax.likelihood.statistics import CrossProducts
 
 
@@ -76,19 +77,6 @@ class Targets(NamedTuple):
         return total
 
 
-class EffectRows(NamedTuple):
-    """Known effects of the targets in the bases of the cross-products.
-
-    Attributes:
-        X: ``(m, p)``. Z: per grouping factor ``(m, w)``, zero where a row has no known level of it or its terms are
-            left out. level: per grouping factor ``(m,)``, 0 there.
-    """
-
-    X: np.ndarray
-    Z: list[np.ndarray]
-    level: list[np.ndarray]
-
-
 def effect_rows(targets: Targets, stats: CrossProducts) -> EffectRows:
     """The targets in the bases of the cross-products, by grouping factor.
 
@@ -126,8 +114,5 @@ def relative_factors(theta: AnyArray, qs: tuple[int, ...]) -> list[np.ndarray]:
 
 def factors_in_bases(lambdas: list[np.ndarray], stats: CrossProducts) -> list[np.ndarray]:
     """Per grouping factor ``F (..., w, w)``: the covariance of its effects in the bases of the products is ``F F'``."""
-    factors = [np.zeros((*np.shape(lambdas[0])[:-2], width, width)) for width in stats.layout.widths]
-    for place, basis, Lambda in zip(stats.layout.terms, stats.Z_bases, lambdas, strict=True):
-        own = slice(place.start, place.start + place.q)
-        factors[place.factor][..., own, own] = np.asarray(basis.R) @ Lambda
-    return factors
+    own = [np.asarray(basis.R) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
+    return by_factor(own, stats.layout)
