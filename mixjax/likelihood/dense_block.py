@@ -5,8 +5,6 @@ The notation is that of :mod:`mixjax.likelihood.curvature`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -189,23 +187,58 @@ def dense_directions(
     if p:
         Omega_Ee = Omega_Ee - linalg.matmul(half, linalg.matmul(linalg.transpose(P_X), Ee))
         Omega_log = Omega - xp.where(reml, linalg.matmul(half, linalg.transpose(P_X)), 0.0)
-    inner = _inner_products(Omega_log, moments, at)
-    traces, products, mixed = [], [], []
+    traces = [sum_of(_trace(Omega_log[at[f, b], at[f, a]]) for a, b in orders_of(*pair)) for f, pair in spots]
+    products = (_products_at_once if xp is np else _products)(Omega_log, LJ, L_log, moments, spots)
+    g = xp.stack(traces) - s * eEe
+    among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe - products[0]
+    between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
+    return g, among, between - products[1], eEe
+
+
+def _products(Omega: Array, LJ: Array, L: Array, moments: AnyMoments, spots: list) -> tuple[Array, Array]:
+    """``tr(Omega E_j Omega E_l) (J, J, B)`` of the dense directions, and ``sum (E_l L) LJ_i (I, J, B)`` with the first
+    factor's."""
+    xp, at = namespace(Omega), effects_of(moments)
+
+    def inner(f, f2, left, right):
+        return (Omega[at[f, left[0]], at[f2, left[1]]] * Omega[at[f, right[0]], at[f2, right[1]]]).sum((0, 1))
+
+    among, mixed = [], []
     for f, pair in spots:
         orders = orders_of(*pair)
-        traces.append(sum_of(_trace(Omega_log[at[f, b], at[f, a]]) for a, b in orders))
-        products.append(
-            [
-                sum_of(inner(f, f2, (b, a2), (a, b2)) for a, b in orders for a2, b2 in orders_of(*pair2))
-                for f2, pair2 in spots
-            ]
-        )
-        mixed.append(sum_of((LJ[at[f, b]] * L_log[at[f, a]][:, :, None]).sum((0, 1)) for a, b in orders))
-    g = xp.stack(traces) - s * eEe
-    among = 2.0 * s * (Ee[:, :, None] * Omega_Ee[:, None]).sum(0) - curve * eEe[:, None] * eEe
-    among = among - xp.stack([xp.stack(row) for row in products])
-    between = 2.0 * s * (LJc[:, :, None] * Ee[:, None]).sum(0) - curve * cJc[:, None] * eEe
-    return g, among, between - xp.stack(mixed, axis=1), eEe
+        row = [
+            sum_of(inner(f, f2, (b, a2), (a, b2)) for a, b in orders for a2, b2 in orders_of(*pair2))
+            for f2, pair2 in spots
+        ]
+        among.append(xp.stack(row))
+        mixed.append(sum_of((LJ[at[f, b]] * L[at[f, a]][:, :, None]).sum((0, 1)) for a, b in orders))
+    return xp.stack(among), xp.stack(mixed, axis=1)
+
+
+def _products_at_once(
+    Omega: np.ndarray, LJ: np.ndarray, L: np.ndarray, moments: AnyMoments, spots: list
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same by NumPy: all pairs of effects of two factors are one product of matrices a lane."""
+    Omega, LJ, L = (np.moveaxis(x, -1, 0) for x in (Omega, LJ, L))
+    B, J = len(Omega), LJ.shape[3]
+    among, mixed = np.empty((B, len(spots), len(spots))), np.empty((B, J, len(spots)))
+    places, start = {}, 0
+    for f, q, m in moments.dense:
+        own = [j for j, (g, _) in enumerate(spots) if g == f]
+        a, b = np.array([spots[j][1] for j in own]).reshape(-1, 2).T
+        places[f] = slice(start, start + q * m), q, m, np.array(own, int), a, b
+        start += q * m
+    for rows, q, m, own, a, b in places.values():
+        M = L[:, rows].reshape(B, 1, q, -1) @ LJ[:, rows].reshape(B, q, -1, J)
+        mixed[:, :, own] = np.moveaxis(M[:, b, a] + np.where((a != b)[:, None], M[:, a, b], 0.0), 1, 2)
+        a, b, off = a[:, None], b[:, None], (a != b)[:, None]
+        for columns, q2, m2, own2, a2, b2 in places.values():
+            blocks = Omega[:, rows, columns].reshape(B, q, m, q2, m2).swapaxes(2, 3).reshape(B, q * q2, m * m2)
+            G = (blocks @ blocks.swapaxes(1, 2)).reshape(B, q, q2, q, q2)
+            total = G[:, b, a2, a, b2] + np.where(off, G[:, a, a2, b, b2], 0.0)
+            total += np.where(a2 != b2, G[:, b, b2, a, a2] + np.where(off, G[:, a, b2, b, a2], 0.0), 0.0)
+            among[:, own[:, None], own2] = total
+    return np.moveaxis(among, 0, -1), np.moveaxis(mixed, 0, -1)
 
 
 def effects_of(moments: AnyMoments) -> dict[tuple[int, int], slice]:
@@ -215,25 +248,6 @@ def effects_of(moments: AnyMoments) -> dict[tuple[int, int], slice]:
         at.update({(f, a): slice(start + a * m, start + (a + 1) * m) for a in range(q)})
         start += q * m
     return at
-
-
-def _inner_products(Omega: Array, moments: AnyMoments, at: dict) -> Callable[..., Array]:
-    """``(f, f2, (a, b), (c, e))`` -> the sum of the products, entry by entry, of the blocks of Omega where effects a
-    and c of factor f meet b and e of f2. Under NumPy, for one lane, all of two factors are one product of matrices."""
-    if namespace(Omega) is not np or Omega.shape[2] > 1:
-        return lambda f, f2, left, right: (
-            Omega[at[f, left[0]], at[f2, left[1]]] * Omega[at[f, right[0]], at[f2, right[1]]]
-        ).sum((0, 1))
-    size = {f: (q, m) for f, q, m in moments.dense}
-
-    @cache
-    def all_of(f: int, f2: int) -> np.ndarray:
-        (q, m), (q2, m2) = size[f], size[f2]
-        block = Omega[at[f, 0].start : at[f, q - 1].stop, at[f2, 0].start : at[f2, q2 - 1].stop, 0]
-        rows = block.reshape(q, m, q2, m2).swapaxes(1, 2).reshape(q * q2, m * m2)
-        return (rows @ rows.T).reshape(q, q2, q, q2)
-
-    return lambda f, f2, left, right: all_of(f, f2)[(*left, *right)][None]
 
 
 def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array):

@@ -177,17 +177,25 @@ def _lanes_first(V: np.ndarray) -> np.ndarray:
     return np.moveaxis(V, -1, 0)
 
 
+# Numbers of the products of all rows with several matrices at once.
+MOST_AT_ONCE = 2**20
+
+
 def _contract_rows(V: np.ndarray, weights: np.ndarray) -> tuple:
     V = _lanes_first(V)
     L, C, q, r = V.shape
     flat = V.reshape(L, C * q, r)
     W = weights[_position(q)]  # (q, q, C, j, B)
-    W = np.moveaxis(W, (3, 4), (0, 1))  # (j, B, q, q, C)
-    G = np.empty((len(W), W.shape[1], r, r), V.dtype)
-    for k, one in enumerate(W):
-        WV = one[:, 0, 0, :, None, None] * V if q == 1 else np.moveaxis(one, -1, 1) @ V
-        G[k] = flat.swapaxes(1, 2) @ WV.reshape(-1, C * q, r)
-    G = np.moveaxis(G, (0, 1), (2, 3))
+    j, B = W.shape[3:]
+    W = W.transpose(4, 2, 0, 3, 1)  # (B, C, q, j, q)
+    step = max(1, MOST_AT_ONCE // (B * C * q * r))  # of the j at a time
+    parts = []
+    for k in range(0, j, step):
+        some = W[:, :, :, k : k + step]
+        n = some.shape[3]
+        WV = some[:, :, 0] * V if q == 1 else some.reshape(B, C, q * n, q) @ V
+        parts.append((flat.swapaxes(1, 2) @ WV.reshape(B, C * q, n * r)).reshape(B, r, n, r))
+    G = np.concatenate(parts, axis=2).transpose(1, 3, 2, 0)  # (r, r, j, B)
     return G[:-1, :-1], G[:-1, -1], G[-1, -1]
 
 
