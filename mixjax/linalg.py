@@ -96,8 +96,8 @@ def over_first(A: Array, B: Array) -> Array:
     if namespace(A, B) is not np:
         return jnp.tensordot(A, B, ((0,), (0,)))
     if B.shape[-1] == 1:
-        return (A.T @ B.reshape(len(B), -1)).reshape(A.shape[1], *B.shape[1:])
-    return np.einsum("kt,kx->tx", A, B.reshape(len(B), -1)).reshape(A.shape[1], *B.shape[1:])
+        return (A.T @ B.reshape(len(B), math.prod(B.shape[1:]))).reshape(A.shape[1], *B.shape[1:])
+    return np.einsum("kt,kx->tx", A, B.reshape(len(B), math.prod(B.shape[1:]))).reshape(A.shape[1], *B.shape[1:])
 
 
 def _matrices(A: np.ndarray) -> np.ndarray:

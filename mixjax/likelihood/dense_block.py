@@ -224,9 +224,9 @@ def _products_at_once(
     among, mixed = np.empty((B, len(spots), len(spots))), np.empty((B, J, len(spots)))
     places, start = {}, 0
     for f, q, m in moments.dense:
-        own = [j for j, (g, _) in enumerate(spots) if g == f]
-        a, b = np.array([spots[j][1] for j in own]).reshape(-1, 2).T
-        places[f] = slice(start, start + q * m), q, m, np.array(own, int), a, b
+        chosen = [j for j, (g, _) in enumerate(spots) if g == f]
+        pairs = np.array([spots[j][1] for j in chosen]).reshape(-1, 2)
+        places[f] = slice(start, start + q * m), q, m, np.array(chosen, int), pairs[:, 0], pairs[:, 1]
         start += q * m
     for rows, q, m, own, a, b in places.values():
         M = L[:, rows].reshape(B, 1, q, -1) @ LJ[:, rows].reshape(B, q, -1, J)

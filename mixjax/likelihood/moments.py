@@ -154,8 +154,8 @@ class Moments:
         twice = xp.asarray(np.where(rows == columns, 1.0, 2.0), UU.dtype)
         upper = UU[rows.astype(np.int32), columns.astype(np.int32)] * twice[:, None]
         if self.pair_UU.shape[-1] == 1:
-            shared = self.pair_UU[..., 0]
-            Q = list(over_first(shared.reshape(-1, shared.shape[2]).T, upper).reshape(*shared.shape[:2], -1))
+            pairs, C, t, _ = self.pair_UU.shape
+            Q = list(over_first(self.pair_UU.reshape(pairs * C, t).T, upper).reshape(pairs, C, upper.shape[1]))
         else:
             Q = [(S * upper).sum(1) for S in self.pair_UU]
         if isinstance(self.sums, ClassSums):
@@ -215,7 +215,7 @@ def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarra
 def over_rows(U: Any, c: Any) -> Any:
     """``U_i c``: ``(q, u, C, 1), (u, B) -> (q, C, B)``."""
     q, u, C, _ = U.shape
-    return over_first(U[..., 0].swapaxes(0, 1).reshape(u, q * C), c).reshape(q, C, -1)
+    return over_first(U[..., 0].swapaxes(0, 1).reshape(u, q * C), c).reshape(q, C, c.shape[1])
 
 
 def _as_array(Q: list) -> Any:
@@ -227,7 +227,8 @@ def _sum_over_classes(S, w):
     """``(pairs, C, t), (pairs, C, j, B) -> (t, j, B)``."""
     xp = namespace(S, w)
     if namespace(S, w) is np:
-        return over_first(S.reshape(-1, S.shape[2]), w.reshape(-1, *w.shape[2:]))
+        n = S.shape[0] * S.shape[1]
+        return over_first(S.reshape(n, S.shape[2]), w.reshape(n, *w.shape[2:]))
     if w.shape[-1] > FEW_LANES:
         return xp.tensordot(S, w, ((0, 1), (0, 1)))
     return xp.moveaxis(xp.tensordot(w, S, ((0, 1), (0, 1))), -1, 0)
