@@ -230,16 +230,16 @@ def fit_block_at_once(
     """As :func:`fit_block`, by NumPy: lanes that are done are dropped. Returns the first ``count`` replicates."""
     structures, k = moments.layout.structures, moments.layout.k
     N = sizes.block
-    tile = max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // _numbers(moments) // MULTIPLE * MULTIPLE))
+    tile = tile_of(moments)
     with silently():
         found = Solution(*(np.array(a) for a in search.begin(np.zeros((k, count)), structures).best))
         x = np.zeros((k, count))
         is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
         for first in range(0, count, tile):
             at = np.arange(first, min(first + tile, count))
-            own = lanes_of(moments, _padded(at), N)
-            begun = minque_start(own) if start is None else _start_at(start, bases, _padded(at), moments, N)
-            state = begin_directly(np.array(np.broadcast_to(begun, (k, len(_padded(at))))))
+            own = lanes_of(moments, padded_lanes(at), N)
+            begun = minque_start(own) if start is None else _start_at(start, bases, padded_lanes(at), moments, N)
+            state = begin_directly(np.array(np.broadcast_to(begun, (k, len(padded_lanes(at))))))
             for _ in range(sizes.direct):
                 evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
                 state = advance_directly(state, evaluate, is_plain, search.REGION)
@@ -248,14 +248,14 @@ def fit_block_at_once(
                 going = np.flatnonzero(state.going[: len(at)])
                 if not len(going):
                     break
-                at, lanes = at[going], _padded(going)
-                state, own = lanes_of(state, lanes), lanes_of(moments, _padded(at), N)
+                at, lanes = at[going], padded_lanes(going)
+                state, own = lanes_of(state, lanes), lanes_of(moments, padded_lanes(at), N)
         left = np.flatnonzero(found.result != int(Result.CONVERGED))
         for first in range(0, len(left), tile):
             at = left[first : first + tile]
-            begun = search.begin(x[:, _padded(at)], structures, found.iterations[_padded(at)])
+            begun = search.begin(x[:, padded_lanes(at)], structures, found.iterations[padded_lanes(at)])
             _search(begun, at, moments, N, reml, one_minimum, found)
-        every = _padded(np.arange(count))
+        every = padded_lanes(np.arange(count))
         fits = finish(lanes_of(found, every), lanes_of(moments, every, N), lanes_of(bases, every, N), reml)
         return lanes_of(fits, np.arange(count))
 
@@ -265,7 +265,7 @@ def _search(
 ) -> None:
     """The full search of replicates ``at``; its ends are put into ``found``."""
     structures = moments.layout.structures
-    own = lanes_of(moments, _padded(at), N)
+    own = lanes_of(moments, padded_lanes(at), N)
     while len(at):
         evaluate = partial(value_gradient_hessian, moments=own, reml=reml)
         state = search.advance(state, evaluate, structures, one_minimum)
@@ -275,19 +275,21 @@ def _search(
         _store(found, at[done], lanes_of(state.best, np.flatnonzero(done)))
         going = np.flatnonzero(~done)
         if len(going):
-            at, lanes = at[going], _padded(going)
+            at, lanes = at[going], padded_lanes(going)
             state = lanes_of(state, lanes)
-            own = lanes_of(moments, _padded(at), N)
+            own = lanes_of(moments, padded_lanes(at), N)
         else:
             at = at[:0]
 
 
-def _numbers(moments: Moments) -> int:
+def tile_of(moments: Moments) -> int:
+    """Lanes that NumPy works on side by side."""
     q, C, u = moments.A.shape[0], moments.A.shape[2], moments.Uy.shape[0]
-    return max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
+    numbers = max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
+    return max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // numbers // MULTIPLE * MULTIPLE))
 
 
-def _padded(at: np.ndarray) -> np.ndarray:
+def padded_lanes(at: np.ndarray) -> np.ndarray:
     """Lanes, the last one repeated so that their number is a multiple."""
     return np.append(at, np.repeat(at[-1], -len(at) % MULTIPLE))
 

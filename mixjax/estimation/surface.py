@@ -69,18 +69,21 @@ def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]
 
 
 def coordinates_in(theta: Array, layout: Layout, bases: Sequence[AnyArray]) -> tuple[Array, Array]:
-    """The same from the structure of the model and each Z's ``R (q, q)``."""
+    """The same from the structure of the model and each Z's ``R (q, q)``; or ``(k, B)`` of lanes ``theta (k, B)`` from
+    ``R (q, q, B)`` or ``(q, q, 1)``."""
     xp = namespace(theta, *bases)
+    if theta.ndim == 1:
+        x, free = coordinates_in(theta[:, None], layout, [xp.asarray(R)[:, :, None] for R in bases])
+        return x[:, 0], free[:, 0]
     parts, free = [], []
     lambdas = cov.lambdas_of_theta(theta, layout.qs)
     for structure, Lambda, R in zip(layout.structures, lambdas, bases, strict=True):
-        x = structure.near(xp.asarray(R) @ Lambda)
+        x = structure.near(linalg.matmul(xp.asarray(R), Lambda))
         at = np.array(structure.deviations, np.int32)
-        sds = abs(x[at])
-        x = set_at(x, at, xp.where(sds <= rank_tolerance(x.dtype) * abs(x).max(), 0.0, x[at]))
-        x, own = structure.reduced(x[:, None], xp.full(1, -1))
-        parts.append(x[:, 0])
-        free.append(own[:, 0])
+        x = set_at(x, at, xp.where(abs(x[at]) <= rank_tolerance(x.dtype) * abs(x).max(0), 0.0, x[at]))
+        x, own = structure.reduced(x, xp.full(x.shape[1], -1))
+        parts.append(x)
+        free.append(own)
     return xp.concatenate(parts), xp.concatenate(free)
 
 

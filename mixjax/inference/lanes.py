@@ -12,45 +12,67 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import linalg
 from mixjax.design import AnyArray
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.lanes import Bases, Sizes, put, slice_of
-from mixjax.estimation.many import Batch, for_blocks, in_blocks, last
+from mixjax.estimation.lanes import Bases, Sizes, padded_lanes, put, slice_of, tile_of
+from mixjax.estimation.many import Batch, Engine, chosen_engine, for_blocks, in_blocks, in_lanes_at_once, last
 from mixjax.estimation.surface import coordinates_in
 from mixjax.likelihood.curvature import profile_lanes, slopes_of
-from mixjax.likelihood.moments import Moments
+from mixjax.likelihood.moments import Moments, is_small
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import LANES, jit
+from mixjax.machine import LANES, Array, jit, lanes_of, namespace, silently
 
 
-def in_lanes(ddf: str, stats: CrossProducts) -> bool:
+def in_lanes(ddf: str, stats: CrossProducts, engine: Engine = "auto") -> bool:
     """Whether :func:`errors_of_many` serves these tests."""
-    return ddf in ("wald", "satterthwaite") and in_blocks(stats)
+    served = in_blocks(stats) or (engine != "jax" and is_small(stats) and in_lanes_at_once(stats))
+    return ddf in ("wald", "satterthwaite") and served
 
 
 def errors_of_many(
-    ddf: str, est: Estimates, stats: CrossProducts, L: np.ndarray, reml: bool
+    ddf: str, est: Estimates, stats: CrossProducts, L: np.ndarray, reml: bool, engine: Engine = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom ``(B, r)`` of ``L beta``, L ``(r, p)``; infinite for Wald's.
 
     Args:
         est, stats: of B fits, arrays of numbers, double precision. A fit's numbers do not depend on the others.
     """
-    batch = Batch(stats, None, jax.default_backend())
+    at_once = chosen_engine(stats, len(stats.yy), engine) == "numpy"
+    batch = Batch(stats, None, "cpu" if at_once else jax.default_backend(), at_once)
     se, df = np.empty((2, batch.B, len(L)))
 
     def work(block: int) -> None:
         moments, bases, _ = batch.inputs(block)
         index, count = batch.index(block), batch.count(block)
         theta, sigma = last(np.asarray(est.theta)[index]), np.asarray(est.sigma)[index]
-        found = _errors(ddf, L, theta, sigma, moments, bases, np.bool_(reml), batch.sizes)
+        if at_once:
+            found = _errors_at_once(ddf, L, (theta, sigma, moments, bases), reml, batch.sizes.block, count)
+        else:
+            found = _errors(ddf, L, theta, sigma, moments, bases, np.bool_(reml), batch.sizes)
         for whole, part in zip((se, df), found, strict=True):
             whole[index[0] : index[0] + count] = np.asarray(part).T[:count]
 
-    for_blocks(batch, work, batch.workers)
+    if at_once:
+        for block in range(batch.n_blocks):
+            work(block)
+    else:
+        for_blocks(batch, work, batch.workers)
+    return se, df
+
+
+def _errors_at_once(
+    ddf: str, L: np.ndarray, lanes: tuple, reml: bool, N: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """By NumPy, of the first ``count`` lanes."""
+    size, parts = tile_of(lanes[2]), []
+    with silently():
+        for first in range(0, count, size):
+            at = padded_lanes(np.arange(first, min(first + size, count)))
+            theta, sigma, moments, bases = lanes_of(lanes, at, N)
+            parts.append(_errors_in_lanes(ddf, L, theta, sigma, moments, bases, reml))
+    se, df = (np.concatenate(part, -1) for part in zip(*[(a[:, :size], b[:, :size]) for a, b in parts], strict=True))
     return se, df
 
 
@@ -70,33 +92,34 @@ def _errors(
 
 
 def _errors_in_lanes(
-    ddf: str, L: Array, theta: Array, sigma: Array, moments: Moments, bases: Bases, reml: Array
+    ddf: str, L: Array, theta: Array, sigma: Array, moments: Moments, bases: Bases, reml: Array | bool
 ) -> tuple[Array, Array]:
     """Standard errors and degrees of freedom ``(r, B)``; see :func:`mixjax.satterthwaite` for the definition.
 
     With sigma profiled out ``f(x) = min_s F(x, s)``, ``s = log sigma``: see
     :func:`~mixjax.inference.information.information`, which this is written out for lanes.
     """
-    x, free = _coordinates(theta, moments, bases)
-    rows = linalg.matmul(L[..., None], jnp.asarray(bases.X_R_inv))
+    x, free = coordinates_in(theta, moments.layout, [basis.R for basis in bases.Z])
+    xp = namespace(x, bases.X_R_inv)
+    rows = linalg.matmul(L[..., None], xp.asarray(bases.X_R_inv))
 
     if ddf == "wald":
         unscaled = _quadratic(rows, profile_lanes(x, moments, reml).XX_inverse)
-        return sigma * jnp.sqrt(unscaled), jnp.full(unscaled.shape, jnp.inf, unscaled.dtype)
+        return sigma * xp.sqrt(unscaled), xp.full(unscaled.shape, xp.inf, unscaled.dtype)
     found = slopes_of(x, moments, reml)
     unscaled, H = _quadratic(rows, found.lanes.XX_inverse), found.Hessian
-    slopes = jnp.stack([_quadratic(rows, C) for C in found.XX_inverse])  # (k, r, B)
-    log_sigma = jnp.where(free, 0.5 * found.log_rss, 0.0)
+    slopes = xp.stack([_quadratic(rows, C) for C in found.XX_inverse])  # (k, r, B)
+    log_sigma = xp.where(free, 0.5 * found.log_rss, 0.0)
     among = free[:, None] & free[None]
-    H = jnp.where(among, H, jnp.eye(len(x), dtype=H.dtype)[..., None])
-    inverse = jnp.where(among, linalg.inverse_logdet(H)[0], 0.0)
+    H = xp.where(among, H, xp.eye(len(x), dtype=H.dtype)[..., None])
+    inverse = xp.where(among, linalg.inverse_logdet(H)[0], 0.0)
     mixed = linalg.matmul(inverse, log_sigma[:, None])[:, 0]
-    df = moments.n - jnp.where(reml, moments.UU.shape[0] - sum(q * m for _, q, m in moments.dense), 0)
+    df = moments.n - xp.where(reml, moments.UU.shape[0] - sum(q * m for _, q, m in moments.dense), 0)
     of_sigma = 0.25 / df + (log_sigma * mixed).sum(0)
     # g'A g / 2 for the gradient (slopes, 2 unscaled) by the coordinates and log sigma, all over sigma^2.
     spread = (slopes * linalg.matmul(inverse, slopes)).sum(0)
     spread += 4.0 * unscaled * (slopes * mixed[:, None]).sum(0) + 4.0 * unscaled**2 * of_sigma
-    return sigma * jnp.sqrt(unscaled), jnp.where(_is_regular(H), unscaled**2 / spread, jnp.nan)
+    return sigma * xp.sqrt(unscaled), xp.where(_is_regular(H), unscaled**2 / spread, xp.nan)
 
 
 def _quadratic(rows: Array, C: Array) -> Array:
@@ -104,15 +127,9 @@ def _quadratic(rows: Array, C: Array) -> Array:
     return (linalg.matmul(rows, C) * rows).sum(1)
 
 
-def _coordinates(theta: Array, moments: Moments, bases: Bases) -> tuple[Array, Array]:
-    """The optimiser's coordinates ``(k, B)`` and which are free."""
-    B = theta.shape[-1]
-    R = [jnp.broadcast_to(basis.R, (*jnp.shape(basis.R)[:-1], B)) for basis in bases.Z]
-    return jax.vmap(lambda theta, R: coordinates_in(theta, moments.layout, R), (-1, -1), -1)(theta, R)
-
-
 def _is_regular(H: AnyArray) -> Array:
     """``(B,)``: positive definite, judged free of scales; see :func:`~mixjax.estimation.surface.is_regular`."""
-    d = jnp.sqrt(jnp.abs(jnp.stack([H[i, i] for i in range(len(H))])))
-    least = jnp.sqrt(jnp.finfo(H.dtype).eps) * jnp.eye(len(H), dtype=H.dtype)[..., None]
+    xp = namespace(H)
+    d = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(len(H))])))
+    least = xp.sqrt(xp.finfo(H.dtype).eps) * xp.eye(len(H), dtype=H.dtype)[..., None]
     return linalg.is_positive(H / (d[:, None] * d) - least)

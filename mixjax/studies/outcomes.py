@@ -166,7 +166,7 @@ def _fitted(
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
     parameters = {**batch.fixef, **batch.sdcor}
     columns |= {str(name): np.where(lost, np.nan, values) for name, values in parameters.items()}
-    se, df = _errors(task, est, products)
+    se, df = _errors(task, est, products, engine)
     null = np.array([float(task.null.get(name, 0.0)) for name in labels.fixed])
     for j, name in enumerate(labels.fixed):
         # Not the p value of a compiled program: its iterations depend on the other replicates of a block.
@@ -186,11 +186,11 @@ def _engine(task: Task, products: CrossProducts, mesh: Any) -> Engine:
     return chosen_engine(products, task.fits or len(products.yy), task.engine, mesh)
 
 
-def _errors(task: Task, est: Estimates, products: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
+def _errors(task: Task, est: Estimates, products: CrossProducts, engine: Engine) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom of all fixed effects ``(B, p)``."""
-    if in_lanes(task.ddf, products):
+    if in_lanes(task.ddf, products, engine):
         with float64():
-            return errors_of_many(task.ddf, est, products, np.eye(est.beta.shape[1]), task.reml)
+            return errors_of_many(task.ddf, est, products, np.eye(est.beta.shape[1]), task.reml, engine)
     # Block by block, the last one filled up.
     padded = pad(replace(products, classes=None))
     axes, B, p = batch_axes(padded), len(est.result), est.beta.shape[1]
