@@ -117,14 +117,17 @@ def child() -> None:
 
 R_SCRIPT = """
 suppressPackageStartupMessages({library(lme4); library(lmerTest); library(pbkrtest); library(emmeans)})
-data(Machines, package = "nlme"); Machines <- as.data.frame(Machines); Machines$Worker <- factor(Machines$Worker, ordered = FALSE)
+data(Machines, package = "nlme")
+Machines <- as.data.frame(Machines)
+Machines$Worker <- factor(Machines$Worker, ordered = FALSE)
 times <- list()
 step <- function(name, expression) {
   t <- system.time(capture.output(suppressMessages(suppressWarnings(eval(expression, globalenv())))))[["elapsed"]]
   times[[name]] <<- t
 }
 %s
-cat("\\n", paste0("{", paste(sprintf('"%%s": %%f', names(times), unlist(times)), collapse = ", "), "}"), "\\n", sep = "")
+entries <- paste(sprintf('"%%s": %%f', names(times), unlist(times)), collapse = ", ")
+cat("\\n", paste0("{", entries, "}"), "\\n", sep = "")
 """
 
 
@@ -162,9 +165,8 @@ def main() -> None:
         sys.exit(done.stderr[-3_000:])
     ours, r = json.loads(done.stdout.strip().splitlines()[-1]), in_r()
     packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("mixjax", "jax", "numpy"))
-    print(
-        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}\n"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{date.today()}, {machine}, {packages}\n")
     print("| step | first, s | again, ms | compiled | R, s |\n|---|---|---|---|---|")
     for name, (first, again, compiled) in ours.items():
         beside = "" if r is None or name not in r else f"{r[name]:.2f}"
@@ -176,7 +178,7 @@ def main() -> None:
     print("" if r is None else f"; R {sum(r[n] for n in R_STEPS):.2f} s")
     command = [sys.executable, "-m", "mixjax", "fit", SLOPES, "sleepstudy", "--no-cache"]
     print(f"process start to printed summary: {from_start(command, env):.2f} s", end="")
-    code = "suppressPackageStartupMessages(library(lmerTest)); print(summary(lmer(Reaction ~ Days + (Days | Subject), sleepstudy)))"
+    code = f"suppressPackageStartupMessages(library(lmerTest)); print(summary(lmer({SLOPES}, sleepstudy)))"
     print("" if r is None else f"; R {from_start(['Rscript', '-e', code], env):.2f} s")
 
 

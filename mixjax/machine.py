@@ -114,7 +114,8 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
     """``jax.jit`` with compiler options that suit small programs on CPUs, where they can be had.
 
     JAX takes compiler options only outside its transformations, and XLA only those that it knows: in all other cases
-    this is ``jax.jit``.
+    this is ``jax.jit``. Settings of JAX that look for mistakes in the caller's code, of ranks that are promoted and of
+    NaN, do not hold inside: lanes stand behind all other axes, and NaN is what a fit that fails has.
     """
     plain = jax.jit(fun, **options)
     quick = jax.jit(fun, **options, compiler_options=compiler_options)
@@ -122,8 +123,12 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
 
     @wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal known
         refuse_forked()
+        with jax.numpy_rank_promotion("allow"), jax.debug_nans(False):
+            return run(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal known
         # Inside jit even a constant is traced.
         outside = all(map(is_concrete, jax.tree.leaves((args, kwargs)))) and is_concrete(jnp.zeros(()))
         if known and outside and jax.default_backend() == "cpu":

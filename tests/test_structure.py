@@ -14,7 +14,7 @@ PACKAGE = Path(mj.__file__).parent
 
 # From the ground up: a room may import only what is listed above it (docs/architecture.md).
 ROOMS = [
-    "mixjax.forks",
+    "mixjax.forks", "mixjax.distributions",
     "mixjax.machine", "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.batch", "mixjax.inference", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",

@@ -190,7 +190,7 @@ def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
     return jax.tree.map(lambda a: a[..., 0], solution)
 
 
-@jax.jit
+@jit
 def _assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
     return assemble(solution, stats, reml)
 

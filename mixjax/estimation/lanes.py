@@ -204,24 +204,23 @@ TILE_NUMBERS, MOST_LANES = 2**15, 512
 # What the number of lanes is a multiple of, so that the last bits of a lane do not depend on how many others there are:
 # BLAS and NumPy sum the remainder of a row in another order.
 MULTIPLE = 16
-# Seconds that a program of many fits takes to compile, about, and nanoseconds that NumPy takes for a number of a lane.
-COMPILING, NANOSECONDS = 0.75, 400
+# Seconds for which NumPy may work before a program of many fits, which takes 4 to 10 to compile, is worth it.
+COMPILING = 0.75
 
 
-def numbers_of(stats: CrossProducts) -> int:
-    """Numbers of the largest array of one lane in an evaluation of the derivatives."""
+def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
+    """Whether so many fits take NumPy longer than :data:`COMPILING`.
+
+    By sizes only, so that the same call gives the same bits. Microseconds of a fit, measured on one core: 15 and, of q
+    effects a level of the first factor with C classes beside d other random and p fixed effects, ``80 (q - 1)^2 +
+    q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of three.
+    """
     first, *rest = stats.layout.chain + stats.layout.dense
     shapes = [f.ZZ.shape[-2:] for f in stats.factors]
     q, C = shapes[first][0], shapes[first][1] if stats.classes is None else len(stats.classes.count)
-    u = sum(width * m for width, m in (shapes[f] for f in rest)) + stats.XX.shape[-1]
-    J = 1 + q * (q + 1) // 2
-    return max(C * q * q * J, u * u * J, stats.layout.k**2)
-
-
-def pays_to_compile(fits: int, numbers: int) -> bool:
-    """Whether so many fits of so many numbers take longer by NumPy than compiling a program for them: of sizes only, so
-    that the same call gives the same bits."""
-    return fits * (40 + numbers) * NANOSECONDS > COMPILING * 1e9
+    d, p = sum(width * m for width, m in (shapes[f] for f in rest)), stats.XX.shape[-1]
+    microseconds = 15 + 80 * (q - 1) ** 2 + q**3 * (q + 1) * C / 2 + 4 * d**2 + 0.8 * p**2
+    return fits * microseconds > 1e6 * COMPILING
 
 
 def fit_block_at_once(

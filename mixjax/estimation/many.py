@@ -23,7 +23,6 @@ from mixjax.estimation.lanes import (
     Sizes,
     fit_block,
     fit_block_at_once,
-    numbers_of,
     pays_to_compile,
     sizes_for,
 )
@@ -174,7 +173,7 @@ def chosen_engine(
         raise ValueError(f"engine='numpy' does not serve these fits ({why}); use engine='auto'")
     if engine != "auto":
         return engine
-    at_once = served and (not in_blocks(stats) or not pays_to_compile(fits, numbers_of(stats)))
+    at_once = served and (not in_blocks(stats) or not pays_to_compile(fits, stats))
     return "numpy" if at_once else "jax"
 
 
@@ -306,7 +305,7 @@ def _index(stats: CrossProducts, axes: CrossProducts, at: Any) -> CrossProducts:
     return jax.tree.map(lambda a, axis: np.asarray(a)[at] if axis == 0 else a, stats, axes)
 
 
-@jax.jit
+@jit
 def _jitted_stacked_moments(stats: CrossProducts) -> Moments:
     moments = jax.vmap(moments_of, out_axes=-1)(stats)
     return jax.tree.map(lambda a: a[..., 0, :], moments)
@@ -521,4 +520,4 @@ def _jitted_estimates(axes: tuple[int, ...]) -> Callable:
         tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
         return jax.vmap(estimate, in_axes=(tree, None, None if start is None else 0))(stats, reml, start)
 
-    return jax.jit(many)
+    return jit(many)

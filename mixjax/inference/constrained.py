@@ -145,7 +145,7 @@ def minimise_many(
 # --- products with lanes last ---------------------------------------------------------------------------------------
 
 
-@jax.jit
+@jit
 def _stacked_moments(stats: CrossProducts) -> Moments:
     return jax.vmap(moments_of, out_axes=-1)(stats)
 

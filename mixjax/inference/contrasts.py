@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import scipy.special
-import scipy.stats
 from jax.scipy.special import betainc, erfc
 
 from mixjax.design import AnyArray
+from mixjax.distributions import f_tail
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of, profiled_of
@@ -303,7 +303,7 @@ def f_test(
     statistic = float(difference @ np.linalg.solve(covariance, difference)) / r
     den_df, scale = method.joint(L, basis)
     statistic *= scale
-    p = scipy.stats.chi2.sf(statistic * r, r) if math.isinf(den_df) else scipy.stats.f.sf(statistic, r, den_df)
+    p = f_tail(statistic, r, den_df)
     return FTest(statistic, float(r), den_df, float(p), scale)
 
 

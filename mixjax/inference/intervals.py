@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from mixjax.fitted import Fitted
 from mixjax.inference.resample import chunk_size, cluster_products, outermost_term
@@ -47,7 +47,7 @@ def basic(replicates: np.ndarray, estimate: np.ndarray, level: float) -> np.ndar
 
 def normal(bias: np.ndarray, std_error: np.ndarray, estimate: np.ndarray, level: float) -> np.ndarray:
     """``estimate - bias -+ z std_error``."""
-    centre, width = estimate - bias, norm.ppf((1 + level) / 2) * std_error
+    centre, width = estimate - bias, ndtri((1 + level) / 2) * std_error
     return np.stack([centre - width, centre + width], axis=1)
 
 
@@ -63,7 +63,7 @@ def bca(replicates: np.ndarray, estimate: np.ndarray, acceleration: np.ndarray, 
     Returns:
         ``(k, 2)``; NaN where all replicates lie on one side of the estimate, or a is NaN.
     """
-    z = norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    z = ndtri([(1 - level) / 2, (1 + level) / 2])
     limits = np.full((len(estimate), 2), np.nan)
     for j, (x, t, a) in enumerate(zip(replicates.T, estimate, acceleration, strict=True)):
         x = x[~np.isnan(x)]
@@ -71,9 +71,9 @@ def bca(replicates: np.ndarray, estimate: np.ndarray, acceleration: np.ndarray, 
             continue
         share = ((x < t).sum() + 0.5 * (x == t).sum()) / len(x)
         if 0 < share < 1:
-            moved = norm.ppf(share) + z
+            moved = ndtri(share) + z
             if (a * moved < 1).all():  # beyond that the map turns round and there is no limit
-                limits[j] = quantiles(x, norm.cdf(norm.ppf(share) + moved / (1 - a * moved)))
+                limits[j] = quantiles(x, ndtr(ndtri(share) + moved / (1 - a * moved)))
     return limits
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from mixjax.distributions import chi2_tail
 from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.formula.errors import warn
@@ -265,7 +265,7 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
 
     Notes and warnings as needed.
     """
-    p = float(stats.chi2.sf(pair.statistic, pair.df)) if pair.df > 0 else np.nan
+    p = float(chi2_tail(pair.statistic, pair.df)) if pair.df > 0 else np.nan
     test = {"chisq": pair.statistic, "df": float(pair.df), "p_value": p, "p_mixture": np.nan}
     if not _has_rows(pair):
         notes.append(f"{pair}: rows were not kept, so whether one model is a special case of the other is not known")
@@ -321,8 +321,8 @@ def mixture_p(statistic: float, df: int) -> float:
     """
     if statistic <= 0.0:
         return 1.0
-    below = float(stats.chi2.sf(statistic, df - 1)) if df > 1 else 0.0
-    return 0.5 * below + 0.5 * float(stats.chi2.sf(statistic, df))
+    below = float(chi2_tail(statistic, df - 1)) if df > 1 else 0.0
+    return 0.5 * below + 0.5 * float(chi2_tail(statistic, df))
 
 
 def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.ndarray, int]:

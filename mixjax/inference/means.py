@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
+from mixjax.distributions import studentized_range_tail, t_quantile, t_tail
 from mixjax.fitted import Fitted
 from mixjax.formula.errors import DataError
 from mixjax.inference.contrasts import ddf_note, t_tests
@@ -55,7 +55,7 @@ class MarginalMeans:
     def to_frame(self) -> pd.DataFrame:
         """The cells with estimate, std_error, df, lower, upper; printed with notes (``attrs["notes"]``)."""
         tests = self._tests(np.eye(len(self.W)))
-        half = scipy.stats.t.ppf(0.5 + self.level / 2, tests["df"]) * tests["std_error"]
+        half = t_quantile(0.5 + self.level / 2, tests["df"]) * tests["std_error"]
         estimates = tests[["estimate", "std_error", "df"]]
         limits = {"lower": tests["estimate"] - half, "upper": tests["estimate"] + half}
         frame = pd.concat([self.cells, estimates.assign(**limits)], axis=1)
@@ -134,7 +134,7 @@ class MarginalMeans:
             frame["estimate"] += known
             frame["statistic"] = frame["estimate"] / frame["std_error"].where(frame["std_error"] > 0)
             t, df = frame["statistic"].abs(), frame["df"]
-            frame["p_value"] = 2.0 * np.where(np.isinf(df), scipy.stats.norm.sf(t), scipy.stats.t.sf(t, df))
+            frame["p_value"] = 2.0 * t_tail(t, df)
         return frame
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ def _adjusted(p: np.ndarray, t: np.ndarray, df: np.ndarray, adjust: str, means: 
         result[np.flatnonzero(there)[order]] = np.minimum(1.0, steps)
     elif adjust == "tukey" and m:
         q = np.sqrt(2.0) * np.abs(t[there])
-        range_p = p[there] if means == 2 else scipy.stats.studentized_range.sf(q, means, df[there])
+        range_p = p[there] if means == 2 else studentized_range_tail(q, means, df[there])
         # What the integral loses far out lies between the unadjusted and Bonferroni's.
         result[there] = np.clip(range_p, p[there], np.minimum(1.0, means * (means - 1) / 2 * p[there]))
     return result

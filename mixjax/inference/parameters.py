@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from mixjax import covariance as cov
+from mixjax.distributions import normal_quantile, t_quantile
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
@@ -100,7 +100,7 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
     """
     check_level(level)
     variance = variance_parameters(fitted)
-    z = scipy.stats.norm.ppf(0.5 + level / 2)
+    z = normal_quantile(0.5 + level / 2)
     estimate, se = variance.estimate, variance.std_error
     is_cor = np.array(variance.kinds) == "cor"
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -117,7 +117,7 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
     fixed = FixedEffects.of(fitted, ddf)
     p = len(fixed.beta)
     df = fixed.df(np.eye(p))
-    quantile = np.where(np.isinf(df), z, scipy.stats.t.ppf(0.5 + level / 2, np.where(np.isinf(df), 1.0, df)))
+    quantile = t_quantile(0.5 + level / 2, df)
     width = quantile * np.sqrt(np.diag(fixed.vcov))
     lower = np.concatenate([ends[0], fixed.beta - width])
     upper = np.concatenate([ends[1], fixed.beta + width])

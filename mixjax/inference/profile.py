@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from scipy.interpolate import PchipInterpolator
 
+from mixjax.distributions import normal_quantile
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, names_apart
 from mixjax.formula.errors import warn
@@ -202,7 +202,7 @@ class Profile:
             DataFrame with columns ``lower``, ``upper``.
         """
         check_level(level)
-        z = float(scipy.stats.norm.ppf(0.5 + level / 2))
+        z = float(normal_quantile(0.5 + level / 2))
         curves = [self._curves[name] for name in self._chosen if name in self._curves]
         self._solve([(curve, side * z) for curve in curves for side in (-1.0, 1.0)])
         rows, boundary = {}, []

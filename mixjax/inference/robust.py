@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
+from mixjax.distributions import f_tail, t_quantile, t_tail
 from mixjax.fitted import Fitted, InferenceWarning, record_of
 from mixjax.formula.errors import warn
 from mixjax.inference.clusters import NOTHING, Moments, clusters_of, moments_of
@@ -51,7 +51,7 @@ class Robust:
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level!r}")
         table = self.to_frame()
-        reach = scipy.stats.t.ppf((1 + level) / 2, table["df"]) * table["std_error"]
+        reach = t_quantile((1 + level) / 2, table["df"]) * table["std_error"]
         return pd.DataFrame({"lower": table["estimate"] - reach, "upper": table["estimate"] + reach})
 
     def test(self, L: Any, joint: bool | None = None) -> pd.DataFrame:
@@ -96,7 +96,7 @@ class Robust:
         estimate = L @ self.fitted.estimates.beta
         se = np.where(exists, np.linalg.norm(C @ self.moments.scores.T, axis=1), np.nan)
         statistic = (estimate - rhs) / se
-        p_value = 2 * scipy.stats.t.sf(np.abs(statistic), df)
+        p_value = 2 * t_tail(np.abs(statistic), df)
         columns = {"estimate": estimate, "std_error": se, "df": df, "statistic": statistic, "p_value": p_value}
         return pd.DataFrame(columns, index=names)
 
@@ -115,7 +115,7 @@ class Robust:
         den_df, statistic, p_value = eta - q + 1, np.nan, np.nan
         if den_df > 0 and spread[0] > NOTHING * spread[-1]:
             statistic = den_df / (eta * q) * (values @ np.linalg.solve(half @ half.T, values))
-            p_value = scipy.stats.f.sf(statistic, q, den_df)
+            p_value = f_tail(statistic, q, den_df)
         else:
             warn(
                 f"no joint robust test of {q} hypotheses: {self.n_clusters} clusters are too few, or a single one "

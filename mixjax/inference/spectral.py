@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import linalg as dense
-from scipy import optimize, stats
+from scipy import optimize
 
+from mixjax.distributions import f_tail
 from mixjax.likelihood.cross_products import n_cores
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import silently
@@ -136,7 +137,7 @@ def exact_p(of: Spectrum, statistic: float) -> float | None:
     while excess(far) < 0.0:
         far += far - edge
     log_x = optimize.brentq(excess, edge, far, xtol=1e-14, rtol=1e-14)
-    return float(stats.f.sf(np.exp(log_x) * r / k, k, r))
+    return float(f_tail(np.exp(log_x) * r / k, k, r))
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------

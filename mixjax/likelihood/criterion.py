@@ -14,7 +14,7 @@ from mixjax.covariance import lambdas_of_theta
 from mixjax.forks import refuse_forked
 from mixjax.likelihood.elimination import Blocks, arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
-from mixjax.machine import Array, is_concrete
+from mixjax.machine import Array, is_concrete, jit
 
 
 class Profiled(NamedTuple):
@@ -108,7 +108,7 @@ def warn_of_float32(stats: CrossProducts) -> None:
         )
 
 
-@jax.jit
+@jit
 def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
     lambdas = lambdas_of_theta(theta, stats.layout.qs)
     return profile(in_bases(lambdas, stats), arrange(stats), stats, reml).criterion

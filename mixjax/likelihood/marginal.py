@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,6 +16,7 @@ from mixjax.likelihood.criterion import in_bases
 from mixjax.likelihood.cross_products import cross_products
 from mixjax.likelihood.elimination import arrange, eliminate
 from mixjax.likelihood.statistics import CrossProducts
+from mixjax.machine import jit
 
 
 class MarginalParams(NamedTuple):
@@ -80,7 +80,7 @@ def structures_of(design: Design | CrossProducts) -> tuple[Structure, ...]:
     return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in design.terms)
 
 
-@jax.jit
+@jit
 def _loglik(params: MarginalParams, stats: CrossProducts) -> Array:
     sigma = jnp.exp(params.log_sigma)
     lambdas = [

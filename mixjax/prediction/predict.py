@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from mixjax.design import TermLabels
+from mixjax.distributions import normal_quantile, t_quantile
 from mixjax.fitted import Fitted, InferenceWarning, interaction_key, term_names
 from mixjax.formula.errors import warn
 from mixjax.formula.state import new_rows
@@ -241,7 +241,7 @@ def errors_of(
     variance = equations.variance(effect_rows(targets, stats)) + targets.fresh_variance(D)
     se = sigma * np.sqrt(np.maximum(variance, 0.0))
     if method == "henderson":
-        return se, scipy.stats.norm.ppf(0.5 + level / 2) * se
+        return se, normal_quantile(0.5 + level / 2) * se
     errors = bootstrap_errors(fitted, targets, key, n)
     return np.sqrt(np.mean(errors.error**2, axis=0)), quantile_of_size(errors, level) * se
 
@@ -269,4 +269,4 @@ def _second_order(fitted: Fitted, targets: Targets, level: float) -> tuple[np.nd
     done = second_order(fitted.stats, targets, info.x, np.asarray(fitted.estimates.sigma, float), info.covariance)
     se = np.sqrt(np.maximum(done.variance, 0.0))
     df = np.where(np.isnan(done.df), np.inf, np.maximum(done.df, LEAST_DF))  # 0 / 0: nothing varies
-    return se, scipy.stats.t.ppf(0.5 + level / 2, df) * se
+    return se, t_quantile(0.5 + level / 2, df) * se
