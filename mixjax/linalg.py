@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 from jax.custom_derivatives import SymbolicZero
 
-from mixjax.machine import Array, namespace, set_at
+from mixjax.machine import Array, fori_loop, namespace, set_at
 
 # How one symmetric matrix is inverted: up to the first size by elimination that is written out, up to the second by a
 # loop, up to the third by LAPACK, beyond it by halves. LAPACK takes a third of the time for one matrix of 100 rows, but
@@ -489,11 +489,6 @@ def _numpys_eigh(H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, values, np.nan), np.where(finite, vectors, np.nan)
 
 
-def _numpys_orthogonal_columns(F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    U, S, _ = np.linalg.svd(_matrices(np.where(np.isfinite(F).all((0, 1)), F, 0.0)))
-    return _of_matrices(U * S[..., None, :]), np.moveaxis(S, -1, 0)
-
-
 def _rotate(H: dict, V: dict, i: int, j: int) -> tuple[dict, dict]:
     """One Jacobi rotation that zeroes entry (i, j) of H, given by its upper entries; V collects the rotations."""
     k = 1 + max(a for a, _ in H)
@@ -517,7 +512,10 @@ def _rotate(H: dict, V: dict, i: int, j: int) -> tuple[dict, dict]:
 
 
 def _exchange(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    return jnp.where(swap, b, a), jnp.where(swap, a, b)
+    xp = namespace(swap)
+    if xp is np and not swap.any():
+        return a, b
+    return xp.where(swap, b, a), xp.where(swap, a, b)
 
 
 def is_positive(H: Array) -> Array:
@@ -543,10 +541,8 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
     Returns:
         ``(q, q, m)`` and ``(q, m)``.
     """
-    q = F.shape[0]
-    if namespace(F) is np:
-        return _numpys_orthogonal_columns(F)
-    if q > ROTATIONS_UP_TO:
+    q, xp = F.shape[0], namespace(F)
+    if q > ROTATIONS_UP_TO and xp is not np:
         finite = jnp.isfinite(F).all((0, 1))
         U, S, _ = jnp.linalg.svd(jnp.moveaxis(jnp.where(finite, F, 0.0), -1, 0))
         return jnp.moveaxis(U * S[:, None], 0, -1), jnp.moveaxis(S, 0, -1)
@@ -556,22 +552,23 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
         for i in range(q):
             for j in range(i + 1, q):
                 a, b = columns[i], columns[j]
-                inner, difference = (a * b).sum(0), (b * b).sum(0) - (a * a).sum(0)
+                inner, aa, bb = (a * b).sum(0), (a * a).sum(0), (b * b).sum(0)
+                if xp is np and (abs(inner) <= np.finfo(F.dtype).eps * np.sqrt(aa * bb)).all():
+                    continue
                 zero = inner == 0
-                cot = 0.5 * difference / jnp.where(zero, 1.0, inner)
-                t = jnp.where(zero, 0.0, jnp.where(cot < 0, -1.0, 1.0) / (jnp.abs(cot) + jnp.sqrt(1.0 + cot * cot)))
-                c = jax.lax.rsqrt(1.0 + t * t)
+                cot = 0.5 * (bb - aa) / xp.where(zero, 1.0, inner)
+                t = xp.where(zero, 0.0, xp.where(cot < 0, -1.0, 1.0) / (abs(cot) + xp.sqrt(1.0 + cot * cot)))
+                c = 1.0 / xp.sqrt(1.0 + t * t)
                 columns[i], columns[j] = c * a - t * c * b, t * c * a + c * b
         return tuple(columns)
 
     start = tuple(F[:, j] for j in range(q))
-    columns = list(
-        start if q == 1 else sweep(0, start) if q == 2 else jax.lax.fori_loop(0, 6 if q == 3 else 8, sweep, start)
-    )
-    values = [jnp.sqrt((column * column).sum(0)) for column in columns]
+    sweeps = min(q - 1, 1) if q < 3 else 6 if q == 3 else 8 if q <= ROTATIONS_UP_TO else 12
+    columns = list(sweep(0, start) if sweeps == 1 else fori_loop(sweeps, sweep, start, xp))
+    values = [xp.sqrt((column * column).sum(0)) for column in columns]
     for end in range(q - 1, 0, -1):
         for j in range(end):
             swap = values[j] < values[j + 1]
             values[j], values[j + 1] = _exchange(swap, values[j], values[j + 1])
             columns[j], columns[j + 1] = _exchange(swap, columns[j], columns[j + 1])
-    return jnp.stack(columns, axis=1), jnp.stack(values)
+    return xp.stack(columns, axis=1), xp.stack(values)

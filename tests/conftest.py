@@ -5,15 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from functools import cache
 from pathlib import Path
 
 # Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Workers, and the processes that they start, share compiled programs, in a folder of this run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mixjax-tests-{os.getpid()}"))
+os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pandas as pd
@@ -27,12 +33,10 @@ MOST_MAPS = 20_000
 ORACLES = sorted(path.stem.removeprefix("lmm_") for path in (HERE / "oracle").glob("lmm_*.json"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(tmp_path_factory):
-    """Processes started by the tests share compiled programs with this one."""
-    folder = tmp_path_factory.mktemp("jax_cache")
-    os.environ["MIXJAX_CACHE_DIR"] = str(folder)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+def pytest_unconfigure():
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if folder.name == f"mixjax-tests-{os.getpid()}":  # not a worker's, nor the user's own
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

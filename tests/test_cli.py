@@ -20,12 +20,22 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-m", "mixjax", *arguments], capture_output=True, text=True)
 
 
-def test_fit_prints_the_summary_and_keeps_compiled_programs(tmp_path):
+def test_fit_prints_the_summary_and_compiles_nothing(tmp_path):
     done = run("fit", FORMULA, "sleepstudy", "--cache-dir", str(tmp_path / "programs"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(fit_of("sleepstudy_slopes", "REML").summary())
     assert done.stderr == ""
-    assert any((tmp_path / "programs").iterdir())
+    assert not any((tmp_path / "programs").iterdir())
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    """Of a model that is too large to be fitted by NumPy: 1 100 levels of one factor cross another's."""
+    crossed = np.random.default_rng(0).integers(0, 1_100, (2, 4_400)).astype(str)
+    y = np.random.default_rng(1).normal(size=4_400)
+    pd.DataFrame({"y": y, "a": crossed[0], "b": crossed[1]}).to_csv(tmp_path / "crossed.csv", index=False)
+    done = run("fit", "y ~ 1 + (1 | a) + (1 | b)", str(tmp_path / "crossed.csv"), "--cache-dir", str(tmp_path / "kept"))
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "kept").iterdir())
 
 
 def test_json_by_ml_from_a_csv_with_weights(tmp_path, capsys):

@@ -29,7 +29,7 @@ FUNCTIONS = {
     "from_params": "p, design=None",
     "estimate": "stats, reml=True, start=None",
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
-    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result')",
+    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",
     "exact_lrt": "m, m0=None, key=0, n=100000",
@@ -45,7 +45,7 @@ FUNCTIONS = {
     "contrasts=None",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf='satterthwaite', "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
-    "progress=True",
+    "progress=True, engine='auto'",
     "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
     "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
     "population": "*, functions=None, **variables",
@@ -67,7 +67,8 @@ METHODS = {
     "confint": "parm=None, level=0.95, method='profile', ddf='wald', key=0, n=1000, kind='percentile'",
     "conf_int": "alpha=0.05",
     "profile": "parm=None",
-    "bootstrap": "key, n, kind='parametric', statistic=None, chunk=None, progress=False, weights='mammen', modes=False",
+    "bootstrap": "key, n, kind='parametric', statistic=None, chunk=None, progress=False, weights='mammen', "
+    "modes=False, engine='auto'",
     "simulate": "key, n, random='new'",
     "variance_shares": "",
     "variance_parameters": "",
@@ -85,7 +86,7 @@ METHODS = {
     "plot": "group=None",
     "marginal_cov": "rows=None",
     "refit": "y=None, reml=None",
-    "refit_many": "Y, reml=None, chunk=None, ranef=False",
+    "refit_many": "Y, reml=None, chunk=None, ranef=False, engine='auto'",
 }
 # Parts of a population.
 VARIABLES = {

@@ -387,9 +387,10 @@ def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) ->
         left = worthwhile & (xp.arange(simplify.n_candidates)[:, None] >= start)
         chosen = xp.argmax(left, axis=0)
         found = trying & left.any(0)
-        x_c, free_c = simplify.candidate(at.x, chosen)
-        trial = xp.where(found, x_c, trial)
-        free = xp.where(found, free_c, free)
+        if xp is not np or found.any():
+            x_c, free_c = simplify.candidate(at.x, chosen)
+            trial = xp.where(found, x_c, trial)
+            free = xp.where(found, free_c, free)
         candidate = xp.where(found, chosen, -1)
         settled = settled | (trying & converged)
         converged = converged & ~found
