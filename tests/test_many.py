@@ -149,12 +149,15 @@ def test_products_of_a_response_do_not_depend_on_the_block_it_comes_with(n, p):
             np.testing.assert_array_equal(a[start:], b)
 
 
-def test_results_do_not_depend_on_chunks_or_on_how_many_there_are():
+@pytest.mark.parametrize("engine", ["jax", "numpy"])
+def test_results_do_not_depend_on_chunks_or_on_how_many_there_are(engine):
     design, Y, fits = three_blocks()
     stats = mj.cross_products(design, Y)
+    if engine == "numpy":  # the three blocks themselves are JAX's
+        fits = mj.estimate_many(stats, engine=engine)
     for other, B in (
-        (mj.estimate_many(stats, chunk=1), 9_000),
-        (mj.estimate_many(mj.cross_products(design, Y[:5_000])), 5_000),
+        (mj.estimate_many(stats, chunk=1, engine=engine), 9_000),
+        (mj.estimate_many(mj.cross_products(design, Y[:5_000]), engine=engine), 5_000),
     ):
         for field in many.KEEP:
             np.testing.assert_array_equal(getattr(other, field), getattr(fits, field)[:B], err_msg=field)
