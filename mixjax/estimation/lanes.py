@@ -24,7 +24,7 @@ from mixjax.estimation import search
 from mixjax.estimation.search import Search, own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start
 from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.moments import Moments
+from mixjax.likelihood.moments import Moments, sizes_of
 from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, lanes_of, silently
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
@@ -215,10 +215,7 @@ def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
     effects a level of the first factor with C classes beside d other random and p fixed effects, ``80 (q - 1)^2 +
     q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of three.
     """
-    first, *rest = stats.layout.chain + stats.layout.dense
-    shapes = [f.ZZ.shape[-2:] for f in stats.factors]
-    q, C = shapes[first][0], shapes[first][1] if stats.classes is None else len(stats.classes.count)
-    d, p = sum(width * m for width, m in (shapes[f] for f in rest)), stats.XX.shape[-1]
+    q, _, d, p, C = sizes_of(stats)
     microseconds = 15 + 80 * (q - 1) ** 2 + q**3 * (q + 1) * C / 2 + 4 * d**2 + 0.8 * p**2
     return fits * microseconds > 1e6 * COMPILING
 

@@ -38,6 +38,7 @@ from mixjax.likelihood.moments import (
     has_closed_form,
     is_small,
     moments_of,
+    sizes_of,
 )
 from mixjax.likelihood.statistics import ClassProducts, CrossProducts, FactorProducts, PairProducts
 from mixjax.machine import LANES, float64, is_concrete, jit, silently
@@ -179,11 +180,8 @@ def chosen_engine(
 
 def in_lanes_at_once(stats: CrossProducts) -> bool:
     """Whether NumPy works on many lanes side by side: not where the products of matrices in a lane are large."""
-    first, *rest = stats.layout.chain + stats.layout.dense
-    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
-    d = sum(q * m for q, m in (sizes[f] for f in rest))
-    q, m = sizes[first]
-    u = d + stats.XX.shape[-1]
+    q, m, d, p, _ = sizes_of(stats)
+    u = d + p
     return d <= MOST_DENSE_LANES and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
 

@@ -251,13 +251,29 @@ jax.tree_util.register_dataclass(
 MOST_EFFECTS, MOST_DENSE, MOST_PRODUCTS = 3, 64, 2**24
 
 
+class Sizes(NamedTuple):
+    """Of a model: q effects of each of m levels of the first factor, d effects of the others, p fixed effects, and C
+    classes of levels."""
+
+    q: int
+    m: int
+    d: int
+    p: int
+    C: int
+
+
+def sizes_of(stats: CrossProducts) -> Sizes:
+    first, *rest = stats.layout.chain + stats.layout.dense
+    shapes = [f.ZZ.shape[-2:] for f in stats.factors]
+    q, m = shapes[first]
+    C = m if stats.classes is None else len(stats.classes.count)
+    return Sizes(q, m, sum(width * levels for width, levels in (shapes[f] for f in rest)), stats.XX.shape[-1], C)
+
+
 def has_closed_form(stats: CrossProducts) -> bool:
     """Whether :class:`Moments` are worth building: few effects per level of the first factor, few other effects."""
-    first, *rest = stats.layout.chain + stats.layout.dense
-    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
-    d = sum(q * m for q, m in (sizes[f] for f in rest))
-    q, m = sizes[first]
-    u = d + stats.XX.shape[-1]
+    q, m, d, p, _ = sizes_of(stats)
+    u = d + p
     small = q <= MOST_EFFECTS and d <= MOST_DENSE and stats.layout.k <= ROTATIONS_UP_TO
     return small and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
 
@@ -268,11 +284,8 @@ MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
 
 def is_small(stats: CrossProducts) -> bool:
     """Whether one fit by NumPy is at most some seconds: not too many effects beside those of the first factor."""
-    first, *rest = stats.layout.chain + stats.layout.dense
-    sizes = [f.ZZ.shape[-2:] for f in stats.factors]
-    d = sum(q * m for q, m in (sizes[f] for f in rest))
-    q, m = sizes[first]
-    return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + stats.XX.shape[-1]) <= MOST_NUMBERS
+    q, m, d, p, _ = sizes_of(stats)
+    return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + p) <= MOST_NUMBERS
 
 
 def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
