@@ -63,3 +63,13 @@ def random_theta(structure: Structure, seed: int) -> np.ndarray:
     """Signed Cholesky entries, anywhere."""
     k = sum(q * (q + 1) // 2 for q, _, _ in structure.terms)
     return np.random.default_rng(seed + 10_000).normal(size=k)
+
+
+def random_lambdas(design, seed, singular):
+    """A triangle per term; singular ones lose their last column, or are zero."""
+    rng = np.random.default_rng(seed)
+    lambdas = [np.tril(rng.normal(size=(term.Z.shape[1],) * 2)) for term in design.terms]
+    if singular:
+        for Lambda in lambdas:
+            Lambda[:, -1] = 0.0
+    return lambdas

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense import covariance
-from designs import STRUCTURES, random_design
+from designs import STRUCTURES, random_design, random_lambdas
 
 import mixjax as mj
 from mixjax.bases import Basis
@@ -31,16 +31,6 @@ WAYS = {"dense": {}, "sparse": {"most_crossed": 0}, "factorised": {"most_dense":
 
 def close(actual, desired, rtol=1e-9, atol=0.0):
     np.testing.assert_allclose(np.asarray(actual, float), np.asarray(desired, float), rtol=rtol, atol=atol)
-
-
-def random_lambdas(design, seed, singular):
-    """A triangle per term; singular ones lose their last column, or are zero."""
-    rng = np.random.default_rng(seed)
-    lambdas = [np.tril(rng.normal(size=(term.Z.shape[1],) * 2)) for term in design.terms]
-    if singular:
-        for Lambda in lambdas:
-            Lambda[:, -1] = 0.0
-    return lambdas
 
 
 def factors_of(design):

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from conftest import ORACLES, fit_of, oracle, table
 from dense import covariance
-from designs import STRUCTURES, random_design
+from designs import STRUCTURES, random_design, random_lambdas
 
 import mixjax as mj
 from mixjax.estimation.blup import conditional_modes
@@ -496,16 +496,6 @@ def dense_prediction(design, targets, D, sigma):
     weights = inverse @ (between + X @ G @ d)
     variance = own - np.einsum("nm,nk,km->m", between, inverse, between) + np.einsum("pm,pq,qm->m", d, G, d)
     return variance, weights, V
-
-
-def random_lambdas(design, seed, singular):
-    """A triangle per term; singular ones lose their last column, or are zero."""
-    rng = np.random.default_rng(seed)
-    lambdas = [np.tril(rng.normal(size=(term.Z.shape[1],) * 2)) for term in design.terms]
-    if singular:
-        for Lambda in lambdas:
-            Lambda[:, -1] = 0.0
-    return lambdas
 
 
 @pytest.mark.parametrize("singular", [False, True])

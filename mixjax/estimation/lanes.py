@@ -213,7 +213,7 @@ def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
 
     By sizes only, so that the same call gives the same bits. Microseconds of a fit, measured on one core: 15 and, of q
     effects a level of the first factor with C classes beside d other random and p fixed effects, ``80 (q - 1)^2 +
-    q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of three.
+    q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of four.
     """
     q, _, d, p, C = sizes_of(stats)
     microseconds = 15 + 80 * (q - 1) ** 2 + q**3 * (q + 1) * C / 2 + 4 * d**2 + 0.8 * p**2

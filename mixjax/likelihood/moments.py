@@ -263,6 +263,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(stats: CrossProducts) -> Sizes:
+    """Of one data set, or of each of many."""
     first, *rest = stats.layout.chain + stats.layout.dense
     shapes = [f.ZZ.shape[-2:] for f in stats.factors]
     q, m = shapes[first]
