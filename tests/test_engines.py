@@ -201,7 +201,7 @@ def test_threads_of_the_users(q, n_threads):
 
 
 def test_settings_that_look_for_mistakes_in_the_callers_code():
-    fit = mj.lmm("Yield ~ 1 + (1 | Batch)", table("dyestuff"))
+    fit = mj.lmm("Yield ~ 1 + (1 | Batch)", table("Dyestuff"))
     stats = mj.cross_products(fit.design, fit.simulate(1, 20))
     wanted = mj.estimate_many(stats, engine="numpy").theta
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.checking_leaks():

@@ -56,36 +56,48 @@ def outcomes(code):
     return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
 
 
-def test_every_kind_of_call_is_refused_after_a_fit():
-    found = outcomes("""
-        fit = mj.lmm(formula, data)
-        params = mj.MarginalParams(np.zeros(2), np.array(0.0), (np.zeros(3),))
-        trial = mj.scenario(formula, data, beta=[250, 5], sd=[25, 6], sigma=25)
-        in_child({
-            "lmm": lambda: mj.lmm(formula, data),
-            "Lambda": lambda: fit.Lambda,
-            "ranef": lambda: fit.ranef(condvar=True),
-            "confint": lambda: fit.confint(),
-            "test": lambda: fit.summary("satterthwaite"),
-            "simulate": lambda: fit.simulate(1, 3),
-            "influence": lambda: fit.influence("Subject"),
-            "refit_many": lambda: fit.refit_many(np.tile(fit.design.y, (3, 1))),
-            "estimate": lambda: mj.estimate(stats),
-            "estimate_many": lambda: mj.estimate_many(mj.cross_products(design, design.y[None])),
-            "criterion": lambda: mj.criterion(np.ones(3), stats),
-            "marginal_loglik": lambda: mj.marginal_loglik(params, stats),
-            "from_params": lambda: mj.from_params(params),
-            "study": lambda: mj.study(trial, formula, replicates=1, progress=False),
-            "power": lambda: mj.power(trial, formula, "Days", replicates=1, progress=False),
-        })
-    """)
-    assert len(found) == 15
-    assert set(found.values()) == {"refused"}, found
+CALLS = """
+    fit = mj.lmm(formula, data)
+    params = mj.MarginalParams(np.zeros(2), np.array(0.0), (np.zeros(3),))
+    trial = mj.scenario(formula, data, beta=[250, 5], sd=[25, 6], sigma=25)
+    by_numpy = {
+        "lmm": lambda: mj.lmm(formula, data),
+        "Lambda": lambda: fit.Lambda,
+        "ranef": lambda: fit.ranef(condvar=True),
+        "confint": lambda: fit.confint(),
+        "test": lambda: fit.summary("satterthwaite"),
+        "influence": lambda: fit.influence("Subject"),
+        "refit_many": lambda: fit.refit_many(np.tile(fit.design.y, (3, 1))),
+        "estimate_many": lambda: mj.estimate_many(mj.cross_products(design, design.y[None])),
+    }
+    by_jax = {
+        "compiled": lambda: mj.estimate_many(mj.cross_products(design, design.y[None]), engine="jax"),
+        "simulate": lambda: fit.simulate(1, 3),
+        "estimate": lambda: mj.estimate(stats),
+        "criterion": lambda: mj.criterion(np.ones(3), stats),
+        "marginal_loglik": lambda: mj.marginal_loglik(params, stats),
+        "from_params": lambda: mj.from_params(params),
+        "study": lambda: mj.study(trial, formula, replicates=1, progress=False),
+        "power": lambda: mj.power(trial, formula, "Days", replicates=1, progress=False),
+    }
+"""
 
 
-def test_jax_used_by_other_code_counts():
-    code = "import jax; jax.numpy.ones(3); in_child({'lmm': lambda: mj.lmm(formula, data)})"
-    assert outcomes(code) == {"lmm": "refused"}
+@pytest.mark.parametrize(
+    "before", ["mj.estimate(stats)", "fit.simulate(1, 3)", "import jax; jax.numpy.ones(3)"], ids=["fit", "draws", "own"]
+)
+def test_what_needs_jax_is_refused_after_jax_was_used(before):
+    """Whoever used it; what NumPy does needs no threads of XLA's."""
+    found = outcomes(textwrap.dedent(CALLS) + before + "\nin_child({**by_numpy, **by_jax})")
+    assert len(found) == 16
+    numpys = {"lmm", "Lambda", "ranef", "confint", "test", "influence", "refit_many", "estimate_many"}
+    assert found == {name: "done" if name in numpys else "refused" for name in found}
+
+
+def test_after_fits_by_numpy_a_child_may_do_everything():
+    found = outcomes(textwrap.dedent(CALLS) + "in_child({**by_numpy, **by_jax}, 200)")
+    assert len(found) == 16
+    assert set(found.values()) == {"done"}, found
 
 
 def test_a_child_forked_before_anything_is_computed_may_compute():

@@ -117,29 +117,22 @@ def estimate_many(
             "these are the cross-products of one response: use mixjax.estimate, or cross_products(design, Y) with Y "
             "(B, n), or stack([...]) of several data sets"
         )
+    B = len(stats.yy)
+    if start is not None:
+        start, n_theta = np.asarray(start, np.asarray(stats.XX).dtype), sum(map(cov.n_theta, stats.layout.qs))
+        if start.shape not in ((n_theta,), (B, n_theta)):
+            raise ValueError(f"start has shape {start.shape}; theta of this model is ({n_theta},), of all {B} fits "
+                             f"({B}, {n_theta})")  # fmt: skip
+        start = np.broadcast_to(start, (B, n_theta))
+    if B == 0:
+        raise ValueError("there are no responses to fit")
+    if chosen_engine(stats, B, engine, mesh) == "numpy":
+        return _many_at_once(stats, bool(reml), start, keep)
     with float64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
         warn_of_float32(stats)
-        B = len(stats.yy)
-        if start is not None:
-            start, n_theta = np.asarray(start, np.asarray(stats.XX).dtype), sum(map(cov.n_theta, stats.layout.qs))
-            if start.shape not in ((n_theta,), (B, n_theta)):
-                raise ValueError(f"start has shape {start.shape}; theta of this model is ({n_theta},), of all {B} fits "
-                                 f"({B}, {n_theta})")  # fmt: skip
-            start = np.broadcast_to(start, (B, n_theta))
-        if B == 0:
-            raise ValueError("there are no responses to fit")
-        at_once = chosen_engine(stats, B, engine, mesh) == "numpy"
-        if not (in_lanes_at_once(stats) if at_once else in_blocks(stats)):
-            return (_one_by_one_at_once if at_once else _one_by_one)(stats, reml, start, keep)
-        batch = Batch(stats, start, "cpu" if at_once else _platform(mesh), at_once)
-        if at_once:
-            results = _Results(batch, keep)
-            for block in range(batch.n_blocks):
-                moments, bases, begin = batch.inputs(block)
-                one = bool(batch.one_minimum)
-                fits = fit_block_at_once(moments, bases, batch.count(block), bool(reml), begin, one, batch.sizes)
-                results.put(block, fits)
-            return results.estimates()
+        if not in_blocks(stats):
+            return _one_by_one(stats, reml, start, keep)
+        batch = Batch(stats, start, _platform(mesh))
         workers = batch.workers
         if chunk is not None:
             workers = max(1, min(workers, -(-int(chunk) // batch.sizes.block)))
@@ -149,6 +142,19 @@ def estimate_many(
         else:
             _on_mesh(batch, reml, results, mesh)
         return results.estimates()
+
+
+def _many_at_once(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
+    """By NumPy, which needs nothing of JAX."""
+    if not in_lanes_at_once(stats):
+        return _one_by_one_at_once(stats, reml, start, keep)
+    batch = Batch(stats, start, "cpu", at_once=True)
+    results = _Results(batch, keep)
+    for block in range(batch.n_blocks):
+        moments, bases, begin = batch.inputs(block)
+        one = bool(batch.one_minimum)
+        results.put(block, fit_block_at_once(moments, bases, batch.count(block), reml, begin, one, batch.sizes))
+    return results.estimates()
 
 
 def check_engine(engine: Any) -> None:
