@@ -154,7 +154,7 @@ def rows(n: int, groups: int, size: int = 1_000_000) -> None:
     import jax
 
     import mixjax as mj
-    from mixjax.likelihood.statistics import pad
+    from mixjax.products.sums import pad
 
     formula = "y ~ x + (x | g)"
     mj.lmm(formula, [chunk(10**5, min(20 * groups, 10**6), groups)])  # compiles

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import mixjax as mj
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from designs import STRUCTURES, Structure, random_design

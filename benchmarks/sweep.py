@@ -36,10 +36,10 @@ import numpy as np
 
 import mixjax as mj
 from mixjax import covariance as cov
+from mixjax.engine.criterion import in_bases, profile
+from mixjax.engine.curvature import profile_lanes
+from mixjax.engine.elimination import arrange
 from mixjax.estimation.many import Batch, _index, batch_axes
-from mixjax.likelihood.criterion import in_bases, profile
-from mixjax.likelihood.curvature import profile_lanes
-from mixjax.likelihood.elimination import arrange
 from mixjax.optimise.results import Result
 
 CHUNK = 16_384

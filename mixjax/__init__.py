@@ -26,14 +26,14 @@ _HOMES = {
     "RandomTerm": "mixjax.design",
     "Labels": "mixjax.design",
     "build_design": "mixjax.formula.build",
-    "CrossProducts": "mixjax.likelihood.statistics",
-    "cross_products": "mixjax.likelihood.cross_products",
+    "CrossProducts": "mixjax.products.sums",
+    "cross_products": "mixjax.products.cross_products",
     "cross_products_from": "mixjax.streams",
-    "criterion": "mixjax.likelihood.criterion",
-    "MarginalParams": "mixjax.likelihood.marginal",
-    "marginal_loglik": "mixjax.likelihood.marginal",
-    "stack": "mixjax.likelihood.statistics",
-    "shard": "mixjax.likelihood.sharding",
+    "criterion": "mixjax.engine.criterion",
+    "MarginalParams": "mixjax.engine.marginal",
+    "marginal_loglik": "mixjax.engine.marginal",
+    "stack": "mixjax.products.sums",
+    "shard": "mixjax.products.sharding",
     "estimate": "mixjax.estimation.estimate",
     "estimate_many": "mixjax.estimation.many",
     "Estimates": "mixjax.estimation.estimate",
@@ -91,6 +91,9 @@ if TYPE_CHECKING:
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
+    from mixjax.engine.criterion import criterion as criterion
+    from mixjax.engine.marginal import MarginalParams as MarginalParams
+    from mixjax.engine.marginal import marginal_loglik as marginal_loglik
     from mixjax.estimation.blup import predict as predict
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
@@ -109,17 +112,14 @@ if TYPE_CHECKING:
     from mixjax.inference.exact_lrt import exact_lrt as exact_lrt
     from mixjax.inference.exact_lrt import exact_rlrt as exact_rlrt
     from mixjax.inference.likelihood_ratio import compare as compare
-    from mixjax.likelihood.criterion import criterion as criterion
-    from mixjax.likelihood.cross_products import cross_products as cross_products
-    from mixjax.likelihood.marginal import MarginalParams as MarginalParams
-    from mixjax.likelihood.marginal import marginal_loglik as marginal_loglik
-    from mixjax.likelihood.sharding import shard as shard
-    from mixjax.likelihood.statistics import CrossProducts as CrossProducts
-    from mixjax.likelihood.statistics import stack as stack
     from mixjax.lineups import lineup as lineup
     from mixjax.model import LMMFit as LMMFit
     from mixjax.model import lmm as lmm
     from mixjax.optimise.results import Result as Result
+    from mixjax.products.cross_products import cross_products as cross_products
+    from mixjax.products.sharding import shard as shard
+    from mixjax.products.sums import CrossProducts as CrossProducts
+    from mixjax.products.sums import stack as stack
     from mixjax.streams import cross_products_from as cross_products_from
     from mixjax.studies.factors import categorical as categorical
     from mixjax.studies.factors import dirichlet as dirichlet

@@ -15,11 +15,11 @@ from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates, estimate, estimate_with, fit_at_once
 from mixjax.formula.errors import DataError, warn
 from mixjax.formula.table import row_values
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.moments import is_small
-from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sizes import is_small
+from mixjax.products.sums import CrossProducts, pad
 
 
 class ConvergenceWarning(UserWarning):

@@ -25,9 +25,9 @@ from mixjax.formula.chunks import is_stream
 from mixjax.formula.errors import DataError
 from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.optimise.results import Result
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
 

@@ -13,8 +13,8 @@ from mixjax.design import Labels
 from mixjax.formula.chunks import INTERCEPT, ChunkReader, can_repeat, find_categories, tables
 from mixjax.formula.context import caller_context, is_trusted
 from mixjax.formula.errors import DataError, warn
-from mixjax.likelihood.accumulate import Accumulator, Dependent
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.products.accumulate import Accumulator, Dependent
+from mixjax.products.sums import CrossProducts
 
 
 def cross_products_from(

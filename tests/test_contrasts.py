@@ -12,6 +12,8 @@ from designs import STRUCTURES, random_design, random_theta
 
 import mixjax as mj
 from mixjax.covariance import factors_of, lambdas_of_theta, triangle
+from mixjax.engine.criterion import in_bases, profile
+from mixjax.engine.elimination import arrange
 from mixjax.estimation.estimate import fit_at_once
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of
@@ -20,8 +22,6 @@ from mixjax.inference import kenward_roger as kr
 from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
 from mixjax.inference.information import information, information_of
 from mixjax.inference.parameters import _natural_with_slopes, select, variance_parameters, wald_intervals
-from mixjax.likelihood.criterion import in_bases, profile
-from mixjax.likelihood.elimination import arrange
 
 MODELS = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
 METHODS = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger"}

@@ -14,14 +14,14 @@ from dense import loglik as dense_loglik
 
 import mixjax as mj
 from mixjax import covariance as cov
+from mixjax.engine.curvature import value_gradient_hessian
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.surface import criterion_of
 from mixjax.formula.errors import FormulaError
 from mixjax.formula.parse import parse
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.curvature import value_gradient_hessian
-from mixjax.likelihood.moments import moments_of
 from mixjax.linalg import lower_factor
 from mixjax.optimise.newton import by_differentiation
+from mixjax.products.cross_products import cross_products
 
 pytestmark = pytest.mark.usefixtures("x64")
 Q, LANES = 3, 5

@@ -11,13 +11,13 @@ from designs import Structure, random_design, random_theta
 
 import mixjax as mj
 from mixjax import linalg
+from mixjax.engine import incidence as lookup
+from mixjax.engine.crossed import crossed_moments
+from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.incidence import incidence
 from mixjax.estimation import estimate as estimation
 from mixjax.estimation.surface import criterion_of
-from mixjax.likelihood import incidence as lookup
-from mixjax.likelihood.crossed import crossed_moments
-from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.incidence import incidence
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 STRUCTURES = {
     "intercepts": Structure(((1, 90, "free"), (1, 70, "free"))),

@@ -9,11 +9,12 @@ import pytest
 from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
+from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.moments import LevelSums, moments_of
 from mixjax.estimation.many import Batch
 from mixjax.estimation.start import minque_start
 from mixjax.estimation.surface import criterion_of
-from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.moments import LevelSums, has_closed_form, moments_of
+from mixjax.products.sizes import has_closed_form
 
 pytestmark = pytest.mark.usefixtures("x64")
 

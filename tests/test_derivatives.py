@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mixjax as mj
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 pytestmark = pytest.mark.usefixtures("x64")
 STEP = 1e-5

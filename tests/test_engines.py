@@ -11,10 +11,11 @@ from conftest import table
 from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
+from mixjax.engine.curvature import slopes_of, value_gradient_hessian
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.estimate import fit_at_once
 from mixjax.estimation.many import chosen_engine
-from mixjax.likelihood.curvature import slopes_of, value_gradient_hessian
-from mixjax.likelihood.moments import has_closed_form, moments_of
+from mixjax.products.sizes import has_closed_form
 
 SLOPES = "Reaction ~ Days + (Days | Subject)"
 WIDE = {

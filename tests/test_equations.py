@@ -18,12 +18,12 @@ from mixjax.diagnostics.deletion import batches, rows_of
 from mixjax.diagnostics.refits import _steps
 from mixjax.diagnostics.residuals import SCALES
 from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes_of_products
+from mixjax.engine.criterion import in_bases
+from mixjax.engine.equations import Equations, by_factor
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import fit_at_once
 from mixjax.estimation.side_by_side import fit_side_by_side, step_side_by_side
-from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.equations import Equations, by_factor
-from mixjax.likelihood.statistics import Layout, TermPlace, stack
+from mixjax.products.sums import Layout, TermPlace, stack
 
 pytestmark = pytest.mark.usefixtures("x64")
 WAYS = {"dense": {}, "sparse": {"most_crossed": 0}, "factorised": {"most_dense": 0}}

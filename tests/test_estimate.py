@@ -11,7 +11,7 @@ from conftest import fit_of, table
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 

@@ -17,7 +17,7 @@ from mixjax.estimation.many import estimate_many
 from mixjax.fitted import fit_design, record_of
 from mixjax.inference import spectral
 from mixjax.inference.exact_lrt import exact_lrt, exact_rlrt, least_squares_criterion
-from mixjax.likelihood.cross_products import cross_products
+from mixjax.products.cross_products import cross_products
 
 ORACLE = json.loads((HERE / "oracle" / "inference_rlrsim.json").read_text())
 N = 100_000

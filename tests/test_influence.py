@@ -19,11 +19,11 @@ from mixjax.diagnostics import refits
 from mixjax.diagnostics.deletion import batches, rows_of
 from mixjax.diagnostics.fixed_theta import delete_at_theta, fixed_part
 from mixjax.diagnostics.influence import LEVERAGES, MEASURES, METHODS, influence
+from mixjax.engine.incidence import incidence
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError
 from mixjax.formula.table import level_name
-from mixjax.likelihood.incidence import incidence
 
 MODELS = [(name, method) for name in ("sleepstudy_slopes", "sleepstudy_intercept") for method in ("REML", "ML")]
 LEVELS = {"obs": None, "group": "Subject"}
@@ -137,7 +137,7 @@ def test_large_crossed_designs_go_one_by_one_over_sparse_rows(monkeypatch, how):
     """The same numbers by the other way, which a small design is made to take."""
     fitted = fit_of("penicillin", "REML").record
     usual = influence(fitted, "sample", how)
-    monkeypatch.setattr("mixjax.likelihood.incidence.FEW_PRODUCTS", 0)
+    monkeypatch.setattr("mixjax.engine.incidence.FEW_PRODUCTS", 0)
     taken = []
     monkeypatch.setattr(refits, "incidence", lambda stats: taken.append(incidence(stats)) or taken[-1])
     other = influence(fitted, "sample", how)

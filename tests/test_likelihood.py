@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import mixjax as mj
 from mixjax.covariance import lambdas_of_theta
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 pytestmark = pytest.mark.usefixtures("x64")
 NAMES = list(STRUCTURES)

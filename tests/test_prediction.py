@@ -14,14 +14,14 @@ from dense import covariance
 from designs import STRUCTURES, random_design, random_lambdas
 
 import mixjax as mj
+from mixjax.engine.criterion import in_bases
+from mixjax.engine.equations import Equations, covariances_with_slopes
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.blup import predict as predict_arrays
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError, DataWarning
 from mixjax.inference.contrasts import fitted_information
-from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.equations import Equations, covariances_with_slopes
 from mixjax.prediction import blocks, bootstrap
 from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors

@@ -12,12 +12,12 @@ from conftest import HERE, fit_of, table
 
 import mixjax as mj
 from mixjax.covariance import factors_of
+from mixjax.engine.curvature import deviance_at_sigma
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.surface import coordinates_of
 from mixjax.inference.constrained import OneDataSet, estimates_start
 from mixjax.inference.held import Chart, Held, charts_of, hold
 from mixjax.inference.profile import profile, zeta_of_many
-from mixjax.likelihood.curvature import deviance_at_sigma
-from mixjax.likelihood.moments import moments_of
 from mixjax.simulation import simulate_responses
 
 MODELS = sorted(path.stem.removeprefix("inference_confint_") for path in (HERE / "oracle").glob("*confint_*.json"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mixjax as mj
 from mixjax.covariance import lambdas_of_theta
-from mixjax.likelihood.statistics import pad
+from mixjax.products.sums import pad
 
 names = st.sampled_from(list(STRUCTURES))
 seeds = st.integers(0, 2**31)

@@ -52,7 +52,7 @@ def test_eight_devices_give_the_numbers_of_one(structure):
     structure = {structure}
     """
         + """
-    from mixjax.likelihood import incidence as lookup
+    from mixjax.engine import incidence as lookup
     lookup._worth_a_list = lambda per_level, cost: np.arange(len(per_level)) % 2 == 0
     design = design_of(Structure(structure))
     stats = mj.cross_products(design)

@@ -16,7 +16,7 @@ PACKAGE = Path(mj.__file__).parent
 ROOMS = [
     "mixjax.forks", "mixjax.distributions",
     "mixjax.machine", "mixjax.linalg", "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
-    "mixjax.datasets", "mixjax.formula", "mixjax.likelihood", "mixjax.estimation", "mixjax.simulation",
+    "mixjax.datasets", "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.batch", "mixjax.inference", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
     "mixjax.plots", "mixjax.lineups", "mixjax.summary", "mixjax.inferring", "mixjax.diagnosing", "mixjax.streams",
     "mixjax.model", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
@@ -28,7 +28,8 @@ CORE = (
     "mixjax.machine",
     "mixjax.optimise",
     "mixjax.covariance",
-    "mixjax.likelihood",
+    "mixjax.products",
+    "mixjax.engine",
     "mixjax.estimation",
     "mixjax.simulation",
 )

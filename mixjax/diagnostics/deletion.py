@@ -19,8 +19,8 @@ from mixjax.bases import change_basis, change_scale, constant_column, orthonorma
 from mixjax.design import Design
 from mixjax.fitted import Fitted
 from mixjax.inference.resample import chunk_size
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, pad, stack, sum_by_group
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sums import CrossProducts, FactorProducts, PairProducts, pad, stack, sum_by_group
 
 # A unit with more than this part of the squares along some direction dominates it: taking its products away would cost
 # six digits there.

@@ -156,7 +156,7 @@ def _eliminated(V: Any, S: Any, effects: list[Effects]) -> Iterator[tuple[Any, A
     """Pairs V ``(k, m)``, C ``(m, m)`` with ``V S^{-1} V' = sum V C V'``.
 
     A factor whose levels have nothing to do with each other leaves level by level; as in
-    :mod:`mixjax.likelihood.elimination`. What crosses is one dense block, as large as that of the fit itself.
+    :mod:`mixjax.engine.elimination`. What crosses is one dense block, as large as that of the fit itself.
     """
     widths = [factor.n_levels * factor.U.shape[1] for factor in effects]
     # Of every column that is left: its factor, and its level there.

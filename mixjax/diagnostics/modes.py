@@ -8,9 +8,9 @@ import numpy as np
 
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
+from mixjax.engine.criterion import in_bases
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.fitted import Fitted
-from mixjax.likelihood.criterion import in_bases
 
 
 def terms_of_group(labels: Labels) -> dict[str, list[int]]:

@@ -14,17 +14,17 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax.bases import Basis
 from mixjax.diagnostics.deletion import Rows, batches
+from mixjax.engine.incidence import Incidence, incidence
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.search import REGION
 from mixjax.estimation.side_by_side import fit_side_by_side, how_many, is_worthwhile, step_side_by_side
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, solve_where
 from mixjax.fitted import Fitted
-from mixjax.likelihood.incidence import Incidence, incidence
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import LANES, float64, jit
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
+from mixjax.products.sums import CrossProducts
 
 # Codes beside those of mixjax.Result.
 RANK_DEFICIENT, NO_STEP, COMPUTED = "RANK_DEFICIENT", "NO_STEP", "COMPUTED"

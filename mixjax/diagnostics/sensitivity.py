@@ -24,18 +24,19 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax.diagnostics.deletion import Rows, rows_of
 from mixjax.diagnostics.refits import entry_names
+from mixjax.engine.case_slopes import ProductRows, case_slopes
+from mixjax.engine.criterion import Profiled
+from mixjax.engine.equations import covariances_with_slopes
+from mixjax.engine.incidence import Incidence, incidence
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.search import own_factors
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
 from mixjax.formula.errors import warn
-from mixjax.likelihood.case_slopes import ProductRows, case_slopes
-from mixjax.likelihood.criterion import Profiled
-from mixjax.likelihood.equations import covariances_with_slopes
-from mixjax.likelihood.incidence import Incidence, incidence
-from mixjax.likelihood.moments import is_small, moments_of
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import float64, jit, silently
 from mixjax.optimise.results import Result
+from mixjax.products.sizes import is_small
+from mixjax.products.sums import CrossProducts
 
 Scale = Literal["sdcor", "vcov", "theta"]
 # Numbers of the rows, as long as the effects beside those of the first factor, up to which NumPy works on them.

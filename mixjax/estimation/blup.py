@@ -4,7 +4,7 @@ The penalised residual sum of squares is a minimum over the random effects, so b
 with respect to ``Z'y`` is ``-2 b`` at the conditional modes b. The log-determinant ``log det(I + Lambda' Z'Z Lambda)``
 has derivative ``Lambda (I + Lambda' Z'Z Lambda)^{-1} Lambda'`` with respect to ``Z'Z``: the conditional covariance of
 b, relative to sigma^2. Reverse-mode differentiation of the one elimination gives both, level by level. Of NumPy's
-arrays the covariances are those of :class:`~mixjax.likelihood.equations.Equations`.
+arrays the covariances are those of :class:`~mixjax.engine.equations.Equations`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import scipy.linalg
 
 from mixjax import linalg
 from mixjax.design import AnyArray, Design
+from mixjax.engine.elimination import arrange, eliminate
+from mixjax.engine.equations import Equations, by_factor
 from mixjax.forks import refuse_forked
-from mixjax.likelihood.elimination import arrange, eliminate
-from mixjax.likelihood.equations import Equations, by_factor
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, namespace
+from mixjax.products.sums import CrossProducts
 
 
 def conditional_modes(lambdas: list[Array], stats: CrossProducts) -> list[Array]:

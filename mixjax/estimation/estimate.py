@@ -12,23 +12,24 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax.design import AnyArray
+from mixjax.engine.criterion import Profiled, check_products, in_bases, profile, warn_of_float32
+from mixjax.engine.crossed import crossed_moments
+from mixjax.engine.curvature import profile_and_modes, value_gradient_hessian
+from mixjax.engine.dense_block import Lanes
+from mixjax.engine.elimination import arrange
+from mixjax.engine.incidence import Incidence, incidence
+from mixjax.engine.moments import moments_of
 from mixjax.estimation import search
 from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.estimation.surface import evaluate_of, profiled_of
-from mixjax.likelihood.criterion import Profiled, check_products, in_bases, profile, warn_of_float32
-from mixjax.likelihood.crossed import crossed_moments
-from mixjax.likelihood.curvature import profile_and_modes, value_gradient_hessian
-from mixjax.likelihood.dense_block import Lanes
-from mixjax.likelihood.elimination import arrange
-from mixjax.likelihood.incidence import Incidence, incidence
-from mixjax.likelihood.moments import has_closed_form, moments_of
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, jit, namespace, silently
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
+from mixjax.products.sizes import has_closed_form
+from mixjax.products.sums import CrossProducts
 
 
 class Estimates(NamedTuple):
@@ -103,7 +104,7 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
 
 @jit
 def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incidence | None) -> Estimates:
-    """:func:`estimate` of checked products, with what :func:`~mixjax.likelihood.incidence.incidence` found in them."""
+    """:func:`estimate` of checked products, with what :func:`~mixjax.engine.incidence.incidence` found in them."""
     stats, where = jax.tree.map(jnp.asarray, (stats, where))
     # The search itself is not differentiated: what its end depends on is known without it.
     data, start = jax.lax.stop_gradient((stats, start))
@@ -124,7 +125,7 @@ def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incid
 def fit_at_once(stats: CrossProducts, start: np.ndarray | None, reml: bool) -> Estimates:
     """As :func:`fit_one`, by NumPy: nothing is compiled, and nothing padded.
 
-    For NumPy's arrays of one response, and models that :func:`~mixjax.likelihood.moments.is_small` says yes to.
+    For NumPy's arrays of one response, and models that :func:`~mixjax.products.sizes.is_small` says yes to.
     """
     with silently():
         moments = moments_of(stats)

@@ -20,12 +20,11 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.design import AnyArray
+from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.moments import Moments
 from mixjax.estimation import search
 from mixjax.estimation.search import Search, own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start
-from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.moments import Moments, sizes_of
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, lanes_of, silently
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 from mixjax.optimise.results import Result
@@ -204,20 +203,6 @@ TILE_NUMBERS, MOST_LANES = 2**15, 512
 # What the number of lanes is a multiple of, so that the last bits of a lane do not depend on how many others there are:
 # BLAS and NumPy sum the remainder of a row in another order.
 MULTIPLE = 16
-# Seconds for which NumPy may work before a program of many fits, which takes 4 to 10 to compile, is worth it.
-COMPILING = 0.75
-
-
-def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
-    """Whether so many fits take NumPy longer than :data:`COMPILING`.
-
-    By sizes only, so that the same call gives the same bits. Microseconds of a fit, measured on one core: 15 and, of q
-    effects a level of the first factor with C classes beside d other random and p fixed effects, ``80 (q - 1)^2 +
-    q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of four.
-    """
-    q, _, d, p, C = sizes_of(stats)
-    microseconds = 15 + 80 * (q - 1) ** 2 + q**3 * (q + 1) * C / 2 + 4 * d**2 + 0.8 * p**2
-    return fits * microseconds > 1e6 * COMPILING
 
 
 def fit_block_at_once(

@@ -16,6 +16,10 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Unstructured
+from mixjax.engine.criterion import warn_of_float32
+from mixjax.engine.curvature import profile_and_modes
+from mixjax.engine.incidence import incidence
+from mixjax.engine.moments import ClassSums, LevelSums, Moments, moments_of
 from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_at_once, fit_one
 from mixjax.estimation.lanes import (
     Bases,
@@ -23,37 +27,19 @@ from mixjax.estimation.lanes import (
     Sizes,
     fit_block,
     fit_block_at_once,
-    pays_to_compile,
     sizes_for,
 )
-from mixjax.likelihood.criterion import warn_of_float32
-from mixjax.likelihood.cross_products import n_cores
-from mixjax.likelihood.curvature import profile_and_modes
-from mixjax.likelihood.incidence import incidence
-from mixjax.likelihood.moments import (
-    MOST_PRODUCTS,
-    ClassSums,
-    LevelSums,
-    Moments,
-    has_closed_form,
-    is_small,
-    moments_of,
-    sizes_of,
-)
-from mixjax.likelihood.statistics import ClassProducts, CrossProducts, FactorProducts, PairProducts
 from mixjax.machine import LANES, float64, is_concrete, jit, silently
 from mixjax.optimise.results import Result
+from mixjax.products.cross_products import n_cores
+from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small, is_wide, pays_to_compile
+from mixjax.products.sums import ClassProducts, CrossProducts, FactorProducts, PairProducts
 
 Engine = Literal["auto", "numpy", "jax"]
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
-# Effects beside the first factor's up to which NumPy works on lanes side by side.
-MOST_DENSE_LANES = 32
 # Replicates of one call where no closed form applies.
 VMAP_BLOCK = 32
-# Fixed effects of the lanes' program at most: its matrices of X's columns are eliminated row by row, one entry of all
-# lanes after the other, and from about here on LAPACK is quicker for one fit at a time.
-MOST_COLUMNS = 64
 
 
 def estimate_many(
@@ -182,18 +168,6 @@ def chosen_engine(
         return engine
     at_once = served and (not in_blocks(stats) or not pays_to_compile(fits, stats))
     return "numpy" if at_once else "jax"
-
-
-def in_lanes_at_once(stats: CrossProducts) -> bool:
-    """Whether NumPy works on many lanes side by side: not where the products of matrices in a lane are large."""
-    q, m, d, p, _ = sizes_of(stats)
-    u = d + p
-    return d <= MOST_DENSE_LANES and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
-
-
-def in_blocks(stats: CrossProducts) -> bool:
-    """Whether :class:`Batch` serves a model."""
-    return np.shape(stats.beta0)[-1] <= MOST_COLUMNS and has_closed_form(stats)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -502,7 +476,7 @@ def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep
     stats = replace(stats, classes=None)
     B = len(stats.yy)
     where = None if np.ndim(stats.XX) == 3 else incidence(_index(stats, axes, 0))
-    alone = where is not None or np.shape(stats.beta0)[-1] > MOST_COLUMNS
+    alone = where is not None or is_wide(stats)
     size = 1 if alone else VMAP_BLOCK
     run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
     parts = []

@@ -12,10 +12,10 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import Design
+from mixjax.engine.marginal import MarginalParams, structures_of
 from mixjax.estimation.estimate import Estimates
 from mixjax.forks import refuse_forked
-from mixjax.likelihood.marginal import MarginalParams, structures_of
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.products.sums import CrossProducts
 
 
 class Parameters(NamedTuple):

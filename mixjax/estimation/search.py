@@ -14,11 +14,11 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Structure, rank_tolerance
-from mixjax.likelihood.statistics import Layout
 from mixjax.machine import Array, namespace, while_loop
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
+from mixjax.products.sums import Layout
 
 # Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
 NEAR_ZERO = 1e-2

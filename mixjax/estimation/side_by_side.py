@@ -17,17 +17,18 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
+from mixjax.engine.curvature import value_gradient_hessian
+from mixjax.engine.moments import Moments, moments_of
 from mixjax.estimation import search
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, finish
 from mixjax.estimation.start import minque_start
 from mixjax.estimation.surface import coordinates_in
-from mixjax.likelihood.curvature import value_gradient_hessian
-from mixjax.likelihood.moments import Moments, is_small, moments_of
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import silently
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
+from mixjax.products.sizes import is_small
+from mixjax.products.sums import CrossProducts
 
 # Numbers of the first factor's matrices of all fits up to which they are worked on here: at most some 10 s. What the
 # other factors and X cost takes as long here as in a compiled program.
@@ -56,7 +57,7 @@ def fit_side_by_side(stats: CrossProducts, reml: bool) -> Estimates:
     """Fit each of B data sets, from moment estimates.
 
     Args:
-        stats: B data sets in a leading axis, as :func:`~mixjax.likelihood.statistics.stack` makes them.
+        stats: B data sets in a leading axis, as :func:`~mixjax.products.sums.stack` makes them.
 
     Returns:
         :class:`~mixjax.Estimates` with a leading axis B; no ``b``.

@@ -11,15 +11,16 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import rank_tolerance
 from mixjax.design import AnyArray
-from mixjax.likelihood.criterion import Profiled, profile
-from mixjax.likelihood.crossed import crossed_moments
-from mixjax.likelihood.curvature import profile_lanes, value_gradient_hessian
-from mixjax.likelihood.elimination import arrange
-from mixjax.likelihood.incidence import Incidence
-from mixjax.likelihood.moments import has_closed_form, moments_of
-from mixjax.likelihood.statistics import CrossProducts, Layout
+from mixjax.engine.criterion import Profiled, profile
+from mixjax.engine.crossed import crossed_moments
+from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.elimination import arrange
+from mixjax.engine.incidence import Incidence
+from mixjax.engine.moments import moments_of
 from mixjax.machine import Array, namespace, set_at
 from mixjax.optimise.newton import Evaluate, by_differentiation
+from mixjax.products.sizes import has_closed_form
+from mixjax.products.sums import CrossProducts, Layout
 
 
 def profiled_of(
@@ -30,7 +31,7 @@ def profiled_of(
     Args:
         stats: cross-products of one response.
         reml: may be traced.
-        where: what :func:`~mixjax.likelihood.incidence.incidence` found in a large crossed design, else None.
+        where: what :func:`~mixjax.engine.incidence.incidence` found in a large crossed design, else None.
     """
     if where is not None:
         moments = crossed_moments(stats, where)

@@ -21,9 +21,9 @@ from mixjax.formula.errors import warn
 from mixjax.inference import intervals
 from mixjax.inference.resample import NUMBERS, Kind, chunk_size, resampler
 from mixjax.inference.statistic import entries, named
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
+from mixjax.products.sums import CrossProducts
 from mixjax.simulation import check_count
 
 # A statistic is computed for so many replicates at a time, or for fewer where each has many numbers.

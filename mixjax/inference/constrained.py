@@ -20,16 +20,17 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
 from mixjax.design import AnyArray
-from mixjax.estimation.many import MOST_DENSE_LANES, batch_axes, chosen_engine, in_lanes_at_once, stacked_moments
+from mixjax.engine.curvature import deviance_at_sigma, profile_lanes
+from mixjax.engine.moments import ClassSums, LevelSums, Moments, moments_of
+from mixjax.estimation.many import batch_axes, chosen_engine, stacked_moments
 from mixjax.inference.held import Chart, Held, Start, charts_of, hold
-from mixjax.likelihood.cross_products import n_cores
-from mixjax.likelihood.curvature import deviance_at_sigma, profile_lanes
-from mixjax.likelihood.moments import ClassSums, LevelSums, Moments, has_closed_form, moments_of
-from mixjax.likelihood.statistics import CrossProducts, Layout, pad
 from mixjax.linalg import ROTATIONS_UP_TO
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
+from mixjax.products.cross_products import n_cores
+from mixjax.products.sizes import MOST_DENSE_LANES, has_closed_form, in_lanes_at_once
+from mixjax.products.sums import CrossProducts, Layout, pad
 
 # Lanes of one call: of one data set, where each problem has two, and of many data sets.
 WIDTH, WIDE = 64, 256

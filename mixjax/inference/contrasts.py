@@ -21,6 +21,10 @@ from jax.scipy.special import betainc, erfc
 
 from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
+from mixjax.engine.criterion import check_products
+from mixjax.engine.curvature import profile_lanes
+from mixjax.engine.incidence import incidence
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
 from mixjax.estimation.surface import coordinates_of, profiled_of
@@ -29,12 +33,9 @@ from mixjax.formula.errors import warn
 from mixjax.inference import kenward_roger as kr
 from mixjax.inference.information import information, information_of
 from mixjax.inference.lanes import errors_of_many, in_lanes
-from mixjax.likelihood.criterion import check_products
-from mixjax.likelihood.curvature import profile_lanes
-from mixjax.likelihood.incidence import incidence
-from mixjax.likelihood.moments import is_small, moments_of
-from mixjax.likelihood.statistics import CrossProducts, pad
 from mixjax.machine import Array, float64, is_concrete, jit, namespace, silently
+from mixjax.products.sizes import is_small
+from mixjax.products.sums import CrossProducts, pad
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 

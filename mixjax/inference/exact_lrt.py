@@ -15,7 +15,7 @@ from mixjax.formula.context import caller_context
 from mixjax.formula.evaluate import columns_of
 from mixjax.inference.nesting import check_same_data, in_span, is_within, logdet_X, place_of
 from mixjax.inference.spectral import Spectrum, draw, exact_p, spectrum
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.products.sums import CrossProducts
 from mixjax.simulation import check_count
 
 

@@ -22,10 +22,10 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import Diagonal
 from mixjax.design import AnyArray
+from mixjax.engine.moments import Moments
 from mixjax.estimation.start import LOWEST
-from mixjax.likelihood.moments import Moments
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, namespace
+from mixjax.products.sums import CrossProducts
 
 
 class Held(NamedTuple):

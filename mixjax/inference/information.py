@@ -10,12 +10,12 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.design import AnyArray
+from mixjax.engine.curvature import slopes_of
+from mixjax.engine.incidence import Incidence
+from mixjax.engine.moments import moments_of
 from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
-from mixjax.likelihood.curvature import slopes_of
-from mixjax.likelihood.incidence import Incidence
-from mixjax.likelihood.moments import moments_of
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, jit, namespace
+from mixjax.products.sums import CrossProducts
 
 
 class Information(NamedTuple):

@@ -10,8 +10,8 @@ from scipy.special import ndtr, ndtri
 
 from mixjax.fitted import Fitted
 from mixjax.inference.resample import chunk_size, cluster_products, outermost_term
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.optimise.results import Result
+from mixjax.products.sums import CrossProducts
 
 METHODS = ("percentile", "basic", "normal", "bca")
 

@@ -16,9 +16,9 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import AnyArray
-from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.statistics import CrossProducts, PairProducts
+from mixjax.engine.criterion import in_bases
 from mixjax.machine import Array, add_at, namespace, set_at
+from mixjax.products.sums import CrossProducts, PairProducts
 
 # Random effects of all levels together, where they do not fall apart by level: one matrix of that size is inverted.
 MOST_EFFECTS = 4000

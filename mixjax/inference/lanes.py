@@ -15,14 +15,15 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.design import AnyArray
+from mixjax.engine.curvature import profile_lanes, slopes_of
+from mixjax.engine.moments import Moments
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, Sizes, padded_lanes, put, slice_of, tile_of
-from mixjax.estimation.many import Batch, Engine, chosen_engine, for_blocks, in_blocks, in_lanes_at_once, last
+from mixjax.estimation.many import Batch, Engine, chosen_engine, for_blocks, last
 from mixjax.estimation.surface import coordinates_in
-from mixjax.likelihood.curvature import profile_lanes, slopes_of
-from mixjax.likelihood.moments import Moments, is_small
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import LANES, Array, jit, lanes_of, namespace, silently
+from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small
+from mixjax.products.sums import CrossProducts
 
 
 def in_lanes(ddf: str, stats: CrossProducts, engine: Engine = "auto") -> bool:

@@ -15,7 +15,7 @@ from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.formula.errors import warn
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of
-from mixjax.likelihood.cross_products import cross_products
+from mixjax.products.cross_products import cross_products
 from mixjax.simulation import check_count, simulate_responses
 
 METHODS = ("chi2", "mixture", "bootstrap")

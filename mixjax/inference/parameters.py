@@ -15,8 +15,8 @@ from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference.contrasts import FixedEffects, fitted_information
 from mixjax.inference.intervals import check_level
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import silently
+from mixjax.products.sums import CrossProducts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mixjax.inference.constrained import OneDataSet
 from mixjax.inference.held import Held, value_of
 from mixjax.inference.intervals import check_level
 from mixjax.inference.parameters import select, variance_parameters
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.products.sums import CrossProducts
 
 # Limits of a root are sought until zeta there is as wanted to this.
 TOLERANCE = 1e-7

@@ -17,8 +17,8 @@ import numpy as np
 from mixjax.bases import change_basis, constant_column
 from mixjax.design import Design
 from mixjax.fitted import Fitted
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, bucket, sum_by_group
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sums import CrossProducts, FactorProducts, PairProducts, bucket, sum_by_group
 from mixjax.simulation import draw_responses, random_columns, simulate_responses
 
 Kind = Literal["parametric", "residual", "cases", "wild"]

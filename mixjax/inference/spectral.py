@@ -14,9 +14,9 @@ from scipy import linalg as dense
 from scipy import optimize
 
 from mixjax.distributions import f_tail
-from mixjax.likelihood.cross_products import n_cores
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import silently
+from mixjax.products.cross_products import n_cores
+from mixjax.products.sums import CrossProducts
 from mixjax.simulation import key_words
 
 # Eigenvalues that agree to this part of the largest are one with a multiplicity; those below it are zero.

@@ -18,8 +18,8 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from mixjax.likelihood.equations import EffectRows
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.engine.equations import EffectRows
+from mixjax.products.sums import CrossProducts
 
 # Blocks of up to so many effects are looked up row by row; larger ones are multiplied one after the other.
 SMALL = 32
@@ -134,7 +134,7 @@ class Blocks:
         return out
 
     def variance(self, factors: list[np.ndarray]) -> np.ndarray:
-        """``(..., m)`` variances of prediction errors, as :class:`~mixjax.likelihood.equations.Equations` has them.
+        """``(..., m)`` variances of prediction errors, as :class:`~mixjax.engine.equations.Equations` has them.
 
         Args:
             factors: per grouping factor ``F (..., w, w)``, covariance ``F F'``.

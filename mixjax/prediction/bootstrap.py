@@ -9,15 +9,15 @@ import numpy as np
 import scipy.sparse as sp
 
 from mixjax.design import Design
+from mixjax.engine.equations import Equations
 from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.equations import Equations
 from mixjax.optimise.results import Result
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.products.cross_products import cross_products
 from mixjax.simulation import draw_responses, random_columns, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")

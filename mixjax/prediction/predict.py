@@ -11,12 +11,12 @@ import pandas as pd
 
 from mixjax.design import TermLabels
 from mixjax.distributions import normal_quantile, t_quantile
+from mixjax.engine.equations import Equations
 from mixjax.fitted import Fitted, InferenceWarning, interaction_key, term_names
 from mixjax.formula.errors import warn
 from mixjax.formula.state import new_rows
 from mixjax.inference.contrasts import fitted_information
 from mixjax.inference.intervals import check_level
-from mixjax.likelihood.equations import Equations
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax.likelihood.equations import covariances_with_slopes
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.engine.equations import covariances_with_slopes
 from mixjax.prediction.blocks import Blocks
 from mixjax.prediction.targets import Targets, effect_rows
+from mixjax.products.sums import CrossProducts
 
 
 class SecondOrder(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import AnyArray
-from mixjax.likelihood.equations import EffectRows, by_factor
-from mixjax.likelihood.statistics import CrossProducts
+from mixjax.engine.equations import EffectRows, by_factor
+from mixjax.products.sums import CrossProducts
 
 
 class Targets(NamedTuple):

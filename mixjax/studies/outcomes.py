@@ -27,10 +27,10 @@ from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.inference.likelihood_ratio import mixture_p
 from mixjax.inference.nesting import is_within, place_of
 from mixjax.inference.statistic import entries, named
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.statistics import CrossProducts, pad, stack
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sums import CrossProducts, pad, stack
 from mixjax.studies.scenario import design_of
 
 # Replicates whose tests are computed in one call: every call has this shape.

@@ -19,8 +19,9 @@ import scipy.sparse
 from mixjax.bases import Basis, change_basis, change_scale, constant_column
 from mixjax.covariance import structure_of
 from mixjax.design import Design, check_design
-from mixjax.likelihood.moments import has_closed_form
-from mixjax.likelihood.statistics import (
+from mixjax.machine import is_concrete
+from mixjax.products.sizes import has_closed_form
+from mixjax.products.sums import (
     ClassProducts,
     CrossProducts,
     FactorProducts,
@@ -30,7 +31,6 @@ from mixjax.likelihood.statistics import (
     order_by_levels,
     sum_by_group,
 )
-from mixjax.machine import is_concrete
 
 
 def cross_products(design: Design, y: Any = None) -> CrossProducts:

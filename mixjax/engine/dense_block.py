@@ -1,6 +1,6 @@
 """What the first factor leaves: dense effects, fixed effects and residual, and the dense effects' own directions.
 
-The notation is that of :mod:`mixjax.likelihood.curvature`.
+The notation is that of :mod:`mixjax.engine.curvature`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.covariance import stack_of
-from mixjax.likelihood.crossed import AnyMoments
-from mixjax.likelihood.first_factor import First, directions_of, dot, orders_of, sum_of
-from mixjax.likelihood.moments import MOST_DENSE
+from mixjax.engine.crossed import AnyMoments
+from mixjax.engine.first_factor import First, directions_of, dot, orders_of, sum_of
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
+from mixjax.products.sizes import MOST_DENSE
 
 # Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
 LEAST_RATIO = 1e-3

@@ -11,12 +11,12 @@ from jax import Array
 
 from mixjax.covariance import Structure, structure_of
 from mixjax.design import AnyArray, Design
+from mixjax.engine.criterion import in_bases
+from mixjax.engine.elimination import arrange, eliminate
 from mixjax.forks import refuse_forked
-from mixjax.likelihood.criterion import in_bases
-from mixjax.likelihood.cross_products import cross_products
-from mixjax.likelihood.elimination import arrange, eliminate
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import jit
+from mixjax.products.cross_products import cross_products
+from mixjax.products.sums import CrossProducts
 
 
 class MarginalParams(NamedTuple):

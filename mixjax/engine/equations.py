@@ -20,7 +20,7 @@ from scipy.sparse.linalg import splu
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.likelihood.statistics import CrossProducts, Layout, PairProducts
+from mixjax.products.sums import CrossProducts, Layout, PairProducts
 
 # Effects beside the first factor's up to which their matrix is inverted; more are factorised.
 MOST_DENSE = 4096

@@ -3,7 +3,7 @@
 A level meets few of the dense effects, so its row of products with them is sparse. Sums over levels then take a list of
 all pairs of effects that meet at a level, where the level has few, and otherwise blocks of levels made dense one after
 another and multiplied: the list grows with the sum of squared numbers of effects. What is found here are integers;
-:mod:`mixjax.likelihood.crossed` puts the numbers in.
+:mod:`mixjax.engine.crossed` puts the numbers in.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixjax.design import AnyArray
-from mixjax.likelihood.moments import MOST_DENSE
-from mixjax.likelihood.sharding import mesh_of, split_first_axis
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import is_concrete
+from mixjax.products.sharding import mesh_of, split_first_axis
+from mixjax.products.sizes import MOST_DENSE
+from mixjax.products.sums import CrossProducts
 
 # The longest list of pairs, some 40 bytes each while sums are formed.
 MOST_PAIRS = 2**24

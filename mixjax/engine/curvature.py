@@ -1,7 +1,7 @@
 """Value, gradient and Hessian of the criterion in closed form, for many fits at once.
 
 A *lane* is one fit; lanes stand in the last axis of every array. The first factor of the elimination is worked off by
-:class:`~mixjax.likelihood.moments.Moments`: its levels of one and the same ``A_i = Z_i'Z_i`` form a class and share
+:class:`~mixjax.engine.moments.Moments`: its levels of one and the same ``A_i = Z_i'Z_i`` form a class and share
 inverse and log-determinant, and only sums over the class of second moments of ``B_i = Z_i'[U y]`` matter. ``U`` holds
 the effects of all other factors and the basis of X. So the cost does not grow with the number of levels of a balanced
 design.
@@ -35,8 +35,8 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import pairs_of
-from mixjax.likelihood.crossed import AnyMoments, CrossedMoments
-from mixjax.likelihood.dense_block import (
+from mixjax.engine.crossed import AnyMoments, CrossedMoments
+from mixjax.engine.dense_block import (
     LEAST_RATIO,
     Lanes,
     Rest,
@@ -47,7 +47,7 @@ from mixjax.likelihood.dense_block import (
     pad_rows,
     traces_of_products,
 )
-from mixjax.likelihood.first_factor import (
+from mixjax.engine.first_factor import (
     First,
     directions_of,
     eliminate_first,
@@ -56,9 +56,9 @@ from mixjax.likelihood.first_factor import (
     sum_of,
     weights_of,
 )
-from mixjax.likelihood.moments import Moments
-from mixjax.likelihood.statistics import Layout
+from mixjax.engine.moments import Moments
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
+from mixjax.products.sums import Layout
 
 Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
 
@@ -138,7 +138,7 @@ def slopes_of(x: Array, moments: Moments, reml: Array | bool) -> Slopes:
     """Args as in :func:`profile_lanes`.
 
     With C the inverse of the reduced products of X's basis, ``dC/dE_j = C T_X'J_j T_X C`` in the first factor's
-    directions, and ``C P_X'E_j P_X C`` in those of the others (:class:`~mixjax.likelihood.dense_block.Rest`).
+    directions, and ``C P_X'E_j P_X C`` in those of the others (:class:`~mixjax.engine.dense_block.Rest`).
     """
     xp = namespace(x, moments.UU)
     lambdas = _lambdas(x, moments)

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax.forks import refuse_forked
-from mixjax.likelihood.statistics import CrossProducts, FactorProducts, PairProducts, grow
 from mixjax.machine import is_concrete
+from mixjax.products.sums import CrossProducts, FactorProducts, PairProducts, grow
 
 
 def shard(stats: CrossProducts, mesh: Mesh) -> CrossProducts:

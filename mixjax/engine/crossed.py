@@ -1,8 +1,8 @@
 """Products of large crossed designs: what the closed-form derivatives need, without anything of rows x levels.
 
-:class:`CrossedMoments` answers the same two questions as :class:`~mixjax.likelihood.moments.Moments`, for one fit whose
+:class:`CrossedMoments` answers the same two questions as :class:`~mixjax.engine.moments.Moments`, for one fit whose
 dense block is large: sums over the levels of the first factor, ``sum_i B_i'W_i B_i``, and their transpose, ``B_i Psi
-B_i'`` of every level, whose rows ``B_i`` are sparse (:mod:`mixjax.likelihood.incidence`).
+B_i'`` of every level, whose rows ``B_i`` are sparse (:mod:`mixjax.engine.incidence`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec
 
 from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
-from mixjax.likelihood.incidence import Incidence, LevelBlocks, PairList
-from mixjax.likelihood.moments import Moments
-from mixjax.likelihood.statistics import CrossProducts, Layout
+from mixjax.engine.incidence import Incidence, LevelBlocks, PairList
+from mixjax.engine.moments import Moments
+from mixjax.products.sums import CrossProducts, Layout
 
 
 @dataclass(frozen=True)
 class CrossedMoments:
-    """Products of one fit, with a last axis of 1 where :class:`~mixjax.likelihood.moments.Moments` has lanes.
+    """Products of one fit, with a last axis of 1 where :class:`~mixjax.engine.moments.Moments` has lanes.
 
     Attributes:
         A: ``(q, q, C, 1)`` of the C levels. count: ``(C, 1)`` ones.
@@ -60,7 +60,7 @@ class CrossedMoments:
         return sum(q * m for _, q, m in self.dense)
 
     def contract(self, weights: Any) -> tuple:
-        """As :meth:`mixjax.likelihood.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
+        """As :meth:`mixjax.engine.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
         # One at a time: slices of what is stacked last cost nothing, strided ones a copy of the dense block each.
         UU, Uy, yy = zip(
             *(self._contract([w[:, k, 0] for w in weights]) for k in range(weights[0].shape[1])), strict=True
@@ -89,7 +89,7 @@ class CrossedMoments:
         return UU, jnp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
 
     def pull_back(self, UU, Uy, yy) -> list:
-        """As :meth:`mixjax.likelihood.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
+        """As :meth:`mixjax.engine.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
         d = self.n_dense
         side = jnp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
         corner = jnp.concatenate([jnp.concatenate([UU[d:, d:, 0], Uy[d:]], 1), jnp.append(Uy[d:, 0], yy)[None]])

@@ -16,7 +16,7 @@ import numpy as np
 from mixjax.bases import Basis, scale_basis
 from mixjax.covariance import structure_of
 from mixjax.design import Rows
-from mixjax.likelihood.statistics import (
+from mixjax.products.sums import (
     CrossProducts,
     FactorProducts,
     PairProducts,

@@ -11,10 +11,10 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
+from mixjax.engine.elimination import Blocks, arrange, eliminate
 from mixjax.forks import refuse_forked
-from mixjax.likelihood.elimination import Blocks, arrange, eliminate
-from mixjax.likelihood.statistics import CrossProducts
 from mixjax.machine import Array, is_concrete, jit
+from mixjax.products.sums import CrossProducts
 
 
 class Profiled(NamedTuple):

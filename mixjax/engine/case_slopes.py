@@ -1,6 +1,6 @@
 """What one row more or less of everything would do to the estimates: derivatives with respect to case weights.
 
-The notation is that of :mod:`mixjax.likelihood.curvature`. With a row less what the first factor takes of it,
+The notation is that of :mod:`mixjax.engine.curvature`. With a row less what the first factor takes of it,
 ``r = (z_2, x, y) - B_i'K_i z_1``, ``t = T_X'r``, e the residual of the row and ``S^{-1}`` the inverse of the reduced
 products of X, the derivative of the criterion by the weight of the row is
 
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import linalg
-from mixjax.likelihood.curvature import _by_covariance, _ByCovariance, _chain, _lambdas
-from mixjax.likelihood.dense_block import blocks_times, effects_of
-from mixjax.likelihood.first_factor import eliminate_first, orders_of
-from mixjax.likelihood.moments import Moments, RowSums
+from mixjax.engine.curvature import _by_covariance, _ByCovariance, _chain, _lambdas
+from mixjax.engine.dense_block import blocks_times, effects_of
+from mixjax.engine.first_factor import eliminate_first, orders_of
+from mixjax.engine.moments import Moments, RowSums
 
 # Numbers of the rows worked on at the same time.
 CHUNK = 2**21

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import linalg
-from mixjax.likelihood.statistics import CrossProducts, Layout
 from mixjax.machine import Array, add_at, namespace, set_at
+from mixjax.products.sums import CrossProducts, Layout
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import numpy as np
 
 from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
-from mixjax.likelihood.elimination import arrange
-from mixjax.likelihood.statistics import CrossProducts, Layout
-from mixjax.linalg import ROTATIONS_UP_TO, over_first
+from mixjax.engine.elimination import arrange
+from mixjax.linalg import over_first
 from mixjax.machine import namespace
+from mixjax.products.sums import CrossProducts, Layout
 
 
 class ClassSums(NamedTuple):
@@ -244,49 +244,6 @@ jax.tree_util.register_dataclass(
     ],
     meta_fields=["dense", "layout"],
 )  # fmt: skip
-
-
-# Limits of the closed form, which is written out entry by entry for the first factor's effects, keeps the products of
-# every pair of columns of U per level, and treats all other effects as one small dense block.
-MOST_EFFECTS, MOST_DENSE, MOST_PRODUCTS = 3, 64, 2**24
-
-
-class Sizes(NamedTuple):
-    """Of a model: q effects of each of m levels of the first factor, d effects of the others, p fixed effects, and C
-    classes of levels."""
-
-    q: int
-    m: int
-    d: int
-    p: int
-    C: int
-
-
-def sizes_of(stats: CrossProducts) -> Sizes:
-    """Of one data set, or of each of many."""
-    first, *rest = stats.layout.chain + stats.layout.dense
-    shapes = [f.ZZ.shape[-2:] for f in stats.factors]
-    q, m = shapes[first]
-    C = m if stats.classes is None else len(stats.classes.count)
-    return Sizes(q, m, sum(width * levels for width, levels in (shapes[f] for f in rest)), stats.XX.shape[-1], C)
-
-
-def has_closed_form(stats: CrossProducts) -> bool:
-    """Whether :class:`Moments` are worth building: few effects per level of the first factor, few other effects."""
-    q, m, d, p, _ = sizes_of(stats)
-    u = d + p
-    small = q <= MOST_EFFECTS and d <= MOST_DENSE and stats.layout.k <= ROTATIONS_UP_TO
-    return small and q * (q + 1) * u * (u + 1) * m <= 4 * MOST_PRODUCTS
-
-
-# NumPy writes nothing out: what counts is the cube of the dense block, and the numbers that stand in memory.
-MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
-
-
-def is_small(stats: CrossProducts) -> bool:
-    """Whether one fit by NumPy is at most some seconds: not too many effects beside those of the first factor."""
-    q, m, d, p, _ = sizes_of(stats)
-    return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + p) <= MOST_NUMBERS
 
 
 def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:

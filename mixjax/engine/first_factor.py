@@ -3,7 +3,7 @@
 The matrices of a level are tiny. XLA has them written out: each entry is one vector over classes of levels and lanes.
 NumPy has them in stacks ``(q, q, C, B)``, because there every operation costs the same up to some thousand numbers. The
 formulas are the same: what differs is :func:`times` and its like. The notation is that of
-:mod:`mixjax.likelihood.curvature`.
+:mod:`mixjax.engine.curvature`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.covariance import pairs_of, stack_of
-from mixjax.likelihood.crossed import AnyMoments
-from mixjax.likelihood.statistics import Layout
+from mixjax.engine.crossed import AnyMoments
 from mixjax.machine import Array, namespace
+from mixjax.products.sums import Layout
 
 
 class Entries(dict):
