@@ -41,7 +41,23 @@ def _length(x: np.ndarray) -> float:
     return float(np.sqrt(np.einsum("i,i->", x, x)))
 
 
-def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Orthonormal(NamedTuple):
+    """What :func:`orthonormal_columns` finds: ``sqrt(w) X = Q R``.
+
+    Attributes:
+        Q: ``(n, p)``, zero columns where a column depends on earlier ones. R: ``(p, p)``. independent: ``(p,)``.
+    """
+
+    Q: np.ndarray
+    R: np.ndarray
+    independent: np.ndarray
+
+    def of(self, kept: np.ndarray) -> Orthonormal:
+        """Of the columns ``kept (p,)`` alone, among them all that are independent."""
+        return self if kept.all() else Orthonormal(self.Q[:, kept], self.R[np.ix_(kept, kept)], self.independent[kept])
+
+
+def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> Orthonormal:
     """Gram-Schmidt, twice, in the order of the columns, after exact centring when there is a constant column.
 
     Centring first keeps a raw cubic in calendar years: subtracting one and the same number from every row is exact, so
@@ -52,8 +68,7 @@ def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.nd
         sqrt_w: ``(n,)`` or None for ones.
 
     Returns:
-        Q ``(n, p)`` with zero columns where a column depends on earlier ones, R ``(p, p)`` with ``sqrt(w) X = Q R``,
-        and ``independent (p,)``.
+        :class:`Orthonormal`.
     """
     X = np.asarray(X, dtype=np.float64)
     n, p = X.shape
@@ -62,7 +77,7 @@ def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.nd
     if constant is not None:
         order.remove(constant)
         order.insert(0, constant)
-    Q = np.zeros((n, p), order="F")
+    found = np.empty((n, p), order="F")  # the basis, in the order in which columns are taken
     R = np.zeros((p, p))
     independent = np.zeros(p, dtype=bool)
     done: list[int] = []
@@ -75,7 +90,7 @@ def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.nd
             R[constant, j] = mean / X[0, constant] * R[constant, constant]
         rest = column * sqrt_w if sqrt_w is not None else column.copy()
         length = _length(rest)
-        basis = Q[:, done]
+        basis = found[:, : len(done)]
         for _ in range(2):
             coefficients = basis.T @ rest
             rest -= basis @ coefficients
@@ -84,17 +99,24 @@ def orthonormal_columns(X: np.ndarray, sqrt_w: np.ndarray | None) -> tuple[np.nd
         independent[j] = remainder > max(RANK_TOL * length, ROUNDING * raw_length)
         if independent[j]:
             R[j, j] = remainder
-            Q[:, j] = rest / remainder
+            found[:, len(done)] = rest / remainder
             done.append(j)
         else:
             R[j, j] = length if length > 0 else 1.0
-    return Q, R, independent
+    if done == list(range(p)):
+        return Orthonormal(found, R, independent)
+    Q = np.zeros((n, p), order="F")
+    Q[:, done] = found[:, : len(done)]
+    return Orthonormal(Q, R, independent)
 
 
-def in_span(y: np.ndarray, X: np.ndarray, sqrt_w: np.ndarray | None) -> np.ndarray:
-    """Whether each of the responses ``y (..., n)`` depends on the columns of ``X (n, p)``, as those on each other."""
+def in_span(y: np.ndarray, X: np.ndarray, Q: np.ndarray, sqrt_w: np.ndarray | None) -> np.ndarray:
+    """Whether each of the responses ``y (..., n)`` depends on the columns of ``X (n, p)``, as those on each other.
+
+    Args:
+        Q: ``(n, p)``, the basis of X that :func:`orthonormal_columns` gives.
+    """
     w = 1.0 if sqrt_w is None else sqrt_w
-    Q = orthonormal_columns(X, sqrt_w)[0]
     rest = y if constant_column(X) is None else y - y.mean(axis=-1, keepdims=True)
     rest = rest * w
     lengths = np.linalg.norm(rest, axis=-1), np.linalg.norm(y * w, axis=-1)
@@ -111,20 +133,23 @@ def constant_column(X: np.ndarray) -> int | None:
     return None
 
 
-def change_basis(X: Any, sqrt_w: Any, scale: float = 1.0, full_rank: bool = False) -> tuple[Any, Basis]:
+def change_basis(
+    X: Any, sqrt_w: Any, scale: float = 1.0, full_rank: bool = False, known: Orthonormal | None = None
+) -> tuple[Any, Basis]:
     """``Q (n, p)`` and the :class:`Basis` with ``sqrt(w) X = Q R``; columns of Q have length ``scale``.
 
     Under a JAX transformation R is held constant (``stop_gradient``): any R gives the same likelihood, so derivatives
     with respect to X flow through Q alone. Columns that earlier ones determine become zero columns of Q; where
-    ``full_rank`` is demanded, NaN, so that nothing computed from them looks like a result.
+    ``full_rank`` is demanded, NaN, so that nothing computed from them looks like a result. ``known``: what
+    :func:`orthonormal_columns` found of them before.
     """
     if is_concrete(X) and is_concrete(sqrt_w):
-        Q, R, independent = orthonormal_columns(
+        Q, R, independent = known or orthonormal_columns(
             np.asarray(X), None if sqrt_w is None else np.asarray(sqrt_w, np.float64)
         )
         if full_rank and not independent.all():
             Q = np.full_like(Q, np.nan)
-        return Q * scale, _basis(R / scale)
+        return Q if scale == 1.0 else Q * scale, _basis(R / scale)
     weighted = X if sqrt_w is None else X * sqrt_w[:, None]
     triangle = jnp.linalg.qr(jax.lax.stop_gradient(weighted), mode="r") / scale
     diagonal = jnp.diagonal(triangle)

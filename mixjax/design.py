@@ -64,7 +64,7 @@ class Design:
     offset: AnyArray | None = None
 
 
-class Rows(NamedTuple):
+class Chunk(NamedTuple):
     """A chunk of rows of a larger table.
 
     Attributes:

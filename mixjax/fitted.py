@@ -17,7 +17,7 @@ from mixjax.formula.errors import DataError, warn
 from mixjax.formula.table import row_values
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
-from mixjax.products.cross_products import cross_products
+from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sizes import is_small
 from mixjax.products.sums import CrossProducts, pad
 
@@ -183,7 +183,12 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
     Warns:
         ConvergenceWarning: says why and what to try.
     """
-    return fit_products(cross_products(design), labels, reml, start, optimizer, design)
+    return fit_rows(rows_of(design), labels, reml, start, optimizer)
+
+
+def fit_rows(rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any) -> Fitted:
+    """As :func:`fit_design`, of rows in their bases."""
+    return fit_products(rows.stats, labels, reml, start, optimizer, rows.design)
 
 
 def fit_products(

@@ -7,6 +7,7 @@ what the two do not share: loops, updates of entries, and how programs are compi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -148,3 +149,8 @@ def float64(on: bool = True) -> AbstractContextManager[None]:
     """JAX's scope of 64 bits, which every call enters that takes or gives names; refused in a forked process."""
     refuse_forked()
     return jax.enable_x64(on)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

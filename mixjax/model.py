@@ -18,15 +18,17 @@ from mixjax.diagnosing import Diagnosing
 from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_design, fit_products, term_names, values_of_rows
-from mixjax.formula.build import build_design, check_noise, check_number_of_effects
+from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_products, fit_rows, term_names, values_of_rows
+from mixjax.formula.build import build, check_noise, check_number_of_effects
 from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
+from mixjax.formula.context import caller_context
 from mixjax.formula.errors import DataError
 from mixjax.inference.contrasts import t_tests
 from mixjax.inferring import Inferring
 from mixjax.optimise.results import Result
-from mixjax.products.cross_products import cross_products
+from mixjax.products.responses import Responses
+from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
 from mixjax.summary import Summary, VarCorr, glance, information_criteria, n_parameters, tidy
@@ -87,10 +89,11 @@ def lmm(
         if check_identifiable:
             check_number_of_effects(int(stats.n), labels)
         return LMMFit(fit_products(stats, labels, reml, start, optimizer), optimizer)
-    design, labels = build_design(formula, data, weights, offset, subset, contrasts, trusted=trusted)
+    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
     if check_identifiable:
-        refuse_unidentified(design, labels)
-    return LMMFit(fit_design(design, labels, reml, start, optimizer), optimizer)
+        refuse_unidentified(*built)
+    rows = rows_of(built.design, built.basis)
+    return LMMFit(fit_rows(rows, built.labels, reml, start, optimizer), optimizer)
 
 
 class LMMFit(Inferring, Diagnosing):
@@ -375,10 +378,11 @@ class LMMFit(Inferring, Diagnosing):
             return LMMFit(fitted, self._method)
         labels, design = self.labels, self.design
         y = values_of_rows(labels, "y", y)
-        check_noise(y if design.offset is None else y - design.offset, self.X, design.weights, labels.response)
+        rows = rows_of(replace(design, y=y))
+        check_noise(y if design.offset is None else y - design.offset, self.X, rows.Q, design.weights, labels.response)
         if labels.response in labels.frame:
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
-        return LMMFit(fit_design(replace(design, y=y), labels, reml, None, self._method), self._method)
+        return LMMFit(fit_rows(rows, labels, reml, None, self._method), self._method)
 
     def refit_many(
         self,
@@ -420,9 +424,9 @@ class LMMFit(Inferring, Diagnosing):
         reml = self.reml if reml is None else reml
         check_options(reml, None)
         keep = (*KEEP, "Sigma", "vcov", *["b"] * ranef)
-        est = estimate_many(cross_products(design, Y), reml, chunk=chunk, keep=keep, engine=engine)
-        sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights))
-        exact = in_span(Y if design.offset is None else Y - design.offset, self.X, sqrt_w)
+        rows = rows_of(design)
+        est = estimate_many(Responses(rows).products(Y), reml, chunk=chunk, keep=keep, engine=engine)
+        exact = in_span(Y if design.offset is None else Y - design.offset, self.X, rows.Q, rows.sqrt_w)
         if exact.any():
             result = np.where(exact, Result.NO_NOISE, est.result)
             est = est._replace(result=result, converged=est.converged & ~exact)

@@ -23,8 +23,7 @@ import numpy as np
 import scipy.sparse
 
 from mixjax.design import Design, check_design
-from mixjax.machine import LANES, float64, jit
-from mixjax.products.cross_products import n_cores
+from mixjax.machine import LANES, float64, jit, n_cores
 
 # Random numbers of one block of replicates, so that what is made of them stays in the cache.
 BLOCK = 2**17

@@ -14,7 +14,7 @@ from designs import STRUCTURES, random_design, random_lambdas
 import mixjax as mj
 from mixjax.bases import Basis
 from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructured, lambdas_of_theta, triangle
-from mixjax.diagnostics.deletion import batches, rows_of
+from mixjax.diagnostics.deletion import batches
 from mixjax.diagnostics.refits import _steps
 from mixjax.diagnostics.residuals import SCALES
 from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes_of_products
@@ -23,6 +23,7 @@ from mixjax.engine.equations import Equations, by_factor
 from mixjax.estimation.blup import conditional_covariances
 from mixjax.estimation.estimate import fit_at_once
 from mixjax.estimation.side_by_side import fit_side_by_side, step_side_by_side
+from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout, TermPlace, stack
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -101,7 +102,7 @@ def test_conditional_covariances(name, singular):
 def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
     """Beside the minimum too: derivatives of a gradient that is not zero, by the formulas of a minimum."""
     fitted = record(random_design(STRUCTURES[name], 6), reml)
-    rows = rows_of(fitted)
+    rows = rows_of(fitted.rows)
     x, regular, found = _at_once(fitted, rows)
     stats = rows.padded().stats
     x2, _, slopes = jax.device_get(_slopes_of_products(stats, fitted.estimates.theta, np.bool_(reml), None))
@@ -116,7 +117,7 @@ def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
 def test_without_fixed_effects(name):
     design = random_design(STRUCTURES[name], 6)
     fitted = record(replace(design, X=design.X[:, :0]), True)
-    rows = rows_of(fitted)
+    rows = rows_of(fitted.rows)
     lambdas = lambdas_of_theta(fitted.estimates.theta, fitted.stats.layout.qs)
     expected = dense_conditional_covariances(fitted.rows, lambdas)
     for covariances, dense in zip(
@@ -166,7 +167,7 @@ def test_slopes_of_variances_are_those_of_automatic_differentiation(scale, struc
 @pytest.mark.parametrize("reml", [True, False])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_fits_side_by_side_are_single_fits(name, reml):
-    rows = rows_of(record(random_design(STRUCTURES[name], 8), reml))
+    rows = rows_of(record(random_design(STRUCTURES[name], 8), reml).rows)
     unit = np.arange(rows.n) // 4
     deleted, stats = next(iter(batches(rows, unit)))
     found = fit_side_by_side(stats, reml)
@@ -184,7 +185,7 @@ def test_fits_side_by_side_are_single_fits(name, reml):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_steps_side_by_side_are_those_of_the_compiled_program(name):
     fitted = record(random_design(STRUCTURES[name], 8), True)
-    rows = rows_of(fitted)
+    rows = rows_of(fitted.rows)
     _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
     found, sound = step_side_by_side(stats, fitted.estimates.theta, True)
     expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True), None)

@@ -16,7 +16,7 @@ import mixjax as mj
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import Labels, TermLabels
 from mixjax.diagnostics import refits
-from mixjax.diagnostics.deletion import batches, rows_of
+from mixjax.diagnostics.deletion import batches
 from mixjax.diagnostics.fixed_theta import delete_at_theta, fixed_part
 from mixjax.diagnostics.influence import LEVERAGES, MEASURES, METHODS, influence
 from mixjax.engine.incidence import incidence
@@ -24,6 +24,7 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError
 from mixjax.formula.table import level_name
+from mixjax.products.rows import rows_of
 
 MODELS = [(name, method) for name in ("sleepstudy_slopes", "sleepstudy_intercept") for method in ("REML", "ML")]
 LEVELS = {"obs": None, "group": "Subject"}
@@ -234,7 +235,7 @@ def test_products_without_rows_and_with_rows_counted_twice(name):
     structure = STRUCTURES[name]
     design, theta = random_design(structure, 5), random_theta(structure, 5)
     fitted = record(design, theta)
-    rows, lambdas = rows_of(fitted), [np.asarray(S) for S in sigmas_of(theta, fitted.stats.layout.qs, 1.0)]
+    rows, lambdas = rows_of(fitted.rows), [np.asarray(S) for S in sigmas_of(theta, fitted.stats.layout.qs, 1.0)]
     lambdas = [np.linalg.cholesky(S) for S in lambdas]
     criterion = jax.jit(mj.criterion, static_argnames="reml")
     with jax.enable_x64(True):
@@ -248,7 +249,7 @@ def test_products_without_rows_and_with_rows_counted_twice(name):
         counts = np.random.default_rng(0).integers(0, 3, len(design.y)).astype(float)
         repeated = some(design, np.repeat(np.arange(len(design.y)), counts.astype(int)))
         expected = dense.criterion(repeated, lambdas, True)
-        assert float(criterion(theta, rows.weighted(counts), True)) == pytest.approx(expected, rel=1e-11)
+        assert float(criterion(theta, rows.sums(counts), True)) == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["rows", "thirds", "levels"])
@@ -270,7 +271,7 @@ def test_the_whole_inverse_and_single_columns_of_it_agree(monkeypatch):
     structure = STRUCTURES["nested and crossed"]
     design, theta = random_design(structure, 2), random_theta(structure, 2)
     fitted = record(design, theta)
-    rows, unit = rows_of(fitted), units(design, "thirds")
+    rows, unit = rows_of(fitted.rows), units(design, "thirds")
     whole = delete_at_theta(rows, unit, fixed_part(fitted, rows), np.zeros(0))
     monkeypatch.setattr("mixjax.diagnostics.fixed_theta.MOST_DENSE", 0)
     monkeypatch.setattr("mixjax.diagnostics.fixed_theta.BLOCK", 100)

@@ -14,9 +14,9 @@ from designs import STRUCTURES, random_design
 
 import mixjax as mj
 from mixjax.design import Labels, TermLabels
-from mixjax.diagnostics.deletion import rows_of
 from mixjax.diagnostics.sensitivity import sensitivity
 from mixjax.fitted import InferenceWarning, fit_design
+from mixjax.products.rows import rows_of
 
 NAMES = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 
@@ -24,7 +24,7 @@ NAMES = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject"
 def refitted(fitted, rows, weights, scale):
     """All estimates with these case weights, in the order of the columns."""
     with jax.enable_x64(True):
-        est = jax.device_get(mj.estimate(rows.weighted(weights), fitted.reml))
+        est = jax.device_get(mj.estimate(rows.sums(weights), fitted.reml))
     assert est.converged
     values, at = [], 0
     for place, Sigma in zip(fitted.stats.layout.terms, est.Sigma, strict=True):
@@ -40,7 +40,7 @@ def refitted(fitted, rows, weights, scale):
 
 def slope_along(fitted, direction, scale, h=1e-3):
     """Derivative along a direction of all weights, by central differences of the fourth order."""
-    rows = rows_of(fitted)
+    rows = rows_of(fitted.rows)
     values = {k: refitted(fitted, rows, 1 + k * h * direction, scale) for k in (-2, -1, 1, 2)}
     return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
 
@@ -104,7 +104,7 @@ def test_a_weight_counts_rows():
     weights = np.repeat(fit.design.weights, counts)
     twice = mj.lmm("Reaction ~ Days + (Days | Subject)", repeated, weights=weights)
     with jax.enable_x64(True):
-        est = jax.device_get(mj.estimate(rows_of(fit.record).weighted(counts.astype(float)), True))
+        est = jax.device_get(mj.estimate(rows_of(fit.record.rows).sums(counts.astype(float)), True))
     np.testing.assert_allclose(est.beta, twice.fixef, rtol=1e-10)
     np.testing.assert_allclose(est.theta, twice.theta, rtol=1e-7)
     assert est.criterion == pytest.approx(twice.criterion, rel=1e-12)

@@ -23,8 +23,9 @@ import scipy.sparse.csgraph
 import scipy.sparse.linalg
 
 from mixjax.covariance import split_theta, triangle
-from mixjax.diagnostics.deletion import Rows
+from mixjax.diagnostics.deletion import dominant, estimable
 from mixjax.fitted import Fitted
+from mixjax.products.rows import Rows
 
 # The inverse of S is made as a whole where that is less work, up to so many random effects (512 MB).
 MOST_DENSE = 8000
@@ -80,7 +81,7 @@ def delete_at_theta(rows: Rows, unit: np.ndarray, fixed: Fixed, leverages: np.nd
         loss = (both[:, :p, None] * both[:, None] / A[:, None, None])[order]
     else:
         loss = _losses(unit, fixed, both)
-    lost = [u for u in rows.dominant(unit) if not rows.estimable(unit, u)]
+    lost = [u for u in dominant(rows, unit) if not estimable(rows, unit, u)]
     left = fixed.information - loss[:, :, :p]
     left[lost] = np.eye(p)
     covariance = np.linalg.inv(left)

@@ -14,9 +14,9 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from mixjax.bases import change_basis
 from mixjax.covariance import split_theta, triangle
 from mixjax.fitted import Fitted
+from mixjax.products.rows import rows_of
 
 # A variance below this part of the one that it is left of is rounding.
 NOTHING = 1e-10
@@ -85,9 +85,8 @@ class Parts(NamedTuple):
 def whiten(fitted: Fitted) -> Whitened:
     """The fit's rows as the hat matrix needs them."""
     design, layout = fitted.rows, fitted.stats.layout
-    weights = None if design.weights is None else np.sqrt(np.asarray(design.weights, np.float64))
-    root_w = np.ones(len(design.y)) if weights is None else weights
-    Q, _ = change_basis(np.asarray(design.X, np.float64), weights)
+    rows = rows_of(design)
+    root_w = np.ones(rows.n) if rows.sqrt_w is None else rows.sqrt_w
     lambdas, effects = relative_factors(fitted), []
     for f in range(len(fitted.stats.factors)):
         ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
@@ -95,7 +94,7 @@ def whiten(fitted: Fitted) -> Whitened:
         Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
         term = design.terms[ts[0]]
         effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts))
-    return Whitened(root_w, Q, effects)
+    return Whitened(root_w, rows.Q, effects)
 
 
 def relative_factors(fitted: Fitted) -> list[np.ndarray]:

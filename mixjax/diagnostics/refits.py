@@ -13,7 +13,7 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
-from mixjax.diagnostics.deletion import Rows, batches
+from mixjax.diagnostics.deletion import batches
 from mixjax.engine.incidence import Incidence, incidence
 from mixjax.estimation.estimate import Estimates, assemble, fit_one
 from mixjax.estimation.many import KEEP, estimate_many
@@ -24,6 +24,7 @@ from mixjax.fitted import Fitted
 from mixjax.machine import LANES, float64, jit
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
+from mixjax.products.rows import Rows
 from mixjax.products.sums import CrossProducts
 
 # Codes beside those of mixjax.Result.

@@ -22,7 +22,6 @@ import pandas as pd
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.diagnostics.deletion import Rows, rows_of
 from mixjax.diagnostics.refits import entry_names
 from mixjax.engine.case_slopes import ProductRows, case_slopes
 from mixjax.engine.criterion import Profiled
@@ -35,6 +34,7 @@ from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term
 from mixjax.formula.errors import warn
 from mixjax.machine import float64, jit, silently
 from mixjax.optimise.results import Result
+from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sizes import is_small
 from mixjax.products.sums import CrossProducts
 
@@ -85,7 +85,7 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
     fitted = record_of(fitted)
     if scale not in PREFIXES:
         raise ValueError(f"scale must be one of {', '.join(map(repr, PREFIXES))}, got {scale!r}")
-    rows = rows_of(fitted)
+    rows = rows_of(fitted.rows)
     diagonal, below, residual = PREFIXES[scale]
     entries, varies = entry_names(fitted, term_names(fitted.labels), diagonal, below)
     names = [*(name for name, own in zip(entries, varies, strict=True) if own), residual]
@@ -245,6 +245,6 @@ def _contract(rows: Rows, slopes: Sums) -> np.ndarray:
         total += np.einsum("eabn,na,nb->en", ZZ, Z, Z, optimize=True)
         total += np.einsum("eapn,na,np->en", ZX, Z, Q, optimize=True)
         total += np.einsum("ean,na,n->en", Zy, Z, r, optimize=True)
-    for (s, t), entry, ZZ in zip(rows.stats.layout.pairs, rows.entries, slopes["pairs"], strict=True):
-        total += np.einsum("eabn,na,nb->en", ZZ[..., entry], rows.Z[s], rows.Z[t], optimize=True)
+    for (s, t), meeting, ZZ in zip(rows.layout.pairs, rows.meetings, slopes["pairs"], strict=True):
+        total += np.einsum("eabn,na,nb->en", ZZ[..., meeting.entry], rows.Z[s], rows.Z[t], optimize=True)
     return total.T

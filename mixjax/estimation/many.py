@@ -29,9 +29,8 @@ from mixjax.estimation.lanes import (
     fit_block_at_once,
     sizes_for,
 )
-from mixjax.machine import LANES, float64, is_concrete, jit, silently
+from mixjax.machine import LANES, float64, is_concrete, jit, n_cores, silently
 from mixjax.optimise.results import Result
-from mixjax.products.cross_products import n_cores
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small, is_wide, pays_to_compile
 from mixjax.products.sums import ClassProducts, CrossProducts, FactorProducts, PairProducts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from mixjax.bases import in_span, orthonormal_columns
+from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
@@ -78,8 +78,34 @@ def build_design(
         >>> design.X.shape, labels.fixed
         ((180, 2), ('Intercept', 'Days'))
     """
-    available = column_names(data)
     caller = caller_context() if context is None else context
+    return build(formula, data, weights, offset, subset, contrasts, caller, trusted)[:2]
+
+
+class Built(NamedTuple):
+    """A design with its names, and the basis of its X times the roots of the weights."""
+
+    design: Design
+    labels: Labels
+    basis: Orthonormal
+
+
+def build(
+    formula: str,
+    data: Any,
+    weights: Any,
+    offset: Any,
+    subset: Any,
+    contrasts: Mapping[str, str] | None,
+    caller: Mapping[str, Any],
+    trusted: bool | None,
+) -> Built:
+    """:func:`build_design`, with what was found on the way: orthonormalising X is most of the work on long tables.
+
+    Args:
+        caller: names that the formula may use beside columns.
+    """
+    available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data)
     if not parsed.random:
         raise FormulaError(
@@ -110,8 +136,8 @@ def build_design(
             f"weights must be positive, but {int((w <= 0).sum())} of {len(w)} are zero or negative; to leave rows out, "
             "use subset="
         )
-    X, kept = _full_rank(X, fixed.names, w)
-    check_noise(y if total_offset is None else y - total_offset, X, w, parsed.response.shown)
+    X, kept, basis = _full_rank(X, fixed.names, w)
+    check_noise(y if total_offset is None else y - total_offset, X, basis.Q, w, parsed.response.shown)
 
     random = _random_terms(parsed, frame, known)
     design = Design(
@@ -147,7 +173,7 @@ def build_design(
         used=None if used.all() else used,
         state=state,
     )
-    return design, labels
+    return Built(design, labels, basis)
 
 
 def read_formula(
@@ -309,9 +335,12 @@ def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str
     return replace(effects, expressions=tuple(found.get(e.shown, e) for e in effects.expressions))
 
 
-def _full_rank(X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Leave out columns that earlier ones determine, as lme4 does, and say which."""
-    kept = np.asarray(orthonormal_columns(X, None if weights is None else np.sqrt(weights))[2], bool)
+def _full_rank(
+    X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, Orthonormal]:
+    """Leave out columns that earlier ones determine, as lme4 does, and say which. With the basis of those that stay."""
+    basis = orthonormal_columns(X, None if weights is None else np.sqrt(weights))
+    kept = basis.independent
     if not kept.all():
         dropped = [name for name, keep in zip(names, kept, strict=True) if not keep]
         warn(f"fixed-effects columns left out because other columns determine them: {some_of(dropped)}")
@@ -321,12 +350,16 @@ def _full_rank(X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None
             f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from: "
             f"{some_of([name for name, keep in zip(names, kept, strict=True) if keep])}"
         )
-    return X, kept
+    return X, kept, basis.of(kept)
 
 
-def check_noise(y: np.ndarray, X: np.ndarray, weights: np.ndarray | None, response: str) -> None:
-    """A response that the fixed effects reproduce up to rounding leaves no variance to model."""
-    if in_span(y, X, None if weights is None else np.sqrt(weights)):
+def check_noise(y: np.ndarray, X: np.ndarray, Q: np.ndarray, weights: np.ndarray | None, response: str) -> None:
+    """A response that the fixed effects reproduce up to rounding leaves no variance to model.
+
+    Args:
+        Q: ``(n, p)`` basis of X times the roots of the weights.
+    """
+    if in_span(y, X, Q, None if weights is None else np.sqrt(weights)):
         raise DataError(
             f"the fixed effects reproduce the response '{response}' exactly: no variance is left; look for a column "
             "that was computed from the response"
@@ -444,22 +477,24 @@ def check_number_of_effects(n: int, labels: Labels) -> None:
             )
 
 
-def check_identifiable(design: Design, labels: Labels) -> None:
+def check_identifiable(design: Design, labels: Labels, basis: Orthonormal) -> None:
     """Refuse random terms whose variance the data cannot tell: too many effects, or effects that are fixed as well.
+
+    Args:
+        basis: of X times the roots of the weights.
 
     Raises:
         DataError: names the term and the way to go on.
     """
     n, p = design.X.shape
     check_number_of_effects(n, labels)
-    Q = None
+    Q, root_w = basis.Q, 1.0 if design.weights is None else np.sqrt(np.asarray(design.weights))
     for term, names in zip(design.terms, labels.terms, strict=True):
         if term.n_groups > p:
             continue  # the levels' columns cannot all lie in the span of X
-        Q = orthonormal_columns(design.X, None)[0] if Q is None else Q
         for j, effect in enumerate(names.effects):
             columns = np.zeros((n, term.n_groups))
-            columns[np.arange(n), term.group] = term.Z[:, j]
+            columns[np.arange(n), term.group] = root_w * term.Z[:, j]
             left = np.linalg.norm(columns - Q @ (Q.T @ columns), axis=0)
             if (left <= 1e-8 * np.linalg.norm(columns, axis=0)).all():
                 raise DataError(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from mixjax.design import Rows, TermLabels
+from mixjax.design import Chunk, TermLabels
 from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Learnt, columns_of, numbers
@@ -206,11 +206,11 @@ class ChunkReader:
             frame = frame.assign(**{name: pd.Categorical.from_codes(codes, categories=pd.Index(values))})
         return frame
 
-    def rows(self, table: Any) -> Rows:
+    def rows(self, table: Any) -> Chunk:
         """One chunk as arrays."""
         frame = self.frame(table)
         if not len(frame):
-            return Rows(np.zeros((0, len(self.names))), np.zeros(0), None, [])
+            return Chunk(np.zeros((0, len(self.names))), np.zeros(0), None, [])
         y = self._numbers(self.parsed.response, frame, "response")
         for e in (*self.parsed.offsets, *([] if self.offset is None else [column_of(self.offset)])):
             y = y - self._numbers(e, frame, "offset")
@@ -220,7 +220,7 @@ class ChunkReader:
             if not (w > 0).all():
                 raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of a chunk's are not")
             sqrt_w = np.sqrt(w)
-        return Rows(self._columns(frame), y, sqrt_w, [levels.codes(frame) for levels in self.groups.values()])
+        return Chunk(self._columns(frame), y, sqrt_w, [levels.codes(frame) for levels in self.groups.values()])
 
     def _numbers(self, e: Expression, frame: pd.DataFrame, what: str) -> np.ndarray:
         return numbers(e, frame, self.context, what)[0]

@@ -25,10 +25,9 @@ from mixjax.engine.moments import ClassSums, LevelSums, Moments, moments_of
 from mixjax.estimation.many import batch_axes, chosen_engine, stacked_moments
 from mixjax.inference.held import Chart, Held, Start, charts_of, hold
 from mixjax.linalg import ROTATIONS_UP_TO
-from mixjax.machine import LANES, Array, float64, jit, lanes_of, namespace, silently
+from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
-from mixjax.products.cross_products import n_cores
 from mixjax.products.sizes import MOST_DENSE_LANES, has_closed_form, in_lanes_at_once
 from mixjax.products.sums import CrossProducts, Layout, pad
 

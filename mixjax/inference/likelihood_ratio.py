@@ -15,7 +15,8 @@ from mixjax.estimation.many import chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.formula.errors import warn
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of
-from mixjax.products.cross_products import cross_products
+from mixjax.products.responses import Responses
+from mixjax.products.rows import rows_of
 from mixjax.simulation import check_count, simulate_responses
 
 METHODS = ("chi2", "mixture", "bootstrap")
@@ -338,10 +339,11 @@ def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.n
     est, reml = small.estimates, small.reml
     constant = logdet_X(small) - logdet_X(large) if reml else 0.0
     size = max(1, BLOCK // small.nobs)
+    responses = [Responses(rows_of(fit.rows)) for fit in (small, large)]
     found = []
     for first in range(0, n, size):
         Y = simulate_responses(small.rows, est.beta, est.sigma, est.Sigma, key, min(size, n - first), first)
-        both = [cross_products(fit.rows, Y) for fit in (small, large)]
+        both = [own.products(Y) for own in responses]
         keep = ("criterion", "converged")
         a, b = (estimate_many(own, reml, keep=keep, engine=chosen_engine(own, n)) for own in both)
         difference = a.criterion - b.criterion - constant

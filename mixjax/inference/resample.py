@@ -14,10 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from mixjax.bases import change_basis, constant_column
-from mixjax.design import Design
 from mixjax.fitted import Fitted
-from mixjax.products.cross_products import cross_products
+from mixjax.products.responses import Responses
+from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, FactorProducts, PairProducts, bucket, sum_by_group
 from mixjax.simulation import draw_responses, random_columns, simulate_responses
 
@@ -78,7 +77,8 @@ def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> 
     else:
         est = fitted.estimates
         respond = partial(_parametric_responses, design, est.beta, est.sigma, est.Sigma, key)
-    return Resampler(lambda first, count: cross_products(design, respond(first, count)), fitted.nobs)
+    responses = Responses(rows_of(design))
+    return Resampler(lambda first, count: responses.products(respond(first, count)), fitted.nobs)
 
 
 def _parametric_responses(design, beta, sigma, Sigma, key, first: int, count: int) -> np.ndarray:
@@ -172,9 +172,7 @@ TWO_POINTS = {
 
 def adjusted_residuals(fitted: Fitted) -> np.ndarray:
     """``(n,)`` marginal residuals over ``sqrt(1 - h)``, h the row's leverage in least squares on X (HC2)."""
-    design = fitted.rows
-    sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights))
-    Q, _ = change_basis(np.asarray(design.X), sqrt_w)
+    Q = rows_of(fitted.rows).Q
     left = 1.0 - np.einsum("ij,ij->i", Q, Q)
     # A row that determines a fixed effect by itself has no residual to draw from.
     inverse = np.where(left > LEVERAGE_LEFT, 1.0 / np.sqrt(np.maximum(left, LEVERAGE_LEFT)), 0.0)
@@ -342,17 +340,13 @@ def cluster_products(fitted: Fitted) -> ClusterProducts:
     """The fit's cross-products by levels of the outermost grouping factor; see :func:`outermost_term`."""
     design = fitted.rows
     cluster, M = outermost_clusters(fitted)
-    stats = cross_products(design)
-    Q, residual, log_w = _rows_in_bases(design)
+    rows = rows_of(design)
+    stats, Q, residual = rows.stats, rows.Q, rows.residual
     n, p = Q.shape
     squares = (Q[:, :, None] * Q[:, None]).reshape(n, p * p)
-    rows = np.column_stack([squares, Q * residual[:, None], residual**2, np.ones(n), log_w])
-    groups = [
-        next(term.group for term, place in zip(design.terms, stats.layout.terms, strict=True) if place.factor == f)
-        for f in range(len(stats.factors))
-    ]
+    columns = np.column_stack([squares, Q * residual[:, None], residual**2, np.ones(n), rows.log_w])
     levels, places, owners = [], [], []
-    for group, products in zip(groups, stats.factors, strict=True):
+    for group, products in zip(rows.groups, stats.factors, strict=True):
         owner = np.full(products.ZZ.shape[2], -1)
         owner[group] = cluster
         table, place = _by_owner(owner, M)
@@ -364,20 +358,7 @@ def cluster_products(fitted: Fitted) -> ClusterProducts:
     for (s, t), pair in zip(stats.layout.pairs, stats.pairs, strict=True):
         nested = s in stats.layout.chain and t in stats.layout.chain
         entries.append(levels[s] if nested else _by_owner(owners[s][pair.rows], M)[0])
-    return ClusterProducts(stats, sum_by_group(rows.T, cluster, M).T, tuple(levels), tuple(entries), tuple(places))
-
-
-def _rows_in_bases(design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q ``(n, p)``, the residual of y on it, and logs of the weights, as in the cross-products."""
-    X = np.asarray(design.X)
-    sqrt_w = np.ones(len(X)) if design.weights is None else np.sqrt(np.asarray(design.weights))
-    Q, _ = change_basis(X, None if design.weights is None else sqrt_w)
-    y = np.asarray(design.y, np.float64) - (0.0 if design.offset is None else np.asarray(design.offset))
-    # Centred first, and twice, so that a large mean costs no digits.
-    residual = (y - (0.0 if constant_column(X) is None else y.mean())) * sqrt_w
-    for _ in range(2):
-        residual = residual - Q @ (Q.T @ residual)
-    return Q, residual, 2.0 * np.log(sqrt_w)
+    return ClusterProducts(stats, sum_by_group(columns.T, cluster, M).T, tuple(levels), tuple(entries), tuple(places))
 
 
 def _by_owner(owner: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:

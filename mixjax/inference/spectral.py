@@ -14,8 +14,7 @@ from scipy import linalg as dense
 from scipy import optimize
 
 from mixjax.distributions import f_tail
-from mixjax.machine import silently
-from mixjax.products.cross_products import n_cores
+from mixjax.machine import n_cores, silently
 from mixjax.products.sums import CrossProducts
 from mixjax.simulation import key_words
 

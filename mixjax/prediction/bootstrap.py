@@ -17,7 +17,8 @@ from mixjax.inference.resample import chunk_size
 from mixjax.optimise.results import Result
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
-from mixjax.products.cross_products import cross_products
+from mixjax.products.responses import Responses
+from mixjax.products.rows import rows_of
 from mixjax.simulation import draw_responses, random_columns, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")
@@ -58,12 +59,12 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     def respond(draws: np.ndarray) -> np.ndarray:
         return fixed + scale * draws[:, : nobs + m] + (columns @ np.ascontiguousarray(draws[:, nobs + m :].T)).T
 
-    scale_of = _Scale(fitted, targets)
+    scale_of, responses = _Scale(fitted, targets), Responses(rows_of(design))
     step = chunk_size(nobs + 2 * m + q_total)
     parts, failed = [], 0
     for first in range(0, n, step):
         drawn = draw_responses(respond, nobs + m, nobs + m + q_total, key, min(step, n - first), first)
-        stats = cross_products(design, np.ascontiguousarray(drawn[:, :nobs]))
+        stats = responses.products(np.ascontiguousarray(drawn[:, :nobs]))
         fits = estimate_many(stats, fitted.reml, keep=KEEP, engine=chosen_engine(stats, n))
         good = np.isin(fits.result, [code for code in Result if code.is_solution])
         failed += int((~good).sum())

@@ -15,7 +15,7 @@ import numpy as np
 
 from mixjax.bases import Basis, scale_basis
 from mixjax.covariance import structure_of
-from mixjax.design import Rows
+from mixjax.design import Chunk
 from mixjax.products.sums import (
     CrossProducts,
     FactorProducts,
@@ -58,7 +58,7 @@ class Accumulator:
         self.merged: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self.shift: np.ndarray | None = None
 
-    def add(self, rows: Rows, sizes: Sequence[int]) -> None:
+    def add(self, rows: Chunk, sizes: Sequence[int]) -> None:
         """Add a chunk; ``sizes`` are the numbers of levels of every factor seen so far."""
         if not len(rows.y):
             return
@@ -80,7 +80,7 @@ class Accumulator:
 
     # --- shifts and scales
 
-    def _begin(self, rows: Rows) -> None:
+    def _begin(self, rows: Chunk) -> None:
         c = rows.columns.shape[1]
         self.shift, self.scale, self.level = np.zeros(c), np.ones(c), 0.0
         if self.intercept is not None:
@@ -96,7 +96,7 @@ class Accumulator:
         self.XX, self.Xy, self.yy = np.zeros((p, p)), np.zeros(p), 0.0
         self.sums = [np.zeros((len(self._products(f)), 0)) for f in range(len(self.own))]
 
-    def _shifted(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    def _shifted(self, rows: Chunk) -> tuple[np.ndarray, np.ndarray]:
         """Columns and y with shifts taken out, times the square roots of the weights."""
         V = np.asfortranarray((rows.columns - self.shift) / self.scale)
         r = rows.y - self.level - V[:, self.fixed] @ self.coefficients

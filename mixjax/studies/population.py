@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.formula.errors import DataError
-from mixjax.machine import float64
-from mixjax.products.cross_products import n_cores
+from mixjax.machine import float64, n_cores
 from mixjax.simulation import as_key, check_count, check_memory
 from mixjax.studies.columns import from_series
 from mixjax.studies.draws import Plan, check_order, draw_stage, failures_of, x_block, y_block

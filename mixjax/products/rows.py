@@ -1,0 +1,366 @@
+"""A design in the bases that sums over its rows are formed in: X orthonormal, each Z in a basis of its own, y less its
+least-squares fit. All sums over rows start here: of all rows, of weighted ones, without some.
+
+Numbers are worked on by numpy; inside a JAX transformation the same steps are JAX operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixjax.bases import Basis, Orthonormal, change_basis, change_scale, constant_column
+from mixjax.covariance import structure_of
+from mixjax.design import Design, check_design
+from mixjax.machine import is_concrete
+from mixjax.products.sums import (
+    CrossProducts,
+    FactorProducts,
+    Layout,
+    PairProducts,
+    TermPlace,
+    order_by_levels,
+    pad,
+    sum_by_group,
+)
+
+
+class Meeting(NamedTuple):
+    """Which levels of two grouping factors meet.
+
+    Attributes:
+        rows, cols: ``(k,)`` the levels of the pairs, as in :class:`~mixjax.products.sums.PairProducts`.
+        entry: ``(n,)`` the pair of every row; None where groups are traced, and every row has a pair of its own.
+    """
+
+    rows: Any
+    cols: Any
+    entry: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a design, each in the bases of its cross-products and times the root of its weight.
+
+    Attributes:
+        design: the arrays. sqrt_w: ``(n,)`` or None.
+        Q: ``(n, p)`` orthonormal basis of X. X_basis: the change to it.
+        residual: ``(n,)`` of y on Q. beta0: ``(p,)`` the coefficients of X taken out of it.
+        Z: per grouping factor ``(n, q)``, its terms side by side. Z_bases: one per term.
+        groups: per grouping factor ``(n,)`` its levels. levels: how many.
+        meetings: per pair of factors, in the order of ``layout.pairs``.
+        layout: the structure.
+    """
+
+    design: Design
+    sqrt_w: Any
+    Q: Any
+    X_basis: Basis
+    residual: Any
+    beta0: Any
+    Z: tuple[Any, ...]
+    Z_bases: tuple[Basis, ...]
+    groups: tuple[Any, ...]
+    levels: tuple[int, ...]
+    meetings: tuple[Meeting, ...]
+    layout: Layout
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return self.Q.shape[0]
+
+    def with_response(self, y: Any) -> Rows:
+        """The same rows with another response ``(n,)``; X and Z stay as they are."""
+        residual, beta0 = _least_squares(replace(self.design, y=y), self.Q, self.X_basis, self.sqrt_w)
+        return replace(self, design=replace(self.design, y=y), residual=residual, beta0=beta0)
+
+    def padded(self) -> Rows:
+        """With empty levels, as compiled programs share them; see :func:`~mixjax.products.sums.pad`."""
+        stats = pad(self.stats)
+        pairs = zip(self.meetings, stats.pairs, strict=True)
+        return replace(
+            self,
+            levels=tuple(products.Zy.shape[-1] for products in stats.factors),
+            meetings=tuple(meeting._replace(rows=pair.rows, cols=pair.cols) for meeting, pair in pairs),
+        )
+
+    @cached_property
+    def log_w(self) -> np.ndarray:
+        """``(n,)`` logarithms of the weights."""
+        return np.zeros(self.n) if self.sqrt_w is None else 2.0 * np.log(self.sqrt_w)
+
+    # --- sums --------------------------------------------------------------------------------------------------------
+
+    def sums(self, weights: np.ndarray | None = None) -> CrossProducts:
+        """The cross-products; with every row counted so many times where ``weights (n,)`` are given.
+
+        These are case weights, real, not negative. Rows count, so n is their sum; the precision of a row is what it
+        was.
+        """
+        c, Q, residual = weights, self.Q, self.residual
+        p = Q.shape[1]
+
+        def of(rows: Any, group: Any, m: int) -> Any:
+            return sum_by_group(rows if c is None else rows * c, group, m)
+
+        factors = []
+        for f, (group, m) in enumerate(zip(self.groups, self.levels, strict=True)):
+            sums = of(self.of_factor(f), group, m)
+            q = sums.shape[0]
+            factors.append(FactorProducts(sums[:, :q], sums[:, q : q + p], sums[:, -1]))
+        pairs = []
+        for i, (rows, cols, entry) in enumerate(self.meetings):
+            products = self.of_pair(i)
+            pairs.append(PairProducts(rows, cols, products if entry is None else of(products, entry, len(rows))))
+        own = Q if c is None else c[:, None] * Q
+        return CrossProducts(
+            factors=tuple(factors),
+            pairs=tuple(pairs),
+            XX=Q.T @ own,
+            Xy=own.T @ residual,
+            yy=residual @ (residual if c is None else c * residual),
+            n=np.float64(self.n) if c is None else c.sum(),
+            sum_log_weights=self._sum_log_weights(c),
+            beta0=self.beta0,
+            X_basis=self.X_basis,
+            Z_bases=self.Z_bases,
+            layout=self.layout,
+        )
+
+    def _sum_log_weights(self, c: np.ndarray | None) -> Any:
+        if self.sqrt_w is None:
+            return 0.0
+        if c is not None:
+            return c @ self.log_w
+        return 2.0 * (np if is_concrete(self.sqrt_w) else jnp).log(self.sqrt_w).sum()
+
+    @cached_property
+    def stats(self) -> CrossProducts:
+        """:meth:`sums` of all rows."""
+        return self.sums()
+
+    def of_factor(self, f: int, at: Any = slice(None)) -> Any:
+        """``Z' [Z X y]`` of single rows: ``(q, q + p + 1, n)``."""
+        Z = self.Z[f][at]
+        others = _concatenate([Z, self.Q[at], self.residual[at][:, None]])
+        return Z.T[:, None] * others.T[None]
+
+    def of_pair(self, i: int, at: Any = slice(None)) -> Any:
+        """``Z_s' Z_t`` of single rows: ``(q_s, q_t, n)``."""
+        s, t = self.layout.pairs[i]
+        return self.Z[s][at].T[:, None] * self.Z[t][at].T[None]
+
+    # --- without some ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _level_counts(self) -> list[np.ndarray]:
+        return [np.bincount(group, minlength=m) for group, m in zip(self.groups, self.levels, strict=True)]
+
+    def without(self, unit: np.ndarray, deleted: np.ndarray) -> CrossProducts:
+        """The cross-products without each of some units: a batch of ``len(deleted)``.
+
+        Sums are taken away, which costs the digits that the unit carries. A level that loses all of its rows stays,
+        empty: it contributes nothing.
+
+        Args:
+            unit: ``(n,)`` code of every row's unit. deleted: ``(B,)`` the units to leave out, one at a time.
+        """
+        stats, p, B = self.stats, self.Q.shape[1], len(deleted)
+        place = np.full(unit.max() + 1, -1)
+        place[deleted] = np.arange(B)
+        at = np.flatnonzero(place[unit] >= 0)
+        lane = place[unit[at]]
+
+        def by_lane(rows: np.ndarray) -> np.ndarray:
+            """Sums ``(B, ...)`` over the rows of every unit."""
+            return np.moveaxis(sum_by_group(np.moveaxis(rows, 0, -1), lane, B), -1, 0)
+
+        Q, residual = self.Q[at], self.residual[at]
+        factors = []
+        for f, products in enumerate(stats.factors):
+            total = np.concatenate([products.ZZ, products.ZX, products.Zy[:, None]], axis=1)
+            size = self._level_counts[f]
+            left = _subtract(total, self.of_factor(f, at), lane, self.groups[f][at], B, size)
+            q = left.shape[1]
+            factors.append(FactorProducts(left[:, :, :q], left[:, :, q : q + p], left[:, :, -1]))
+        pairs = []
+        for i, (pair, meeting) in enumerate(zip(stats.pairs, self.meetings, strict=True)):
+            entry = np.asarray(meeting.entry)
+            size = np.bincount(entry, minlength=pair.ZZ.shape[2])
+            left = _subtract(np.asarray(pair.ZZ), self.of_pair(i, at), lane, entry[at], B, size)
+            pairs.append(PairProducts(repeated(pair.rows, B), repeated(pair.cols, B), left))
+        return replace(
+            stats,
+            factors=tuple(factors),
+            pairs=tuple(pairs),
+            XX=stats.XX - by_lane(Q[:, :, None] * Q[:, None]),
+            Xy=stats.Xy - by_lane(Q * residual[:, None]),
+            yy=stats.yy - by_lane(residual**2),
+            n=stats.n - by_lane(np.ones(len(at))),
+            sum_log_weights=stats.sum_log_weights - by_lane(self.log_w[at]),
+            beta0=repeated(stats.beta0, B),
+            X_basis=jax.tree.map(lambda a: repeated(a, B), stats.X_basis),
+            Z_bases=jax.tree.map(lambda a: repeated(a, B), stats.Z_bases),
+        )
+
+
+def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
+    """The rows of a design in their bases.
+
+    Args:
+        design: arrays of the model.
+        basis: of the columns of X times the roots of the weights, where it is known.
+
+    Raises:
+        ValueError: shapes or values do not make a model.
+    """
+    check_design(design)
+    sqrt_w = None if design.weights is None else _sqrt(design.weights)
+    Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True, known=basis)
+    factors, places = _grouping_factors(design)
+    Zs, Z_bases = zip(
+        *(_effects(term.Z, sqrt_w, place.structure.scaling) for term, place in zip(design.terms, places, strict=True)),
+        strict=True,
+    )
+    Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(factors))]
+    groups, levels = zip(*factors, strict=True)
+    chain, dense = _elimination_order(factors)
+    order, meetings, keys = chain + dense, [], []
+    for i, s in enumerate(order):
+        for t in order[i + 1 :]:
+            meetings.append(_meeting(factors[s], factors[t], s in chain and t in chain))
+            keys.append((s, t))
+    layout = Layout(places, tuple(chain), tuple(dense), tuple(keys))
+    residual, beta0 = _least_squares(design, Q, X_basis, sqrt_w)
+    return Rows(
+        design, sqrt_w, Q, X_basis, residual, beta0, tuple(Z), tuple(Z_bases), groups, levels, tuple(meetings), layout
+    )
+
+
+def repeated(leaf: Any, B: int) -> np.ndarray:
+    """The same B times, in a leading axis."""
+    return np.broadcast_to(leaf, (B, *np.shape(leaf)))
+
+
+# --- bases and least squares -----------------------------------------------------------------------------------------
+
+
+def _effects(Z: Any, sqrt_w: Any, scaling: str) -> tuple[Any, Basis]:
+    """Columns of a random term in the basis that its structure allows, their mean squares 1."""
+    scale = float(np.sqrt(np.shape(Z)[0]))
+    return change_basis(Z, sqrt_w, scale) if scaling == "any" else change_scale(Z, sqrt_w, scale, scaling == "each")
+
+
+def _least_squares(design: Design, Q: Any, X_basis: Basis, sqrt_w: Any) -> tuple[Any, Any]:
+    """Residual of y (weighted) on X, and the coefficients taken out."""
+    y = design.y if design.offset is None else _sub(design.y, design.offset)
+    concrete = is_concrete(y) and is_concrete(Q) and is_concrete(sqrt_w)
+    if not concrete:
+        y = y if sqrt_w is None else y * sqrt_w
+        hold = jax.lax.stop_gradient
+        coefficients = hold(jnp.linalg.solve(Q.T @ Q, Q.T @ y)) if Q.shape[1] else jnp.zeros(0, jnp.asarray(y).dtype)
+        return y - Q @ coefficients, X_basis.R_inv @ coefficients
+    y = np.asarray(y, np.float64)
+    X = np.asarray(design.X)
+    constant = constant_column(X)
+    # Centred first, and twice, so that a large mean costs no digits.
+    level = 0.0 if constant is None else y.mean()
+    residual = (y - level) * (1.0 if sqrt_w is None else sqrt_w)
+    coefficients = np.zeros(Q.shape[1])
+    for _ in range(2):
+        step = Q.T @ residual
+        residual = residual - Q @ step
+        coefficients += step
+    beta0 = X_basis.R_inv @ coefficients
+    if constant is not None:
+        beta0[constant] += level / X[0, constant]
+    return residual, beta0
+
+
+# --- grouping --------------------------------------------------------------------------------------------------------
+
+
+def _grouping_factors(design: Design) -> tuple[list[tuple[Any, int]], tuple[TermPlace, ...]]:
+    """The distinct grouping factors ``(group, m)`` and the place of every term."""
+    groups: list[tuple[Any, int]] = []
+    width: list[int] = []
+    places = []
+    for term in design.terms:
+        q = np.shape(term.Z)[1]
+        f = next((f for f, (group, m) in enumerate(groups) if m == term.n_groups and _same(group, term.group)), None)
+        if f is None:
+            f = len(groups)
+            groups.append((np.asarray(term.group) if is_concrete(term.group) else term.group, term.n_groups))
+            width.append(0)
+        places.append(TermPlace(structure_of(term.structure, q), f, width[f]))
+        width[f] += q
+    return groups, tuple(places)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (is_concrete(a) and is_concrete(b) and np.array_equal(a, b))
+
+
+def _elimination_order(groups: list[tuple[Any, int]]) -> tuple[list[int], list[int]]:
+    def nested(s, t):
+        (inner, m), (outer, _) = groups[s], groups[t]
+        if not (is_concrete(inner) and is_concrete(outer)):
+            return False
+        parent = np.zeros(m, outer.dtype)
+        parent[inner] = outer
+        return bool((parent[inner] == outer).all())
+
+    return order_by_levels([m for _, m in groups], nested)
+
+
+def _meeting(s: tuple[Any, int], t: tuple[Any, int], nested: bool) -> Meeting:
+    (group_s, m_s), (group_t, m_t) = s, t
+    if not (is_concrete(group_s) and is_concrete(group_t)):
+        return Meeting(group_s, group_t, None)
+    if nested:
+        parent = np.full(m_s, m_t, np.int32)  # a level without rows has no parent: out of range
+        parent[group_s] = group_t
+        return Meeting(np.arange(m_s, dtype=np.int32), parent, group_s)
+    code, entry = np.unique(group_s.astype(np.int64) * m_t + group_t, return_inverse=True)
+    rows, cols = np.divmod(code, m_t)
+    return Meeting(rows.astype(np.int32), cols.astype(np.int32), entry.reshape(-1))
+
+
+# --- numpy for numbers, JAX inside transformations -------------------------------------------------------------------
+
+
+def _subtract(
+    total: np.ndarray, rows: np.ndarray, lane: np.ndarray, group: np.ndarray, B: int, size: np.ndarray
+) -> np.ndarray:
+    """``total (i, j, m)`` less the rows ``(i, j, n)`` of every lane: ``(B, i, j, m)``.
+
+    Args:
+        lane, group: ``(n,)`` of every row. size: ``(m,)`` how many rows there are; where all go, zero is left exactly.
+    """
+    left = np.repeat(total[None], B, axis=0)
+    cells, cell, count = np.unique(lane * total.shape[2] + group, return_inverse=True, return_counts=True)
+    b, level = np.divmod(cells, total.shape[2])
+    taken = np.moveaxis(sum_by_group(rows, cell.reshape(-1), len(cells)), -1, 0)
+    left[b, :, :, level] = np.where((count == size[level])[:, None, None], 0.0, left[b, :, :, level] - taken)
+    return left
+
+
+def _sqrt(x: Any) -> Any:
+    return np.sqrt(np.asarray(x, np.float64)) if is_concrete(x) else jnp.sqrt(x)
+
+
+def _sub(a: Any, b: Any) -> Any:
+    return np.asarray(a, np.float64) - np.asarray(b) if is_concrete(a) and is_concrete(b) else jnp.asarray(a) - b
+
+
+def _concatenate(columns: list[Any]) -> Any:
+    if len(columns) == 1:
+        return columns[0]
+    concrete = all(is_concrete(c) for c in columns)
+    return (np if concrete else jnp).concatenate(columns, axis=1)
