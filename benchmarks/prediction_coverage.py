@@ -23,6 +23,7 @@ import scipy.stats
 
 import mixjax as mj
 from mixjax.design import Labels, TermLabels
+from mixjax.engine.engine import Engine
 from mixjax.estimation.many import batch_axes
 from mixjax.fitted import fit_design
 from mixjax.inference.information import information
@@ -79,7 +80,8 @@ def informations(est, stats):
     axes = jax.tree.map(lambda axis: None if axis < 0 else 0, batch_axes(stats))
     with jax.enable_x64(True):
         many = _PROGRAMS.setdefault(
-            stats.layout, jax.jit(jax.vmap(lambda t, s, own: information(t, s, own, True)[:3:2], in_axes=(0, 0, axes)))
+            stats.layout,
+            jax.jit(jax.vmap(lambda t, s, own: information(Engine(own, True), t, s)[:3:2], in_axes=(0, 0, axes))),
         )
         return [np.asarray(a) for a in many(est.theta, est.sigma, stats)]
 

@@ -185,18 +185,6 @@ def repeat_calls(runs: int, peers: list[str]) -> None:
             report("mixjax, repeat, sleepstudy", ours, 0.02)
 
 
-def second_data_set() -> None:
-    from mixjax.estimation.estimate import fit_one
-
-    data = mj.datasets.load("sleepstudy")
-    mj.lmm(FORMULAS["sleepstudy"], data)
-    before = fit_one._cache_size()
-    mj.lmm(FORMULAS["sleepstudy"], data[data["Subject"].isin(data["Subject"].unique()[:11])])
-    mj.lmm(FORMULAS["sleepstudy"], data.iloc[5:], reml=False)
-    compiled = fit_one._cache_size() - before
-    print(f"\nPrograms compiled for a second and third data set of the same structure: {compiled} (target 0)")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="fresh processes per figure")
@@ -210,7 +198,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     fresh_processes(arguments.runs, peers)
     repeat_calls(arguments.repeats, peers)
-    second_data_set()
 
 
 if __name__ == "__main__":

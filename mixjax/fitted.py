@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Design, Labels
-from mixjax.estimation.estimate import Estimates, estimate, estimate_with, fit_at_once
+from mixjax.engine.engine import engine_of
+from mixjax.estimation.estimate import Estimates, estimate_with, fit
 from mixjax.formula.errors import DataError, warn
 from mixjax.formula.table import row_values
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
-from mixjax.products.sizes import is_small
 from mixjax.products.sums import CrossProducts, pad
 
 
@@ -202,13 +202,11 @@ def fit_products(
             raise ValueError(f"start must be theta as numbers, got {start!r}") from None
         if not np.isfinite(start).all():
             raise ValueError(f"start must be finite, got {start}")
-    if optimizer is None and is_small(stats):
-        est = fit_at_once(stats, start, bool(reml))
+    if optimizer is None:
+        est = engine_of(stats, reml).run(fit, start)
     else:
         with float64():
-            padded = pad(stats)
-            est = estimate(padded, reml, start) if optimizer is None else estimate_with(optimizer, padded, reml, start)
-            est = jax.device_get(est)
+            est = jax.device_get(estimate_with(optimizer, pad(stats), reml, start))
     est = jax.tree.map(np.asarray, est)
     sizes = [stats.factors[place.factor].ZZ.shape[2] for place in stats.layout.terms]
     est = est._replace(b=tuple(b[:m] for b, m in zip(est.b, sizes, strict=True)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -143,6 +143,12 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
 
     call._cache_size = lambda: plain._cache_size() + quick._cache_size()  # type: ignore[attr-defined]
     return call
+
+
+@cache
+def compiled(fun: Callable) -> Callable:
+    """``jit(fun)``: one program for all who ask for it."""
+    return jit(fun)
 
 
 def float64(on: bool = True) -> AbstractContextManager[None]:

@@ -12,15 +12,16 @@ from designs import STRUCTURES, random_design, random_theta
 
 import mixjax as mj
 from mixjax.covariance import factors_of, lambdas_of_theta, triangle
+from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.criterion import in_bases, profile
 from mixjax.engine.elimination import arrange
-from mixjax.estimation.estimate import fit_at_once
+from mixjax.engine.engine import Engine, engine_of
+from mixjax.estimation.estimate import fit as fit_engine
 from mixjax.estimation.many import batch_axes
-from mixjax.estimation.surface import coordinates_of
 from mixjax.inference import contrasts
 from mixjax.inference import kenward_roger as kr
 from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
-from mixjax.inference.information import information, information_of
+from mixjax.inference.information import information
 from mixjax.inference.parameters import _natural_with_slopes, select, variance_parameters, wald_intervals
 
 MODELS = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
@@ -162,9 +163,10 @@ def test_information_at_once_is_that_by_automatic_differentiation(x64, name, rem
         effects = sum((t.Z * rng.normal(size=(t.n_groups, t.Z.shape[1]))[t.group]).sum(1) for t in design.terms)
         design = replace(design, y=2.0 * (seed % 2) * effects + rng.normal(size=len(design.y)))
         stats = mj.cross_products(design)
-        est = fit_at_once(stats, None, reml)
-        own = information(est.theta, est.sigma, stats, reml)
-        other = information_of(est.theta, est.sigma, stats, reml, None)
+        engine = engine_of(stats, reml)
+        est = engine.run(fit_engine)
+        own = engine.run(information, est.theta, est.sigma)
+        other = Engine(stats, np.bool_(reml)).run(information, est.theta, est.sigma)
         assert all(isinstance(part, np.ndarray | np.bool_) for part in own)
         assert own.regular
         for a, b in zip(own, other, strict=True):
@@ -192,7 +194,7 @@ def test_kenward_roger_by_numpy_is_that_by_jax(x64, name):
 def test_kenward_roger_from_dense_matrices():
     """Kenward & Roger (1997), section 2, written down with V itself; two terms on two crossed factors."""
     design = random_design(STRUCTURES["crossed"], 2)
-    fit = fit_at_once(mj.cross_products(design), None, True)
+    fit = engine_of(mj.cross_products(design), True).run(fit_engine)
     X, n = np.asarray(design.X), len(design.y)
     G = [np.eye(n)]
     for term in design.terms:
@@ -254,7 +256,7 @@ def test_array_forms_of_numpys_arrays_are_those_of_jaxs(x64):
 def test_models_too_large_for_numpy_are_tested_by_jax(monkeypatch):
     fit = fit_of("penicillin", "REML")
     own = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
-    monkeypatch.setattr(contrasts, "is_small", lambda _: False)
+    monkeypatch.setattr("mixjax.products.sizes.MOST_DENSE_AT_ONCE", 0)
     other = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
     for a, b in zip([*own[0], *own[1]], [*other[0], *other[1]], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())

@@ -15,8 +15,8 @@ from dense import loglik as dense_loglik
 import mixjax as mj
 from mixjax import covariance as cov
 from mixjax.engine.curvature import value_gradient_hessian
+from mixjax.engine.engine import Engine
 from mixjax.engine.moments import moments_of
-from mixjax.estimation.surface import criterion_of
 from mixjax.formula.errors import FormulaError
 from mixjax.formula.parse import parse
 from mixjax.linalg import lower_factor
@@ -172,7 +172,9 @@ def test_closed_form_derivatives_of_the_criterion(name):
     structures = stats.layout.structures
     x = lanes_of(structures[0])[:, :1]
     closed = jax.jit(lambda x, stats: value_gradient_hessian(x, moments_of(stats), True))
-    differentiated = jax.jit(lambda x, stats: by_differentiation(criterion_of(stats, True))(x))
+    differentiated = jax.jit(
+        lambda x, stats: by_differentiation(lambda x: Engine(stats, True).profiled(x).criterion)(x)
+    )
     for got, wanted in zip(closed(x, stats), differentiated(x, stats), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 

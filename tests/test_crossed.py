@@ -14,9 +14,9 @@ from mixjax import linalg
 from mixjax.engine import incidence as lookup
 from mixjax.engine.crossed import crossed_moments
 from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.engine import Engine
 from mixjax.engine.incidence import incidence
 from mixjax.estimation import estimate as estimation
-from mixjax.estimation.surface import criterion_of
 from mixjax.products.sums import pad
 
 STRUCTURES = {
@@ -36,7 +36,9 @@ def ways(monkeypatch, how):
 
 @jax.jit
 def by_differentiation(theta, stats, reml):
-    objective = criterion_of(stats, reml)
+    def objective(x):
+        return Engine(stats, reml).profiled(x).criterion
+
     return objective(theta), jax.grad(objective)(theta), jax.hessian(objective)(theta)
 
 

@@ -10,10 +10,10 @@ from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
 from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
+from mixjax.engine.engine import Engine
 from mixjax.engine.moments import LevelSums, moments_of
 from mixjax.estimation.many import Batch
 from mixjax.estimation.start import minque_start
-from mixjax.estimation.surface import criterion_of
 from mixjax.products.sizes import has_closed_form
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -26,7 +26,9 @@ CLOSED = {name: structure for name, structure in STRUCTURES.items() if name != "
 
 @jax.jit
 def by_differentiation(theta, stats, reml):
-    objective = criterion_of(stats, reml)
+    def objective(x):
+        return Engine(stats, reml).profiled(x).criterion
+
     return objective(theta), jax.grad(objective)(theta), jax.hessian(objective)(theta)
 
 

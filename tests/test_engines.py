@@ -12,8 +12,9 @@ from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
 from mixjax.engine.curvature import slopes_of, value_gradient_hessian
+from mixjax.engine.engine import AtOnce
 from mixjax.engine.moments import moments_of
-from mixjax.estimation.estimate import fit_at_once
+from mixjax.estimation.estimate import fit as fit_engine
 from mixjax.estimation.many import chosen_engine
 from mixjax.products.sizes import has_closed_form
 
@@ -59,7 +60,7 @@ def test_estimates_agree(name, reml):
     which rounding moves by so many standard errors as it moves the gradient, some 1e-11 of them."""
     for seed in range(3):
         stats = mj.cross_products(random_design(STRUCTURES[name], seed))
-        ours = fit_at_once(stats, None, reml)
+        ours = AtOnce(stats, reml).run(fit_engine)
         with jax.enable_x64(True):
             theirs = jax.tree.map(np.asarray, mj.estimate(stats, reml))
         assert ours.criterion == pytest.approx(float(theirs.criterion), rel=1e-12)

@@ -17,11 +17,12 @@ from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructure
 from mixjax.diagnostics.deletion import batches
 from mixjax.diagnostics.refits import _steps
 from mixjax.diagnostics.residuals import SCALES
-from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes_of_products
+from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes
 from mixjax.engine.criterion import in_bases
+from mixjax.engine.engine import AtOnce, engine_of
 from mixjax.engine.equations import Equations, by_factor
-from mixjax.estimation.blup import conditional_covariances
-from mixjax.estimation.estimate import fit_at_once
+from mixjax.engine.modes import conditional_covariances
+from mixjax.estimation.estimate import fit
 from mixjax.estimation.side_by_side import fit_side_by_side, step_side_by_side
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout, TermPlace, stack
@@ -49,7 +50,7 @@ def record(design, reml):
     y = design.y + sum((term.Z * b).sum(1) for term, b in zip(design.terms, effects, strict=True))
     design = replace(design, y=y)
     stats = mj.cross_products(design)
-    found = fit_at_once(stats, None, reml)
+    found = AtOnce(stats, reml).run(fit)
     return SimpleNamespace(rows=design, stats=stats, reml=reml, estimates=found._replace(theta=1.03 * found.theta))
 
 
@@ -103,12 +104,12 @@ def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
     """Beside the minimum too: derivatives of a gradient that is not zero, by the formulas of a minimum."""
     fitted = record(random_design(STRUCTURES[name], 6), reml)
     rows = rows_of(fitted.rows)
-    x, regular, found = _at_once(fitted, rows)
-    stats = rows.padded().stats
-    x2, _, slopes = jax.device_get(_slopes_of_products(stats, fitted.estimates.theta, np.bool_(reml), None))
+    theta = fitted.estimates.theta
+    x, regular, found = AtOnce(rows.stats, reml).run(_at_once, theta, rows)
+    x2, _, slopes = engine_of(rows.stats, reml, at_once=False).run(_slopes, theta)
     close(x, x2, 1e-12)
     assert regular
-    expected = _contract(rows, slopes)
+    expected = _contract(rows.padded(), slopes)
     size = np.abs(expected).max(axis=0) + (expected == 0).all(axis=0)
     close(found / size, expected / size, 0.0, 1e-9)
 
@@ -124,14 +125,14 @@ def test_without_fixed_effects(name):
         conditional_covariances(in_bases(lambdas, fitted.stats), fitted.stats), expected, strict=True
     ):
         close(np.moveaxis(covariances, -1, 0), dense, 1e-9, 1e-12 * np.abs(dense).max())
-    stats = rows.padded().stats
-    slopes = jax.device_get(_slopes_of_products(stats, fitted.estimates.theta, np.bool_(True), None))[2]
-    expected = _contract(rows, slopes)
-    close(_at_once(fitted, rows)[2] / np.abs(expected).max(axis=0), expected / np.abs(expected).max(axis=0), 0.0, 1e-9)
+    theta = fitted.estimates.theta
+    expected = _contract(rows.padded(), engine_of(rows.stats, True, at_once=False).run(_slopes, theta)[2])
+    found = AtOnce(rows.stats, True).run(_at_once, theta, rows)[2]
+    close(found / np.abs(expected).max(axis=0), expected / np.abs(expected).max(axis=0), 0.0, 1e-9)
     deleted, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
     found = fit_side_by_side(stats, True)
     for i in range(len(deleted)):
-        one = fit_at_once(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), None, True)
+        one = AtOnce(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), True).run(fit)
         close(found.criterion[i], one.criterion, 1e-10)
 
 
@@ -173,7 +174,7 @@ def test_fits_side_by_side_are_single_fits(name, reml):
     found = fit_side_by_side(stats, reml)
     assert found.converged.all()
     for i in range(len(deleted)):
-        one = fit_at_once(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), None, reml)
+        one = AtOnce(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), reml).run(fit)
         assert bool(one.singular) == found.singular[i]
         for what in ("criterion", "sigma", "beta", "vcov", "theta"):
             expected = np.asarray(getattr(one, what))
@@ -188,7 +189,7 @@ def test_steps_side_by_side_are_those_of_the_compiled_program(name):
     rows = rows_of(fitted.rows)
     _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
     found, sound = step_side_by_side(stats, fitted.estimates.theta, True)
-    expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True), None)
+    expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True))
     np.testing.assert_array_equal(sound, also)
     for what in ("theta", "sigma", "beta", "vcov", "singular"):
         own, other = (np.asarray(getattr(est, what), float)[sound] for est in (found, expected))
@@ -203,7 +204,7 @@ def test_data_sets_of_different_pairs_of_levels_go_one_by_one():
     ]
     found = fit_side_by_side(stack([mj.cross_products(part) for part in parts]), True)
     for i, part in enumerate(parts):
-        close(found.criterion[i], fit_at_once(mj.cross_products(part), None, True).criterion, 1e-10)
+        close(found.criterion[i], AtOnce(mj.cross_products(part), True).run(fit).criterion, 1e-10)
 
 
 # --- nothing is compiled ----------------------------------------------------------------------------------------------

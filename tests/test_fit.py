@@ -226,13 +226,16 @@ def test_no_fixed_effects_at_all():
 
 def test_second_data_set_of_the_same_structure_compiles_nothing(sleep, caplog):
     """Other numbers of rows and groups, and the other criterion, use the program that is there."""
-    from mixjax.estimation.estimate import fit_one
+    from mixjax.engine.engine import engine_of
+    from mixjax.estimation.estimate import fit as fit_one
+    from mixjax.machine import compiled
 
-    before = fit_one._cache_size()
-    data = table("sleepstudy")
-    mj.lmm("Reaction ~ Days + (Days | Subject)", data[data.Subject.isin(data.Subject.unique()[:11])])
-    mj.lmm("Reaction ~ Days + (Days | Subject)", data.iloc[3:], reml=False)
-    assert fit_one._cache_size() == before
+    data, sizes = table("sleepstudy"), []
+    for rows, reml in ((data, True), (data[data.Subject.isin(data.Subject.unique()[:11])], True), (data[3:], False)):
+        design, _ = mj.build_design("Reaction ~ Days + (Days | Subject)", rows)
+        engine_of(mj.cross_products(design), reml, at_once=False).run(fit_one)
+        sizes.append(compiled(fit_one)._cache_size())
+    assert sizes[0] == sizes[1] == sizes[2] >= 1
 
 
 def test_long_names_are_numbered_in_the_correlation_table():

@@ -16,7 +16,7 @@ from designs import STRUCTURES, random_design, random_lambdas
 import mixjax as mj
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.equations import Equations, covariances_with_slopes
-from mixjax.estimation.blup import conditional_modes
+from mixjax.engine.modes import conditional_modes
 from mixjax.estimation.blup import predict as predict_arrays
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo

@@ -12,9 +12,9 @@ from conftest import HERE, fit_of, table
 
 import mixjax as mj
 from mixjax.covariance import factors_of
+from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.curvature import deviance_at_sigma
 from mixjax.engine.moments import moments_of
-from mixjax.estimation.surface import coordinates_of
 from mixjax.inference.constrained import OneDataSet, estimates_start
 from mixjax.inference.held import Chart, Held, charts_of, hold
 from mixjax.inference.profile import profile, zeta_of_many

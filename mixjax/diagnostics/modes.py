@@ -9,7 +9,7 @@ import numpy as np
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
 from mixjax.engine.criterion import in_bases
-from mixjax.estimation.blup import conditional_covariances
+from mixjax.engine.modes import conditional_covariances
 from mixjax.fitted import Fitted
 
 

@@ -14,14 +14,15 @@ from jax import Array
 from mixjax import covariance as cov
 from mixjax.bases import Basis
 from mixjax.diagnostics.deletion import batches
-from mixjax.engine.incidence import Incidence, incidence
-from mixjax.estimation.estimate import Estimates, assemble, fit_one
+from mixjax.engine.coordinates import is_regular, solve_where
+from mixjax.engine.engine import Engine
+from mixjax.engine.incidence import incidence
+from mixjax.estimation.estimate import Estimates, assemble, fit
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.search import REGION
 from mixjax.estimation.side_by_side import fit_side_by_side, how_many, is_worthwhile, step_side_by_side
-from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, solve_where
 from mixjax.fitted import Fitted
-from mixjax.machine import LANES, float64, jit
+from mixjax.machine import LANES, compiled, float64, jit
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows
@@ -93,7 +94,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
     for deleted, stats in batches(rows, unit):
         if is_large:
             with float64():
-                est = _one_by_one(stats, lambda one, where: _kept(fit_one(one, start, np.bool_(fitted.reml), where)))
+                est = _one_by_one(stats, fitted.reml, lambda engine: _kept(compiled(fit)(engine, start)))
         else:
             # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and
             # where there are several minima the choice among them does not depend on the rows that are left out.
@@ -123,9 +124,9 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     with float64():
         for deleted, stats in batches(rows, unit):
             if is_large:
-                est, sound = _one_by_one(stats, lambda one, where: _step_of_one(one, theta, reml, where))
+                est, sound = _one_by_one(stats, fitted.reml, lambda engine: compiled(_step)(engine, theta))
             else:
-                est, sound = _in_blocks(stats, lambda some: _steps(some, theta, reml, None))
+                est, sound = _in_blocks(stats, lambda some: _steps(some, theta, reml))
             result = np.where(sound, COMPUTED, NO_STEP).astype(object)
             _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
     return out
@@ -135,15 +136,15 @@ def _names_of(codes: np.ndarray) -> np.ndarray:
     return np.array([Result(code).name for code in codes], dtype=object)
 
 
-def _one_by_one(stats: CrossProducts, call: Callable[[CrossProducts, Incidence | None], Any]) -> Any:
-    """A function of products of single data sets and what meets in them, for each of B."""
+def _one_by_one(stats: CrossProducts, reml: bool, call: Callable[[Engine], Any]) -> Any:
+    """A function of each of B data sets."""
     parts, where, pairs = [], None, None
     for i in range(len(stats.yy)):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], _in_basis(stats))
         # Levels keep their places, and those that no longer meet have products of zero there.
         if pairs is None or any((a.cols != b.cols).any() for a, b in zip(pairs, one.pairs, strict=True)):
             where, pairs = incidence(one), one.pairs
-        parts.append(jax.device_get(call(one, where)))
+        parts.append(jax.device_get(call(Engine(one, np.bool_(reml), where))))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
@@ -157,16 +158,15 @@ def _in_blocks(stats: CrossProducts, call: Callable[[CrossProducts], Any]) -> An
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:B], *parts)
 
 
-def _step(stats: CrossProducts, theta: Array, reml: Array, where: Incidence | None) -> tuple[Estimates, Array]:
-    stats, where = jax.tree.map(jnp.asarray, (stats, where))
-    x, free = coordinates_of(theta, stats)
-    value, gradient, H = (a[..., 0] for a in evaluate_of(stats, reml, where)(x[:, None]))
+def _step(engine: Engine, theta: Array) -> tuple[Estimates, Array]:
+    x, free = engine.coordinates(theta)
+    value, gradient, H = engine.derivatives(x)
     step = -solve_where(free, H, gradient[:, None])[:, 0]
     longest, length = REGION * jnp.sqrt((x * x).sum()), jnp.sqrt((step * step).sum())
     x = x + step * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)
     nothing = jnp.zeros(())
     at = Solution(x, value, free, nothing > 0, nothing, jnp.zeros((), int), jnp.zeros((), int))
-    est = assemble(at, stats, reml, where)
+    est = assemble(engine, at)
     return _kept(est), is_regular(free, H) & jnp.isfinite(est.sigma)
 
 
@@ -174,8 +174,11 @@ def _kept(est: Estimates) -> Estimates:
     return Estimates._make(getattr(est, name) if name in FIELDS else None for name in Estimates._fields)
 
 
-_step_of_one = jit(_step)
-_steps = jit(jax.vmap(_step, in_axes=(0, None, None, None)), compiler_options=LANES)
+def _steps_of(stats: CrossProducts, theta: Array, reml: Array) -> tuple[Estimates, Array]:
+    return jax.vmap(lambda one: _step(Engine(one, reml), theta))(stats)
+
+
+_steps = jit(_steps_of, compiler_options=LANES)
 
 
 def _in_basis(stats: CrossProducts) -> CrossProducts:

@@ -23,24 +23,18 @@ from jax import Array
 
 from mixjax import covariance as cov
 from mixjax.diagnostics.refits import entry_names
-from mixjax.engine.case_slopes import ProductRows, case_slopes
-from mixjax.engine.criterion import Profiled
+from mixjax.engine.coordinates import is_regular, solve_where
+from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.engine.equations import covariances_with_slopes
-from mixjax.engine.incidence import Incidence, incidence
-from mixjax.engine.moments import moments_of
+from mixjax.engine.profiled import Profiled
 from mixjax.estimation.search import own_factors
-from mixjax.estimation.surface import coordinates_of, evaluate_of, is_regular, profiled_of, solve_where
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
 from mixjax.formula.errors import warn
-from mixjax.machine import float64, jit, silently
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
-from mixjax.products.sizes import is_small
 from mixjax.products.sums import CrossProducts
 
 Scale = Literal["sdcor", "vcov", "theta"]
-# Numbers of the rows, as long as the effects beside those of the first factor, up to which NumPy works on them.
-MOST_NUMBERS = 2**25
 PREFIXES = {"sdcor": ("sd", "cor", "sigma"), "vcov": ("var", "cov", "sigma2"), "theta": ("theta", "theta", "sigma")}
 
 
@@ -109,36 +103,22 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
 def _of_rows(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
     """The coordinates x ``(k,)`` of the fit; whether there are derivatives; those of x, sigma and beta by the weight of
     every row, ``(n, k + 1 + p)``."""
-    stats, where = rows.stats, incidence(rows.stats)
-    d = sum(np.size(f.Zy) for f in stats.factors) - np.size(stats.factors[stats.layout.chain[0]].Zy)
-    if where is None and is_small(stats) and rows.n * (d + rows.Q.shape[1] + 1) <= MOST_NUMBERS:
-        with silently():
-            return _at_once(fitted, rows)
-    padded = rows.padded().stats
-    with float64():
-        x, regular, slopes = jax.device_get(
-            _slopes_of_products(padded, fitted.estimates.theta, np.bool_(fitted.reml), incidence(padded))
-        )
-    return x, bool(regular), _contract(rows, slopes)
+    engine, theta = engine_of(rows.stats, fitted.reml), fitted.estimates.theta
+    if isinstance(engine, AtOnce):
+        return engine.run(_at_once, theta, rows)
+    x, regular, slopes = engine.run(_slopes, theta)
+    return x, bool(regular), _contract(rows.padded(), slopes)
 
 
-def _at_once(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
-    """By NumPy, in closed form."""
-    stats = rows.stats
-    moments = moments_of(stats)
-    x, free = coordinates_of(np.asarray(fitted.estimates.theta), stats)
-    first, columns = moments.layout.chain[0], []
-    for f, q, m in moments.dense:
-        dense = np.zeros((rows.n, q * m))
-        dense[np.arange(rows.n)[:, None], rows.groups[f][:, None] + m * np.arange(q)] = rows.Z[f]
-        columns.append(dense)
-    others = np.concatenate([*columns, rows.Q, rows.residual[:, None]], axis=1)
-    found = case_slopes(x, moments, fitted.reml, ProductRows(rows.Z[first], np.asarray(rows.groups[first]), others))
-    by_x = np.concatenate([np.eye(len(x)), found.sigma_by_x[None], stats.X_basis.R_inv @ found.delta_by_x])
+def _at_once(engine: AtOnce, theta: np.ndarray, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
+    """In closed form."""
+    x, free = engine.coordinates(theta)
+    R_inv, found = engine.stats.X_basis.R_inv, engine.case_slopes(x, rows)
+    by_x = np.concatenate([np.eye(len(x)), found.sigma_by_x[None], R_inv @ found.delta_by_x])
     multipliers = solve_where(free, found.Hessian, np.where(free, by_x, 0.0).T)
     own = -found.mixed @ multipliers
     own[:, len(x)] += found.sigma
-    own[:, len(x) + 1 :] += found.delta @ stats.X_basis.R_inv.T
+    own[:, len(x) + 1 :] += found.delta @ R_inv.T
     return x, bool(is_regular(free, found.Hessian)), own
 
 
@@ -156,16 +136,16 @@ def _with_sums(stats: CrossProducts, sums: Sums) -> CrossProducts:
     return replace(stats, **{**sums, "pairs": pairs})
 
 
-def _slopes(stats: CrossProducts, theta: Array, reml: Array, where: Incidence | None) -> tuple[Array, Array, Sums]:
-    """Coordinates x ``(k,)``; whether there are derivatives; those of x, sigma and beta by every product, estimates
-    first."""
-    stats, where = jax.tree.map(jnp.asarray, (stats, where))
-    x, free = coordinates_of(theta, stats)
-    H = evaluate_of(stats, reml, where)(x[:, None])[2][..., 0]
+def _slopes(engine: Engine, theta: Any) -> tuple[Any, Any, Sums]:
+    """By differentiation: coordinates x ``(k,)``; whether there are derivatives; those of x, sigma and beta by every
+    product, estimates first."""
+    stats = engine.stats
+    x, free = engine.coordinates(theta)
+    H = engine.derivatives(x)[2]
     sums, k = _sums(stats), x.shape[0]
 
     def profiled(x: Array, sums: Sums) -> Profiled:
-        return profiled_of(_with_sums(stats, sums), reml, where)(x)
+        return replace(engine, stats=_with_sums(stats, sums)).profiled(x)
 
     def explicit(x: Array, sums: Sums) -> Array:
         at = profiled(x, sums)
@@ -185,9 +165,6 @@ def _slopes(stats: CrossProducts, theta: Array, reml: Array, where: Incidence | 
 
     picks = jnp.eye(len(by_x), dtype=x.dtype)[:, k:]
     return x, is_regular(free, H), jax.lax.map(slope, (picks, multipliers))
-
-
-_slopes_of_products = jit(_slopes)
 
 
 def _jacobian(x: np.ndarray, sigma: float, stats: CrossProducts, scale: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from mixjax.engine.curvature import _by_covariance, _ByCovariance, _chain, _lamb
 from mixjax.engine.dense_block import blocks_times, effects_of
 from mixjax.engine.first_factor import eliminate_first, orders_of
 from mixjax.engine.moments import Moments, RowSums
+from mixjax.products.rows import Rows
 
 # Numbers of the rows worked on at the same time.
 CHUNK = 2**21
@@ -56,17 +57,29 @@ class CaseSlopes(NamedTuple):
     delta_by_x: np.ndarray
 
 
-def case_slopes(x: np.ndarray, moments: Moments, reml: bool, rows: ProductRows) -> CaseSlopes:
-    """Args: x: ``(k,)``. moments: of one fit, by NumPy."""
+def case_slopes(x: np.ndarray, moments: Moments, reml: bool, rows: Rows) -> CaseSlopes:
+    """Args: x: ``(k,)``. moments: of one fit, by NumPy. rows: of the same."""
     lambdas = _lambdas(x[:, None], moments)
     found = _by_covariance(lambdas, moments, reml)
     jacobian, curvature = (part[..., 0] for part in _chain(x[:, None], found.gradient, found.spots, moments.layout))
     H = jacobian.T @ found.Hessian[..., 0] @ jacobian + curvature
     at = _Point(found, lambdas, moments, reml)
-    step = max(1, CHUNK // (rows.first.shape[1] * rows.others.shape[1] * (1 + len(at.own))))
-    parts = [at.of_rows(ProductRows(*(part[i : i + step] for part in rows))) for i in range(0, len(rows.level), step)]
+    q, u = moments.A.shape[0], moments.UU.shape[0]
+    step = max(1, CHUNK // (q * (u + 1) * (1 + len(at.own))))
+    parts = [at.of_rows(_product_rows(rows, moments, slice(i, i + step))) for i in range(0, rows.n, step)]
     mixed, sigma, delta = (np.concatenate(part) for part in zip(*parts, strict=True))
     return CaseSlopes(H, mixed @ jacobian, sigma, delta, at.sigma_by_D @ jacobian, at.delta_by_D @ jacobian)
+
+
+def _product_rows(rows: Rows, moments: Moments, at: slice) -> ProductRows:
+    """Some rows, with the effects of all factors but the first, dense, as columns of U."""
+    first, Q, columns = moments.layout.chain[0], rows.Q[at], []
+    for f, q, m in moments.dense:
+        dense = np.zeros((len(Q), q * m))
+        dense[np.arange(len(Q))[:, None], rows.groups[f][at][:, None] + m * np.arange(q)] = rows.Z[f][at]
+        columns.append(dense)
+    others = np.concatenate([*columns, Q, rows.residual[at][:, None]], axis=1)
+    return ProductRows(rows.Z[first][at], rows.groups[first][at], others)
 
 
 class _Point:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +11,10 @@ import numpy as np
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
 from mixjax.engine.elimination import Blocks, arrange, eliminate
+from mixjax.engine.profiled import Profiled
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, is_concrete, jit
 from mixjax.products.sums import CrossProducts
-
-
-class Profiled(NamedTuple):
-    """The profiled likelihood at one set of relative covariances.
-
-    Attributes:
-        criterion: -2 log-likelihood (ML) or the REML criterion, all constants kept, equal to lme4's.
-        delta: ``(p,)`` generalised least-squares coefficients of the basis of X, on top of ``stats.beta0``.
-        XX_inverse: ``(p, p)`` inverse of the reduced products of the basis of X.
-        rss: penalised residual sum of squares.
-        sigma: residual standard deviation.
-    """
-
-    criterion: Array
-    delta: Array
-    XX_inverse: Array
-    rss: Array
-    sigma: Array
 
 
 def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: Array | bool) -> Profiled:

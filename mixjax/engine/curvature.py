@@ -38,7 +38,6 @@ from mixjax.covariance import pairs_of
 from mixjax.engine.crossed import AnyMoments, CrossedMoments
 from mixjax.engine.dense_block import (
     LEAST_RATIO,
-    Lanes,
     Rest,
     blocks_times,
     dense_directions,
@@ -57,13 +56,14 @@ from mixjax.engine.first_factor import (
     weights_of,
 )
 from mixjax.engine.moments import Moments
+from mixjax.engine.profiled import Profiled
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 from mixjax.products.sums import Layout
 
 Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
 
 
-def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Lanes:
+def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Profiled:
     """The criterion alone, with what it is made of.
 
     Args:
@@ -83,7 +83,7 @@ def profile_of(lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
 
 def profile_and_modes(
     x: Array, moments: AnyMoments, reml: Array | bool, levels: Moments | None = None
-) -> tuple[Lanes, dict[int, Array]]:
+) -> tuple[Profiled, dict[int, Array]]:
     """The profiled likelihood, and the predicted effects at its fixed effects: per factor ``(q, m, B)``, in the bases
     of the products. Beside moments by class, ``levels`` are the same of every level.
 
@@ -128,7 +128,7 @@ class Slopes(NamedTuple):
         XX_inverse: ``(k, p, p, B)``, derivatives of ``lanes.XX_inverse``. log_rss: ``(k, B)``.
     """
 
-    lanes: Lanes
+    lanes: Profiled
     Hessian: Array
     XX_inverse: Array
     log_rss: Array
@@ -232,7 +232,7 @@ class _ByCovariance(NamedTuple):
             changed. spots: what each entry is. J: of the first factor's directions.
     """
 
-    lanes: Lanes
+    lanes: Profiled
     rest: Rest
     gradient: Array
     Hessian: Array

@@ -13,26 +13,12 @@ from mixjax import linalg
 from mixjax.covariance import stack_of
 from mixjax.engine.crossed import AnyMoments
 from mixjax.engine.first_factor import First, directions_of, dot, orders_of, sum_of
+from mixjax.engine.profiled import Profiled
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 from mixjax.products.sizes import MOST_DENSE
 
 # Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
 LEAST_RATIO = 1e-3
-
-
-class Lanes(NamedTuple):
-    """The profiled likelihood of many fits. Last axis: lanes.
-
-    Attributes:
-        criterion: ``(B,)``. delta: ``(p, B)`` coefficients of the basis of X. XX_inverse: ``(p, p, B)``.
-        rss, sigma: ``(B,)``.
-    """
-
-    criterion: Array
-    delta: Array
-    XX_inverse: Array
-    rss: Array
-    sigma: Array
 
 
 class Rest(NamedTuple):
@@ -44,7 +30,7 @@ class Rest(NamedTuple):
     ``c = (-u; -beta) (u, B)``, the coefficients that leave the residual when y has coefficient 1.
     """
 
-    lanes: Lanes
+    lanes: Profiled
     G_dd: Array
     W: Array
     P2: Array
@@ -101,7 +87,7 @@ def finish(
     df = moments.n - xp.where(reml, p, 0)
     criterion = logdet + df * (1.0 + xp.log(2.0 * np.pi * rss / df)) - moments.sum_log_weights
     criterion = criterion + xp.where(reml, logdet_XX + 2.0 * moments.X_logdet, 0.0)
-    lanes = Lanes(criterion, delta, XX_inverse, rss, xp.sqrt(rss / df))
+    lanes = Profiled(criterion, delta, XX_inverse, rss, xp.sqrt(rss / df))
     return Rest(lanes, G_dd, W, P2, T_X, c)
 
 

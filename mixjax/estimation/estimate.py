@@ -1,9 +1,8 @@
-"""From cross-products to estimates: one compiled program per structure."""
+"""From cross-products to estimates of one fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -12,23 +11,17 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax.design import AnyArray
-from mixjax.engine.criterion import Profiled, check_products, in_bases, profile, warn_of_float32
-from mixjax.engine.crossed import crossed_moments
-from mixjax.engine.curvature import profile_and_modes, value_gradient_hessian
-from mixjax.engine.dense_block import Lanes
-from mixjax.engine.elimination import arrange
-from mixjax.engine.incidence import Incidence, incidence
-from mixjax.engine.moments import moments_of
+from mixjax.engine.criterion import check_products, in_bases, warn_of_float32
+from mixjax.engine.engine import AtOnce, Engine
+from mixjax.engine.incidence import incidence
+from mixjax.engine.moments import Moments
 from mixjax.estimation import search
-from mixjax.estimation.blup import conditional_modes
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
-from mixjax.estimation.surface import evaluate_of, profiled_of
-from mixjax.machine import Array, jit, namespace, silently
+from mixjax.machine import Array, compiled, namespace
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
-from mixjax.products.sizes import has_closed_form
 from mixjax.products.sums import CrossProducts
 
 
@@ -99,48 +92,36 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     """
     check_products(stats)
     warn_of_float32(stats)
-    return fit_one(stats, start, reml, incidence(stats))
+    return compiled(fit)(Engine(stats, reml, incidence(stats)), start)
 
 
-@jit
-def fit_one(stats: CrossProducts, start: Array | None, reml: Array, where: Incidence | None) -> Estimates:
-    """:func:`estimate` of checked products, with what :func:`~mixjax.engine.incidence.incidence` found in them."""
-    stats, where = jax.tree.map(jnp.asarray, (stats, where))
+def fit(engine: Engine, start: Array | None = None) -> Estimates:
+    """:func:`estimate`, by whoever serves the model.
+
+    Args:
+        engine: of the data. start: ``(k,)`` theta, or None.
+    """
     # The search itself is not differentiated: what its end depends on is known without it.
-    data, start = jax.lax.stop_gradient((stats, start))
-    x0 = None if start is None else start_in_bases(data, start)
-    evaluate = evaluate_of(data, reml, where)
-    if x0 is None:
-        is_small = where is None and has_closed_form(data)
-        x0 = minque_start(moments_of(data))[:, 0] if is_small else start_in_bases(data, None)
-    solution = jax.tree.map(lambda a: a[..., 0], search.run(evaluate, x0[:, None], stats.layout.structures))
-    solution = solution._replace(result=result_code(solution, own_factors(solution.x, data.Z_bases, data.layout)))
+    at_once = isinstance(engine, AtOnce)
+    data, start = (engine, start) if at_once else jax.lax.stop_gradient((engine, start))
+    stats, structures = data.stats, data.stats.layout.structures
+    if start is None and isinstance(data.moments, Moments):
+        x0 = minque_start(data.moments)
+    else:
+        x0 = start_in_bases(stats, start)[:, None]
+    solution = Solution(*(a[..., 0] for a in search.run(data.evaluate, x0, structures)))
+    solution = solution._replace(result=result_code(solution, own_factors(solution.x, stats.Z_bases, stats.layout)))
+    if at_once:
+        return assemble(engine, solution)
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
-    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, (stats, reml, where))
-    est = assemble(solution._replace(x=x), stats, reml, where)
+    x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, engine)
+    est = assemble(engine, solution._replace(x=x))
     # Where there are no derivatives, the zeros of theta, which are constants, have none either.
     return est._replace(theta=est.theta + 0.0 * x.sum())
 
 
-def fit_at_once(stats: CrossProducts, start: np.ndarray | None, reml: bool) -> Estimates:
-    """As :func:`fit_one`, by NumPy: nothing is compiled, and nothing padded.
-
-    For NumPy's arrays of one response, and models that :func:`~mixjax.products.sizes.is_small` says yes to.
-    """
-    with silently():
-        moments = moments_of(stats)
-        x0 = minque_start(moments) if start is None else start_in_bases(stats, start)[:, None]
-        evaluate = partial(value_gradient_hessian, moments=moments, reml=reml)
-        solution = search.run(evaluate, x0, stats.layout.structures)
-        solution = Solution(*(a[..., 0] for a in solution))
-        solution = solution._replace(result=result_code(solution, own_factors(solution.x, stats.Z_bases, stats.layout)))
-        lanes, by_factor = profile_and_modes(solution.x[:, None], moments, reml)
-        lanes = Lanes(*(a[..., 0] for a in lanes))
-        return _of_parts(solution, lanes, _by_term(by_factor, stats), stats)
-
-
-def _criterion_of_x(x: Array, data: tuple[CrossProducts, Array, Incidence | None]) -> Array:
-    return profiled_of(*data)(x).criterion
+def _criterion_of_x(x: Array, engine: Engine) -> Array:
+    return engine.profiled(x).criterion
 
 
 def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:
@@ -167,33 +148,28 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
         optimizer, _logarithmic_objective(structures), jnp.where(at, jnp.log(lowest), x0), (stats, jnp.asarray(reml))
     )
     x = jnp.where(at, jnp.exp(x), x)
-    solution = _settle(x, stats, reml)
-    return _assemble(solution._replace(iterations=steps), stats, reml)
+    engine = Engine(stats, jnp.asarray(reml))
+    solution = compiled(_settle)(engine, x)
+    return compiled(assemble)(engine, solution._replace(iterations=steps))
 
 
 @cache
 def _logarithmic_objective(structures: tuple[cov.Structure, ...]):
+    """A function of its own for every structure, so that each has one program."""
     at = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])
 
     def objective(x, data):
         stats, reml = data
         x = jnp.where(at, jnp.exp(jnp.where(at, x, 0.0)), x)
-        return profile(cov.factors_of(x, structures), arrange(stats), stats, reml).criterion
+        return Engine(stats, reml).profiled(x).criterion
 
     return objective
 
 
-@jit
-def _settle(x: Array, stats: CrossProducts, reml: Array) -> Solution:
+def _settle(engine: Engine, x: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
-    evaluate = evaluate_of(stats, reml)
-    solution = judge(evaluate, x[:, None], search.rank_reductions(stats.layout.structures))
+    solution = judge(engine.evaluate, x[:, None], search.rank_reductions(engine.stats.layout.structures))
     return jax.tree.map(lambda a: a[..., 0], solution)
-
-
-@jit
-def _assemble(solution: Solution, stats: CrossProducts, reml: Array) -> Estimates:
-    return assemble(solution, stats, reml)
 
 
 def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
@@ -205,27 +181,10 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     return cov.near(in_bases(cov.lambdas_of_theta(start, layout.qs), stats), layout.structures)
 
 
-def assemble(solution: Solution, stats: CrossProducts, reml: Array, where: Incidence | None = None) -> Estimates:
+def assemble(engine: Engine, solution: Solution) -> Estimates:
     """Everything that follows from the relative covariances, on the scale of the original columns."""
-    if where is None:
-        lambdas = cov.factors_of(solution.x, stats.layout.structures)
-        profiled = profile(lambdas, arrange(stats), stats, reml)
-        return _of_parts(solution, profiled, conditional_modes(lambdas, stats), stats)
-    moments = crossed_moments(stats, where)
-    lanes, by_factor = profile_and_modes(solution.x[:, None], moments, reml)
-    lanes = Lanes(*(a[..., 0] for a in lanes))
-    return _of_parts(solution, lanes, _by_term(by_factor, stats), stats)
-
-
-def _by_term(by_factor: dict[int, Array], stats: CrossProducts) -> list[Array]:
-    """Of one lane."""
-    return [by_factor[place.factor][place.start : place.start + place.q, :, 0] for place in stats.layout.terms]
-
-
-def _of_parts(
-    solution: Solution, profiled: Profiled | Lanes, modes: Sequence[Array], stats: CrossProducts
-) -> Estimates:
-    """From the profiled likelihood, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
+    stats = engine.stats
+    profiled, modes = engine.solution(solution.x)
     own = own_factors(solution.x, stats.Z_bases, stats.layout)
     R_inv = stats.X_basis.R_inv
     return Estimates(

@@ -16,11 +16,12 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Unstructured
-from mixjax.engine.criterion import warn_of_float32
+from mixjax.engine.criterion import check_products, warn_of_float32
 from mixjax.engine.curvature import profile_and_modes
+from mixjax.engine.engine import AtOnce, Engine
 from mixjax.engine.incidence import incidence
 from mixjax.engine.moments import ClassSums, LevelSums, Moments, moments_of
-from mixjax.estimation.estimate import Estimates, check_products, estimate, fit_at_once, fit_one
+from mixjax.estimation.estimate import Estimates, estimate, fit
 from mixjax.estimation.lanes import (
     Bases,
     Fits,
@@ -29,12 +30,12 @@ from mixjax.estimation.lanes import (
     fit_block_at_once,
     sizes_for,
 )
-from mixjax.machine import LANES, float64, is_concrete, jit, n_cores, silently
+from mixjax.machine import LANES, compiled, float64, is_concrete, jit, n_cores, silently
 from mixjax.optimise.results import Result
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small, is_wide, pays_to_compile
 from mixjax.products.sums import ClassProducts, CrossProducts, FactorProducts, PairProducts
 
-Engine = Literal["auto", "numpy", "jax"]
+EngineName = Literal["auto", "numpy", "jax"]
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
 # Replicates of one call where no closed form applies.
@@ -48,7 +49,7 @@ def estimate_many(
     chunk: int | None = None,
     mesh: Mesh | None = None,
     keep: Sequence[str] = KEEP,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> Estimates:
     """Fit many responses of one design, or many designs of one structure.
 
@@ -149,7 +150,7 @@ def check_engine(engine: Any) -> None:
 
 
 def chosen_engine(
-    stats: CrossProducts, fits: int, engine: Engine = "auto", mesh: Mesh | None = None
+    stats: CrossProducts, fits: int, engine: EngineName = "auto", mesh: Mesh | None = None
 ) -> Literal["numpy", "jax"]:
     """What fits a batch: what was asked for, or by the sizes of the model and the number of fits alone.
 
@@ -462,7 +463,7 @@ def _one_by_one_at_once(stats: CrossProducts, reml: bool, start: np.ndarray | No
     stats = replace(stats, classes=None)
     parts = []
     for i in range(len(stats.yy)):
-        one = fit_at_once(_index(stats, axes, i), None if start is None else start[i], bool(reml))
+        one = AtOnce(_index(stats, axes, i), reml).run(fit, None if start is None else start[i])
         left_out: dict[str, Any] = {name: None for name in Estimates._fields if name not in keep}
         parts.append(one._replace(**left_out))
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *parts)
@@ -485,7 +486,8 @@ def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep
         if not alone:
             est = run(_index(stats, axes, index), reml, begin)
         else:
-            one = fit_one(_index(stats, axes, first), None if begin is None else begin[0], reml, where)
+            engine = Engine(_index(stats, axes, first), reml, where)
+            one = compiled(fit)(engine, None if begin is None else begin[0])
             est = jax.tree.map(lambda a: np.asarray(a)[None], one)
         parts.append(est._replace(**{name: None for name in Estimates._fields if name not in keep}))
     return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts)

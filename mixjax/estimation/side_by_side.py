@@ -17,13 +17,13 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
+from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.curvature import value_gradient_hessian
 from mixjax.engine.moments import Moments, moments_of
 from mixjax.estimation import search
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, finish
 from mixjax.estimation.start import minque_start
-from mixjax.estimation.surface import coordinates_in
 from mixjax.machine import silently
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result

@@ -15,7 +15,7 @@ import pandas as pd
 from mixjax.batch import BatchFit
 from mixjax.covariance import Diagonal
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, Engine, check_engine, chosen_engine, estimate_many
+from mixjax.estimation.many import KEEP, EngineName, check_engine, chosen_engine, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference import intervals
@@ -40,7 +40,7 @@ def bootstrap(
     progress: bool = False,
     weights: Literal["mammen", "rademacher"] = "mammen",
     modes: bool = False,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> Bootstrap:
     """Draw n data sets from a fit, refit each by the same criterion, and collect a statistic of them.
 
@@ -245,7 +245,7 @@ class _Refitted(NamedTuple):
 class _Statistic:
     """What is computed of every refit, and its value and names in the fit itself."""
 
-    def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: Engine):
+    def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: EngineName):
         self._reml, self._engine = fitted.reml, engine
         self._keep = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
         self._labels, self._function = fitted.labels, function

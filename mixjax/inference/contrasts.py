@@ -22,20 +22,16 @@ from jax.scipy.special import betainc, erfc
 from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
 from mixjax.engine.criterion import check_products
-from mixjax.engine.curvature import profile_lanes
-from mixjax.engine.incidence import incidence
-from mixjax.engine.moments import moments_of
+from mixjax.engine.engine import Engine, engine_of, serves_at_once
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import batch_axes
-from mixjax.estimation.surface import coordinates_of, profiled_of
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.errors import warn
 from mixjax.inference import kenward_roger as kr
-from mixjax.inference.information import information, information_of
+from mixjax.inference.information import Information, information
 from mixjax.inference.lanes import errors_of_many, in_lanes
-from mixjax.machine import Array, float64, is_concrete, jit, namespace, silently
-from mixjax.products.sizes import is_small
-from mixjax.products.sums import CrossProducts, pad
+from mixjax.machine import Array, compiled, float64, is_concrete, jit, namespace, silently
+from mixjax.products.sums import CrossProducts
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 
@@ -130,30 +126,22 @@ def kenward_roger(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast
     return _of_one_or_many(_kenward_roger, est, stats, L)
 
 
-def _wald(theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool) -> Contrast:
-    x, _ = coordinates_of(theta, stats)
-    if namespace(theta, stats.XX, stats.yy) is np:
-        inverse = profile_lanes(x[:, None], moments_of(stats), reml).XX_inverse[..., 0]
-    else:
-        inverse = profiled_of(stats, reml)(x).XX_inverse
-    half = namespace(inverse).asarray(stats.X_basis.R_inv)
+def _wald(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
+    inverse = engine.profiled(engine.coordinates(theta)[0]).XX_inverse
+    half = namespace(inverse).asarray(engine.stats.X_basis.R_inv)
     vcov = sigma**2 * half @ inverse @ half.T
     return _contrast(L, beta, vcov, namespace(vcov).full(L.shape[0], np.inf, vcov.dtype))
 
 
-def _satterthwaite(
-    theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool
-) -> Contrast:
-    info = information(theta, sigma, stats, reml)
+def _satterthwaite(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
+    info = information(engine, theta, sigma)
     return _contrast(L, beta, info.vcov, satterthwaite_df(L, info))
 
 
-def _kenward_roger(
-    theta: Array, beta: Array, sigma: Array, stats: CrossProducts, L: Array, reml: Array | bool
-) -> Contrast:
+def _kenward_roger(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
     if not L.shape[1]:
-        return _wald(theta, beta, sigma, stats, L, reml)
-    fit = kr.adjust(theta, sigma, stats)
+        return _wald(engine, theta, beta, sigma, L)
+    fit = kr.adjust(theta, sigma, engine.stats)
     return _contrast(L, beta, fit.adjusted, kr.df_of_rows(L, fit))
 
 
@@ -204,26 +192,25 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
         each = np.atleast_2d(np.asarray(L, np.float64))
         with float64():
             return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
-    if not many and double and namespace(*jax.tree.leaves((est, stats))) is np and is_small(stats):
-        with silently():
-            return fun(est.theta, est.beta, est.sigma, stats, np.atleast_2d(np.asarray(L, np.float64)), bool(reml))
-    stats = replace(stats, classes=None)
-    axes = tuple(jax.tree.leaves(batch_axes(stats))) if many else None
+    if not many and concrete and namespace(*jax.tree.leaves(est)) is np and serves_at_once(stats):
+        engine = engine_of(stats, reml)
+        return engine.run(fun, est.theta, est.beta, est.sigma, np.atleast_2d(np.asarray(L, np.float64)))
+    engine = Engine(replace(stats, classes=None), jnp.asarray(reml))
+    run = _of_many(fun, tuple(jax.tree.leaves(batch_axes(engine.stats)))) if many else compiled(fun)
     with float64(double or jax.config.read("jax_enable_x64")):
         rows = jnp.atleast_2d(jnp.asarray(L, stats.XX.dtype))
-        result = _jitted(fun, axes)(est.theta, est.beta, est.sigma, stats, rows, jnp.asarray(reml))
+        result = run(engine, est.theta, est.beta, est.sigma, rows)
         return jax.tree.map(np.asarray, result) if double else result
 
 
 @cache
-def _jitted(fun: Callable, axes: tuple[int, ...] | None) -> Callable:
-    """``fun`` of one fit, or of many whose cross-products have replicates in front where ``axes`` is not -1."""
-    if axes is None:
-        return jit(fun)
+def _of_many(fun: Callable, axes: tuple[int, ...]) -> Callable:
+    """``fun`` of many fits whose cross-products have replicates in front where ``axes`` is not -1."""
 
-    def many(theta, beta, sigma, stats, L, reml):
-        tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
-        return jax.vmap(fun, in_axes=(0, 0, 0, tree, None, None))(theta, beta, sigma, stats, L, reml)
+    def many(engine, theta, beta, sigma, L):
+        tree = jax.tree.unflatten(jax.tree.structure(engine.stats), [None if axis < 0 else 0 for axis in axes])
+        over = jax.vmap(lambda stats, *est: fun(replace(engine, stats=stats), *est, L), in_axes=(tree, 0, 0, 0))
+        return over(engine.stats, theta, beta, sigma)
 
     return jit(many)
 
@@ -367,17 +354,9 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
     return FixedEffects(np.asarray(fitted.estimates.beta), np.asarray(info.vcov), df, joint)
 
 
-def fitted_information(fitted: Fitted) -> Any:
+def fitted_information(fitted: Fitted) -> Information:
     """:func:`~mixjax.inference.information.information` of a fit, as numpy arrays."""
-    est, stats = fitted.estimates, fitted.stats
-    if is_small(stats):
-        with silently():
-            return information(est.theta, est.sigma, stats, fitted.reml)
-    with float64():
-        stats = pad(stats)
-        return jax.tree.map(
-            np.asarray, information_of(est.theta, est.sigma, stats, np.bool_(fitted.reml), incidence(stats))
-        )
+    return engine_of(fitted.stats, fitted.reml).run(information, fitted.estimates.theta, fitted.estimates.sigma)
 
 
 def _pooled_df(dfs: np.ndarray) -> float:

@@ -15,25 +15,25 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.design import AnyArray
+from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.curvature import profile_lanes, slopes_of
 from mixjax.engine.moments import Moments
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.lanes import Bases, Sizes, padded_lanes, put, slice_of, tile_of
-from mixjax.estimation.many import Batch, Engine, chosen_engine, for_blocks, last
-from mixjax.estimation.surface import coordinates_in
+from mixjax.estimation.many import Batch, EngineName, chosen_engine, for_blocks, last
 from mixjax.machine import LANES, Array, jit, lanes_of, namespace, silently
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small
 from mixjax.products.sums import CrossProducts
 
 
-def in_lanes(ddf: str, stats: CrossProducts, engine: Engine = "auto") -> bool:
+def in_lanes(ddf: str, stats: CrossProducts, engine: EngineName = "auto") -> bool:
     """Whether :func:`errors_of_many` serves these tests."""
     served = in_blocks(stats) or (engine != "jax" and is_small(stats) and in_lanes_at_once(stats))
     return ddf in ("wald", "satterthwaite") and served
 
 
 def errors_of_many(
-    ddf: str, est: Estimates, stats: CrossProducts, L: np.ndarray, reml: bool, engine: Engine = "auto"
+    ddf: str, est: Estimates, stats: CrossProducts, L: np.ndarray, reml: bool, engine: EngineName = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom ``(B, r)`` of ``L beta``, L ``(r, p)``; infinite for Wald's.
 

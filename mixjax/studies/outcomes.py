@@ -19,7 +19,7 @@ from scipy import stats
 from mixjax.batch import BatchFit
 from mixjax.design import Design, Labels
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, Engine, batch_axes, chosen_engine, estimate_many
+from mixjax.estimation.many import KEEP, EngineName, batch_axes, chosen_engine, estimate_many
 from mixjax.fitted import Fitted, term_names
 from mixjax.formula.errors import some_of
 from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
@@ -86,7 +86,7 @@ class Task:
     ddf: str = "satterthwaite"
     null: Mapping[str, float] = field(default_factory=dict)
     statistic: Callable[[Estimates], Any] | None = None
-    engine: Engine = "auto"
+    engine: EngineName = "auto"
     fits: int = 0
 
 
@@ -182,11 +182,11 @@ def _fitted(
     return columns, products, est
 
 
-def _engine(task: Task, products: CrossProducts, mesh: Any) -> Engine:
+def _engine(task: Task, products: CrossProducts, mesh: Any) -> EngineName:
     return chosen_engine(products, task.fits or len(products.yy), task.engine, mesh)
 
 
-def _errors(task: Task, est: Estimates, products: CrossProducts, engine: Engine) -> tuple[np.ndarray, np.ndarray]:
+def _errors(task: Task, est: Estimates, products: CrossProducts, engine: EngineName) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom of all fixed effects ``(B, p)``."""
     if in_lanes(task.ddf, products, engine):
         with float64():

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Labels
-from mixjax.estimation.many import Engine, check_engine
+from mixjax.estimation.many import EngineName, check_engine
 from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
@@ -169,7 +169,7 @@ def study(
     mesh: Any = None,
     chunk: int | None = None,
     progress: bool = True,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
 
@@ -325,7 +325,7 @@ def _cells(
     compared: Sequence[tuple[str, str]],
     statistic: Callable[..., Any] | None,
     common: bool,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> list[tuple[Cell, dict[str, float]]]:
     models = {"": models} if isinstance(models, str) else dict(models)
     if not models:

@@ -1,61 +1,17 @@
-"""The criterion of one data set as a function of the optimiser's coordinates, in the form that suits its structure."""
+"""The optimiser's coordinates of a model's relative covariances, and linear algebra among those that are free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import rank_tolerance
 from mixjax.design import AnyArray
-from mixjax.engine.criterion import Profiled, profile
-from mixjax.engine.crossed import crossed_moments
-from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
-from mixjax.engine.elimination import arrange
-from mixjax.engine.incidence import Incidence
-from mixjax.engine.moments import moments_of
 from mixjax.machine import Array, namespace, set_at
-from mixjax.optimise.newton import Evaluate, by_differentiation
-from mixjax.products.sizes import has_closed_form
 from mixjax.products.sums import CrossProducts, Layout
-
-
-def profiled_of(
-    stats: CrossProducts, reml: Array | bool, where: Incidence | None = None
-) -> Callable[[Array], Profiled]:
-    """``x (k,)`` -> the profiled likelihood there; differentiable to any order.
-
-    Args:
-        stats: cross-products of one response.
-        reml: may be traced.
-        where: what :func:`~mixjax.engine.incidence.incidence` found in a large crossed design, else None.
-    """
-    if where is not None:
-        moments = crossed_moments(stats, where)
-
-        def crossed(x: Array) -> Profiled:
-            return Profiled(*(a[..., 0] for a in profile_lanes(x[:, None], moments, jnp.asarray(reml))))
-
-        return crossed
-    blocks = arrange(stats)
-    return lambda x: profile(cov.factors_of(x, stats.layout.structures), blocks, stats, reml)
-
-
-def evaluate_of(stats: CrossProducts, reml: Array | bool, where: Incidence | None = None) -> Evaluate:
-    """Value, gradient and Hessian of the criterion in one lane: in closed form where there is one."""
-    if where is not None or has_closed_form(stats):
-        moments = moments_of(stats) if where is None else crossed_moments(stats, where)
-        return lambda x: value_gradient_hessian(x, moments, jnp.asarray(reml))
-    return by_differentiation(criterion_of(stats, reml))
-
-
-def criterion_of(stats: CrossProducts, reml: Array | bool) -> Callable[[Array], Array]:
-    """``x (k,)`` -> the criterion; differentiable to any order."""
-    profiled = profiled_of(stats, reml)
-    return lambda x: profiled(x).criterion
 
 
 def coordinates_of(theta: AnyArray, stats: CrossProducts) -> tuple[Array, Array]:

@@ -1,0 +1,171 @@
+"""The one thing to ask of a model: the criterion of its data and all that follows from it, whoever computes it.
+
+What serves which model is decided here: NumPy at once (:class:`AtOnce`), closed forms that XLA compiles, or derivatives
+of the elimination. Coordinates x are the optimiser's, in the bases of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax.engine import curvature
+from mixjax.engine.case_slopes import CaseSlopes, case_slopes
+from mixjax.engine.coordinates import coordinates_of
+from mixjax.engine.criterion import in_bases, profile
+from mixjax.engine.crossed import crossed_moments
+from mixjax.engine.curvature import Slopes
+from mixjax.engine.elimination import arrange
+from mixjax.engine.equations import Equations, by_factor
+from mixjax.engine.incidence import Incidence, incidence
+from mixjax.engine.modes import conditional_modes
+from mixjax.engine.moments import Moments, moments_of
+from mixjax.engine.profiled import Profiled
+from mixjax.machine import Array, compiled, float64, namespace, silently
+from mixjax.optimise.newton import by_differentiation
+from mixjax.products.rows import Rows
+from mixjax.products.sizes import has_closed_form, is_small
+from mixjax.products.sums import CrossProducts, pad
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The criterion of one data set, by JAX. A JAX pytree.
+
+    Attributes:
+        stats: cross-products of one response. reml: may be traced.
+        where: what :func:`~mixjax.engine.incidence.incidence` found in a large crossed design, else None.
+    """
+
+    stats: CrossProducts
+    reml: Array | bool
+    where: Incidence | None = None
+
+    def run(self, fun: Callable[..., T], *args: Any) -> T:
+        """``fun(engine, *args)`` in double precision, NumPy's arrays out; by a program that is compiled once per
+        structure. ``fun`` is a function of a module, the same for all models."""
+        with float64():
+            return jax.tree.map(np.asarray, compiled(fun)(self, *args))
+
+    def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
+        """Value ``(1,)``, gradient ``(k, 1)`` and Hessian ``(k, k, 1)`` at ``x (k, 1)``; not for differentiation."""
+        if self.moments is not None:
+            return curvature.value_gradient_hessian(x, self.moments, jnp.asarray(self.reml))
+        return by_differentiation(lambda x: self.profiled(x).criterion)(x)
+
+    def derivatives(self, x: Array) -> tuple[Array, Array, Array]:
+        """Value, gradient ``(k,)`` and Hessian ``(k, k)`` at ``x (k,)``."""
+        value, gradient, H = self.evaluate(x[:, None])
+        return value[0], gradient[:, 0], H[:, :, 0]
+
+    def profiled(self, x: Array) -> Profiled:
+        """The profiled likelihood at ``x (k,)``; differentiable to any order, by the products too."""
+        if self.where is not None:
+            return curvature.profile_lanes(x[:, None], self.moments, jnp.asarray(self.reml)).lane()
+        return profile(self._factors(x), self._blocks, self.stats, self.reml)
+
+    def solution(self, x: Array) -> tuple[Profiled, list[Array]]:
+        """The profiled likelihood at ``x (k,)``, and per term the modes ``(q, m)`` of its effects in the basis of Z."""
+        if self.where is not None:
+            return self._closed_solution(x)
+        return self.profiled(x), conditional_modes(self._factors(x), self.stats)
+
+    def slopes(self, x: Array) -> Slopes:
+        """How the fixed effects' covariance and the residual sum of squares move with ``x (k,)``."""
+
+        def parts(x):
+            at = self.profiled(x)
+            return (at.XX_inverse, jnp.log(at.rss)), at
+
+        (moves, log_rss), at = jax.jacfwd(parts, has_aux=True)(x)
+        return Slopes(at, self.derivatives(x)[2], jnp.moveaxis(moves, -1, 0), log_rss)
+
+    def coordinates(self, theta: Array) -> tuple[Array, Array]:
+        """``x (k,)`` of estimates ``theta``, and which of them are free there, ``(k,)``."""
+        return coordinates_of(theta, self.stats)
+
+    def equations(self, lambdas: list[np.ndarray]) -> Equations:
+        """The mixed-model equations at the terms' factors ``(q, q)``, of their own columns; by NumPy."""
+        return Equations(self.stats, by_factor(in_bases(lambdas, self.stats), self.stats.layout))
+
+    @cached_property
+    def moments(self) -> Any:
+        """What the closed form needs of the data; None where there is none."""
+        if self.where is not None:
+            return crossed_moments(self.stats, self.where)
+        return moments_of(self.stats) if has_closed_form(self.stats) else None
+
+    def _closed_solution(self, x: Array) -> tuple[Profiled, list[Array]]:
+        lanes, by_factor = curvature.profile_and_modes(x[:, None], self.moments, self.reml)
+        places = self.stats.layout.terms
+        return lanes.lane(), [by_factor[p.factor][p.start : p.start + p.q, :, 0] for p in places]
+
+    def _factors(self, x: Array) -> list[Array]:
+        return cov.factors_of(x, self.stats.layout.structures)
+
+    @cached_property
+    def _blocks(self) -> Any:
+        return arrange(self.stats)
+
+
+@dataclass(frozen=True)
+class AtOnce(Engine):
+    """The same by NumPy, all in closed form: nothing is compiled, and nothing padded. Of NumPy's arrays, in double
+    precision, and models that :func:`~mixjax.products.sizes.is_small` says yes to."""
+
+    def run(self, fun: Callable[..., T], *args: Any) -> T:
+        with silently():
+            return fun(self, *args)
+
+    def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
+        return curvature.value_gradient_hessian(x, self.moments, self.reml)
+
+    def profiled(self, x: Array) -> Profiled:
+        return curvature.profile_lanes(x[:, None], self.moments, self.reml).lane()
+
+    def solution(self, x: Array) -> tuple[Profiled, list[Array]]:
+        return self._closed_solution(x)
+
+    def slopes(self, x: Array) -> Slopes:
+        lanes, H, moves, log_rss = curvature.slopes_of(x[:, None], self.moments, self.reml)
+        return Slopes(lanes.lane(), H[..., 0], moves[..., 0], log_rss[..., 0])
+
+    def case_slopes(self, x: Array, rows: Rows) -> CaseSlopes:
+        """Derivatives at ``x (k,)`` by the case weight of every row."""
+        return case_slopes(x, self.moments, bool(self.reml), rows)
+
+    @cached_property
+    def moments(self) -> Moments:
+        return moments_of(self.stats)
+
+
+for kind in (Engine, AtOnce):
+    jax.tree_util.register_dataclass(kind, data_fields=["stats", "reml", "where"], meta_fields=[])
+
+
+def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
+    """What serves a data set, of numbers: NumPy where the model is small, else JAX, on padded products.
+
+    Args:
+        stats: of one response. at_once: False for JAX whatever the size.
+    """
+    stats = stats if stats.classes is None else replace(stats, classes=None)
+    if at_once and serves_at_once(stats):
+        return AtOnce(stats, bool(reml))
+    stats = pad(stats)
+    return Engine(stats, np.bool_(reml), incidence(stats))
+
+
+def serves_at_once(stats: CrossProducts) -> bool:
+    """Whether NumPy serves a data set."""
+    leaves = jax.tree.leaves(stats)
+    return namespace(*leaves) is np and np.asarray(stats.yy).dtype == np.float64 and is_small(stats)
