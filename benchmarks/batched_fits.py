@@ -187,7 +187,7 @@ def flat_in_B(B_max: int) -> None:
 
 def repeat(stats: mj.CrossProducts, times: int) -> mj.CrossProducts:
     """The same replicates again and again."""
-    from mixjax.estimation.many import batch_axes
+    from mixjax.estimation.batch import batch_axes
 
     return jax.tree.map(lambda a, axis: np.concatenate([a] * times) if axis == 0 else a, stats, batch_axes(stats))
 
@@ -217,7 +217,7 @@ def flat_in_groups() -> None:
 
 
 def head(stats: mj.CrossProducts, B: int) -> mj.CrossProducts:
-    from mixjax.estimation.many import batch_axes
+    from mixjax.estimation.batch import batch_axes
 
     return jax.tree.map(lambda a, axis: a[:B] if axis == 0 else a, stats, batch_axes(stats))
 

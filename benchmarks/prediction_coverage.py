@@ -24,7 +24,7 @@ import scipy.stats
 import mixjax as mj
 from mixjax.design import Labels, TermLabels
 from mixjax.engine.engine import Engine
-from mixjax.estimation.many import batch_axes
+from mixjax.estimation.batch import batch_axes
 from mixjax.fitted import fit_design
 from mixjax.inference.information import information
 from mixjax.prediction.predict import LEAST_DF, errors_of

@@ -39,7 +39,8 @@ from mixjax import covariance as cov
 from mixjax.engine.criterion import in_bases, profile
 from mixjax.engine.curvature import profile_lanes
 from mixjax.engine.elimination import arrange
-from mixjax.estimation.many import Batch, _index, batch_axes
+from mixjax.estimation.batch import batch_axes, replicates
+from mixjax.estimation.blocks import Blocks
 from mixjax.optimise.results import Result
 
 CHUNK = 16_384
@@ -306,11 +307,11 @@ def judge(
     lambdas = [np.asarray(F) for F in factors_of(plain, est.theta)]  # per term (B, q, q)
     own = np.asarray(cov.near([jnp.moveaxis(jnp.asarray(F), 0, -1) for F in lambdas], structures))
 
-    batch, best, where, nearby = Batch(stats, None, "cpu"), [], [], []
+    batch, best, where, nearby = Blocks(stats, "cpu"), [], [], []
     N = batch.sizes.block
     for block in range(batch.n_blocks):
         index = np.minimum(np.arange(block * N, (block + 1) * N), B - 1)
-        opinion = second_opinion(batch.inputs(block)[0], own[:, index])
+        opinion = second_opinion(batch.lanes(block, True).moments, own[:, index])
         for whole, part in zip((best, where, nearby), opinion, strict=True):
             whole.append(np.asarray(part))
     # What it found must be so low by the elimination as well.
@@ -329,7 +330,7 @@ def judge(
     is_flagged = est.singular != (smallest < 1e-7)
     maybe = np.flatnonzero(solved & ~est.singular & (smallest < 1e-2))
     for i in maybe:  # would a lower rank cost anything?
-        is_flagged[i] = is_flagged[i] or _costs_nothing(_index(plain, axes, i), own[:, i], est.criterion[i])
+        is_flagged[i] = is_flagged[i] or _costs_nothing(replicates(plain, axes, i), own[:, i], est.criterion[i])
     wrong = {
         "worse": solved & (gap > WORSE),
         "value": solved & ~(value_gap <= VALUE + 100 * ROUNDING * np.ravel(stats.n) * largest**2),

@@ -61,9 +61,18 @@ def add_at(x: Any, index: Any, value: Any) -> Any:
 def lanes_of(tree: Any, index: np.ndarray, n: int | None = None) -> Any:
     """Lanes ``index`` of the last axis of NumPy's arrays; with n, of those that have so many there.
 
-    In memory as the axes say, which ``a[..., index]`` is not: sums would be made in another order.
+    In memory as they were, lanes in steps of one number or behind all else, which ``a[..., index]`` is not: sums would
+    be made in another order.
     """
-    return jax.tree.map(lambda a: np.take(a, index, axis=-1) if n is None or a.shape[-1] == n else a, tree)
+
+    def some(a: np.ndarray) -> np.ndarray:
+        if np.ndim(a) == 0 or (n is not None and a.shape[-1] != n):
+            return a
+        if a.ndim > 1 and a.strides[-1] == max(a.strides):
+            return np.moveaxis(np.take(np.moveaxis(a, -1, 0), index, axis=0), 0, -1)
+        return np.take(a, index, axis=-1)
+
+    return jax.tree.map(some, tree)
 
 
 def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any, xp: Any) -> Any:

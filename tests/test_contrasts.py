@@ -16,8 +16,8 @@ from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.criterion import in_bases, profile
 from mixjax.engine.elimination import arrange
 from mixjax.engine.engine import Engine, engine_of
+from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import fit as fit_engine
-from mixjax.estimation.many import batch_axes
 from mixjax.inference import contrasts
 from mixjax.inference import kenward_roger as kr
 from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests

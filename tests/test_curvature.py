@@ -12,7 +12,8 @@ import mixjax as mj
 from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
 from mixjax.engine.engine import Engine
 from mixjax.engine.moments import LevelSums, moments_of
-from mixjax.estimation.many import Batch
+from mixjax.estimation.blocks import Blocks
+from mixjax.estimation.lanes import slice_of
 from mixjax.estimation.start import minque_start
 from mixjax.products.sizes import has_closed_form
 
@@ -80,9 +81,8 @@ def test_classes_equal_levels(crossed):
     assert len(stats.classes.count) == 1
     moments = []
     for each in (stats, replace(stats, classes=None)):
-        batch = Batch(each, None, "cpu")
-        moments.append(jax.tree.map(lambda a, N=batch.sizes.block: a[..., :5] if a.shape[-1] == N else a,
-                                    batch.inputs(0)[0]))  # fmt: skip
+        blocks = Blocks(each, "cpu")
+        moments.append(slice_of(blocks.lanes(0, True).moments, 0, 5, blocks.sizes.block))
     assert isinstance(moments[1].sums, LevelSums)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2 if crossed else 3, 5)))
     evaluate = jax.jit(lambda moments: value_gradient_hessian(x, moments, True))

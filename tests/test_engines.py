@@ -14,8 +14,8 @@ import mixjax as mj
 from mixjax.engine.curvature import slopes_of, value_gradient_hessian
 from mixjax.engine.engine import AtOnce
 from mixjax.engine.moments import moments_of
+from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import fit as fit_engine
-from mixjax.estimation.many import chosen_engine
 from mixjax.products.sizes import has_closed_form
 
 SLOPES = "Reaction ~ Days + (Days | Subject)"

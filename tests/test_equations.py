@@ -23,7 +23,7 @@ from mixjax.engine.engine import AtOnce, engine_of
 from mixjax.engine.equations import Equations, by_factor
 from mixjax.engine.modes import conditional_covariances
 from mixjax.estimation.estimate import fit
-from mixjax.estimation.side_by_side import fit_side_by_side, step_side_by_side
+from mixjax.estimation.many import KEEP, steps_at_once
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout, TermPlace, stack
 
@@ -130,7 +130,7 @@ def test_without_fixed_effects(name):
     found = AtOnce(rows.stats, True).run(_at_once, theta, rows)[2]
     close(found / np.abs(expected).max(axis=0), expected / np.abs(expected).max(axis=0), 0.0, 1e-9)
     deleted, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
-    found = fit_side_by_side(stats, True)
+    found = mj.estimate_many(stats, engine="numpy")
     for i in range(len(deleted)):
         one = AtOnce(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), True).run(fit)
         close(found.criterion[i], one.criterion, 1e-10)
@@ -171,7 +171,7 @@ def test_fits_side_by_side_are_single_fits(name, reml):
     rows = rows_of(record(random_design(STRUCTURES[name], 8), reml).rows)
     unit = np.arange(rows.n) // 4
     deleted, stats = next(iter(batches(rows, unit)))
-    found = fit_side_by_side(stats, reml)
+    found = mj.estimate_many(stats, reml, keep=(*KEEP, "Sigma", "vcov"), engine="numpy")
     assert found.converged.all()
     for i in range(len(deleted)):
         one = AtOnce(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stats), reml).run(fit)
@@ -188,7 +188,7 @@ def test_steps_side_by_side_are_those_of_the_compiled_program(name):
     fitted = record(random_design(STRUCTURES[name], 8), True)
     rows = rows_of(fitted.rows)
     _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
-    found, sound = step_side_by_side(stats, fitted.estimates.theta, True)
+    found, sound = steps_at_once(stats, fitted.estimates.theta, True)
     expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True))
     np.testing.assert_array_equal(sound, also)
     for what in ("theta", "sigma", "beta", "vcov", "singular"):
@@ -202,7 +202,7 @@ def test_data_sets_of_different_pairs_of_levels_go_one_by_one():
         replace(design, terms=(design.terms[0], replace(design.terms[1], group=np.roll(design.terms[1].group, k))))
         for k in range(3)
     ]
-    found = fit_side_by_side(stack([mj.cross_products(part) for part in parts]), True)
+    found = mj.estimate_many(stack([mj.cross_products(part) for part in parts]), engine="numpy")
     for i, part in enumerate(parts):
         close(found.criterion[i], AtOnce(mj.cross_products(part), True).run(fit).criterion, 1e-10)
 

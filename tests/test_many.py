@@ -13,6 +13,7 @@ from test_curvature import balanced
 
 import mixjax as mj
 from mixjax import linalg
+from mixjax.estimation import batch as batch_room
 from mixjax.estimation import many
 from mixjax.optimise.results import Result
 from mixjax.products import sizes
@@ -264,7 +265,7 @@ def test_one_minimum_is_known_where_it_is_so():
     def known(X, *Zs, group=group, structure="us"):
         terms = tuple(mj.RandomTerm(Z=Z, group=group, n_groups=18, structure=structure) for Z in Zs or (Z,))
         design = mj.Design(y=days, X=X, terms=terms)
-        return many._has_one_minimum(mj.cross_products(design, np.zeros((2, len(days)))))
+        return batch_room._has_one_minimum(mj.cross_products(design, np.zeros((2, len(days)))))
 
     assert known(Z)
     assert known(np.column_stack([Z, days**2]))
@@ -282,7 +283,7 @@ def test_one_minimum_changes_no_result(reml, monkeypatch):
     design, Y = sleepstudy_replicates(300, True)
     stats = mj.cross_products(design, Y)
     quick = mj.estimate_many(stats, reml)
-    monkeypatch.setattr(many, "_has_one_minimum", lambda stats: False)
+    monkeypatch.setattr(batch_room, "_has_one_minimum", lambda stats: False)
     twice = mj.estimate_many(stats, reml)
     assert quick.singular.mean() > 0.3
     assert quick.iterations.mean() < 0.6 * twice.iterations.mean()

@@ -22,12 +22,13 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
 from mixjax.formula.errors import DataError, DataWarning
 from mixjax.inference.contrasts import fitted_information
-from mixjax.prediction import blocks, bootstrap
+from mixjax.prediction import blocks
 from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
 from mixjax.prediction.predict import predict
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.products.responses import Responses
 
 CASES = [(name, "REML") for name in ORACLES] + [("sleepstudy_slopes", "ML"), ("pastes_nested", "ML")]
 Z95 = scipy.stats.norm.ppf(0.975)
@@ -689,14 +690,14 @@ def test_bootstrap_errors_are_those_of_refits(sleep):
     Z, level = (design.terms[0].Z,), (design.terms[0].group,)
     rows = Targets(design.X, np.zeros(m), Z, level, np.zeros(m))
     drawn = {}
-    original = bootstrap.cross_products
+    original = Responses.products
 
     def spy(own, Y):
         drawn["Y"] = Y
         return original(own, Y)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "cross_products", spy)
+        patch.setattr(Responses, "products", spy)
         errors = bootstrap_errors(sleep, rows, 3, 4)
     for i in (0, 3):
         refit = mj.lmm("Reaction ~ Days + (Days | Subject)", sleep.labels.frame.assign(Reaction=drawn["Y"][i])).record

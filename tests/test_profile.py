@@ -15,8 +15,9 @@ from mixjax.covariance import factors_of
 from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.curvature import deviance_at_sigma
 from mixjax.engine.moments import moments_of
+from mixjax.engine.turned import turned
 from mixjax.inference.constrained import OneDataSet, estimates_start
-from mixjax.inference.held import Chart, Held, charts_of, hold
+from mixjax.inference.held import Held, charts_of
 from mixjax.inference.profile import profile, zeta_of_many
 from mixjax.simulation import simulate_responses
 
@@ -151,7 +152,7 @@ def test_a_column_moved_into_the_response(model, x64):
         F = [1.1 * f[..., None] for f in factors_of(x, fit.stats.layout.structures)]
         return deviance_at_sigma(F, moments, lambda profiled: 0.9 * profiled)
 
-    changed = hold(moments_of(fit.stats), jax.tree.map(jax.numpy.asarray, Chart(*chart)))
+    changed = turned(moments_of(fit.stats), jax.numpy.asarray(chart.v), jax.numpy.asarray(chart.s))
     for found, wanted in zip(at(changed), at(moments_of(mj.cross_products(design))), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-8 * np.abs(wanted).max())
 

@@ -17,10 +17,10 @@ from mixjax.diagnostics.deletion import batches
 from mixjax.engine.coordinates import is_regular, solve_where
 from mixjax.engine.engine import Engine
 from mixjax.engine.incidence import incidence
+from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import Estimates, assemble, fit
-from mixjax.estimation.many import KEEP, estimate_many
+from mixjax.estimation.many import KEEP, estimate_many, steps_at_once
 from mixjax.estimation.search import REGION
-from mixjax.estimation.side_by_side import fit_side_by_side, how_many, is_worthwhile, step_side_by_side
 from mixjax.fitted import Fitted
 from mixjax.machine import LANES, compiled, float64, jit
 from mixjax.optimise.newton import Solution
@@ -83,12 +83,8 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
     """
     out = nowhere(fitted, int(unit.max()) + 1)
     is_large = incidence(rows.stats) is not None
-    if not is_large and is_worthwhile(rows.stats, len(out.result)):
-        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
-            est = fit_side_by_side(_in_basis(stats), fitted.reml)
-            _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
-        return out
-    rows = rows.padded()
+    engine = chosen_engine(rows.stats, len(out.result))
+    rows = rows if engine == "numpy" else rows.padded()
     # Fits of a large crossed design go one after another, over sparse rows, from the theta of all rows.
     start = None if fitted.estimates.singular else fitted.estimates.theta
     for deleted, stats in batches(rows, unit):
@@ -98,7 +94,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
         else:
             # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and
             # where there are several minima the choice among them does not depend on the rows that are left out.
-            est = estimate_many(_in_basis(stats), fitted.reml, keep=(*KEEP, "Sigma", "vcov"))
+            est = estimate_many(_in_basis(stats), fitted.reml, keep=(*KEEP, "Sigma", "vcov"), engine=engine)
         _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
     return out
 
@@ -114,9 +110,9 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     out = nowhere(fitted, int(unit.max()) + 1)
     theta, reml = fitted.estimates.theta, np.bool_(fitted.reml)
     is_large = incidence(rows.stats) is not None
-    if not is_large and is_worthwhile(rows.stats, len(out.result)):
-        for deleted, stats in batches(rows, unit, how_many(rows.stats)):
-            est, sound = step_side_by_side(_in_basis(stats), theta, fitted.reml)
+    if not is_large and chosen_engine(rows.stats, len(out.result)) == "numpy":
+        for deleted, stats in batches(rows, unit):
+            est, sound = steps_at_once(_in_basis(stats), theta, fitted.reml)
             result = np.where(sound, COMPUTED, NO_STEP).astype(object)
             _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
         return out

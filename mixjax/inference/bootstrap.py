@@ -14,8 +14,9 @@ import pandas as pd
 
 from mixjax.batch import BatchFit
 from mixjax.covariance import Diagonal
+from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, EngineName, check_engine, chosen_engine, estimate_many
+from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, term_names
 from mixjax.formula.errors import warn
 from mixjax.inference import intervals

@@ -20,10 +20,10 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
 from mixjax.design import AnyArray
-from mixjax.engine.curvature import deviance_at_sigma, profile_lanes
-from mixjax.engine.moments import ClassSums, LevelSums, Moments, moments_of
-from mixjax.estimation.many import batch_axes, chosen_engine, stacked_moments
-from mixjax.inference.held import Chart, Held, Start, charts_of, hold
+from mixjax.engine.lanes import Lanes
+from mixjax.estimation.batch import Batch, one_lane
+from mixjax.estimation.choice import chosen_engine
+from mixjax.inference.held import Chart, Held, Start, charts_of
 from mixjax.linalg import ROTATIONS_UP_TO
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, namespace, silently
 from mixjax.optimise import newton
@@ -100,7 +100,7 @@ class OneDataSet:
         self.stats = padded(stats)
         sigma = np.asarray(sigma, np.float64)[None]
         self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
-        self._moments = moments_of(self.stats, alone=False)
+        self._lanes = one_lane(self.stats, False)
 
     def minimise(self, problems: Sequence[tuple[Held, float]]) -> Conditional:
         """The better of the two searches for every parameter and value."""
@@ -111,7 +111,7 @@ class OneDataSet:
             charts.append(charts_of(self.stats, held, np.repeat([problems[n][1] for n in own], 2), start))
             order += own
         chart = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *charts)
-        found = _least(self.stats, self._moments, chart, WIDTH, in_lanes_at_once(self.stats))
+        found = _least(self.stats, self._lanes, chart, WIDTH, in_lanes_at_once(self.stats))
         best = 2 * np.arange(len(order)) + found.deviance.reshape(-1, 2).argmin(1)
         return jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
 
@@ -129,11 +129,11 @@ def minimise_many(
     starts = (estimates_start(theta, sigma, stats.layout.qs), far_start(stats, np.asarray(sigma)))
     at_once = chosen_engine(stats, B) == "numpy"
     with float64():
-        moments = _moments_of_many(stats, at_once)
+        lanes = Batch(stats, at_once).lanes(slice(None), False)
     found = []
     for start in starts:
         chart = charts_of(stats, held, np.broadcast_to(np.asarray(value, np.float64), B), start)
-        found.append(_least(stats, moments, chart, WIDE, at_once))
+        found.append(_least(stats, lanes, chart, WIDE, at_once))
     second = found[1].deviance < found[0].deviance
 
     def better(a, b):
@@ -142,54 +142,21 @@ def minimise_many(
     return jax.tree.map(better, *found)
 
 
-# --- products with lanes last ---------------------------------------------------------------------------------------
-
-
-@jit
-def _stacked_moments(stats: CrossProducts) -> Moments:
-    return jax.vmap(moments_of, out_axes=-1)(stats)
-
-
-def _moments_of_many(stats: CrossProducts, at_once: bool) -> Moments:
-    """Moments of B data sets; those of one design share what does not depend on y."""
-    if np.ndim(stats.XX) == 3 and at_once:
-        return stacked_moments(stats)
-    if np.ndim(stats.XX) == 3:
-        return jax.tree.map(lambda a: np.asarray(a)[..., 0, :], _stacked_moments(stats))
-    axes = batch_axes(stats)
-    first = jax.tree.map(lambda a, axis: np.asarray(a)[0] if axis == 0 else a, stats, axes)
-    shared = moments_of(replace(first, classes=None), alone=False)
-    dense = [_last(stats.factors[f].Zy).reshape(q * m, -1) for f, q, m in shared.dense]
-    sums: ClassSums | LevelSums = LevelSums(
-        shared.sums.U,  # type: ignore[union-attr]
-        _last(stats.factors[shared.layout.chain[0]].Zy),
-    )
-    if stats.classes is not None:
-        A, count, UU = (np.asarray(a)[..., None] for a in stats.classes[:3])
-        shared = replace(shared, A=A, count=count, pair_UU=UU)
-        sums = ClassSums(_last(stats.classes.Uy), _last(stats.classes.yy))
-    return replace(shared, sums=sums, Uy=np.concatenate([*dense, _last(stats.Xy)]), yy=np.asarray(stats.yy))
-
-
-def _last(a: AnyArray) -> np.ndarray:
-    return np.moveaxis(np.asarray(a), 0, -1)
-
-
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 
-def _least(stats: CrossProducts, moments: Moments, chart: Chart, width: int, at_once: bool) -> Conditional:
+def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once: bool) -> Conditional:
     """Search every lane, in calls of at most ``width`` lanes."""
     if at_once:
-        return _conditional(stats, chart, _minimise_at_once(moments, chart, LONG))
+        return _conditional(stats, chart, _minimise_at_once(lanes, chart, LONG))
     B = chart.start.shape[-1]
-    own = sum(a.size // B for a in jax.tree.leaves(moments) if B > 1 and a.shape[-1] == B)
+    own = sum(a.size // B for a in jax.tree.leaves(lanes) if B > 1 and np.shape(a)[-1:] == (B,))
     width = int(max(2, min(width, 2 ** int(np.log2(max(2, MOST_NUMBERS // max(1, own)))))))
 
     def call(at: np.ndarray, limit: int) -> _Found:
         index = np.append(at, np.repeat(at[-1], width - len(at)))
         with float64():  # the scope is each thread's own
-            part = jax.tree.map(lambda a: a[..., index] if a.shape[-1] == B and B > 1 else a, moments)
+            part = jax.tree.map(lambda a: a[..., index] if B > 1 and np.shape(a)[-1:] == (B,) else a, lanes)
             found = _minimise(part, jax.tree.map(lambda a: a[..., index], chart), limit)
             return jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
 
@@ -243,22 +210,22 @@ class _Found(NamedTuple):
 
 
 @partial(jit, compiler_options=LANES)
-def _minimise(moments: Moments, chart: Chart, limit: AnyArray) -> _Found:
+def _minimise(lanes: Lanes, chart: Chart, limit: AnyArray) -> _Found:
     chart = jax.tree.map(jnp.asarray, chart)
-    moments = hold(jax.tree.map(jnp.asarray, moments), chart)
-    evaluate = partial(_evaluate, moments=moments, chart=chart, structures=moments.layout.structures)
-    return _found(newton.minimise(evaluate, chart.start, None, limit, _region(chart)), moments, chart)
+    lanes = jax.tree.map(jnp.asarray, lanes).turned(chart.v, chart.s)
+    evaluate = partial(_evaluate, lanes=lanes, chart=chart)
+    return _found(newton.minimise(evaluate, chart.start, None, limit, _region(chart)), lanes, chart)
 
 
-def _minimise_at_once(moments: Moments, chart: Chart, limit: int) -> _Found:
+def _minimise_at_once(lanes: Lanes, chart: Chart, limit: int) -> _Found:
     """By NumPy; lanes that are done are dropped where they are many."""
-    B, structures = chart.start.shape[-1], moments.layout.structures
+    B = chart.start.shape[-1]
     with silently():
         state = newton.begin(chart.start, _region(chart))
         found = newton.Solution(*(np.array(a) for a in newton.solution_of(state)))
-        at, own = np.arange(B), (hold(moments, chart), chart)
+        at, own = np.arange(B), (lanes.turned(chart.v, chart.s), chart)
         while len(at):
-            evaluate = partial(_evaluate, moments=own[0], chart=own[1], structures=structures)
+            evaluate = partial(_evaluate, lanes=own[0], chart=own[1])
             state = newton.advance(state, evaluate, None, limit)
             left = np.flatnonzero(~state.done)
             if len(left) > 0.75 * len(at):
@@ -267,9 +234,9 @@ def _minimise_at_once(moments: Moments, chart: Chart, limit: int) -> _Found:
                 whole[..., at] = part
             at = at[left]
             state = lanes_of(state, left)
-            part = lanes_of((moments, chart), at, B) if B > 1 else (moments, chart)
-            own = hold(*part), part[1]
-        return _found(found, hold(moments, chart), chart)
+            some, charts = lanes_of((lanes, chart), at, B) if B > 1 else (lanes, chart)
+            own = some.turned(charts.v, charts.s), charts
+        return _found(found, lanes.turned(chart.v, chart.s), chart)
 
 
 def _region(chart: Chart) -> Array:
@@ -278,14 +245,14 @@ def _region(chart: Chart) -> Array:
     return 0.5 * xp.maximum(xp.sqrt((chart.start**2).sum(0)), 0.2)
 
 
-def _found(solution: newton.Solution, moments: Moments, chart: Chart) -> _Found:
-    xp, structures = namespace(chart.start), moments.layout.structures
+def _found(solution: newton.Solution, lanes: Lanes, chart: Chart) -> _Found:
+    xp, structures = namespace(chart.start), lanes.layout.structures
     factors = _factors(solution.x, chart, structures)
-    lanes = profile_lanes(_coordinates(factors, structures), moments, False)
+    at = lanes.profiled(_coordinates(factors, structures))
     given = ~xp.isnan(chart.log_variance)
     variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
-    sigma = xp.sqrt(xp.where(given, variance, lanes.rss / moments.n))
-    return _Found(solution.value, solution.result, solution.x, tuple(factors), sigma, lanes.delta)
+    sigma = xp.sqrt(xp.where(given, variance, at.rss / lanes.moments.n))
+    return _Found(solution.value, solution.result, solution.x, tuple(factors), sigma, at.delta)
 
 
 def _factors(z: Array, chart: Chart, structures: tuple[Structure, ...]) -> list[Array]:
@@ -313,8 +280,8 @@ def _held_variance(factors: list[Array], chart: Chart) -> Array:
     return xp.where(has_sd, d, 1.0)
 
 
-def _evaluate(z: Array, moments: Moments, chart: Chart, structures: tuple[Structure, ...]):
-    xp = namespace(z, chart.start)
+def _evaluate(z: Array, lanes: Lanes, chart: Chart):
+    xp, structures = namespace(z, chart.start), lanes.layout.structures
     parts = cov.cut(z, structures)
     factors = _factors(z, chart, structures)
     given = ~xp.isnan(chart.log_variance)
@@ -322,7 +289,7 @@ def _evaluate(z: Array, moments: Moments, chart: Chart, structures: tuple[Struct
     d = _held_variance(factors, chart)
     d_D = xp.stack([row[a] * row[b] * (1.0 if a == b else 2.0) for row in chart.row for a, b in pairs_of(len(row))])
     fixed_variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / d
-    at = deviance_at_sigma(factors, moments, lambda profiled: xp.where(given, fixed_variance, profiled))
+    at = lanes.deviance_at_sigma(factors, lambda profiled: xp.where(given, fixed_variance, profiled))
     g, H = at.gradient, at.Hessian
     g_D, g_s, H_DD, H_Ds, H_ss = g[:-1], g[-1], H[:-1, :-1], H[:-1, -1], H[-1, -1]
     s_D = xp.where(given, -d_D / d, -H_Ds / H_ss)  # how log sigma^2 moves with D

@@ -23,8 +23,8 @@ from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
 from mixjax.engine.criterion import check_products
 from mixjax.engine.engine import Engine, engine_of, serves_at_once
+from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import batch_axes
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
 from mixjax.formula.errors import warn
 from mixjax.inference import kenward_roger as kr

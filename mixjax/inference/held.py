@@ -13,18 +13,14 @@ relative covariance. What is held fixes the chart or sigma:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
 from mixjax.covariance import Diagonal
 from mixjax.design import AnyArray
-from mixjax.engine.moments import Moments
 from mixjax.estimation.start import LOWEST
-from mixjax.machine import Array, namespace
 from mixjax.products.sums import CrossProducts
 
 
@@ -204,57 +200,3 @@ def _taken_out(stats: CrossProducts, held: Held, value: np.ndarray) -> tuple[np.
     j = held.i
     v = np.linalg.qr(np.concatenate([np.delete(R, j, -1), R[..., [j]]], axis=-1))[0][..., -1]
     return np.broadcast_to(v, (B, p)), (v * R[..., j]).sum(-1) * (beta0[..., j] - value)
-
-
-@dataclass(frozen=True)
-class HeldMoments(Moments):
-    """Moments with the columns ``[U y]`` changed to ``[U y] T``: Q to ``Q (I - v v')``, y to ``y + s Q v``.
-
-    What the lanes share they go on sharing.
-    """
-
-    v: AnyArray
-    s: AnyArray
-
-    def contract(self, weights: list) -> tuple:
-        return _changed(super().contract(weights), self.v[:, None], self.s)
-
-    def pull_back(self, UU, Uy, yy) -> list:
-        v, s = _padded(self.v, len(Uy)), self.s
-        UU, Uy = _projected(UU, v), Uy - v * (v * Uy).sum(0)
-        cross = s * Uy[:, None] * v[None]
-        UU = UU + cross + linalg.transpose(cross) + s**2 * yy * v[:, None] * v[None]
-        return super().pull_back(UU, Uy + s * yy * v, yy)
-
-
-def hold(moments: Moments, chart: Chart) -> Moments:
-    """The moments of every lane with its chart's change of X and y."""
-    if not len(chart.v):
-        return moments
-    own = {field.name: getattr(moments, field.name) for field in fields(moments)}
-    UU, Uy, yy = _changed((moments.UU, moments.Uy, moments.yy), chart.v, chart.s)
-    v = _padded(chart.v, len(Uy))
-    return replace(HeldMoments(**own, v=chart.v, s=chart.s), UU=UU + v[:, None] * v[None], Uy=Uy, yy=yy)
-
-
-def _changed(products: tuple, v: Array, s: Array) -> tuple:
-    """``T'[UU Uy; . yy] T`` in its parts."""
-    UU, Uy, yy = products
-    v = _padded(v, len(Uy))
-    step = s * (UU * v[None]).sum(1)
-    yy = yy + s * (v * (2.0 * Uy + step)).sum(0)
-    Uy = Uy + step
-    return _projected(UU, v), Uy - v * (v * Uy).sum(0), yy
-
-
-def _projected(UU: Array, v: Array) -> Array:
-    """``(I - v v') UU (I - v v')`` of a symmetric UU."""
-    along = (UU * v[None]).sum(1)
-    along = along - 0.5 * v * (v * along).sum(0)
-    cross = along[:, None] * v[None]
-    return UU - cross - linalg.transpose(cross)
-
-
-def _padded(v: Array, u: int) -> Array:
-    """v with zeros in front, for the dense effects: ``(u, ...)``."""
-    return namespace(v).pad(v, ((u - len(v), 0), *((0, 0),) * (v.ndim - 1)))

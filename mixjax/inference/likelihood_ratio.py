@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from mixjax.distributions import chi2_tail
-from mixjax.estimation.many import chosen_engine, estimate_many
+from mixjax.estimation.choice import chosen_engine
+from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning, fit_products, record_of
 from mixjax.formula.errors import warn
 from mixjax.inference.nesting import Place, check_same_data, is_within, logdet_X, place_of

@@ -10,7 +10,8 @@ import scipy.sparse as sp
 
 from mixjax.design import Design
 from mixjax.engine.equations import Equations
-from mixjax.estimation.many import chosen_engine, estimate_many
+from mixjax.estimation.choice import chosen_engine
+from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning
 from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size

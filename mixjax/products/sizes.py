@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from mixjax.linalg import ROTATIONS_UP_TO
 from mixjax.products.sums import CrossProducts
 
@@ -16,8 +18,8 @@ from mixjax.products.sums import CrossProducts
 MOST_EFFECTS, MOST_DENSE, MOST_PRODUCTS = 3, 64, 2**26
 # NumPy writes nothing out: what counts is the cube of the dense block, and the numbers that stand in memory.
 MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
-# Effects beside the first factor's up to which NumPy works on lanes side by side.
-MOST_DENSE_LANES = 32
+# Effects beside the first factor's up to which NumPy works on lanes side by side: responses of one design, and designs.
+MOST_DENSE_LANES, MOST_DENSE_STACKED = 32, 256
 # Fixed effects of the compiled lanes at most: their matrices of X's columns are eliminated row by row, one entry of all
 # lanes after the other, and from about here on LAPACK is quicker for one fit at a time.
 MOST_COLUMNS = 64
@@ -60,6 +62,8 @@ def is_small(stats: CrossProducts) -> bool:
 def in_lanes_at_once(stats: CrossProducts) -> bool:
     """Whether NumPy works on many lanes side by side: not where the products of matrices in a lane are large."""
     size = sizes_of(stats)
+    if np.ndim(stats.XX) == 3:
+        return size.d <= MOST_DENSE_STACKED and is_small(stats)
     return size.d <= MOST_DENSE_LANES and size.products <= MOST_PRODUCTS
 
 

@@ -18,8 +18,10 @@ from scipy import stats
 
 from mixjax.batch import BatchFit
 from mixjax.design import Design, Labels
+from mixjax.estimation.batch import batch_axes
+from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, EngineName, batch_axes, chosen_engine, estimate_many
+from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, term_names
 from mixjax.formula.errors import some_of
 from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.design import Labels
-from mixjax.estimation.many import EngineName, check_engine
+from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.formula.errors import DataWarning, some_of, warn
 from mixjax.inference.contrasts import check_ddf
 from mixjax.inference.intervals import check_level
