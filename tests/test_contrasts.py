@@ -15,7 +15,7 @@ from mixjax.covariance import factors_of, lambdas_of_theta, triangle
 from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.criterion import in_bases, profile
 from mixjax.engine.elimination import arrange
-from mixjax.engine.engine import Engine, engine_of
+from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import fit as fit_engine
 from mixjax.inference import contrasts
@@ -180,7 +180,8 @@ def test_kenward_roger_by_numpy_is_that_by_jax(x64, name):
     structure = STRUCTURES[name]
     stats = mj.cross_products(random_design(structure, 5))
     theta, L = random_theta(structure, 5), np.array([[1.0, 0.0], [1.0, -2.0]])
-    own, other = kr.adjust(theta, 1.7, stats), jax.jit(kr.adjust)(theta, 1.7, stats)
+    own = kr.adjust(AtOnce(stats, True), theta, 1.7)
+    other = jax.jit(kr.adjust)(Engine(stats, True), theta, 1.7)
     for a, b in zip(own, other, strict=True):
         assert isinstance(a, np.ndarray)
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11 * np.abs(b).max())
@@ -213,7 +214,7 @@ def test_kenward_roger_from_dense_matrices():
     information = [[0.5 * np.trace(projection @ g @ projection @ h) for h in G] for g in G]
     W = np.linalg.inv(information)
     spread = sum(W[i, j] * (Q[i][j] - P[i] @ C @ P[j]) for i in range(len(G)) for j in range(len(G)))
-    own = kr.adjust(fit.theta, fit.sigma, mj.cross_products(design))
+    own = kr.adjust(AtOnce(mj.cross_products(design), True), fit.theta, fit.sigma)
     np.testing.assert_allclose(own.vcov, C, rtol=1e-8)
     np.testing.assert_allclose(own.adjusted, C + 2 * C @ (0.5 * (spread + spread.T)) @ C, rtol=1e-7)
     slopes = np.array([[row @ C @ p @ C @ row for p in P] for row in np.eye(2)])

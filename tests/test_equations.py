@@ -15,7 +15,6 @@ import mixjax as mj
 from mixjax.bases import Basis
 from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Unstructured, lambdas_of_theta, triangle
 from mixjax.diagnostics.deletion import batches
-from mixjax.diagnostics.refits import _steps
 from mixjax.diagnostics.residuals import SCALES
 from mixjax.diagnostics.sensitivity import _at_once, _contract, _jacobian, _slopes
 from mixjax.engine.criterion import in_bases
@@ -23,7 +22,8 @@ from mixjax.engine.engine import AtOnce, engine_of
 from mixjax.engine.equations import Equations, by_factor
 from mixjax.engine.modes import conditional_covariances
 from mixjax.estimation.estimate import fit
-from mixjax.estimation.many import KEEP, steps_at_once
+from mixjax.estimation.many import KEEP
+from mixjax.estimation.steps import newton_steps
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout, TermPlace, stack
 
@@ -188,8 +188,8 @@ def test_steps_side_by_side_are_those_of_the_compiled_program(name):
     fitted = record(random_design(STRUCTURES[name], 8), True)
     rows = rows_of(fitted.rows)
     _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
-    found, sound = steps_at_once(stats, fitted.estimates.theta, True)
-    expected, also = _steps(stats, fitted.estimates.theta, np.bool_(True))
+    found, sound = newton_steps(stats, fitted.estimates.theta, True, "numpy")
+    expected, also = newton_steps(stats, fitted.estimates.theta, True, "jax")
     np.testing.assert_array_equal(sound, also)
     for what in ("theta", "sigma", "beta", "vcov", "singular"):
         own, other = (np.asarray(getattr(est, what), float)[sound] for est in (found, expected))

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mixjax import covariance as cov
-from mixjax.bases import Basis
 from mixjax.diagnostics.deletion import batches
-from mixjax.engine.coordinates import is_regular, solve_where
-from mixjax.engine.engine import Engine
-from mixjax.engine.incidence import incidence
+from mixjax.engine.engine import is_crossed
 from mixjax.estimation.choice import chosen_engine
-from mixjax.estimation.estimate import Estimates, assemble, fit
-from mixjax.estimation.many import KEEP, estimate_many, steps_at_once
-from mixjax.estimation.search import REGION
+from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.many import KEEP, estimate_many
+from mixjax.estimation.steps import newton_steps
 from mixjax.fitted import Fitted
-from mixjax.machine import LANES, compiled, float64, jit
-from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows
 from mixjax.products.sums import CrossProducts
@@ -31,10 +21,6 @@ from mixjax.products.sums import CrossProducts
 # Codes beside those of mixjax.Result.
 RANK_DEFICIENT, NO_STEP, COMPUTED = "RANK_DEFICIENT", "NO_STEP", "COMPUTED"
 SOLUTIONS = (COMPUTED, *(code.name for code in Result if code.is_solution))
-# What is taken from the refits.
-FIELDS = ("theta", "beta", "sigma", "Sigma", "vcov", "singular", "result")
-# Deletions that take their Newton step in one call.
-TOGETHER = 64
 
 
 class Without(NamedTuple):
@@ -82,19 +68,15 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
         unit: ``(n,)`` codes ``0 .. U - 1``. delta: ``(p,)`` coefficients of all rows in the basis of X.
     """
     out = nowhere(fitted, int(unit.max()) + 1)
-    is_large = incidence(rows.stats) is not None
     engine = chosen_engine(rows.stats, len(out.result))
     rows = rows if engine == "numpy" else rows.padded()
-    # Fits of a large crossed design go one after another, over sparse rows, from the theta of all rows.
-    start = None if fitted.estimates.singular else fitted.estimates.theta
+    # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and where
+    # there are several minima the choice among them does not depend on the rows that are left out. But fits of a large
+    # crossed design take long.
+    is_large = is_crossed(rows.stats) and not fitted.estimates.singular
+    start = fitted.estimates.theta if is_large else None
     for deleted, stats in batches(rows, unit):
-        if is_large:
-            with float64():
-                est = _one_by_one(stats, fitted.reml, lambda engine: _kept(compiled(fit)(engine, start)))
-        else:
-            # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and
-            # where there are several minima the choice among them does not depend on the rows that are left out.
-            est = estimate_many(_in_basis(stats), fitted.reml, keep=(*KEEP, "Sigma", "vcov"), engine=engine)
+        est = estimate_many(stats.in_basis(), fitted.reml, start, keep=(*KEEP, "Sigma", "vcov"), engine=engine)
         _put(out, deleted, _to_basis_of(rows, est, stats), delta, _names_of(est.result))
     return out
 
@@ -108,79 +90,17 @@ def step_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray
     covariance, is exact at the end of the step. Arguments as in :func:`refit_without`.
     """
     out = nowhere(fitted, int(unit.max()) + 1)
-    theta, reml = fitted.estimates.theta, np.bool_(fitted.reml)
-    is_large = incidence(rows.stats) is not None
-    if not is_large and chosen_engine(rows.stats, len(out.result)) == "numpy":
-        for deleted, stats in batches(rows, unit):
-            est, sound = steps_at_once(_in_basis(stats), theta, fitted.reml)
-            result = np.where(sound, COMPUTED, NO_STEP).astype(object)
-            _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
-        return out
-    rows = rows.padded()
-    with float64():
-        for deleted, stats in batches(rows, unit):
-            if is_large:
-                est, sound = _one_by_one(stats, fitted.reml, lambda engine: compiled(_step)(engine, theta))
-            else:
-                est, sound = _in_blocks(stats, lambda some: _steps(some, theta, reml))
-            result = np.where(sound, COMPUTED, NO_STEP).astype(object)
-            _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
+    engine = chosen_engine(rows.stats, len(out.result))
+    rows = rows if engine == "numpy" else rows.padded()
+    for deleted, stats in batches(rows, unit):
+        est, sound = newton_steps(stats.in_basis(), fitted.estimates.theta, fitted.reml, engine)
+        result = np.where(sound, COMPUTED, NO_STEP).astype(object)
+        _put(out, deleted, _to_basis_of(rows, est, stats), delta, result)
     return out
 
 
 def _names_of(codes: np.ndarray) -> np.ndarray:
     return np.array([Result(code).name for code in codes], dtype=object)
-
-
-def _one_by_one(stats: CrossProducts, reml: bool, call: Callable[[Engine], Any]) -> Any:
-    """A function of each of B data sets."""
-    parts, where, pairs = [], None, None
-    for i in range(len(stats.yy)):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], _in_basis(stats))
-        # Levels keep their places, and those that no longer meet have products of zero there.
-        if pairs is None or any((a.cols != b.cols).any() for a, b in zip(pairs, one.pairs, strict=True)):
-            where, pairs = incidence(one), one.pairs
-        parts.append(jax.device_get(call(Engine(one, np.bool_(reml), where))))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-
-
-def _in_blocks(stats: CrossProducts, call: Callable[[CrossProducts], Any]) -> Any:
-    """A function of products of TOGETHER data sets, in as many calls as B of them need."""
-    parts, B = [], len(stats.yy)
-    for first in range(0, B, TOGETHER):
-        # One shape for all calls: the last lane stands for those that are none.
-        at = np.minimum(np.arange(first, first + TOGETHER), B - 1)
-        parts.append(jax.device_get(call(jax.tree.map(lambda leaf, at=at: leaf[at], _in_basis(stats)))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:B], *parts)
-
-
-def _step(engine: Engine, theta: Array) -> tuple[Estimates, Array]:
-    x, free = engine.coordinates(theta)
-    value, gradient, H = engine.derivatives(x)
-    step = -solve_where(free, H, gradient[:, None])[:, 0]
-    longest, length = REGION * jnp.sqrt((x * x).sum()), jnp.sqrt((step * step).sum())
-    x = x + step * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)
-    nothing = jnp.zeros(())
-    at = Solution(x, value, free, nothing > 0, nothing, jnp.zeros((), int), jnp.zeros((), int))
-    est = assemble(engine, at)
-    return _kept(est), is_regular(free, H) & jnp.isfinite(est.sigma)
-
-
-def _kept(est: Estimates) -> Estimates:
-    return Estimates._make(getattr(est, name) if name in FIELDS else None for name in Estimates._fields)
-
-
-def _steps_of(stats: CrossProducts, theta: Array, reml: Array) -> tuple[Estimates, Array]:
-    return jax.vmap(lambda one: _step(Engine(one, reml), theta))(stats)
-
-
-_steps = jit(_steps_of, compiler_options=LANES)
-
-
-def _in_basis(stats: CrossProducts) -> CrossProducts:
-    """The same products of B data sets, their fixed effects to be those of the basis of X and nothing taken out."""
-    eye = np.broadcast_to(np.eye(stats.XX.shape[-1]), stats.XX.shape)
-    return replace(stats, X_basis=Basis(eye, eye, stats.X_basis.logdet), beta0=np.zeros_like(stats.beta0))
 
 
 def _to_basis_of(rows: Rows, est: Estimates, stats: CrossProducts) -> Estimates:

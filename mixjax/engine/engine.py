@@ -6,7 +6,7 @@ of the elimination. Coordinates x are the optimiser's, in the bases of the produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from mixjax.engine.incidence import Incidence, incidence
 from mixjax.engine.modes import conditional_modes
 from mixjax.engine.moments import Moments, moments_of
 from mixjax.engine.profiled import Profiled
+from mixjax.engine.whole import Whole, whole
 from mixjax.machine import Array, compiled, float64, namespace, silently
 from mixjax.optimise.newton import by_differentiation
 from mixjax.products.rows import Rows
@@ -92,6 +93,12 @@ class Engine:
     def coordinates(self, theta: Array) -> tuple[Array, Array]:
         """``x (k,)`` of estimates ``theta``, and which of them are free there, ``(k,)``."""
         return coordinates_of(theta, self.stats)
+
+    def whole(self, theta: Array) -> Whole:
+        """``Z'H^{-1}Z`` and ``Z'H^{-1}X`` of all effects."""
+        stats = self.stats
+        theta = namespace(theta, stats.XX, stats.yy).asarray(theta, stats.XX.dtype)
+        return whole(in_bases(cov.lambdas_of_theta(theta, stats.layout.qs), stats), stats)
 
     def equations(self, lambdas: list[np.ndarray]) -> Equations:
         """The mixed-model equations at the terms' factors ``(q, q)``, of their own columns; by NumPy."""
@@ -163,6 +170,26 @@ def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
         return AtOnce(stats, bool(reml))
     stats = pad(stats)
     return Engine(stats, np.bool_(reml), incidence(stats))
+
+
+def engines_of(stats: CrossProducts, axes: CrossProducts, reml: bool) -> Iterator[Engine]:
+    """One engine by JAX for each of B data sets; what meets in them is looked up once where that is the same.
+
+    Args:
+        axes: 0 where an array has the data sets in front, -1 where they share it.
+    """
+    where, pairs = None, None
+    for i in range(len(stats.yy)):
+        one = jax.tree.map(lambda a, axis, i=i: np.asarray(a)[i] if axis == 0 else a, stats, axes)
+        # Levels keep their places, and those that no longer meet have products of zero there.
+        if pairs is None or any((a.cols != b.cols).any() for a, b in zip(pairs, one.pairs, strict=True)):
+            where, pairs = incidence(one), one.pairs
+        yield Engine(one, np.bool_(reml), where)
+
+
+def is_crossed(stats: CrossProducts) -> bool:
+    """Whether a data set is a large crossed design, which is fitted over sparse rows."""
+    return incidence(stats) is not None
 
 
 def serves_at_once(stats: CrossProducts) -> bool:

@@ -13,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
 from mixjax.engine.criterion import check_products, warn_of_float32
-from mixjax.engine.engine import AtOnce, Engine
-from mixjax.engine.incidence import incidence
+from mixjax.engine.engine import AtOnce, engines_of, is_crossed
 from mixjax.engine.lanes import Lanes
-from mixjax.estimation.at_once import fit_lanes, padded_lanes, step_lanes
+from mixjax.estimation.at_once import fit_lanes, padded_lanes
 from mixjax.estimation.batch import Batch, batch_axes, last, replicates
 from mixjax.estimation.blocks import Blocks, for_blocks, lanes_at_once, parts_of
 from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
@@ -133,22 +132,6 @@ def many_at_once(stats: CrossProducts, reml: bool, start: np.ndarray | None, kee
     return results.estimates()
 
 
-def steps_at_once(stats: CrossProducts, theta: np.ndarray, reml: bool) -> tuple[Estimates, np.ndarray]:
-    """One Newton step from ``theta (k,)`` for each of B data sets, no longer than a search's first; and ``(B,)``
-    whether the Hessian allows for it. By NumPy.
-
-    Returns:
-        ``theta, beta, sigma, Sigma, vcov, singular`` with a leading axis B, and the flags.
-    """
-    batch = Batch(stats, at_once=True)
-    results = Results(batch, (*KEEP, "Sigma", "vcov"))
-    sound = np.zeros(batch.B, bool)
-    for at in parts_of(batch):
-        fits, sound[at] = step_lanes(batch.lanes(at, reml), theta)
-        results.put(at, fits)
-    return results.estimates(), sound
-
-
 def _platform(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
@@ -230,21 +213,18 @@ def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep
     axes = replace(batch_axes(stats), classes=None)
     stats = replace(stats, classes=None)
     B = len(stats.yy)
-    where = None if np.ndim(stats.XX) == 3 else incidence(replicates(stats, axes, 0))
-    alone = where is not None or is_wide(stats)
-    size = 1 if alone else VMAP_BLOCK
-    run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
+    left_out: dict[str, Any] = {name: None for name in Estimates._fields if name not in keep}
     parts = []
-    for first in range(0, B, size):
-        index = np.minimum(np.arange(first, first + size), B - 1)
-        begin = None if start is None else start[index]
-        if not alone:
-            est = run(replicates(stats, axes, index), reml, begin)
-        else:
-            engine = Engine(replicates(stats, axes, first), reml, where)
-            one = compiled(fit)(engine, None if begin is None else begin[0])
-            est = jax.tree.map(lambda a: np.asarray(a)[None], one)
-        parts.append(est._replace(**{name: None for name in Estimates._fields if name not in keep}))
+    if is_wide(stats) or is_crossed(replicates(stats, axes, 0)):
+        for i, engine in enumerate(engines_of(stats, axes, reml)):
+            one = compiled(fit)(engine, None if start is None else start[i])
+            parts.append(jax.tree.map(lambda a: np.asarray(a)[None], one._replace(**left_out)))
+    else:
+        run = _jitted_estimates(tuple(jax.tree.leaves(axes)))
+        for first in range(0, B, VMAP_BLOCK):
+            index = np.minimum(np.arange(first, first + VMAP_BLOCK), B - 1)
+            est = run(replicates(stats, axes, index), reml, None if start is None else start[index])
+            parts.append(est._replace(**left_out))
     return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts)
 
 

@@ -22,7 +22,7 @@ from jax.scipy.special import betainc, erfc
 from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
 from mixjax.engine.criterion import check_products
-from mixjax.engine.engine import Engine, engine_of, serves_at_once
+from mixjax.engine.engine import AtOnce, Engine, engine_of, serves_at_once
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
@@ -141,7 +141,7 @@ def _satterthwaite(engine: Engine, theta: Array, beta: Array, sigma: Array, L: A
 def _kenward_roger(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
     if not L.shape[1]:
         return _wald(engine, theta, beta, sigma, L)
-    fit = kr.adjust(theta, sigma, engine.stats)
+    fit = kr.adjust(engine, theta, sigma)
     return _contrast(L, beta, fit.adjusted, kr.df_of_rows(L, fit))
 
 
@@ -376,8 +376,7 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
     if not fitted.reml:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fit_products(fitted.stats, fitted.labels, True, None, None, fitted.design)
-    with silently():
-        fit = kr.adjust(fitted.estimates.theta, fitted.estimates.sigma, fitted.stats)
+    fit = AtOnce(fitted.stats, True).run(kr.adjust, fitted.estimates.theta, fitted.estimates.sigma)
 
     def joint(_: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         with silently():

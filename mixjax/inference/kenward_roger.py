@@ -9,16 +9,16 @@ G_i are replaced by others of the same span: H itself stands for the one of sigm
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.design import AnyArray
-from mixjax.engine.criterion import in_bases
-from mixjax.machine import Array, add_at, namespace, set_at
-from mixjax.products.sums import CrossProducts, PairProducts
+from mixjax.engine.engine import Engine
+from mixjax.engine.whole import Place
+from mixjax.machine import Array, namespace
+from mixjax.products.sums import CrossProducts
 
 # Random effects of all levels together, where they do not fall apart by level: one matrix of that size is inverted.
 MOST_EFFECTS = 4000
@@ -54,16 +54,14 @@ def refusal(stats: CrossProducts) -> str | None:
     return None
 
 
-def adjust(theta: AnyArray, sigma: AnyArray, stats: CrossProducts) -> Adjusted:
+def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Adjusted:
     """Adjusted covariance at REML estimates ``theta (k,)``, ``sigma ()``.
 
     Kenward & Roger (1997), section 2, with the R_ij zero since V is linear in its parameters.
     """
+    stats = engine.stats
     xp = namespace(theta, sigma, stats.XX, stats.yy)
-    lambdas = in_bases(cov.lambdas_of_theta(xp.asarray(theta, stats.XX.dtype), stats.layout.qs), stats)
-    A, B, places = _blocks(stats, xp)
-    N, T, DT = _eliminated(A, B, lambdas, places)
-    M = stats.XX - _inner(B, DT)
+    N, T, M, places = engine.whole(theta)
     C = linalg.inverse_small(M)
 
     # Everything relative to sigma^2, direction after direction, H itself as the last.
@@ -133,96 +131,12 @@ def f_scaling(L: Array, fit: Adjusted) -> tuple[Array, Array]:
     return df, xp.where(abs(df - 2.0) < 1e-2, 1.0, df * (1.0 - A2 / r) / (df - 2.0))
 
 
-# --- cross-products as blocks --------------------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
-    """Where the effects of a term stand in a block, effect after effect: at ``own``, q effects of m levels each.
-
-    ``units (j, q, q)`` are symmetric matrices that span the term's covariances.
-    """
-
-    own: slice
-    q: int
-    m: int
-    units: np.ndarray
-
-
-def _blocks(stats: CrossProducts, xp: Any) -> tuple[Array, Array, list[_Place]]:
-    """``Z'Z (g, s, s)`` and ``Z'Q (g, s, p)``, a block per level or one of all effects, and the place of every term."""
-    starts, size = {}, 0
-    alone = len(stats.factors) == 1
-    for f, products in enumerate(stats.factors):
-        q, _, m = products.ZZ.shape
-        starts[f] = (size, 1 if alone else m)
-        size += q * m
-    places = []
-    for term in stats.layout.terms:
-        start, m = starts[term.factor]
-        first, units = start + term.start * m, term.structure.directions()
-        units = np.zeros((0, term.q, term.q)) if units is None else units
-        places.append(_Place(slice(first, first + term.q * m), term.q, m, units))
-    if alone:
-        products = stats.factors[0]
-        return xp.moveaxis(xp.asarray(products.ZZ), -1, 0), xp.moveaxis(xp.asarray(products.ZX), -1, 0), places
-    A = xp.zeros((size, size), stats.XX.dtype)
-    B = []
-    for (start, m), products in zip(starts.values(), stats.factors, strict=True):
-        at = start + np.arange(len(products.ZZ), dtype=np.int32)[:, None] * m + np.arange(m, dtype=np.int32)
-        A = set_at(A, (at[:, None], at[None]), xp.asarray(products.ZZ))
-        B.append(xp.moveaxis(xp.asarray(products.ZX), 1, -1).reshape(at.size, -1))
-    for (s, t), pair in zip(stats.layout.pairs, stats.pairs, strict=True):
-        A = _add_pair(A, pair, starts[s], starts[t], xp)
-    return A[None], xp.concatenate(B)[None], places
-
-
-def _add_pair(A: Array, pair: PairProducts, s: tuple[int, int], t: tuple[int, int], xp: Any) -> Array:
-    """Products of factors that start at ``s[0]`` and have ``s[1]`` levels; a pair with a level out of range is none."""
-    q_s, q_t, _ = pair.ZZ.shape
-    there = (pair.rows < s[1]) & (pair.cols < t[1])
-    ZZ = xp.where(there, pair.ZZ, 0.0)
-    rows, cols = xp.minimum(pair.rows, s[1] - 1), xp.minimum(pair.cols, t[1] - 1)
-    at_s = s[0] + np.arange(q_s, dtype=np.int32)[:, None] * s[1] + rows[None]
-    at_t = t[0] + np.arange(q_t, dtype=np.int32)[:, None] * t[1] + cols[None]
-    A = add_at(A, (at_s[:, None], at_t[None]), ZZ)
-    return add_at(A, (at_t[:, None], at_s[None]), xp.swapaxes(ZZ, 0, 1))
-
-
-def _eliminated(A: Array, B: Array, lambdas: list[Array], places: list[_Place]) -> tuple[Array, Array, Array]:
-    """``N = (I + A D)^{-1} A``, ``T = (I + A D)^{-1} B`` and ``D T``, a block each, with ``D = Lambda Lambda'``.
-
-    Products with ``W = (I + Lambda'A Lambda)^{-1}``, as in :func:`mixjax.linalg.gain`; Lambda itself is never laid out.
-    """
-    xp = namespace(A, *lambdas)
-    right = _times(A, lambdas, places)  # A Lambda
-    left = xp.swapaxes(right, 1, 2)
-    M = xp.eye(A.shape[1], dtype=A.dtype) + _times(left, lambdas, places)
-    W = xp.moveaxis(linalg.inverse_logdet(xp.moveaxis(M, 0, -1))[0], -1, 0)
-    half = right @ W
-    N = A - half @ left
-    rows = xp.swapaxes(_times(xp.swapaxes(B, 1, 2), lambdas, places), 1, 2)  # Lambda'B
-    turned = [xp.swapaxes(Lambda, 0, 1) for Lambda in lambdas]
-    DT = xp.swapaxes(_times(xp.swapaxes(W @ rows, 1, 2), turned, places), 1, 2)
-    return 0.5 * (N + xp.swapaxes(N, 1, 2)), B - half @ rows, DT
-
-
-def _times(X: Array, lambdas: list[Array], places: list[_Place]) -> Array:
-    """``X Lambda`` for ``X (g, r, s)`` and the ``(q, q)`` of every term, which all of its levels share."""
-    xp = namespace(X, *lambdas)
-    at = np.argsort([place.own.start for place in places])
-    parts = []
-    for t in at:
-        part = X[:, :, places[t].own].reshape(*X.shape[:2], places[t].q, places[t].m)
-        parts.append(xp.einsum("graj,ab->grbj", part, lambdas[t]).reshape(*X.shape[:2], -1))
-    return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=2)
-
-
 def _inner(X: Array, Y: Array) -> Array:
     """``sum_g X_g' Y_g`` of ``(g, s, r)`` and ``(g, s, c)``."""
     return X.reshape(-1, X.shape[2]).T @ Y.reshape(-1, Y.shape[2])
 
 
-def _traces(a: _Place, b: _Place, N: Array) -> Array:
+def _traces(a: Place, b: Place, N: Array) -> Array:
     """``tr(E N F N)`` of all directions E of one term and F of another, ``(j, l)``."""
     xp = namespace(N)
     part = N[:, a.own, b.own].reshape(len(N), a.q, a.m, b.q, b.m)
@@ -231,7 +145,7 @@ def _traces(a: _Place, b: _Place, N: Array) -> Array:
     return xp.einsum("jab,lcd,bcad->jl", a.units, b.units, squares)
 
 
-def _single_traces(place: _Place, N: Array) -> Array:
+def _single_traces(place: Place, N: Array) -> Array:
     """``tr(E N)`` of all directions of a term."""
     xp = namespace(N)
     part = N[:, place.own, place.own].reshape(len(N), place.q, place.m, place.q, place.m)

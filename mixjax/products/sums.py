@@ -148,6 +148,12 @@ class CrossProducts:
     layout: Layout
     classes: ClassProducts | None = None
 
+    def in_basis(self) -> CrossProducts:
+        """The same, their fixed effects to be those of the basis of X, beyond the least-squares coefficients."""
+        eye = np.broadcast_to(np.eye(self.XX.shape[-1]), self.XX.shape)
+        basis = Basis(eye, eye, self.X_basis.logdet)
+        return replace(self, X_basis=basis, beta0=np.zeros_like(np.asarray(self.beta0)))
+
     def __add__(self, other: CrossProducts) -> CrossProducts:
         return add(self, other)
 
