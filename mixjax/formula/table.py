@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -317,12 +318,17 @@ def levels_of(frame: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
 def combinations(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The codes of :func:`factor_codes` and the names of :func:`levels_of`."""
     codes = np.zeros(len(frame), np.int64)
-    names = []
+    names: list[np.ndarray] = []
     for name in columns:
         own, levels = level_names(frame[name])
         names.append(np.array(levels, object))
         codes = codes * len(levels) + own
-    present, codes = np.unique(codes, return_inverse=True)
+    possible = math.prod(len(levels) for levels in names)
+    if possible <= 4 * len(codes) + 1000:  # counting takes less than sorting
+        there = np.bincount(codes, minlength=possible) > 0
+        present, codes = np.flatnonzero(there), (np.cumsum(there) - 1)[codes]
+    else:
+        present, codes = np.unique(codes, return_inverse=True)
     parts = np.empty((len(present), len(columns)), object)
     for j in reversed(range(len(columns))):
         present, which = np.divmod(present, len(names[j]))
