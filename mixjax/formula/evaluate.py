@@ -7,6 +7,7 @@ the same by it.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -383,7 +384,7 @@ def _check_size(effects: Effects, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         levels = _levels(value)
         wide[name] = (*np.shape(_bare(value)), 1)[1] if levels is None else len(levels)
-    widths = {":".join(term): int(np.prod([float(wide[name]) for name in term])) for term in effects.terms}
+    widths = {":".join(term): math.prod(wide[name] for name in term) for term in effects.terms}
     if sum(widths.values()) > MOST_COLUMNS:
         widest = max(widths, key=lambda name: widths[name])
         raise DataError(

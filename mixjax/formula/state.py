@@ -105,7 +105,7 @@ class FormulaState:
 
 def kinds_of(frame: pd.DataFrame, parsed: ParsedFormula) -> dict[str, Any]:
     """The dtypes of the columns that predictors read."""
-    return {name: frame[name].dtype for e in parsed.predictors for name in e.columns}
+    return {name: frame[name].dtype for name in dict.fromkeys(n for e in parsed.predictors for n in e.columns)}
 
 
 # --- new tables ------------------------------------------------------------------------------------------------------
