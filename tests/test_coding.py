@@ -149,10 +149,21 @@ def test_contrasts_that_do_not_fit_are_refused(asked):
         mj.build_design(f"y ~ C(f, {asked}) + (1 | g)", data, context={"np": np})
 
 
+@pytest.mark.parametrize("formula", ["C(y > 0) ~ 1 + (1 | g)", "y ~ offset(C(k)) + (1 | g)", "C(k) ~ y + (1 | g)"])
+def test_factors_of_zeros_and_ones_are_no_numbers(formula):
+    data = pd.DataFrame({"k": np.arange(30) % 2, "g": np.arange(30) // 5, "y": np.sin(np.arange(30.0))})
+    with pytest.raises(mj.DataError, match="is not one numeric column"):
+        mj.build_design(formula, data)
+    assert set(mj.build_design("(y > 0) ~ k + (1 | g)", data)[0].y) == {0.0, 1.0}
+
+
 def test_hashed_factors_are_predicted():
     rng = np.random.default_rng(3)
     data = pd.DataFrame({"f": list("abcd") * 12, "g": np.arange(48) // 6, "y": rng.normal(size=48)})
-    fit = mj.lmm("y ~ hashed(f, levels=3) + (1 | g)", data)
+    data["y"] += 3.0 * data["g"]
+    with pytest.warns(mj.DataWarning, match=r"left out because other columns determine them: hashed"):  # empty ones
+        fit = mj.lmm("y ~ hashed(f, levels=9) + (1 | g)", data)
+    assert len(fit.fixef) > 2
     np.testing.assert_allclose(fit.predict(data.iloc[::-1]), np.asarray(fit.fitted)[::-1], rtol=1e-12)
 
 

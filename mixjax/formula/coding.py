@@ -41,22 +41,24 @@ class Factor:
         codes: ``(n,)`` numbers of the levels, -1 where there is no value. levels: in order.
         contrasts: as formulaic's ``C`` takes them; None for treatment contrasts.
         spans_intercept: whether the columns of all levels add up to the constant.
+        declared: whether ``C(...)`` made it, and not the kind of its values.
     """
 
     codes: np.ndarray
     levels: list[Any]
     contrasts: Any = None
     spans_intercept: bool = True
+    declared: bool = False
 
     @staticmethod
-    def of(values: pd.Series, levels: Any = None, contrasts: Any = None, spans_intercept: bool = True) -> Factor:
+    def of(values: pd.Series, levels: Any = None) -> Factor:
         """Of a column: the levels are those given, the categories, or else the values in order."""
         if levels is not None:
             values = pd.Series(pd.Categorical(values, categories=list(levels)))
         elif not isinstance(values.dtype, pd.CategoricalDtype):
             values = values.astype("category")
         own: Any = values.array
-        return Factor(own.codes, list(own.categories), contrasts, spans_intercept)
+        return Factor(own.codes, list(own.categories))
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -257,7 +259,7 @@ class Spec:
         for factor, names in self.names.items():
             own, blocks[factor] = self.coders[factor[0]].block(values[factor[0]], factor[1])
             if own != names:
-                raise ValueError(f"'{factor[0]}' gives the columns {', '.join(own)}, and gave {', '.join(names)}")
+                raise ValueError(f"'{factor[0]}' gives the columns {', '.join(own)}; in the fit {', '.join(names)}")
         return _matrix(self.structure, blocks, n)
 
 

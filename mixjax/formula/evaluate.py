@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -195,7 +195,9 @@ def as_values(value: Any, n: int, e: Expression) -> Any:
         own = metadata.encoder or Contrasts(None, None)
         if metadata.kind.value != "categorical" or not isinstance(own, Contrasts):
             return value
-        return Factor.of(pd.Series(bare), own.levels, own.contrasts, metadata.spans_intercept)
+        factor = Factor.of(pd.Series(bare), own.levels)
+        spans = metadata.spans_intercept
+        return replace(factor, contrasts=own.contrasts, spans_intercept=spans, declared=True)
     value = bare
     if value is None:
         raise FormulaError(f"'{e}' gives None, and no values")
@@ -246,7 +248,7 @@ def numbers(
             raise DataError(f"the {what} '{e}' is not numeric: it holds {content(frame[e.column])}")
         return column.to_numpy(float), Learnt({})
     value, learnt = evaluate(e, frame, context, learnt)
-    if isinstance(value, Factor) and set(value.levels) <= {False, True}:
+    if isinstance(value, Factor) and not value.declared and set(value.levels) <= {False, True}:
         value = np.asarray(value, float)
     if not isinstance(value, np.ndarray) or value.size != len(frame):
         raise DataError(f"the {what} '{e}' is not one numeric column")
@@ -338,10 +340,15 @@ def refuse_company(e: Expression, learnt: Learnt) -> None:
         )
 
 
-def _levels(value: Any) -> list[Any] | None:
-    """The levels of a factor, also those without rows in this chunk; None of numbers."""
+def _levels(value: Any, alone: bool = False) -> list[Any] | None:
+    """The levels of a factor, also those without rows in this chunk; None of numbers.
+
+    Args:
+        alone: without levels that ``C(..., levels=)`` adds to those of the rows.
+    """
     if isinstance(value, Factor):
-        return value.levels
+        added = alone and value.declared
+        return [value.levels[k] for k in np.unique(value.codes) if k >= 0] if added else value.levels
     metadata = metadata_of(value)
     return list(pd.unique(_bare(value))) if metadata is not None and metadata.kind.value == "categorical" else None
 
@@ -363,7 +370,7 @@ def columns_of(
         if e.column == "Intercept":
             raise DataError("a column called 'Intercept' has the name of the constant column: rename it")
         values[e.shown], learnt[e.shown] = evaluate(e, frame, context)
-        levels = _levels(values[e.shown])
+        levels = _levels(values[e.shown], alone=True)
         if several and levels is not None and len(levels) < 2:
             raise DataError(
                 f"the factor '{e}' has one level in the rows used ({listed(levels)}): there is "
