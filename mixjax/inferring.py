@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,12 @@ from mixjax.inference.bootstrap import bootstrap as run_bootstrap
 from mixjax.inference.means import MarginalMeans
 from mixjax.inference.means import emmeans as marginal_means
 from mixjax.inference.means import emtrends as marginal_trends
-from mixjax.inference.profile import Profile
-from mixjax.inference.profile import profile as run_profile
 from mixjax.inference.robust import Robust
 from mixjax.inference.robust import robust as sandwich
 from mixjax.simulation import simulate_responses
+
+if TYPE_CHECKING:
+    from mixjax.inference.profile import Profile
 
 
 class Inferring:
@@ -143,7 +144,7 @@ class Inferring:
             [7.44, 13.5]
         """
         if method == "profile":
-            found = run_profile(self.record, parm).confint(level)
+            found = self.profile(parm).confint(level)
             for note in found.attrs["notes"]:
                 warn(note, InferenceWarning)
             return found
@@ -174,7 +175,9 @@ class Inferring:
             >>> fit.profile().confint().round(2).loc["sd_Intercept|Batch"].tolist()
             [12.2, 84.06]
         """
-        return run_profile(self.record, parm)
+        from mixjax.inference.profile import profile  # splines of scipy.interpolate, which takes long to load
+
+        return profile(self.record, parm)
 
     def bootstrap(
         self,

@@ -523,6 +523,17 @@ def test_levels_have_one_name_whatever_the_type(names, makes):
         assert levels_of(frame, ("x", "b")).tolist() == [[names[0], "u"], [names[1], "v"]]
 
 
+@pytest.mark.parametrize("levels", [3, 60])
+def test_levels_of_interactions_are_those_of_a_sort(levels):
+    """Few combinations are counted, many are sorted."""
+    rng = np.random.default_rng(levels)
+    frame = pd.DataFrame({name: rng.integers(0, levels, 200).astype(float) for name in "abc"})
+    codes, names = factor_codes(frame, ("a", "b", "c"))
+    assert codes.tolist() == frame.groupby(["a", "b", "c"]).ngroup().tolist()
+    unique = np.unique(frame.to_numpy(int), axis=0)
+    assert names == [":".join(map(str, row)) for row in unique]
+
+
 def test_columns_of_hundreds_of_thousands_of_rows_are_not_read_value_by_value(monkeypatch):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"x": rng.normal(size=1000).astype("float32"), "n": rng.integers(0, 9, 1000, "int8"),

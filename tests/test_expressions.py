@@ -433,7 +433,9 @@ def test_results_that_are_no_numbers_are_refused(data):
         "Intercept", "s.str.upper()[T.B_X]", "s.str.upper()[T.C_X]"]  # fmt: skip
 
 
-@pytest.mark.parametrize("fixed", ["x + f", "x * f", "0 + f:x", "x + (f | g)", "C(k > 0)"])
+@pytest.mark.parametrize(
+    "fixed", ["x + f", "x * f", "0 + f:x", "x + (f | g)", "C(k > 0)", "C(f, levels=['b', 'a', 'c'])"]
+)
 def test_a_factor_of_one_level_is_named(fixed, data):
     with pytest.raises(mj.DataError, match=r"one level"):
         mj.build_design(f"y ~ {fixed} + (1 | g)", data, subset=data.f == "a")

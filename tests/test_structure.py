@@ -106,7 +106,7 @@ def fresh(code):
     [
         ("", ["jax", "numpy", "pandas", "formulaic", "optax", "scipy", "matplotlib"]),
         ("mj.estimate; mj.criterion; mj.marginal_loglik; mj.Design", ["pandas", "formulaic", "optax", "matplotlib"]),
-        ("mj.lmm", ["optax", "matplotlib"]),
+        ("mj.lmm", ["optax", "matplotlib", "formulaic", "scipy.interpolate", "scipy.optimize", "scipy.stats"]),
         ("mj.datasets.NAMES", ["jax", "pandas"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -27,15 +28,19 @@ def load(name: str) -> pd.DataFrame:
         >>> mj.datasets.load("sleepstudy").shape
         (180, 3)
     """
-    import pandas as pd  # mixjax.datasets.NAMES is read without pandas
-
     known = {n.lower(): n for n in NAMES}
     if name.lower() not in known:
         close = difflib.get_close_matches(name, NAMES, n=1)
         raise KeyError(
             f"no data set {name!r}{f'; did you mean {close[0]!r}?' if close else ''} (have {', '.join(NAMES)})"
         )
-    name = known[name.lower()]
+    return _read(known[name.lower()]).copy()
+
+
+@lru_cache
+def _read(name: str) -> pd.DataFrame:
+    import pandas as pd  # mixjax.datasets.NAMES is read without pandas
+
     folder = files(__name__)
     levels = json.loads((folder / "levels.json").read_text())[name]
     suffix = ".csv.gz" if name == "InstEval" else ".csv"

@@ -17,20 +17,20 @@ from mixjax.formula.context import Context, caller_context, is_trusted, resolve
 from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Columns, columns_of, numbers
 from mixjax.formula.parse import Group, ParsedFormula, parse
-from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.state import FormulaState, kinds_of
 from mixjax.formula.syntax import Expression, expression
 from mixjax.formula.table import (
     as_numbers,
     check_finite,
+    combinations,
     complete_rows,
-    factor_codes,
-    levels_of,
     refuse_dates,
     refuse_numbers_among_text,
     refuse_unknown,
     row_column,
     row_values,
+    selected,
     settle,
     warn_of_numeric_factors,
 )
@@ -159,7 +159,7 @@ def build(
         contrasts=dict(contrasts),
         context=known,
         kinds=kinds_of(frame, parsed),
-        levels={part.labels.group: levels_of(frame, part.group.columns) for part in random},
+        levels={part.labels.group: part.levels for part in random},
     )
     names = np.array(fixed.names, object)
     labels = Labels(
@@ -259,17 +259,18 @@ def _used_rows(
             if values not in available:
                 refuse_unknown(values, available, f"{what}=", data)
             extra.append(values)
-    table = to_pandas(data, available if isinstance(subset, str) else [*columns, *extra])
-    if len(table) == 0:
+    table, labels = read_columns(data, available if isinstance(subset, str) else [*columns, *extra])
+    n = len(labels)
+    if n == 0:
         raise DataError("the table has no rows")
-    if len(table) == 1:
+    if n == 1:
         raise DataError("the table has one row, and a model needs many; a dict of single values makes one row")
     # Only a pandas table has an index that other pandas columns can be lined up with.
-    index = table.index if isinstance(data, pd.DataFrame) else None
+    index = labels if isinstance(data, pd.DataFrame) else None
 
-    frame = table.loc[:, columns].copy()
+    frame = {name: table[name] for name in columns}
     for name in arrays:
-        frame[name] = row_column(f"'{name}'", caller[name], index, len(table))
+        frame[name] = row_column(f"'{name}'", caller[name], index, n)
     beside: dict[str, str] = {}  # the name that it has in the frame for now, unlike any column's
     for what, values in (("weights", weights), ("offset", offset)):
         if values is not None:
@@ -277,27 +278,28 @@ def _used_rows(
             while beside[what] in frame:
                 beside[what] = f"({beside[what]})"
             column, name = (table[values], f"{what}={values!r}") if isinstance(values, str) else (values, what)
-            frame[beside[what]] = row_values(name, column, index, len(table))
+            frame[beside[what]] = pd.Series(row_values(name, column, index, n), labels)
     read = [name for e in (parsed.response, *parsed.predictors) for name in e.columns]
     refuse_dates(frame, read)
     refuse_numbers_among_text(frame, hardly_factors(parsed, contrasts))
-    used = _subset_rows(subset, table, index, context.trusted).copy()
-    frame = frame[used]
-    if len(frame) == 0:
+    used = np.ones(n, bool)
+    if subset is not None:
+        used = _subset_rows(subset, pd.DataFrame(table, index=labels), index, context.trusted).copy()
+    if not used.any():
         raise DataError("subset leaves no rows")
+    frame = selected(frame, used)
     complete = complete_rows(frame)
     used[used] = complete
-    frame = settle(as_numbers(frame[complete].copy(), computed_with(parsed)))
+    frame = settle(as_numbers(selected(frame, complete), computed_with(parsed)))
     check_finite(frame)
     alone = [e.column for e in parsed.effects if e.column is not None and e.column not in contrasts]
     warn_of_numeric_factors(frame, dict.fromkeys(alone))
-    values = {what: frame[name].to_numpy(float) for what, name in beside.items()}
-    return frame.drop(columns=list(beside.values())), values, used, int((~complete).sum())
+    values = {what: frame.pop(name).to_numpy(float) for what, name in beside.items()}
+    own = pd.DataFrame(frame, index=labels if used.all() else labels[used], copy=True)
+    return own, values, used, int((~complete).sum())
 
 
 def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) -> np.ndarray:
-    if subset is None:
-        return np.ones(len(table), bool)
     if isinstance(subset, str):
         if not trusted:
             raise DataError("subset= as text is code, which is not allowed here: pass booleans")
@@ -373,6 +375,7 @@ def check_noise(y: np.ndarray, X: np.ndarray, Q: np.ndarray, weights: np.ndarray
 class _Term:
     Z: np.ndarray
     codes: np.ndarray
+    levels: np.ndarray
     labels: TermLabels
     columns: Columns
     group: Group
@@ -380,30 +383,31 @@ class _Term:
 
 
 def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[_Term]:
-    factors: dict[str, tuple[np.ndarray, list[str]]] = {}
+    factors: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = {}
     terms = []
     for part in parsed.random:
         if part.group.name not in factors:
             factors[part.group.name] = _grouping_factor(part.group, frame)
-        codes, levels = factors[part.group.name]
+        codes, levels, names = factors[part.group.name]
         for block in part.blocks():
             Z, columns = columns_of(block, frame, context)
             _check_columns_of_term(Z, columns.names, part.group.name)
             if part.structure == "us":
                 _warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
-            labels = TermLabels(part.group.name, columns.names, tuple(levels))
-            terms.append(_Term(Z, codes, labels, columns, part.group, part.structure))
+            labels = TermLabels(part.group.name, columns.names, names)
+            terms.append(_Term(Z, codes, levels, labels, columns, part.group, part.structure))
     _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
 
 
-def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    codes, levels = factor_codes(frame, group.columns)
-    if len(levels) < 2:
+def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    codes, levels = combinations(frame, group.columns)
+    names = tuple(":".join(values) for values in levels)
+    if len(names) < 2:
         raise DataError(
-            f"grouping factor '{group.name}' has one level ('{levels[0]}'); a variance between levels needs two or more"
+            f"grouping factor '{group.name}' has one level ('{names[0]}'); a variance between levels needs two or more"
         )
-    return codes, levels
+    return codes, levels, names
 
 
 def _check_columns_of_term(Z: np.ndarray, names: tuple[str, ...], group: str) -> None:

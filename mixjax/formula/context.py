@@ -9,15 +9,15 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from formulaic.materializers.types import FactorValues
-from formulaic.transforms import TRANSFORMS
 
+from mixjax.formula.coding import Contrasts
 from mixjax.formula.errors import DataError, FormulaError, listed
 from mixjax.formula.syntax import Expression
 
@@ -29,6 +29,8 @@ def log(x: Any, base: float | None = None) -> Any:
 
 def C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept: bool = True) -> Any:
     """formulaic's ``C``; whole numbers have names without decimals, and no level is left out in silence."""
+    from formulaic import FactorValues
+
     values = pd.Series(data.__wrapped__ if isinstance(data, FactorValues) else data).reset_index(drop=True)
     category = isinstance(values.dtype, pd.CategoricalDtype)
     named: Any = values.cat.categories if category else values
@@ -41,7 +43,8 @@ def C(data: Any, contrasts: Any = None, *, levels: Any = None, spans_intercept: 
         left = [value for value in pd.unique(values.dropna()) if value not in list(levels)]
         if left:
             raise DataError(f"levels={list(levels)} leaves out {listed(left)}, which the column holds")
-    return TRANSFORMS["C"](values, contrasts, levels=levels, spans_intercept=spans_intercept)
+    coding: Any = Contrasts(contrasts, levels)
+    return FactorValues(values, kind="categorical", spans_intercept=spans_intercept, encoder=coding)
 
 
 # What formulas may call beside formulaic's own: R's names without a prefix.
@@ -50,9 +53,22 @@ FUNCTIONS: dict[str, Any] = {
     "log": log,
     "C": C,
 }
-KNOWN: dict[str, Any] = {**TRANSFORMS, **FUNCTIONS}
-# Elementwise, so that nobody need look whether a row's value depends on the others.
-BY_ROW = (log, C, np.round, np.where, np.clip, TRANSFORMS["I"], TRANSFORMS["exp10"])
+
+
+@cache
+def known() -> dict[str, Any]:
+    """All that formulas may call. formulaic is imported by the first one that calls anything."""
+    from formulaic.transforms import TRANSFORMS
+
+    return {**TRANSFORMS, **FUNCTIONS}
+
+
+@cache
+def by_row() -> tuple[Any, ...]:
+    """Elementwise functions, so that nobody need look whether a row's value depends on the others."""
+    return (log, C, np.round, np.where, np.clip, known()["I"], known()["exp10"])
+
+
 # What R users write and nobody here understands.
 CURES = {
     "ns": "use cr(x, df=...) or bs(x, df=...)",
@@ -91,8 +107,9 @@ class Context:
 
     def environment(self) -> dict[str, Any]:
         """What an expression sees beside columns."""
-        known = KNOWN if self.trusted else {name: KNOWN[name] for name in (*SAFE, "contr") if name in KNOWN}
-        return {"__builtins__": builtins.__dict__ if self.trusted else {}, **known, **self.own}
+        names = known() if self.trusted else [name for name in (*SAFE, "contr") if name in known()]
+        functions = {name: known()[name] for name in names}
+        return {"__builtins__": builtins.__dict__ if self.trusted else {}, **functions, **self.own}
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules and a caller's lambdas cannot be pickled; the former are found again by name.
@@ -164,9 +181,9 @@ def resolve(
             builtin = (
                 trusted and (name in ("int", "float", "str", "bool") or name in e.functions) and hasattr(builtins, name)
             )
-            if trusted and name in caller and (callable(caller[name]) or not (name in KNOWN or builtin)):
+            if trusted and name in caller and (callable(caller[name]) or not (name in known() or builtin)):
                 own[name] = caller[name]
-            elif name not in KNOWN and not builtin:
+            elif name not in known() and not builtin:
                 cure = next((cure for r, cure in CURES.items() if r.split(".")[0] == name and r in e.shown), None)
                 if cure is not None or name in e.functions:
                     raise FormulaError(f"'{e}': {cure or f'there is no function {name!r}'}")

@@ -1,35 +1,32 @@
 """Expressions and terms on rows: their values, columns of a model matrix, and what they learnt from the rows of a fit.
 
-Values are made here; which columns the levels of factors get, and in which order, is formulaic's. What an expression
-computes of a whole column (a mean, knots, the largest value) is remembered, so that a new row means the same by it.
+What an expression computes of a whole column (a mean, knots, the largest value) is remembered, so that a new row means
+the same by it.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from formulaic import ModelSpec
-from formulaic.errors import FormulaicError
-from formulaic.materializers.types import FactorValues
-from formulaic.parser.types import Factor
-from formulaic.parser.types import Term as FormulaicTerm
 
 from mixjax.formula.algebra import Effects
-from mixjax.formula.context import BY_ROW, CURES, Context
+from mixjax.formula.coding import Contrasts, Factor, Levels, Spec, code_terms, metadata_of
+from mixjax.formula.context import CURES, Context, by_row
 from mixjax.formula.errors import DataError, FormulaError, listed, some_of
 from mixjax.formula.syntax import Expression
 from mixjax.formula.table import TextColumn, content, is_text
 
 MOST_COLUMNS = 20_000
-CATEGORICAL, NUMERICAL = Factor.Kind.CATEGORICAL, Factor.Kind.NUMERICAL
 # Relative size of what may differ where a row is computed among others: vector instructions round in their own way.
 ROUNDING = 1e-9
+Made = TypeVar("Made")
 
 
 # --- values of expressions -------------------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ class _Program(ast.NodeTransformer):
             return node
         if not reads:
             return node
-        if isinstance(function, np.ufunc) or function in BY_ROW:
+        if isinstance(function, np.ufunc) or function in by_row():
             return node
         self.by_row = False
         none = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
@@ -113,6 +110,7 @@ def _run(
     """The value of an expression, and whether it surely goes row by row."""
     if e.column is not None:
         return frame[e.column], True
+    frame = frame.reset_index(drop=True)
     environment = context.environment()
     program = _Program(e.aliases, environment)
     tree = ast.fix_missing_locations(program.visit(ast.Expression(e.tree)))
@@ -135,11 +133,11 @@ def evaluate(e: Expression, frame: pd.DataFrame, context: Context, learnt: Learn
     """The values of an expression on the rows of a frame.
 
     Args:
-        e: the expression. frame: its columns, index 0 .. n - 1. context: other names.
+        e: the expression. frame: its columns. context: other names.
         learnt: from the rows of the fit; None on these themselves.
 
     Returns:
-        An array ``(n,)`` or ``(n, k)`` of floats, a categorical Series, or formulaic's values; and what was learnt.
+        An array ``(n,)`` or ``(n, k)`` of floats, a Factor, or formulaic's values; and what was learnt.
 
     Raises:
         FormulaError, DataError: the expression, and why it has no value.
@@ -169,7 +167,7 @@ def _same_there(
     e: Expression, frame: pd.DataFrame, rows: np.ndarray, context: Context, state: dict[str, Any], value: Any
 ) -> bool:
     try:
-        part, _ = _run(e, frame.iloc[rows].reset_index(drop=True), context, {**state}, False)
+        part, _ = _run(e, frame.iloc[rows], context, {**state}, False)
         part = as_values(part, len(rows), e)
     except Exception:
         return False
@@ -182,7 +180,7 @@ def _same_there(
 
 
 def _bare(value: Any) -> Any:
-    value = value.__wrapped__ if isinstance(value, FactorValues) else value
+    value = value if metadata_of(value) is None else value.__wrapped__
     if isinstance(value, dict):
         return np.column_stack([np.asarray(v) for k, v in value.items() if not str(k).startswith("__")])
     return value
@@ -190,17 +188,23 @@ def _bare(value: Any) -> Any:
 
 def as_values(value: Any, n: int, e: Expression) -> Any:
     """What an expression gave, as numbers or a factor: truth values and text are factors."""
-    coded = isinstance(value, FactorValues)
-    bare = _bare(value)
-    if coded and (value.__formulaic_metadata__.kind is CATEGORICAL or np.ndim(bare) == 2):
+    metadata, bare = metadata_of(value), _bare(value)
+    if metadata is not None and (metadata.kind.value == "categorical" or np.ndim(bare) == 2):
         if len(bare) != n:
             raise FormulaError(f"'{e}' gives {len(bare)} values for {n} rows")
-        return value
+        own = metadata.encoder or Contrasts(None, None)
+        if metadata.kind.value != "categorical" or not isinstance(own, Contrasts):
+            return value
+        factor = Factor.of(pd.Series(bare), own.levels)
+        spans = metadata.spans_intercept
+        return replace(factor, contrasts=own.contrasts, spans_intercept=spans, declared=True)
     value = bare
     if value is None:
         raise FormulaError(f"'{e}' gives None, and no values")
     if isinstance(value, pd.DataFrame):
-        return FactorValues({str(k): as_values(v, n, e) for k, v in value.items()}, kind=NUMERICAL)
+        from formulaic import FactorValues
+
+        return FactorValues({str(k): as_values(v, n, e) for k, v in value.items()}, kind="numerical")
     if not isinstance(value, pd.Series):
         array = np.asarray(value)
         if array.ndim == 0:
@@ -212,11 +216,10 @@ def as_values(value: Any, n: int, e: Expression) -> Any:
         value = pd.Series(array)
     if len(value) != n:
         raise FormulaError(f"'{e}' gives {len(value)} values for {n} rows")
-    value = value.reset_index(drop=True)
     if isinstance(value.dtype, pd.CategoricalDtype):
-        return value
+        return Factor.of(value)
     if pd.api.types.is_bool_dtype(value.dtype) or is_text(value):
-        return value.astype(object).astype("category")
+        return Factor.of(value.astype(object))
     if pd.api.types.is_complex_dtype(value.dtype) or not pd.api.types.is_numeric_dtype(value.dtype):
         raise DataError(f"'{e}' gives {value.dtype} values; make numbers of them, for example days or seconds")
     return value.to_numpy(float)
@@ -238,22 +241,24 @@ def numbers(
     e: Expression, frame: pd.DataFrame, context: Context, what: str, learnt: Learnt | None = None, where: str = ""
 ) -> tuple[np.ndarray, Learnt]:
     """One numeric column; truth values count as 0 and 1."""
-    plain = frame.reset_index(drop=True)
     if e.column is not None:
-        column = plain[e.column].infer_objects()  # truth values that were among missing ones
+        column = frame[e.column]
+        column = column.infer_objects() if column.dtype == object else column  # truth values among missing ones
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
             raise DataError(f"the {what} '{e}' is not numeric: it holds {content(frame[e.column])}")
         return column.to_numpy(float), Learnt({})
-    value, learnt = evaluate(e, plain, context, learnt)
-    if not isinstance(value, FactorValues | np.ndarray) and set(value.cat.categories) <= {False, True}:
-        value = value.astype(float).to_numpy()
+    value, learnt = evaluate(e, frame, context, learnt)
+    if isinstance(value, Factor) and not value.declared and set(value.levels) <= {False, True}:
+        value = np.asarray(value, float)
     if not isinstance(value, np.ndarray) or value.size != len(frame):
         raise DataError(f"the {what} '{e}' is not one numeric column")
     _check_finite(value.reshape(-1, 1), [e.shown], frame.index, where)
     return value.reshape(-1), learnt
 
 
-def _check_finite(columns: np.ndarray, names: list[str], index: pd.Index, where: str = "") -> None:
+def _check_finite(columns: np.ndarray, names: Sequence[str], index: pd.Index, where: str = "") -> None:
+    if np.isfinite(columns).all():
+        return
     for j, name in enumerate(names):
         bad = ~np.isfinite(columns[:, j])
         if bad.any():
@@ -271,13 +276,13 @@ class Columns:
     """A part of a formula as a function of rows: always these columns, by what the rows of the fit had.
 
     Attributes:
-        effects: the terms. names: of the columns, as formulaic names them. spec: formulaic's record of the coding.
+        effects: the terms. names: of the columns, as formulaic names them. spec: how terms become columns.
         learnt: expression -> what it took from the rows of the fit. context: other names that it reads.
     """
 
     effects: Effects
     names: tuple[str, ...]
-    spec: Any
+    spec: Spec
     learnt: Mapping[str, Learnt]
     context: Context
 
@@ -289,29 +294,21 @@ class Columns:
         """
         if not len(frame) or not self.names:
             return np.zeros((len(frame), len(self.names)))
-        plain = frame.reset_index(drop=True)
         self.refuse_company()
         values = {}
         for e in self.effects.expressions:
-            values[e.shown], _ = evaluate(e, plain, self.context, self.learnt[e.shown])
+            values[e.shown], _ = evaluate(e, frame, self.context, self.learnt[e.shown])
             self._check_categories(e, values[e.shown], where)
-        columns = _matrix(self.spec, values, len(frame))[0]
-        _check_finite(columns, list(self.names), frame.index, where)
+        columns = _coded(values, lambda: self.spec.matrix(values, len(frame)))
+        _check_finite(columns, self.names, frame.index, where)
         return columns
 
     def levels_of(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """Expression -> its columns ``(m, k)`` on rows, of a factor one for every level."""
         found = {}
         for e in self.effects.expressions:
-            value, _ = evaluate(e, frame.reset_index(drop=True), self.context, self.learnt[e.shown])
-            alone = ModelSpec(
-                formula=[FormulaicTerm([Factor(e.shown, eval_method="lookup")])],
-                ensure_full_rank=False,
-                na_action="ignore",
-                output="numpy",
-                encoder_state=self.spec.encoder_state,
-            )
-            found[e.shown] = _matrix(alone, {e.shown: value}, len(frame))[0]
+            value, _ = evaluate(e, frame, self.context, self.learnt[e.shown])
+            found[e.shown] = self.spec.coders[e.shown].block(value, False)[1]
         return found
 
     def refuse_company(self) -> None:
@@ -321,19 +318,17 @@ class Columns:
 
     def categories(self, e: Expression) -> list[Any] | None:
         """The categories of an expression in the fit; None of numbers."""
-        kind, state = self.spec.encoder_state.get(e.shown, (None, {}))
-        return list(state["categories"]) if kind is CATEGORICAL and "categories" in state else None
+        return self.spec.coders[e.shown].levels
 
     def _check_categories(self, e: Expression, value: Any, where: str) -> None:
-        known = self.categories(e)
-        if (known is None) != (not _is_categorical(value)):
+        coder = self.spec.coders[e.shown]
+        if isinstance(coder, Levels) != isinstance(value, Factor):
+            known = self.categories(e)
             holds, had = ("text", "numbers") if known is None else ("numbers", f"the categories {listed(known)}")
             raise DataError(f"'{e}' gives {holds}{where}; the fit had {had}")
-        if known is not None:
-            present = pd.Series(_bare(value)).drop_duplicates()
-            new = [v for v in present.astype(object) if v not in known and v == v]
-            if new:
-                raise DataError(f"'{e}' has {listed(new)}{where}, not among the categories of the fit: {listed(known)}")
+        if isinstance(coder, Levels) and (new := coder.unknown(value)):
+            own = listed(coder.levels)
+            raise DataError(f"'{e}' has {listed(new)}{where}, not among the categories of the fit: {own}")
 
 
 def refuse_company(e: Expression, learnt: Learnt) -> None:
@@ -345,18 +340,17 @@ def refuse_company(e: Expression, learnt: Learnt) -> None:
         )
 
 
-def _is_categorical(value: Any) -> bool:
-    if isinstance(value, FactorValues):  # a proxy, which says it is what it holds
-        return value.__formulaic_metadata__.kind is CATEGORICAL
-    return isinstance(value, pd.Series)
+def _levels(value: Any, alone: bool = False) -> list[Any] | None:
+    """The levels of a factor, also those without rows in this chunk; None of numbers.
 
-
-def _levels(value: Any) -> list[Any] | None:
-    """The levels of a factor, also those without rows in this chunk; None of numbers."""
-    if not _is_categorical(value):
-        return None
-    own = pd.Series(_bare(value))
-    return list(own.cat.categories if isinstance(own.dtype, pd.CategoricalDtype) else own.unique())
+    Args:
+        alone: without levels that ``C(..., levels=)`` adds to those of the rows.
+    """
+    if isinstance(value, Factor):
+        added = alone and value.declared
+        return [value.levels[k] for k in np.unique(value.codes) if k >= 0] if added else value.levels
+    metadata = metadata_of(value)
+    return list(pd.unique(_bare(value))) if metadata is not None and metadata.kind.value == "categorical" else None
 
 
 def columns_of(
@@ -371,25 +365,20 @@ def columns_of(
     Raises:
         FormulaError, DataError: an expression cannot be evaluated, a factor has one level, a value is not finite.
     """
-    plain = frame.reset_index(drop=True)
     values, learnt = {}, {}
     for e in effects.expressions:
         if e.column == "Intercept":
             raise DataError("a column called 'Intercept' has the name of the constant column: rename it")
-        values[e.shown], learnt[e.shown] = evaluate(e, plain, context)
-        levels = _levels(values[e.shown])
+        values[e.shown], learnt[e.shown] = evaluate(e, frame, context)
+        levels = _levels(values[e.shown], alone=True)
         if several and levels is not None and len(levels) < 2:
             raise DataError(
                 f"the factor '{e}' has one level in the rows used ({listed(levels)}): there is "
                 "nothing to compare; leave it out, or look at subset= and at missing values"
             )
     _check_size(effects, values)
-    factors = {e.shown: Factor(e.shown, eval_method="lookup") for e in effects.expressions}
-    constant = Factor("1", eval_method="literal")
-    terms = [FormulaicTerm([factors[name] for name in term] or [constant]) for term in effects.terms]
-    spec = ModelSpec(formula=terms, ensure_full_rank=True, na_action="ignore", output="numpy")
-    columns, spec = _matrix(spec, values, len(frame))
-    names = list(spec.column_names)
+    columns, spec = _coded(values, lambda: code_terms(effects.terms, values, len(frame)))
+    names = [name for term in spec.structure for name in term.columns]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
     if twice:
         raise DataError(f"two columns of '{effects}' would be named {some_of(sorted(twice))}: rename a column")
@@ -402,7 +391,7 @@ def _check_size(effects: Effects, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         levels = _levels(value)
         wide[name] = (*np.shape(_bare(value)), 1)[1] if levels is None else len(levels)
-    widths = {":".join(term): int(np.prod([float(wide[name]) for name in term])) for term in effects.terms}
+    widths = {":".join(term): math.prod(wide[name] for name in term) for term in effects.terms}
     if sum(widths.values()) > MOST_COLUMNS:
         widest = max(widths, key=lambda name: widths[name])
         raise DataError(
@@ -411,11 +400,8 @@ def _check_size(effects: Effects, values: Mapping[str, Any]) -> None:
         )
 
 
-def _matrix(spec: Any, values: Mapping[str, Any], n: int) -> tuple[np.ndarray, Any]:
+def _coded(values: Mapping[str, Any], code: Callable[[], Made]) -> Made:
     try:
-        matrix = spec.get_model_matrix(pd.DataFrame(index=pd.RangeIndex(n)), context=dict(values))
-    except (FormulaicError, ValueError, TypeError, KeyError, IndexError) as error:
-        names = ", ".join(values)
-        raise FormulaError(f"'{names}' cannot be coded: {_plain(error)}") from error
-    spec = matrix.model_spec
-    return np.asarray(matrix, float).reshape(n, len(spec.column_names)), spec
+        return code()
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise FormulaError(f"'{', '.join(values)}' cannot be coded: {_plain(error)}") from error

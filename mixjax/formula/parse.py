@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 
 from mixjax.covariance import STRUCTURES
@@ -95,7 +96,11 @@ def parse(text: str, columns: Collection[str] = ()) -> ParsedFormula:
     """
     if not isinstance(text, str):
         raise FormulaError(f"the formula must be text such as 'y ~ x + (x | g)', got {type(text).__name__}")
-    columns = frozenset(columns)
+    return _parse(text, frozenset(columns))
+
+
+@lru_cache(maxsize=64)  # many tables are read by one formula
+def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
     sides = read(text).split("~")
     if len(sides) != 2:
         raise FormulaError(f"{_cut(text)!r} must have one '~' between response and terms, as in 'y ~ x + (x | g)'")

@@ -61,6 +61,12 @@ def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
         >>> to_pandas({"dose": np.array([1, 2], "int8"), "ward": ["a", None]}, ["dose", "ward"]).dtypes.to_dict()
         {'dose': dtype('int64'), 'ward': dtype('O')}
     """
+    series, index = read_columns(data, columns)
+    return pd.DataFrame(series, index=index, copy=True)
+
+
+def read_columns(data: Any, columns: Iterable[str]) -> tuple[dict[str, pd.Series], pd.Index]:
+    """The same column by column, which may share the memory of the table's; and the labels of the rows."""
     columns, names = list(dict.fromkeys(columns)), column_names(data)
     twice = sorted(name for name in columns if names.count(name) > 1)
     if twice:
@@ -70,11 +76,11 @@ def to_pandas(data: Any, columns: Iterable[str]) -> pd.DataFrame:
         read, n = _of_equal_length({str(name): values for name, values in data.items()}, columns)
     else:
         data = data if isinstance(data, pd.DataFrame | np.ndarray) else _eager(data, columns or names[:1])
-        read = {name: data[name] if index is None else data.iloc[:, names.index(name)] for name in columns}
+        plain = index is None or all(name in data.columns for name in columns)
+        read = {name: data[name] if plain else data.iloc[:, names.index(name)] for name in columns}
         n = len(data)
     index = pd.RangeIndex(n) if index is None else index
-    series = {name: as_column(f"column '{name}'", values, index) for name, values in read.items()}
-    return pd.DataFrame(series, index=index, copy=True)
+    return {name: as_column(f"column '{name}'", values, index) for name, values in read.items()}, index
 
 
 def _eager(data: Any, columns: list[str]) -> Any:
@@ -132,6 +138,10 @@ def as_column(what: str, values: Any, index: pd.Index | None = None) -> pd.Serie
     Raises:
         DataError: says what the values are, where, and what to do.
     """
+    if isinstance(values, pd.Series) and index is not None and values.index.is_(index):
+        own = _as_it_is(values)
+        if own is not None:
+            return own
     present, missing = _present(what, values)
     if present.ndim != 1 or missing.ndim != 1:
         raise DataError(f"{what} has shape {np.shape(values)}; it must be one-dimensional")
@@ -155,6 +165,19 @@ def as_column(what: str, values: Any, index: pd.Index | None = None) -> pd.Serie
         at = np.where(missing, -1, np.cumsum(~missing) - 1)
         column = pd.Series(plain, dtype=plain.dtype).reindex(at)
     return column.set_axis(index)
+
+
+def _as_it_is(column: pd.Series) -> pd.Series | None:
+    """A column of pandas' that clearly has one of these types, as most have; None of others."""
+    if isinstance(column.dtype, np.dtype):
+        return column if column.dtype in (np.float64, np.int64, np.bool_) else None
+    categories = column.dtype.categories if isinstance(column.dtype, pd.CategoricalDtype) else None
+    if categories is None or pd.api.types.infer_dtype(categories, skipna=False) != "string":
+        return None
+    if categories.dtype == object:
+        return column
+    own: Any = column.array
+    return pd.Series(own.rename_categories(categories.astype(object)), index=column.index, copy=False)
 
 
 def _present(what: str, values: Any) -> tuple[Any, np.ndarray]:

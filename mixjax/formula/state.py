@@ -18,15 +18,17 @@ from mixjax.formula.context import Context
 from mixjax.formula.errors import DataError, some_of, warn
 from mixjax.formula.evaluate import Columns, Learnt, numbers, refuse_company
 from mixjax.formula.parse import ParsedFormula
-from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.syntax import Expression, column
 from mixjax.formula.table import (
     as_numbers,
     check_finite,
-    factor_codes,
+    combinations,
+    counts_of,
     level_name,
-    levels_of,
+    missing_in,
     refuse_unknown,
+    selected,
     settle,
 )
 
@@ -103,7 +105,7 @@ class FormulaState:
 
 def kinds_of(frame: pd.DataFrame, parsed: ParsedFormula) -> dict[str, Any]:
     """The dtypes of the columns that predictors read."""
-    return {name: frame[name].dtype for e in parsed.predictors for name in e.columns}
+    return {name: frame[name].dtype for name in dict.fromkeys(n for e in parsed.predictors for n in e.columns)}
 
 
 # --- new tables ------------------------------------------------------------------------------------------------------
@@ -161,40 +163,44 @@ def new_rows(
     state: FormulaState = labels.state
     random = [columns for columns, wanted in zip(state.random, effects, strict=True) if wanted]
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
-    table = _table(state, newdata, [state.fixed, *random], list(groups), weights)
-    missing = table.isna()
+    table, index = _table(state, newdata, [state.fixed, *random], list(groups), weights)
+    missing = missing_in(table)
     if allow_new_levels:
         columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
         read = {name for part in (state.fixed, *random) for name in part.effects.columns}
         levels_only = dict.fromkeys(name for group in groups for name in columns_of[group])
-        only = [name for name in levels_only if name not in {*read, *state.predictors}]
-        without = missing[only].any(axis=1)
+        only = {n: missing.pop(n) for n in levels_only if n not in {*read, *state.predictors}}
+        without = _any(only, len(index))
         if without.any():
-            counts = ", ".join(f"{name} {int(k)}" for name, k in missing[only].sum().items() if k)
             warn(
-                f"{int(without.sum())} of {len(table)} rows of newdata have missing levels of grouping factors "
-                f"({counts}): taken as new levels"
+                f"{int(without.sum())} of {len(index)} rows of newdata have missing levels of grouping factors "
+                f"({counts_of(only)}): taken as new levels"
             )
-        missing[only] = False
-    complete = ~missing.any(axis=1).to_numpy()
+    complete = ~_any(missing, len(index))
     if not complete.all():
-        counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
-        warn(f"{int((~complete).sum())} of {len(table)} rows of newdata have missing values ({counts}): NaN there")
-    index, table = table.index, table[complete]
+        n_missing = int((~complete).sum())
+        warn(f"{n_missing} of {len(index)} rows of newdata have missing values ({counts_of(missing)}): NaN there")
+    table = selected(table, complete)
     check_finite(table)
-    table = _as_in_the_fit(table, state)
-    codes = _codes(state, table, list(groups), allow_new_levels)
-    X, left = state.split(state.fixed.of(table), _dependence(labels))
+    rows = index if complete.all() else index[complete]
+    frame = pd.DataFrame(_as_in_the_fit(table, state), index=rows, copy=False)
+    codes = _codes(state, frame, list(groups), allow_new_levels)
+    X, left = state.split(state.fixed.of(frame), _dependence(labels))
     return NewRows(
         X,
         np.asarray(~left.any(axis=1)),
-        tuple(columns.of(table) if wanted else None for columns, wanted in zip(state.random, effects, strict=True)),
+        tuple(columns.of(frame) if wanted else None for columns, wanted in zip(state.random, effects, strict=True)),
         tuple(codes[t.group] if wanted else None for t, wanted in zip(labels.terms, levels, strict=True)),
-        _offset(state, table),
-        _weights(state, table) if weights else None,
+        _offset(state, frame),
+        _weights(state, frame) if weights else None,
         index,
         complete,
     )
+
+
+def _any(missing: Mapping[str, np.ndarray], n: int) -> np.ndarray:
+    """Rows without a value in any of the columns."""
+    return np.logical_or.reduce([np.zeros(n, bool), *missing.values()])
 
 
 def _dependence(labels: Labels) -> np.ndarray | None:
@@ -210,8 +216,8 @@ def _dependence(labels: Labels) -> np.ndarray | None:
 
 def _table(
     state: FormulaState, newdata: Any, parts: Sequence[Columns], groups: Sequence[str], weights: bool
-) -> pd.DataFrame:
-    """The columns needed, as in the fit numbers or not."""
+) -> tuple[dict[str, pd.Series], pd.Index]:
+    """The columns needed, as in the fit numbers or not; and the labels of the rows."""
     available = column_names(newdata)
     read = [(e, f"in '{e}'") for part in parts for e in part.effects.expressions]
     read += [(e, f"in 'offset({e})'") for e, _ in state.offsets]
@@ -230,10 +236,11 @@ def _table(
     for name, where in needed.items():
         if name not in available:
             refuse_unknown(name, available, f"needed in newdata: {where}", newdata)
-    return as_numbers(to_pandas(newdata, needed), [name for name in needed if name in computed])
+    table, index = read_columns(newdata, needed)
+    return as_numbers(table, [name for name in needed if name in computed]), index
 
 
-def _as_in_the_fit(table: pd.DataFrame, state: FormulaState) -> pd.DataFrame:
+def _as_in_the_fit(table: dict[str, pd.Series], state: FormulaState) -> dict[str, pd.Series]:
     """Columns of the kind that the formula was fitted with; unknown categories are refused."""
     known: dict[str, list[Any]] = {}
     for part in (state.fixed, *state.random):
@@ -241,15 +248,17 @@ def _as_in_the_fit(table: pd.DataFrame, state: FormulaState) -> pd.DataFrame:
             name, categories = e.column or e.factor_of, part.categories(e)
             if name is not None and categories is not None:
                 known[name] = categories
-    table = settle(table.copy())
-    for name in map(str, table):
-        if name in state.kinds:
-            table[name] = _as_kind(table[name], state.kinds[name], known.get(name))
-    return table
+    kinds = state.kinds
+    return {
+        name: _as_kind(name, values, kinds[name], known.get(name)) if name in kinds else values
+        for name, values in settle(table).items()
+    }
 
 
-def _as_kind(values: pd.Series, own: Any, categories: list[Any] | None) -> pd.Series:
+def _as_kind(name: str, values: pd.Series, own: Any, categories: list[Any] | None) -> pd.Series:
     """One column in the fit's type."""
+    if values.dtype.kind == "f" and own == np.float64:
+        return values
     category = isinstance(own, pd.CategoricalDtype)
     if not len(values):
         return values.astype(own)
@@ -259,19 +268,19 @@ def _as_kind(values: pd.Series, own: Any, categories: list[Any] | None) -> pd.Se
     if _is_number(given) != numeric:
         holds = "numbers" if _is_number(given) else _kind(given.dtype)
         had = f"the categories {_listed(categories)}" if categories is not None else "numbers" if numeric else "text"
-        raise DataError(f"column '{values.name}' of newdata holds {holds}; the fit had {had}")
-    if categories is not None:
+        raise DataError(f"column '{name}' of newdata holds {holds}; the fit had {had}")
+    if categories is not None and not set(given) <= set(own.categories if category else categories):
         present = pd.Index(values.dropna().unique())
         new = present[~present.isin(list(own.categories) if category else categories)]
         if len(new):
             raise DataError(
-                f"column '{values.name}' of newdata has {_listed(new)}, not among the categories of the fit: "
+                f"column '{name}' of newdata has {_listed(new)}, not among the categories of the fit: "
                 f"{_listed(categories)}"
             )
     if category:
-        return pd.Series(pd.Categorical(values, dtype=own), index=values.index, name=values.name)
+        return pd.Series(pd.Categorical(values, dtype=own), index=values.index)
     if own == np.bool_ and not values.isin([0, 1]).all():
-        raise DataError(f"column '{values.name}' of newdata holds numbers; the fit had True and False")
+        raise DataError(f"column '{name}' of newdata holds numbers; the fit had True and False")
     return values.astype(own) if numeric else values.astype(object)
 
 
@@ -325,10 +334,9 @@ def _level_codes(
     table: pd.DataFrame, columns: Sequence[str], known: np.ndarray, group: str
 ) -> tuple[np.ndarray, list[str]]:
     """The fit's level of every row, -1 for a new one; and the new levels' names."""
-    there = table[list(columns)].notna().all(axis=1).to_numpy()
+    there = ~_any({name: table[name].isna().to_numpy() for name in columns}, len(table))
     own = np.full(len(table), -1)
-    own[there] = factor_codes(table[there], tuple(columns))[0]
-    given = levels_of(table[there], tuple(columns))
+    own[there], given = combinations(table if there.all() else table[there], tuple(columns))
     place = {tuple(parts): k for k, parts in enumerate(known)}
     if len(place) < len(known):
         raise DataError(f"two levels of grouping factor '{group}' have the same name; rename one")

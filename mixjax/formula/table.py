@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from mixjax.formula.reading import EXACT, as_column
 
 # Text with more distinct values than MANY is hardly a factor where a share MOSTLY of them are numbers.
 MANY, MOSTLY = 20, 0.8
+# Columns by name, each a Series, all with the same index.
+Table = TypeVar("Table", pd.DataFrame, dict[str, pd.Series])
 DECIMAL_COMMA = re.compile(r"\s*[+-]?(?:\d{1,3}(?:\.\d{3})+|\d*),\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?\s*")
 
@@ -81,7 +84,7 @@ CURES = {
 }
 
 
-def refuse_dates(frame: pd.DataFrame, names: Iterable[str]) -> None:
+def refuse_dates(frame: Table, names: Iterable[str]) -> None:
     """Dates have no zero and no unit: a model needs numbers, and only the user knows which."""
     for name in names:
         if kind := _kind_of_date(frame[name]):
@@ -177,7 +180,7 @@ class TextColumn:
         return f"row {self.column.index[at]}: {self.values[self._codes[at]]!r}"
 
 
-def refuse_numbers_among_text(frame: pd.DataFrame, names: Iterable[str]) -> None:
+def refuse_numbers_among_text(frame: Table, names: Iterable[str]) -> None:
     """A cell that cannot be read as a number would make a factor of hundreds of levels of a numeric predictor."""
     for name in names:
         if not is_text(frame[name]):
@@ -190,7 +193,7 @@ def refuse_numbers_among_text(frame: pd.DataFrame, names: Iterable[str]) -> None
             )
 
 
-def warn_of_numeric_factors(frame: pd.DataFrame, names: Iterable[str]) -> None:
+def warn_of_numeric_factors(frame: Table, names: Iterable[str]) -> None:
     """Text that is all numbers is a factor, as its few levels may well be codes; with many it is hardly meant so."""
     for name in names:
         if not is_text(frame[name]):
@@ -204,41 +207,65 @@ def warn_of_numeric_factors(frame: pd.DataFrame, names: Iterable[str]) -> None:
             )
 
 
-def complete_rows(frame: pd.DataFrame) -> pd.Series:
+def missing_in(frame: Table) -> dict[str, np.ndarray]:
+    """Which rows of each column have no value."""
+    return {str(name): _missing(frame[name]) for name in frame}
+
+
+def _missing(column: pd.Series) -> np.ndarray:
+    if column.dtype.kind == "f":
+        return np.isnan(column.to_numpy())
+    return np.zeros(len(column), bool) if column.dtype.kind in "biu" else column.isna().to_numpy()
+
+
+def complete_rows(frame: Table) -> np.ndarray:
     """Which rows have a value in every column; warns with counts when some do not."""
-    missing = frame.isna()
-    complete = ~missing.any(axis=1)
-    n_missing = int((~complete).sum())
-    if n_missing == len(frame) and len(frame):
-        worst = [name for name in frame.columns if missing[name].all()]
-        columns = f"'{', '.join(map(str, worst))}' is missing everywhere" if worst else "no row is complete"
-        raise DataError(f"all {len(frame)} rows have missing values: {columns}")
+    missing: Mapping[str, np.ndarray] = missing_in(frame)
+    complete = ~np.logical_or.reduce([*missing.values()])
+    n, n_missing = len(complete), int((~complete).sum())
+    if n_missing == n and n:
+        worst = [name for name, rows in missing.items() if rows.all()]
+        columns = f"'{', '.join(worst)}' is missing everywhere" if worst else "no row is complete"
+        raise DataError(f"all {n} rows have missing values: {columns}")
     if n_missing:
-        counts = ", ".join(f"{name} {int(k)}" for name, k in missing.sum().items() if k)
-        warn(f"{n_missing} of {len(frame)} rows left out because of missing values ({counts})")
+        warn(f"{n_missing} of {n} rows left out because of missing values ({counts_of(missing)})")
     return complete
 
 
-def check_finite(frame: pd.DataFrame) -> None:
+def counts_of(missing: Mapping[str, np.ndarray]) -> str:
+    """How many rows of which columns have no value, for messages."""
+    return ", ".join(f"{name} {int(rows.sum())}" for name, rows in missing.items() if rows.any())
+
+
+def selected(frame: Mapping[str, pd.Series], rows: np.ndarray) -> dict[str, pd.Series]:
+    """These rows of columns."""
+    return dict(frame) if rows.all() else {name: column[rows] for name, column in frame.items()}
+
+
+def check_finite(frame: Table) -> None:
     """Raise DataError naming a numeric column with infinite values."""
-    for name in frame.columns:
+    for name in frame:
         column = frame[name]
-        if pd.api.types.is_float_dtype(column) and np.isinf(column.to_numpy(float)).any():
-            rows = np.flatnonzero(np.isinf(column.to_numpy(float)))
+        if column.dtype.kind == "f" and np.isinf(column.to_numpy()).any():
+            rows = np.flatnonzero(np.isinf(column.to_numpy()))
             raise DataError(
                 f"column '{name}' has {len(rows)} infinite values (first in row {column.index[rows[0]]}); "
                 "replace them, or make them missing to leave the rows out"
             )
 
 
-def as_numbers(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+def as_numbers(frame: Table, names: Iterable[str]) -> Table:
     """The columns that expressions compute with, integers as floats: products of integers overflow without a word.
 
     Raises:
         DataError: names a column with integers that floats would round.
     """
     whole = [name for name in dict.fromkeys(names) if frame[name].dtype.kind in "iu"]
-    return frame.assign(**{name: _floats(f"column '{name}'", frame[name]) for name in whole})
+    return _with(frame, {name: _floats(f"column '{name}'", frame[name]) for name in whole})
+
+
+def _with(frame: Table, changed: Mapping[str, pd.Series]) -> Table:
+    return frame.assign(**changed) if isinstance(frame, pd.DataFrame) else {**frame, **changed}
 
 
 def _floats(what: str, column: pd.Series) -> pd.Series:
@@ -254,16 +281,18 @@ def _floats(what: str, column: pd.Series) -> pd.Series:
     return column.astype(float)
 
 
-def settle(frame: pd.DataFrame) -> pd.DataFrame:
+def settle(frame: Table) -> Table:
     """Complete rows: truth values are ``bool``, and categories without rows, which make columns of zeros, are gone."""
     settled: dict[str, Any] = {}
-    for name in frame.columns:
+    for name in map(str, frame):
         column = frame[name]
         if isinstance(column.dtype, pd.CategoricalDtype):
-            settled[name] = column.cat.remove_unused_categories()
+            codes = column.array.codes
+            if not np.bincount(codes[codes >= 0], minlength=len(column.dtype.categories)).all():
+                settled[name] = column.cat.remove_unused_categories()
         elif column.dtype == object and isinstance(_first(column), bool):
             settled[name] = column.astype(bool)
-    return frame.assign(**settled)
+    return _with(frame, settled)
 
 
 def _first(column: pd.Series) -> Any:
@@ -277,23 +306,29 @@ def factor_codes(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndar
 
     Order as in R: the categories' own order, else sorted; of an interaction, the first column varies slowest.
     """
-    codes, parts = _combinations(frame, columns)
+    codes, parts = combinations(frame, columns)
     return codes, [":".join(names) for names in parts]
 
 
 def levels_of(frame: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
     """``(k, m)`` names of the values in m columns that make each of the k levels of :func:`factor_codes`."""
-    return _combinations(frame, columns)[1]
+    return combinations(frame, columns)[1]
 
 
-def _combinations(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def combinations(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of :func:`factor_codes` and the names of :func:`levels_of`."""
     codes = np.zeros(len(frame), np.int64)
-    names = []
+    names: list[np.ndarray] = []
     for name in columns:
         own, levels = level_names(frame[name])
         names.append(np.array(levels, object))
         codes = codes * len(levels) + own
-    present, codes = np.unique(codes, return_inverse=True)
+    possible = math.prod(len(levels) for levels in names)
+    if possible <= 4 * len(codes) + 1000:  # counting takes less than sorting
+        there = np.bincount(codes, minlength=possible) > 0
+        present, codes = np.flatnonzero(there), (np.cumsum(there) - 1)[codes]
+    else:
+        present, codes = np.unique(codes, return_inverse=True)
     parts = np.empty((len(present), len(columns)), object)
     for j in reversed(range(len(columns))):
         present, which = np.divmod(present, len(names[j]))
@@ -304,7 +339,7 @@ def _combinations(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[np.nda
 def level_names(column: pd.Series) -> tuple[np.ndarray, list[str]]:
     """The values of one column: codes ``(n,)``, -1 for a missing one, and names in order."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        codes, levels = column.cat.codes.to_numpy(), column.cat.categories
+        codes, levels = column.array.codes, column.dtype.categories
     else:
         codes, levels = pd.factorize(column, sort=True)
     return codes, [level_name(level) for level in levels]
