@@ -81,10 +81,10 @@ def test_conditional_covariances(name, singular):
     stats, lambdas = mj.cross_products(design), random_lambdas(design, 5, singular)
     expected = dense_conditional_covariances(design, lambdas)
     own = in_bases(lambdas, stats)
-    for found, dense in zip(conditional_covariances(own, stats), expected, strict=True):
+    for found, dense in zip(conditional_covariances(lambdas, stats), expected, strict=True):
         close(np.moveaxis(found, -1, 0), dense, 1e-9, 1e-12 * np.abs(dense).max())
-    differentiated = jax.jit(conditional_covariances)([jnp.asarray(F) for F in own], stats)
-    for found, other in zip(conditional_covariances(own, stats), differentiated, strict=True):
+    differentiated = jax.jit(conditional_covariances)([jnp.asarray(F) for F in lambdas], stats)
+    for found, other in zip(conditional_covariances(lambdas, stats), differentiated, strict=True):
         assert isinstance(found, np.ndarray)
         close(found, other, 1e-9, 1e-12 * np.abs(found).max())
     first = Equations(stats, by_factor(own, stats.layout)).covariances()
@@ -121,9 +121,7 @@ def test_without_fixed_effects(name):
     rows = rows_of(fitted.rows)
     lambdas = lambdas_of_theta(fitted.estimates.theta, fitted.stats.layout.qs)
     expected = dense_conditional_covariances(fitted.rows, lambdas)
-    for covariances, dense in zip(
-        conditional_covariances(in_bases(lambdas, fitted.stats), fitted.stats), expected, strict=True
-    ):
+    for covariances, dense in zip(conditional_covariances(lambdas, fitted.stats), expected, strict=True):
         close(np.moveaxis(covariances, -1, 0), dense, 1e-9, 1e-12 * np.abs(dense).max())
     theta = fitted.estimates.theta
     expected = _contract(rows.padded(), engine_of(rows.stats, True, at_once=False).run(_slopes, theta)[2])

@@ -15,7 +15,7 @@ from designs import STRUCTURES, random_design, random_lambdas
 
 import mixjax as mj
 from mixjax.engine.criterion import in_bases
-from mixjax.engine.equations import Equations, covariances_with_slopes
+from mixjax.engine.equations import Equations, covariances_with_slopes, factors_in_bases
 from mixjax.engine.modes import conditional_modes
 from mixjax.estimation.blup import predict as predict_arrays
 from mixjax.estimation.estimate import Estimates
@@ -27,7 +27,7 @@ from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
 from mixjax.prediction.predict import predict
 from mixjax.prediction.second_order import second_order
-from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
 
 CASES = [(name, "REML") for name in ORACLES] + [("sleepstudy_slopes", "ML"), ("pastes_nested", "ML")]

@@ -21,6 +21,22 @@ ROOMS = [
     "mixjax.plots", "mixjax.lineups", "mixjax.summary", "mixjax.inferring", "mixjax.diagnosing", "mixjax.streams",
     "mixjax.model", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
+# What rooms above ask of the engine, of the sums over rows and of the fits, and nothing else there.
+ASKED = {
+    "mixjax.engine": {
+        "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
+        "covariances_with_slopes", "conditional_covariances", "is_regular", "solve_where",
+    },
+    "mixjax.products": {
+        "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
+        "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "MOST_DENSE_LANES", "has_closed_form",
+        "in_lanes_at_once",
+    },
+    "mixjax.estimation": {
+        "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
+        "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors", "LOWEST",
+    },
+}  # fmt: skip
 CORE = (
     "mixjax.forks",
     "mixjax.linalg",
@@ -75,6 +91,18 @@ def test_imports_point_downwards(module, path):
             assert ROOMS.index(room) < ROOMS.index(own), f"{module} imports {imported}, which lies above it"
         if module.startswith(CORE):
             assert not imported.startswith(OUTSIDE_THE_CORE), f"the core's {module} imports {imported}"
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_rooms_above_ask_the_engine(module, path):
+    """Whoever stands above the fits knows no algorithm: what serves which model is decided below."""
+    own = room_of(module)
+    if module == "mixjax" or ROOMS.index(own) <= ROOMS.index("mixjax.estimation"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        room = room_of(node.module) if isinstance(node, ast.ImportFrom) else None
+        if room in ASKED:
+            assert {alias.name for alias in node.names} <= ASKED[room], f"{module} reaches below {room}"
 
 
 def test_no_circles_between_modules():

@@ -8,7 +8,6 @@ import numpy as np
 
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
-from mixjax.engine.criterion import in_bases
 from mixjax.engine.modes import conditional_covariances
 from mixjax.fitted import Fitted
 
@@ -24,7 +23,7 @@ def terms_of_group(labels: Labels) -> dict[str, list[int]]:
 def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
     """Grouping factor -> ``(levels, q, q)``, absolute, given theta and beta, all terms of the factor side by side."""
     stats = fitted.stats if fitted.stats.classes is None else replace(fitted.stats, classes=None)
-    blocks = conditional_covariances(in_bases(lambdas_of_theta(fitted.estimates.theta, stats.layout.qs), stats), stats)
+    blocks = conditional_covariances(lambdas_of_theta(fitted.estimates.theta, stats.layout.qs), stats)
     result = {}
     for group, ts in terms_of_group(fitted.labels).items():
         m = len(fitted.labels.terms[ts[0]].levels)

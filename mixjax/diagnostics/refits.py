@@ -8,7 +8,7 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax.diagnostics.deletion import batches
-from mixjax.engine.engine import is_crossed
+from mixjax.engine.engine import engine_of
 from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
@@ -73,7 +73,7 @@ def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarra
     # From moment estimates, as a fit of the other rows would start: as quick as from the theta of all rows, and where
     # there are several minima the choice among them does not depend on the rows that are left out. But fits of a large
     # crossed design take long.
-    is_large = is_crossed(rows.stats) and not fitted.estimates.singular
+    is_large = engine_of(rows.stats, fitted.reml).where is not None and not fitted.estimates.singular
     start = fitted.estimates.theta if is_large else None
     for deleted, stats in batches(rows, unit):
         est = estimate_many(stats.in_basis(), fitted.reml, start, keep=(*KEEP, "Sigma", "vcov"), engine=engine)

@@ -26,7 +26,6 @@ from mixjax.diagnostics.refits import entry_names
 from mixjax.engine.coordinates import is_regular, solve_where
 from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.engine.equations import covariances_with_slopes
-from mixjax.engine.profiled import Profiled
 from mixjax.estimation.search import own_factors
 from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
 from mixjax.formula.errors import warn
@@ -144,7 +143,7 @@ def _slopes(engine: Engine, theta: Any) -> tuple[Any, Any, Sums]:
     H = engine.derivatives(x)[2]
     sums, k = _sums(stats), x.shape[0]
 
-    def profiled(x: Array, sums: Sums) -> Profiled:
+    def profiled(x: Array, sums: Sums) -> Any:
         return replace(engine, stats=_with_sums(stats, sums)).profiled(x)
 
     def explicit(x: Array, sums: Sums) -> Array:

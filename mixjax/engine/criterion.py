@@ -14,7 +14,7 @@ from mixjax.engine.elimination import Blocks, arrange, eliminate
 from mixjax.engine.profiled import Profiled
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, is_concrete, jit
-from mixjax.products.sums import CrossProducts
+from mixjax.products.sums import CrossProducts, check_products
 
 
 def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: Array | bool) -> Profiled:
@@ -70,12 +70,6 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
     check_products(stats)
     warn_of_float32(stats)
     return _criterion(theta, stats, reml)
-
-
-def check_products(stats: CrossProducts) -> None:
-    """Raise TypeError for anything but cross-products, above all a Design."""
-    if not isinstance(stats, CrossProducts):
-        raise TypeError(f"cross-products are needed, got {type(stats).__name__}: pass mixjax.cross_products(design)")
 
 
 def warn_of_float32(stats: CrossProducts) -> None:

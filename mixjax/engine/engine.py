@@ -23,7 +23,6 @@ from mixjax.engine.criterion import in_bases, profile
 from mixjax.engine.crossed import crossed_moments
 from mixjax.engine.curvature import Slopes
 from mixjax.engine.elimination import arrange
-from mixjax.engine.equations import Equations, by_factor
 from mixjax.engine.incidence import Incidence, incidence
 from mixjax.engine.modes import conditional_modes
 from mixjax.engine.moments import Moments, moments_of
@@ -100,10 +99,6 @@ class Engine:
         theta = namespace(theta, stats.XX, stats.yy).asarray(theta, stats.XX.dtype)
         return whole(in_bases(cov.lambdas_of_theta(theta, stats.layout.qs), stats), stats)
 
-    def equations(self, lambdas: list[np.ndarray]) -> Equations:
-        """The mixed-model equations at the terms' factors ``(q, q)``, of their own columns; by NumPy."""
-        return Equations(self.stats, by_factor(in_bases(lambdas, self.stats), self.stats.layout))
-
     @cached_property
     def moments(self) -> Any:
         """What the closed form needs of the data; None where there is none."""
@@ -166,7 +161,7 @@ def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
         stats: of one response. at_once: False for JAX whatever the size.
     """
     stats = stats if stats.classes is None else replace(stats, classes=None)
-    if at_once and serves_at_once(stats):
+    if at_once and _serves_at_once(stats):
         return AtOnce(stats, bool(reml))
     stats = pad(stats)
     return Engine(stats, np.bool_(reml), incidence(stats))
@@ -187,12 +182,7 @@ def engines_of(stats: CrossProducts, axes: CrossProducts, reml: bool) -> Iterato
         yield Engine(one, np.bool_(reml), where)
 
 
-def is_crossed(stats: CrossProducts) -> bool:
-    """Whether a data set is a large crossed design, which is fitted over sparse rows."""
-    return incidence(stats) is not None
-
-
-def serves_at_once(stats: CrossProducts) -> bool:
+def _serves_at_once(stats: CrossProducts) -> bool:
     """Whether NumPy serves a data set."""
     leaves = jax.tree.leaves(stats)
     return namespace(*leaves) is np and np.asarray(stats.yy).dtype == np.float64 and is_small(stats)

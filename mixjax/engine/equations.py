@@ -251,6 +251,12 @@ def by_factor(lambdas: list[np.ndarray], layout: Layout) -> list[np.ndarray]:
     return factors
 
 
+def factors_in_bases(lambdas: list[np.ndarray], stats: CrossProducts) -> list[np.ndarray]:
+    """Per grouping factor ``F (..., w, w)``: the covariance of its effects in the bases of the products is ``F F'``."""
+    own = [np.asarray(basis.R) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
+    return by_factor(own, stats.layout)
+
+
 def covariances_with_slopes(x: np.ndarray, stats: CrossProducts):
     """Covariances at coordinates ``x (..., k)``, and their derivatives by these.
 

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from mixjax import linalg
+from mixjax.engine.criterion import in_bases
 from mixjax.engine.elimination import arrange, eliminate
 from mixjax.engine.equations import Equations, by_factor
 from mixjax.machine import Array, namespace
@@ -46,9 +47,12 @@ def conditional_modes(lambdas: list[Array], stats: CrossProducts) -> list[Array]
 def conditional_covariances(lambdas: list[Array], stats: CrossProducts) -> list[Array]:
     """Conditional covariance of every level's effects given y, relative to sigma^2, per grouping factor ``(q, q, m)``.
 
-    theta and beta are taken as known, as in lme4's ``condVar``. Of the effects of Z's own columns. Args as in
-    :func:`conditional_modes`.
+    theta and beta are taken as known, as in lme4's ``condVar``.
+
+    Args:
+        lambdas: per term ``(q, q)``, of the effects of Z's own columns, as the result is.
     """
+    lambdas = in_bases(lambdas, stats)
     if namespace(*lambdas, *jax.tree.leaves(stats)) is np:
         blocks = [np.moveaxis(own, 0, -1) for own in Equations(stats, by_factor(lambdas, stats.layout)).covariances()]
     else:

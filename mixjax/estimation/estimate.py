@@ -11,7 +11,7 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax.design import AnyArray
-from mixjax.engine.criterion import check_products, in_bases, warn_of_float32
+from mixjax.engine.criterion import in_bases, warn_of_float32
 from mixjax.engine.engine import AtOnce, Engine
 from mixjax.engine.incidence import incidence
 from mixjax.engine.moments import Moments
@@ -22,7 +22,7 @@ from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.machine import Array, compiled, namespace
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
-from mixjax.products.sums import CrossProducts
+from mixjax.products.sums import CrossProducts, check_products
 
 
 class Estimates(NamedTuple):

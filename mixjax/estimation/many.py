@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixjax import covariance as cov
-from mixjax.engine.criterion import check_products, warn_of_float32
-from mixjax.engine.engine import AtOnce, engines_of, is_crossed
+from mixjax.engine.criterion import warn_of_float32
+from mixjax.engine.engine import AtOnce, engines_of
+from mixjax.engine.incidence import incidence
 from mixjax.engine.lanes import Lanes
 from mixjax.estimation.at_once import fit_lanes, padded_lanes
 from mixjax.estimation.batch import Batch, batch_axes, last, replicates
@@ -24,7 +25,7 @@ from mixjax.estimation.lanes import fit_block
 from mixjax.estimation.results import Results
 from mixjax.machine import LANES, compiled, float64, is_concrete, jit
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_wide
-from mixjax.products.sums import CrossProducts
+from mixjax.products.sums import CrossProducts, check_products
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
 # Replicates of one call where no closed form applies.
@@ -215,7 +216,7 @@ def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep
     B = len(stats.yy)
     left_out: dict[str, Any] = {name: None for name in Estimates._fields if name not in keep}
     parts = []
-    if is_wide(stats) or is_crossed(replicates(stats, axes, 0)):
+    if is_wide(stats) or incidence(replicates(stats, axes, 0)) is not None:
         for i, engine in enumerate(engines_of(stats, axes, reml)):
             one = compiled(fit)(engine, None if start is None else start[i])
             parts.append(jax.tree.map(lambda a: np.asarray(a)[None], one._replace(**left_out)))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.engine.coordinates import is_regular, solve_where
-from mixjax.engine.engine import Engine, engines_of, is_crossed
+from mixjax.engine.engine import Engine, engines_of
+from mixjax.engine.incidence import incidence
 from mixjax.estimation.at_once import step_lanes
 from mixjax.estimation.batch import Batch, batch_axes
 from mixjax.estimation.blocks import parts_of
@@ -50,7 +51,7 @@ def newton_steps(
             results.put(at, fits)
         return results.estimates(), sound
     with float64():
-        if is_crossed(jax.tree.map(lambda a: np.asarray(a)[0], stats)):
+        if incidence(jax.tree.map(lambda a: np.asarray(a)[0], stats)) is not None:
             parts = [jax.device_get(compiled(_step)(e, theta)) for e in engines_of(stats, batch_axes(stats), reml)]
             return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         return _in_blocks(stats, lambda some: _steps(some, theta, np.bool_(reml)))

@@ -21,8 +21,7 @@ from jax.scipy.special import betainc, erfc
 
 from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
-from mixjax.engine.criterion import check_products
-from mixjax.engine.engine import AtOnce, Engine, engine_of, serves_at_once
+from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import Fitted, InferenceWarning, fit_products
@@ -31,7 +30,7 @@ from mixjax.inference import kenward_roger as kr
 from mixjax.inference.information import Information, information
 from mixjax.inference.lanes import errors_of_many, in_lanes
 from mixjax.machine import Array, compiled, float64, is_concrete, jit, namespace, silently
-from mixjax.products.sums import CrossProducts
+from mixjax.products.sums import CrossProducts, check_products
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 
@@ -192,9 +191,9 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
         each = np.atleast_2d(np.asarray(L, np.float64))
         with float64():
             return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
-    if not many and concrete and namespace(*jax.tree.leaves(est)) is np and serves_at_once(stats):
-        engine = engine_of(stats, reml)
-        return engine.run(fun, est.theta, est.beta, est.sigma, np.atleast_2d(np.asarray(L, np.float64)))
+    if not many and double and namespace(*jax.tree.leaves((est, stats))) is np:
+        each = np.atleast_2d(np.asarray(L, np.float64))
+        return engine_of(stats, reml).run(fun, est.theta, est.beta, est.sigma, each)
     engine = Engine(replace(stats, classes=None), jnp.asarray(reml))
     run = _of_many(fun, tuple(jax.tree.leaves(batch_axes(engine.stats)))) if many else compiled(fun)
     with float64(double or jax.config.read("jax_enable_x64")):

@@ -9,14 +9,13 @@ G_i are replaced by others of the same span: H itself stands for the one of sigm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mixjax import linalg
 from mixjax.design import AnyArray
 from mixjax.engine.engine import Engine
-from mixjax.engine.whole import Place
 from mixjax.machine import Array, namespace
 from mixjax.products.sums import CrossProducts
 
@@ -136,7 +135,7 @@ def _inner(X: Array, Y: Array) -> Array:
     return X.reshape(-1, X.shape[2]).T @ Y.reshape(-1, Y.shape[2])
 
 
-def _traces(a: Place, b: Place, N: Array) -> Array:
+def _traces(a: Any, b: Any, N: Array) -> Array:
     """``tr(E N F N)`` of all directions E of one term and F of another, ``(j, l)``."""
     xp = namespace(N)
     part = N[:, a.own, b.own].reshape(len(N), a.q, a.m, b.q, b.m)
@@ -145,7 +144,7 @@ def _traces(a: Place, b: Place, N: Array) -> Array:
     return xp.einsum("jab,lcd,bcad->jl", a.units, b.units, squares)
 
 
-def _single_traces(place: Place, N: Array) -> Array:
+def _single_traces(place: Any, N: Array) -> Array:
     """``tr(E N)`` of all directions of a term."""
     xp = namespace(N)
     part = N[:, place.own, place.own].reshape(len(N), place.q, place.m, place.q, place.m)

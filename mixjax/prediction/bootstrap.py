@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from mixjax.design import Design
-from mixjax.engine.equations import Equations
+from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.many import estimate_many
 from mixjax.fitted import Fitted, InferenceWarning
@@ -17,7 +17,7 @@ from mixjax.formula.errors import warn
 from mixjax.inference.resample import chunk_size
 from mixjax.optimise.results import Result
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
-from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
 from mixjax.simulation import draw_responses, random_columns, symmetric_root

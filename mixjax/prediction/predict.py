@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.design import TermLabels
 from mixjax.distributions import normal_quantile, t_quantile
-from mixjax.engine.equations import Equations
+from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.fitted import Fitted, InferenceWarning, interaction_key, term_names
 from mixjax.formula.errors import warn
 from mixjax.formula.state import new_rows
@@ -19,7 +19,7 @@ from mixjax.inference.contrasts import fitted_information
 from mixjax.inference.intervals import check_level
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.second_order import second_order
-from mixjax.prediction.targets import Targets, effect_rows, factors_in_bases, relative_factors
+from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.simulation import check_count
 
 Interval = Literal["confidence", "prediction"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import AnyArray
-from mixjax.engine.equations import EffectRows, by_factor
+from mixjax.engine.equations import EffectRows
 from mixjax.products.sums import CrossProducts
 
 
@@ -110,9 +110,3 @@ def relative_factors(theta: AnyArray, qs: tuple[int, ...]) -> list[np.ndarray]:
         Lambda[triangle(q)] = part
         lambdas.append(np.moveaxis(Lambda, (0, 1), (-2, -1)))
     return lambdas
-
-
-def factors_in_bases(lambdas: list[np.ndarray], stats: CrossProducts) -> list[np.ndarray]:
-    """Per grouping factor ``F (..., w, w)``: the covariance of its effects in the bases of the products is ``F F'``."""
-    own = [np.asarray(basis.R) @ Lambda for basis, Lambda in zip(stats.Z_bases, lambdas, strict=True)]
-    return by_factor(own, stats.layout)

@@ -181,6 +181,12 @@ jax.tree_util.register_dataclass(
 )
 
 
+def check_products(stats: CrossProducts) -> None:
+    """Raise TypeError for anything but cross-products, above all a Design."""
+    if not isinstance(stats, CrossProducts):
+        raise TypeError(f"cross-products are needed, got {type(stats).__name__}: pass mixjax.cross_products(design)")
+
+
 def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
     """The cross-products of the rows of a and b together, in the bases of a.
 
