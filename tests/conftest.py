@@ -16,6 +16,9 @@ from pathlib import Path
 
 # Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# LLVM at its least, as JAX's own tests have it: compiling is most of what a test costs, what is compiled is the same.
+# tests/test_engines.py compiles as users do. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has all tests do so.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Workers, and the processes that they start, share compiled programs, in a folder of this run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mixjax-tests-{os.getpid()}"))
 os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
