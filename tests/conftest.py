@@ -21,10 +21,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Workers share the cores: threads of BLAS wait for each other by spinning, and where every worker has as many as there
 # are cores, small products take ten times the CPU time. Before NumPy is loaded.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _WORKERS > 1:
-    for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(_name, str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+os.environ.update(
+    {
+        name: str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        if name not in os.environ and "PYTEST_XDIST_WORKER_COUNT" in os.environ
+    }
+)
 # Workers, and the processes that they start, share compiled programs, in a folder of this run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mixjax-tests-{os.getpid()}"))
 os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
