@@ -16,6 +16,18 @@ from pathlib import Path
 
 # Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# LLVM at its least, as JAX's own tests have it: compiling is most of what a test costs, what is compiled is the same.
+# tests/test_engines.py compiles as users do. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has all tests do so.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Workers share the cores: threads of BLAS wait for each other by spinning, and where every worker has as many as there
+# are cores, small products take ten times the CPU time. Before NumPy is loaded.
+os.environ.update(
+    {
+        name: str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        if name not in os.environ and "PYTEST_XDIST_WORKER_COUNT" in os.environ
+    }
+)
 # Workers, and the processes that they start, share compiled programs, in a folder of this run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mixjax-tests-{os.getpid()}"))
 os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -101,8 +113,8 @@ def run_python(code: str, **env: str) -> str:
     return out
 
 
-def over_loopback(code: str) -> None:
-    """Run the code in two processes of two devices each, joined by ``jax.distributed``; it prints "same" at its end."""
+def over_loopback(code: str) -> list[str]:
+    """What the code prints in two processes of two devices each, joined by ``jax.distributed``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,7 +123,10 @@ def over_loopback(code: str) -> None:
     jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
     assert jax.process_count() == 2 and len(jax.devices()) == 4
     """
-    for process in processes_of(join + code, 2, XLA_FLAGS="--xla_force_host_platform_device_count=2"):
+    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
+    printed = []
+    for process in processes_of(textwrap.dedent(join) + textwrap.dedent(code), 2, XLA_FLAGS=flags):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3_000:]
-        assert "same" in out
+        printed.append(out)
+    return printed

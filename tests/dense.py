@@ -4,16 +4,13 @@ import numpy as np
 
 
 def covariance(design, Sigmas, sigma):
-    """``V = sigma^2 W^{-1} + sum_t Z_t (I x Sigma_t) Z_t'``."""
+    """``V = sigma^2 W^{-1} + sum_t Z_t (I x Sigma_t) Z_t'``: rows of one group share ``z_i' Sigma_t z_j``."""
     n = len(design.y)
     weights = np.ones(n) if design.weights is None else np.asarray(design.weights)
     V = np.diag(sigma**2 / weights)
     for term, Sigma in zip(design.terms, Sigmas, strict=True):
-        Z = np.zeros((n, term.n_groups * Sigma.shape[0]))
-        for i in range(n):
-            q = Sigma.shape[0]
-            Z[i, term.group[i] * q : (term.group[i] + 1) * q] = term.Z[i]
-        V += Z @ np.kron(np.eye(term.n_groups), Sigma) @ Z.T
+        group = np.asarray(term.group)
+        V += np.where(group[:, None] == group, term.Z @ Sigma @ np.transpose(term.Z), 0.0)
     return V
 
 

@@ -143,8 +143,8 @@ def test_information_is_the_hessian_of_the_criterion(x64):
         return profile(in_bases(lambdas_of_theta(theta, (2,)), stats), arrange(stats), stats, True).rss
 
     at = jnp.append(jnp.asarray(fit.theta), np.log(fit.sigma))
-    covariance = 2 * np.linalg.inv(np.asarray(jax.hessian(free)(at)))
-    to_x = np.asarray(jax.jacfwd(lambda theta: coordinates_of(theta, stats)[0])(at[:-1]))
+    covariance = 2 * np.linalg.inv(np.asarray(jax.jit(jax.hessian(free))(at)))
+    to_x = np.asarray(jax.jit(jax.jacfwd(lambda theta: coordinates_of(theta, stats)[0]))(at[:-1]))
     J = np.block([[to_x, np.zeros((3, 1))], [np.zeros((1, 3)), np.ones((1, 1))]])
     np.testing.assert_allclose(info.covariance, J @ covariance @ J.T, rtol=1e-6, atol=1e-9)
 

@@ -11,6 +11,7 @@ from conftest import fit_of
 from designs import STRUCTURES, random_design
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refits import fit_at_once
 
 import mixjax as mj
 from mixjax.products.sums import pad
@@ -19,49 +20,72 @@ pytestmark = pytest.mark.usefixtures("x64")
 STEP = 1e-5
 
 
-def outputs(y, X, Z, weights, design):
+FIELDS = ("theta", "beta", "sigma", "Sigma", "vcov", "b", "criterion")
+
+
+def moved_design(design, y, X, Z, weights):
     terms = (replace(design.terms[0], Z=Z), *design.terms[1:])
-    est = mj.estimate(mj.cross_products(replace(design, y=y, X=X, terms=terms, weights=weights)))
-    return {name: getattr(est, name) for name in ("theta", "beta", "sigma", "Sigma", "vcov", "b", "criterion")}
+    return replace(design, y=y, X=X, terms=terms, weights=weights)
+
+
+def refitted(design, fields=FIELDS):
+    """The estimates of another design, by NumPy: another search and other derivatives than those under test."""
+    est = fit_at_once(mj.cross_products(design), None, True)
+    return {name: getattr(est, name) for name in fields}
 
 
 @cache
-def programs(name):
-    """A design, and its outputs, their derivative along a direction, and the transpose of that, compiled once."""
+def program(name):
+    """A design; and its outputs, their derivative along a direction, and the transpose of that, compiled once."""
     design = random_design(STRUCTURES[name], 4)
 
     def fun(*arrays):
-        return outputs(*arrays, design)
+        est = mj.estimate(mj.cross_products(moved_design(design, *arrays)))
+        return {name: getattr(est, name) for name in FIELDS}
 
-    def pulled(weigh, *point):
-        return jax.vjp(fun, *point)[1](weigh)
+    @jax.jit
+    def derivatives(point, direction, weigh):
+        value, along = jax.linearize(fun, *point)
+        return value, along(*direction), jax.linear_transpose(along, *point)(weigh)
 
-    return design, jax.jit(fun), jax.jit(lambda point, direction: jax.jvp(fun, point, direction)), jax.jit(pulled)
+    return design, derivatives
+
+
+def point_of(design, y):
+    weights = np.linspace(0.5, 2.0, len(y)) if design.weights is None else design.weights
+    return (y, design.X, design.terms[0].Z, weights)
+
+
+def weights_of_outputs(design, rng):
+    """A random number for each number of the estimates."""
+    return {name: jax.tree.map(lambda x: rng.normal(size=np.shape(x)), x) for name, x in refitted(design).items()}
 
 
 @pytest.mark.parametrize("kind", ["regular", "singular"])
 @pytest.mark.parametrize("name", ["one factor, q=2, weights", "crossed", "nested"])
 def test_against_refits(name, kind):
-    design, fun, along, pulled = programs(name)
+    design, derivatives = program(name)
     y = design.y
     if kind == "regular":  # a clear covariance of full rank
         rng = np.random.default_rng(4 if name == "nested" else 1)
         y = y + sum((t.Z * (1.5 * rng.normal(size=(t.n_groups, t.Z.shape[1])))[t.group]).sum(1) for t in design.terms)
-    weights = np.linspace(0.5, 2.0, len(y)) if design.weights is None else design.weights
-    point = (y, design.X, design.terms[0].Z, weights)
+    point = point_of(design, y)
     rng = np.random.default_rng(2)
     # The constant column of X stays one: it is recognised by its values.
-    direction = tuple(rng.normal(size=a.shape) * (0.3 if a is weights else 1.0) for a in point)
-    value, tangent = along(point, direction)
+    direction = tuple(rng.normal(size=a.shape) * (0.3 if a is point[3] else 1.0) for a in point)
+    weigh = weights_of_outputs(design, rng)
+    value, tangent, pulled = derivatives(point, direction, weigh)
     assert (np.asarray(value["theta"]) == 0).any() == (kind == "singular")
-    ahead, behind = (fun(*(a + s * STEP * d for a, d in zip(point, direction, strict=True))) for s in (1, -1))
+    ahead, behind = (
+        refitted(moved_design(design, *(a + s * STEP * d for a, d in zip(point, direction, strict=True))))
+        for s in (1, -1)
+    )
     for key in value:
         for t, u, v in zip(*map(jax.tree.leaves, (tangent[key], ahead[key], behind[key])), strict=True):
-            numeric = (np.asarray(u) - np.asarray(v)) / (2 * STEP)
+            numeric = (u - v) / (2 * STEP)
             np.testing.assert_allclose(t, numeric, rtol=1e-5, atol=1e-5 * np.abs(numeric).max() + 1e-8)
     # Reverse mode is the transpose of forward mode.
-    weigh = jax.tree.map(lambda x: rng.normal(size=x.shape), value)
-    left = sum((np.asarray(g) * d).sum() for g, d in zip(pulled(weigh, *point), direction, strict=True))
+    left = sum((np.asarray(g) * d).sum() for g, d in zip(pulled, direction, strict=True))
     right = sum(
         (np.asarray(t) * w).sum() for t, w in zip(jax.tree.leaves(tangent), jax.tree.leaves(weigh), strict=True)
     )
@@ -69,21 +93,22 @@ def test_against_refits(name, kind):
 
 
 def test_zeroed_entries_of_theta_do_not_move():
-    design = random_design(STRUCTURES["crossed"], 4)
-    theta = lambda y: mj.estimate(mj.cross_products(design, y)).theta  # noqa: E731
-    est, tangent = jax.jit(lambda y: jax.jvp(theta, (y,), (jnp.ones_like(y),)))(design.y)
-    est = np.asarray(est)
-    assert (est == 0).any()
-    np.testing.assert_array_equal(np.asarray(tangent)[est == 0], 0.0)
+    design, derivatives = program("crossed")
+    point = point_of(design, design.y)
+    along_y = (np.ones_like(design.y), *(np.zeros_like(a) for a in point[1:]))
+    value, tangent, _ = derivatives(point, along_y, weights_of_outputs(design, np.random.default_rng(0)))
+    zero = np.asarray(value["theta"]) == 0
+    assert zero.any()
+    np.testing.assert_array_equal(np.asarray(tangent["theta"])[zero], 0.0)
 
 
 def test_second_derivative():
     design = random_design(STRUCTURES["one factor, q=1"], 3)
     direction = np.random.default_rng(0).normal(size=len(design.y))
-    sigma = jax.jit(lambda s: mj.estimate(mj.cross_products(design, jnp.asarray(design.y) + s * direction)).sigma)
+    sigma = lambda s: mj.estimate(mj.cross_products(design, jnp.asarray(design.y) + s * direction)).sigma  # noqa: E731
     h = 1e-3
-    numeric = (sigma(h) - 2 * sigma(0.0) + sigma(-h)) / h**2
-    np.testing.assert_allclose(jax.hessian(sigma)(0.0), numeric, rtol=1e-4)
+    behind, here, ahead = (refitted(replace(design, y=design.y + s * direction))["sigma"] for s in (-h, 0.0, h))
+    np.testing.assert_allclose(jax.jit(jax.hessian(sigma))(0.0), (ahead - 2 * here + behind) / h**2, rtol=1e-4)
 
 
 def test_vmap_over_responses_equals_a_loop():
@@ -113,18 +138,20 @@ def test_reference_data_against_refits(name):
     def products(y, X, weights):
         return mj.cross_products(replace(design, y=y, X=X, weights=weights))
 
+    fields = ("theta", "beta", "sigma", "Sigma", "b")
+
     def fun(stats):
         est = mj.estimate(stats)
-        return {key: getattr(est, key) for key in ("theta", "beta", "sigma", "Sigma", "b")}
+        return {key: getattr(est, key) for key in fields}
 
     point = (y, X, np.ones_like(y))
     stats, tangent = jax.jit(lambda p, d: jax.jvp(products, p, d))(point, direction)
     value, moved = jax.jit(lambda s, t: jax.jvp(fun, (s,), (t,)))(jax.tree.map(jnp.asarray, stats), tangent)
     moves = [tuple(a + s * STEP * d for a, d in zip(point, direction, strict=True)) for s in (1.0, -1.0)]
-    shifted = [jax.jit(fun)(products(*move)) for move in moves]
+    shifted = [refitted(replace(design, y=y, X=X, weights=weights), fields) for y, X, weights in moves]
     for key in value:
         for t, u, v in zip(*map(jax.tree.leaves, (moved[key], *(s[key] for s in shifted))), strict=True):
-            numeric = (np.asarray(u) - np.asarray(v)) / (2 * STEP)
+            numeric = (u - v) / (2 * STEP)
             np.testing.assert_allclose(t, numeric, rtol=1e-5, atol=1e-5 * np.abs(numeric).max() + 1e-7, err_msg=key)
 
 

@@ -17,6 +17,19 @@ from mixjax.engine.moments import moments_of
 from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import fit as fit_engine
 from mixjax.products.sizes import has_closed_form
+from mixjax.products.sums import pad
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised_programs():
+    """Programs as users have them, with all of XLA's optimisations (see conftest.py), beside NumPy."""
+    least = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", least)
+    jax.clear_caches()
+
 
 SLOPES = "Reaction ~ Days + (Days | Subject)"
 WIDE = {
@@ -46,7 +59,7 @@ def test_derivatives_agree(name):
         ours = (*value_gradient_hessian(x, moments, reml), *slopes_of(x, moments, reml)[2:])
         assert all(isinstance(a, np.ndarray) for a in ours)
         with jax.enable_x64(True):
-            theirs = [np.asarray(a) for a in by_jax(x, stats, np.bool_(reml))]
+            theirs = [np.asarray(a) for a in by_jax(x, pad(stats), np.bool_(reml))]
         scale = np.abs(theirs[2]).max()  # of the derivatives: their terms cancel
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
         for a, b in zip(ours[1:], theirs[1:], strict=True):
@@ -62,10 +75,11 @@ def test_estimates_agree(name, reml):
         stats = mj.cross_products(random_design(STRUCTURES[name], seed))
         ours = AtOnce(stats, reml).run(fit_engine)
         with jax.enable_x64(True):
-            theirs = jax.tree.map(np.asarray, mj.estimate(stats, reml))
+            theirs = jax.tree.map(np.asarray, mj.estimate(pad(stats), reml))
         assert ours.criterion == pytest.approx(float(theirs.criterion), rel=1e-12)
         assert (ours.result, bool(ours.singular)) == (theirs.result, bool(theirs.singular))
-        for a, b in ((ours.theta, theirs.theta), (ours.sigma, theirs.sigma), *zip(ours.b, theirs.b, strict=True)):
+        b_theirs = [b[: len(a)] for a, b in zip(ours.b, theirs.b, strict=True)]  # without the levels of the padding
+        for a, b in ((ours.theta, theirs.theta), (ours.sigma, theirs.sigma), *zip(ours.b, b_theirs, strict=True)):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * np.abs(b).max())
         error = np.sqrt(np.diag(theirs.vcov))
         assert np.abs((ours.beta - theirs.beta) / error).max() < 1e-8

@@ -130,7 +130,7 @@ def test_matrices_satisfy_the_model(name):
 
 def test_marginal_cov_of_many_rows_is_refused():
     with pytest.raises(ValueError, match="too large to be dense; name the rows"):
-        fit_of("insteval_crossed", "REML").marginal_cov()
+        fit_of("insteval", "REML").marginal_cov()
 
 
 def test_coef_adds_fixed_and_random(sleep):

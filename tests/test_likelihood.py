@@ -46,6 +46,11 @@ def finite_differences(f, x, h=1e-5):
     return np.array(rows)
 
 
+def with_derivatives(f):
+    """Value, gradient and Hessian by the first argument, in one program."""
+    return jax.jit(lambda x, *others: (*jax.value_and_grad(f)(x, *others), jax.hessian(f)(x, *others)))
+
+
 @pytest.mark.parametrize("reml", [True, False])
 def test_criterion_is_the_dense_one(model, reml):
     design, theta = model
@@ -67,13 +72,13 @@ def test_marginal_loglik_is_the_dense_one(model):
 def test_gradient_and_hessian_of_the_criterion(model):
     design, theta = model
     stats = mj.cross_products(design)
-    value, gradient, hessian = (jax.jit(d(mj.criterion)) for d in (lambda f: f, jax.grad, jax.hessian))
+    derivatives = with_derivatives(mj.criterion)
     for reml in (True, False):
-        expected = finite_differences(lambda t, reml=reml: value(t, stats, reml), theta)
-        np.testing.assert_allclose(gradient(theta, stats, reml), expected, rtol=1e-6, atol=1e-7)
-        H = np.asarray(hessian(theta, stats, reml))
+        _, gradient, H = map(np.asarray, derivatives(theta, stats, reml))
+        expected = finite_differences(lambda t, reml=reml: derivatives(t, stats, reml)[0], theta)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(H, H.T, rtol=1e-9, atol=1e-9)
-        expected = finite_differences(lambda t, reml=reml: gradient(t, stats, reml), theta)
+        expected = finite_differences(lambda t, reml=reml: derivatives(t, stats, reml)[1], theta)
         np.testing.assert_allclose(H, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -82,21 +87,21 @@ def test_gradient_of_marginal_loglik(model):
     p = random_params(design)
     flat, unflatten = ravel_pytree(p)
     stats = mj.cross_products(design)
-    f = jax.jit(lambda x: mj.marginal_loglik(unflatten(x), stats))
-    gradient = jax.jit(jax.grad(f))
-    np.testing.assert_allclose(gradient(flat), finite_differences(f, flat), rtol=1e-6, atol=1e-7)
-    H = np.asarray(jax.jit(jax.hessian(f))(flat))
+    derivatives = with_derivatives(lambda x: mj.marginal_loglik(unflatten(x), stats))
+    _, gradient, H = map(np.asarray, derivatives(flat))
+    np.testing.assert_allclose(gradient, finite_differences(lambda x: derivatives(x)[0], flat), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(H, H.T, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(H, finite_differences(gradient, flat), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(H, finite_differences(lambda x: derivatives(x)[1], flat), rtol=1e-6, atol=1e-6)
 
 
 def test_third_derivatives_exist_and_are_right():
     structure = STRUCTURES["nested"]
     design, theta = random_design(structure, 5), random_theta(structure, 5)
     stats = mj.cross_products(design)
-    hessian = jax.jit(jax.hessian(lambda t: mj.criterion(t, stats)))
-    third = jax.jit(jax.jacrev(jax.hessian(lambda t: mj.criterion(t, stats))))(theta)
-    numeric = np.moveaxis(finite_differences(hessian, theta), 0, -1)
+    hessian = jax.hessian(lambda t: mj.criterion(t, stats))
+    derivatives = jax.jit(lambda t: (hessian(t), jax.jacrev(hessian)(t)))
+    third = derivatives(theta)[1]
+    numeric = np.moveaxis(finite_differences(lambda t: derivatives(t)[0], theta), 0, -1)
     np.testing.assert_allclose(third, numeric, rtol=1e-6, atol=1e-5)
 
 

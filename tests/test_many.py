@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fit_of, over_loopback, run_python, table
+from conftest import fit_of, table
 from designs import STRUCTURES, Structure, random_design
 from test_curvature import balanced
 
@@ -366,46 +366,3 @@ def test_responses_in_float32():
         fits = mj.estimate_many(single)
     assert fits.beta.dtype == np.float32
     np.testing.assert_allclose(fits.criterion, mj.estimate_many(mj.cross_products(design, Y)).criterion, rtol=1e-4)
-
-
-SETUP = """
-    import jax, numpy as np, mixjax as mj
-    rng = np.random.default_rng(0)
-    X = np.column_stack([np.ones(60), np.tile(np.arange(6.0), 10)])
-    term = mj.RandomTerm(Z=X, group=np.repeat(np.arange(10), 6), n_groups=10)
-    design = mj.Design(y=np.zeros(60), X=X, terms=(term,))
-    Y = rng.normal(size=(30_000, 60)) + rng.normal(size=(30_000, 10)).repeat(6, 1)
-    stats = mj.cross_products(design, Y)
-"""
-
-
-def test_sharding_over_eight_devices():
-    """Each device runs the same program on its own blocks: nothing is reordered, so the numbers are the same."""
-    out = run_python(
-        SETUP
-        + """
-    assert len(jax.devices()) == 8
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
-    one, eight = mj.estimate_many(stats), mj.estimate_many(stats, mesh=mesh)
-    for name, a, b in zip(one._fields, one, eight):
-        if a is not None:
-            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
-    print("same", one.singular.mean())
-    """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-    )
-    assert "same" in out
-
-
-@pytest.mark.slow
-def test_two_processes_over_loopback():
-    """Two processes of two devices each give the numbers of one."""
-    compare = """
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("replicates",))
-    fits, local = mj.estimate_many(stats, mesh=mesh), mj.estimate_many(stats)
-    for name, a, b in zip(fits._fields, fits, local):
-        if a is not None:
-            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13, err_msg=name)
-    print("same")
-    """
-    over_loopback(SETUP + compare)

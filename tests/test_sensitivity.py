@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import HERE, fit_of, table
 from designs import STRUCTURES, random_design
+from refits import fit_at_once
 
 import mixjax as mj
 from mixjax.design import Labels, TermLabels
@@ -23,8 +24,7 @@ NAMES = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject"
 
 def refitted(fitted, rows, weights, scale):
     """All estimates with these case weights, in the order of the columns."""
-    with jax.enable_x64(True):
-        est = jax.device_get(mj.estimate(rows.sums(weights), fitted.reml))
+    est = fit_at_once(rows.sums(weights), None, fitted.reml)
     assert est.converged
     values, at = [], 0
     for place, Sigma in zip(fitted.stats.layout.terms, est.Sigma, strict=True):
