@@ -100,6 +100,11 @@ def cond(predicate: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     return yes() if predicate else no()
 
 
+def is_nowhere(mask: Any) -> bool:
+    """Whether NumPy's mask holds in no lane, so that what it asks for need not be computed; never known under XLA."""
+    return isinstance(mask, np.ndarray) and not mask.any()
+
+
 def as_laid_out(x: Any) -> Any:
     """x, in memory as its axes say: XLA and NumPy would otherwise keep a transpose and read it along columns."""
     return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else jax.lax.optimization_barrier(x)

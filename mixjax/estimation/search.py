@@ -14,7 +14,7 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Structure, rank_tolerance
-from mixjax.machine import Array, namespace, while_loop
+from mixjax.machine import Array, is_nowhere, namespace, while_loop
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
@@ -70,6 +70,8 @@ def advance(
     xp = namespace(search.done)
     state = newton.advance(search.state, evaluate, rank_reductions(structures))
     ended = state.done & ~search.done
+    if is_nowhere(ended):
+        return search._replace(state=state)
     new, best = newton.solution_of(state), search.best
     converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
     lower = new.value < best.value - newton.value_tolerance(new.value.dtype)
@@ -77,6 +79,8 @@ def advance(
     iterations = best.iterations + xp.where(ended, new.iterations, 0)
     best = newton.where(take, new, best)._replace(iterations=iterations)
     doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
+    if is_nowhere(doubtful):
+        return Search(state, search.again, best, search.done | ended)
     far = cov.near([FAR * xp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
     restart = _begin_at(xp.broadcast_to(far[:, None], state.trial.shape), structures)
     state = newton.where(doubtful, restart, state)

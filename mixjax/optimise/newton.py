@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import linalg
-from mixjax.machine import Array, fori_loop, namespace, while_loop
+from mixjax.machine import Array, fori_loop, is_nowhere, namespace, while_loop
 from mixjax.optimise.results import Result
 
 # x (k, B) -> value (B,), gradient (k, B), Hessian (k, k, B)
@@ -227,10 +227,12 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     gained = (at.f - new.f > 10 * noise) & (ratio > 0.1)
     closer = (distance_new < distance) | gained
     good_step = finite & xp.where(judged_by_gradient, closer, ratio > 1e-3)
-    # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
-    good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
     is_step = state.candidate < 0
-    accept = xp.where(is_step, good_step, good_candidate)
+    accept = good_step
+    if not is_nowhere(~is_step):
+        # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
+        good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
+        accept = xp.where(is_step, good_step, good_candidate)
     length = xp.sqrt(((state.trial - at.x) ** 2).sum(0))
     radius = xp.where(ratio > 0.75, xp.maximum(state.radius, 3.0 * length), state.radius)
     radius = xp.where(ratio < 0.25, 0.25 * length, radius)
@@ -483,7 +485,7 @@ def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius
         step = (length / radius - 1.0) * length**2 / xp.maximum(slope, tiny)
         return xp.clip(extra + step, low, high)
 
-    extra = fori_loop(12, improve, low, xp)
+    extra = xp.zeros_like(low) if is_nowhere(~interior) else fori_loop(12, improve, low, xp)
     extra = xp.where(interior, 0.0, extra)
     s = -along / xp.maximum(curvature + extra, floor)
     s = s * xp.minimum(1.0, radius / xp.maximum(norm(s), tiny))
