@@ -79,9 +79,10 @@ def _sum_of_products(A: Array, B: Array) -> Array:
 
 def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> np.ndarray:
     """BLAS sees matrices only, no lanes: what it makes of a column depends on how many there are."""
-    alone_A, alone_B = (math.prod(X.shape[2:]) == 1 for X in (A, B))
+    (a, i), (b, k) = A.shape[:2], B.shape[:2]
+    alone_A, alone_B = A.size == a * i, B.size == b * k
     if alone_A and (alone_B or B.shape[-1] == 1):
-        return (A.reshape(A.shape[:2]) @ B.reshape(len(B), -1)).reshape(A.shape[0], *B.shape[1:])
+        return (A.reshape(a, i) @ B.reshape(b, -1)).reshape(a, *B.shape[1:])
     if alone_B and A.shape[-1] == 1:
         return np.moveaxis(np.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
     if alone_A:
