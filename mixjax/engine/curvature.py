@@ -170,7 +170,7 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     xp = namespace(moments.UU)
     moments = moments.without_response()
     nothing = xp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
-    found = _by_covariance(_lambdas(nothing, moments), moments, True, precision=0.0)
+    found = _by_covariance(_lambdas(nothing, moments), moments, True, lambda _: 0.0)
     return -found.Hessian, found.gradient, found.spots
 
 
@@ -199,9 +199,9 @@ def deviance_at_sigma(factors: list[Array], moments: AnyMoments, variance: Calla
     """
     xp = namespace(moments.UU, *factors)
     lambdas = _lambdas_of_factors([[list(row) for row in F] for F in factors], moments)
-    lanes = profile_of(lambdas, moments, False).lanes
+    found = _by_covariance(lambdas, moments, False, lambda at: 1.0 / variance(at.rss / moments.n))
+    lanes = found.lanes
     sigma2 = variance(lanes.rss / moments.n)
-    found = _by_covariance(lambdas, moments, False, precision=1.0 / sigma2)
     g, H, falls = found.gradient, found.Hessian, found.falls
     at = {spot: j for j, spot in enumerate(found.spots)}
     order = np.array([at[t.factor, (t.start + a, t.start + b)] for t in moments.layout.terms for a, b in pairs_of(t.q)])
@@ -242,10 +242,13 @@ class _ByCovariance(NamedTuple):
 
 
 def _by_covariance(
-    lambdas: dict, moments: AnyMoments, reml: Array | bool, precision: Array | float | None = None
+    lambdas: dict,
+    moments: AnyMoments,
+    reml: Array | bool,
+    precision: Callable[[Profiled], Array | float] | None = None,
 ) -> _ByCovariance:
-    """Args: precision: ``1 / sigma^2``, given; None where sigma is profiled out. 0 leaves the residual sum of squares
-    out."""
+    """Args: precision: ``1 / sigma^2``, given what it is where sigma is profiled out; None for that. 0 leaves the
+    residual sum of squares out."""
     layout = moments.layout
     f1 = layout.chain[0]
     own = directions_of(layout, f1)
@@ -256,7 +259,7 @@ def _by_covariance(
     rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
     J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
     df = moments.n - xp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
-    s = df / rest.lanes.rss if precision is None else precision + xp.zeros_like(rest.lanes.rss)
+    s = df / rest.lanes.rss if precision is None else precision(rest.lanes) + xp.zeros_like(rest.lanes.rss)
     curve = s / rest.lanes.rss if precision is None else xp.zeros_like(s)
     spots = [(f1, pair) for pair in own] + [(f, pair) for f, *_ in moments.dense for pair in directions_of(layout, f)]
     rest_of = (first, rest, J, s, curve, reml)

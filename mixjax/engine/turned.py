@@ -63,4 +63,7 @@ def _projected(UU: Array, v: Array) -> Array:
 
 def _padded(v: Array, u: int) -> Array:
     """v with zeros in front, for the dense effects: ``(u, ...)``."""
-    return namespace(v).pad(v, ((u - len(v), 0), *((0, 0),) * (v.ndim - 1)))
+    if u == len(v):
+        return v
+    xp = namespace(v)
+    return xp.concatenate([xp.zeros((u - len(v), *v.shape[1:]), v.dtype), v])

@@ -303,12 +303,12 @@ def _evaluate(z: Array, lanes: Lanes, chart: Chart):
         slopes = xp.stack(
             [(M[a] * F[b][:, None] + F[a][:, None] * M[b]).sum(0) for a, b in pairs_of(q)]
         )  # (pairs, k_t, B)
-        jacobian.append(xp.pad(slopes, ((0, 0), (column, k - column - own), (0, 0))))
+        jacobian.append(_amid(slopes, column, k, 1))
         along = [
             gradient[start + n] * ((M[a][:, :, None] * M[b][:, None] + M[b][:, :, None] * M[a][:, None]).sum(0))
             for n, (a, b) in enumerate(pairs_of(q))
         ]
-        curvature.append(xp.pad(sum(along), ((column, k - column - own),) * 2 + ((0, 0),)))
+        curvature.append(_amid(_amid(sum(along), column, k, 0), column, k, 1))
         start += q * (q + 1) // 2
         column += own
     J = xp.concatenate(jacobian)
@@ -319,3 +319,12 @@ def _evaluate(z: Array, lanes: Lanes, chart: Chart):
     H_z = xp.where(alive[:, None] & alive, H_z, xp.eye(k, dtype=z.dtype)[..., None])
     outside = (chart.positive & (z <= 0)).any(0)
     return xp.where(outside, xp.inf, at.value), xp.where(alive, g_z, 0.0), H_z
+
+
+def _amid(x: Array, first: int, size: int, axis: int) -> Array:
+    """Zeros around x along an axis, so that x begins at ``first`` of ``size``."""
+    if x.shape[axis] == size:
+        return x
+    xp, own = namespace(x), x.shape[axis]
+    before, after = (xp.zeros((*x.shape[:axis], w, *x.shape[axis + 1 :]), x.dtype) for w in (first, size - first - own))
+    return xp.concatenate([before, x, after], axis)
