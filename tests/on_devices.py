@@ -131,7 +131,7 @@ def same_lanes(one, several):
 def many_fits():
     stats = products_of_many()
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
-    same_lanes(mj.estimate_many(stats), mj.estimate_many(stats, mesh=mesh))
+    same_lanes(mj.estimate_many(stats, engine="jax"), mj.estimate_many(stats, mesh=mesh))
 
 
 def many_fits_of_two_processes():
@@ -140,7 +140,7 @@ def many_fits_of_two_processes():
     with jax.enable_x64(True):
         jax.tree.map(np.testing.assert_array_equal, broadcast_one_to_all(fits), fits)
     if jax.process_index() == 0:
-        same_lanes(mj.estimate_many(stats), fits)
+        same_lanes(mj.estimate_many(stats, engine="jax"), fits)
 
 
 def run(names):

@@ -132,7 +132,7 @@ def test_missing_values_in_one_response_touch_no_other():
 def three_blocks():
     design, Y = sleepstudy_replicates(9_000, True)
     stats = mj.cross_products(design, Y)
-    return design, Y, mj.estimate_many(stats)
+    return design, Y, mj.estimate_many(stats, engine="jax")
 
 
 @pytest.mark.parametrize("n", [32, 160, 304, 1_600])
@@ -172,7 +172,7 @@ def test_several_threads_of_three_effects_a_level():
     Z = np.column_stack([np.ones(m * n), x, x**2 / 4])
     term = mj.RandomTerm(Z=Z, group=np.repeat(np.arange(m), n), n_groups=m)
     design = mj.Design(y=np.zeros(m * n), X=Z, terms=(term,))
-    fits = mj.estimate_many(mj.cross_products(design, responses(design, 9_000, scale=0.6)))
+    fits = mj.estimate_many(mj.cross_products(design, responses(design, 9_000, scale=0.6)), engine="jax")
     assert fits.converged.mean() > 0.999
 
 
@@ -198,9 +198,9 @@ def test_eigenvalues_of_stacks():
 def test_one_shape_compiles_once():
     design, Y, _ = three_blocks()
     before = many._fit_block._cache_size()
-    mj.estimate_many(mj.cross_products(design, Y[:10] + 3.0), reml=False)
+    mj.estimate_many(mj.cross_products(design, Y[:10] + 3.0), reml=False, engine="jax")
     other = balanced(m=18, n=10)
-    mj.estimate_many(mj.cross_products(other, responses(other, 3)))
+    mj.estimate_many(mj.cross_products(other, responses(other, 3)), engine="jax")
     assert many._fit_block._cache_size() == before
 
 

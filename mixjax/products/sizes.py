@@ -23,8 +23,9 @@ MOST_DENSE_LANES, MOST_DENSE_STACKED = 32, 256
 # Fixed effects of the compiled lanes at most: their matrices of X's columns are eliminated row by row, one entry of all
 # lanes after the other, and from about here on LAPACK is quicker for one fit at a time.
 MOST_COLUMNS = 64
-# Seconds for which NumPy may work before a program of many fits, which takes 4 to 10 to compile, is worth it.
-COMPILING = 0.75
+# Seconds for which NumPy may work before a program of many fits, which takes 4 to 10 to compile, is worth it: a first
+# call counts as much as a second one, and the estimate may be too low.
+COMPILING = 1.0
 
 
 class Sizes(NamedTuple):
@@ -87,10 +88,10 @@ def is_wide(stats: CrossProducts) -> bool:
 def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
     """Whether so many fits take NumPy longer than :data:`COMPILING`.
 
-    By sizes only, so that the same call gives the same bits. Microseconds of a fit, measured on one core: 15 and, of q
-    effects a level of the first factor with C classes beside d other random and p fixed effects, ``80 (q - 1)^2 +
-    q^3 (q + 1) C / 2 + 4 d^2 + 0.8 p^2``, within a factor of four.
+    Microseconds of a fit, measured on one quiet core: of q effects a level of the first factor with C classes beside d
+    other random and p fixed effects, ``10 + 0.2 q^6 + 0.08 q^6 C + d^2 + 0.4 p^2``, within a factor of three; where
+    most fits are singular up to ten times that.
     """
     q, _, d, p, C = sizes_of(stats)
-    microseconds = 15 + 80 * (q - 1) ** 2 + q**3 * (q + 1) * C / 2 + 4 * d**2 + 0.8 * p**2
+    microseconds = 10 + (0.2 + 0.08 * C) * q**6 + d**2 + 0.4 * p**2
     return fits * microseconds > 1e6 * COMPILING
