@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.machine import Array, namespace, set_at
 
 
@@ -252,7 +252,7 @@ class Unstructured(Structure):
         return entries
 
     def near(self, F: Array) -> Array:
-        return theta_of_lambda(linalg.lower_factor(F, rank_tolerance(F.dtype)), self.q)
+        return theta_of_lambda(decompositions.lower_factor(F, rank_tolerance(F.dtype)), self.q)
 
     def directions(self) -> np.ndarray:
         units = np.zeros((self.k, self.q, self.q))
@@ -266,13 +266,13 @@ class Unstructured(Structure):
 
     def sizes(self, x: Array) -> Array:
         """The singular values of Lambda, ascending: the rank falls to q - 1, q - 2, ..."""
-        return linalg.orthogonal_columns(self.factor(x))[1][::-1]
+        return decompositions.orthogonal_columns(self.factor(x))[1][::-1]
 
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:
         q, xp = self.q, namespace(x, c)
-        columns, _ = linalg.orthogonal_columns(self.factor(x))
+        columns, _ = decompositions.orthogonal_columns(self.factor(x))
         kept = xp.where(np.arange(q)[:, None] < q - 1 - c, columns, 0.0)
-        theta = theta_of_lambda(linalg.lower_factor(kept, rank_tolerance(x.dtype)), q)
+        theta = theta_of_lambda(decompositions.lower_factor(kept, rank_tolerance(x.dtype)), q)
         theta = xp.where((c >= 0) & (c < q), theta, x)
         nonzero = (self.factor(theta) != 0).any(0)  # (q, B), by column
         return theta, nonzero[triangle(q)[1]]

@@ -12,7 +12,7 @@ from designs import STRUCTURES, Structure, random_design
 from test_curvature import balanced
 
 import mixjax as mj
-from mixjax import linalg
+from mixjax import decompositions
 from mixjax.estimation import batch as batch_room
 from mixjax.estimation import many
 from mixjax.optimise.results import Result
@@ -183,11 +183,11 @@ def test_eigenvalues_of_stacks():
         H = F + np.swapaxes(F, 0, 1)
         H[..., 0] = np.eye(k)[:, :]
         with jax.enable_x64(True):
-            values, vectors = linalg.eigh(H)
-            columns, singular = linalg.orthogonal_columns(F)
+            values, vectors = decompositions.eigh(H)
+            columns, singular = decompositions.orthogonal_columns(F)
             # One negative eigenvalue is enough, wherever elimination meets it.
             shifted = H - (np.asarray(values[0]) + rng.choice([-0.1, 0.1], 20)) * np.eye(k)[..., None]
-            positive = linalg.is_positive(shifted)
+            positive = decompositions.is_positive(shifted)
         np.testing.assert_array_equal(positive, np.linalg.eigvalsh(np.moveaxis(shifted, -1, 0))[:, 0] > 0)
         np.testing.assert_allclose(values, np.linalg.eigvalsh(np.moveaxis(H, -1, 0)).T, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(np.einsum("ijm,jm,kjm->ikm", vectors, values, vectors), H, atol=1e-12)

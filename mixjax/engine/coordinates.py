@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.covariance import rank_tolerance
 from mixjax.design import AnyArray
 from mixjax.machine import Array, namespace, set_at
@@ -58,4 +58,4 @@ def is_regular(free: Array, H: Array) -> Array:
     scaled = xp.where(free[:, None] & free[None], H, one)
     d = xp.sqrt(abs(xp.diagonal(scaled)))
     least = float(np.sqrt(np.finfo(H.dtype).eps)) * one
-    return linalg.is_positive((scaled / xp.outer(d, d) - least)[..., None])[0]
+    return decompositions.is_positive((scaled / xp.outer(d, d) - least)[..., None])[0]

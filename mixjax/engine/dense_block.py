@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.covariance import stack_of
 from mixjax.engine.crossed import AnyMoments
 from mixjax.engine.first_factor import First, directions_of, dot, orders_of, sum_of
@@ -257,7 +257,7 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
         Lambda = stack_of([[zero if x is None else x for x in row] for row in lambdas[f]])
         D = linalg.matmul(Lambda, linalg.transpose(Lambda))
         one = linalg.eye(len(D), D)
-        least.append(linalg.is_positive(D - LEAST_RATIO**2 * one))
+        least.append(decompositions.is_positive(D - LEAST_RATIO**2 * one))
         inverse = linalg.inverse_logdet(xp.where(least[-1], D, one))[0]
         inverses[f] = [list(row) for row in inverse]
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from mixjax import linalg
+from mixjax import decompositions
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import RowSums
 from mixjax.estimation import search
@@ -124,7 +124,7 @@ def _stepped(lanes: Lanes, theta: np.ndarray) -> tuple[Solution, np.ndarray]:
     one = np.eye(len(x))[..., None]
     H = np.where(among, H, one)
     d = np.sqrt(abs(np.einsum("iiB->iB", H)))
-    regular = linalg.is_positive(H / (d[:, None] * d) - np.sqrt(np.finfo(np.float64).eps) * one)
+    regular = decompositions.is_positive(H / (d[:, None] * d) - np.sqrt(np.finfo(np.float64).eps) * one)
     H = np.where(regular & np.isfinite(H).all((0, 1)), H, one)
     right = np.where(free, gradient, 0.0)
     step = -np.linalg.solve(np.moveaxis(H, -1, 0), right.T[:, :, None])[:, :, 0].T

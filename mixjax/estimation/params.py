@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
-from mixjax import linalg
+from mixjax import decompositions
 from mixjax.design import Design
 from mixjax.engine.marginal import MarginalParams, structures_of
 from mixjax.estimation.estimate import Estimates
@@ -98,4 +98,4 @@ def _coordinates(structure: cov.Structure, triangle: Array) -> Array:
 def _lower(structure: cov.Structure, F: Array) -> Array:
     if isinstance(structure, cov.Unstructured | cov.Diagonal):
         return F
-    return linalg.lower_factor(F, cov.rank_tolerance(F.dtype))
+    return decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))

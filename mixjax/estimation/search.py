@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Structure, rank_tolerance
 from mixjax.machine import Array, is_nowhere, namespace, while_loop
@@ -91,7 +91,9 @@ def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZE
     """``(B,)`` the singular values of every term's Lambda are above ``least``: no reduction of rank would be tried."""
     xp = namespace(x)
     clear = [
-        linalg.is_positive(linalg.matmul(L, linalg.transpose(L)) - least**2 * xp.eye(len(L), dtype=x.dtype)[..., None])
+        decompositions.is_positive(
+            linalg.matmul(L, linalg.transpose(L)) - least**2 * xp.eye(len(L), dtype=x.dtype)[..., None]
+        )
         for L in cov.factors_of(x, structures)
     ]
     return xp.stack(clear).all(0)
@@ -162,12 +164,12 @@ def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
     """
     xp = namespace(Lambda)
     rtol = rank_tolerance(Lambda.dtype)
-    deficient = (~(linalg.lower_factor(Lambda, rtol) != 0).any(0)).any(0)
+    deficient = (~(decompositions.lower_factor(Lambda, rtol) != 0).any(0)).any(0)
     own = linalg.matmul(R_inv, Lambda)
     longest = (Lambda * Lambda).sum(1).max(0)
     rounding = rtol**2 * xp.abs(R_inv).sum(1) ** 2 * longest
     own = xp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
-    return linalg.lower_factor(own, xp.where(deficient, rtol, 0.0)), deficient
+    return decompositions.lower_factor(own, xp.where(deficient, rtol, 0.0)), deficient
 
 
 def result_code(solution: Solution, own: OwnFactors) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.covariance import pairs_of
 from mixjax.engine.curvature import minque_equations
 from mixjax.engine.moments import Moments
@@ -61,7 +61,7 @@ def minque_start(moments: Moments) -> Array:
             [values[place.factor, (place.start + min(a, b), place.start + max(a, b))] for b in range(place.q)]
             for a in range(place.q)
         ]
-        squared, vectors = linalg.eigh(cov.stack_of(D))
+        squared, vectors = decompositions.eigh(cov.stack_of(D))
         root = xp.sqrt(xp.clip(squared, LOWEST**2, HIGHEST**2))
         parts.append(vectors * root[None])
     structures = moments.layout.structures

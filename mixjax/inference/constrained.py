@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
+from mixjax.decompositions import ROTATIONS_UP_TO
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
 from mixjax.estimation.batch import Batch, one_lane
 from mixjax.estimation.choice import chosen_engine
 from mixjax.inference.held import Chart, Held, Start, charts_of
-from mixjax.linalg import ROTATIONS_UP_TO
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
@@ -267,7 +267,7 @@ def _coordinates(factors: list[Array], structures: tuple[Structure, ...]) -> Arr
         if isinstance(structure, Diagonal):
             parts.append(xp.stack([F[i, i] for i in range(structure.q)]))
         else:
-            L = linalg.lower_factor(F, cov.rank_tolerance(F.dtype))
+            L = decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))
             parts.append(cov.theta_of_lambda(L, structure.q))
     return xp.concatenate(parts)
 

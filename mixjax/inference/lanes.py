@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
 from mixjax.estimation.blocks import has_lanes, over_lanes
@@ -84,4 +84,4 @@ def _is_regular(H: AnyArray) -> Array:
     xp = namespace(H)
     d = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(len(H))])))
     least = xp.sqrt(xp.finfo(H.dtype).eps) * xp.eye(len(H), dtype=H.dtype)[..., None]
-    return linalg.is_positive(H / (d[:, None] * d) - least)
+    return decompositions.is_positive(H / (d[:, None] * d) - least)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax import linalg
+from mixjax import decompositions, linalg
 from mixjax.machine import Array, fori_loop, is_nowhere, namespace, while_loop
 from mixjax.optimise.results import Result
 
@@ -337,7 +337,7 @@ def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Arra
     f, g, H = evaluate(at)
     # Free of scale, and far above the tolerance of has_converged.
     least = xp.sqrt(curvature_tolerance(dtype)) * xp.stack([H[i, i] for i in range(H.shape[0])])
-    definite = linalg.is_positive(H - linalg.eye(len(H), H) * least)
+    definite = decompositions.is_positive(H - linalg.eye(len(H), H) * least)
     step = -linalg.matmul(linalg.inverse_logdet(H)[0], g[:, None])[:, 0]
     decrement = -(g * step).sum(0)
     distance = xp.sqrt(xp.maximum(decrement, 0.0))
@@ -427,7 +427,7 @@ def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
     f, g, H = evaluate(x)
     among = free[:, None] & free[None]
     eye = linalg.eye(len(x), H)
-    return _Point(x, free, f, xp.where(free, g, 0.0), H, *linalg.eigh(xp.where(among, H, eye)))
+    return _Point(x, free, f, xp.where(free, g, 0.0), H, *decompositions.eigh(xp.where(among, H, eye)))
 
 
 def _distance(at: _Point) -> Array:
@@ -444,7 +444,7 @@ def _no_curvature(at: _Point) -> Array:
 
 def _fixed_is_semidefinite(at: _Point) -> Array:
     """The Hessian, fixed coordinates included, is positive semidefinite up to rounding."""
-    return linalg.is_positive(at.H + _no_curvature(at) * linalg.eye(len(at.H), at.H))
+    return decompositions.is_positive(at.H + _no_curvature(at) * linalg.eye(len(at.H), at.H))
 
 
 def _kink(at: _Point) -> Array:
@@ -453,7 +453,7 @@ def _kink(at: _Point) -> Array:
     fixed = ~at.free
     eye = linalg.eye(len(at.H), at.H)
     block = xp.where(fixed[:, None] & fixed[None], at.H, xp.abs(at.H).max((0, 1)) * eye)
-    return fixed.any(0) & ~linalg.is_positive(block - 100 * _no_curvature(at) * eye)
+    return fixed.any(0) & ~decompositions.is_positive(block - 100 * _no_curvature(at) * eye)
 
 
 def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax.linalg import ROTATIONS_UP_TO
+from mixjax.decompositions import ROTATIONS_UP_TO
 from mixjax.products.sums import CrossProducts
 
 # Compiled, the closed form is written out entry by entry for the first factor's effects, keeps the products of every
