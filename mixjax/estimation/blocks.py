@@ -20,8 +20,8 @@ from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, silent
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small
 from mixjax.products.sums import CrossProducts
 
-# Replicates of one design that NumPy has in memory as lanes.
-AT_ONCE = 4096
+# Replicates of one design that NumPy has in memory as lanes, and their numbers: 128 MB.
+AT_ONCE, NUMBERS = 4096, 2**24
 
 
 class Blocks:
@@ -74,7 +74,8 @@ def lanes_at_once(batch: Batch, at: slice, reml: bool) -> Lanes:
 
 def parts_of(batch: Batch) -> Iterator[slice]:
     """The replicates in parts, as NumPy works them off."""
-    size = AT_ONCE if not batch.stacked else tile_of(batch.lanes(slice(0, 1), True))
+    own = sum(np.size(products.Zy) for products in batch.stats.factors) // batch.B
+    size = max(1, min(AT_ONCE, NUMBERS // own)) if not batch.stacked else tile_of(batch.lanes(slice(0, 1), True))
     for first in range(0, batch.B, size):
         yield slice(first, min(first + size, batch.B))
 
