@@ -19,7 +19,7 @@ from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_products, fit_rows, term_names, values_of_rows
-from mixjax.formula.build import build, check_noise, check_number_of_effects
+from mixjax.formula.build import build, check_noise, check_number_of_effects, check_varies
 from mixjax.formula.build import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
@@ -378,6 +378,7 @@ class LMMFit(Inferring, Diagnosing):
             return LMMFit(fitted, self._method)
         labels, design = self.labels, self.design
         y = values_of_rows(labels, "y", y)
+        check_varies(y, labels.response)
         rows = rows_of(replace(design, y=y))
         check_noise(y if design.offset is None else y - design.offset, self.X, rows.Q, design.weights, labels.response)
         if labels.response in labels.frame:

@@ -374,3 +374,11 @@ def test_collinear_columns_are_a_code_never_an_estimate():
             est = run(design)
             assert not bool(est.converged)
             assert int(est.result) == mj.Result.NOT_FINITE
+
+
+def test_a_refit_to_one_value_is_refused():
+    """Also without an intercept, which would reproduce it."""
+    data = table("sleepstudy")
+    fit = mj.lmm("Reaction ~ 0 + Days + (Days | Subject)", data)
+    with pytest.raises(mj.DataError, match=r"the response 'Reaction' is constant \(3\)"):
+        fit.refit(np.full(180, 3.0))

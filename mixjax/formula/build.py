@@ -121,8 +121,7 @@ def build(
     parsed = replace(parsed, fixed=with_contrasts(parsed.fixed, frame, contrasts, known))
 
     y, _ = numbers(parsed.response, frame, known, "response")
-    if (y == y[0]).all():
-        raise DataError(f"the response '{parsed.response}' is constant ({y[0]:g}): there is nothing to model")
+    check_varies(y, str(parsed.response))
     X, fixed = columns_of(parsed.fixed, frame, known)
     total_offset = beside.get("offset")
     offsets = []
@@ -353,6 +352,12 @@ def _full_rank(
             f"{some_of([name for name, keep in zip(names, kept, strict=True) if keep])}"
         )
     return X, kept, basis.of(kept)
+
+
+def check_varies(y: np.ndarray, response: str) -> None:
+    """Refuse a response of one value."""
+    if (y == y[0]).all():
+        raise DataError(f"the response '{response}' is constant ({y[0]:g}): there is nothing to model")
 
 
 def check_noise(y: np.ndarray, X: np.ndarray, Q: np.ndarray, weights: np.ndarray | None, response: str) -> None:
