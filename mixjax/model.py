@@ -19,8 +19,9 @@ from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted import Fitted, OptimizerInfo, check_options, fit_products, fit_rows, term_names, values_of_rows
-from mixjax.formula.build import build, check_noise, check_number_of_effects, check_varies
-from mixjax.formula.build import check_identifiable as refuse_unidentified
+from mixjax.formula.build import build
+from mixjax.formula.checks import check_identifiable as refuse_unidentified
+from mixjax.formula.checks import check_noise, check_number_of_effects, check_varies
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.formula.errors import DataError
