@@ -58,7 +58,8 @@ def matmul(A: Array, B: Array) -> Array:
     """
     if A.ndim == 2 and B.ndim == 2:
         return A @ B
-    A, B = _align(A, B)
+    if A.ndim != B.ndim:
+        A, B = _align(A, B)
     inner = A.shape[1]
     xp = namespace(A, B)
     if xp is np and inner > 0:

@@ -17,7 +17,7 @@ from mixjax.engine.incidence import incidence
 from mixjax.engine.moments import Moments
 from mixjax.estimation import search
 from mixjax.estimation.implicit import as_minimum
-from mixjax.estimation.search import own_factors, result_code
+from mixjax.estimation.search import OwnFactors, own_factors, result_code
 from mixjax.estimation.start import LOWEST, minque_start, moment_start
 from mixjax.machine import Array, compiled, namespace
 from mixjax.optimise.newton import Solution, judge
@@ -110,9 +110,10 @@ def fit(engine: Engine, start: Array | None = None) -> Estimates:
     else:
         x0 = start_in_bases(stats, start)[:, None]
     solution = Solution(*(a[..., 0] for a in search.run(data.evaluate, x0, structures)))
-    solution = solution._replace(result=result_code(solution, own_factors(solution.x, stats.Z_bases, stats.layout)))
+    own = own_factors(solution.x, stats.Z_bases, stats.layout)
+    solution = solution._replace(result=result_code(solution, own))
     if at_once:
-        return assemble(engine, solution)
+        return assemble(engine, solution, own)
     exists = solution.result != int(Result.NONDIFFERENTIABLE)
     x = as_minimum(_criterion_of_x, jax.lax.stop_gradient(solution.x), solution.free, exists, engine)
     est = assemble(engine, solution._replace(x=x))
@@ -181,11 +182,15 @@ def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
     return cov.near(in_bases(cov.lambdas_of_theta(start, layout.qs), stats), layout.structures)
 
 
-def assemble(engine: Engine, solution: Solution) -> Estimates:
-    """Everything that follows from the relative covariances, on the scale of the original columns."""
+def assemble(engine: Engine, solution: Solution, own: OwnFactors | None = None) -> Estimates:
+    """Everything that follows from the relative covariances, on the scale of the original columns.
+
+    Args:
+        own: the covariances' factors there, where they are known.
+    """
     stats = engine.stats
     profiled, modes = engine.solution(solution.x)
-    own = own_factors(solution.x, stats.Z_bases, stats.layout)
+    own = own or own_factors(solution.x, stats.Z_bases, stats.layout)
     R_inv = stats.X_basis.R_inv
     return Estimates(
         theta=cov.theta_of_lambdas(own.lambdas),
