@@ -14,11 +14,6 @@ def normal_quantile(p: Any) -> Any:
     return special.ndtri(p)
 
 
-def normal_tail(x: Any) -> Any:
-    """``P(X > x)``."""
-    return special.ndtr(-np.asarray(x))
-
-
 def t_quantile(p: Any, df: Any) -> Any:
     """Quantiles of Student's t; of the normal distribution where df is infinite, NaN where it is not positive."""
     df = np.asarray(df, np.float64)

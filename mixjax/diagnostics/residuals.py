@@ -42,11 +42,6 @@ def conditional_residuals(fitted: Fitted, scale: str = "raw") -> np.ndarray:
     return residuals(fitted, "conditional", scale)
 
 
-def marginal_residuals(fitted: Fitted, scale: str = "raw") -> np.ndarray:
-    """``y`` minus the population mean, ``(n,)``: see :func:`residuals`."""
-    return residuals(fitted, "marginal", scale)
-
-
 def residuals(fitted: Any, kind: str = "conditional", scale: str = "raw") -> np.ndarray:
     """Residuals of three kinds on five scales.
 

@@ -71,14 +71,10 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Profiled:
         moments: of B lanes, or with a last axis of 1 where lanes share it.
         reml: scalar bool, may be traced.
     """
-    return profile_of(_lambdas(x, moments), moments, reml).lanes
-
-
-def profile_of(lambdas: dict, moments: AnyMoments, reml: Array | bool) -> Rest:
-    """What is left when all effects are eliminated; no derivatives."""
+    lambdas = _lambdas(x, moments)
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
     UU, Uy, yy = moments.contract(weights_of(first))
-    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False)
+    return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).lanes
 
 
 def profile_and_modes(

@@ -79,8 +79,8 @@ def sizes_for(moments: Moments, platform: str) -> Sizes:
 
 
 def direct_steps(moments: Moments) -> int:
-    """A direct step costs half of a full one, but a tile takes as many as its slowest lane: few where they are dear.
-    None where every lane has matrices of its own, which gain nothing; each then goes the way of a single fit."""
+    """How many come first. A direct step costs half of a full one, but a tile takes as many as its slowest lane: few
+    where they are dear, and none where every lane has matrices of its own: it then goes the way of a single fit."""
     if isinstance(moments.sums, RowSums):
         return 0
     return 5 if moments.A.shape[0] < 3 and not moments.dense else 1

@@ -90,7 +90,7 @@ def pays_to_compile(fits: int, stats: CrossProducts) -> bool:
 
     Microseconds of a fit, measured on one quiet core: of q effects a level of the first factor with C classes beside d
     other random and p fixed effects, ``10 + 0.2 q^6 + 0.08 q^6 C + d^2 + 0.4 p^2``, within a factor of three; where
-    most fits are singular up to ten times that.
+    most fits are singular up to twenty times that.
     """
     q, _, d, p, C = sizes_of(stats)
     microseconds = 10 + (0.2 + 0.08 * C) * q**6 + d**2 + 0.4 * p**2
