@@ -326,8 +326,11 @@ def test_a_response_without_noise_fails_alone():
     assert not batch.converged[[3, 7]].any()
     others = np.delete(np.arange(40), [3, 7])
     np.testing.assert_array_equal(batch.estimates.theta[others], expected.estimates.theta[others])
-    for y in (Y[3], Y[7]):
-        with pytest.raises(mj.DataError, match="fixed effects reproduce the response 'Reaction' exactly"):
+    for y, why in (
+        (Y[3], "fixed effects reproduce the response 'Reaction' exactly"),
+        (Y[7], r"the response 'Reaction' is constant \(5\)"),
+    ):
+        with pytest.raises(mj.DataError, match=why):
             fit.refit(y)
 
 

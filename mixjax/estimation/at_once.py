@@ -91,7 +91,8 @@ def tile_of(lanes: Lanes) -> int:
     q, C, u = moments.A.shape[0], moments.A.shape[2], moments.Uy.shape[0]
     if isinstance(moments.sums, RowSums):
         numbers = max(u * u * (1 + moments.layout.k), C * q * (u + q + 1))
-        return max(MULTIPLE, min(MOST_LANES, TOGETHER // numbers // MULTIPLE * MULTIPLE))
+        size = min(MOST_LANES, TOGETHER // numbers)
+        return size // MULTIPLE * MULTIPLE if size >= MULTIPLE else max(1, size)
     numbers = max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
     return max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // numbers // MULTIPLE * MULTIPLE))
 
