@@ -29,13 +29,13 @@ import pandas as pd
 import scipy.stats
 
 import mixjax as mj
-from mixjax.inference import intervals
-from mixjax.inference.constrained import estimates_start
-from mixjax.inference.exact_lrt import least_squares_criterion
-from mixjax.inference.held import Held, value_of
-from mixjax.inference.profile import profile, zeta_of_many
-from mixjax.inference.spectral import draw, spectrum
-from mixjax.simulation import simulate_responses
+from mixjax.inference.random.exact_lrt import least_squares_criterion
+from mixjax.inference.random.held_parameter import Held, value_of
+from mixjax.inference.random.profile import profile, zeta_of_many
+from mixjax.inference.random.profile_search import estimates_start
+from mixjax.inference.random.spectral import draw, spectrum
+from mixjax.resampling import intervals
+from mixjax.resampling.simulation import simulate_responses
 
 LEVEL = 0.95
 # Refits of one call.
@@ -258,7 +258,7 @@ def bootstrap_coverage(study: Study, n: int, key: int, B: int) -> None:
 
 
 def four_intervals(values: np.ndarray, estimate: np.ndarray, left_out: np.ndarray) -> dict[str, Callable]:
-    """As :meth:`mixjax.inference.bootstrap.Bootstrap.confint` makes them."""
+    """As :meth:`mixjax.resampling.bootstrap.Bootstrap.confint` makes them."""
     frame = pd.DataFrame(values)
 
     def normal() -> np.ndarray:

@@ -25,8 +25,8 @@ import mixjax as mj
 from mixjax.design import Labels, TermLabels
 from mixjax.engine.engine import Engine
 from mixjax.estimation.batch import batch_axes
-from mixjax.fitted import fit_design
-from mixjax.inference.information import information
+from mixjax.fitted.information import information
+from mixjax.fitted.record import fit_design
 from mixjax.prediction.predict import LEAST_DF, errors_of
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets

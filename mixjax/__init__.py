@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 # Public names in reading order, and the room where each lives.
 _HOMES = {
     # formula and data frame
-    "lmm": "mixjax.model",
-    "LMMFit": "mixjax.model",
-    "BatchFit": "mixjax.batch",
+    "lmm": "mixjax.face.linear",
+    "LMMFit": "mixjax.face.linear",
+    "BatchFit": "mixjax.fitted.batch",
     "datasets": "mixjax.datasets",
     "enable_compilation_cache": "mixjax.cache",
     # functional core: arrays in, arrays out
@@ -42,12 +42,12 @@ _HOMES = {
     "from_params": "mixjax.estimation.params",
     "Result": "mixjax.optimise.results",
     # tests and intervals
-    "compare": "mixjax.inference.likelihood_ratio",
-    "exact_lrt": "mixjax.inference.exact_lrt",
-    "exact_rlrt": "mixjax.inference.exact_lrt",
-    "wald": "mixjax.inference.contrasts",
-    "satterthwaite": "mixjax.inference.contrasts",
-    "kenward_roger": "mixjax.inference.contrasts",
+    "compare": "mixjax.inference.random.likelihood_ratio",
+    "exact_lrt": "mixjax.inference.random.exact_lrt",
+    "exact_rlrt": "mixjax.inference.random.exact_lrt",
+    "wald": "mixjax.inference.fixed.contrasts",
+    "satterthwaite": "mixjax.inference.fixed.contrasts",
+    "kenward_roger": "mixjax.inference.fixed.contrasts",
     "lineup": "mixjax.lineups",
     # simulation studies
     "simulate": "mixjax.studies.scenario",
@@ -55,39 +55,43 @@ _HOMES = {
     "study": "mixjax.studies.study",
     "power": "mixjax.studies.power",
     "power_curve": "mixjax.studies.power",
-    "population": "mixjax.studies.population",
-    "factor": "mixjax.studies.factors",
-    "categorical": "mixjax.studies.factors",
-    "occasion": "mixjax.studies.factors",
-    "dirichlet": "mixjax.studies.factors",
-    "normal": "mixjax.studies.predictors",
-    "uniform": "mixjax.studies.predictors",
-    "bernoulli": "mixjax.studies.predictors",
-    "poisson": "mixjax.studies.predictors",
-    "multivariate_normal": "mixjax.studies.predictors",
-    "empirical": "mixjax.studies.predictors",
-    "derived": "mixjax.studies.predictors",
-    "custom": "mixjax.studies.predictors",
-    "random_effects": "mixjax.studies.responses",
-    "response": "mixjax.studies.responses",
-    "student_t": "mixjax.studies.noise",
-    "skew_normal": "mixjax.studies.noise",
-    "shifted_gamma": "mixjax.studies.noise",
-    "contaminated_normal": "mixjax.studies.noise",
+    "population": "mixjax.populations.population",
+    "factor": "mixjax.populations.factors",
+    "categorical": "mixjax.populations.factors",
+    "occasion": "mixjax.populations.factors",
+    "dirichlet": "mixjax.populations.factors",
+    "normal": "mixjax.populations.predictors",
+    "uniform": "mixjax.populations.predictors",
+    "bernoulli": "mixjax.populations.predictors",
+    "poisson": "mixjax.populations.predictors",
+    "multivariate_normal": "mixjax.populations.predictors",
+    "empirical": "mixjax.populations.predictors",
+    "derived": "mixjax.populations.predictors",
+    "custom": "mixjax.populations.predictors",
+    "random_effects": "mixjax.populations.responses",
+    "response": "mixjax.populations.responses",
+    "student_t": "mixjax.populations.noise",
+    "skew_normal": "mixjax.populations.noise",
+    "shifted_gamma": "mixjax.populations.noise",
+    "contaminated_normal": "mixjax.populations.noise",
     # what can go wrong
-    "FormulaError": "mixjax.formula.errors",
-    "DataError": "mixjax.formula.errors",
-    "DataWarning": "mixjax.formula.errors",
-    "ConvergenceWarning": "mixjax.fitted",
-    "InferenceWarning": "mixjax.fitted",
+    "FormulaError": "mixjax.checks",
+    "DataError": "mixjax.checks",
+    "DataWarning": "mixjax.checks",
+    "ConvergenceWarning": "mixjax.checks",
+    "InferenceWarning": "mixjax.checks",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from mixjax import datasets as datasets
-    from mixjax.batch import BatchFit as BatchFit
     from mixjax.cache import enable_compilation_cache as enable_compilation_cache
+    from mixjax.checks import ConvergenceWarning as ConvergenceWarning
+    from mixjax.checks import DataError as DataError
+    from mixjax.checks import DataWarning as DataWarning
+    from mixjax.checks import FormulaError as FormulaError
+    from mixjax.checks import InferenceWarning as InferenceWarning
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
@@ -100,48 +104,44 @@ if TYPE_CHECKING:
     from mixjax.estimation.many import estimate_many as estimate_many
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params
-    from mixjax.fitted import ConvergenceWarning as ConvergenceWarning
-    from mixjax.fitted import InferenceWarning as InferenceWarning
+    from mixjax.face.linear import LMMFit as LMMFit
+    from mixjax.face.linear import lmm as lmm
+    from mixjax.fitted.batch import BatchFit as BatchFit
     from mixjax.formula.build import build_design as build_design
-    from mixjax.formula.errors import DataError as DataError
-    from mixjax.formula.errors import DataWarning as DataWarning
-    from mixjax.formula.errors import FormulaError as FormulaError
-    from mixjax.inference.contrasts import kenward_roger as kenward_roger
-    from mixjax.inference.contrasts import satterthwaite as satterthwaite
-    from mixjax.inference.contrasts import wald as wald
-    from mixjax.inference.exact_lrt import exact_lrt as exact_lrt
-    from mixjax.inference.exact_lrt import exact_rlrt as exact_rlrt
-    from mixjax.inference.likelihood_ratio import compare as compare
+    from mixjax.inference.fixed.contrasts import kenward_roger as kenward_roger
+    from mixjax.inference.fixed.contrasts import satterthwaite as satterthwaite
+    from mixjax.inference.fixed.contrasts import wald as wald
+    from mixjax.inference.random.exact_lrt import exact_lrt as exact_lrt
+    from mixjax.inference.random.exact_lrt import exact_rlrt as exact_rlrt
+    from mixjax.inference.random.likelihood_ratio import compare as compare
     from mixjax.lineups import lineup as lineup
-    from mixjax.model import LMMFit as LMMFit
-    from mixjax.model import lmm as lmm
     from mixjax.optimise.results import Result as Result
+    from mixjax.populations.factors import categorical as categorical
+    from mixjax.populations.factors import dirichlet as dirichlet
+    from mixjax.populations.factors import factor as factor
+    from mixjax.populations.factors import occasion as occasion
+    from mixjax.populations.noise import contaminated_normal as contaminated_normal
+    from mixjax.populations.noise import shifted_gamma as shifted_gamma
+    from mixjax.populations.noise import skew_normal as skew_normal
+    from mixjax.populations.noise import student_t as student_t
+    from mixjax.populations.population import population as population
+    from mixjax.populations.predictors import bernoulli as bernoulli
+    from mixjax.populations.predictors import custom as custom
+    from mixjax.populations.predictors import derived as derived
+    from mixjax.populations.predictors import empirical as empirical
+    from mixjax.populations.predictors import multivariate_normal as multivariate_normal
+    from mixjax.populations.predictors import normal as normal
+    from mixjax.populations.predictors import poisson as poisson
+    from mixjax.populations.predictors import uniform as uniform
+    from mixjax.populations.responses import random_effects as random_effects
+    from mixjax.populations.responses import response as response
     from mixjax.products.cross_products import cross_products as cross_products
     from mixjax.products.sharding import shard as shard
     from mixjax.products.sums import CrossProducts as CrossProducts
     from mixjax.products.sums import stack as stack
     from mixjax.streams import cross_products_from as cross_products_from
-    from mixjax.studies.factors import categorical as categorical
-    from mixjax.studies.factors import dirichlet as dirichlet
-    from mixjax.studies.factors import factor as factor
-    from mixjax.studies.factors import occasion as occasion
-    from mixjax.studies.noise import contaminated_normal as contaminated_normal
-    from mixjax.studies.noise import shifted_gamma as shifted_gamma
-    from mixjax.studies.noise import skew_normal as skew_normal
-    from mixjax.studies.noise import student_t as student_t
-    from mixjax.studies.population import population as population
     from mixjax.studies.power import power as power
     from mixjax.studies.power import power_curve as power_curve
-    from mixjax.studies.predictors import bernoulli as bernoulli
-    from mixjax.studies.predictors import custom as custom
-    from mixjax.studies.predictors import derived as derived
-    from mixjax.studies.predictors import empirical as empirical
-    from mixjax.studies.predictors import multivariate_normal as multivariate_normal
-    from mixjax.studies.predictors import normal as normal
-    from mixjax.studies.predictors import poisson as poisson
-    from mixjax.studies.predictors import uniform as uniform
-    from mixjax.studies.responses import random_effects as random_effects
-    from mixjax.studies.responses import response as response
     from mixjax.studies.scenario import scenario as scenario
     from mixjax.studies.scenario import simulate as simulate
     from mixjax.studies.study import study as study

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from scipy import stats
 
+from mixjax.checks import check_count
 from mixjax.machine import float64
-from mixjax.simulation import as_key, check_count
+from mixjax.resampling.simulation import as_key
 
 
 class Lineup:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mixjax.checks import DataError, warn
 from mixjax.design import Labels
 from mixjax.formula.chunks import INTERCEPT, ChunkReader, can_repeat, find_categories, tables
 from mixjax.formula.context import caller_context, is_trusted
-from mixjax.formula.errors import DataError, warn
 from mixjax.products.accumulate import Accumulator, Dependent
 from mixjax.products.sums import CrossProducts
 

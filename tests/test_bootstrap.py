@@ -16,12 +16,13 @@ from conftest import fit_of, table
 from designs import STRUCTURES, random_design, random_theta
 
 import mixjax as mj
+from mixjax.checks import InferenceWarning
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels, TermLabels
-from mixjax.fitted import Fitted, InferenceWarning
-from mixjax.inference import intervals, resample
-from mixjax.inference.bootstrap import _Statistic, bootstrap
-from mixjax.inference.resample import (
+from mixjax.fitted.record import Fitted
+from mixjax.resampling import intervals, kinds
+from mixjax.resampling.bootstrap import _Statistic, bootstrap
+from mixjax.resampling.kinds import (
     TWO_POINTS,
     adjusted_residuals,
     cluster_products,
@@ -29,7 +30,7 @@ from mixjax.inference.resample import (
     reflated_effects,
     reflated_residuals,
 )
-from mixjax.simulation import draw_responses, simulate_responses
+from mixjax.resampling.simulation import draw_responses, simulate_responses
 
 TERMS = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 KINDS = ["parametric", "residual", "cases", "wild"]
@@ -62,7 +63,7 @@ def unfitted(design) -> Fitted:
         for t, term in enumerate(design.terms)
     )
     labels = Labels("y ~ ...", "y", tuple(f"x{j}" for j in range(design.X.shape[1])), terms, None)
-    return Fitted(design, labels, mj.cross_products(design), None, True, None)
+    return Fitted(labels, mj.cross_products(design), None, True, None, design)
 
 
 def scores(draws, expected):
@@ -219,7 +220,7 @@ def test_residual_responses_have_the_moments_of_the_model():
     """Weights included: mean and covariance of y* are those of the parametric bootstrap."""
     record = fit_of("sleepstudy_weighted", "REML").record
     est, design = record.estimates, record.design
-    respond = resample._residual_responses(record, key=9)
+    respond = kinds._residual_responses(record, key=9)
     d = respond(0, 8_000) - design.X @ est.beta
     V = dense.covariance(design, est.Sigma, est.sigma)
     pairs = np.random.default_rng(0).integers(0, record.nobs, (300, 2))
@@ -351,7 +352,7 @@ def test_leverage_of_weighted_rows():
     np.testing.assert_allclose(adjusted_residuals(record), r / np.sqrt(1 - np.diagonal(hat)))
     alone = design.X.copy()
     alone[:, 1] = np.arange(len(alone)) == 5  # a column for one row: its residual is zero by least squares
-    record = replace(record, design=replace(design, X=alone))
+    record = replace(record, kept=replace(design, X=alone))
     adjusted = adjusted_residuals(record)
     assert adjusted[5] == 0
     assert np.isfinite(adjusted).all()
@@ -368,7 +369,7 @@ def test_failed_refits_are_nan_and_counted(monkeypatch):
         Y[[3, 50]] = np.nan
         return Y
 
-    monkeypatch.setattr(resample, "simulate_responses", with_holes)
+    monkeypatch.setattr(kinds, "simulate_responses", with_holes)
     with pytest.warns(InferenceWarning, match="2 of 999 refits failed"):
         result = bootstrap(intercepts(), 3, 999)
     assert result.counts.to_dict() == {"replicates": 999, "converged": 997, "singular": result.counts["singular"],
@@ -439,7 +440,7 @@ def test_bad_arguments(arguments, message):
 
 def test_rows_are_needed():
     with pytest.raises(ValueError, match="which were not kept"):
-        bootstrap(replace(intercepts(), design=None), 1, 5)
+        bootstrap(replace(intercepts(), kept=None), 1, 5)
 
 
 def test_progress_bar_is_optional(monkeypatch):

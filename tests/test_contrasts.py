@@ -18,11 +18,12 @@ from mixjax.engine.elimination import arrange
 from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import fit as fit_engine
-from mixjax.inference import contrasts
-from mixjax.inference import kenward_roger as kr
-from mixjax.inference.contrasts import FixedEffects, f_test, fitted_information, t_tests
-from mixjax.inference.information import information
-from mixjax.inference.parameters import _natural_with_slopes, select, variance_parameters, wald_intervals
+from mixjax.fitted.information import information
+from mixjax.fitted.parameters import _natural_with_slopes, select, variance_parameters
+from mixjax.inference.fixed import contrasts
+from mixjax.inference.fixed import kenward_roger as kr
+from mixjax.inference.fixed.contrasts import FixedEffects, f_test, t_tests
+from mixjax.inference.wald import wald_intervals
 
 MODELS = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
 METHODS = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger"}
@@ -130,7 +131,7 @@ def test_structured_covariances_have_their_own_directions(x64):
 def test_information_is_the_hessian_of_the_criterion(x64):
     """With sigma free, by automatic differentiation in theta's coordinates."""
     fit = fit_of("sleepstudy_slopes", "REML")
-    info, stats = fitted_information(fit.record), fit.stats
+    info, stats = fit.record.information, fit.stats
     df = fit.nobs - 2
 
     def free(parameters):
@@ -256,16 +257,16 @@ def test_array_forms_of_numpys_arrays_are_those_of_jaxs(x64):
 
 def test_models_too_large_for_numpy_are_tested_by_jax(monkeypatch):
     fit = fit_of("penicillin", "REML")
-    own = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
+    own = fit.record.information, mj.satterthwaite(fit.estimates, fit.stats, [1.0])
     monkeypatch.setattr("mixjax.products.sizes.MOST_DENSE_AT_ONCE", 0)
-    other = fitted_information(fit.record), mj.satterthwaite(fit.estimates, fit.stats, [1.0])
+    other = fit.record.information, mj.satterthwaite(fit.estimates, fit.stats, [1.0])
     for a, b in zip([*own[0], *own[1]], [*other[0], *other[1]], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
 
 
 def test_no_fixed_effects():
     fit = mj.lmm("Yield ~ 0 + (1 | Batch)", table("Dyestuff"))
-    info = fitted_information(fit.record)
+    info = fit.record.information
     assert info.vcov.shape == (0, 0)
     assert info.slopes.shape == (2, 0, 0)
     assert np.isfinite(fit.confint(method="wald").to_numpy()).all()

@@ -15,11 +15,11 @@ from refits import fit_at_once
 
 import mixjax as mj
 from mixjax import covariance as cov
+from mixjax.checks import FormulaError
 from mixjax.decompositions import lower_factor
 from mixjax.engine.curvature import value_gradient_hessian
 from mixjax.engine.engine import Engine
 from mixjax.engine.moments import moments_of
-from mixjax.formula.errors import FormulaError
 from mixjax.formula.parse import parse
 from mixjax.optimise.newton import by_differentiation
 from mixjax.products.cross_products import cross_products

@@ -13,7 +13,7 @@ from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
 from mixjax.engine.engine import Engine
 from mixjax.engine.moments import LevelSums, moments_of
 from mixjax.estimation.blocks import Blocks
-from mixjax.estimation.lanes import slice_of
+from mixjax.estimation.lane_program import slice_of
 from mixjax.estimation.start import minque_start
 from mixjax.products.sizes import has_closed_form
 from mixjax.products.sums import pad

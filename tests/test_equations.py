@@ -24,7 +24,6 @@ from mixjax.engine.modes import conditional_covariances
 from mixjax.estimation.estimate import fit
 from mixjax.estimation.many import KEEP
 from mixjax.estimation.steps import newton_steps
-from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout, TermPlace, stack
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -103,7 +102,7 @@ def test_conditional_covariances(name, singular):
 def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
     """Beside the minimum too: derivatives of a gradient that is not zero, by the formulas of a minimum."""
     fitted = record(random_design(STRUCTURES[name], 6), reml)
-    rows = rows_of(fitted.rows)
+    rows = fitted.rows
     theta = fitted.estimates.theta
     x, regular, found = AtOnce(rows.stats, reml).run(_at_once, theta, rows)
     x2, _, slopes = engine_of(rows.stats, reml, at_once=False).run(_slopes, theta)
@@ -118,9 +117,9 @@ def test_case_slopes_are_those_of_automatic_differentiation(name, reml):
 def test_without_fixed_effects(name):
     design = random_design(STRUCTURES[name], 6)
     fitted = record(replace(design, X=design.X[:, :0]), True)
-    rows = rows_of(fitted.rows)
+    rows = fitted.rows
     lambdas = lambdas_of_theta(fitted.estimates.theta, fitted.stats.layout.qs)
-    expected = dense_conditional_covariances(fitted.rows, lambdas)
+    expected = dense_conditional_covariances(fitted.design, lambdas)
     for covariances, dense in zip(conditional_covariances(lambdas, fitted.stats), expected, strict=True):
         close(np.moveaxis(covariances, -1, 0), dense, 1e-9, 1e-12 * np.abs(dense).max())
     theta = fitted.estimates.theta
@@ -166,7 +165,7 @@ def test_slopes_of_variances_are_those_of_automatic_differentiation(scale, struc
 @pytest.mark.parametrize("reml", [True, False])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_fits_side_by_side_are_single_fits(name, reml):
-    rows = rows_of(record(random_design(STRUCTURES[name], 8), reml).rows)
+    rows = record(random_design(STRUCTURES[name], 8), reml).rows
     unit = np.arange(rows.n) // 4
     deleted, stats = next(iter(batches(rows, unit)))
     found = mj.estimate_many(stats, reml, keep=(*KEEP, "Sigma", "vcov"), engine="numpy")
@@ -184,7 +183,7 @@ def test_fits_side_by_side_are_single_fits(name, reml):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_steps_side_by_side_are_those_of_the_compiled_program(name):
     fitted = record(random_design(STRUCTURES[name], 8), True)
-    rows = rows_of(fitted.rows)
+    rows = fitted.rows
     _, stats = next(iter(batches(rows, np.arange(rows.n) // 8)))
     found, sound = newton_steps(stats, fitted.estimates.theta, True, "numpy")
     expected, also = newton_steps(stats, fitted.estimates.theta, True, "jax")

@@ -14,9 +14,9 @@ from scipy import optimize, stats
 import mixjax as mj
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.estimation.many import estimate_many
-from mixjax.fitted import fit_design, record_of
-from mixjax.inference import spectral
-from mixjax.inference.exact_lrt import exact_lrt, exact_rlrt, least_squares_criterion
+from mixjax.fitted.record import fit_design, record_of
+from mixjax.inference.random import spectral
+from mixjax.inference.random.exact_lrt import exact_lrt, exact_rlrt, least_squares_criterion
 from mixjax.products.cross_products import cross_products
 
 ORACLE = json.loads((HERE / "oracle" / "inference_rlrsim.json").read_text())

@@ -13,7 +13,7 @@ from scipy import sparse
 
 import mixjax as mj
 from mixjax.diagnostics.least_squares import level2
-from mixjax.fitted import interaction_key, names_apart
+from mixjax.fitted.names import interaction_key, names_apart
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import pytest
 from conftest import HERE, fit_of, oracle, table
 
 import mixjax as mj
-from mixjax.fitted import Fitted, InferenceWarning
-from mixjax.inference import hypotheses
-from mixjax.inference.hypotheses import anova, contrast_matrix
-from mixjax.inference.terms import terms_of, type_contrasts
+from mixjax.checks import InferenceWarning
+from mixjax.fitted.record import Fitted
+from mixjax.inference.fixed import hypotheses
+from mixjax.inference.fixed.hypotheses import anova, contrast_matrix
+from mixjax.inference.fixed.terms import terms_of, type_contrasts
 
 NAMES = sorted(path.stem.removeprefix("inference_ddf_") for path in (HERE / "oracle").glob("inference_ddf_*.json"))
 METHODS = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger"}
@@ -38,7 +39,7 @@ def record_of_design(formula, data, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mj.DataWarning)  # columns left out are asserted where they matter
         design, labels = mj.build_design(formula, data, **kwargs)
-    return Fitted(design, labels, None, None, True, None)
+    return Fitted(labels, None, None, True, None, design)
 
 
 # --- lmerTest ------------------------------------------------------------------------------------------------------

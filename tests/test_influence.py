@@ -13,6 +13,7 @@ from conftest import HERE, fit_of, table
 from designs import STRUCTURES, random_design, random_theta
 
 import mixjax as mj
+from mixjax.checks import DataError, InferenceWarning
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import Labels, TermLabels
 from mixjax.diagnostics.deletion import batches
@@ -21,10 +22,8 @@ from mixjax.diagnostics.influence import LEVERAGES, MEASURES, METHODS, influence
 from mixjax.engine import engine
 from mixjax.engine.incidence import incidence
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
-from mixjax.formula.errors import DataError
+from mixjax.fitted.record import Fitted, OptimizerInfo
 from mixjax.formula.table import level_name
-from mixjax.products.rows import rows_of
 
 MODELS = [(name, method) for name in ("sleepstudy_slopes", "sleepstudy_intercept") for method in ("REML", "ML")]
 LEVELS = {"obs": None, "group": "Subject"}
@@ -202,7 +201,7 @@ def record(design, theta=None, sigma=1.3):
     Sigmas = sigmas_of(theta, stats.layout.qs, sigma)
     beta, vcov = least_squares(design, Sigmas, sigma)
     est = Estimates(theta, beta, np.float64(sigma), Sigmas, vcov, (), 0.0, True, np.bool_(False), 0, 0.0, 0)
-    return Fitted(design, labels, stats, est, True, OptimizerInfo("", 0, 0.0, ""))
+    return Fitted(labels, stats, est, True, OptimizerInfo("", 0, 0.0, ""), design)
 
 
 def sigmas_of(theta, qs, sigma):
@@ -237,7 +236,7 @@ def test_products_without_rows_and_with_rows_counted_twice(name):
     structure = STRUCTURES[name]
     design, theta = random_design(structure, 5), random_theta(structure, 5)
     fitted = record(design, theta)
-    rows, lambdas = rows_of(fitted.rows), [np.asarray(S) for S in sigmas_of(theta, fitted.stats.layout.qs, 1.0)]
+    rows, lambdas = fitted.rows, [np.asarray(S) for S in sigmas_of(theta, fitted.stats.layout.qs, 1.0)]
     lambdas = [np.linalg.cholesky(S) for S in lambdas]
     criterion = jax.jit(mj.criterion, static_argnames="reml")
     with jax.enable_x64(True):
@@ -273,7 +272,7 @@ def test_the_whole_inverse_and_single_columns_of_it_agree(monkeypatch):
     structure = STRUCTURES["nested and crossed"]
     design, theta = random_design(structure, 2), random_theta(structure, 2)
     fitted = record(design, theta)
-    rows, unit = rows_of(fitted.rows), units(design, "thirds")
+    rows, unit = fitted.rows, units(design, "thirds")
     whole = delete_at_theta(rows, unit, fixed_part(fitted, rows), np.zeros(0))
     monkeypatch.setattr("mixjax.diagnostics.fixed_theta.MOST_DENSE", 0)
     monkeypatch.setattr("mixjax.diagnostics.fixed_theta.BLOCK", 100)

@@ -12,10 +12,11 @@ from conftest import HERE, table
 from scipy import stats
 
 import mixjax as mj
-from mixjax.fitted import InferenceWarning, record_of
-from mixjax.inference import likelihood_ratio
-from mixjax.inference.likelihood_ratio import bootstrap_null, compare, mixture_p
-from mixjax.inference.nesting import is_within, place_of
+from mixjax.checks import InferenceWarning
+from mixjax.fitted.record import record_of
+from mixjax.inference.random import likelihood_ratio
+from mixjax.inference.random.likelihood_ratio import bootstrap_null, compare, mixture_p
+from mixjax.inference.random.nesting import is_within, place_of
 
 ORACLE = json.loads((HERE / "oracle" / "inference_lrt.json").read_text())
 R_COLUMNS = {
@@ -130,7 +131,7 @@ def test_place_of_random_effects(data, fixed, random, expected):
             assert place.zeros == zeros
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.formula.errors.DataWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.checks.DataWarning")
 def test_coding_names_and_weights_do_not_matter():
     data = table("sleepstudy").assign(
         year=lambda d: 2000.0 + 3.0 * d["Days"],
@@ -156,7 +157,7 @@ def test_coding_names_and_weights_do_not_matter():
     assert coded.to_frame()["chisq"].iloc[1] == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.fitted.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.fitted.record.ConvergenceWarning")
 def test_several_ways_to_write_one_covariance():
     """An intercept beside one effect per machine: nested, but where in the larger model is not defined."""
     small = fit("score ~ Machine + (1 | Worker)", "Machines")

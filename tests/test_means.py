@@ -10,11 +10,11 @@ import scipy.stats
 from conftest import fit_of, table
 
 import mixjax as mj
-from mixjax.fitted import Fitted
-from mixjax.inference import hypotheses, means
-from mixjax.inference.contrasts import t_tests
-from mixjax.inference.hypotheses import anova
-from mixjax.inference.means import emmeans, emtrends
+from mixjax.fitted.record import Fitted
+from mixjax.inference.fixed import hypotheses, means
+from mixjax.inference.fixed.contrasts import t_tests
+from mixjax.inference.fixed.hypotheses import anova
+from mixjax.inference.fixed.means import emmeans, emtrends
 
 NUMBERS = ["estimate", "std_error", "df", "statistic", "p_value"]
 
@@ -128,7 +128,7 @@ def curved():
     estimates = mj.Estimates(*[None] * len(mj.Estimates._fields))._replace(
         beta=rng.normal(size=p), vcov=half @ half.T, sigma=1.0
     )
-    return Fitted(design, labels, None, estimates, True, None)
+    return Fitted(labels, None, estimates, True, None, design)
 
 
 def test_means_at_a_row_of_the_data_are_that_row_of_x(curved):
@@ -173,7 +173,7 @@ def test_slopes_of_powers_and_logarithms_are_exact():
     )
     order = [labels.fixed.index(name) for name in ("age", "I(age ** 2)", "np.log(age)") if name in labels.fixed]
     assert len(order) == 3
-    record = Fitted(design, labels, None, estimates, True, None)
+    record = Fitted(labels, None, estimates, True, None, design)
     ages = np.array([8.0, 9.3, 11.0, 14.0])
     found = emtrends(record, "age", "age", at={"age": ages}, ddf="wald").to_frame()
     d = np.zeros((4, 5))
@@ -209,7 +209,7 @@ def test_a_covariate_of_two_values_is_averaged_over_both(curved):
     data = uneven().assign(d=lambda d: (np.arange(len(d)) % 5 == 0) * 1)
     design, labels = mj.build_design("angle ~ recipe + d + (1 | recipe:replicate)", data)
     estimates = curved.estimates._replace(beta=np.array([1.0, 2.0, 3.0, 10.0]), vcov=np.eye(4))
-    record = Fitted(design, labels, None, estimates, True, None)
+    record = Fitted(labels, None, estimates, True, None, design)
     np.testing.assert_allclose(emmeans(record, "recipe", ddf="wald").to_frame()["estimate"], [6, 8, 9])
     found = emmeans(record, "recipe", at={"d": 0.25}, ddf="wald").to_frame()["estimate"]
     np.testing.assert_allclose(found, [3.5, 5.5, 6.5])
@@ -297,7 +297,7 @@ def holed():
     return mj.build_design, data[~((data.recipe == "C") & (data.temperature == "225"))]
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.formula.errors.DataWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.checks.DataWarning")
 @pytest.mark.parametrize("coding", [{}, {"recipe": "sum", "temperature": "helmert"}])
 def test_empty_cells_are_nan_and_others_are_right(curved, holed, coding):
     build, data = holed
@@ -306,7 +306,7 @@ def test_empty_cells_are_nan_and_others_are_right(curved, holed, coding):
     X, y = np.asarray(design.X), np.asarray(design.y)
     # Least squares: in a saturated table estimates of cells are their means.
     estimates = curved.estimates._replace(beta=np.linalg.lstsq(X, y, rcond=None)[0], vcov=np.linalg.inv(X.T @ X))
-    record = Fitted(design, labels, None, estimates, True, None)
+    record = Fitted(labels, None, estimates, True, None, design)
     raw = data.groupby(["recipe", "temperature"], observed=False)["angle"].mean()
     cells = emmeans(record, ["recipe", "temperature"], ddf="wald")
     np.testing.assert_allclose(cells.to_frame()["estimate"], raw, rtol=1e-9)
@@ -325,14 +325,14 @@ def test_empty_cells_are_nan_and_others_are_right(curved, holed, coding):
     np.testing.assert_allclose(some, raw.unstack()[["175", "215"]].mean(axis=1), rtol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.formula.errors.DataWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.checks.DataWarning")
 def test_differences_of_what_cannot_be_estimated_may_be_estimable(curved):
     """A covariate in other units is redundant: consistent values give means, others only their differences."""
     data = uneven().assign(fahrenheit=lambda d: 32 + 1.8 * d.temp)
     design, labels = mj.build_design("angle ~ recipe + temp + fahrenheit + (1 | recipe:replicate)", data)
     assert labels.dropped_columns == ("fahrenheit",)
     estimates = curved.estimates._replace(beta=np.array([1.0, 2.0, 4.0, 0.5]), vcov=np.eye(4))
-    record = Fitted(design, labels, None, estimates, True, None)
+    record = Fitted(labels, None, estimates, True, None, design)
     plain = emmeans(record, "recipe", ddf="wald").to_frame()["estimate"]
     np.testing.assert_allclose(plain, np.array([1.0, 3.0, 5.0]) + 0.5 * data.temp.mean(), rtol=1e-9)
     odd = emmeans(record, "recipe", at={"temp": 180}, ddf="wald")
@@ -394,10 +394,10 @@ def test_chunks_have_no_levels_to_average_over():
     chunks = [table("cake").iloc[:100], table("cake").iloc[100:]]
     design, labels = mj.cross_products_from(chunks, "angle ~ recipe + (1 | recipe:replicate)")
     with pytest.raises(mj.DataError, match="this fit kept no rows"):
-        emmeans(Fitted(None, labels, design, None, True, None), "recipe")
+        emmeans(Fitted(labels, design, None, True, None, None), "recipe")
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.formula.errors.DataWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.checks.DataWarning")
 def test_the_family_of_tukey_is_all_means():
     """emmeans 1.8.4: pairs(emmeans(m, "recipe")) and "temperature" of the cake data without a cell."""
     cake = table("cake").assign(temperature=lambda d: d.temperature.astype(str), recipe=lambda d: d.recipe.astype(str))
@@ -447,7 +447,7 @@ def test_the_table_says_what_it_is(covariate):
 
 def test_marginaleffects_takes_a_fit(covariate):
     me = pytest.importorskip("marginaleffects")
-    from mixjax.inference.marginaleffects import to_marginaleffects
+    from mixjax.inference.fixed.marginaleffects import to_marginaleffects
 
     model = to_marginaleffects(covariate)
     frame = covariate.labels.frame

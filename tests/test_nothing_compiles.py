@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mixjax as mj
-from mixjax.inference.exact_lrt import exact_lrt, exact_rlrt
+from mixjax.inference.random.exact_lrt import exact_lrt, exact_rlrt
 
 # Name -> formula, data set, a factor of the fixed effects, and a smaller model of the random effects.
 MODELS = {

@@ -11,14 +11,14 @@ from scipy import stats
 from test_simulate import moment_scores
 
 import mixjax as mj
-from mixjax.formula.errors import DataError
-from mixjax.studies import draws
-from mixjax.studies.expressions import FUNCTIONS, Kind, Scope, bind, evaluate
-from mixjax.studies.factors import categorical, dirichlet, factor, occasion
-from mixjax.studies.noise import contaminated_normal, shifted_gamma, skew_normal, student_t
-from mixjax.studies.noise import poisson as poisson_counts
-from mixjax.studies.population import population
-from mixjax.studies.predictors import (
+from mixjax.checks import DataError
+from mixjax.populations import draws
+from mixjax.populations.expressions import FUNCTIONS, Kind, Scope, bind, evaluate
+from mixjax.populations.factors import categorical, dirichlet, factor, occasion
+from mixjax.populations.noise import contaminated_normal, shifted_gamma, skew_normal, student_t
+from mixjax.populations.noise import poisson as poisson_counts
+from mixjax.populations.population import population
+from mixjax.populations.predictors import (
     bernoulli,
     custom,
     derived,
@@ -28,7 +28,7 @@ from mixjax.studies.predictors import (
     poisson,
     uniform,
 )
-from mixjax.studies.responses import LINKS, random_effects, response
+from mixjax.populations.responses import LINKS, random_effects, response
 
 N = 100_000
 # Two-sided, of four standard errors.
@@ -871,6 +871,6 @@ def test_exercise_of_a_misspecified_model():
     ],
 )
 def test_counts_that_cannot_be_are_refused_before_memory_is_taken(call, message, schools, monkeypatch):
-    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
+    monkeypatch.setattr("mixjax.checks._memory", lambda: 2**35)
     with pytest.raises(ValueError, match=message):
         call(schools)

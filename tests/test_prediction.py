@@ -14,14 +14,13 @@ from dense import covariance
 from designs import STRUCTURES, random_design, random_lambdas
 
 import mixjax as mj
+from mixjax.checks import DataError, DataWarning, InferenceWarning
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.equations import Equations, covariances_with_slopes, factors_in_bases
 from mixjax.engine.modes import conditional_modes
 from mixjax.estimation.blup import predict as predict_arrays
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
-from mixjax.formula.errors import DataError, DataWarning
-from mixjax.inference.contrasts import fitted_information
+from mixjax.fitted.record import Fitted, OptimizerInfo
 from mixjax.prediction import blocks
 from mixjax.prediction.blocks import Blocks, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
@@ -47,13 +46,13 @@ def close(actual, desired, rtol=1e-9, atol=0.0):
 
 
 def test_arrays_give_the_fitted_values(sleep):
-    values = predict_arrays(sleep.estimates, sleep.rows)
+    values = predict_arrays(sleep.estimates, sleep.design)
     assert isinstance(values, np.ndarray)
     close(values, predict(sleep))
 
 
 def test_arrays_under_transformations(sleep, x64):
-    est, design = jax.tree.map(jnp.asarray, sleep.estimates), sleep.rows
+    est, design = jax.tree.map(jnp.asarray, sleep.estimates), sleep.design
     close(jax.jit(predict_arrays)(est, design), predict(sleep))
     slopes = jax.jacobian(lambda beta: predict_arrays(est._replace(beta=beta), design))(est.beta)
     close(slopes, design.X)
@@ -67,10 +66,10 @@ def test_arrays_under_transformations(sleep, x64):
 
 def test_arrays_of_another_shape_are_refused(sleep):
     with pytest.raises(ValueError, match="1 columns of X"):
-        predict_arrays(sleep.estimates, replace(sleep.rows, X=sleep.rows.X[:, :1]))
-    term = replace(sleep.rows.terms[0], n_groups=19)
+        predict_arrays(sleep.estimates, replace(sleep.design, X=sleep.design.X[:, :1]))
+    term = replace(sleep.design.terms[0], n_groups=19)
     with pytest.raises(ValueError, match="19 levels"):
-        predict_arrays(sleep.estimates, replace(sleep.rows, terms=(term,)))
+        predict_arrays(sleep.estimates, replace(sleep.design, terms=(term,)))
 
 
 # --- lme4 ----------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def at_some_theta(design, labels, stats):
     theta = np.concatenate([L.T[np.triu_indices(len(L))] for L in lambdas])
     Sigma = tuple(sigma**2 * L @ L.T for L in lambdas)
     est = Estimates(theta, beta, sigma, Sigma, sigma**2 * vcov, b, 0.0, True, False, 0, 0.0, 0)
-    return Fitted(design, labels, stats, est, True, OptimizerInfo("none", 0, 0.0, ""))
+    return Fitted(labels, stats, est, True, OptimizerInfo("none", 0, 0.0, ""), design)
 
 
 def fit_formula(formula, data=TABLE, **options):
@@ -453,7 +452,7 @@ def test_streamed_fits_predict_new_tables():
     formula, data = "y ~ x + f + (x | g) + (1 | h) + (1 | f:h)", TABLE
     chunks = [data[i : i + 30] for i in range(0, len(data), 30)]
     whole, (stats, labels) = fit_formula(formula), mj.cross_products_from(chunks, formula)
-    streamed = replace(whole, design=None, stats=stats, labels=labels)
+    streamed = replace(whole, kept=None, stats=stats, labels=labels)
     for options in ({}, {"random": False}, {"interval": "confidence"}, {"interval": "prediction", "random": "h"}):
         close(predict(streamed, data, **options), predict(whole, data, **options), 1e-9)
     with pytest.raises(ValueError, match="made from chunks"):
@@ -514,11 +513,11 @@ def test_three_ways_to_hendersons_variance(name, singular):
 
 def test_population_errors_are_those_of_the_fixed_effects(sleep):
     result = predict(sleep, random=False, interval="confidence")
-    X = sleep.rows.X
+    X = sleep.design.X
     close(result["se"] ** 2, np.einsum("np,pq,nq->n", X, sleep.estimates.vcov, X))
     close(result["upper"] - result["estimate"], Z95 * result["se"])
     new = predict(sleep, random=False, interval="prediction")
-    Z, Sigma = sleep.rows.terms[0].Z, sleep.estimates.Sigma[0]
+    Z, Sigma = sleep.design.terms[0].Z, sleep.estimates.Sigma[0]
     both = np.einsum("na,ab,nb->n", Z, Sigma, Z) + float(sleep.estimates.sigma) ** 2
     close(new["se"] ** 2, result["se"] ** 2 + both)
 
@@ -665,7 +664,7 @@ def test_far_from_zero_no_digits_are_lost():
 def test_singular_fits(name):
     fit = fit_of(name, "REML").record
     lambdas = relative_factors(fit.estimates.theta, fit.stats.layout.qs)
-    design = fit.rows
+    design = fit.design
     Z = tuple(np.asarray(t.Z)[:5] for t in design.terms)
     targets = Targets(design.X[:5], np.zeros(5), Z, tuple(t.group[:5] for t in design.terms), np.zeros(5))
     expected = np.sqrt(dense_prediction(design, targets, [L @ L.T for L in lambdas], float(fit.estimates.sigma))[0])
@@ -685,7 +684,7 @@ def test_second_order_needs_reml():
 
 def test_bootstrap_errors_are_those_of_refits(sleep):
     """Every error again by a refit of its own: the drawn response is found from the target that is the row itself."""
-    design = sleep.rows
+    design = sleep.design
     m = sleep.nobs
     Z, level = (design.terms[0].Z,), (design.terms[0].group,)
     rows = Targets(design.X, np.zeros(m), Z, level, np.zeros(m))
@@ -742,6 +741,6 @@ def test_bootstrap_where_blocks_are_too_large(sleep, monkeypatch):
 
 def test_information_of_the_fit_is_in_the_coordinates_of_the_slopes(sleep):
     """The covariances that the coordinates stand for are the fit's own."""
-    info = fitted_information(sleep)
+    info = sleep.information
     D = covariances_with_slopes(info.x, sleep.stats)[2]
     close(D[0] * float(sleep.estimates.sigma) ** 2, sleep.estimates.Sigma[0], 1e-8)

@@ -16,10 +16,10 @@ from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.curvature import deviance_at_sigma
 from mixjax.engine.moments import moments_of
 from mixjax.engine.turned import turned
-from mixjax.inference.constrained import OneDataSet, estimates_start
-from mixjax.inference.held import Held, charts_of
-from mixjax.inference.profile import profile, zeta_of_many
-from mixjax.simulation import simulate_responses
+from mixjax.inference.random.held_parameter import Held, charts_of
+from mixjax.inference.random.profile import profile, zeta_of_many
+from mixjax.inference.random.profile_search import OneDataSet, estimates_start
+from mixjax.resampling.simulation import simulate_responses
 
 MODELS = sorted(path.stem.removeprefix("inference_confint_") for path in (HERE / "oracle").glob("*confint_*.json"))
 

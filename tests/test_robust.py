@@ -11,12 +11,13 @@ from designs import STRUCTURES, Structure, random_design, random_theta
 from scipy import stats as distributions
 
 import mixjax as mj
+from mixjax.checks import InferenceWarning
 from mixjax.covariance import split_theta, triangle
 from mixjax.design import Labels, TermLabels
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted import Fitted, InferenceWarning, OptimizerInfo
-from mixjax.inference import clusters as room
-from mixjax.inference.robust import KINDS, robust
+from mixjax.fitted.record import Fitted, OptimizerInfo
+from mixjax.inference.fixed import clusters as room
+from mixjax.inference.fixed.robust import KINDS, robust
 
 SIGMA = 1.3
 NESTED = ["one factor, q=1", "one factor, q=2, weights", "two terms on a factor", "nested", "nested chain of three"]
@@ -46,7 +47,7 @@ def record(design, theta, sigma=SIGMA):
     vcov = np.linalg.inv(design.X.T @ W @ design.X)
     beta = vcov @ design.X.T @ W @ y
     est = Estimates(theta, beta, np.float64(sigma), Sigmas, vcov, (), 0.0, True, False, 0, 0.0, 0)
-    return Fitted(design, labels, stats, est, True, OptimizerInfo("", 0, 0.0, ""))
+    return Fitted(labels, stats, est, True, OptimizerInfo("", 0, 0.0, ""), design)
 
 
 def sigmas_of(theta, qs, sigma):

@@ -14,10 +14,10 @@ from designs import STRUCTURES, random_design
 from refits import fit_at_once
 
 import mixjax as mj
+from mixjax.checks import InferenceWarning
 from mixjax.design import Labels, TermLabels
 from mixjax.diagnostics.sensitivity import sensitivity
-from mixjax.fitted import InferenceWarning, fit_design
-from mixjax.products.rows import rows_of
+from mixjax.fitted.record import fit_design
 
 NAMES = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 
@@ -40,7 +40,7 @@ def refitted(fitted, rows, weights, scale):
 
 def slope_along(fitted, direction, scale, h=1e-3):
     """Derivative along a direction of all weights, by central differences of the fourth order."""
-    rows = rows_of(fitted.rows)
+    rows = fitted.rows
     values = {k: refitted(fitted, rows, 1 + k * h * direction, scale) for k in (-2, -1, 1, 2)}
     return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
 
@@ -104,7 +104,7 @@ def test_a_weight_counts_rows():
     weights = np.repeat(fit.design.weights, counts)
     twice = mj.lmm("Reaction ~ Days + (Days | Subject)", repeated, weights=weights)
     with jax.enable_x64(True):
-        est = jax.device_get(mj.estimate(rows_of(fit.record.rows).sums(counts.astype(float)), True))
+        est = jax.device_get(mj.estimate(fit.record.rows.sums(counts.astype(float)), True))
     np.testing.assert_allclose(est.beta, twice.fixef, rtol=1e-10)
     np.testing.assert_allclose(est.theta, twice.theta, rtol=1e-7)
     assert est.criterion == pytest.approx(twice.criterion, rel=1e-12)
@@ -201,7 +201,7 @@ def test_on_the_boundary_zeros_stay_and_the_rest_moves():
 
 def test_a_variance_of_zero():
     fitted = fit_of("dyestuff2", "REML").record
-    own, y = sensitivity(fitted), fitted.rows.y
+    own, y = sensitivity(fitted), fitted.design.y
     assert (own["sd_Intercept|Batch"] == 0).all()
     # What is left is a mean and a variance: d mean / dw = (y - mean) / n, and sigma^2 = sum w e^2 / (sum w - 1).
     e, n = y - y.mean(), len(y)

@@ -8,7 +8,7 @@ from dense import covariance
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
-from mixjax.simulation import simulate_responses, symmetric_root
+from mixjax.resampling.simulation import simulate_responses, symmetric_root
 
 N = 20_000
 
@@ -164,7 +164,7 @@ def test_bad_arguments(change, message):
 
 def test_one_program_for_similar_designs():
     """Compiled are random numbers only, of padded length: neither terms, nor parameters, nor the key compile again."""
-    from mixjax import simulation
+    from mixjax.resampling import simulation
 
     first = random_design(STRUCTURES["one factor, q=2, weights"], seed=1)
     simulate_responses(first, *parameters(first), 0, 1)

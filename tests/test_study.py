@@ -434,7 +434,7 @@ def test_the_truth_is_covered_and_tests_hold_their_level():
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch):
-    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
+    monkeypatch.setattr("mixjax.checks._memory", lambda: 2**35)
     arguments = {"models": FORMULA, "grid": {"slope": [0.5]}, "replicates": 2, "progress": False} | arguments
     models = arguments.pop("models")
     with pytest.raises(ValueError, match=message):
@@ -449,7 +449,7 @@ def test_a_source_that_is_none():
 
 
 def test_responses_that_cannot_be_are_refused_before_memory_is_taken(monkeypatch):
-    monkeypatch.setattr("mixjax.simulation._memory", lambda: 2**35)
+    monkeypatch.setattr("mixjax.checks._memory", lambda: 2**35)
     for n, message in [
         (10**9, "1000000000 responses of 72 rows would take 536 GiB of memory, and this machine has 32"),
         (10**11, "n must be 4294967296 or less"),

@@ -8,7 +8,7 @@ import pytest
 from conftest import HERE, fit_of, oracle, table
 
 import mixjax as mj
-from mixjax.inference.variance import principal_components, shares
+from mixjax.inference.random.variance import principal_components, shares
 
 PERFORMANCE = json.loads((HERE / "oracle" / "inference_performance.json").read_text())
 CASES = [(name, method) for name, methods in PERFORMANCE.items() if name not in ("versions", "note")
@@ -122,7 +122,7 @@ def test_how_many_are_needed():
 
 def test_without_rows():
     record = fit_of("sleepstudy_slopes", "REML").record
-    frame = principal_components(replace(record, design=None))["Subject"]
+    frame = principal_components(replace(record, kept=None))["Subject"]
     np.testing.assert_array_equal(frame, principal_components(record)["Subject"])
     with pytest.raises(ValueError, match="made from chunks of rows"):
-        shares(replace(record, design=None))
+        shares(replace(record, kept=None))

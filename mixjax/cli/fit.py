@@ -80,7 +80,7 @@ def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], form
     """The table with these levels as the first of their factors."""
     import pandas as pd
 
-    from mixjax.formula.errors import some_of
+    from mixjax.checks import some_of
     from mixjax.formula.table import level_name, refuse_unknown
 
     columns = [str(column) for column in data.columns]
@@ -148,7 +148,7 @@ def _plain(column: Any) -> dict[str, float | None]:
 
 
 def _interval_text(method: str, intervals: Any) -> str:
-    from mixjax.summary import text_table
+    from mixjax.face.summary import text_table
 
     kind = "profile likelihood" if method == "profile" else "Wald"
     table = intervals.rename_axis("").reset_index()

@@ -12,7 +12,7 @@ from mixjax.diagnostics.hat import parts_of, whiten
 from mixjax.diagnostics.least_squares import least_squares
 from mixjax.diagnostics.leverage import leverage_of
 from mixjax.diagnostics.residuals import fixed_part, random_part, scaled
-from mixjax.fitted import record_of
+from mixjax.fitted.record import record_of
 
 # A row whose own regression keeps less than this part of its variance has no residual that says anything.
 NOTHING = 1e-10
@@ -41,7 +41,7 @@ def augmented(fitted: Any) -> pd.DataFrame:
         [253.664, -4.104, 0.139]
     """
     fitted = record_of(fitted)
-    y, fixed, random = np.asarray(fitted.rows.y, float), fixed_part(fitted), random_part(fitted)
+    y, fixed, random = np.asarray(fitted.design.y, float), fixed_part(fitted), random_part(fitted)
     whitened, sigma = whiten(fitted), float(fitted.estimates.sigma)
     parts = parts_of(whitened.Q, whitened.effects)
     resid, marginal = y - fixed - random, y - fixed
@@ -60,7 +60,7 @@ def augmented(fitted: Any) -> pd.DataFrame:
     if len({term.group for term in fitted.labels.terms}) == 1:
         own = least_squares(fitted)
         ls = y - own.fitted
-        codes = np.asarray(fitted.rows.terms[0].group)
+        codes = np.asarray(fitted.design.terms[0].group)
         left = 1 - own.leverage
         root = np.where(left > NOTHING, np.sqrt(np.maximum(left, 0.0)), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):

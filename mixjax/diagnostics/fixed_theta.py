@@ -24,7 +24,7 @@ import scipy.sparse.linalg
 
 from mixjax.covariance import split_theta, triangle
 from mixjax.diagnostics.deletion import dominant, estimable
-from mixjax.fitted import Fitted
+from mixjax.fitted.record import Fitted
 from mixjax.products.rows import Rows
 
 # The inverse of S is made as a whole where that is less work, up to so many random effects (512 MB).

@@ -14,9 +14,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from mixjax.covariance import split_theta, triangle
-from mixjax.fitted import Fitted
-from mixjax.products.rows import rows_of
+from mixjax.fitted.record import Fitted
 
 # A variance below this part of the one that it is left of is rounding.
 NOTHING = 1e-10
@@ -84,10 +82,10 @@ class Parts(NamedTuple):
 
 def whiten(fitted: Fitted) -> Whitened:
     """The fit's rows as the hat matrix needs them."""
-    design, layout = fitted.rows, fitted.stats.layout
-    rows = rows_of(design)
+    design, layout = fitted.design, fitted.stats.layout
+    rows = fitted.rows
     root_w = np.ones(rows.n) if rows.sqrt_w is None else rows.sqrt_w
-    lambdas, effects = relative_factors(fitted), []
+    lambdas, effects = fitted.relative_factors, []
     for f in range(len(fitted.stats.factors)):
         ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
         Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
@@ -95,16 +93,6 @@ def whiten(fitted: Fitted) -> Whitened:
         term = design.terms[ts[0]]
         effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts))
     return Whitened(root_w, rows.Q, effects)
-
-
-def relative_factors(fitted: Fitted) -> list[np.ndarray]:
-    """Lambda of every term, ``(q, q)``."""
-    factors, qs = [], fitted.stats.layout.qs
-    for theta, q in zip(split_theta(fitted.estimates.theta, qs), qs, strict=True):
-        Lambda = np.zeros((q, q))
-        Lambda[triangle(q)] = theta
-        factors.append(Lambda)
-    return factors
 
 
 def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Parts:

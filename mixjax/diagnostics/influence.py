@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import InferenceWarning, warn
 from mixjax.diagnostics.fixed_theta import delete_at_theta, fixed_part
 from mixjax.diagnostics.leverage import leverage
 from mixjax.diagnostics.refits import (
@@ -21,9 +22,8 @@ from mixjax.diagnostics.refits import (
     step_without,
 )
 from mixjax.diagnostics.units import units_of
-from mixjax.fitted import Fitted, InferenceWarning, record_of, term_names
-from mixjax.formula.errors import warn
-from mixjax.products.rows import rows_of
+from mixjax.fitted.names import term_names
+from mixjax.fitted.record import Fitted, record_of
 
 Method = Literal["exact", "fixed-theta", "one-step"]
 METHODS = ("exact", "fixed-theta", "one-step")
@@ -82,7 +82,7 @@ def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influ
     fitted = record_of(fitted)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    rows, units = rows_of(fitted.rows), units_of(fitted, by)
+    rows, units = fitted.rows, units_of(fitted, by)
     own, fixed = leverage(fitted), fixed_part(fitted, rows)
     if method == "exact":
         without = refit_without(fitted, rows, units.code, fixed.delta)

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from mixjax.bases import orthonormal_columns
+from mixjax.checks import DataError
 from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
-from mixjax.fitted import Fitted, by_effect, record_of
-from mixjax.formula.errors import DataError
+from mixjax.fitted.names import by_effect
+from mixjax.fitted.record import Fitted, record_of
 
 
 class LeastSquares(NamedTuple):
@@ -47,7 +48,7 @@ def least_squares(fitted: Any, group: str | None = None) -> LeastSquares:
         [244.19, 21.76]
     """
     fitted = record_of(fitted)
-    design = fitted.rows
+    design = fitted.design
     _, codes, m = group_of(fitted, group)
     X, n = np.asarray(design.X, float), len(codes)
     offset = np.zeros(n) if design.offset is None else np.asarray(design.offset, float)
@@ -134,7 +135,7 @@ def group_of(fitted: Fitted, group: str | None) -> tuple[str, np.ndarray, int]:
     if group not in names:
         raise DataError(f"there is no grouping factor {group!r}; there are {', '.join(dict.fromkeys(names))}")
     t = names.index(group)
-    return group, np.asarray(fitted.rows.terms[t].group), fitted.rows.terms[t].n_groups
+    return group, np.asarray(fitted.design.terms[t].group), fitted.design.terms[t].n_groups
 
 
 def _within(X: np.ndarray, codes: np.ndarray, m: int) -> list[int | None]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax.diagnostics.hat import NOTHING, Parts, Whitened, parts_of, whiten
-from mixjax.fitted import record_of
+from mixjax.fitted.record import record_of
 
 # The imaginary step of a derivative: its square is nothing beside 1, so no digits are lost.
 STEP = 1e-40

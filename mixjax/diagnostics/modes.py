@@ -9,7 +9,7 @@ import numpy as np
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels
 from mixjax.engine.modes import conditional_covariances
-from mixjax.fitted import Fitted
+from mixjax.fitted.record import Fitted
 
 
 def terms_of_group(labels: Labels) -> dict[str, list[int]]:

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pandas as pd
 
-from mixjax.fitted import Fitted, record_of
-from mixjax.formula.errors import DataError
+from mixjax.checks import DataError, check_count
+from mixjax.fitted.record import Fitted, record_of
 from mixjax.machine import float64
-from mixjax.simulation import check_count, raw_key, simulate_responses
+from mixjax.resampling.simulation import raw_key, simulate_responses
 
 # Numbers in all simulated responses together.
 MOST_NUMBERS = 2**27
@@ -83,7 +83,7 @@ def quantile_residuals(
         ['uniformity', 'dispersion', 'outliers']
     """
     fitted, n = record_of(fitted), check_count("n", n, 1)
-    design, est = fitted.rows, fitted.estimates
+    design, est = fitted.design, fitted.estimates
     if n * fitted.nobs > MOST_NUMBERS:
         raise ValueError(
             f"{n} simulations of {fitted.nobs} rows take too much memory: use n={MOST_NUMBERS // fitted.nobs}"

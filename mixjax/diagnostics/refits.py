@@ -13,7 +13,7 @@ from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.steps import newton_steps
-from mixjax.fitted import Fitted
+from mixjax.fitted.record import Fitted
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows
 from mixjax.products.sums import CrossProducts

@@ -9,7 +9,7 @@ import numpy as np
 from mixjax.diagnostics.decorrelation import decorrelated
 from mixjax.diagnostics.hat import NOTHING, Parts, Whitened, parts_of, whiten
 from mixjax.diagnostics.leverage import leverage_of
-from mixjax.fitted import Fitted, record_of
+from mixjax.fitted.record import Fitted, record_of
 
 SCALES = {
     "conditional": ("raw", "pearson", "standardized", "studentized"),
@@ -20,14 +20,14 @@ SCALES = {
 
 def fixed_part(fitted: Fitted) -> np.ndarray:
     """``offset + X beta``: the mean over the population, ``(n,)``."""
-    mean = np.asarray(fitted.rows.X) @ fitted.estimates.beta
-    return mean if fitted.rows.offset is None else mean + fitted.rows.offset
+    mean = np.asarray(fitted.design.X) @ fitted.estimates.beta
+    return mean if fitted.design.offset is None else mean + fitted.design.offset
 
 
 def random_part(fitted: Fitted) -> np.ndarray:
     """``Z b``: what the predicted random effects of a row's own levels add to it, ``(n,)``."""
-    total = np.zeros(len(fitted.rows.y))
-    for term, b in zip(fitted.rows.terms, fitted.estimates.b, strict=True):
+    total = np.zeros(len(fitted.design.y))
+    for term, b in zip(fitted.design.terms, fitted.estimates.b, strict=True):
         total = total + (np.asarray(term.Z) * b[term.group]).sum(axis=1)
     return total
 
@@ -101,12 +101,12 @@ def residuals(fitted: Any, kind: str = "conditional", scale: str = "raw") -> np.
     if kind == "random":
         raw = random_part(fitted)
     else:
-        y, mean = np.asarray(fitted.rows.y), conditional_mean if kind == "conditional" else fixed_part
+        y, mean = np.asarray(fitted.design.y), conditional_mean if kind == "conditional" else fixed_part
         raw = y - mean(fitted)
     if scale == "raw":
         return raw
     if scale == "pearson":
-        return raw if fitted.rows.weights is None else raw * np.sqrt(fitted.rows.weights)
+        return raw if fitted.design.weights is None else raw * np.sqrt(fitted.design.weights)
     whitened = whiten(fitted)
     if scale == "cholesky":
         return decorrelated(whitened, raw * whitened.root_w / float(fitted.estimates.sigma))

@@ -22,15 +22,16 @@ import pandas as pd
 from jax import Array
 
 from mixjax import covariance as cov
+from mixjax.checks import InferenceWarning, warn
 from mixjax.diagnostics.refits import entry_names
 from mixjax.engine.coordinates import is_regular, solve_where
 from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.engine.equations import covariances_with_slopes
 from mixjax.estimation.search import own_factors
-from mixjax.fitted import Fitted, InferenceWarning, names_apart, record_of, term_names
-from mixjax.formula.errors import warn
+from mixjax.fitted.names import names_apart, term_names
+from mixjax.fitted.record import Fitted, record_of
 from mixjax.optimise.results import Result
-from mixjax.products.rows import Rows, rows_of
+from mixjax.products.rows import Rows
 from mixjax.products.sums import CrossProducts
 
 Scale = Literal["sdcor", "vcov", "theta"]
@@ -78,7 +79,7 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
     fitted = record_of(fitted)
     if scale not in PREFIXES:
         raise ValueError(f"scale must be one of {', '.join(map(repr, PREFIXES))}, got {scale!r}")
-    rows = rows_of(fitted.rows)
+    rows = fitted.rows
     diagonal, below, residual = PREFIXES[scale]
     entries, varies = entry_names(fitted, term_names(fitted.labels), diagonal, below)
     names = [*(name for name, own in zip(entries, varies, strict=True) if own), residual]

@@ -10,7 +10,8 @@ import pandas as pd
 from mixjax.bases import orthonormal_columns
 from mixjax.diagnostics.least_squares import group_of
 from mixjax.diagnostics.modes import terms_of_group
-from mixjax.fitted import by_effect, record_of
+from mixjax.fitted.names import by_effect
+from mixjax.fitted.record import record_of
 
 # Own coefficients this close to the population's, in their own size, leave nothing to shrink.
 NOTHING = 1e-10
@@ -48,7 +49,7 @@ def shrinkage(fitted: Any, group: str | None = None) -> pd.DataFrame:
         [0.065]
     """
     fitted = record_of(fitted)
-    design, est, labels = fitted.rows, fitted.estimates, fitted.labels
+    design, est, labels = fitted.design, fitted.estimates, fitted.labels
     name, codes, m = group_of(fitted, group)
     terms = terms_of_group(labels)[name]
     effects = [effect for t in terms for effect in labels.terms[t].effects]

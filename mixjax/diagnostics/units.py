@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 
-from mixjax.fitted import Fitted, values_of_rows
-from mixjax.formula.errors import DataError
+from mixjax.checks import DataError
+from mixjax.fitted.names import values_of_rows
+from mixjax.fitted.record import Fitted
 from mixjax.formula.table import factor_codes, level_name
 
 
@@ -34,7 +35,7 @@ def units_of(fitted: Fitted, by: Any) -> Units:
     groups = dict(zip([term.group for term in fitted.labels.terms], range(len(fitted.labels.terms)), strict=True))
     if isinstance(by, str) and by in groups:
         t = groups[by]
-        name, code, levels = by, np.asarray(fitted.rows.terms[t].group), list(fitted.labels.terms[t].levels)
+        name, code, levels = by, np.asarray(fitted.design.terms[t].group), list(fitted.labels.terms[t].levels)
     elif isinstance(by, str) or (isinstance(by, list | tuple) and len(by) and all(isinstance(b, str) for b in by)):
         columns = (by,) if isinstance(by, str) else tuple(by)
         if isinstance(by, str) and by not in frame and all(part in frame for part in by.split(":")):

@@ -14,7 +14,7 @@ from mixjax import decompositions
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import RowSums
 from mixjax.estimation import search
-from mixjax.estimation.lanes import INSIDE, Fits, direct_steps, finish, start_in_lanes
+from mixjax.estimation.lane_program import INSIDE, Fits, direct_steps, finish, start_in_lanes
 from mixjax.estimation.search import Search
 from mixjax.estimation.start import minque_start
 from mixjax.machine import lanes_of, silently
@@ -31,7 +31,7 @@ MULTIPLE = 16
 
 
 def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: bool = False) -> Fits:
-    """Fit the first ``count`` lanes; see :func:`~mixjax.estimation.lanes.fit_block`.
+    """Fit the first ``count`` lanes; see :func:`~mixjax.estimation.lane_program.fit_block`.
 
     Args:
         start: ``(k, N)`` theta to start from, or None for moment estimates.

@@ -15,7 +15,7 @@ from mixjax.engine.lanes import Lanes
 from mixjax.estimation.at_once import padded_lanes, tile_of
 from mixjax.estimation.batch import Batch, last
 from mixjax.estimation.choice import EngineName, chosen_engine
-from mixjax.estimation.lanes import Sizes, put, sizes_for, slice_of
+from mixjax.estimation.lane_program import Sizes, put, sizes_for, slice_of
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, silently
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small
 from mixjax.products.sums import CrossProducts

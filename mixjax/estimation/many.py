@@ -21,7 +21,7 @@ from mixjax.estimation.batch import Batch, batch_axes, last, replicates
 from mixjax.estimation.blocks import Blocks, for_blocks, lanes_at_once, parts_of
 from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
 from mixjax.estimation.estimate import Estimates, estimate, fit
-from mixjax.estimation.lanes import fit_block
+from mixjax.estimation.lane_program import fit_block
 from mixjax.estimation.results import Results
 from mixjax.machine import LANES, compiled, float64, is_concrete, jit
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_wide

@@ -13,7 +13,7 @@ from mixjax import linalg
 from mixjax.engine.curvature import profile_and_modes
 from mixjax.estimation.batch import Batch
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.lanes import Fits
+from mixjax.estimation.lane_program import Fits
 from mixjax.machine import silently
 from mixjax.optimise.results import Result
 

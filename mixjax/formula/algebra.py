@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mixjax.formula.errors import FormulaError
+from mixjax.checks import FormulaError
 from mixjax.formula.syntax import CLOSING, Expression, Piece, expression
 
 MOST_TERMS = 2_000

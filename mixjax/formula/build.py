@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from mixjax.bases import Orthonormal, orthonormal_columns
+from mixjax.checks import DataError, FormulaError, some_of, warn
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import check_columns_of_term, check_noise, check_varies, warn_of_constant_slopes
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
-from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Columns, columns_of, numbers
 from mixjax.formula.parse import Group, ParsedFormula, parse
 from mixjax.formula.reading import column_names, read_columns

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mixjax.bases import Orthonormal, in_span, orthonormal_columns
+from mixjax.checks import DataError, some_of, warn
 from mixjax.design import Design, Labels
-from mixjax.formula.errors import DataError, some_of, warn
 
 
 def check_varies(y: np.ndarray, response: str) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from mixjax.checks import DataError, FormulaError, some_of, warn
 from mixjax.design import Chunk, TermLabels
 from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
-from mixjax.formula.errors import DataError, FormulaError, some_of, warn
 from mixjax.formula.evaluate import Learnt, columns_of, numbers
 from mixjax.formula.parse import Group
 from mixjax.formula.reading import column_names, to_pandas

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError, FormulaError, listed
 from mixjax.formula.coding import Contrasts
-from mixjax.formula.errors import DataError, FormulaError, listed
 from mixjax.formula.syntax import Expression
 
 

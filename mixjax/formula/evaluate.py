@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError, FormulaError, listed, some_of
 from mixjax.formula.algebra import Effects
 from mixjax.formula.coding import Contrasts, Factor, Levels, Spec, code_terms, metadata_of
 from mixjax.formula.context import CURES, Context, by_row
-from mixjax.formula.errors import DataError, FormulaError, listed, some_of
 from mixjax.formula.syntax import Expression
 from mixjax.formula.table import TextColumn, content, is_text
 

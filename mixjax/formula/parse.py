@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 
+from mixjax.checks import FormulaError
 from mixjax.covariance import STRUCTURES
 from mixjax.formula.algebra import Effects, effects, summands
-from mixjax.formula.errors import FormulaError
 from mixjax.formula.syntax import Expression, Piece, expression, read
 
 MOST_GROUPS = 100

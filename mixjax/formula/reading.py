@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 
-from mixjax.formula.errors import DataError
+from mixjax.checks import DataError
 
 EXACT = 2**53  # floats tell all integers up to here apart
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError, some_of, warn
 from mixjax.design import Labels
 from mixjax.formula.context import Context
-from mixjax.formula.errors import DataError, some_of, warn
 from mixjax.formula.evaluate import Columns, Learnt, numbers, refuse_company
 from mixjax.formula.parse import ParsedFormula
 from mixjax.formula.reading import column_names, read_columns

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from mixjax.formula.errors import FormulaError
+from mixjax.checks import FormulaError
 
 # What is more than this is a slip or an attack, and would take minutes or all memory before it fails.
 LONGEST, DEEPEST, HIGHEST_POWER = 100_000, 60, 1_000

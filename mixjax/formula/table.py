@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import pandas as pd
 
-from mixjax.formula.errors import DataError, warn
+from mixjax.checks import DataError, warn
 from mixjax.formula.reading import EXACT, as_column
 
 # Text with more distinct values than MANY is hardly a factor where a share MOSTLY of them are numbers.

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError
 from mixjax.design import Labels
-from mixjax.fitted import Fitted, record_of, values_of_rows
-from mixjax.formula.errors import DataError
+from mixjax.fitted.names import values_of_rows
+from mixjax.fitted.record import Fitted, record_of
 from mixjax.formula.table import factor_codes
 
 
@@ -37,7 +38,7 @@ def known(fit: Any) -> Fitted:
 def rows_of(fit: Any) -> Fitted:
     """The record of a fit whose rows were kept."""
     record = known(fit)
-    _ = record.rows  # the error says why there are none
+    _ = record.design  # the error says why there are none
     return record
 
 
@@ -57,7 +58,7 @@ def column(record: Fitted, x: Any, where: str) -> Column:
         return _as_column(name, pd.Series(values, index=frame.index), where)
     if x in frame.columns:
         return _as_column(x, frame[x], where)
-    for term, labels in zip(record.rows.terms, record.labels.terms, strict=True):
+    for term, labels in zip(record.design.terms, record.labels.terms, strict=True):
         if labels.group == x:
             return Column(x, np.asarray(term.group), list(labels.levels))
     names = list(frame.columns)

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from mixjax.formula.errors import DataError
-from mixjax.inference.intervals import check_level
+from mixjax.checks import DataError, check_level
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,

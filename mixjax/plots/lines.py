@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.diagnostics.residuals import fixed_part
-from mixjax.fitted import Fitted
+from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import MaxNLocator, category_ticks, many, palette, thousands
 from mixjax.plots.columns import Column, column, group_name, level_names, rows_of
 
@@ -66,11 +66,11 @@ def trellis(
         chosen = [available[i] for i in np.linspace(0, len(available) - 1, n).round().astype(int)]
     else:
         chosen = level_names(available, levels, group, "trellis(levels=)")
-    codes = np.asarray(record.rows.terms[t].group)
+    codes = np.asarray(record.design.terms[t].group)
     own, population = group_mean(record, group), fixed_part(record)
     others = _others(record, across)
     axes = many(len(chosen), ax, "a trellis", int(ncols), (2.0, 1.9), sharex=True, sharey=True)
-    colours, y = palette(), np.asarray(record.rows.y)
+    colours, y = palette(), np.asarray(record.design.y)
     for each, level in zip(axes, chosen, strict=True):
         rows = np.flatnonzero(codes == available.index(level))
         each.plot(across.values[rows], y[rows], "o", ms=3.2, color=colours.data, mec="none", alpha=0.8, label="data")
@@ -99,7 +99,7 @@ def trellis(
 
 def group_mean(record: Fitted, group: str) -> np.ndarray:
     """Fixed part and the random effects of a grouping factor and of those it is nested in, ``(n,)``."""
-    terms, labels = record.rows.terms, record.labels.terms
+    terms, labels = record.design.terms, record.labels.terms
     own = np.asarray(terms[[label.group for label in labels].index(group)].group)
     mean = fixed_part(record)
     for term, label, b in zip(terms, labels, record.estimates.b, strict=True):

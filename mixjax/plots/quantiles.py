@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixjax.fitted import Fitted
-from mixjax.inference.intervals import check_level
+from mixjax.checks import check_level
+from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import Axes, name_points, note, one, palette, percent, thousands, title
 from mixjax.plots.columns import effect_names, group_name, known, rows_of
 from mixjax.plots.order import KINDS, bands, line, scores
@@ -70,7 +70,7 @@ def qq(
     ax = one(ax, (4.8, 4.6))
     sample = _Sample("", np.asarray(residual, np.float64), np.asarray(record.labels.frame.index))
     _draw(ax, [sample], band, level)
-    shown = "raw" if scale == "pearson" and record.rows.weights is None else scale
+    shown = "raw" if scale == "pearson" and record.design.weights is None else scale
     ax.set_ylabel(f"{kind} residual of {record.labels.response} ({shown})")
     return ax
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mixjax.checks import InferenceWarning, warn
 from mixjax.diagnostics.residuals import conditional_mean, fixed_part
-from mixjax.fitted import Fitted, InferenceWarning
-from mixjax.formula.errors import warn
+from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 from scipy.special import ndtr, ndtri
 
-from mixjax.inference.intervals import check_level
+from mixjax.checks import check_level
 from mixjax.plots.canvas import Axes, many, name_parameter, note, outer, palette, percent, reference, single, title
 from mixjax.plots.columns import refuse
 

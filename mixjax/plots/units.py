@@ -8,7 +8,7 @@ import numpy as np
 
 from mixjax.diagnostics.influence import Influence
 from mixjax.diagnostics.influence import influence as leave_out
-from mixjax.fitted import record_of
+from mixjax.fitted.record import record_of
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,

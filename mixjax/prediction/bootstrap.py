@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from mixjax.checks import InferenceWarning, warn
 from mixjax.design import Design
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.many import estimate_many
-from mixjax.fitted import Fitted, InferenceWarning
-from mixjax.formula.errors import warn
-from mixjax.inference.resample import chunk_size
+from mixjax.fitted.record import Fitted
 from mixjax.optimise.results import Result
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
-from mixjax.products.rows import rows_of
-from mixjax.simulation import draw_responses, random_columns, symmetric_root
+from mixjax.resampling.kinds import chunk_size
+from mixjax.resampling.simulation import draw_responses, random_columns, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")
 
@@ -42,7 +41,7 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     Warns:
         InferenceWarning: refits failed; they are left out.
     """
-    design, est = fitted.rows, fitted.estimates
+    design, est = fitted.design, fitted.estimates
     roots = [symmetric_root(Sigma) for Sigma in est.Sigma]
     D = tuple(np.asarray(Sigma) / est.sigma**2 for Sigma in est.Sigma)
     nobs, m = fitted.nobs, len(targets.X)
@@ -60,7 +59,7 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     def respond(draws: np.ndarray) -> np.ndarray:
         return fixed + scale * draws[:, : nobs + m] + (columns @ np.ascontiguousarray(draws[:, nobs + m :].T)).T
 
-    scale_of, responses = _Scale(fitted, targets), Responses(rows_of(design))
+    scale_of, responses = _Scale(fitted, targets), Responses(fitted.rows)
     step = chunk_size(nobs + 2 * m + q_total)
     parts, failed = [], 0
     for first in range(0, n, step):
@@ -119,7 +118,7 @@ class _Scale:
 
 
 def _known_columns(targets: Targets, design: Design) -> sp.csr_array:
-    """Columns of the targets' known effects, in the order of :func:`~mixjax.simulation.random_columns`."""
+    """Columns of the targets' known effects, in the order of :func:`~mixjax.resampling.simulation.random_columns`."""
     m, terms = len(targets.X), []
     for term, Z, level in zip(design.terms, targets.Z, targets.level, strict=True):
         q = np.shape(term.Z)[1]

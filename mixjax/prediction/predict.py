@@ -9,18 +9,15 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import InferenceWarning, check_count, check_level, warn
 from mixjax.design import TermLabels
 from mixjax.distributions import normal_quantile, t_quantile
-from mixjax.engine.equations import Equations, factors_in_bases
-from mixjax.fitted import Fitted, InferenceWarning, interaction_key, term_names
-from mixjax.formula.errors import warn
+from mixjax.fitted.names import interaction_key, term_names
+from mixjax.fitted.record import Fitted
 from mixjax.formula.state import new_rows
-from mixjax.inference.contrasts import fitted_information
-from mixjax.inference.intervals import check_level
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.second_order import second_order
-from mixjax.prediction.targets import Targets, effect_rows, relative_factors
-from mixjax.simulation import check_count
+from mixjax.prediction.targets import Targets, effect_rows
 
 Interval = Literal["confidence", "prediction"]
 Method = Literal["henderson", "second-order", "bootstrap"]
@@ -190,7 +187,7 @@ def _targets(
             "there is no interval of a new response; name whole terms, or take interval='confidence'"
         )
     if newdata is None:
-        design = fitted.rows
+        design = fitted.design
         m = len(np.asarray(design.X))
         offset = np.zeros(m) if design.offset is None else np.asarray(design.offset)
         weights = np.ones(m) if design.weights is None else np.asarray(design.weights)
@@ -235,10 +232,9 @@ def errors_of(
     sigma = np.asarray(est.sigma, float)
     if method == "second-order":
         return _second_order(fitted, targets, level)
-    lambdas = relative_factors(np.asarray(est.theta), stats.layout.qs)
+    lambdas = fitted.relative_factors
     D = tuple(Lambda @ Lambda.T for Lambda in lambdas)
-    equations = Equations(stats, factors_in_bases(lambdas, stats))
-    variance = equations.variance(effect_rows(targets, stats)) + targets.fresh_variance(D)
+    variance = fitted.equations.variance(effect_rows(targets, stats)) + targets.fresh_variance(D)
     se = sigma * np.sqrt(np.maximum(variance, 0.0))
     if method == "henderson":
         return se, normal_quantile(0.5 + level / 2) * se
@@ -252,7 +248,7 @@ def _second_order(fitted: Fitted, targets: Targets, level: float) -> tuple[np.nd
             "method='second-order' rests on REML estimates of the variances, which are nearly unbiased: fit with "
             "reml=True, or use method='bootstrap'"
         )
-    info = fitted_information(fitted)
+    info = fitted.information
     if not info.regular:
         warn(
             "the Hessian of the criterion is not positive definite at these estimates: there are no second-order "

@@ -46,7 +46,7 @@ def second_order(
     Args:
         stats: cross-products; the response is not looked at. targets: what is predicted.
         x: ``(..., k)`` coordinates of the relative covariances, as in
-            :class:`~mixjax.inference.information.Information`. sigma: ``(...)`` residual standard deviations.
+            :class:`~mixjax.fitted.information.Information`. sigma: ``(...)`` residual standard deviations.
         A: ``(..., k + 1, k + 1)`` asymptotic covariance of x and log sigma.
 
     Raises:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mixjax.fitted import Fitted
-from mixjax.formula.errors import warn
-from mixjax.simulation import check_list
+from mixjax.checks import check_list, warn
+from mixjax.fitted.record import Fitted
 from mixjax.studies.describe import describe
 from mixjax.studies.scenario import scenario_of
 

@@ -16,23 +16,24 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mixjax.batch import BatchFit
+from mixjax.checks import some_of
 from mixjax.design import Design, Labels
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
-from mixjax.fitted import Fitted, term_names
-from mixjax.formula.errors import some_of
-from mixjax.inference.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
-from mixjax.inference.lanes import errors_of_many, in_lanes
-from mixjax.inference.likelihood_ratio import mixture_p
-from mixjax.inference.nesting import is_within, place_of
-from mixjax.inference.statistic import entries, named
+from mixjax.fitted.batch import BatchFit
+from mixjax.fitted.names import term_names
+from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
+from mixjax.inference.fixed.many import errors_of_many, in_lanes
+from mixjax.inference.random.likelihood_ratio import mixture_p
+from mixjax.inference.random.nesting import is_within, place_of
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.products.cross_products import cross_products
+from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad, stack
+from mixjax.resampling.statistic import entries, named
 from mixjax.studies.scenario import design_of
 
 # Replicates whose tests are computed in one call: every call has this shape.
@@ -258,21 +259,15 @@ def _difference(small: _Model, large: _Model) -> tuple[int, int | None]:
     Raises:
         ValueError: the models are not nested.
     """
-    records = [_record(model) for model in (small, large)]
-    npar = [fit.design.X.shape[1] + fit.stats.layout.k for fit in records]
-    place = place_of(*records)
-    if npar[1] <= npar[0] or not place.nested or not is_within(*records):
+    rows = [rows_of(model.designs[0]) for model in (small, large)]
+    npar = [own.design.X.shape[1] + own.stats.layout.k for own in rows]
+    place = place_of(*rows)
+    if npar[1] <= npar[0] or not place.nested or not is_within(*rows):
         raise ValueError(
             f"{small.labels.formula!r} is not a special case of {large.labels.formula!r}: compare the smaller model "
             "with a larger one that contains it"
         )
     return npar[1] - npar[0], place.zeros
-
-
-def _record(model: _Model) -> Any:
-    """What the comparison of two models looks at; there is no fit yet."""
-    design = model.designs[0]
-    return Fitted(design, model.labels, cross_products(design), None, False, None)  # type: ignore[arg-type]
 
 
 def failed(codes: np.ndarray) -> np.ndarray:

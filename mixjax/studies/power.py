@@ -12,10 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from mixjax.fitted import InferenceWarning
-from mixjax.formula.errors import DataError, warn
-from mixjax.inference.intervals import check_level
-from mixjax.simulation import check_count, check_list
+from mixjax.checks import DataError, InferenceWarning, check_count, check_level, check_list, warn
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import MOST_CELLS, combinations, source_of
 from mixjax.studies.study import OPTIONS, Study, names_of_effects, study

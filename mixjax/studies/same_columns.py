@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mixjax.checks import DataError
 from mixjax.design import Design, Labels
-from mixjax.formula.errors import DataError
 from mixjax.formula.evaluate import Columns
 
 

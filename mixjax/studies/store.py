@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixjax.formula.errors import warn
+from mixjax.checks import warn
 
 MANIFEST = "manifest.json"
 # Of the files and the manifest; another one is not read.

@@ -18,19 +18,18 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataWarning, check_count, check_level, check_memory, some_of, warn
 from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
-from mixjax.formula.errors import DataWarning, some_of, warn
-from mixjax.inference.contrasts import check_ddf
-from mixjax.inference.intervals import check_level
+from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
-from mixjax.simulation import as_key, check_count, check_memory
+from mixjax.populations.sample import Rows
+from mixjax.resampling.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
-from mixjax.studies.sample import Rows
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
 

@@ -1,0 +1,1 @@
+"""``lmm()`` and the methods of a fit."""

@@ -1,0 +1,413 @@
+"""``lmm()``: formula and table in, fit out. A thin face over the rooms below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from mixjax.checks import DataError, check_options
+from mixjax.covariance import lambdas_of_theta
+from mixjax.design import Design, Labels
+from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
+from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.many import KEEP
+from mixjax.face.summary import Summary, VarCorr, glance, tidy
+from mixjax.face.with_diagnostics import Diagnosing
+from mixjax.face.with_inference import Inferring
+from mixjax.fitted.batch import BatchFit, with_fixed
+from mixjax.fitted.names import term_names, values_of_rows
+from mixjax.fitted.record import Fitted, OptimizerInfo, fit_products, fit_rows
+from mixjax.formula.build import build
+from mixjax.formula.checks import check_identifiable as refuse_unidentified
+from mixjax.formula.checks import check_number_of_effects
+from mixjax.formula.chunks import is_stream
+from mixjax.formula.context import caller_context
+from mixjax.inference.fixed.contrasts import t_tests
+from mixjax.products.rows import rows_of
+from mixjax.products.sums import CrossProducts
+from mixjax.streams import cross_products_from
+
+
+def lmm(
+    formula: str,
+    data: Any,
+    reml: bool = True,
+    weights: Any = None,
+    offset: Any = None,
+    subset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    start: Any = None,
+    optimizer: Any = None,
+    check_identifiable: bool = True,
+    trusted: bool | None = None,
+) -> LMMFit:
+    """Fit a linear mixed model, as ``lme4::lmer`` does. Always computes in float64.
+
+    Args:
+        formula: ``"y ~ x + (x | g)"``. Fixed effects in formulaic's language; random terms in lme4's: ``(1 | g)``,
+            ``(x | g)``, ``(0 + x | g)``, ``(x || g)``, ``(1 | a/b)``, ``(1 | a:b)``, ``(1 | a*b)``.
+        data: pandas, polars or pyarrow table, or a dict of arrays. Also what comes in chunks: an iterable of tables,
+            the path of a parquet file, a pyarrow dataset, a dask data frame; see
+            :func:`mixjax.cross_products_from`. The rows of chunks are not kept, so neither are residuals.
+        reml: restricted maximum likelihood (default) or maximum likelihood.
+        weights: column name or ``(n,)``; the residual variance of a row is ``sigma^2 / weight``.
+        offset: column name or ``(n,)``, a known part of the mean.
+        subset: rows to use: booleans, or an expression such as ``"Days > 1"``.
+        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise.
+        start: theta to start from.
+        optimizer: None for trust-region Newton, or an optax GradientTransformation.
+        check_identifiable: refuse terms with as many random effects as rows.
+        trusted: a formula is code: a call in it is called. False where it comes from a stranger; see
+            :func:`mixjax.build_design`.
+
+    Returns:
+        LMMFit.
+
+    Raises:
+        FormulaError, DataError: both ValueErrors, naming the culprit.
+
+    Warns:
+        DataWarning: rows or columns were left out. ConvergenceWarning: the fit did not converge.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> round(fit.criterion, 4)
+        1743.6283
+    """
+    check_options(reml, optimizer)
+    if is_stream(data):
+        if subset is not None:
+            raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
+        stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts, trusted=trusted)
+        if check_identifiable:
+            check_number_of_effects(int(stats.n), labels)
+        return LMMFit(fit_products(stats, labels, reml, start, optimizer))
+    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
+    if check_identifiable:
+        refuse_unidentified(*built)
+    rows = rows_of(built.design, built.basis)
+    return LMMFit(fit_rows(rows, built.labels, reml, start, optimizer))
+
+
+class LMMFit(Inferring, Diagnosing):
+    """A fitted linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
+
+    Standard deviations and covariances are absolute unless a name says relative (``theta``, ``Lambda``).
+    """
+
+    def __init__(self, fitted: Fitted):
+        self._fitted = fitted
+
+    # --- the record ---------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Fitted:  # type: ignore[override]
+        """The frozen record of the fit, which inference and diagnostics are functions of."""
+        return self._fitted
+
+    @property
+    def design(self) -> Design:
+        """Arrays of the model."""
+        return self._fitted.design
+
+    @property
+    def labels(self) -> Labels:
+        """Names of columns, effects and levels."""
+        return self._fitted.labels
+
+    @property
+    def stats(self) -> CrossProducts:
+        """Cross-products of the design."""
+        return self._fitted.stats
+
+    @property
+    def estimates(self) -> Estimates:
+        """Estimates as plain arrays."""
+        return self._fitted.estimates
+
+    @property
+    def reml(self) -> bool:
+        """Fitted by REML, not ML."""
+        return self._fitted.reml
+
+    @property
+    def optimizer(self) -> OptimizerInfo:
+        """Name, iterations, gradient norm and message of the search."""
+        return self._fitted.optimizer
+
+    @property
+    def converged(self) -> bool:
+        """Gradient vanished and Hessian positive semidefinite."""
+        return bool(self.estimates.converged)
+
+    @property
+    def is_singular(self) -> bool:
+        """Some covariance of random effects has less than full rank."""
+        return bool(self.estimates.singular)
+
+    # --- fixed effects ------------------------------------------------------------------------------------------------
+
+    @property
+    def fixef(self) -> pd.Series:
+        """Fixed effects beta (p,)."""
+        return self._fixed_series(self.estimates.beta, "fixef")
+
+    params = fixef
+
+    @property
+    def se(self) -> pd.Series:
+        """Standard errors of the fixed effects (p,)."""
+        return self._fixed_series(np.sqrt(np.diag(self.estimates.vcov)), "se")
+
+    bse = se
+
+    @property
+    def vcov(self) -> pd.DataFrame:
+        """Covariance of the fixed effects (p, p), theta taken as known."""
+        names = list(self.labels.fixed)
+        return pd.DataFrame(self.estimates.vcov, index=names, columns=names)
+
+    def _fixed_series(self, values: np.ndarray, name: str) -> pd.Series:
+        return pd.Series(values, index=list(self.labels.fixed), name=name)
+
+    # --- variance parameters ------------------------------------------------------------------------------------------
+
+    @property
+    def sigma(self) -> float:
+        """Residual standard deviation."""
+        return float(self.estimates.sigma)
+
+    @property
+    def theta(self) -> np.ndarray:
+        """Relative Cholesky factors (k,): lower triangle column by column, term by term, diagonal >= 0."""
+        return self.estimates.theta
+
+    @property
+    def Lambda(self) -> dict[str, np.ndarray]:
+        """Dict group -> relative Cholesky factor (q, q), lower triangular: ``Sigma = sigma^2 Lambda Lambda'``.
+
+        A second term on the same group is called ``Subject.1``, as in lme4.
+        """
+        return dict(zip(term_names(self.labels), lambdas_of_theta(self.theta, self._qs), strict=True))
+
+    @property
+    def Sigma(self) -> dict[str, np.ndarray]:
+        """Dict group -> covariance (q, q) of a term's random effects, absolute; keys as in :attr:`Lambda`."""
+        return dict(zip(term_names(self.labels), self.estimates.Sigma, strict=True))
+
+    @property
+    def varcorr(self) -> VarCorr:
+        """Standard deviations and correlations: ``str()`` for lme4's table, ``.to_frame()`` for data."""
+        return VarCorr(self._fitted)
+
+    @property
+    def _qs(self) -> tuple[int, ...]:
+        return tuple(len(term.effects) for term in self.labels.terms)
+
+    # --- random effects -----------------------------------------------------------------------------------------------
+
+    def ranef(self, *, condvar: bool = False) -> Any:
+        """Conditional modes (BLUPs) of the random effects.
+
+        Args:
+            condvar: also their conditional covariances, given theta and beta.
+
+        Returns:
+            dict group -> DataFrame (levels x effects); with ``condvar=True`` a pair of that and dict group ->
+            ``(levels, q, q)``. Terms on one group stand side by side, uncorrelated parts with zeros between them
+            unless the data correlate them.
+        """
+        frames = {
+            group: pd.DataFrame(
+                np.hstack([self.estimates.b[t] for t in ts]),
+                index=list(self.labels.terms[ts[0]].levels),
+                columns=[effect for t in ts for effect in self.labels.terms[t].effects],
+            )
+            for group, ts in terms_of_group(self.labels).items()
+        }
+        if not condvar:
+            return frames
+        return frames, conditional_covariances_by_group(self._fitted)
+
+    def coef(self) -> dict[str, pd.DataFrame]:
+        """Coefficients per level: fixed effects plus the random effects of the same name."""
+        return {group: with_fixed(frame, self.fixef.to_dict()) for group, frame in self.ranef().items()}
+
+    # --- the fit as a whole -------------------------------------------------------------------------------------------
+
+    @property
+    def criterion(self) -> float:
+        """What the fit minimised: REML criterion or ML deviance (-2 log-likelihood), all constants kept."""
+        return float(self.estimates.criterion)
+
+    @property
+    def loglik(self) -> float:
+        """Log-likelihood (restricted after a REML fit)."""
+        return self._fitted.loglik
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion."""
+        return self._fitted.aic
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion, with log(nobs)."""
+        return self._fitted.bic
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return self._fitted.nobs
+
+    @property
+    def npar(self) -> int:
+        """Fixed effects, covariance parameters and sigma."""
+        return self._fitted.npar
+
+    def summary(self, ddf: str | None = None) -> Summary:
+        """Tables to read: ``print(fit.summary())``; HTML in notebooks.
+
+        Args:
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"`` adds degrees of freedom and p values.
+        """
+        return Summary(self._fitted, self._tests(ddf))
+
+    def tidy(self, ddf: str | None = None) -> pd.DataFrame:
+        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value; ``ddf`` as above."""
+        return tidy(self._fitted, self._tests(ddf))
+
+    def _tests(self, ddf: str | None) -> pd.DataFrame | None:
+        names = self.labels.fixed
+        return None if ddf is None else t_tests(self._fitted, np.eye(len(names)), ddf, names=names)
+
+    @property
+    def pvalues(self) -> pd.Series:
+        """p values of the fixed effects with Satterthwaite's degrees of freedom."""
+        tests = self._tests("satterthwaite")
+        assert tests is not None
+        return tests["p_value"].rename("pvalues")
+
+    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
+        """statsmodels' name for Wald intervals of the fixed effects; ``alpha`` is 1 - level."""
+        return self.confint("beta_", 1 - alpha, method="wald")
+
+    def glance(self) -> pd.DataFrame:
+        """One row: nobs, npar, sigma, loglik, aic, bic, criterion, ..."""
+        return glance(self._fitted)
+
+    def __repr__(self) -> str:
+        kind = "REML criterion" if self.reml else "deviance"
+        notes = ["singular"] * self.is_singular + ["NOT CONVERGED"] * (not self.converged)
+        return f"<LMMFit {self.labels.formula!r}: {kind} {self.criterion:.4f}{''.join(', ' + n for n in notes)}>"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def X(self) -> np.ndarray:
+        """Fixed-effects columns (n, p)."""
+        return np.asarray(self.design.X)
+
+    @property
+    def Z(self) -> sparse.csc_array:
+        """Random-effects columns, sparse (n, sum of levels x q): term by term, level by level, effect by effect."""
+        blocks = []
+        for term in self.design.terms:
+            n, q = np.shape(term.Z)
+            columns = np.asarray(term.group)[:, None] * q + np.arange(q)
+            rows = np.repeat(np.arange(n), q)
+            shape = (n, term.n_groups * q)
+            blocks.append(sparse.csc_array((np.asarray(term.Z).ravel(), (rows, columns.ravel())), shape=shape))
+        return sparse.hstack(blocks, format="csc")
+
+    def marginal_cov(self, rows: Any = None) -> np.ndarray:
+        """Covariance ``V = sigma^2 W^{-1} + Z Sigma Z'`` of the responses of some rows, dense.
+
+        Args:
+            rows: positions (integers, slice or booleans) among the used rows; None for all, up to 10 000.
+        """
+        if rows is None and self.nobs > 10_000:
+            raise ValueError(f"V of all {self.nobs} rows is too large to be dense; name the rows")
+        rows = np.atleast_1d(np.arange(self.nobs)[slice(None) if rows is None else rows])
+        weights = np.ones(self.nobs) if self.design.weights is None else np.asarray(self.design.weights)
+        V = np.diag(self.sigma**2 / weights[rows])
+        for term, Sigma in zip(self.design.terms, self.estimates.Sigma, strict=True):
+            Z, group = np.asarray(term.Z)[rows], np.asarray(term.group)[rows]
+            V += (Z @ Sigma @ Z.T) * (group[:, None] == group[None])
+        return V
+
+    # --- again --------------------------------------------------------------------------------------------------------
+
+    def refit(self, y: Any = None, reml: bool | None = None) -> LMMFit:
+        """The same model fitted to another response, or by the other criterion.
+
+        Args:
+            y: response, or None for the same: ``(nobs,)`` for the used rows, or as long as the table of the fit, of
+                which the rows are taken that are in the fit. A Series is lined up by its index.
+            reml: None for the same.
+
+        Raises:
+            DataError: y has another length, or labels that are not the fit's; the fixed effects reproduce it exactly.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy")
+            >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", data, subset="Days > 1")
+            >>> round(float(fit.refit(data["Reaction"] / 1000).fixef["Days"]), 4)
+            0.0114
+        """
+        reml = self.reml if reml is None else reml
+        check_options(reml, None)
+        if y is None:
+            record = self._fitted
+            return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
+        return LMMFit(self._fitted.refit(values_of_rows(self.labels, "y", y), reml))
+
+    def refit_many(
+        self,
+        Y: Any,
+        reml: bool | None = None,
+        chunk: int | None = None,
+        ranef: bool = False,
+        engine: Literal["auto", "numpy", "jax"] = "auto",
+    ) -> BatchFit:
+        """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
+
+        Args:
+            Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
+                the fit has rows. Or a list of responses as :meth:`refit` takes them. Missing values make that one fit
+                fail, and no other, and so does a response that the fixed effects reproduce exactly (``NO_NOISE``).
+            reml: None for the same criterion.
+            chunk: how many replicates are worked on at the same time, about; None for all cores.
+            ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
+            engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where that pays.
+
+        Returns:
+            :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
+        """
+        used = self.labels.used
+        try:
+            if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
+                Y = [values_of_rows(self.labels, "a response", y) for y in Y]
+            Y = np.asarray(Y) if np.iscomplexobj(Y) else np.asarray(Y, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            why = error if isinstance(error, DataError) else f"got {type(Y).__name__} of others"
+            raise DataError(f"Y must be numbers, (B, {self.nobs}): {why}") from None
+        if np.iscomplexobj(Y):
+            raise DataError("Y holds complex numbers; take their real part, size or angle")
+        if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
+            Y = np.ascontiguousarray(Y[:, used])
+        if Y.ndim != 2 or Y.shape[1] != self.nobs:
+            or_all = "" if used is None else f" or (B, {len(used)})"
+            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")
+        check_options(self.reml if reml is None else reml, None)
+        est = self._fitted.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), reml, engine, chunk)
+        return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))

@@ -1,0 +1,273 @@
+"""A fit as tables: text like lme4's, HTML, and data frames."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.diagnostics.residuals import conditional_residuals
+from mixjax.fitted.names import term_names
+from mixjax.fitted.record import Fitted
+
+
+def group_sizes(fitted: Fitted) -> dict[str, int]:
+    """Number of levels of every grouping factor."""
+    return {term.group: len(term.levels) for term in fitted.labels.terms}
+
+
+@dataclass(frozen=True)
+class VarCorr:
+    """Standard deviations, variances and correlations of the random effects. ``str()`` gives lme4's table."""
+
+    fitted: Fitted
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per variance and covariance, as ``as.data.frame(VarCorr(m))`` in lme4.
+
+        Columns ``group``, ``name1``, ``name2`` (None for a variance), ``vcov`` (variance or covariance), ``sdcor``
+        (standard deviation or correlation; NaN where a variance is zero). The last row is ``Residual``.
+        """
+        rows: list[tuple[Any, ...]] = []
+        for name, labels, Sigma in zip(
+            term_names(self.fitted.labels), self.fitted.labels.terms, self.fitted.estimates.Sigma, strict=True
+        ):
+            sd = np.sqrt(np.diag(Sigma))
+            rows += [(name, e, None, Sigma[i, i], sd[i]) for i, e in enumerate(labels.effects)]
+            for i in range(len(sd)):
+                for j in range(i + 1, len(sd)):
+                    cor = correlation(Sigma)[i, j]
+                    rows.append((name, labels.effects[i], labels.effects[j], Sigma[i, j], cor))
+        sigma = float(self.fitted.estimates.sigma)
+        rows.append(("Residual", None, None, sigma**2, sigma))
+        return pd.DataFrame(rows, columns=["group", "name1", "name2", "vcov", "sdcor"])
+
+    def table(self) -> pd.DataFrame:
+        """The printed table, cells as text."""
+        labels, estimates = self.fitted.labels.terms, self.fitted.estimates
+        sigma = float(estimates.sigma)
+        sds = [np.sqrt(np.diag(Sigma)) for Sigma in estimates.Sigma]
+        every = np.concatenate([*sds, [sigma]])
+        sd_text, var_text = fixed_decimals(every, 5), fixed_decimals(every**2, 5)
+        width = max(len(sd) for sd in sds)
+        rows, k = [], 0
+        for name, term, Sigma in zip(term_names(self.fitted.labels), labels, estimates.Sigma, strict=True):
+            cor = correlation(Sigma)
+            for i, effect in enumerate(term.effects):
+                cells = [f"{c:.2f}" if np.isfinite(c) else "NaN" for c in cor[i, :i]]
+                cells += [""] * (width - 1 - len(cells))
+                rows.append([name if i == 0 else "", effect, var_text[k], sd_text[k], *cells])
+                k += 1
+        rows.append(["Residual", "", var_text[k], sd_text[k], *[""] * (width - 1)])
+        heads = ["Groups", "Name", "Variance", "Std.Dev.", *(["Corr"] + [""] * (width - 2) if width > 1 else [])]
+        return pd.DataFrame(rows, columns=heads)
+
+    def __str__(self) -> str:
+        return text_table(self.table(), left=2)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table())
+
+
+def correlation(Sigma: np.ndarray) -> np.ndarray:
+    """Correlations of a covariance; NaN where a variance is zero."""
+    sd = np.sqrt(np.diag(Sigma))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Sigma / np.outer(sd, sd)
+
+
+def coefficient_table(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Estimate, standard error and their ratio per fixed effect; with ``tests`` also df and p_value, and the standard
+    errors of that method."""
+    if tests is not None:
+        return tests.rename_axis("term")
+    se = np.sqrt(np.diag(fitted.estimates.vcov))
+    beta = fitted.estimates.beta
+    return pd.DataFrame(
+        {"estimate": beta, "std_error": se, "statistic": beta / se}, index=pd.Index(fitted.labels.fixed, name="term")
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``."""
+
+    fitted: Fitted
+    tests: pd.DataFrame | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            self._head(),
+            self._fit_statistics(),
+            self._scaled_residuals() if self.fitted.kept is not None else "",
+            "Random effects:\n" + str(VarCorr(self.fitted)) + "\n" + self._counts(),
+            "Fixed effects:\n" + self._fixed_text(),
+        ]
+        if 1 < len(self.fitted.labels.fixed) <= 20:
+            parts.append("Correlation of Fixed Effects:\n" + text_table(self._correlation_table(), left=1))
+        notes = self._notes()
+        return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        lines = [self._head(), self._fit_statistics(), self._counts(), *self._notes()]
+        paragraphs = "".join(f"<p>{html.escape(line).replace(chr(10), '<br>')}</p>" for line in lines if line)
+        tables = [("Random effects", VarCorr(self.fitted).table()), ("Fixed effects", self._fixed_table())]
+        return paragraphs + "".join(f"<h4>{title}</h4>{html_table(table)}" for title, table in tables)
+
+    def _head(self) -> str:
+        method = "REML" if self.fitted.reml else "maximum likelihood"
+        return f"Linear mixed model fit by {method}\nFormula: {self.fitted.labels.formula}"
+
+    def _fit_statistics(self) -> str:
+        criterion = float(self.fitted.estimates.criterion)
+        if self.fitted.reml:
+            return f"REML criterion at convergence: {criterion:.1f}"
+        cells = {
+            "AIC": f"{self.fitted.aic:.1f}",
+            "BIC": f"{self.fitted.bic:.1f}",
+            "logLik": f"{self.fitted.loglik:.1f}",
+            "-2*log(L)": f"{criterion:.1f}",
+            "df.resid": str(self.fitted.nobs - self.fitted.npar),
+        }
+        return text_table(pd.DataFrame([list(cells.values())], columns=list(cells)), left=0)
+
+    def _scaled_residuals(self) -> str:
+        scaled = conditional_residuals(self.fitted, scale="pearson") / float(self.fitted.estimates.sigma)
+        quantiles = [f"{q:.4f}" for q in np.quantile(scaled, [0, 0.25, 0.5, 0.75, 1])]
+        table = pd.DataFrame([quantiles], columns=["Min", "1Q", "Median", "3Q", "Max"])
+        return "Scaled residuals:\n" + text_table(table, left=0)
+
+    def _counts(self) -> str:
+        groups = "; ".join(f"{name}, {m}" for name, m in group_sizes(self.fitted).items())
+        return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
+
+    def _fixed_table(self) -> pd.DataFrame:
+        table = coefficient_table(self.fitted, self.tests)
+        se = table["std_error"].to_numpy()
+        decimals = int(np.clip(3 - np.floor(np.log10(se.min())), 0, 12)) if len(se) and se.min() > 0 else 4
+        wide = decimals > 8 or (len(se) and np.abs(table["estimate"]).max() >= 1e9)
+        number = (lambda x: f"{x:.5g}") if wide else (lambda x: f"{x:.{decimals}f}")
+        columns = {
+            "": table.index,
+            "Estimate": [number(x) for x in table["estimate"]],
+            "Std. Error": [number(x) for x in table["std_error"]],
+        }
+        is_t = self.tests is None or not np.isposinf(table["df"]).all()
+        if self.tests is not None and is_t:
+            columns["df"] = [f"{x:.2f}" for x in table["df"]]
+        columns["t value" if is_t else "z value"] = [f"{x:.3f}" for x in table["statistic"]]
+        if self.tests is not None:
+            columns["Pr(>|t|)" if is_t else "Pr(>|z|)"] = [f"{x:.3g}" for x in table["p_value"]]
+        return pd.DataFrame(columns)
+
+    def _fixed_text(self) -> str:
+        return text_table(self._fixed_table(), left=1) if self.fitted.labels.fixed else "none"
+
+    def _correlation_table(self) -> pd.DataFrame:
+        names = list(self.fitted.labels.fixed)
+        cor = correlation(self.fitted.estimates.vcov)
+        heads = _abbreviate(names[:-1])
+        numbered = heads[0] == "(1)"
+        rows = [
+            [f"({i + 1}) {names[i]}" if numbered else names[i]]
+            + [f"{cor[i, j]:.3f}" if j < i else "" for j in range(len(names) - 1)]
+            for i in range(0 if numbered else 1, len(names))
+        ]
+        return pd.DataFrame(rows, columns=["", *heads])
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.fitted.labels.n_missing:
+            notes.append(f"{self.fitted.labels.n_missing} rows left out because of missing values")
+        if self.fitted.labels.dropped_columns:
+            notes.append(f"redundant fixed-effects columns left out: {', '.join(self.fitted.labels.dropped_columns)}")
+        if self.fitted.estimates.singular:
+            notes.append("singular fit: a covariance of random effects has less than full rank (a variance 0, or a "
+                         "correlation at its bound)")  # fmt: skip
+        if not self.fitted.estimates.converged:
+            notes.append(f"NOT CONVERGED: {self.fitted.optimizer.message}")
+        return notes
+
+
+def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Estimates in rows, as broom.mixed's ``tidy()``.
+
+    Columns ``effect`` ("fixed" or "ran_pars"), ``group``, ``term``, ``estimate``, ``std_error``, ``statistic``,
+    ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
+    of freedom and p-values need a method for the degrees of freedom and are NaN without one.
+    """
+    fixed = coefficient_table(fitted, tests).reset_index()
+    fixed.insert(0, "effect", "fixed")
+    fixed.insert(1, "group", None)
+    frame = VarCorr(fitted).to_frame()
+    kind = np.where(frame["name2"].isna(), "sd__", "cor__")
+    first = frame["name1"].fillna("Observation")
+    second = ("." + frame["name2"].astype(object)).fillna("")
+    random = pd.DataFrame(
+        {"effect": "ran_pars", "group": frame["group"], "term": kind + first + second, "estimate": frame["sdcor"]}
+    )
+    both = [part for part in (fixed, random) if len(part)]
+    columns = ["effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"]
+    return pd.concat(both, ignore_index=True).reindex(columns=columns)
+
+
+def glance(fitted: Fitted) -> pd.DataFrame:
+    """One row that describes the fit as a whole."""
+    row = {
+        "nobs": fitted.nobs,
+        "npar": fitted.npar,
+        "sigma": float(fitted.estimates.sigma),
+        "loglik": fitted.loglik,
+        "aic": fitted.aic,
+        "bic": fitted.bic,
+        "criterion": float(fitted.estimates.criterion),
+        "reml": fitted.reml,
+        "df_residual": fitted.nobs - fitted.npar,
+        "converged": bool(fitted.estimates.converged),
+        "singular": bool(fitted.estimates.singular),
+    }
+    return pd.DataFrame([row])
+
+
+def fixed_decimals(values: np.ndarray, digits: int) -> list[str]:
+    """Numbers with common decimals, so that the largest shows ``digits`` significant digits; tiny ones as 1.2e-10."""
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+    if largest == 0:
+        return [f"{v:.0f}" for v in values]
+    if largest >= 1e7 or largest < 1e-3:
+        return [f"{v:.{digits - 1}e}" if v else "0" for v in values]
+    decimals = max(0, digits - 1 - int(np.floor(np.log10(largest))))
+    return [f"{v:.{decimals}f}" if v == 0 or abs(v) >= 10.0**-decimals else f"{v:.2e}" for v in values]
+
+
+def text_table(table: pd.DataFrame, left: int) -> str:
+    """Columns aligned to the right, the first ``left`` of them to the left."""
+    cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    widths = [max(len(row[j]) for row in cells) for j in range(len(table.columns))]
+    lines = [
+        " ".join(
+            cell.ljust(w) if j < left else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def html_table(table: pd.DataFrame) -> str:
+    """A table of text cells as HTML."""
+    return table.to_html(index=False, border=0, escape=True)
+
+
+def _abbreviate(names: list[str], width: int = 9) -> list[str]:
+    """Names cut to a width, or numbered where cutting would make two of them equal."""
+    cut = [name if len(name) <= width else name[: width - 1] + "." for name in names]
+    return cut if len(set(cut)) == len(cut) else [f"({i + 1})" for i in range(len(names))]

@@ -1,0 +1,143 @@
+"""The methods of a fit that predict, look for what is wrong and draw: a thin face over ``prediction``,
+``diagnostics`` and ``plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pandas as pd
+
+from mixjax.diagnostics.augment import augmented
+from mixjax.diagnostics.influence import Influence
+from mixjax.diagnostics.influence import influence as deletions
+from mixjax.diagnostics.leverage import leverage
+from mixjax.diagnostics.quantile_residuals import QuantileResiduals
+from mixjax.diagnostics.quantile_residuals import quantile_residuals as by_simulation
+from mixjax.diagnostics.residuals import residuals
+from mixjax.diagnostics.sensitivity import sensitivity as case_derivatives
+from mixjax.diagnostics.shrinkage import shrinkage as shrunken
+from mixjax.fitted.record import Fitted
+from mixjax.prediction.predict import predict as predicted
+
+
+class Diagnosing:
+    """Methods of an object with a ``record``."""
+
+    record: Fitted
+
+    # --- predictions --------------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> pd.Series:
+        """Conditional means of the rows, offset included."""
+        return self.predict()
+
+    def predict(
+        self,
+        newdata: Any = None,
+        random: bool | str | Sequence[str] = True,
+        allow_new_levels: bool = False,
+        interval: Literal["confidence", "prediction"] | None = None,
+        level: float = 0.95,
+        method: Literal["henderson", "second-order", "bootstrap"] = "henderson",
+        key: Any = None,
+        n: int = 1000,
+    ) -> Any:
+        """Means of the rows of the fit or of a new table, and intervals; see :func:`mixjax.prediction.predict.predict`.
+
+        Args:
+            newdata: table with the columns of the formula; None for the rows of the fit. Contrasts, categories, knots
+                and centring are those of the fit.
+            random: True: with all random effects of a row's levels (conditional mean). False: without (population). Or
+                the grouping factors, or terms, whose effects count.
+            allow_new_levels: unknown levels get the population's value; otherwise they are an error.
+            interval: ``"confidence"`` of the mean, ``"prediction"`` of a new response; None for means alone.
+            level: coverage.
+            method: ``"henderson"``, variances taken as known; ``"second-order"`` and ``"bootstrap"`` not, better for
+                few levels.
+            key, n: of the bootstrap.
+
+        Returns:
+            Series ``fitted``; with an interval a DataFrame ``estimate``, ``se``, ``lower``, ``upper``.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.predict({"Days": [10], "Subject": ["308"]}, interval="prediction").round(1)
+               estimate    se  lower  upper
+            0     450.3  30.1  391.3  509.3
+        """
+        return predicted(self.record, newdata, random, allow_new_levels, interval, level, method, key, n)
+
+    # --- residuals ----------------------------------------------------------------------------------------------------
+
+    def residuals(self, kind: str = "conditional", scale: str = "raw") -> pd.Series:
+        """Residuals of the rows; :func:`mixjax.diagnostics.residuals.residuals` says which one shows what.
+
+        Args:
+            kind: ``"conditional"``, ``"marginal"`` or ``"random"``.
+            scale: ``"raw"``, ``"pearson"``, ``"standardized"``, ``"studentized"``, ``"cholesky"`` (marginal only).
+        """
+        return pd.Series(residuals(self.record, kind, scale), self.record.labels.frame.index, name="residual")
+
+    def augment(self) -> pd.DataFrame:
+        """The used rows and columns with fitted values, residuals and leverage beside them, in columns that begin with
+        a dot; see :func:`mixjax.diagnostics.augment.augmented`."""
+        columns = augmented(self.record)
+        return self.record.labels.frame.assign(**{str(name): columns[name] for name in columns})
+
+    def quantile_residuals(
+        self, key: Any = 0, n: int = 250, random: Literal["new", "fitted"] = "new"
+    ) -> QuantileResiduals:
+        """Simulated residuals, as R's DHARMa, and tests of them; see
+        :func:`mixjax.diagnostics.quantile_residuals.quantile_residuals`."""
+        return by_simulation(self.record, key, n, random)
+
+    # --- what drives the fit ------------------------------------------------------------------------------------------
+
+    def influence(self, by: Any = None, method: Literal["exact", "fixed-theta", "one-step"] = "exact") -> Influence:
+        """Leave out every row or group; see :func:`mixjax.diagnostics.influence.influence`.
+
+        Args:
+            by: None for rows; a grouping factor, a column or several, whose levels are left out.
+            method: ``"exact"``: refits. ``"one-step"``: one Newton step. ``"fixed-theta"``: variances stay.
+
+        Returns:
+            Influence: ``.to_frame()``, ``.ranked()``, ``.flagged()``, ``.dfbetas``, ...
+        """
+        return deletions(self.record, by, method)
+
+    def sensitivity(self, scale: Literal["sdcor", "vcov", "theta"] = "sdcor") -> pd.DataFrame:
+        """Derivatives of all estimates with respect to case weights; see
+        :func:`mixjax.diagnostics.sensitivity.sensitivity`."""
+        return case_derivatives(self.record, scale)
+
+    def leverage(self) -> pd.DataFrame:
+        """Leverage of the rows: ``overall``, its parts ``fixed`` and ``random``, and ``random_unconfounded``; see
+        :func:`mixjax.diagnostics.leverage.leverage`."""
+        return pd.DataFrame(leverage(self.record)._asdict(), index=self.record.labels.frame.index)
+
+    def shrinkage(self, group: str | None = None) -> pd.DataFrame:
+        """Coefficients of every level by its own rows, by the model, and in the population; see
+        :func:`mixjax.diagnostics.shrinkage.shrinkage`."""
+        return shrunken(self.record, group)
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def plot(self, group: str | None = None) -> Any:
+        """Four panels: residuals, their normal quantiles, their sizes, normal quantiles of random effects; see
+        :mod:`mixjax.plots` for these and more.
+
+        Args:
+            group: grouping factor; None for the first.
+
+        Returns:
+            Array of four matplotlib Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed: ``pip install "mixjax[plots]"``.
+        """
+        from mixjax.plots.panel import overview
+
+        return overview(self, group)

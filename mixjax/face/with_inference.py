@@ -1,0 +1,245 @@
+"""The methods of a fit that test, estimate intervals and resample: a thin face over ``mixjax.inference``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from mixjax.checks import InferenceWarning, warn
+from mixjax.estimation.estimate import Estimates
+from mixjax.fitted import parameters
+from mixjax.fitted.record import Fitted
+from mixjax.inference.fixed import hypotheses
+from mixjax.inference.fixed.means import MarginalMeans
+from mixjax.inference.fixed.means import emmeans as marginal_means
+from mixjax.inference.fixed.means import emtrends as marginal_trends
+from mixjax.inference.fixed.robust import Robust
+from mixjax.inference.fixed.robust import robust as sandwich
+from mixjax.inference.random import variance
+from mixjax.inference.wald import wald_intervals
+from mixjax.resampling.bootstrap import Bootstrap
+from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
+
+if TYPE_CHECKING:
+    from mixjax.inference.random.profile import Profile
+
+
+class Inferring:
+    """Methods of an object with a ``record``."""
+
+    record: Fitted
+
+    # --- hypotheses about the fixed effects ---------------------------------------------------------------------------
+
+    def test(self, L: Any, ddf: str = "satterthwaite", joint: bool | None = None) -> pd.DataFrame:
+        """Test linear hypotheses about the fixed effects.
+
+        Args:
+            L: ``"Days = 10"``, ``"recipe[T.B] = recipe[T.C]"``, a list of such, a dict column -> weight, or an array
+                ``(p,)`` or ``(r, p)`` whose combinations are zero under the hypothesis. lme4's names are understood.
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``.
+            joint: True for one F test of all rows, False for a t test of each; None: F of several, t of one.
+
+        Returns:
+            DataFrame; t tests: estimate, std_error, df, statistic, p_value. F test: sum_sq, mean_sq, num_df, den_df,
+            statistic, p_value.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.test("Days = 10")["p_value"].round(3).tolist()
+            [0.766]
+        """
+        return hypotheses.test(self.record, L, ddf, joint)
+
+    def anova(self, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
+        """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
+
+        Args:
+            type: ``"I"`` sequential, ``"II"`` adjusted for all terms that do not contain it, ``"III"`` for all.
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``.
+
+        Returns:
+            DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; one row per term. A term that others
+            determine has num_df 0 and no numbers.
+        """
+        return hypotheses.anova(self.record, type, ddf)
+
+    def emmeans(
+        self,
+        spec: Any,
+        by: Any = None,
+        at: Mapping[str, Any] | None = None,
+        ddf: str = "satterthwaite",
+        level: float = 0.95,
+    ) -> MarginalMeans:
+        """Marginal means of factors, as R's ``emmeans``; see :func:`mixjax.inference.fixed.means.emmeans`.
+
+        Returns:
+            MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``str()``.
+        """
+        return marginal_means(self.record, spec, by, at, ddf, level)
+
+    def emtrends(
+        self,
+        spec: Any,
+        var: str,
+        by: Any = None,
+        at: Mapping[str, Any] | None = None,
+        ddf: str = "satterthwaite",
+        level: float = 0.95,
+    ) -> MarginalMeans:
+        """Slopes of the covariate ``var`` by groups; see :func:`mixjax.inference.fixed.means.emtrends`."""
+        return marginal_trends(self.record, spec, var, by, at, ddf, level)
+
+    def robust(self, cluster: Any = None, kind: str = "CR2", L: Any = None) -> Robust:
+        """Cluster-robust covariance of the fixed effects, with Satterthwaite df; see
+        :func:`mixjax.inference.fixed.robust.robust`.
+
+        Args:
+            cluster: grouping factor, column or labels; None for the outermost grouping factor.
+            kind: ``"CR2"``, ``"CR1"`` or ``"CR0"``.
+            L: combinations to show instead of single fixed effects.
+        """
+        return sandwich(self.record, cluster, kind, L)
+
+    # --- intervals and resampling -------------------------------------------------------------------------------------
+
+    def confint(
+        self,
+        parm: Any = None,
+        level: float = 0.95,
+        method: Literal["profile", "wald", "bootstrap"] = "profile",
+        ddf: str = "wald",
+        key: Any = 0,
+        n: int = 1000,
+        kind: Literal["percentile", "basic", "normal", "bca"] = "percentile",
+    ) -> pd.DataFrame:
+        """Confidence intervals of all parameters.
+
+        Args:
+            parm: names of rows, also as in lme4 (``.sig01``, ``(Intercept)``), ``"theta_"`` or ``"beta_"``; None for
+                all.
+            level: coverage.
+            method: ``"profile"``: all values that a likelihood ratio test does not reject, see :meth:`profile`; of a
+                REML fit those of its ML refit, and a warning says so. ``"wald"``: standard deviations on the log scale,
+                correlations on Fisher's. ``"bootstrap"``: parametric; for other kinds, statistics or many intervals
+                from one sample see :meth:`bootstrap`.
+            ddf: of the fixed effects' Wald intervals.
+            key, n, kind: of the bootstrap: random key, replicates, how its interval is made.
+
+        Returns:
+            DataFrame with columns ``lower``, ``upper``; rows ``sd_Intercept|Subject``,
+            ``cor_Days.Intercept|Subject``, ..., ``sigma``, then the fixed effects, ``beta_sigma`` of a predictor that
+            is called sigma. ``attrs["notes"]`` of profile intervals says what there is to say.
+
+        Warns:
+            InferenceWarning: an interval ends on the boundary, or there is none.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.confint("Days", method="wald").round(2).loc["Days"].tolist()
+            [7.44, 13.5]
+        """
+        if method == "profile":
+            found = self.profile(parm).confint(level)
+            for note in found.attrs["notes"]:
+                warn(note, InferenceWarning)
+            return found
+        if method == "wald":
+            frame = wald_intervals(self.record, level, ddf)
+        elif method == "bootstrap":
+            frame = run_bootstrap(self.record, key, n).confint(level, kind)
+        else:
+            raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
+        return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
+
+    def profile(self, parm: Any = None) -> Profile:
+        """Profile the ML deviance along parameters; see :class:`mixjax.inference.random.profile.Profile`.
+
+        Args:
+            parm: names, also as in lme4; None for all.
+
+        Returns:
+            Profile: ``.confint(level)``, ``.to_frame()`` (parameter, value, zeta), ``.zeta(name, values)``.
+
+        Raises:
+            ValueError: a covariance structure other than unstructured or diagonal; more than 3 effects a level of the
+                largest grouping factor or more than 64 of the others.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Yield ~ 1 + (1 | Batch)", mj.datasets.load("Dyestuff"), reml=False)
+            >>> fit.profile().confint().round(2).loc["sd_Intercept|Batch"].tolist()
+            [12.2, 84.06]
+        """
+        from mixjax.inference.random.profile import profile  # splines of scipy.interpolate, which takes long to load
+
+        return profile(self.record, parm)
+
+    def bootstrap(
+        self,
+        key: Any,
+        n: int,
+        kind: Literal["parametric", "residual", "cases", "wild"] = "parametric",
+        statistic: Callable[[Estimates], Any] | None = None,
+        chunk: int | None = None,
+        progress: bool = False,
+        weights: Literal["mammen", "rademacher"] = "mammen",
+        modes: bool = False,
+        engine: Literal["auto", "numpy", "jax"] = "auto",
+    ) -> Bootstrap:
+        """Draw n data sets from the fit and refit each; see :func:`mixjax.resampling.bootstrap.bootstrap`.
+
+        Returns:
+            Bootstrap: ``.replicates``, ``.std_error``, ``.bias``, ``.confint(level, method)``, ``.counts``.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.bootstrap(key=1, n=200).replicates.shape
+            (200, 6)
+        """
+        return run_bootstrap(self.record, key, n, kind, statistic, chunk, progress, weights, modes, engine)
+
+    def simulate(self, key: Any, n: int, random: Literal["new", "fitted"] = "new") -> np.ndarray:
+        """Responses ``(n, nobs)`` drawn from the fit.
+
+        Args:
+            key: int or JAX key; response i depends on it and on i alone.
+            n: how many.
+            random: random effects drawn anew for every response, or those predicted for these data.
+        """
+        return self.record.simulate(key, n, random=random)
+
+    # --- where the variance lies --------------------------------------------------------------------------------------
+
+    def icc(self, by_group: bool = False) -> pd.Series:
+        """Intraclass correlation, ``adjusted`` and ``unadjusted``, or one for every grouping factor."""
+        return variance.icc(self.record, by_group)
+
+    def r2(self) -> pd.Series:
+        """Shares of explained variance: ``marginal``, by the fixed effects, and ``conditional``, by random ones too."""
+        return variance.r2(self.record)
+
+    def variance_shares(self) -> pd.DataFrame:
+        """Variance and its share by component; see :func:`mixjax.inference.random.variance.shares`."""
+        return variance.shares(self.record)
+
+    def variance_parameters(self) -> pd.DataFrame:
+        """Standard deviations, correlations and sigma with delta-method standard errors: ``estimate``, ``std_error``.
+
+        NaN on the boundary.
+        """
+        found = parameters.variance_parameters(self.record)
+        columns = {"estimate": found.estimate, "std_error": found.std_error}
+        return pd.DataFrame(columns, index=pd.Index(found.names, name="parameter"))
+
+    def pca(self) -> dict[str, pd.DataFrame]:
+        """Principal components of the random effects' covariances: how many dimensions they need; see
+        :func:`mixjax.inference.random.variance.principal_components`."""
+        return variance.principal_components(self.record)

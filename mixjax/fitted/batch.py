@@ -1,0 +1,169 @@
+"""Many fits of one model, with names: the data-frame face of :func:`mixjax.estimate_many`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mixjax.design import TermLabels
+from mixjax.estimation.estimate import Estimates
+from mixjax.fitted.names import by_effect, names_apart
+from mixjax.optimise.results import Result
+
+
+@dataclass(frozen=True)
+class BatchFit:
+    """B fits of one model; every frame has one row per response, in the order given.
+
+    Rows of fits that failed hold whatever the search ended with: look at ``converged``, or use ``ok``.
+
+    Attributes:
+        estimates: arrays with a leading axis B, see :class:`mixjax.Estimates`.
+        fixed: names of the fixed effects.
+        terms: (name, labels) of every random term.
+    """
+
+    estimates: Estimates
+    fixed: tuple[str, ...]
+    terms: tuple[tuple[str, TermLabels], ...]
+
+    def __len__(self) -> int:
+        return len(self.estimates.result)
+
+    @property
+    def fixef(self) -> pd.DataFrame:
+        """Fixed effects ``(B, p)``."""
+        return pd.DataFrame(self.estimates.beta, columns=list(self.fixed))
+
+    @property
+    def se(self) -> pd.DataFrame:
+        """Standard errors of the fixed effects ``(B, p)``, the covariances of the random effects taken as known."""
+        diagonal = np.diagonal(self.estimates.vcov, axis1=1, axis2=2)
+        return pd.DataFrame(np.sqrt(diagonal), columns=list(self.fixed))
+
+    @property
+    def sigma(self) -> pd.Series:
+        """Residual standard deviations ``(B,)``."""
+        return pd.Series(self.estimates.sigma, name="sigma")
+
+    @property
+    def sdcor(self) -> pd.DataFrame:
+        """Standard deviations and correlations of the random effects, then sigma.
+
+        Columns ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``. A correlation with an effect of
+        zero variance is NaN.
+        """
+        columns = {}
+        for (name, term), Sigma in zip(self.terms, self.estimates.Sigma, strict=True):
+            sd = np.sqrt(np.diagonal(Sigma, axis1=1, axis2=2))
+            for j, effect in enumerate(term.effects):
+                columns[f"sd_{effect}|{name}"] = sd[:, j]
+                for i in range(j + 1, len(term.effects)):
+                    with np.errstate(invalid="ignore", divide="ignore"):
+                        cor = Sigma[:, i, j] / (sd[:, i] * sd[:, j])
+                    columns[f"cor_{term.effects[i]}.{effect}|{name}"] = cor
+        return pd.DataFrame({**columns, "sigma": self.estimates.sigma})
+
+    def ranef(self) -> dict[str, pd.DataFrame]:
+        """Conditional modes (BLUPs) of all fits, kept by ``refit_many(Y, ranef=True)``.
+
+        Returns:
+            dict group -> DataFrame (B * levels x effects) with the index (``replicate``, ``level``).
+        """
+        if self.estimates.b is None:
+            raise ValueError("the random effects were not kept; ask for them by refit_many(Y, ranef=True)")
+        found = {}
+        for group in dict.fromkeys(term.group for _, term in self.terms):
+            mine = [t for t, (_, term) in enumerate(self.terms) if term.group == group]
+            levels = list(self.terms[mine[0]][1].levels)
+            b = np.concatenate([self.estimates.b[t] for t in mine], axis=2)
+            index = pd.MultiIndex.from_product([range(len(self)), levels], names=["replicate", "level"])
+            effects = [effect for t in mine for effect in self.terms[t][1].effects]
+            found[group] = pd.DataFrame(b.reshape(-1, b.shape[2]), index, effects)
+        return found
+
+    def coef(self) -> dict[str, pd.DataFrame]:
+        """Coefficients per level: fixed effects plus the random effects of the same name; as :meth:`ranef`."""
+        return {
+            group: with_fixed(
+                frame, {name: np.repeat(x.to_numpy(), len(frame) // len(self)) for name, x in self.fixef.items()}
+            )
+            for group, frame in self.ranef().items()
+        }
+
+    @property
+    def criterion(self) -> pd.Series:
+        """ML deviances or REML criteria ``(B,)``."""
+        return pd.Series(self.estimates.criterion, name="criterion")
+
+    @property
+    def converged(self) -> pd.Series:
+        return pd.Series(self.estimates.converged, name="converged")
+
+    @property
+    def singular(self) -> pd.Series:
+        """Some covariance matrix has less than full rank."""
+        return pd.Series(self.estimates.singular, name="singular")
+
+    @property
+    def ok(self) -> np.ndarray:
+        """Positions of the fits that converged."""
+        return np.flatnonzero(self.estimates.converged)
+
+    @property
+    def counts(self) -> pd.Series:
+        """How many fits there are, how many converged, are singular (of those that converged), and failed, by code."""
+        converged = self.estimates.converged
+        codes = {
+            f"failed: {code.name}": int((self.estimates.result == code).sum())
+            for code in Result
+            if not code.is_solution
+        }
+        return pd.Series(
+            {
+                "fits": len(self),
+                "converged": int(converged.sum()),
+                "singular": int((self.estimates.singular & converged).sum()),
+                "failed": int((~converged).sum()),
+                **{name: count for name, count in codes.items() if count},
+            }
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per response: fixed effects, their standard errors (``se_...``), sds and correlations, codes.
+
+        A fixed effect that has the name of another column is ``beta_...`` (and ``se_beta_...``).
+        """
+        others = pd.concat(
+            [
+                self.sdcor,
+                self.criterion,
+                self.converged,
+                self.singular,
+                pd.Series([Result(code).name for code in self.estimates.result], name="result"),
+            ],
+            axis=1,
+        )
+        names = names_apart(self.fixed, others.columns)
+        errors = [f"se_{name}" for name in names]
+        return pd.concat([self.fixef.set_axis(names, axis=1), self.se.set_axis(errors, axis=1), others], axis=1)
+
+    def __repr__(self) -> str:
+        parts = [f"{count} {name}" for name, count in self.counts.items() if name != "fits"]
+        return f"<BatchFit of {len(self)}: {', '.join(parts)}>"
+
+
+def with_fixed(ranef: pd.DataFrame, fixef: Mapping[Any, Any]) -> pd.DataFrame:
+    """Coefficients per level: name -> fixed effect (one, or one for every row) plus the random effects of that name,
+    in which factors of an interaction may stand in another order."""
+    name_of = by_effect({name: name for name in fixef})
+    random = {name_of(str(effect), effect): ranef[effect].to_numpy() for effect in ranef}
+    zeros = np.zeros(len(ranef))
+    return pd.DataFrame(
+        {name: random.get(name, zeros) + fixef.get(name, 0.0) for name in dict.fromkeys([*fixef, *random])},
+        index=ranef.index,
+    )

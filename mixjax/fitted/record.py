@@ -1,0 +1,251 @@
+"""The frozen record of one fit, which answers for itself, and the chain of steps that makes one from a Design."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from mixjax.bases import in_span
+from mixjax.checks import ConvergenceWarning, warn
+from mixjax.covariance import lambdas_of_theta
+from mixjax.design import Design, Labels
+from mixjax.engine.engine import AtOnce, Engine, engine_of
+from mixjax.engine.equations import Equations, factors_in_bases
+from mixjax.estimation.choice import EngineName
+from mixjax.estimation.estimate import Estimates, estimate_with, fit
+from mixjax.estimation.many import estimate_many
+from mixjax.fitted.information import Information, information
+from mixjax.formula.checks import check_noise, check_varies
+from mixjax.machine import float64
+from mixjax.optimise.results import Result
+from mixjax.products.responses import Responses
+from mixjax.products.rows import Rows, rows_of
+from mixjax.products.sums import CrossProducts, pad
+from mixjax.resampling.simulation import simulate_responses
+
+
+class OptimizerInfo(NamedTuple):
+    """How the search ended.
+
+    Attributes:
+        name: what searched. iterations: evaluations (Newton) or steps (optax).
+        gradient_norm: scaled gradient at the end, in standard errors. message: how it ended, and what to try.
+    """
+
+    name: str
+    iterations: int
+    gradient_norm: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One fitted mixed model. Inference and diagnostics are functions of it; what it can say of itself is kept.
+
+    Attributes:
+        labels: names. stats: cross-products of the design.
+        estimates: numpy float64.
+        reml: criterion is the REML criterion, not the ML deviance.
+        optimizer: how the search ended.
+        kept: the design, or None where rows came in chunks and were not kept; see :attr:`design`.
+        search: the optax transformation that searched, or None for Newton; refits use it too.
+    """
+
+    labels: Labels
+    stats: CrossProducts
+    estimates: Estimates
+    reml: bool
+    optimizer: OptimizerInfo
+    kept: Design | None = None
+    search: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optax transformations are closures and cannot be pickled; what can be computed again is not written.
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"search": None}
+
+    # --- the data ---------------------------------------------------------------------------------------------------
+
+    @property
+    def design(self) -> Design:
+        """The design, or an error that says why there is none."""
+        if self.kept is None:
+            raise ValueError(
+                "this fit was made from chunks of rows, which were not kept: there are no residuals, fitted values or "
+                "whatever else needs the rows; fit the whole table, or compute them chunk by chunk from fixef and "
+                "ranef()"
+            )
+        return self.kept
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The design in its bases."""
+        return rows_of(self.design)
+
+    @property
+    def nobs(self) -> int:
+        """Number of rows."""
+        return int(self.stats.n)
+
+    # --- the fit as a whole -----------------------------------------------------------------------------------------
+
+    @property
+    def npar(self) -> int:
+        """Fixed effects, covariance parameters and sigma."""
+        return len(self.estimates.beta) + self.stats.layout.k + 1
+
+    @property
+    def loglik(self) -> float:
+        """Log-likelihood, restricted after a REML fit, as in lme4."""
+        return -float(self.estimates.criterion) / 2
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion."""
+        return 2 * self.npar - 2 * self.loglik
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion, with log(nobs)."""
+        return math.log(self.nobs) * self.npar - 2 * self.loglik
+
+    # --- at the estimates -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def engine(self) -> Engine | AtOnce:
+        """What answers for the likelihood of these data."""
+        return engine_of(self.stats, self.reml)
+
+    @cached_property
+    def information(self) -> Information:
+        """Covariance of the variance parameters, and how that of beta moves with them; numpy arrays."""
+        return self.engine.run(information, self.estimates.theta, self.estimates.sigma)
+
+    @cached_property
+    def equations(self) -> Equations:
+        """The mixed-model equations (Henderson's) at the estimates."""
+        return Equations(self.stats, factors_in_bases(self.relative_factors, self.stats))
+
+    @property
+    def relative_factors(self) -> list[np.ndarray]:
+        """Per term Lambda ``(q, q)``: ``Sigma = sigma^2 Lambda Lambda'``."""
+        return lambdas_of_theta(np.asarray(self.estimates.theta), self.stats.layout.qs)
+
+    # --- again ------------------------------------------------------------------------------------------------------
+
+    def simulate(self, key: Any, n: int, first: int = 0, random: Literal["new", "fitted"] = "new") -> np.ndarray:
+        """Responses ``(n, nobs)`` drawn from the fit; see :func:`~mixjax.resampling.simulation.simulate_responses`."""
+        est = self.estimates
+        b = est.b if random == "fitted" else None
+        return simulate_responses(self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=b)
+
+    def refitted(self, reml: bool) -> Fitted:
+        """The same data fitted by this criterion; itself where that is its own."""
+        if reml == self.reml:
+            return self
+        return fit_products(self.stats, self.labels, reml, None, self.search, self.kept)
+
+    def refit(self, y: np.ndarray, reml: bool | None = None) -> Fitted:
+        """The same model fitted to another response ``(nobs,)``.
+
+        Raises:
+            DataError: the response does not vary, or the fixed effects reproduce it.
+        """
+        design, labels = self.design, self.labels
+        check_varies(y, labels.response)
+        rows = rows_of(replace(design, y=y))
+        own = y if design.offset is None else y - design.offset
+        check_noise(own, np.asarray(design.X), rows.Q, design.weights, labels.response)
+        if labels.response in labels.frame:
+            labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
+        return fit_rows(rows, labels, self.reml if reml is None else reml, None, self.search)
+
+    def fit_many(
+        self,
+        Y: np.ndarray,
+        keep: tuple[str, ...],
+        reml: bool | None = None,
+        engine: EngineName = "auto",
+        chunk: int | None = None,
+    ) -> Estimates:
+        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.estimate_many`.
+
+        A response that the fixed effects reproduce has the result ``NO_NOISE``.
+        """
+        design, rows = self.design, self.rows
+        reml = self.reml if reml is None else reml
+        est = estimate_many(Responses(rows).products(Y), reml, chunk=chunk, keep=keep, engine=engine)
+        own = Y if design.offset is None else Y - design.offset
+        exact = in_span(own, np.asarray(design.X), rows.Q, rows.sqrt_w)
+        if exact.any():
+            result = np.where(exact, Result.NO_NOISE, est.result)
+            est = est._replace(result=result, converged=est.converged & ~exact)
+        return est
+
+
+def record_of(fit: Any) -> Fitted:
+    """The record of a fit: of a Fitted itself, or of an object that carries one as ``record``, as LMMFit does."""
+    record = getattr(fit, "record", fit)
+    if not isinstance(record, Fitted):
+        raise TypeError(f"a fit is needed, as mixjax.lmm returns it; got {type(fit).__name__}")
+    return record
+
+
+def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = None, optimizer: Any = None) -> Fitted:
+    """Cross-products, estimates and names of one design, in float64 whatever JAX's default is.
+
+    Args:
+        design, labels: the model.
+        reml: restricted maximum likelihood.
+        start: ``(k,)`` theta, or None.
+        optimizer: None for trust-region Newton, or an optax GradientTransformation, which then searches over the
+            log-Cholesky parameters.
+
+    Warns:
+        ConvergenceWarning: says why and what to try.
+    """
+    return fit_rows(rows_of(design), labels, reml, start, optimizer)
+
+
+def fit_rows(rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any) -> Fitted:
+    """As :func:`fit_design`, of rows in their bases."""
+    return fit_products(rows.stats, labels, reml, start, optimizer, rows.design)
+
+
+def fit_products(
+    stats: CrossProducts, labels: Labels, reml: bool, start: Any, optimizer: Any, design: Design | None = None
+) -> Fitted:
+    """As :func:`fit_design`, from the cross-products on."""
+    if start is not None:
+        try:
+            start = np.atleast_1d(np.asarray(start, dtype=np.float64))
+        except (TypeError, ValueError):
+            raise ValueError(f"start must be theta as numbers, got {start!r}") from None
+        if not np.isfinite(start).all():
+            raise ValueError(f"start must be finite, got {start}")
+    if optimizer is None:
+        est = engine_of(stats, reml).run(fit, start)
+    else:
+        with float64():
+            est = jax.device_get(estimate_with(optimizer, pad(stats), reml, start))
+    est = jax.tree.map(np.asarray, est)
+    sizes = [stats.factors[place.factor].ZZ.shape[2] for place in stats.layout.terms]
+    est = est._replace(b=tuple(b[:m] for b, m in zip(est.b, sizes, strict=True)))
+    result = Result(int(est.result))
+    info = OptimizerInfo(
+        "trust-region Newton" if optimizer is None else "optax",
+        int(est.iterations),
+        float(est.grad_norm),
+        result.message,
+    )
+    if not est.converged:
+        warn(
+            f"the fit of {labels.formula!r} did not converge after {info.iterations} iterations (scaled gradient "
+            f"{info.gradient_norm:.1e}): {result.message}",
+            ConvergenceWarning,
+        )
+    return Fitted(labels, stats, est, reml, info, design, optimizer)

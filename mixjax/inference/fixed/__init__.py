@@ -1,0 +1,1 @@
+"""Tests, means and contrasts of the fixed effects."""

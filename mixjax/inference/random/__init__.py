@@ -1,0 +1,1 @@
+"""Variances: shares, likelihood ratios, profiles, exact tests."""

@@ -1,0 +1,348 @@
+"""Likelihood ratio tests between fits."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mixjax.checks import InferenceWarning, check_count, warn
+from mixjax.distributions import chi2_tail
+from mixjax.estimation.choice import chosen_engine
+from mixjax.estimation.many import estimate_many
+from mixjax.fitted.record import Fitted, record_of
+from mixjax.inference.random.nesting import Place, check_same_data, is_within, logdet_X, place_of
+from mixjax.products.responses import Responses
+from mixjax.resampling.simulation import simulate_responses
+
+METHODS = ("chi2", "mixture", "bootstrap")
+# Numbers in the simulated responses of one block.
+BLOCK = 2**23
+_FORMATS = {
+    **dict.fromkeys(("npar", "df"), "{:.0f}"),
+    **dict.fromkeys(("aic", "bic", "loglik", "deviance"), "{:.2f}"),
+    "chisq": "{:.4f}",
+    **dict.fromkeys(("p_value", "p_mixture", "p_bootstrap"), "{:.4g}"),
+    "mc_error": "{:.1g}",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fits side by side, each tested against the one above it. ``str()`` is laid out like R's ``anova()``.
+
+    Attributes:
+        title: the data and the criterion.
+        formulas: name -> formula, in the order of the rows.
+        table: see :meth:`to_frame`.
+        notes: what was done, and what to know about the p-values.
+        null_draws: with ``method="bootstrap"``, name -> bootstrap statistics of the replicates that converged.
+    """
+
+    title: str
+    formulas: dict[str, str]
+    table: pd.DataFrame
+    notes: tuple[str, ...] = ()
+    null_draws: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per model, by number of parameters; NaN where there is nothing to test.
+
+        Columns ``npar``, ``aic``, ``bic``, ``loglik``, ``deviance`` (REML criterion where that is compared), and of
+        the test against the row above ``chisq``, ``df``, ``p_value`` (chi-square with df degrees of freedom),
+        ``p_mixture`` (mixture of chi-squares), ``p_bootstrap`` and its Monte Carlo standard error ``mc_error``.
+        """
+        return self.table.copy()
+
+    def __str__(self) -> str:
+        models = [f"{name}: {formula}" for name, formula in self.formulas.items()]
+        return "\n".join([self.title, "Models:", *models, self._cells().to_string(), *self.notes])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        models = [f"{name}: {formula}" for name, formula in self.formulas.items()]
+        above, below = ("<br>".join(map(html.escape, lines)) for lines in ([self.title, *models], self.notes))
+        return f"<p>{above}</p>{self._cells().to_html(border=0)}<p>{below}</p>"
+
+    def _cells(self) -> pd.DataFrame:
+        columns = {
+            str(name): [_FORMATS[str(name)].format(x) if np.isfinite(x) else "" for x in column]
+            for name, column in self.table.items()
+        }
+        return pd.DataFrame(columns, index=self.table.index)
+
+
+def compare(
+    *fits: Any,
+    refit: Literal["ml", False] = "ml",
+    method: Literal["chi2", "mixture", "bootstrap"] = "chi2",
+    names: Sequence[str] | None = None,
+    key: Any = 0,
+    n: int = 1000,
+) -> Comparison:
+    """Likelihood ratio tests between models of the same data, like R's ``anova()`` of lme4 fits.
+
+    Models are ordered by number of parameters and each is tested against the one before. Where the smaller model puts
+    variances to zero, the bound of what they can be, chi-square p-values are too large. If that is one standard
+    deviation (of an effect, or of a combination of effects), ``1/2 chi2(df - 1) + 1/2 chi2(df)`` holds for many levels
+    (Self & Liang 1987, J. Am. Stat. Assoc. 82, 605; Stram & Lee 1994, Biometrics 50, 1171) and is shown as
+    ``p_mixture``. If it is more than one, or the smaller model's fit is singular, use ``method="bootstrap"``; for one
+    variance alone in a model :func:`mixjax.exact_rlrt` is exact.
+
+    Args:
+        fits: two or more.
+        refit: ``"ml"``: fits by REML are refitted by maximum likelihood, because REML criteria of different fixed
+            effects cannot be compared. False: criteria as they are.
+        method: ``"chi2"``: as in R, ``p_mixture`` beside it where it holds. ``"mixture"``: ``p_mixture`` in every row,
+            equal to ``p_value`` where no variance is at its bound, NaN where no mixture is known. ``"bootstrap"``:
+            simulates from the smaller fit and refits both, for any nested pair; ``p = (1 + replicates with a statistic
+            as large) / (1 + replicates)`` (Davison & Hinkley 1997, Bootstrap Methods and their
+            Application, chapter 4).
+        names: of the models, instead of m0, m1, ...
+        key: int or JAX key of the bootstrap.
+        n: replicates of the bootstrap.
+
+    Returns:
+        :class:`Comparison`.
+
+    Raises:
+        DataError: fits of different data. ValueError: criteria that cannot be compared.
+
+    Warns:
+        InferenceWarning: models that are not nested; ``method="mixture"`` without a known mixture.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.random.likelihood_ratio import compare
+        >>> data = mj.datasets.load("sleepstudy")
+        >>> formulas = ["Reaction ~ Days + (1 | Subject)", "Reaction ~ Days + (Days | Subject)"]
+        >>> table = compare(*(mj.lmm(f, data, reml=False) for f in formulas)).to_frame()
+        >>> table[["npar", "deviance", "chisq", "df"]].round(2)
+            npar  deviance  chisq   df
+        m0     4   1794.08    NaN  NaN
+        m1     6   1751.94  42.14  2.0
+    """
+    n = check_count("n", n, 1)
+    if refit is not False and refit != "ml":
+        raise ValueError(f"refit must be 'ml' or False, got {refit!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if len(fits) < 2:
+        raise ValueError(f"two fits or more are compared, got {len(fits)}")
+    records = [record_of(fit) for fit in fits]
+    names = [f"m{i}" for i in range(len(fits))] if names is None else [str(name) for name in names]
+    if len(names) != len(fits) or len(set(names)) < len(names):
+        raise ValueError(f"names must be {len(fits)} different ones, got {names}")
+    check_same_data(records, names)
+    notes = []
+    if refit == "ml":
+        restricted = [name for name, fit in zip(names, records, strict=True) if fit.reml]
+        records = [f.refitted(False) if f.reml else f for f in records]
+        if restricted:
+            notes.append(f"{', '.join(restricted)} fitted by REML: refitted by maximum likelihood")
+    failed = [name for name, fit in zip(names, records, strict=True) if not fit.estimates.converged]
+    if failed:
+        notes.append(f"NOT CONVERGED: {', '.join(failed)}; no test with such a fit holds")
+    order = sorted(range(len(fits)), key=lambda i: records[i].npar)
+    records, names = [records[i] for i in order], [names[i] for i in order]
+    criteria = _comparable_criteria(records, names, notes)
+    table = _fit_statistics(records, names, criteria)
+    tests, null_draws = [], {}
+    for i in range(1, len(records)):
+        pair = _Pair(records[i - 1], records[i], names[i - 1], names[i], criteria[i - 1] - criteria[i])
+        test, nested = _test(pair, method, notes)
+        if method == "bootstrap" and nested:
+            draws, lost = bootstrap_null(pair.small, pair.large, key, n)
+            if lost:
+                notes.append(f"{pair}: {lost} of {n} bootstrap replicates left out, where a fit did not converge")
+            p = (1 + np.count_nonzero(draws >= pair.statistic - pair.rounding)) / (1 + len(draws))
+            test |= {"p_bootstrap": p, "mc_error": float(np.sqrt(p * (1 - p) / max(1, len(draws))))}
+            null_draws[pair.larger] = draws
+        tests.append(test)
+    columns = ["chisq", "df", "p_value"]
+    if method == "mixture" or any(np.isfinite(test["p_mixture"]) for test in tests):
+        columns.append("p_mixture")
+    if method == "bootstrap":
+        columns += ["p_bootstrap", "mc_error"]
+    table = table.join(pd.DataFrame(tests, index=names[1:]).reindex(columns=columns))
+    criterion = "REML criteria" if records[0].reml else "maximum likelihood"
+    title = f"Data: {records[0].nobs} rows, response {records[0].labels.response}; {criterion}"
+    formulas = {name: fit.labels.formula for name, fit in zip(names, records, strict=True)}
+    return Comparison(title, formulas, table, tuple(notes), null_draws)
+
+
+class _Pair(NamedTuple):
+    """Two neighbours: records, names, and the difference of their criteria."""
+
+    small: Fitted
+    large: Fitted
+    smaller: str
+    larger: str
+    difference: float
+
+    def __str__(self) -> str:
+        return f"{self.larger} against {self.smaller}"
+
+    @property
+    def df(self) -> int:
+        """Parameters more."""
+        return self.large.npar - self.small.npar
+
+    @property
+    def rounding(self) -> float:
+        """What criteria are good to."""
+        return max(1e-8, 1e-12 * abs(float(self.small.estimates.criterion)))
+
+    @property
+    def statistic(self) -> float:
+        """0 or more; what is rounding is 0."""
+        return self.difference if self.difference > self.rounding else 0.0
+
+
+def _has_rows(pair: _Pair) -> bool:
+    return pair.small.kept is not None and pair.large.kept is not None
+
+
+def _comparable_criteria(records: list[Fitted], names: list[str], notes: list[str]) -> list[float]:
+    """ML deviances; or REML criteria, all for the first model's columns where fixed effects are coded differently."""
+    criteria = [float(fit.estimates.criterion) for fit in records]
+    by_reml = [fit.reml for fit in records]
+    if not any(by_reml):
+        return criteria
+    if not all(by_reml):
+        raise ValueError(
+            "these are fits by REML and by maximum likelihood, whose criteria cannot be compared: "
+            + ", ".join(f"{name} {'REML' if reml else 'ML'}" for name, reml in zip(names, by_reml, strict=True))
+            + "; use refit='ml', or fit all by the same criterion"
+        )
+    first = records[0]
+    for fit, name in zip(records[1:], names[1:], strict=True):
+        if fit.kept is None or first.kept is None:
+            same = fit.labels.fixed == first.labels.fixed
+        else:
+            same = is_within(fit, first) and is_within(first, fit)
+        if not same:
+            raise ValueError(
+                f"{names[0]} and {name} have different fixed effects, so their REML criteria cannot be compared: use "
+                "refit='ml', which compares the models by maximum likelihood"
+            )
+    offsets = [logdet_X(first) - logdet_X(fit) for fit in records]
+    if max(map(abs, offsets)) <= 1e-9 * max(1.0, abs(logdet_X(first))):
+        return criteria
+    notes.append(
+        f"fixed effects are coded differently: REML criteria are brought to the columns of {names[0]}, and differ from "
+        "those of the fits by a constant"
+    )
+    return [criterion + offset for criterion, offset in zip(criteria, offsets, strict=True)]
+
+
+def _fit_statistics(records: list[Fitted], names: list[str], criteria: list[float]) -> pd.DataFrame:
+    npar, criterion = np.array([fit.npar for fit in records]), np.array(criteria)
+    columns = {
+        "npar": npar,
+        "aic": criterion + 2 * npar,
+        "bic": criterion + np.log(records[0].nobs) * npar,
+        "loglik": -criterion / 2,
+        "deviance": criterion,
+    }
+    return pd.DataFrame(columns, index=names)
+
+
+# --- one pair --------------------------------------------------------------------------------------------------------
+
+
+def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float], bool]:
+    """Statistic, degrees of freedom and p-values, the bootstrap's aside, and whether the models are known to be nested.
+
+    Notes and warnings as needed.
+    """
+    p = float(chi2_tail(pair.statistic, pair.df)) if pair.df > 0 else np.nan
+    test = {"chisq": pair.statistic, "df": float(pair.df), "p_value": p, "p_mixture": np.nan}
+    if not _has_rows(pair):
+        notes.append(f"{pair}: rows were not kept, so whether one model is a special case of the other is not known")
+        return test, False
+    place = place_of(pair.small, pair.large)
+    faults = [] if pair.df > 0 else ["one has no parameter more than the other"]
+    faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
+    faults += [] if place.nested else ["random effects"]
+    if faults:
+        warn(
+            f"{pair.smaller} is not a special case of {pair.larger} ({', '.join(faults)}): a likelihood ratio test "
+            "does not apply; compare by aic or bic",
+            InferenceWarning,
+        )
+        notes.append(f"{pair}: not nested ({', '.join(faults)}): the test does not apply")
+        return test, False
+    if pair.difference < -1e-6:
+        notes.append(f"{pair}: the larger model has the larger deviance; a search ended in a local minimum")
+    reason = _no_mixture(pair, place)
+    if reason:
+        instead = "trust p_bootstrap" if method == "bootstrap" else "method='bootstrap' gives a p-value"
+        notes.append(f"{pair}: {reason}; p_value is a guide only and no mixture of chi-squares is known: {instead}")
+        if method == "mixture":
+            warn(f"{pair}: no mixture of chi-squares is known: {reason}", InferenceWarning)
+    elif place.zeros:
+        notes.append(
+            f"{pair}: {pair.smaller} puts a variance to 0, its bound, so p_value is too large; p_mixture is that of "
+            f"1/2 chi2({pair.df - 1}) + 1/2 chi2({pair.df})"
+        )
+        test["p_mixture"] = mixture_p(pair.statistic, pair.df)
+    elif method == "mixture":
+        test["p_mixture"] = p
+    return test, True
+
+
+def _no_mixture(pair: _Pair, place: Place) -> str | None:
+    """Why the weights of a mixture are not known, or None."""
+    if place.zeros is None:
+        return "the larger model can write the same covariance in several ways"
+    if place.zeros > 1:
+        return f"{pair.smaller} puts {place.zeros} standard deviations to 0, their bound"
+    # For fixed effects alone it does not matter: the information on them and on variances is orthogonal.
+    if pair.small.estimates.singular and pair.large.stats.layout.k > pair.small.stats.layout.k:
+        return f"the fit of {pair.smaller} is singular"
+    return None
+
+
+def mixture_p(statistic: float, df: int) -> float:
+    """Upper tail of ``1/2 chi2(df - 1) + 1/2 chi2(df)``; chi2(0) is the constant 0, so 1 at a statistic of 0.
+
+    Under the null one standard deviation of the larger model is 0 and may only grow: in the limit parameters beyond
+    the null lie in a half-space.
+    """
+    if statistic <= 0.0:
+        return 1.0
+    below = float(chi2_tail(statistic, df - 1)) if df > 1 else 0.0
+    return 0.5 * below + 0.5 * float(chi2_tail(statistic, df))
+
+
+def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.ndarray, int]:
+    """Statistics under the smaller fit: responses are drawn from it and both models refitted by its criterion.
+
+    Args:
+        small, large: fits by the same criterion, with rows.
+        key: int or JAX key. n: replicates.
+
+    Returns:
+        Statistics of the replicates where both fits converged, 0 or more, and the number of the others.
+    """
+    est, reml = small.estimates, small.reml
+    constant = logdet_X(small) - logdet_X(large) if reml else 0.0
+    size = max(1, BLOCK // small.nobs)
+    responses = [Responses(fit.rows) for fit in (small, large)]
+    found = []
+    for first in range(0, n, size):
+        Y = simulate_responses(small.design, est.beta, est.sigma, est.Sigma, key, min(size, n - first), first)
+        both = [own.products(Y) for own in responses]
+        keep = ("criterion", "converged")
+        a, b = (estimate_many(own, reml, keep=keep, engine=chosen_engine(own, n)) for own in both)
+        difference = a.criterion - b.criterion - constant
+        found.append(np.maximum(difference, 0.0)[a.converged & b.converged])
+    draws = np.concatenate(found)
+    return draws, n - len(draws)

@@ -1,0 +1,204 @@
+"""Whether one fitted model is a special case of another, and where in the larger one it lies.
+
+Names say nothing here: columns and grouping are compared as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mixjax.bases import orthonormal_columns
+from mixjax.checks import DataError
+from mixjax.covariance import Structure
+from mixjax.fitted.record import Fitted
+from mixjax.products.rows import Rows
+
+# Relative size of what counts as rounding in projections and in covariances that follow from them.
+ROUNDING = 1e-8
+# Random covariances of the smaller model that are looked for in the larger one, and random vectors that stand for rows.
+POINTS, PROBES = 6, 3
+
+
+class Place(NamedTuple):
+    """Where the random effects of a smaller model lie in a larger one.
+
+    Attributes:
+        nested: every covariance of the smaller model is one of the larger.
+        zeros: standard deviations (of effects, or of their combinations) that are zero in the larger model's
+            covariances wherever the smaller model holds; None where the larger model has several ways to write them.
+    """
+
+    nested: bool
+    zeros: int | None
+
+
+def check_same_data(fits: Sequence[Fitted], names: Sequence[str]) -> None:
+    """Raise DataError, saying what differs, unless all fits are of the same response, rows, weights and offset.
+
+    Of fits whose rows were not kept only the name of the response and the sums that remain are compared.
+    """
+    for fit, name in zip(fits[1:], names[1:], strict=True):
+        difference = _difference(fits[0], fit)
+        if difference:
+            raise DataError(
+                f"{names[0]} and {name} were not fitted to the same data: {difference}. Criteria can be compared only "
+                "for the same rows in the same order; fit both to one table without missing values in any column used"
+            )
+
+
+def _difference(a: Fitted, b: Fitted) -> str | None:
+    if a.nobs != b.nobs:
+        return f"they have {a.nobs} and {b.nobs} rows"
+    if a.kept is None or b.kept is None:
+        if a.labels.response != b.labels.response:
+            return f"the responses are {a.labels.response!r} and {b.labels.response!r}"
+        return None if np.isclose(a.stats.sum_log_weights, b.stats.sum_log_weights) else "the weights differ"
+    if not np.array_equal(a.design.y, b.design.y):
+        return "the response differs"
+    n = a.nobs
+    if not np.array_equal(_or(a.design.weights, 1.0, n), _or(b.design.weights, 1.0, n)):
+        return "the weights differ"
+    if not np.array_equal(_or(a.design.offset, 0.0, n), _or(b.design.offset, 0.0, n)):
+        return "the offset differs"
+    return None
+
+
+def _or(values: np.ndarray | None, default: float, n: int) -> np.ndarray:
+    return np.full(n, default) if values is None else np.asarray(values)
+
+
+def is_within(small: Fitted | Rows, large: Fitted | Rows) -> bool:
+    """Whether the fixed-effects columns of the one lie in the span of those of the other, both with rows."""
+    return in_span(np.asarray(small.design.X, np.float64), np.asarray(large.design.X, np.float64))
+
+
+def in_span(X0: np.ndarray, X1: np.ndarray) -> bool:
+    """Whether the columns of ``X0`` ``(n, p0)`` lie in the span of those of ``X1`` ``(n, p1)``."""
+    if not X0.shape[1]:
+        return True
+    Q0, _, independent = orthonormal_columns(X0, None)
+    Q0, Q1 = Q0[:, independent], orthonormal_columns(X1, None)[0] if X1.shape[1] else X1
+    outside = np.linalg.norm(Q0 - Q1 @ (Q1.T @ Q0), axis=0)
+    return bool(outside.max(initial=0.0) <= ROUNDING)
+
+
+def logdet_X(fit: Fitted) -> float:
+    """``log |X'WX|``, by which REML criteria of differently coded fixed effects differ."""
+    return float(np.linalg.slogdet(fit.stats.XX)[1] + 2.0 * fit.stats.X_basis.logdet)
+
+
+# --- random effects --------------------------------------------------------------------------------------------------
+
+
+def place_of(small: Fitted | Rows, large: Fitted | Rows) -> Place:
+    """Where the covariances of one model lie among those of another, both with rows.
+
+    A covariance of the responses is a sum of ``Z_t D_t Z_t'`` over pairs of rows in one level, and of ``1 / weights``.
+    Random covariances of the smaller model are applied to random vectors, and least squares finds the covariances
+    ``D_t`` of the larger model that do the same. Vectors agree with probability one only where the covariances do,
+    so that no matrix of rows by rows is needed. What was found must then be a covariance of the structure of each term.
+    """
+    rng = np.random.default_rng(0)
+    probes = rng.standard_normal((len(small.design.X), PROBES))
+    terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
+    spans = [_span(term.structure, rng) for term in terms1]
+    kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
+    A = np.stack([*kernels, probes.ravel()], axis=1)
+    lengths = np.linalg.norm(A, axis=0)
+    left, singular, right = np.linalg.svd(A / lengths, full_matrices=False)
+    kept = singular > ROUNDING * singular[0]
+    zeros = []
+    for _ in range(POINTS):
+        target = np.sum([t.apply(_random_covariance(t.structure, rng), probes) for t in terms0], axis=0).ravel()
+        in_span = left[:, kept].T @ target
+        if np.linalg.norm(target - left[:, kept] @ in_span) > ROUNDING * np.linalg.norm(target):
+            return Place(False, None)
+        if not kept.all():
+            continue
+        coefficients = right.T @ (in_span / singular) / lengths
+        found = _zeros(coefficients, terms1, spans)
+        if found is None:
+            return Place(False, None)
+        zeros.append(found)
+    return Place(True, min(zeros) if zeros else None)
+
+
+class _WeightedTerm(NamedTuple):
+    """A random term in the basis that its fit used: ``Z (n, q)`` times the root of the weights, mean squares 1."""
+
+    Z: np.ndarray
+    group: np.ndarray
+    n_groups: int
+    structure: Structure
+
+    def apply(self, D: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """``Z D Z'`` over pairs of rows in one level, times vectors ``(n, r)``."""
+        sums = np.stack(
+            [
+                np.bincount(self.group, self.Z[:, a] * v, self.n_groups)
+                for v in vectors.T
+                for a in range(self.Z.shape[1])
+            ],
+            axis=1,
+        ).reshape(self.n_groups, vectors.shape[1], -1)
+        return np.einsum("na,nra->nr", self.Z @ D, sums[self.group])
+
+
+def _weighted_terms(fit: Fitted | Rows) -> list[_WeightedTerm]:
+    design = fit.design
+    scale = np.sqrt(_or(design.weights, 1.0, len(design.X)))[:, None]
+    return [
+        _WeightedTerm(
+            scale * (np.asarray(term.Z, np.float64) @ np.asarray(basis.R_inv)),
+            np.asarray(term.group),
+            term.n_groups,
+            place.structure,
+        )
+        for term, basis, place in zip(design.terms, fit.stats.Z_bases, fit.stats.layout.terms, strict=True)
+    ]
+
+
+def _covariance(structure: Structure, x: np.ndarray) -> np.ndarray:
+    factor = structure.factor(x)
+    return factor @ factor.T
+
+
+def _random_covariance(structure: Structure, rng: np.random.Generator) -> np.ndarray:
+    return _covariance(structure, rng.standard_normal(structure.k))
+
+
+def _span(structure: Structure, rng: np.random.Generator) -> list[np.ndarray]:
+    """Symmetric matrices ``(q, q)`` that span the covariances of a structure."""
+    q = structure.q
+    sample = np.stack([_random_covariance(structure, rng).ravel() for _ in range(q * (q + 1) + 2)])
+    _, singular, right = np.linalg.svd(sample, full_matrices=False)
+    return list(right[singular > ROUNDING * singular[0]].reshape(-1, q, q))
+
+
+def _zeros(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[list[np.ndarray]]) -> int | None:
+    """Standard deviations that are zero in covariances given by their coefficients, or None if these are none.
+
+    The last coefficient is the part of the residual variance.
+    """
+    found, at = [], 0
+    for span in spans:
+        found.append(np.tensordot(coefficients[at : at + len(span)], np.stack(span), 1))
+        at += len(span)
+    scale = max(np.abs(coefficients[-1]), *(np.abs(D).max() for D in found))
+    if coefficients[-1] < -ROUNDING * scale:
+        return None
+    zeros = 0
+    for term, D in zip(terms, found, strict=True):
+        values, vectors = np.linalg.eigh(D)
+        if values[0] < -ROUNDING * scale:
+            return None
+        roots = np.sqrt(np.where(values > ROUNDING * scale, values, 0.0))
+        x = term.structure.near(vectors * roots)
+        if np.abs(_covariance(term.structure, x) - D).max() > 10 * ROUNDING * scale:
+            return None
+        deviations = np.abs(x[list(term.structure.deviations)])
+        zeros += int(np.sum(deviations <= np.sqrt(ROUNDING * scale)))
+    return zeros

@@ -1,0 +1,379 @@
+"""Profile likelihood: signed root deviances along every parameter, and the intervals that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.interpolate import PchipInterpolator
+
+from mixjax.checks import InferenceWarning, check_level, warn
+from mixjax.distributions import normal_quantile
+from mixjax.estimation.estimate import Estimates
+from mixjax.fitted.names import names_apart
+from mixjax.fitted.parameters import select, variance_parameters
+from mixjax.fitted.record import Fitted
+from mixjax.inference.random import profile_search
+from mixjax.inference.random.held_parameter import Held, value_of
+from mixjax.inference.random.profile_search import OneDataSet
+from mixjax.products.sums import CrossProducts
+
+# Limits of a root are sought until zeta there is as wanted to this.
+TOLERANCE = 1e-7
+MOST_ROUNDS = 60
+
+
+@dataclass(eq=False)
+class _Curve:
+    """What is known of one parameter: values, ascending, and zeta there.
+
+    Attributes:
+        low, high: bounds of the parameter. step: a first distance from the estimate, about one standard error.
+        conditional: the estimates of all parameters at every value.
+    """
+
+    name: str
+    held: Held
+    estimate: float
+    low: float
+    high: float
+    step: float
+    values: list[float] = field(default_factory=list)
+    zetas: list[float] = field(default_factory=list)
+    conditional: list[np.ndarray] = field(default_factory=list)
+    # Per target: how near the last guess came, and whether it was a halving.
+    _before: dict[float, tuple[float, bool]] = field(default_factory=dict)
+
+    def add(self, value: float, zeta: float, conditional: np.ndarray) -> None:
+        at = int(np.searchsorted(self.values, value))
+        if at < len(self.values) and self.values[at] == value:
+            return
+        self.values.insert(at, value)
+        self.zetas.insert(at, zeta)
+        self.conditional.insert(at, conditional)
+
+    def guess(self, target: float) -> float | None:
+        """Where zeta may be ``target``; None where the parameter's range ends before that."""
+        v, z = np.array(self.values), np.array(self.zetas)
+        side = 1.0 if target > 0 else -1.0
+        beyond = np.flatnonzero(side * (z - target) >= 0)
+        if not len(beyond):
+            last = v[-1] if side > 0 else v[0]
+            bound = self.high if side > 0 else self.low
+            if last == bound:
+                return None
+            return self._further(last, side)
+        hi = beyond[0] if side > 0 else beyond[-1]
+        lo = hi - 1 if side > 0 else hi + 1
+        a, b = v[lo], v[hi]
+        near = slice(max(0, min(lo, hi) - 1), max(lo, hi) + 2)
+        middle = 0.5 * (a + b)
+        # Where zeta is almost level, as beside the end of a correlation's range, interpolation creeps up from one end
+        # of the bracket: halve it whenever a step has not paid, and interpolate again after that.
+        error = self.error(target)
+        last, halved = self._before.get(target, (np.inf, False))
+        halves = error > 0.25 * last and not halved
+        inside = None
+        if not halves and (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
+            inside = float(PchipInterpolator(z[near], v[near])(target))
+            if not min(a, b) < inside < max(a, b):
+                inside = None
+        self._before[target] = (error, inside is None)
+        return middle if inside is None else inside
+
+    def _further(self, last: float, side: float) -> float:
+        if self.held.kind in ("sd", "sigma") and self.estimate > 0:
+            ratio = max(1.3, min(3.0, 1.0 + 2.5 * self.step / self.estimate))
+            return last * ratio if side > 0 else last / ratio
+        distance = max(abs(last - self.estimate), self.step)
+        return last + side * distance * 1.5
+
+    def error(self, target: float) -> float:
+        return min(abs(z - target) for z in self.zetas)
+
+    def at(self, target: float) -> float:
+        return self.values[int(np.argmin([abs(z - target) for z in self.zetas]))]
+
+
+class Profile:
+    """Profiles of the ML deviance along every parameter.
+
+    ``zeta(x) = sign(x - estimate) sqrt(deviance(x) - least deviance)``, the deviance minimised over all other
+    parameters with this one at x; standard normal in large samples (Bates et al. 2015, J. Stat. Softw. 67(1), section
+    5.1). Values are standard deviations, absolute, and correlations.
+
+    Attributes:
+        estimate: Series, ML estimates of all parameters.
+        notes: what there is to say.
+    """
+
+    def __init__(self, fitted: Fitted, parm: Any = None):
+        reason = profile_search.refusal(fitted.stats)
+        if reason:
+            raise ValueError(f"no profiles for this model: {reason}; use method='wald' or 'bootstrap'")
+        notes = []
+        if fitted.reml:
+            notes.append("profiles are of the ML deviance: the REML fit was refitted by maximum likelihood")
+            fitted = fitted.refitted(False)
+        self._est = fitted.estimates
+        self._data = OneDataSet(fitted.stats, self._est.theta, self._est.sigma)
+        self._all = _curves(fitted)
+        self._curves = {curve.name: curve for curve in self._all}
+        self._chosen = select(parm, list(self._curves), len(fitted.labels.fixed))
+        self.estimate = pd.Series({name: self._curves[name].estimate for name in self._chosen}, name="estimate")
+        undefined = [name for name in self._chosen if np.isnan(self._curves[name].estimate)]
+        if undefined:
+            notes.append(f"no profile of {', '.join(undefined)}: an effect has no variance")
+        self._curves = {n: c for n, c in self._curves.items() if not np.isnan(c.estimate)}
+        self._failed: set[str] = set()
+        self._caps: dict[tuple[int, int], tuple[float, np.ndarray]] = {}
+        self._begin()
+        self.notes = tuple(notes)
+
+    # --- evaluations --------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The estimates, and the ends of all ranges."""
+        ends = []
+        estimates = np.array([curve.estimate for curve in self._all])
+        for curve in self._curves.values():
+            curve.add(curve.estimate, 0.0, estimates)
+            if curve.held.kind == "sd":
+                ends.append((curve, 0.0))
+        self._evaluate(ends)
+        for curve, _ in ends:
+            self._caps[curve.held.term, curve.held.i] = (curve.zetas[0] ** 2, curve.conditional[0])
+        chosen = [self._curves[name] for name in self._chosen if name in self._curves]
+        self._evaluate([(c, end) for c in chosen if c.held.kind == "cor" for end in (-1.0, 1.0)])
+
+    def _evaluate(self, points: Sequence[tuple[_Curve, float]]) -> None:
+        points = [(curve, value) for curve, value in points if value not in curve.values]
+        if not points:
+            return
+        found = self._data.minimise([(curve.held, value) for curve, value in points])
+        conditional = np.stack([value_of(c.held, self._data.stats, found.start(), found.beta) for c in self._all], 1)
+        least = float(self._est.criterion)
+        for (curve, value), deviance, good, others in zip(
+            points, found.deviance, found.converged, conditional, strict=True
+        ):
+            rise = deviance - least
+            if curve.held.kind == "cor":
+                # As one of the two variances vanishes its correlation may be anything.
+                caps = [self._caps[curve.held.term, e] for e in (curve.held.i, curve.held.j)]
+                cap, at_zero = min(caps, key=lambda pair: pair[0])
+                if rise > cap:
+                    rise, good, others = cap, True, at_zero.copy()
+            others[self._all.index(curve)] = value
+            if not good or not np.isfinite(rise):
+                self._failed.add(curve.name)
+            if rise < -1e-6 * max(1.0, abs(least)) ** 0.5:
+                warn(
+                    f"the profile of {curve.name} found a deviance {-rise:.2g} below that of the fit: the fit is a "
+                    "local minimum; try other start= values",
+                    InferenceWarning,
+                )
+            curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))), others)
+
+    def _solve(self, targets: Sequence[tuple[_Curve, float]]) -> None:
+        """Evaluate until each curve has a point where zeta is the target, or its range has ended."""
+        for _ in range(MOST_ROUNDS):
+            points = []
+            for curve, target in targets:
+                if curve.error(target) > TOLERANCE:
+                    value = curve.guess(target)
+                    if value is not None and value not in curve.values:
+                        points.append((curve, value))
+            if not points:
+                return
+            self._evaluate(points)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def confint(self, level: float = 0.95) -> pd.DataFrame:
+        """Intervals of all values that a likelihood ratio test does not reject.
+
+        Where zeta does not reach the quantile before the parameter's range ends (a standard deviation of 0, a
+        correlation of -1 or 1), the interval ends there, and ``attrs["boundary"]`` names the parameter.
+
+        Returns:
+            DataFrame with columns ``lower``, ``upper``.
+        """
+        check_level(level)
+        z = float(normal_quantile(0.5 + level / 2))
+        curves = [self._curves[name] for name in self._chosen if name in self._curves]
+        self._solve([(curve, side * z) for curve in curves for side in (-1.0, 1.0)])
+        rows, boundary = {}, []
+        for name in self._chosen:
+            if name not in self._curves:
+                rows[name] = [np.nan, np.nan]
+                continue
+            curve, ends = self._curves[name], []
+            for side, bound in ((-1.0, curve.low), (1.0, curve.high)):
+                reached = curve.error(side * z) <= 1e-4
+                at_bound = curve.values[0 if side < 0 else -1] == bound
+                if not reached and at_bound:
+                    boundary.append(name)
+                ends.append(curve.at(side * z) if reached else bound if at_bound else np.nan)
+            rows[name] = ends
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
+        frame.attrs["boundary"] = tuple(dict.fromkeys(boundary))
+        frame.attrs["notes"] = self._notes(frame.attrs["boundary"])
+        return frame
+
+    def _notes(self, boundary: Sequence[str] = ()) -> tuple[str, ...]:
+        notes = list(self.notes)
+        if boundary:
+            notes.append(f"intervals that end on the boundary: {', '.join(boundary)}")
+        failed = sorted(self._failed & set(self._chosen))
+        if failed:
+            notes.append(f"searches that did not converge along the profiles of {', '.join(failed)}")
+        return tuple(notes)
+
+    def to_frame(self, largest: float = 3.5, points: int = 15) -> pd.DataFrame:
+        """Curves as rows: columns ``parameter``, ``value``, ``zeta``, then one for every parameter of the model.
+
+        These hold the conditional estimates: the values of all parameters that minimise the deviance with the row's
+        parameter at its value. A standard deviation that vanishes is 0 there, a correlation beside it NaN. Fixed
+        effects that are called ``parameter``, ``value`` or ``zeta`` themselves stand as ``fixed_value`` and so on.
+
+        Args:
+            largest: zeta up to which each curve goes, or to the end of the parameter's range.
+            points: values per curve, at about equal distances of zeta.
+        """
+        if not largest > 0 or points < 3:
+            raise ValueError(f"largest must be positive and points 3 or more, got {largest} and {points}")
+        targets = np.linspace(-largest, largest, points)
+        curves = [self._curves[name] for name in self._chosen if name in self._curves]
+        for _ in range(MOST_ROUNDS):
+            wanted = []
+            for curve in curves:
+                for target in targets:
+                    value = curve.guess(target) if curve.error(target) > 0.2 * largest / points else None
+                    if value is not None:
+                        wanted.append((curve, value))
+            if not wanted:
+                break
+            self._evaluate(wanted)
+        rows = [
+            (curve.name, value, zeta, *others)
+            for curve in curves
+            for value, zeta, others in zip(curve.values, curve.zetas, curve.conditional, strict=True)
+            if abs(zeta) <= 1.1 * largest
+        ]
+        own = ["parameter", "value", "zeta"]
+        names = [f"fixed_{curve.name}" if curve.name in own else curve.name for curve in self._all]
+        return pd.DataFrame(rows, columns=[*own, *names])
+
+    def zeta(self, name: str, values: Any) -> np.ndarray:
+        """Signed root deviances of one parameter at given values, each minimised anew."""
+        (name,) = select(name, self._chosen, 0)
+        if name not in self._curves:
+            raise ValueError(f"there is no profile of {name}: an effect has no variance")
+        curve = self._curves[name]
+        values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        outside = values[~((values >= curve.low) & (values <= curve.high))]
+        if len(outside) or (curve.held.kind == "sigma" and (values <= 0).any()):
+            raise ValueError(f"{name} lies between {curve.low} and {curve.high}, got {values.tolist()}")
+        self._evaluate([(curve, float(value)) for value in values])
+        return np.array([curve.zetas[curve.values.index(float(value))] for value in values])
+
+    def __repr__(self) -> str:
+        frame = self.confint()
+        return "\n".join(["95 % profile likelihood intervals", frame.to_string(), *frame.attrs["notes"]])
+
+
+def zeta_of_many(
+    stats: CrossProducts, est: Estimates, held: Held, value: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Signed root deviances of one parameter at one value, in B data sets at once.
+
+    The profile interval of a data set covers the value where ``|zeta|`` is at most the normal quantile, so that the
+    coverage of a simulation study needs no interval's ends.
+
+    Args:
+        stats: of B responses of one design, or of B data sets.
+        est: their ML estimates, ``estimate_many(stats, reml=False)``.
+        held: the parameter. Of a term with independent effects there are no correlations.
+        value: ``(B,)`` or one for all; in the parameter's range, a correlation's ends and an sd of 0 among it.
+
+    Returns:
+        zeta ``(B,)``, 0 where the parameter is undefined, as a correlation beside a variance of zero is; and whether
+        the fit and the search converged ``(B,)``.
+
+    Raises:
+        ValueError: the model has no profiles here.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> from mixjax.inference.random.held_parameter import Held, value_of
+        >>> from mixjax.inference.random.profile import zeta_of_many
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.zeros(12), X=np.ones((12, 1)), terms=(term,))
+        >>> stats = mj.cross_products(design, np.random.default_rng(0).normal(size=(100, 12)))
+        >>> zeta, converged = zeta_of_many(stats, mj.estimate_many(stats, reml=False), Held("sigma"), 1.0)
+        >>> bool(converged.all()), bool(80 <= (abs(zeta) < 1.96).sum() <= 100)
+        (True, True)
+    """
+    reason = profile_search.refusal(stats)
+    if reason:
+        raise ValueError(f"no profiles for this model: {reason}")
+    theta, sigma, least = (np.asarray(a) for a in (est.theta, est.sigma, est.criterion))
+    found = profile_search.minimise_many(stats, theta, sigma, held, value)
+    rise, converged = found.deviance - least, found.converged
+    at = profile_search.estimates_start(theta, sigma, stats.layout.qs)
+    estimate = value_of(held, stats, at, np.asarray(est.beta))
+    if held.kind == "cor":
+        # As one of the two variances vanishes its correlation may be anything.
+        for effect in (held.i, held.j):
+            end = profile_search.minimise_many(stats, theta, sigma, Held("sd", held.term, effect), 0.0)
+            cap = end.deviance - least
+            converged = np.where(cap < rise, end.converged, converged)
+            rise = np.minimum(rise, cap)
+        rise = np.where(np.isnan(estimate), 0.0, rise)
+    zeta = np.sign(value - np.where(np.isnan(estimate), value, estimate)) * np.sqrt(np.maximum(rise, 0.0))
+    return zeta, converged & np.asarray(est.converged) & np.isfinite(rise)
+
+
+def _curves(fitted: Fitted) -> list[_Curve]:
+    variance = variance_parameters(fitted)
+    curves = []
+    n = 0
+    for t, term in enumerate(fitted.labels.terms):
+        unit = np.sqrt((np.asarray(fitted.stats.Z_bases[t].R_inv) ** 2).sum(1)) * float(fitted.estimates.sigma)
+        q = len(term.effects)
+        diagonal = fitted.stats.layout.structures[t].k == q and q > 1
+        for column in range(q):
+            for row in range(column, q):
+                estimate, se, name = variance.estimate[n], variance.std_error[n], variance.names[n]
+                n += 1
+                if row == column:
+                    step = se if np.isfinite(se) else 0.1 * unit[row]
+                    curves.append(_Curve(name, Held("sd", t, row), float(estimate), 0.0, np.inf, float(step)))
+                elif not diagonal:
+                    step = se if np.isfinite(se) else 0.1
+                    curves.append(
+                        _Curve(name, Held("cor", t, row, column), float(np.clip(estimate, -1, 1)), -1.0, 1.0, step)
+                    )
+    sigma, se = float(fitted.estimates.sigma), variance.std_error[-1]
+    curves.append(_Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
+    errors = np.sqrt(np.diag(fitted.estimates.vcov))
+    for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):
+        value = float(fitted.estimates.beta[j])
+        curves.append(_Curve(name, Held("fixed", i=j), value, -np.inf, np.inf, float(errors[j])))
+    return curves
+
+
+def profile(fitted: Fitted, parm: Any = None) -> Profile:
+    """Profile the ML deviance; see :class:`Profile`.
+
+    Args:
+        fitted: a REML fit is refitted by maximum likelihood, and ``notes`` says so.
+        parm: parameters by name, also as in lme4 (``.sig01``); None for all.
+
+    Raises:
+        ValueError: an unknown name; a model for which this is not written.
+    """
+    return Profile(fitted, parm)

@@ -1,0 +1,169 @@
+"""How much of the variance lies where."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import block_diag
+
+from mixjax.covariance import rank_tolerance, split_theta, triangle
+from mixjax.fitted.record import Fitted
+
+
+class Components(NamedTuple):
+    """Variances of the linear predictor's parts, absolute.
+
+    Attributes:
+        fixed: of the fixed effects' predictions over the rows. random: per random term its mean over the rows.
+        residual: ``sigma^2``.
+    """
+
+    fixed: float
+    random: np.ndarray
+    residual: float
+
+
+def components(fitted: Fitted) -> Components:
+    """Where the variance lies.
+
+    That of a random term is its mean over the rows, ``mean_i z_i' Sigma z_i`` (Johnson 2014, Methods Ecol. Evol. 5,
+    944, eq. 10); for random intercepts that is the intercept variance itself. That of the fixed effects is the variance
+    of their predictions (Nakagawa, Johnson & Schielzeth 2017, J. R. Soc. Interface 14, eq. 2.5).
+    """
+    X = np.asarray(fitted.design.X)
+    random = [
+        np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z).mean()
+        for term, Sigma in zip(fitted.design.terms, fitted.estimates.Sigma, strict=True)
+    ]
+    # Differences from a row: of a constant column nothing is left, not its rounding.
+    fixed = float(np.var((X - X[0]) @ fitted.estimates.beta, ddof=1)) if X.shape[1] else 0.0
+    return Components(fixed, np.array(random), float(fitted.estimates.sigma) ** 2)
+
+
+def icc(fitted: Fitted, by_group: bool = False) -> pd.Series:
+    """Intraclass correlation: the share of variance that lies between groups, see :func:`components`.
+
+    Args:
+        by_group: one for every grouping factor: the variance of its terms / (random + residual).
+
+    Returns:
+        Series with ``adjusted``: random / (random + residual), and ``unadjusted``: with the variance of the fixed
+        effects in the denominator. By group: a Series over grouping factors, which add up to ``adjusted``.
+    """
+    fixed, random, residual = components(fitted)
+    total = random.sum() + residual
+    if by_group:
+        groups = [term.group for term in fitted.labels.terms]
+        return (pd.Series(random, index=groups).groupby(level=0, sort=False).sum() / total).rename("icc")
+    return pd.Series({"adjusted": random.sum() / total, "unadjusted": random.sum() / (total + fixed)}, name="icc")
+
+
+def r2(fitted: Fitted) -> pd.Series:
+    """Shares of explained variance (Nakagawa & Schielzeth 2013, Methods Ecol. Evol. 4, 133, eqs. 26, 30).
+
+    Returns:
+        Series with ``marginal``: fixed / (fixed + random + residual), and ``conditional``: (fixed + random) / the same;
+        see :func:`components`.
+    """
+    fixed, random, residual = components(fitted)
+    total = fixed + random.sum() + residual
+    return pd.Series({"marginal": fixed / total, "conditional": (fixed + random.sum()) / total}, name="r2")
+
+
+def shares(fitted: Fitted) -> pd.DataFrame:
+    """What part of the variance each part of the model makes, see :func:`components`.
+
+    Returns:
+        DataFrame with one row per random term, then ``residual``, then ``fixed``: columns ``component`` (``"random"``,
+        ``"residual"``, ``"fixed"``), ``group`` and ``effects`` (of a random term, else empty), ``variance`` (absolute)
+        and ``share`` (of their sum). The share of ``fixed`` is the marginal R2; without it, ``share`` of the random
+        terms over that of random and residual is the adjusted ICC.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.random.variance import shares
+        >>> fit = mj.lmm("strength ~ 1 + (1 | batch/cask)", mj.datasets.load("Pastes"))
+        >>> shares(fit.record)[["component", "group", "share"]].round(3)
+          component       group  share
+        0    random  cask:batch  0.783
+        1    random       batch  0.154
+        2  residual              0.063
+        3     fixed              0.000
+    """
+    fixed, random, residual = components(fitted)
+    terms = fitted.labels.terms
+    variance = np.array([*random, residual, fixed])
+    return pd.DataFrame(
+        {
+            "component": [*["random"] * len(terms), "residual", "fixed"],
+            "group": [*(term.group for term in terms), "", ""],
+            "effects": [*(", ".join(term.effects) for term in terms), "", ""],
+            "variance": variance,
+            "share": variance / variance.sum(),
+        }
+    )
+
+
+def principal_components(fitted: Fitted) -> dict[str, pd.DataFrame]:
+    """Principal components of the random effects' covariance: how many dimensions do the data support?
+
+    One frame per grouping factor, all its terms side by side, as lme4's ``rePCA`` (Bates, Kliegl, Vasishth & Baayen
+    2015, arXiv 1506.04967), one row per component, largest first. Standard deviations are relative to sigma. Each of
+    the two analyses has three columns:
+
+    * ``std_dev``, ``share``, ``cumulative``: of the relative covariance ``Lambda Lambda'`` itself, what ``rePCA``
+      shows. These depend on the units of Z's columns: with time in hours instead of days, slopes seem to need no
+      dimension of their own.
+    * ``row_std_dev``, ``row_share``, ``row_cumulative``: of what the effects do to the rows, the covariance seen in
+      an orthonormal basis of Z, ``K Lambda Lambda' K'`` with ``K'K = Z'WZ / n``. Free of units: with unstructured
+      covariances the same for all columns of the same span. Squares add up to the mean over rows of the variance that
+      the factor gives to a row, relative to the row's residual variance; shares say what a dimension is worth.
+
+    ``needed`` is False for components that are zero up to rounding, in any units. Where some are, the fit is singular
+    and the random part has more parameters than the data can tell apart: as many dimensions are needed as rows say
+    True, and fewer may do where ``row_cumulative`` is near 1 early.
+
+    Returns:
+        dict group -> DataFrame. Shares are NaN where there is no variance at all.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.inference.random.variance import principal_components
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> principal_components(fit.record)["Subject"][["std_dev", "share", "row_std_dev", "row_share"]].round(3)
+             std_dev  share  row_std_dev  row_share
+        PC1    0.967  0.946        1.557      0.935
+        PC2    0.231  0.054        0.412      0.065
+    """
+    layout = fitted.stats.layout
+    lambdas = []
+    for theta, q in zip(split_theta(fitted.estimates.theta, layout.qs), layout.qs, strict=True):
+        Lambda = np.zeros((q, q))
+        Lambda[triangle(q)] = theta
+        lambdas.append(Lambda)
+    result = {}
+    for group in dict.fromkeys(term.group for term in fitted.labels.terms):
+        ts = [t for t, term in enumerate(fitted.labels.terms) if term.group == group]
+        places = [layout.terms[t] for t in ts]
+        own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
+        products = np.asarray(fitted.stats.factors[places[0].factor].ZZ).sum(2)[np.ix_(own, own)] / fitted.nobs
+        sizes, vectors = np.linalg.eigh(products)
+        K = np.sqrt(np.maximum(sizes, 0.0))[:, None] * vectors.T
+        in_basis = block_diag(*(fitted.stats.Z_bases[t].R @ lambdas[t] for t in ts))
+        sd = np.linalg.svd(block_diag(*(lambdas[t] for t in ts)), compute_uv=False)
+        row_sd = np.linalg.svd(K @ in_basis, compute_uv=False)
+        with np.errstate(invalid="ignore"):
+            share, row_share = sd**2 / (sd**2).sum(), row_sd**2 / (row_sd**2).sum()
+        columns = {
+            "std_dev": sd,
+            "share": share,
+            "cumulative": share.cumsum(),
+            "row_std_dev": row_sd,
+            "row_share": row_share,
+            "row_cumulative": row_share.cumsum(),
+            "needed": row_sd > rank_tolerance(np.float64) * row_sd[0],
+        }
+        result[group] = pd.DataFrame(columns, index=[f"PC{i + 1}" for i in range(len(sd))])
+    return result

@@ -1,0 +1,1 @@
+"""Simulated populations: variables described once, drawn by key."""

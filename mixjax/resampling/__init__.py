@@ -1,0 +1,1 @@
+"""Replicates: drawn, refitted, counted; bootstrap and its intervals."""
