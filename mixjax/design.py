@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixjax.covariance import structure_of
+from mixjax.covariance import Structure, structure_of
 from mixjax.machine import is_concrete
 
 # A numpy array outside JAX's transformations, a JAX array or tracer inside.
@@ -27,14 +27,14 @@ class RandomTerm:
         Z: ``(n, q)``, one column per effect.
         group: ``(n,)`` integers ``0 .. n_groups - 1``, the level of every row.
         n_groups: number of levels; static, because it is a shape.
-        structure: name of the covariance structure of a level's effects; static. "us": unstructured. "diag":
-            uncorrelated. "homcs": one variance and one correlation. See :mod:`mixjax.covariance`.
+        structure: covariance structure of a level's effects, by name or itself; static. "us": unstructured. "diag":
+            uncorrelated. "homcs": one variance and one correlation. See :mod:`mixjax.covariance.structures`.
     """
 
     Z: AnyArray
     group: AnyArray
     n_groups: int
-    structure: str = "us"
+    structure: str | Structure = "us"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Design:
     terms: tuple[RandomTerm, ...]
     weights: AnyArray | None = None
     offset: AnyArray | None = None
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The covariance structure of every term."""
+        return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in self.terms)
 
 
 class Chunk(NamedTuple):

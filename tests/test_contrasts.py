@@ -19,7 +19,7 @@ from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import fit as fit_engine
 from mixjax.fitted.information import information
-from mixjax.fitted.parameters import _natural_with_slopes, select, variance_parameters
+from mixjax.fitted.parameters import _natural_with_slopes, select
 from mixjax.inference.fixed import contrasts
 from mixjax.inference.fixed import kenward_roger as kr
 from mixjax.inference.fixed.contrasts import FixedEffects, f_test, t_tests
@@ -230,11 +230,11 @@ def test_standard_deviations_and_correlations_have_the_slopes_of_automatic_diffe
 
     def natural(at):
         sigma, values = jnp.exp(at[-1]), []
-        for basis, F in zip(stats.Z_bases, factors_of(at[:-1], structures), strict=True):
+        for basis, s, F in zip(stats.Z_bases, structures, factors_of(at[:-1], structures), strict=True):
             D = (basis.R_inv @ F) @ (basis.R_inv @ F).T
             sd = jnp.sqrt(jnp.diagonal(D))
-            for row, column in zip(*triangle(len(D)), strict=True):
-                values.append(sigma * sd[row] if row == column else D[row, column] / (sd[row] * sd[column]))
+            for kind, i, j, _ in s.natural:
+                values.append(sigma * sd[i] if kind == "sd" else D[i, j] / (sd[i] * sd[j]))
         return jnp.stack([*values, sigma])
 
     x = np.random.default_rng(3).normal(size=stats.layout.k)
@@ -415,7 +415,7 @@ def test_standard_errors_of_variances_in_a_balanced_layout():
 
 def test_on_the_boundary_there_is_no_wald_interval():
     fit = fit_of("dyestuff2", "REML")
-    assert np.isnan(variance_parameters(fit.record).std_error[0])
+    assert np.isnan(fit.record.variance_parameters.std_error[0])
     with pytest.warns(mj.InferenceWarning, match=r"sd_Intercept\|Batch"):
         frame = wald_intervals(fit.record)
     assert frame["lower"].isna().tolist() == [True, False, False]

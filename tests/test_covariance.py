@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.optimize
 from conftest import fit_of, table
+from dense import covariance as dense_covariance
 from dense import criterion as dense_criterion
 from dense import loglik as dense_loglik
 from refits import fit_at_once
@@ -390,3 +391,83 @@ def test_coordinates_of_another_kind_are_left_alone():
         np.testing.assert_array_equal(reduced[Q], x[Q])
         assert np.asarray(free)[Q].all()
         assert (np.asarray(reduced[:Q]) == 0).sum() == (LANES if c == 0 else 0)
+
+
+@ALL
+def test_natural_parameters_are_those_of_the_covariance(name):
+    """Their values at any coordinates, their slopes by differences, and as many as there are coordinates."""
+    s = cov.structure_of(name, Q)
+    assert len(s.natural) == s.k
+    x = np.asarray(lanes_of(s))[:, 0]
+    names = [parameter.name("abc", "g") for parameter in s.natural]
+    assert len(set(names)) == len(names)
+    D = np.asarray(s.factor(x)) @ np.asarray(s.factor(x)).T
+    sd = np.sqrt(np.diag(D))
+    for parameter in s.natural:
+        wanted = {"sd": sd, "cor": (D / np.outer(sd, sd))[np.tril_indices(Q, -1)]}[parameter.kind]
+        own = (
+            sd[parameter.i]
+            if parameter.kind == "sd"
+            else D[parameter.i, parameter.j] / sd[parameter.i] / sd[parameter.j]
+        )
+        assert own in wanted
+        if parameter.shared:
+            np.testing.assert_allclose(wanted, own, rtol=1e-12)
+    if not s.correlated:
+        np.testing.assert_array_equal(D, np.diag(np.diag(D)))
+
+
+@ALL
+def test_every_table_has_the_same_variance_parameters(name):
+    data = table("Machines")
+    fit = mj.lmm(f"score ~ Machine + {name}(0 + Machine | Worker)", data)
+    names = list(fit.variance_parameters().index)
+    assert len(names) == fit.npar - 3
+    many = fit.refit_many(np.stack([data["score"], data["score"] * 2]))
+    assert list(many.sdcor) == names
+    np.testing.assert_allclose(many.sdcor.iloc[0], fit.variance_parameters()["estimate"], rtol=1e-6)
+    assert list(fit.bootstrap(1, 5).replicates)[: len(names)] == names
+    assert list(fit.confint(method="wald").index)[: len(names)] == names
+    truth = mj.scenario(fit.labels.formula, data, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma).truth
+    assert set(truth) == {*fit.fixef.index, *names}
+    for parameter, value in fit.variance_parameters()["estimate"].items():
+        assert truth[parameter] == pytest.approx(value, rel=1e-9)
+
+
+@OTHERS
+def test_standard_errors_of_natural_parameters(name):
+    """The delta method against differences of the deviance by the natural parameters themselves."""
+    record = mj.lmm(f"score ~ Machine + {name}(0 + Machine | Worker)", table("Machines")).record
+    (s,), found = record.stats.layout.structures, record.covariance_of_all()
+    k = s.k + 1
+
+    def deviance(natural):
+        sd = np.full(Q, natural[0]) if s.k == 2 else natural[:Q]
+        rho = natural[1] if s.k == 2 else 0.0
+        Sigma = np.outer(sd, sd) * np.where(np.eye(Q, dtype=bool), 1.0, rho)
+        V, X = dense_covariance(record.design, [Sigma], natural[-1]), record.design.X
+        VX = np.linalg.solve(V, X)
+        r = record.design.y - X @ np.linalg.solve(X.T @ VX, VX.T @ record.design.y)
+        return np.linalg.slogdet(V)[1] + np.linalg.slogdet(X.T @ VX)[1] + r @ np.linalg.solve(V, r)
+
+    at, steps = found.estimate[:k], 1e-3 * np.abs(found.estimate[:k])
+    H = np.empty((k, k))
+    for i in range(k):
+        for j in range(k):
+            e, f = np.eye(k)[i] * steps, np.eye(k)[j] * steps
+            corners = [deviance(at + a * e + b * f) * a * b for a in (1, -1) for b in (1, -1)]
+            H[i, j] = sum(corners) / (4 * steps[i] * steps[j])
+    np.testing.assert_allclose(
+        found.covariance[:k, :k], 2 * np.linalg.inv(H), rtol=2e-4, atol=1e-6 * np.abs(found.covariance[:k, :k]).max()
+    )
+    assert found.free.all()
+    np.testing.assert_array_equal(found.covariance[k:, :k], 0.0)
+
+
+def test_a_structure_may_be_given_itself():
+    design = design_of("homcs")
+    itself = replace(design.terms[0], structure=cov.HomogeneousCompoundSymmetry(Q))
+    a, b = (mj.estimate(mj.cross_products(d)) for d in (design, replace(design, terms=(itself,))))
+    np.testing.assert_array_equal(a.theta, b.theta)
+    with pytest.raises(ValueError, match="is a structure of 2 effects, but the term has 3"):
+        mj.cross_products(replace(design, terms=(replace(itself, structure=cov.Diagonal(2)),)))

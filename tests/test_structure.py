@@ -35,7 +35,7 @@ ASKED = {
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
-        "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors", "LOWEST",
+        "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
     },
 }  # fmt: skip
 CORE = (

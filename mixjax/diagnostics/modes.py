@@ -7,17 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from mixjax.covariance import lambdas_of_theta
-from mixjax.design import Labels
 from mixjax.engine.modes import conditional_covariances
+from mixjax.fitted.names import terms_of_group
 from mixjax.fitted.record import Fitted
-
-
-def terms_of_group(labels: Labels) -> dict[str, list[int]]:
-    """Grouping factor -> its terms."""
-    terms: dict[str, list[int]] = {}
-    for t, term in enumerate(labels.terms):
-        terms.setdefault(term.group, []).append(t)
-    return terms
 
 
 def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:

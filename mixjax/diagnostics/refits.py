@@ -138,5 +138,5 @@ def entry_names(fitted: Fitted, names: list[str], diagonal: str, below: str) -> 
             own = row == column
             pair = term.effects[row] if own else f"{term.effects[row]}.{term.effects[column]}"
             entries.append(f"{diagonal if own else below}_{pair}|{group}")
-            varies.append(own or not isinstance(structure, cov.Diagonal))
+            varies.append(own or structure.correlated)
     return entries, np.array(varies)

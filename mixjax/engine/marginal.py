@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mixjax.covariance import Structure, structure_of
+from mixjax.covariance import Structure
 from mixjax.design import AnyArray, Design
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.elimination import arrange, eliminate
@@ -75,9 +75,7 @@ def check_shapes(params: MarginalParams, stats: CrossProducts) -> None:
 
 def structures_of(design: Design | CrossProducts) -> tuple[Structure, ...]:
     """The covariance structure of every random term."""
-    if isinstance(design, CrossProducts):
-        return design.layout.structures
-    return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in design.terms)
+    return design.layout.structures if isinstance(design, CrossProducts) else design.structures
 
 
 @jit

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
+from mixjax.covariance import LOWEST
 from mixjax.design import AnyArray
 from mixjax.engine.criterion import in_bases, warn_of_float32
 from mixjax.engine.engine import AtOnce, Engine
@@ -18,7 +19,7 @@ from mixjax.engine.moments import Moments
 from mixjax.estimation import search
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import OwnFactors, own_factors, result_code
-from mixjax.estimation.start import LOWEST, minque_start, moment_start
+from mixjax.estimation.start import minque_start, moment_start
 from mixjax.machine import Array, compiled, namespace
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result

@@ -18,12 +18,13 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.covariance import LOWEST
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import Moments, RowSums
 from mixjax.estimation import search
 from mixjax.estimation.search import Search, own_factors, result_code
-from mixjax.estimation.start import LOWEST, minque_start
+from mixjax.estimation.start import minque_start
 from mixjax.machine import Array
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 

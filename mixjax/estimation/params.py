@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
@@ -53,7 +52,7 @@ def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> M
     qs = [Sigma.shape[-1] for Sigma in est.Sigma]
     structures = _structures(design, qs)
     parts = cov.split_theta(jnp.asarray(est.theta), tuple(qs))
-    chol = [s.logarithms(_coordinates(s, est.sigma * part)) for s, part in zip(structures, parts, strict=True)]
+    chol = [s.logarithms(s.of_theta(est.sigma * part)) for s, part in zip(structures, parts, strict=True)]
     return MarginalParams(jnp.asarray(est.beta), jnp.log(est.sigma), tuple(chol))
 
 
@@ -84,18 +83,7 @@ def _structures(design: Design | CrossProducts | None, qs: Sequence[int] | None)
     return tuple(map(cov.Unstructured, qs or ()))
 
 
-def _coordinates(structure: cov.Structure, triangle: Array) -> Array:
-    """Coordinates ``(k,)``, exactly zero where they are up to rounding, of a covariance by the triangle of a factor."""
-    if isinstance(structure, cov.Unstructured):
-        return triangle
-    x = structure.near(cov.lambda_of_theta(triangle, structure.q))
-    if structure.scaling != "common":  # effects on scales of their own
-        return x
-    deviation = np.isin(np.arange(structure.k), structure.deviations)
-    return jnp.where(deviation & (jnp.abs(x) <= cov.rank_tolerance(x.dtype) * jnp.abs(x).max()), 0.0, x)
-
-
 def _lower(structure: cov.Structure, F: Array) -> Array:
-    if isinstance(structure, cov.Unstructured | cov.Diagonal):
+    if structure.is_lower:
         return F
     return decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))

@@ -6,14 +6,11 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import decompositions, linalg
-from mixjax.covariance import pairs_of
+from mixjax.covariance import HIGHEST, LOWEST, pairs_of
 from mixjax.engine.curvature import minque_equations
 from mixjax.engine.moments import Moments
 from mixjax.machine import Array, namespace, set_at
 from mixjax.products.sums import CrossProducts
-
-# Limits of the standard deviation ratios that a start may have, in the basis of Z. Zero would be a stationary point.
-LOWEST, HIGHEST = 0.1, 100.0
 
 
 def minque_start(moments: Moments) -> Array:

@@ -410,4 +410,4 @@ class LMMFit(Inferring, Diagnosing):
             raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")
         check_options(self.reml if reml is None else reml, None)
         est = self._fitted.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), reml, engine, chunk)
-        return BatchFit(est, self.labels.fixed, tuple(zip(term_names(self.labels), self.labels.terms, strict=True)))
+        return BatchFit(est, self.labels, self.stats.layout.structures)

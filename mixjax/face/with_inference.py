@@ -235,7 +235,7 @@ class Inferring:
 
         NaN on the boundary.
         """
-        found = parameters.variance_parameters(self.record)
+        found = self.record.variance_parameters
         columns = {"estimate": found.estimate, "std_error": found.std_error}
         return pd.DataFrame(columns, index=pd.Index(found.names, name="parameter"))
 

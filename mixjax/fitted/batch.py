@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixjax.design import TermLabels
+from mixjax.covariance import Structure
+from mixjax.design import Labels
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted.names import by_effect, names_apart
+from mixjax.fitted.names import by_effect, names_apart, names_of_variances, terms_of_group
 from mixjax.optimise.results import Result
 
 
@@ -23,13 +24,12 @@ class BatchFit:
 
     Attributes:
         estimates: arrays with a leading axis B, see :class:`mixjax.Estimates`.
-        fixed: names of the fixed effects.
-        terms: (name, labels) of every random term.
+        labels: names. structures: of the covariances, one per term.
     """
 
     estimates: Estimates
-    fixed: tuple[str, ...]
-    terms: tuple[tuple[str, TermLabels], ...]
+    labels: Labels
+    structures: tuple[Structure, ...]
 
     def __len__(self) -> int:
         return len(self.estimates.result)
@@ -37,13 +37,13 @@ class BatchFit:
     @property
     def fixef(self) -> pd.DataFrame:
         """Fixed effects ``(B, p)``."""
-        return pd.DataFrame(self.estimates.beta, columns=list(self.fixed))
+        return pd.DataFrame(self.estimates.beta, columns=list(self.labels.fixed))
 
     @property
     def se(self) -> pd.DataFrame:
         """Standard errors of the fixed effects ``(B, p)``, the covariances of the random effects taken as known."""
         diagonal = np.diagonal(self.estimates.vcov, axis1=1, axis2=2)
-        return pd.DataFrame(np.sqrt(diagonal), columns=list(self.fixed))
+        return pd.DataFrame(np.sqrt(diagonal), columns=list(self.labels.fixed))
 
     @property
     def sigma(self) -> pd.Series:
@@ -57,15 +57,8 @@ class BatchFit:
         Columns ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``. A correlation with an effect of
         zero variance is NaN.
         """
-        columns = {}
-        for (name, term), Sigma in zip(self.terms, self.estimates.Sigma, strict=True):
-            sd = np.sqrt(np.diagonal(Sigma, axis1=1, axis2=2))
-            for j, effect in enumerate(term.effects):
-                columns[f"sd_{effect}|{name}"] = sd[:, j]
-                for i in range(j + 1, len(term.effects)):
-                    with np.errstate(invalid="ignore", divide="ignore"):
-                        cor = Sigma[:, i, j] / (sd[:, i] * sd[:, j])
-                    columns[f"cor_{term.effects[i]}.{effect}|{name}"] = cor
+        variances = names_of_variances(self.labels, self.structures)
+        columns = {parameter.name: parameter.value(self.estimates.Sigma) for parameter in variances}
         return pd.DataFrame({**columns, "sigma": self.estimates.sigma})
 
     def ranef(self) -> dict[str, pd.DataFrame]:
@@ -77,12 +70,11 @@ class BatchFit:
         if self.estimates.b is None:
             raise ValueError("the random effects were not kept; ask for them by refit_many(Y, ranef=True)")
         found = {}
-        for group in dict.fromkeys(term.group for _, term in self.terms):
-            mine = [t for t, (_, term) in enumerate(self.terms) if term.group == group]
-            levels = list(self.terms[mine[0]][1].levels)
+        for group, mine in terms_of_group(self.labels).items():
+            levels = list(self.labels.terms[mine[0]].levels)
             b = np.concatenate([self.estimates.b[t] for t in mine], axis=2)
             index = pd.MultiIndex.from_product([range(len(self)), levels], names=["replicate", "level"])
-            effects = [effect for t in mine for effect in self.terms[t][1].effects]
+            effects = [effect for t in mine for effect in self.labels.terms[t].effects]
             found[group] = pd.DataFrame(b.reshape(-1, b.shape[2]), index, effects)
         return found
 
@@ -148,7 +140,7 @@ class BatchFit:
             ],
             axis=1,
         )
-        names = names_apart(self.fixed, others.columns)
+        names = names_apart(self.labels.fixed, others.columns)
         errors = [f"se_{name}" for name in names]
         return pd.concat([self.fixef.set_axis(names, axis=1), self.se.set_axis(errors, axis=1), others], axis=1)
 

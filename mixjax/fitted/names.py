@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError
+from mixjax.covariance import NaturalParameter, Structure
 from mixjax.design import Labels
 from mixjax.formula.table import row_values
 
@@ -18,6 +19,50 @@ def term_names(labels: Labels) -> list[str]:
     groups = [term.group for term in labels.terms]
     earlier = [groups[:t].count(group) for t, group in enumerate(groups)]
     return [f"{group}.{k}" if k else group for group, k in zip(groups, earlier, strict=True)]
+
+
+def terms_of_group(labels: Labels) -> dict[str, list[int]]:
+    """Grouping factor -> its terms."""
+    terms: dict[str, list[int]] = {}
+    for t, term in enumerate(labels.terms):
+        terms.setdefault(term.group, []).append(t)
+    return terms
+
+
+class VarianceParameter(NamedTuple):
+    """A standard deviation or a correlation of random effects.
+
+    Attributes:
+        name: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, as ``confint()`` and others call it.
+        term: number of the random term. natural: which of its structure's.
+    """
+
+    name: str
+    term: int
+    natural: NaturalParameter
+
+    @property
+    def kind(self) -> str:
+        """``"sd"`` or ``"cor"``."""
+        return self.natural.kind
+
+    def value(self, Sigma: Sequence[np.ndarray]) -> np.ndarray:
+        """Value ``(...)`` at covariances ``(..., q, q)`` of all terms; NaN of a correlation beside a zero variance."""
+        own, i, j = np.asarray(Sigma[self.term]), self.natural.i, self.natural.j
+        variances = np.diagonal(own, axis1=-2, axis2=-1)
+        if self.kind == "sd":
+            return np.sqrt(variances[..., i])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
+
+
+def names_of_variances(labels: Labels, structures: Sequence[Structure]) -> tuple[VarianceParameter, ...]:
+    """The parameters of the random effects' covariances, term by term, in the order of every table; sigma follows."""
+    return tuple(
+        VarianceParameter(natural.name(term.effects, group), t, natural)
+        for t, (group, term, structure) in enumerate(zip(term_names(labels), labels.terms, structures, strict=True))
+        for natural in structure.natural
+    )
 
 
 def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True) -> np.ndarray:

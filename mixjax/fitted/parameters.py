@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mixjax import covariance as cov
-from mixjax.fitted.names import term_names
-from mixjax.fitted.record import Fitted
+from mixjax.design import Labels
+from mixjax.fitted.information import Information
+from mixjax.fitted.names import names_of_variances
 from mixjax.machine import silently
 from mixjax.products.sums import CrossProducts
 
@@ -24,61 +25,81 @@ class VarianceParameters:
         names: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``; of every term column by column of
             the lower triangle, as in lme4.
         kinds: ``"sd"``, ``"cor"`` or ``"sigma"`` of each.
-        estimate: ``(k,)`` absolute. std_error: ``(k,)``; NaN on the boundary, and where the Hessian is not positive
-            definite.
+        estimate: ``(k,)`` absolute. covariance: ``(k, k)`` of them, asymptotic; NaN on the boundary, and where the
+            Hessian is not positive definite.
+        free: ``(k,)`` False on the boundary.
     """
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
     estimate: np.ndarray
-    std_error: np.ndarray
+    covariance: np.ndarray
+    free: np.ndarray
+
+    @property
+    def std_error(self) -> np.ndarray:
+        """``(k,)``; NaN where the covariance is."""
+        return np.sqrt(self.covariance.diagonal())
 
 
-def variance_parameters(fitted: Fitted) -> VarianceParameters:
+class AllParameters(NamedTuple):
+    """Every parameter of a fit with the joint covariance of its estimates.
+
+    Attributes:
+        names: variance parameters, then fixed effects. estimate: ``(k + p,)``.
+        covariance: ``(k + p, k + p)``; NaN where a parameter is not free.
+        free: ``(k + p,)`` False where a variance is zero or a correlation at its bound.
+    """
+
+    names: tuple[str, ...]
+    estimate: np.ndarray
+    covariance: np.ndarray
+    free: np.ndarray
+
+
+def variance_parameters(labels: Labels, stats: CrossProducts, info: Information, sigma: float) -> VarianceParameters:
     """Estimates with delta-method standard errors from the exact Hessian of the criterion that was minimised."""
-    info = fitted.information
-    names, kinds = [], []
-    for group, term in zip(term_names(fitted.labels), fitted.labels.terms, strict=True):
-        for row, column in zip(*cov.triangle(len(term.effects)), strict=True):
-            is_sd = row == column
-            pair = term.effects[row] if is_sd else f"{term.effects[row]}.{term.effects[column]}"
-            names.append(f"{'sd' if is_sd else 'cor'}_{pair}|{group}")
-            kinds.append("sd" if is_sd else "cor")
+    parameters = names_of_variances(labels, stats.layout.structures)
+    kinds = (*(parameter.kind for parameter in parameters), "sigma")
     with silently():
-        values, slopes = _natural_with_slopes(info.x, float(fitted.estimates.sigma), fitted.stats)
-        variances = np.einsum("ij,jk,ik->i", slopes, info.covariance, slopes)
-        std_error = np.sqrt(np.where(info.regular, variances, np.nan))
-    kinds.append("sigma")
+        values, slopes = _natural_with_slopes(info.x, sigma, stats)
+        covariance = slopes @ info.covariance @ slopes.T
     is_cor = np.array(kinds) == "cor"
-    inside = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0)
-    return VarianceParameters((*names, "sigma"), tuple(kinds), values, np.where(inside, std_error, np.nan))
+    free = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0) & np.isfinite(covariance.diagonal())
+    covariance = np.where(free & free[:, None] & info.regular, covariance, np.nan)
+    names = (*(parameter.name for parameter in parameters), "sigma")
+    return VarianceParameters(names, kinds, values, covariance, free)
 
 
 def _natural_with_slopes(x: np.ndarray, sigma: float, stats: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations, correlations and sigma, and their derivatives by the coordinates and log sigma."""
     layout = stats.layout
-    values, slopes, start = [np.atleast_1d(sigma)], np.zeros((sum(map(cov.n_theta, layout.qs)) + 1, len(x) + 1)), 0
-    parts = zip(stats.Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True)
-    own = slopes[:-1]
-    for basis, structure, part in parts:
-        rows, columns = cov.triangle(structure.q)
+    n = sum(len(structure.natural) for structure in layout.structures)
+    values, slopes = np.full(n + 1, sigma), np.zeros((n + 1, len(x) + 1))
+    row, start = 0, 0
+    for basis, structure, part in zip(stats.Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True):
         F = basis.R_inv @ structure.factor(part)
         D = F @ F.T
+        a, b = np.array(cov.pairs_of(structure.q)).T
         moves = np.empty((structure.k, structure.q, structure.q))
-        moves[:, columns, rows] = moves[:, rows, columns] = structure.jacobian(part[:, None])[..., 0].T
+        moves[:, a, b] = moves[:, b, a] = structure.jacobian(part[:, None])[..., 0].T
         moves = basis.R_inv @ moves @ basis.R_inv.T
         sd = np.sqrt(D.diagonal())
         of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
-        is_sd, lengths = rows == columns, sd[rows] * sd[columns]
-        cor = D[rows, columns] / lengths
-        of_cor = moves[:, rows, columns] / lengths - cor * (of_sd / sd)[:, rows] - cor * (of_sd / sd)[:, columns]
-        found = np.where(is_sd, sigma * sd[rows], cor)
-        own[: len(rows), start : start + structure.k] = np.where(is_sd, sigma * of_sd[:, rows], of_cor).T
-        own[: len(rows), -1] = np.where(is_sd, found, 0.0)
-        values.insert(-1, found)
-        own, start = own[len(rows) :], start + structure.k
+        here = slice(start, start + structure.k)
+        for parameter in structure.natural:
+            i, j = parameter.i, parameter.j
+            if parameter.kind == "sd":
+                values[row] = slopes[row, -1] = sigma * sd[i]
+                slopes[row, here] = sigma * of_sd[:, i]
+            else:
+                values[row] = D[i, j] / (sd[i] * sd[j])
+                relative = of_sd[:, i] / sd[i] + of_sd[:, j] / sd[j]
+                slopes[row, here] = moves[:, i, j] / (sd[i] * sd[j]) - values[row] * relative
+            row += 1
+        start += structure.k
     slopes[-1, -1] = sigma
-    return np.concatenate(values), slopes
+    return values, slopes
 
 
 def select(parm: Any, names: Sequence[str], n_fixed: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import scipy.linalg
 
 from mixjax.bases import in_span
 from mixjax.checks import ConvergenceWarning, warn
@@ -20,6 +21,8 @@ from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates, estimate_with, fit
 from mixjax.estimation.many import estimate_many
 from mixjax.fitted.information import Information, information
+from mixjax.fitted.names import names_apart
+from mixjax.fitted.parameters import AllParameters, VarianceParameters, variance_parameters
 from mixjax.formula.checks import check_noise, check_varies
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
@@ -124,6 +127,22 @@ class Fitted:
     def information(self) -> Information:
         """Covariance of the variance parameters, and how that of beta moves with them; numpy arrays."""
         return self.engine.run(information, self.estimates.theta, self.estimates.sigma)
+
+    @cached_property
+    def variance_parameters(self) -> VarianceParameters:
+        """Standard deviations, correlations and sigma by name, with their asymptotic covariance."""
+        return variance_parameters(self.labels, self.stats, self.information, float(self.estimates.sigma))
+
+    def covariance_of_all(self) -> AllParameters:
+        """Variance parameters and fixed effects together; in a linear mixed model their estimates are asymptotically
+        independent."""
+        variance, est = self.variance_parameters, self.estimates
+        return AllParameters(
+            (*variance.names, *names_apart(self.labels.fixed, variance.names)),
+            np.concatenate([variance.estimate, est.beta]),
+            scipy.linalg.block_diag(variance.covariance, est.vcov),
+            np.concatenate([variance.free, np.ones(len(est.beta), bool)]),
+        )
 
     @cached_property
     def equations(self) -> Equations:

@@ -8,7 +8,6 @@ import pandas as pd
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.distributions import normal_quantile, t_quantile
 from mixjax.fitted.names import names_apart
-from mixjax.fitted.parameters import variance_parameters
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import FixedEffects
 
@@ -28,7 +27,7 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
         effects. NaN for parameters on the boundary.
     """
     check_level(level)
-    variance = variance_parameters(fitted)
+    variance = fitted.variance_parameters
     z = normal_quantile(0.5 + level / 2)
     estimate, se = variance.estimate, variance.std_error
     is_cor = np.array(variance.kinds) == "cor"

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_count, check_level, warn
-from mixjax.covariance import Diagonal
 from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted.batch import BatchFit
-from mixjax.fitted.names import names_apart, term_names
+from mixjax.fitted.names import names_apart
 from mixjax.fitted.record import Fitted
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
@@ -249,12 +248,9 @@ class _Statistic:
     def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: EngineName):
         self._reml, self._engine = fitted.reml, engine
         self._keep = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
-        self._labels, self._function = fitted.labels, function
+        self._labels, self._structures, self._function = fitted.labels, fitted.stats.layout.structures, function
         own = Estimates._make(getattr(fitted.estimates, f) if f in self._keep else None for f in Estimates._fields)
         if function is None:
-            # Zeros by the structure of a covariance are no estimates.
-            structures = [place.structure for place in fitted.stats.layout.terms]
-            self._diagonal = [isinstance(structure, Diagonal) for structure in structures]
             frame = self._parameters(jax.tree.map(lambda a: np.asarray(a)[None], own))
             self.names, values = tuple(frame), frame.to_numpy()[0]
         else:
@@ -281,17 +277,9 @@ class _Statistic:
         return _Refitted(values, est.singular, est.result)
 
     def _parameters(self, est: Estimates) -> pd.DataFrame:
-        batch = BatchFit(est, self._labels.fixed, tuple(zip(term_names(self._labels), self._labels.terms, strict=True)))
+        batch = BatchFit(est, self._labels, self._structures)
         frame = batch.sdcor
-        zero = [
-            f"cor_{row}.{column}|{name}"
-            for (name, term), diagonal in zip(batch.terms, self._diagonal, strict=True)
-            for row in term.effects
-            for column in term.effects
-            if diagonal
-        ]
-        frame = frame.drop(columns=zero, errors="ignore")
-        return pd.concat([frame, batch.fixef.set_axis(names_apart(batch.fixed, frame.columns), axis=1)], axis=1)
+        return pd.concat([frame, batch.fixef.set_axis(names_apart(self._labels.fixed, frame.columns), axis=1)], axis=1)
 
     def _flat(self, est: Estimates) -> jax.Array:
         leaves = named(self._function, self._function(est))  # type: ignore[misc]

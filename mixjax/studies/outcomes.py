@@ -23,7 +23,6 @@ from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.fitted.batch import BatchFit
-from mixjax.fitted.names import term_names
 from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.inference.random.likelihood_ratio import mixture_p
@@ -164,7 +163,7 @@ def _fitted(
         products = stack([cross_products(replace(d, y=y)) for d, y in zip(model.designs, Y, strict=True)])
     engine = _engine(task, products, mesh)
     est = estimate_many(products, task.reml, mesh=mesh, keep=(*KEEP, "Sigma"), engine=engine)
-    batch = BatchFit(est, labels.fixed, tuple(zip(term_names(labels), labels.terms, strict=True)))
+    batch = BatchFit(est, labels, products.layout.structures)
     lost = ~est.converged
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
     parameters = {**batch.fixef, **batch.sdcor}

@@ -14,7 +14,7 @@ import pandas as pd
 from mixjax.checks import DataError, DataWarning
 from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
-from mixjax.fitted.names import term_names
+from mixjax.fitted.names import names_of_variances, term_names
 from mixjax.fitted.record import record_of
 from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
@@ -67,13 +67,10 @@ class Scenario:
     def truth(self) -> dict[str, float]:
         """Parameter -> its value, by the names that a fit of the same formula has."""
         values = dict(zip(self.labels.fixed, map(float, self.beta), strict=True))
-        for name, term, Sigma in zip(term_names(self.labels), self.labels.terms, self.Sigma, strict=True):
-            sd = np.sqrt(np.diag(Sigma))
-            for j, effect in enumerate(term.effects):
-                values[f"sd_{effect}|{name}"] = float(sd[j])
-                for i in range(j + 1, len(sd)):
-                    if sd[i] > 0 and sd[j] > 0:
-                        values[f"cor_{term.effects[i]}.{effect}|{name}"] = float(Sigma[i, j] / (sd[i] * sd[j]))
+        for parameter in names_of_variances(self.labels, self.design.structures):
+            value = float(parameter.value(self.Sigma))
+            if not np.isnan(value):
+                values[parameter.name] = value
         return values | {"sigma": self.sigma}
 
     def on(self, data: Any) -> Scenario:
@@ -290,7 +287,7 @@ def scenario_of(fit: Any) -> Scenario:
          random effects and residual: sd_Intercept|Subject 37.124, sigma 30.991>
     """
     record = record_of(fit)
-    labels, design, est = record.labels, record.design, record.estimates
+    labels, design, est = record.labels, record.kept, record.estimates
     cure = "describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma)"
     if design is None or labels.frame is None or labels.state is None:
         raise DataError(f"the fit of {labels.formula!r} has no table, because its rows were not kept: {cure}")

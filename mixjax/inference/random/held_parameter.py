@@ -17,10 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax import covariance as cov
-from mixjax.covariance import Diagonal
+from mixjax.covariance import diagonal_positions
 from mixjax.design import AnyArray
-from mixjax.estimation.start import LOWEST
 from mixjax.products.sums import CrossProducts
 
 
@@ -96,29 +94,23 @@ def charts_of(stats: CrossProducts, held: Held, value: np.ndarray, start: Start)
     log_variance = np.full(B, np.nan)
     for t, (structure, basis) in enumerate(zip(stats.layout.structures, stats.Z_bases, strict=True)):
         R, R_inv, q = np.asarray(basis.R), np.asarray(basis.R_inv), structure.q
-        here, row, effects = held.term == t, np.zeros((B, q)), list(range(q))
-        if here and held.kind == "cor":
-            effects = [held.j, held.i, *(e for e in effects if e not in (held.i, held.j))]
-        elif here and held.kind == "sd":
-            effects = [held.i, *(e for e in effects if e != held.i)]
-        if isinstance(structure, Diagonal):
-            M, z, free, own = *_diagonal(R, start.factors[t]), held.i
-        else:
-            M, z, free = _triangular(R, start.factors[t], effects, value if here and held.kind == "cor" else None)
-            own = 0  # the effect stands first: its row has one entry
+        here, row = held.term == t, np.zeros((B, q))
+        is_cor = here and held.kind == "cor"
+        first = [held.j, held.i] if is_cor else [held.i] if here and held.kind == "sd" else []
+        chart = structure.chart(R, start.factors[t], first, value if is_cor else None)
+        M, z, free = chart.maps, chart.start, chart.free
         if here and held.kind == "sd":
             zero = value == 0
             row = np.where(zero[:, None], 0.0, R_inv[..., held.i, :])
             F = (M @ z[:, None, :, None])[..., 0]
             length = np.sqrt(((F * row[..., None]).sum(1) ** 2).sum(1))
-            z[:, own] *= np.where(zero, 0.0, value / sigma / np.where(zero, 1.0, length))
-            gone = np.arange(q) == held.i if isinstance(structure, Diagonal) else cov.triangle(q)[1] == 0
-            free = free & ~(zero[:, None] & gone)
+            z[:, chart.held] *= np.where(zero, 0.0, value / sigma / np.where(zero, 1.0, length))
+            free = free & ~(zero[:, None] & chart.vanishing)
             with np.errstate(divide="ignore"):
                 log_variance = np.where(zero, np.nan, 2 * np.log(value))
         maps.append(np.broadcast_to(M, (B, *M.shape[1:])))
         alive.append(free)
-        keeps_signs = np.isin(np.arange(z.shape[1]), cov.diagonal_positions(q)[:2]) & (here and held.kind == "cor")
+        keeps_signs = np.isin(np.arange(z.shape[1]), diagonal_positions(q)[:2]) & is_cor
         positive.append(np.broadcast_to(keeps_signs, z.shape))
         coordinates.append(np.where(free, z, 0.0))
         rows.append(row)
@@ -139,45 +131,6 @@ def charts_of(stats: CrossProducts, held: Held, value: np.ndarray, start: Start)
 
 def _last(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 0, -1)
-
-
-def _diagonal(R: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    q = R.shape[-1]
-    M = np.zeros((1, q, q, q))
-    M[0, np.arange(q), np.arange(q), np.arange(q)] = 1.0
-    z = np.maximum(np.sqrt((own**2).sum(-1)) * np.diagonal(R, axis1=-2, axis2=-1), LOWEST)
-    return M, z, np.ones(z.shape, bool)
-
-
-def _triangular(
-    R: np.ndarray, own: np.ndarray, effects: list[int], cor: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Charts of an unstructured term: the lower triangle of the factor with its effects in another order.
-
-    Args:
-        cor: ``(B,)``, held correlation of the first two; None where it is free.
-    """
-    q = R.shape[-1]
-    L = np.swapaxes(np.linalg.qr(np.swapaxes(own[:, effects], 1, 2), mode="r"), 1, 2)
-    diagonal = np.diagonal(L, axis1=1, axis2=2)
-    L = L * np.where(diagonal < 0, -1.0, 1.0)[:, None]
-    # Nothing may start at zero, which is a stationary point; lengths in the basis are of order one.
-    scale = 1.0 / np.sqrt((R**2).sum(-2))[..., effects]
-    least = LOWEST * np.maximum(np.sqrt((L**2).sum(2)), scale)
-    L[:, np.arange(q), np.arange(q)] = np.maximum(np.abs(diagonal), least)
-    rows, columns = cov.triangle(q)
-    k = len(rows)
-    M, free, z = np.zeros((1, q, q, k)), np.ones((len(own), k), bool), L[:, rows, columns]
-    M[0, rows, columns, np.arange(k)] = 1.0
-    if cor is not None:
-        at = {(int(r), int(c)): j for j, (r, c) in enumerate(zip(rows, columns, strict=True))}
-        M = np.repeat(M, len(own), 0)
-        other = np.sqrt(np.maximum(0.0, 1.0 - cor**2))
-        z[:, at[1, 1]] = np.sqrt(L[:, 1, 0] ** 2 + L[:, 1, 1] ** 2)
-        M[:, 1, 0, at[1, 1]], M[:, 1, 1, at[1, 1]] = cor, other
-        free[:, at[1, 0]] = False
-        free &= ~((other == 0.0)[:, None] & (columns == 1) & (rows > 1))
-    return np.einsum("...ab,...bcj->...acj", R[..., effects], M), z, free
 
 
 # --- a fixed effect -------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from scipy.interpolate import PchipInterpolator
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.distributions import normal_quantile
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted.names import names_apart
-from mixjax.fitted.parameters import select, variance_parameters
+from mixjax.fitted.names import names_apart, names_of_variances
+from mixjax.fitted.parameters import select
 from mixjax.fitted.record import Fitted
 from mixjax.inference.random import profile_search
 from mixjax.inference.random.held_parameter import Held, value_of
@@ -338,26 +338,21 @@ def zeta_of_many(
 
 
 def _curves(fitted: Fitted) -> list[_Curve]:
-    variance = variance_parameters(fitted)
+    variance = fitted.variance_parameters
     curves = []
-    n = 0
-    for t, term in enumerate(fitted.labels.terms):
-        unit = np.sqrt((np.asarray(fitted.stats.Z_bases[t].R_inv) ** 2).sum(1)) * float(fitted.estimates.sigma)
-        q = len(term.effects)
-        diagonal = fitted.stats.layout.structures[t].k == q and q > 1
-        for column in range(q):
-            for row in range(column, q):
-                estimate, se, name = variance.estimate[n], variance.std_error[n], variance.names[n]
-                n += 1
-                if row == column:
-                    step = se if np.isfinite(se) else 0.1 * unit[row]
-                    curves.append(_Curve(name, Held("sd", t, row), float(estimate), 0.0, np.inf, float(step)))
-                elif not diagonal:
-                    step = se if np.isfinite(se) else 0.1
-                    curves.append(
-                        _Curve(name, Held("cor", t, row, column), float(np.clip(estimate, -1, 1)), -1.0, 1.0, step)
-                    )
-    sigma, se = float(fitted.estimates.sigma), variance.std_error[-1]
+    sigma = float(fitted.estimates.sigma)
+    units = [sigma * np.sqrt((np.asarray(basis.R_inv) ** 2).sum(1)) for basis in fitted.stats.Z_bases]
+    parameters = names_of_variances(fitted.labels, fitted.stats.layout.structures)
+    for parameter, estimate, se in zip(parameters, variance.estimate[:-1], variance.std_error[:-1], strict=True):
+        natural, known = parameter.natural, np.isfinite(se)
+        held = Held(natural.kind, parameter.term, natural.i, natural.j)
+        if natural.kind == "sd":
+            step = se if known else 0.1 * units[parameter.term][natural.i]
+            curves.append(_Curve(parameter.name, held, float(estimate), 0.0, np.inf, float(step)))
+        else:
+            value = float(np.clip(estimate, -1, 1))
+            curves.append(_Curve(parameter.name, held, value, -1.0, 1.0, se if known else 0.1))
+    se = variance.std_error[-1]
     curves.append(_Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
     errors = np.sqrt(np.diag(fitted.estimates.vcov))
     for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import decompositions, linalg
-from mixjax.covariance import Diagonal, Structure, Unstructured, pairs_of
+from mixjax import linalg
+from mixjax.covariance import Structure, pairs_of
 from mixjax.decompositions import ROTATIONS_UP_TO
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
@@ -62,7 +62,7 @@ def refusal(stats: CrossProducts) -> str | None:
     """Why a model's deviance cannot be minimised here; None where it can."""
     if not has_closed_form(stats) and not in_lanes_at_once(stats):
         return f"more than {MOST_DENSE_LANES} effects beside those of the largest factor"
-    if not all(isinstance(s, Unstructured | Diagonal) for s in stats.layout.structures):
+    if not all(s.has_charts for s in stats.layout.structures):
         return "a covariance structure other than unstructured or diagonal"
     return None
 
@@ -248,7 +248,7 @@ def _region(chart: Chart) -> Array:
 def _found(solution: newton.Solution, lanes: Lanes, chart: Chart) -> _Found:
     xp, structures = namespace(chart.start), lanes.layout.structures
     factors = _factors(solution.x, chart, structures)
-    at = lanes.profiled(_coordinates(factors, structures))
+    at = lanes.profiled(cov.near(factors, structures))
     given = ~xp.isnan(chart.log_variance)
     variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
     sigma = xp.sqrt(xp.where(given, variance, at.rss / lanes.moments.n))
@@ -257,19 +257,6 @@ def _found(solution: newton.Solution, lanes: Lanes, chart: Chart) -> _Found:
 
 def _factors(z: Array, chart: Chart, structures: tuple[Structure, ...]) -> list[Array]:
     return [(M * part).sum(2) for M, part in zip(chart.maps, cov.cut(z, structures), strict=True)]
-
-
-def _coordinates(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
-    """The structures' own coordinates ``(k, B)`` of the covariances with these factors."""
-    xp = namespace(*factors)
-    parts = []
-    for F, structure in zip(factors, structures, strict=True):
-        if isinstance(structure, Diagonal):
-            parts.append(xp.stack([F[i, i] for i in range(structure.q)]))
-        else:
-            L = decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))
-            parts.append(cov.theta_of_lambda(L, structure.q))
-    return xp.concatenate(parts)
 
 
 def _held_variance(factors: list[Array], chart: Chart) -> Array:

@@ -1,14 +1,13 @@
-"""From the parameters of a random term to the covariance of its effects, and back.
+"""Structures: how the covariance of the effects of a random term depends on parameters.
 
 A term with q effects has relative covariance ``D = Lambda Lambda'`` (relative to sigma^2; absolute: ``Sigma = sigma^2
-D``). Ways of writing it down:
+D``). A :class:`Structure` knows its parameters in three forms:
 
-* ``theta``: the q (q + 1) / 2 entries of the lower triangle of Lambda, column by column, as in lme4, whatever the
-  structure of D. What users see, with a non-negative diagonal.
-* the coordinates of a :class:`Structure`: what the optimiser moves over. Standard deviations stand there with free
-  signs: the criterion is even in them, and a zero variance is an ordinary stationary point.
+* the coordinates: what the optimiser moves over. Standard deviations stand there with free signs: the criterion is even
+  in them, and a zero variance is an ordinary stationary point.
 * the same with logarithms of the standard deviations, of an unstructured covariance log-Cholesky: unconstrained, good
   for priors and samplers; a singular covariance lies at minus infinity.
+* the natural parameters: standard deviations and correlations of the user's columns, with names.
 
 Structures are in :data:`STRUCTURES`; docs/contributing.md says how to add one.
 """
@@ -16,106 +15,48 @@ Structures are in :data:`STRUCTURES`; docs/contributing.md says how to add one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from mixjax import decompositions, linalg
+from mixjax.covariance.charts import TermChart, diagonal_chart, triangular_chart
+from mixjax.covariance.theta import (
+    cut_by_sizes,
+    diagonal_positions,
+    entries_of_theta,
+    lambda_of_theta,
+    n_theta,
+    pairs_of,
+    rank_tolerance,
+    stack_of,
+    theta_of_lambda,
+    triangle,
+)
 from mixjax.machine import Array, namespace, set_at
 
 
-def rank_tolerance(dtype) -> float:
-    """A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length
-    counts as dependent: 1e-8 in float64, 1e-4 in float32. The correlation is then 1 to twice as many digits."""
-    return 1e-8 if np.finfo(dtype).bits == 64 else 1e-4
+class NaturalParameter(NamedTuple):
+    """A parameter of a covariance as users know it.
 
+    Attributes:
+        kind: ``"sd"``, a standard deviation, or ``"cor"``, a correlation.
+        i, j: of effect i; of effects i and j, i the later one. Of several that are equal, one of them.
+        shared: all effects, or all pairs, have it.
+    """
 
-# --- theta ----------------------------------------------------------------------------------------------------------
+    kind: Literal["sd", "cor"]
+    i: int
+    j: int = -1
+    shared: bool = False
 
-
-def n_theta(q: int) -> int:
-    """Length of theta for one term of q effects."""
-    return q * (q + 1) // 2
-
-
-@cache
-def triangle(q: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every entry of theta: the lower triangle, column by column."""
-    # 32-bit: with 64-bit indices JAX's indexing fails outside the float64 scope.
-    columns, rows = np.triu_indices(q)
-    return rows.astype(np.int32), columns.astype(np.int32)
-
-
-@cache
-def diagonal_positions(q: int) -> np.ndarray:
-    """Where in theta the diagonal of Lambda stands."""
-    rows, columns = triangle(q)
-    return np.flatnonzero(rows == columns).astype(np.int32)
-
-
-def lambda_of_theta(theta: Array, q: int) -> Array:
-    """``Lambda (q, q, ...)``, lower triangular, from ``theta (q (q + 1) / 2, ...)``."""
-    return stack_of(Unstructured(q).entries(theta))
-
-
-def theta_of_lambda(Lambda: Array, q: int) -> Array:
-    """``theta (q (q + 1) / 2, ...)`` from a lower-triangular ``Lambda (q, q, ...)``; numpy in, numpy out."""
-    rows, columns = triangle(q)
-    if isinstance(Lambda, np.ndarray):
-        return Lambda[rows, columns]
-    xp = namespace(Lambda)
-    return xp.stack([Lambda[int(row), int(column)] for row, column in zip(rows, columns, strict=True)])
-
-
-def theta_of_lambdas(lambdas: list[Array]) -> Array:
-    """theta of all terms from the lower-triangular Lambda of each."""
-    return namespace(*lambdas).concatenate([theta_of_lambda(Lambda, Lambda.shape[0]) for Lambda in lambdas])
-
-
-def split_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
-    """theta of every term, from theta of all; the terms have ``qs`` effects."""
-    return _cut(theta, [n_theta(q) for q in qs], f"theta has shape {np.shape(theta)}; terms with {qs} effects need")
-
-
-def lambdas_of_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
-    """``Lambda`` of every term, from theta of all."""
-    return [lambda_of_theta(part, q) for part, q in zip(split_theta(theta, qs), qs, strict=True)]
-
-
-def n_effects(k: int) -> int:
-    """Number of effects whose theta has k entries."""
-    q = int((np.sqrt(8 * k + 1) - 1) / 2)
-    if n_theta(q) != k:
-        raise ValueError(f"{k} parameters are no lower triangle: 1, 3, 6, 10, ... are")
-    return q
-
-
-def _cut(x: Array, sizes: list[int], wrong: str) -> list[Array]:
-    """The pieces of a vector; ``wrong`` begins the message for one of another length."""
-    ends = np.cumsum(sizes)
-    if np.shape(x)[:1] != (int(ends[-1]),):
-        raise ValueError(f"{wrong} ({int(ends[-1])},)")
-    return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-
-
-def stack_of(entries: list[list[Array | None]]) -> Array:
-    """A matrix ``(q, q, ...)`` from its entries ``(...)``, None for zero."""
-    some = next(entry for row in entries for entry in row if entry is not None)
-    xp = namespace(some)
-    zero = xp.zeros_like(some)
-    flat = xp.stack([zero if entry is None else entry for row in entries for entry in row])
-    return flat.reshape(len(entries), len(entries), *flat.shape[1:])
-
-
-@cache
-def pairs_of(q: int) -> tuple[tuple[int, int], ...]:
-    """Pairs a <= b of q effects, row by row: the order in which entries of symmetric matrices stand."""
-    return tuple((a, b) for a in range(q) for b in range(a, q))
-
-
-# --- structures ----------------------------------------------------------------------------------------------------
+    def name(self, effects: Sequence[str], group: str) -> str:
+        """``sd_Days|Subject``, ``cor_Days.Intercept|Subject``; ``sd|Subject`` of a shared one."""
+        of = effects[self.i] if self.kind == "sd" else f"{effects[self.i]}.{effects[self.j]}"
+        return f"{self.kind}|{group}" if self.shared else f"{self.kind}_{of}|{group}"
 
 
 @dataclass(frozen=True)
@@ -174,6 +115,50 @@ class Structure(ABC):
         """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
         others near them; None where there are no such. Kenward-Roger degrees of freedom need them."""
         return None
+
+    # --- natural parameters
+
+    # Effects may be correlated; False where the structure puts all correlations to zero.
+    correlated: ClassVar[bool] = True
+
+    @property
+    def natural(self) -> tuple[NaturalParameter, ...]:
+        """What a fit reports: as many as :attr:`k` where each is free. By default all standard deviations and
+        correlations, column by column of the lower triangle, as in lme4."""
+        return tuple(
+            NaturalParameter("sd", int(row)) if row == column else NaturalParameter("cor", int(row), int(column))
+            for row, column in zip(*triangle(self.q), strict=True)
+            if row == column or self.correlated
+        )
+
+    # --- one parameter held at a value
+
+    # Whether there are charts for that, and so profiles.
+    has_charts: ClassVar[bool] = False
+
+    def chart(self, R: np.ndarray, factor: np.ndarray, first: Sequence[int], cor: Any = None) -> TermChart:
+        """Coordinates for a search with the standard deviation of one effect, or the correlation of two, held.
+
+        Args:
+            R: ``(..., q, q)``, to the basis of the products. factor: ``(B, q, q)``, where the search begins, of the
+                user's effects. first: the effect, or the two, or none. cor: ``(B,)``, their correlation.
+        """
+        raise NotImplementedError(f"{self} has no charts")
+
+    # --- a factor given by theta
+
+    # Whether :meth:`entries` is a lower triangle with a diagonal as coordinates, which is theta itself.
+    is_lower: ClassVar[bool] = False
+
+    def of_theta(self, theta: Array) -> Array:
+        """Coordinates ``(k,)`` of the covariance of this structure with theta ``(q (q + 1) / 2,)``, for the user's own
+        columns; exactly zero where they are up to rounding."""
+        x = self.near(lambda_of_theta(theta, self.q))
+        if self.scaling != "common":  # effects on scales of their own
+            return x
+        deviation = np.isin(np.arange(self.k), self.deviations)
+        xp = namespace(x)
+        return xp.where(deviation & (abs(x) <= rank_tolerance(x.dtype) * abs(x).max()), 0.0, x)
 
     # --- unconstrained parameters: standard deviations as logarithms
 
@@ -240,19 +225,24 @@ class Unstructured(Structure):
     """Any covariance. The coordinates are theta with free signs: D is even in every column of Lambda."""
 
     scaling = "any"
+    is_lower = True
+    has_charts = True
 
     @property
     def k(self) -> int:
         return n_theta(self.q)
 
     def entries(self, x: Array) -> list[list[Array | None]]:
-        entries: list[list[Array | None]] = [[None] * self.q for _ in range(self.q)]
-        for i, (row, column) in enumerate(zip(*triangle(self.q), strict=True)):
-            entries[row][column] = x[i]
-        return entries
+        return entries_of_theta(x, self.q)
 
     def near(self, F: Array) -> Array:
         return theta_of_lambda(decompositions.lower_factor(F, rank_tolerance(F.dtype)), self.q)
+
+    def of_theta(self, theta: Array) -> Array:
+        return theta
+
+    def chart(self, R: np.ndarray, factor: np.ndarray, first: Sequence[int], cor: Any = None) -> TermChart:
+        return triangular_chart(R, factor, first, cor)
 
     def directions(self) -> np.ndarray:
         units = np.zeros((self.k, self.q, self.q))
@@ -289,6 +279,9 @@ class Diagonal(Structure):
     """Uncorrelated effects, a standard deviation each: ``x = sd / sigma``."""
 
     scaling = "each"
+    correlated = False
+    is_lower = True
+    has_charts = True
 
     @property
     def k(self) -> int:
@@ -299,6 +292,9 @@ class Diagonal(Structure):
 
     def near(self, F: Array) -> Array:
         return namespace(F).sqrt((F * F).sum(1))
+
+    def chart(self, R: np.ndarray, factor: np.ndarray, first: Sequence[int], cor: Any = None) -> TermChart:
+        return diagonal_chart(R, factor, first)
 
     def directions(self) -> np.ndarray:
         return np.eye(self.q)[:, :, None] * np.eye(self.q)[:, None]
@@ -325,6 +321,10 @@ class HomogeneousCompoundSymmetry(Structure):
         of_mean, of_differences = self.q * (mean**2).sum(0), ((F - mean) ** 2).sum((0, 1)) / (self.q - 1)
         return namespace(F).sqrt(namespace(F).stack([of_mean, of_differences]))
 
+    @property
+    def natural(self) -> tuple[NaturalParameter, ...]:
+        return NaturalParameter("sd", 0, shared=True), NaturalParameter("cor", 1, 0, shared=True)
+
     def directions(self) -> np.ndarray:
         return np.stack([np.eye(self.q), np.ones((self.q, self.q)) - np.eye(self.q)])
 
@@ -336,12 +336,16 @@ STRUCTURES: dict[str, type[Structure]] = {
 }
 
 
-def structure_of(name: str, q: int) -> Structure:
-    """The structure of a name for q effects. Of one effect there is only one.
+def structure_of(name: str | Structure, q: int) -> Structure:
+    """The structure of a name, or the structure itself, for q effects. Of one effect there is only one.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: the name is not known, or the structure is that of another number of effects.
     """
+    if isinstance(name, Structure):
+        if name.q != q:
+            raise ValueError(f"{name} is a structure of {name.q} effects, but the term has {q}")
+        return Unstructured(1) if q == 1 and name.k == 1 else name
     if name not in STRUCTURES:
         known = ", ".join(map(repr, STRUCTURES))
         raise ValueError(f"there is no covariance structure {name!r}; there are {known}")
@@ -351,7 +355,7 @@ def structure_of(name: str, q: int) -> Structure:
 def cut(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
     """The coordinates of every term, from those of all."""
     sizes = [s.k for s in structures]
-    return _cut(x, sizes, f"the coordinates have shape {np.shape(x)}; {structures} need")
+    return cut_by_sizes(x, sizes, f"the coordinates have shape {np.shape(x)}; {structures} need")
 
 
 def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
