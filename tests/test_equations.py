@@ -24,6 +24,7 @@ from mixjax.engine.modes import conditional_covariances
 from mixjax.estimation.estimate import fit
 from mixjax.estimation.many import KEEP
 from mixjax.estimation.steps import newton_steps
+from mixjax.fitted.record import Fitted
 from mixjax.products.sums import Layout, TermPlace, stack
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -50,7 +51,7 @@ def record(design, reml):
     design = replace(design, y=y)
     stats = mj.cross_products(design)
     found = AtOnce(stats, reml).run(fit)
-    return SimpleNamespace(rows=design, stats=stats, reml=reml, estimates=found._replace(theta=1.03 * found.theta))
+    return Fitted(None, stats, found._replace(theta=1.03 * found.theta), reml, None, design)
 
 
 def dense_conditional_covariances(design, lambdas):
