@@ -21,6 +21,7 @@ _HOMES = {
     "BatchFit": "mixjax.fitted.batch",
     "datasets": "mixjax.datasets",
     "enable_compilation_cache": "mixjax.cache",
+    "show_progress": "mixjax.waiting",
     # functional core: arrays in, arrays out
     "Design": "mixjax.design",
     "RandomTerm": "mixjax.design",
@@ -145,6 +146,7 @@ if TYPE_CHECKING:
     from mixjax.studies.scenario import scenario as scenario
     from mixjax.studies.scenario import simulate as simulate
     from mixjax.studies.study import study as study
+    from mixjax.waiting import show_progress as show_progress
 
 
 def __getattr__(name: str) -> Any:

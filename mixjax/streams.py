@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ from mixjax.formula.chunks import INTERCEPT, ChunkReader, can_repeat, find_categ
 from mixjax.formula.context import caller_context, is_trusted
 from mixjax.products.accumulate import Accumulator, Dependent
 from mixjax.products.sums import CrossProducts
+from mixjax.waiting import Waiting
 
 
 def cross_products_from(
@@ -24,7 +25,7 @@ def cross_products_from(
     offset: str | None = None,
     categories: Mapping[str, Iterable] | None = None,
     contrasts: Mapping[str, str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     context: Mapping[str, Any] | None = None,
     trusted: bool | None = None,
 ) -> tuple[CrossProducts, Labels]:
@@ -39,7 +40,7 @@ def cross_products_from(
             twice is, and of one that cannot the first chunk must show them all. Levels of grouping factors may first
             appear in any chunk.
         contrasts: as for :func:`mixjax.lmm`.
-        progress: show a bar over chunks (extra ``progress``).
+        progress: whether to show it; None for :func:`mixjax.show_progress`'s choice.
         context, trusted: as for :func:`mixjax.build_design`.
 
     Returns:
@@ -73,9 +74,11 @@ def cross_products_from(
     fixed = [reader.names.index(name) for name in reader.fixed.names]
     intercept = reader.names.index(INTERCEPT) if INTERCEPT in reader.fixed.names else None
     sums = Accumulator(fixed, intercept, reader.terms())
-    for table in _bar(tables(batches, used) if again else chain([first], source), progress):
-        rows = reader.rows(table)
-        sums.add(rows, [levels.n for levels in reader.groups.values()])
+    with Waiting("reading chunks of rows", show=progress, unit="chunk") as waiting:
+        for table in tables(batches, used) if again else chain([first], source):
+            rows = reader.rows(table)
+            sums.add(rows, [levels.n for levels in reader.groups.values()])
+            waiting.update(1)
     reader.report()
     if not sums.n:
         raise DataError("no chunk has a complete row")
@@ -115,13 +118,3 @@ def _in_order(stats: CrossProducts, order: list[int]) -> CrossProducts:
     """Terms by decreasing number of levels, ties as written, as :func:`mixjax.build_design` has them."""
     layout = replace(stats.layout, terms=tuple(stats.layout.terms[t] for t in order))
     return replace(stats, Z_bases=tuple(stats.Z_bases[t] for t in order), layout=layout)
-
-
-def _bar(source: Iterator[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return source
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("a progress bar needs tqdm: pip install 'mixjax[progress]'") from error
-    return tqdm(source, unit="chunk")

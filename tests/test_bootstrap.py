@@ -19,9 +19,10 @@ import mixjax as mj
 from mixjax.checks import InferenceWarning
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Labels, TermLabels
+from mixjax.fitted import record as record_room
 from mixjax.fitted.record import Fitted
 from mixjax.resampling import intervals, kinds
-from mixjax.resampling.bootstrap import _Statistic, bootstrap
+from mixjax.resampling.bootstrap import _Kept, bootstrap
 from mixjax.resampling.kinds import (
     TWO_POINTS,
     adjusted_residuals,
@@ -163,13 +164,13 @@ def test_order_of_rows_does_not_matter_to_cases():
 
 
 def test_names_of_terms_on_one_group():
-    names = _Statistic(fit_of("sleepstudy_zerocorr", "REML").record, None, False, "auto").names
+    names = _Kept(fit_of("sleepstudy_zerocorr", "REML").record, None, False, "auto").names
     assert list(names[:3]) == ["sd_Intercept|Subject", "sd_Days|Subject.1", "sigma"]
 
 
 def test_structural_zeros_are_no_parameters():
     record = mj.lmm("Reaction ~ Days + diag(Days | Subject)", table("sleepstudy")).record
-    names = _Statistic(record, None, False, "auto").names
+    names = _Kept(record, None, False, "auto").names
     assert list(names) == ["sd_Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 
 
@@ -364,12 +365,12 @@ def test_leverage_of_weighted_rows():
 def test_failed_refits_are_nan_and_counted(monkeypatch):
     clean = intercepts_bootstrap("parametric")
 
-    def with_holes(*args):
-        Y = simulate_responses(*args)
+    def with_holes(*args, **options):
+        Y = simulate_responses(*args, **options)
         Y[[3, 50]] = np.nan
         return Y
 
-    monkeypatch.setattr(kinds, "simulate_responses", with_holes)
+    monkeypatch.setattr(record_room, "simulate_responses", with_holes)
     with pytest.warns(InferenceWarning, match="2 of 999 refits failed"):
         result = bootstrap(intercepts(), 3, 999)
     assert result.counts.to_dict() == {"replicates": 999, "converged": 997, "singular": result.counts["singular"],

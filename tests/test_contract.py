@@ -19,7 +19,7 @@ FUNCTIONS = {
     "RandomTerm": "Z, group, n_groups, structure='us'",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "
-    "progress=False, context=None, trusted=None",
+    "progress=None, context=None, trusted=None",
     "stack": "all_stats",
     "shard": "stats, mesh",
     "criterion": "theta, stats, reml=True",
@@ -45,11 +45,12 @@ FUNCTIONS = {
     "contrasts=None",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf='satterthwaite', "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
-    "progress=True, engine='auto'",
+    "progress=None, engine='auto'",
     "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
     "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
     "population": "*, functions=None, **variables",
     "enable_compilation_cache": "path=None",
+    "show_progress": "on=None",
     "datasets.load": "name",
 }
 METHODS = {
@@ -67,7 +68,7 @@ METHODS = {
     "confint": "parm=None, level=0.95, method='profile', ddf='wald', key=0, n=1000, kind='percentile'",
     "conf_int": "alpha=0.05",
     "profile": "parm=None",
-    "bootstrap": "key, n, kind='parametric', statistic=None, chunk=None, progress=False, weights='mammen', "
+    "bootstrap": "key, n, kind='parametric', statistic=None, chunk=None, progress=None, weights='mammen', "
     "modes=False, engine='auto'",
     "simulate": "key, n, random='new'",
     "variance_shares": "",

@@ -14,9 +14,10 @@ from scipy import stats
 import mixjax as mj
 from mixjax.checks import InferenceWarning
 from mixjax.fitted.record import record_of
-from mixjax.inference.random import likelihood_ratio
 from mixjax.inference.random.likelihood_ratio import bootstrap_null, compare, mixture_p
 from mixjax.inference.random.nesting import is_within, place_of
+from mixjax.optimise.results import failed
+from mixjax.resampling import replicates
 
 ORACLE = json.loads((HERE / "oracle" / "inference_lrt.json").read_text())
 R_COLUMNS = {
@@ -240,8 +241,8 @@ def test_the_mixture_holds_where_the_chi_square_does_not():
     data = pd.DataFrame({"g": np.repeat(np.arange(60), 6).astype(str), "x": np.tile(np.linspace(-1, 1, 6), 60)})
     data["y"] = 0.8 * rng.normal(size=60).repeat(6) + rng.normal(size=360)
     small, large = (record_of(mj.lmm(f"y ~ x + ({effects} | g)", data)) for effects in ("1", "x"))
-    draws, failed = bootstrap_null(small, large, 11, 6_000)
-    assert failed == 0
+    draws, codes = bootstrap_null(small, large, 11, 6_000)
+    assert not failed(codes).any()
     for limit in stats.chi2.isf([0.2, 0.05], 2):
         share, p = np.mean(draws >= limit), mixture_p(limit, 2)
         error = np.sqrt(p * (1 - p) / 6_000)
@@ -287,24 +288,24 @@ def test_bootstrap_by_reml_with_weights_and_offset():
     assert draws.mean() == pytest.approx(1.5, abs=0.5)
 
 
-def test_blocks_and_failed_replicates(monkeypatch):
+def test_chunks_and_failed_replicates(monkeypatch):
     small, large = sleep("(1 | Subject)"), sleep("(Days | Subject)")
     whole, _ = bootstrap_null(record_of(small), record_of(large), 2, 50)
-    monkeypatch.setattr(likelihood_ratio, "BLOCK", 180 * 16)
+    monkeypatch.setattr(replicates, "MOST", 16)
     parts, _ = bootstrap_null(record_of(small), record_of(large), 2, 50)
     np.testing.assert_allclose(parts, whole, atol=1e-9)
 
-    fit_many = likelihood_ratio.estimate_many
+    fit_many = replicates.estimate_many
 
     def failing(products, reml, keep, **options):
-        found = fit_many(products, reml, keep=keep)
-        return found._replace(converged=found.converged & (np.arange(len(found.criterion)) != 3))
+        found = fit_many(products, reml, keep=keep, **options)
+        return found._replace(result=np.where(np.arange(len(found.result)) == 3, mj.Result.STALLED, found.result))
 
-    monkeypatch.setattr(likelihood_ratio, "estimate_many", failing)
+    monkeypatch.setattr(replicates, "estimate_many", failing)
     result = compare(small, large, refit=False, method="bootstrap", n=50, key=2)
     kept = np.arange(50) % 16 != 3
     np.testing.assert_allclose(result.null_draws["m1"], whole[kept], atol=1e-9)
-    assert any("3 of 50 bootstrap replicates left out" in note for note in result.notes)
+    assert "m1 against m0: 3 of 50 refits failed (STALLED 3) and are left out" in result.notes
     assert result.to_frame()["p_bootstrap"].iloc[1] == 1 / (kept.sum() + 1)
 
 
@@ -354,8 +355,8 @@ def test_criteria_that_cannot_be_compared():
 
 def test_a_fit_that_failed_is_named():
     small, large = (record_of(sleep(random)) for random in ("(1 | Subject)", "(Days | Subject)"))
-    failed = replace(large, estimates=large.estimates._replace(converged=np.False_))
-    assert any("NOT CONVERGED: m1" in note for note in compare(small, failed, refit=False).notes)
+    lost = replace(large, estimates=large.estimates._replace(converged=np.False_))
+    assert any("NOT CONVERGED: m1" in note for note in compare(small, lost, refit=False).notes)
     assert not any("NOT CONVERGED" in note for note in compare(small, large, refit=False).notes)
 
 

@@ -192,15 +192,14 @@ def test_bad_input():
 
 def test_progress_bar(monkeypatch):
     parts, formula = chunks(table("sleepstudy")), "Reaction ~ Days + (1 | Subject)"
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match=r"mixjax\[progress\]"):
-        mj.cross_products_from(parts, formula, progress=True)
     seen = []
     bar = types.ModuleType("tqdm.auto")
-    bar.tqdm = lambda source, unit: (seen.append(unit) or table for table in source)
+    bar.tqdm = lambda unit, **_: types.SimpleNamespace(update=lambda n: seen.append((unit, n)), close=lambda: None)
     monkeypatch.setitem(sys.modules, "tqdm.auto", bar)
+    mj.cross_products_from(parts, formula)
+    assert not seen
     mj.cross_products_from(parts, formula, progress=True)
-    assert seen == ["chunk"] * len(parts)
+    assert seen == [("chunk", 1)] * len(parts)
 
 
 def test_chunks_add_up():

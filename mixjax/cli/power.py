@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def power_command(arguments: argparse.Namespace) -> int:
     keep_programs(arguments)
     found = power_curve(
         source, arguments.formula, arguments.test, {"groups": arguments.groups}, arguments.target,
-        arguments.replicates, arguments.key, arguments.alpha, ddf=arguments.ddf, progress=sys.stderr.isatty(),
+        arguments.replicates, arguments.key, arguments.alpha, ddf=arguments.ddf,
     )  # fmt: skip
     print(found)
     if arguments.plot:

@@ -18,7 +18,7 @@ from mixjax.bases import orthonormal_columns
 from mixjax.design import Design
 from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sums import CrossProducts, pad, stack
-from mixjax.resampling.kinds import chunk_size
+from mixjax.resampling.replicates import chunk_size
 
 # A unit with more than this part of the squares along some direction dominates it: taking its products away would cost
 # six digits there.

@@ -33,6 +33,7 @@ from mixjax.optimise.newton import by_differentiation
 from mixjax.products.rows import Rows
 from mixjax.products.sizes import has_closed_form, is_small
 from mixjax.products.sums import CrossProducts, pad
+from mixjax.waiting import Waiting
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ class Engine:
     def run(self, fun: Callable[..., T], *args: Any) -> T:
         """``fun(engine, *args)`` in double precision, NumPy's arrays out; by a program that is compiled once per
         structure. ``fun`` is a function of a module, the same for all models."""
-        with float64():
+        what = f"{fun.__name__} of {int(self.stats.n)} rows; the first time, a program is compiled for their structure"
+        with Waiting(what), float64():
             return jax.tree.map(np.asarray, compiled(fun)(self, *args))
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:

@@ -26,6 +26,7 @@ from mixjax.estimation.results import Results
 from mixjax.machine import LANES, compiled, float64, is_concrete, jit
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_wide
 from mixjax.products.sums import CrossProducts, check_products
+from mixjax.waiting import Waiting
 
 KEEP = ("theta", "beta", "sigma", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
 # Replicates of one call where no closed form applies.
@@ -103,8 +104,10 @@ def estimate_many(
     if B == 0:
         raise ValueError("there are no responses to fit")
     if chosen_engine(stats, B, engine, mesh) == "numpy":
-        return many_at_once(stats, bool(reml), start, keep)
-    with float64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
+        with Waiting(f"fitting {B} data sets"):
+            return many_at_once(stats, bool(reml), start, keep)
+    waiting = Waiting(f"fitting {B} data sets; the first time, a program is compiled for their structure")
+    with waiting, float64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
         warn_of_float32(stats)
         if not in_blocks(stats):
             return _one_by_one(stats, reml, start, keep)

@@ -188,7 +188,7 @@ class Inferring:
         kind: Literal["parametric", "residual", "cases", "wild"] = "parametric",
         statistic: Callable[[Estimates], Any] | None = None,
         chunk: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         weights: Literal["mammen", "rademacher"] = "mammen",
         modes: bool = False,
         engine: Literal["auto", "numpy", "jax"] = "auto",

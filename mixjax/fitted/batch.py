@@ -13,7 +13,7 @@ from mixjax.covariance import Structure
 from mixjax.design import Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted.names import by_effect, names_apart, names_of_variances, terms_of_group
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import Result, counts_of
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,7 @@ class BatchFit:
     @property
     def counts(self) -> pd.Series:
         """How many fits there are, how many converged, are singular (of those that converged), and failed, by code."""
-        converged = self.estimates.converged
-        codes = {
-            f"failed: {code.name}": int((self.estimates.result == code).sum())
-            for code in Result
-            if not code.is_solution
-        }
-        return pd.Series(
-            {
-                "fits": len(self),
-                "converged": int(converged.sum()),
-                "singular": int((self.estimates.singular & converged).sum()),
-                "failed": int((~converged).sum()),
-                **{name: count for name, count in codes.items() if count},
-            }
-        )
+        return pd.Series(counts_of(self.estimates.result, self.estimates.singular, "fits"))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per response: fixed effects, their standard errors (``se_...``), sds and correlations, codes.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
+
 
 class Result(IntEnum):
     """How a fit ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not."""
@@ -47,3 +49,31 @@ _MESSAGES = {
         "from the response"
     ),
 }
+
+
+# --- of many fits ----------------------------------------------------------------------------------------------------
+
+
+def failed(codes: np.ndarray) -> np.ndarray:
+    """Which codes mean that a fit has no estimates."""
+    return ~np.isin(codes, [int(code) for code in Result if code.is_solution])
+
+
+def counts_of(codes: np.ndarray, singular: np.ndarray, what: str) -> dict[str, int]:
+    """How many fits there are (``what`` they are), how many converged, are singular (of those), and failed, by code."""
+    lost = failed(codes)
+    by_code = {f"failed: {code.name}": int((codes == code).sum()) for code in Result if not code.is_solution}
+    counts = {
+        what: len(codes),
+        "converged": int((~lost).sum()),
+        "singular": int((np.asarray(singular, bool) & ~lost).sum()),
+        "failed": int(lost.sum()),
+    }
+    return counts | {code: count for code, count in by_code.items() if count}
+
+
+def note_of_failures(codes: np.ndarray) -> str | None:
+    """``3 of 1000 refits failed (NOT_FINITE 2, STALLED 1) and are left out``; None where none did."""
+    counts = counts_of(codes, np.zeros(len(codes)), "refits")
+    why = ", ".join(f"{name.split()[1]} {count}" for name, count in counts.items() if name.startswith("failed: "))
+    return f"{counts['failed']} of {len(codes)} refits failed ({why}) and are left out" if counts["failed"] else None

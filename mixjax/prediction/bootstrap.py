@@ -11,14 +11,12 @@ import scipy.sparse as sp
 from mixjax.checks import InferenceWarning, warn
 from mixjax.design import Design
 from mixjax.engine.equations import Equations, factors_in_bases
-from mixjax.estimation.choice import chosen_engine
-from mixjax.estimation.many import estimate_many
 from mixjax.fitted.record import Fitted
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import failed, note_of_failures
 from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
-from mixjax.resampling.kinds import chunk_size
+from mixjax.resampling.replicates import Drawn, Source, refits
 from mixjax.resampling.simulation import draw_responses, random_columns, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")
@@ -60,19 +58,21 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
         return fixed + scale * draws[:, : nobs + m] + (columns @ np.ascontiguousarray(draws[:, nobs + m :].T)).T
 
     scale_of, responses = _Scale(fitted, targets), Responses(fitted.rows)
-    step = chunk_size(nobs + 2 * m + q_total)
-    parts, failed = [], 0
-    for first in range(0, n, step):
-        drawn = draw_responses(respond, nobs + m, nobs + m + q_total, key, min(step, n - first), first)
-        stats = responses.products(np.ascontiguousarray(drawn[:, :nobs]))
-        fits = estimate_many(stats, fitted.reml, keep=KEEP, engine=chosen_engine(stats, n))
-        good = np.isin(fits.result, [code for code in Result if code.is_solution])
-        failed += int((~good).sum())
+    width = nobs + m + q_total
+
+    def draw(first: int, count: int) -> Drawn:
+        drawn = draw_responses(respond, nobs + m, width, key, count, first)
+        return Drawn((responses.products(np.ascontiguousarray(drawn[:, :nobs])),), drawn[:, nobs:])
+
+    parts, codes = [], []
+    for drawn, (fits,) in refits(Source(draw, width + m), n, KEEP, fitted.reml, what="prediction errors: refitting"):
+        good = ~failed(fits.result)
+        codes.append(fits.result)
         predicted = targets.mean(fits.beta[good], tuple(b[good] for b in fits.b))
-        parts.append((predicted - drawn[good, nobs:], scale_of(fits.theta[good], fits.sigma[good])))
-    if failed:
-        warn(f"{failed} of {n} refits failed and are left out", InferenceWarning)
-    if failed == n:
+        parts.append((predicted - drawn.beside[good], scale_of(fits.theta[good], fits.sigma[good])))
+    if note := note_of_failures(np.concatenate(codes)):
+        warn(note, InferenceWarning)
+    if not sum(len(error) for error, _ in parts):
         raise ValueError("no refit converged: there are no errors to look at; use method='henderson'")
     return Errors(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 

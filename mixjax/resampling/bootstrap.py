@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_count, check_level, warn
-from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
+from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, estimate_many
+from mixjax.estimation.many import KEEP
 from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.names import names_apart
 from mixjax.fitted.record import Fitted
-from mixjax.machine import float64
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import counts_of, failed, note_of_failures
 from mixjax.products.sums import CrossProducts
 from mixjax.resampling import intervals
-from mixjax.resampling.kinds import NUMBERS, Kind, chunk_size, resampler
-from mixjax.resampling.statistic import entries, named
-
-# A statistic is computed for so many replicates at a time, or for fewer where each has many numbers.
-STATISTIC = 2**10
+from mixjax.resampling.kinds import Kind, resampler
+from mixjax.resampling.replicates import fit_drawn, refits
+from mixjax.resampling.statistic import Statistic
 
 
 def bootstrap(
@@ -37,7 +32,7 @@ def bootstrap(
     kind: Kind = "parametric",
     statistic: Callable[[Estimates], Any] | None = None,
     chunk: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     weights: Literal["mammen", "rademacher"] = "mammen",
     modes: bool = False,
     engine: EngineName = "auto",
@@ -66,7 +61,7 @@ def bootstrap(
         chunk: so many data sets are in memory at the same time; None for as many as fit into about 100 MB.
         engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where n fits pay for it. Engines differ by
             rounding.
-        progress: a bar, where tqdm is installed.
+        progress: whether to show it; None for :func:`mixjax.show_progress`'s choice.
         weights: of the wild bootstrap: Mammen's two points, which keep the skewness, or Rademacher's signs.
         modes: the statistic needs the random effects ``b`` too. With cases, of the levels in the order drawn.
 
@@ -92,19 +87,16 @@ def bootstrap(
     n = check_count("n", n, 1)
     resample = resampler(fitted, kind, key, weights)
     check_engine(engine)
-    compute = _Statistic(fitted, statistic, modes, engine)
-    chunk = chunk_size(resample.numbers) if chunk is None else check_count("chunk", chunk, 1)
-    parts = [
-        compute.refitted(resample.products(first, min(chunk, n - first)), n)
-        for first in _bar(range(0, n, chunk), progress)
-    ]
+    compute = _Kept(fitted, statistic, modes, engine)
+    chunk = None if chunk is None else check_count("chunk", chunk, 1)
+    found = refits(resample, n, compute.fields, fitted.reml, engine, chunk, progress, "bootstrap: refitting")
+    parts = [compute.values_of(est) for _, (est,) in found]
     values, singular, result = (np.concatenate(part) for part in zip(*parts, strict=True))
     replicates = pd.DataFrame(values, columns=list(compute.names))
     done = Bootstrap(replicates, compute.estimate, kind, singular, result, fitted, compute)
-    if done.counts["failed"]:
+    if note := note_of_failures(result):
         warn(
-            f"{done.counts['failed']} of {n} refits failed and are left out (see .counts): what is computed from the "
-            "others holds only for data sets that can be fitted",
+            f"{note} (see .counts): what is computed from the others holds only for data sets that can be fitted",
             InferenceWarning,
         )
     return done
@@ -128,28 +120,17 @@ class Bootstrap:
     singular: np.ndarray = field(repr=False)
     result: np.ndarray = field(repr=False)
     _fitted: Fitted = field(repr=False)
-    _compute: _Statistic = field(repr=False)
+    _compute: _Kept = field(repr=False)
 
     @property
     def converged(self) -> np.ndarray:
         """``(n,)`` the refit converged."""
-        return np.isin(self.result, [code for code in Result if code.is_solution])
+        return ~failed(self.result)
 
     @property
     def counts(self) -> pd.Series:
         """How many replicates there are, how many converged, are singular (of those), and failed, by code."""
-        converged = self.converged
-        codes = {f"failed: {code.name}": int((self.result == code).sum()) for code in Result if not code.is_solution}
-        return pd.Series(
-            {
-                "replicates": len(converged),
-                "converged": int(converged.sum()),
-                "singular": int((self.singular & converged).sum()),
-                "failed": int((~converged).sum()),
-                **{name: count for name, count in codes.items() if count},
-            },
-            name="count",
-        )
+        return pd.Series(counts_of(self.result, self.singular, "replicates"), name="count")
 
     @property
     def used(self) -> pd.Series:
@@ -231,10 +212,10 @@ class Bootstrap:
         return self.summary()
 
 
-# --- the statistic -------------------------------------------------------------------------------------------------
+# --- what is kept of a refit ----------------------------------------------------------------------------------------
 
 
-class _Refitted(NamedTuple):
+class _Values(NamedTuple):
     """``values (B, k)``, NaN where the refit failed; ``singular (B,)``; ``result (B,)``."""
 
     values: np.ndarray
@@ -242,71 +223,38 @@ class _Refitted(NamedTuple):
     result: np.ndarray
 
 
-class _Statistic:
-    """What is computed of every refit, and its value and names in the fit itself."""
+class _Kept:
+    """What is computed of every refit, and its value and names in the fit itself.
+
+    Attributes:
+        fields: of :class:`~mixjax.Estimates`, that a refit is asked for.
+    """
 
     def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: EngineName):
         self._reml, self._engine = fitted.reml, engine
-        self._keep = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
-        self._labels, self._structures, self._function = fitted.labels, fitted.stats.layout.structures, function
-        own = Estimates._make(getattr(fitted.estimates, f) if f in self._keep else None for f in Estimates._fields)
-        if function is None:
+        self.fields = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
+        self._labels, self._structures = fitted.labels, fitted.stats.layout.structures
+        own = Estimates._make(getattr(fitted.estimates, f) if f in self.fields else None for f in Estimates._fields)
+        self._statistic = None if function is None else Statistic(function, own)
+        if self._statistic is None:
             frame = self._parameters(jax.tree.map(lambda a: np.asarray(a)[None], own))
             self.names, values = tuple(frame), frame.to_numpy()[0]
         else:
-            with float64():
-                own = jax.tree.map(jnp.asarray, own)
-                leaves = named(function, function(own))
-                self.names = tuple(name for name, leaf in leaves for name in entries(name, leaf))
-                values = np.concatenate([np.ravel(leaf) for _, leaf in leaves]).astype(np.float64)
-                jax.eval_shape(self._flat, own)  # a function that JAX cannot trace fails here, before any refit
+            self.names, values = self._statistic.names, self._statistic.estimate
         self.estimate = pd.Series(values, index=pd.Index(self.names, name="term"), name="estimate")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_many"}  # programs cannot be pickled
+    def refitted(self, stats: CrossProducts, n: int) -> _Values:
+        """Of the fits of B data sets, of n in all."""
+        return self.values_of(fit_drawn(stats, n, self.fields, self._reml, self._engine))
 
-    @cached_property
-    def _many(self) -> Any:
-        return jax.jit(jax.vmap(self._flat))
-
-    def refitted(self, stats: CrossProducts, n: int) -> _Refitted:
-        """The statistic of the fits of B data sets, of n in all."""
-        est = estimate_many(stats, self._reml, keep=self._keep, engine=chosen_engine(stats, n, self._engine))
-        values = self._parameters(est).to_numpy() if self._function is None else self._by_blocks(est)
-        values = np.where(est.converged[:, None], values, np.nan)
-        return _Refitted(values, est.singular, est.result)
+    def values_of(self, est: Estimates) -> _Values:
+        """Of B fits."""
+        values = self._parameters(est).to_numpy() if self._statistic is None else self._statistic.of_many(est)
+        values = np.where(failed(est.result)[:, None], np.nan, values)
+        return _Values(values, est.singular, est.result)
 
     def _parameters(self, est: Estimates) -> pd.DataFrame:
         batch = BatchFit(est, self._labels, self._structures)
         frame = batch.sdcor
-        return pd.concat([frame, batch.fixef.set_axis(names_apart(self._labels.fixed, frame.columns), axis=1)], axis=1)
-
-    def _flat(self, est: Estimates) -> jax.Array:
-        leaves = named(self._function, self._function(est))  # type: ignore[misc]
-        return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float64) for _, leaf in leaves])
-
-    def _by_blocks(self, est: Estimates) -> np.ndarray:
-        """Blocks of one size, so that the function is compiled once and its last bits do not depend on chunks."""
-        leaves, B = jax.tree.leaves(est), len(est.result)
-        numbers = sum(int(np.prod(leaf.shape[1:])) for leaf in leaves)
-        size = max(1, min(STATISTIC, NUMBERS // max(1, numbers)))
-        values = np.empty((B, len(self.names)))
-        with float64():
-            for first in range(0, B, size):
-                at = np.minimum(np.arange(first, first + size), B - 1)
-                block = np.asarray(self._many(jax.tree.map(lambda leaf, at=at: leaf[at], est)))
-                values[first : first + size] = block[: B - first]
-        return values
-
-
-# --- progress ------------------------------------------------------------------------------------------------------
-
-
-def _bar(source: Iterable[int], progress: bool) -> Iterable[int]:
-    if not progress:
-        return source
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return source
-    return tqdm(source, unit="chunk")
+        fixed = batch.fixef.set_axis(names_apart(self._labels.fixed, frame.columns), axis=1)
+        return pd.concat([frame, fixed], axis=1)

@@ -9,9 +9,10 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from mixjax.fitted.record import Fitted
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import failed
 from mixjax.products.sums import CrossProducts
-from mixjax.resampling.kinds import chunk_size, cluster_products, outermost_term
+from mixjax.resampling.kinds import cluster_products, outermost_term
+from mixjax.resampling.replicates import chunk_size
 
 METHODS = ("percentile", "basic", "normal", "bca")
 
@@ -104,8 +105,8 @@ def jackknife(fitted: Fitted, refit: Callable[[CrossProducts, int], tuple[Any, A
         part, _, result = refit(clusters.gather(others + (others >= left_out)), M)
         values.append(part)
         codes.append(result)
-    lost = [i for i, code in enumerate(np.concatenate(codes)) if not Result(code).is_solution]
-    if lost:
+    lost = np.flatnonzero(failed(np.concatenate(codes)))
+    if len(lost):
         present = np.unique(fitted.design.terms[term].group)
         levels = ", ".join(repr(fitted.labels.terms[term].levels[present[i]]) for i in lost[:5])
         raise ValueError(

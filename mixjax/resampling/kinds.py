@@ -1,22 +1,18 @@
-"""Data sets drawn from a fit, as the cross-products that a refit needs: four kinds of bootstrap.
-
-``resampler`` gives a function ``(first, count) -> CrossProducts`` of replicates ``first .. first + count - 1``, each
-with a random stream of its own (:mod:`mixjax.resampling.simulation`): chunks do not change a number.
-"""
+"""Data sets drawn from a fit, as the cross-products that a refit needs: four kinds of bootstrap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from mixjax.fitted.record import Fitted
 from mixjax.products.clusters import ClusterProducts, by_cluster
 from mixjax.products.responses import Responses
-from mixjax.products.sums import CrossProducts
-from mixjax.resampling.simulation import draw_responses, random_columns, simulate_responses
+from mixjax.resampling.replicates import Drawn, Source
+from mixjax.resampling.simulation import draw_responses, random_columns
 
 Kind = Literal["parametric", "residual", "cases", "wild"]
 KINDS = ("parametric", "residual", "cases", "wild")
@@ -24,29 +20,9 @@ KINDS = ("parametric", "residual", "cases", "wild")
 RANK = 1e-12
 # A row whose residual keeps less than this share of its variance determines a fixed effect by itself.
 LEVERAGE_LEFT = 1e-10
-# Numbers that the data sets of one chunk may hold together, and how many data sets there are at most.
-NUMBERS = 2**23
-MOST = 2**14
 
 
-class Resampler(NamedTuple):
-    """How replicates are made.
-
-    Attributes:
-        products: ``(first, count)`` -> cross-products of these replicates, for :func:`mixjax.estimate_many`.
-        numbers: how many numbers one replicate takes, about.
-    """
-
-    products: Callable[[int, int], CrossProducts]
-    numbers: int
-
-
-def chunk_size(numbers: int) -> int:
-    """How many data sets of so many numbers are worked on at the same time."""
-    return 1 << max(0, min(MOST, NUMBERS // numbers).bit_length() - 1)
-
-
-def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> Resampler:
+def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> Source:
     """What draws the replicates of one kind; see :func:`mixjax.resampling.bootstrap.bootstrap`.
 
     Raises:
@@ -56,29 +32,27 @@ def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> 
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if weights not in TWO_POINTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, TWO_POINTS))}, got {weights!r}")
-    design = fitted.design
     if kind == "cases":
         clusters = cluster_products(fitted)
 
-        def drawn(first: int, count: int) -> CrossProducts:
+        def drawn(first: int, count: int) -> Drawn:
             M = clusters.M
             index = draw_responses(lambda u: np.floor(u * M), M, M, key, count, first, "uniform")
-            return clusters.gather(index.astype(np.intp))
+            return Drawn((clusters.gather(index.astype(np.intp)),))
 
-        return Resampler(drawn, clusters.numbers(clusters.M))
+        return Source(drawn, clusters.numbers(clusters.M))
     if kind == "residual":
         respond = _residual_responses(fitted, key)
     elif kind == "wild":
         respond = _wild_responses(fitted, key, *TWO_POINTS[weights])
     else:
-        est = fitted.estimates
-        respond = partial(_parametric_responses, design, est.beta, est.sigma, est.Sigma, key)
+        respond = partial(_parametric_responses, fitted, key)
     responses = Responses(fitted.rows)
-    return Resampler(lambda first, count: responses.products(respond(first, count)), fitted.nobs)
+    return Source(lambda first, count: Drawn((responses.products(respond(first, count)),)), fitted.nobs)
 
 
-def _parametric_responses(design, beta, sigma, Sigma, key, first: int, count: int) -> np.ndarray:
-    return simulate_responses(design, beta, sigma, Sigma, key, count, first)
+def _parametric_responses(fitted: Fitted, key: Any, first: int, count: int) -> np.ndarray:
+    return fitted.simulate(key, count, first)
 
 
 # --- residuals -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -21,18 +20,19 @@ from mixjax.design import Design, Labels
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
-from mixjax.estimation.many import KEEP, estimate_many
+from mixjax.estimation.many import KEEP
 from mixjax.fitted.batch import BatchFit
 from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.inference.random.likelihood_ratio import mixture_p
 from mixjax.inference.random.nesting import is_within, place_of
 from mixjax.machine import float64
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import failed
 from mixjax.products.cross_products import cross_products
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad, stack
-from mixjax.resampling.statistic import entries, named
+from mixjax.resampling.replicates import fit_drawn
+from mixjax.resampling.statistic import Statistic
 from mixjax.studies.scenario import design_of
 
 # Replicates whose tests are computed in one call: every call has this shape.
@@ -133,7 +133,7 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
                 ml = est
                 if task.reml:
                     keep = ("criterion", "converged")
-                    ml = estimate_many(products, False, mesh=mesh, keep=keep, engine=_engine(task, products, mesh))
+                    ml = fit_drawn(products, _fits(task, products), keep, False, task.engine, mesh)
                 deviances[name] = np.where(ml.converged, ml.criterion, np.nan)
         statistic = deviances[smaller] - deviances[larger]
         pair = f"{larger}|{smaller}"
@@ -161,13 +161,13 @@ def _fitted(
         products = cross_products(model.designs[0], Y)
     else:
         products = stack([cross_products(replace(d, y=y)) for d, y in zip(model.designs, Y, strict=True)])
-    engine = _engine(task, products, mesh)
-    est = estimate_many(products, task.reml, mesh=mesh, keep=(*KEEP, "Sigma"), engine=engine)
+    est = fit_drawn(products, _fits(task, products), (*KEEP, "Sigma"), task.reml, task.engine, mesh)
     batch = BatchFit(est, labels, products.layout.structures)
-    lost = ~est.converged
+    lost = failed(est.result)
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
     parameters = {**batch.fixef, **batch.sdcor}
     columns |= {str(name): np.where(lost, np.nan, values) for name, values in parameters.items()}
+    engine = chosen_engine(products, _fits(task, products), task.engine, mesh)
     se, df = _errors(task, est, products, engine)
     null = np.array([float(task.null.get(name, 0.0)) for name in labels.fixed])
     for j, name in enumerate(labels.fixed):
@@ -177,15 +177,16 @@ def _fitted(
         for column, values in (("se", se[:, j]), ("df", df[:, j]), ("p", p)):
             columns[f"{column}({name})"] = np.where(lost, np.nan, values)
     if task.statistic is not None:
-        own = _statistics(task.statistic, est)
+        statistic = Statistic(task.statistic, jax.tree.map(lambda a: a[0], est))
+        own = dict(zip(statistic.names, statistic.of_many(est).T, strict=True))
         if twice := [name for name in own if name in columns]:
             raise ValueError(f"the statistic's {some_of(twice)} is also the name of an estimate: give it another name")
         columns |= {name: np.where(lost, np.nan, values) for name, values in own.items()}
     return columns, products, est
 
 
-def _engine(task: Task, products: CrossProducts, mesh: Any) -> EngineName:
-    return chosen_engine(products, task.fits or len(products.yy), task.engine, mesh)
+def _fits(task: Task, products: CrossProducts) -> int:
+    return task.fits or len(products.yy)
 
 
 def _errors(task: Task, est: Estimates, products: CrossProducts, engine: EngineName) -> tuple[np.ndarray, np.ndarray]:
@@ -208,29 +209,6 @@ def _errors(task: Task, est: Estimates, products: CrossProducts, engine: EngineN
         parts.append((np.asarray(found.se)[: B - begin], np.asarray(found.df)[: B - begin]))
     se, df = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return se, df
-
-
-def _statistics(function: Callable[[Estimates], Any], est: Estimates) -> dict[str, np.ndarray]:
-    """The user's function of every fit, by blocks."""
-    B = len(est.result)
-    parts: list[np.ndarray] = []
-    with float64():
-        one = jax.tree.map(lambda a: jnp.asarray(a[0]), est)
-        leaves = named(function, function(one))
-        names = [name for own, leaf in leaves for name in entries(own, leaf)]
-
-        @jax.jit
-        @jax.vmap
-        def flat(single: Estimates) -> jax.Array:
-            return jnp.concatenate(
-                [jnp.ravel(leaf).astype(jnp.float64) for _, leaf in named(function, function(single))]
-            )
-
-        for begin in range(0, B, BLOCK):
-            at = np.minimum(np.arange(begin, begin + BLOCK), B - 1)
-            parts.append(np.asarray(flat(jax.tree.map(lambda a, at=at: a[at], est)))[: B - begin])
-    values = np.concatenate(parts)
-    return {name: values[:, j] for j, name in enumerate(names)}
 
 
 # --- likelihood ratios -----------------------------------------------------------------------------------------------
@@ -267,8 +245,3 @@ def _difference(small: _Model, large: _Model) -> tuple[int, int | None]:
             "with a larger one that contains it"
         )
     return npar[1] - npar[0], place.zeros
-
-
-def failed(codes: np.ndarray) -> np.ndarray:
-    """Which codes of ``mixjax.Result`` mean that a fit has no estimates."""
-    return ~np.isin(codes, [int(code) for code in Result if code.is_solution])

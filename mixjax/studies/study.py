@@ -23,15 +23,16 @@ from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
-from mixjax.optimise.results import Result
+from mixjax.optimise.results import Result, failed
 from mixjax.populations.sample import Rows
 from mixjax.resampling.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
-from mixjax.studies.outcomes import BLOCK, Task, failed, outcomes
+from mixjax.studies.outcomes import BLOCK, Task, outcomes
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
+from mixjax.waiting import Waiting
 
 # Numbers in the responses of one chunk, and its replicates at most.
 NUMBERS, MOST = 2**22, 2**13
@@ -167,7 +168,7 @@ def study(
     executor: Any = None,
     mesh: Any = None,
     chunk: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     engine: EngineName = "auto",
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
@@ -197,7 +198,7 @@ def study(
             process, with all its cores.
         mesh: devices to spread the fits of a chunk over, as for :func:`mixjax.estimate_many`; without an executor.
         chunk: replicates of one piece of work, a multiple of 1024. Results do not depend on it.
-        progress: a bar, where tqdm is installed.
+        progress: whether to show it; None for :func:`mixjax.show_progress`'s choice.
         engine: ``"numpy"`` or ``"jax"``, as for :func:`mixjax.estimate_many`; ``"auto"`` goes by the sizes of the model
             and the number of replicates. A store goes on by what it began with.
 
@@ -269,7 +270,8 @@ def study(
         else:
             memory[i][first] = columns
 
-    with _Bar(progress, sum(count for *_, count in work)) as bar:
+    total = sum(count for *_, count in work)
+    with Waiting(f"study: {total} replicates in {len(cells)} cells", total, progress, "fit") as bar:
         for i, first, columns in _computed(cells, work, executor, mesh):
             keep(i, first, columns)
             bar.update(len(next(iter(columns.values()))))
@@ -436,27 +438,3 @@ class _Named:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self.values:
             error.add_note(f"in cell {named(self.values)}")
-
-
-class _Bar:
-    """tqdm's bar of replicates, or nothing."""
-
-    def __init__(self, wanted: bool, total: int):
-        self.bar = None
-        if wanted and total:
-            try:
-                from tqdm.auto import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, unit="fit", unit_scale=True)
-
-    def update(self, count: int) -> None:
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -12,16 +12,13 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_count, warn
 from mixjax.distributions import chi2_tail
-from mixjax.estimation.choice import chosen_engine
-from mixjax.estimation.many import estimate_many
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.random.nesting import Place, check_same_data, is_within, logdet_X, place_of
+from mixjax.optimise.results import failed, note_of_failures
 from mixjax.products.responses import Responses
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.resampling.replicates import Drawn, Source, refits
 
 METHODS = ("chi2", "mixture", "bootstrap")
-# Numbers in the simulated responses of one block.
-BLOCK = 2**23
 _FORMATS = {
     **dict.fromkeys(("npar", "df"), "{:.0f}"),
     **dict.fromkeys(("aic", "bic", "loglik", "deviance"), "{:.2f}"),
@@ -158,9 +155,9 @@ def compare(
         pair = _Pair(records[i - 1], records[i], names[i - 1], names[i], criteria[i - 1] - criteria[i])
         test, nested = _test(pair, method, notes)
         if method == "bootstrap" and nested:
-            draws, lost = bootstrap_null(pair.small, pair.large, key, n)
-            if lost:
-                notes.append(f"{pair}: {lost} of {n} bootstrap replicates left out, where a fit did not converge")
+            draws, codes = bootstrap_null(pair.small, pair.large, key, n)
+            if note := note_of_failures(codes):
+                notes.append(f"{pair}: {note}")
             p = (1 + np.count_nonzero(draws >= pair.statistic - pair.rounding)) / (1 + len(draws))
             test |= {"p_bootstrap": p, "mc_error": float(np.sqrt(p * (1 - p) / max(1, len(draws))))}
             null_draws[pair.larger] = draws
@@ -322,7 +319,7 @@ def mixture_p(statistic: float, df: int) -> float:
     return 0.5 * below + 0.5 * float(chi2_tail(statistic, df))
 
 
-def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.ndarray, int]:
+def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Statistics under the smaller fit: responses are drawn from it and both models refitted by its criterion.
 
     Args:
@@ -330,19 +327,21 @@ def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.n
         key: int or JAX key. n: replicates.
 
     Returns:
-        Statistics of the replicates where both fits converged, 0 or more, and the number of the others.
+        Statistics of the replicates where both fits converged, 0 or more; and ``(n,)`` codes of ``mixjax.Result``, of
+        the larger model's fit where the smaller's converged.
     """
-    est, reml = small.estimates, small.reml
-    constant = logdet_X(small) - logdet_X(large) if reml else 0.0
-    size = max(1, BLOCK // small.nobs)
+    constant = logdet_X(small) - logdet_X(large) if small.reml else 0.0
     responses = [Responses(fit.rows) for fit in (small, large)]
-    found = []
-    for first in range(0, n, size):
-        Y = simulate_responses(small.design, est.beta, est.sigma, est.Sigma, key, min(size, n - first), first)
-        both = [own.products(Y) for own in responses]
-        keep = ("criterion", "converged")
-        a, b = (estimate_many(own, reml, keep=keep, engine=chosen_engine(own, n)) for own in both)
+
+    def draw(first: int, count: int) -> Drawn:
+        Y = small.simulate(key, count, first)
+        return Drawn(tuple(own.products(Y) for own in responses))
+
+    found: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
+    what = "likelihood ratios: refitting both models to"
+    for _, (a, b) in refits(Source(draw, 2 * small.nobs), n, ("criterion", "result"), small.reml, what=what):
+        codes.append(np.asarray(np.where(failed(a.result), a.result, b.result)))
         difference = a.criterion - b.criterion - constant
-        found.append(np.maximum(difference, 0.0)[a.converged & b.converged])
-    draws = np.concatenate(found)
-    return draws, n - len(draws)
+        found.append(np.maximum(difference, 0.0)[~failed(codes[-1])])
+    return np.concatenate(found), np.concatenate(codes)

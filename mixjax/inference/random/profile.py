@@ -20,6 +20,7 @@ from mixjax.inference.random import profile_search
 from mixjax.inference.random.held_parameter import Held, value_of
 from mixjax.inference.random.profile_search import OneDataSet
 from mixjax.products.sums import CrossProducts
+from mixjax.waiting import Waiting
 
 # Limits of a root are sought until zeta there is as wanted to this.
 TOLERANCE = 1e-7
@@ -130,7 +131,8 @@ class Profile:
         self._curves = {n: c for n, c in self._curves.items() if not np.isnan(c.estimate)}
         self._failed: set[str] = set()
         self._caps: dict[tuple[int, int], tuple[float, np.ndarray]] = {}
-        self._begin()
+        with Waiting("profiling"):
+            self._begin()
         self.notes = tuple(notes)
 
     # --- evaluations --------------------------------------------------------------------------------------------------
@@ -204,7 +206,8 @@ class Profile:
         check_level(level)
         z = float(normal_quantile(0.5 + level / 2))
         curves = [self._curves[name] for name in self._chosen if name in self._curves]
-        self._solve([(curve, side * z) for curve in curves for side in (-1.0, 1.0)])
+        with Waiting("profiling"):
+            self._solve([(curve, side * z) for curve in curves for side in (-1.0, 1.0)])
         rows, boundary = {}, []
         for name in self._chosen:
             if name not in self._curves:
