@@ -58,6 +58,26 @@ def add_at(x: Any, index: Any, value: Any) -> Any:
     return jnp.asarray(x).at[index].add(value)
 
 
+def take_or_zero(x: Any, index: Any, axis: int = 0) -> Any:
+    """Entries of x along an axis; 0 where an index lies behind its end."""
+    if isinstance(x, np.ndarray) and isinstance(index, np.ndarray):
+        ends = x.shape[axis]
+        if index.size and index.max() >= ends:
+            inside = index < ends
+            found = np.take(x, np.where(inside, index, 0), axis=axis)
+            return np.where(inside.reshape(index.shape + (1,) * (x.ndim - 1 - axis)), found, 0.0)
+        return np.take(x, index, axis=axis)
+    where = (slice(None),) * axis
+    return jnp.asarray(x).at[(*where, index)].get(mode="fill", fill_value=0)
+
+
+def segment_sum(x: Any, index: Any, size: int, is_sorted: bool = False) -> Any:
+    """Sums ``(size,)`` of the entries of x with the same index; those behind the end are left out."""
+    if isinstance(x, np.ndarray) and isinstance(index, np.ndarray):
+        return np.bincount(index.reshape(-1), x.reshape(-1), size)[:size].astype(x.dtype, copy=False)
+    return jax.ops.segment_sum(x, index, size, indices_are_sorted=is_sorted)
+
+
 def lanes_of(tree: Any, index: np.ndarray, n: int | None = None) -> Any:
     """Lanes ``index`` of the last axis of NumPy's arrays; with n, of those that have so many there.
 
@@ -82,6 +102,17 @@ def while_loop(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], state:
     while goes_on(state):
         state = step(state)
     return state
+
+
+def scan(step: Callable[[Any, Any], Any], state: Any, over: Any) -> Any:
+    """``lax.scan``, or Python's loop under NumPy."""
+    if any(not isinstance(leaf, _NUMPYS_OWN) for leaf in jax.tree.leaves((state, over))):
+        return jax.lax.scan(step, state, over)
+    found = []
+    for i in range(len(jax.tree.leaves(over)[0])):
+        state, out = step(state, jax.tree.map(lambda a, i=i: a[i], over))
+        found.append(out)
+    return state, None if found[0] is None else np.stack(found)
 
 
 def fori_loop(n: int, step: Callable[[Any, Any], Any], state: Any, xp: Any) -> Any:

@@ -15,9 +15,11 @@ from mixjax import linalg
 from mixjax.engine import incidence as lookup
 from mixjax.engine.crossed import crossed_moments
 from mixjax.engine.curvature import profile_lanes, value_gradient_hessian
-from mixjax.engine.engine import Engine
+from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.engine.incidence import incidence
 from mixjax.estimation import estimate as estimation
+from mixjax.fitted.information import information
+from mixjax.products import sizes
 from mixjax.products.sums import pad
 
 STRUCTURES = {
@@ -67,6 +69,28 @@ def test_against_automatic_differentiation(name, how, monkeypatch):
         np.testing.assert_allclose([f2[0], f3[0]], f, rtol=1e-12)
         np.testing.assert_allclose(g2[:, 0], g, rtol=1e-9, atol=1e-11 * np.abs(H).max())
         np.testing.assert_allclose(H2[..., 0], H, rtol=1e-9, atol=1e-11 * np.abs(H).max())
+        at_once = AtOnce(jax.tree.map(np.asarray, stats), reml, where).run(AtOnce.evaluate, theta[:, None])
+        for numpys, xlas in zip(at_once, (f2, g2, H2), strict=True):
+            assert isinstance(numpys, np.ndarray)
+            np.testing.assert_allclose(numpys, xlas, rtol=1e-10, atol=1e-12 * np.abs(xlas).max())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_inference_of_a_large_crossed_fit_compiles_nothing(name, monkeypatch):
+    """And is that of the compiled program, which differentiates the elimination."""
+    monkeypatch.setattr(sizes, "MOST_DENSE_AT_ONCE", 0)
+    structure = STRUCTURES[name]
+    stats = mj.cross_products(random_design(structure, 1, n=ROWS))
+    engine = engine_of(stats, True)
+    theta = engine.run(estimation.fit, None).theta
+    assert engine.where is not None
+    at_once = engine.at_once()
+    assert isinstance(at_once, AtOnce)
+    for ours, theirs in zip(at_once.run(information, theta, 1.3), engine.run(information, theta, 1.3), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10 * np.abs(theirs).max())
+    solved, compiled = (e.run(type(e).solution, e.coordinates(theta)[0]) for e in (at_once, engine))
+    for ours, theirs in zip(jax.tree.leaves(solved), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12 * np.abs(theirs).max())
 
 
 @pytest.mark.usefixtures("x64")

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import PartitionSpec
 
 from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.engine.incidence import Incidence, LevelBlocks, PairList
 from mixjax.engine.moments import Moments
+from mixjax.machine import Array, add_at, as_laid_out, namespace, scan, segment_sum, take_or_zero
 from mixjax.products.sums import CrossProducts, Layout
 
 
@@ -65,59 +65,60 @@ class CrossedMoments:
         UU, Uy, yy = zip(
             *(self._contract([w[:, k, 0] for w in weights]) for k in range(weights[0].shape[1])), strict=True
         )
-        return jnp.stack(UU, axis=2)[..., None], jnp.stack(Uy, axis=1)[..., None], jnp.stack(yy)[:, None]
+        xp = namespace(self.UU, UU[0])
+        return xp.stack(UU, axis=2)[..., None], xp.stack(Uy, axis=1)[..., None], xp.stack(yy)[:, None]
 
     def _contract(self, W: list[Array]) -> tuple[Array, Array, Array]:
         """For one matrix, by its entries ``(C,)`` per pair of effects."""
         q, d = self.value.shape[0], self.n_dense
-        full = jnp.stack(W)[_position(q)]  # (q, q, C)
+        xp = namespace(self.value, W[0])
+        full = xp.stack(W)[_position(q)]  # (q, q, C)
         right = (full[:, :, None] * self.right[None]).sum(1)  # (q, p + 1, C)
-        corner = jnp.einsum("arc,asc->rs", right, self.right)
-        at_entries = right.at[:, :, self.where.level].get(mode="fill", fill_value=0)  # (q, p + 1, E)
+        corner = xp.einsum("arc,asc->rs", right, self.right)
+        at_entries = take_or_zero(right, self.where.level, axis=2)  # (q, p + 1, E)
         side = _sum_flat((self.value[:, None] * at_entries).sum(0), self.where.column, d).T  # (d, p + 1)
-        among = jnp.zeros((d, d), full.dtype)
+        among = xp.zeros((d, d), full.dtype)
         if self.where.pairs is not None:
             among = among + self._list_sums(self.where.pairs, W)
         if self.where.blocks is not None:
             among = among + self._block_sums(self.where.blocks, full)
-        UU = jnp.concatenate(
+        UU = xp.concatenate(
             [
-                jnp.concatenate([among, side[:, :-1]], axis=1),
-                jnp.concatenate([side[:, :-1].T, corner[:-1, :-1]], axis=1),
+                xp.concatenate([among, side[:, :-1]], axis=1),
+                xp.concatenate([side[:, :-1].T, corner[:-1, :-1]], axis=1),
             ]
         )
-        return UU, jnp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
+        return UU, xp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
 
-    def pull_back(self, UU, Uy, yy) -> list:
+    def pull_back(self, UU, Uy, yy) -> Any:
         """As :meth:`mixjax.engine.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
-        d = self.n_dense
-        side = jnp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
-        corner = jnp.concatenate([jnp.concatenate([UU[d:, d:, 0], Uy[d:]], 1), jnp.append(Uy[d:, 0], yy)[None]])
+        d, xp = self.n_dense, namespace(UU, Uy)
+        side = xp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
+        corner = xp.concatenate([xp.concatenate([UU[d:, d:, 0], Uy[d:]], 1), xp.append(Uy[d:, 0], yy)[None]])
         return self.pull_back_parts(UU[:d, :d, 0], side, corner)
 
-    def pull_back_parts(self, Psi: Array, side: Array, corner: Array) -> list:
+    def pull_back_parts(self, Psi: Array, side: Array, corner: Array) -> Any:
         """The same from the parts of Psi: ``(d, d)`` of the dense effects, ``(d, p + 1)``, ``(p + 1, p + 1)``."""
-        q = self.value.shape[0]
-        half = jnp.einsum("rs,asc->arc", corner, self.right) + 2.0 * self._times(side)  # (q, p + 1, C)
-        mixed = jnp.einsum("arc,brc->abc", half, self.right)
+        q, xp = self.value.shape[0], namespace(self.value, Psi)
+        half = xp.einsum("rs,asc->arc", corner, self.right) + 2.0 * self._times(side)  # (q, p + 1, C)
+        mixed = xp.einsum("arc,brc->abc", half, self.right)
         Q = [mixed[a, a] if a == b else mixed[a, b] + mixed[b, a] for a, b in pairs_of(q)]
         if self.where.pairs is not None:
             Q = [x + y for x, y in zip(Q, self._list_traces(self.where.pairs, Psi), strict=True)]
         if self.where.blocks is not None:
             Q = [x + y for x, y in zip(Q, self._block_traces(self.where.blocks, Psi), strict=True)]
-        return [x[:, None] for x in Q]
+        return np.stack(Q)[..., None] if xp is np else [x[:, None] for x in Q]
 
     def rows_times(self, c: Array) -> Array:
         """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, 1)`` from ``c (u, 1)``."""
-        d = self.n_dense
-        return (
-            self._times(c[:d])[:, 0, :, None] + jnp.einsum("arc,r->ac", self.right, jnp.append(c[d:], 1.0))[..., None]
-        )
+        d, xp = self.n_dense, namespace(self.value, c)
+        of_right = xp.einsum("arc,r->ac", self.right, xp.append(c[d:], 1.0))
+        return (self._times(c[:d])[:, 0] + of_right)[..., None]
 
     def _times(self, columns: Array) -> Array:
         """``B_i columns`` of the dense effects: ``(d, r) -> (q, r, C)``."""
         level, column = self.where.level, self.where.column
-        at_entries = columns.at[column].get(mode="fill", fill_value=0)  # (E, r)
+        at_entries = take_or_zero(columns, column)  # (E, r)
         moved = self.value[:, None] * at_entries.T[None]  # (q, r, E)
         return _sum_flat(moved.reshape(-1, len(level)), level, self.A.shape[2]).reshape(*moved.shape[:2], -1)
 
@@ -128,19 +129,19 @@ class CrossedMoments:
 
         def sums(products, level, target, W):
             of_runs = sum((x * w[level]).sum(1) for x, w in zip(products, W, strict=True))
-            return jax.ops.segment_sum(of_runs, target, d * d, indices_are_sorted=True)
+            return segment_sum(of_runs, target, d * d, is_sorted=True)
 
         lower = self._add_up(sums, (self.products, self.pair_level, pairs.target), W).reshape(d, d)
-        return lower + jnp.tril(lower, -1).T
+        return lower + namespace(lower).tril(lower, -1).T
 
     def _list_traces(self, pairs: PairList, Psi: Array) -> list[Array]:
         C = self.A.shape[2]
 
         def traces(products, level, pairs, Psi):
-            twice = jnp.where(pairs.left == pairs.right, 1.0, 2.0)
-            at_target = Psi.reshape(-1).at[pairs.target].get(mode="fill", fill_value=0, indices_are_sorted=True)
-            weight = jax.lax.optimization_barrier(at_target)[:, None] * twice  # gathered once for all of a run
-            return [jax.ops.segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in products]
+            twice = namespace(Psi).where(pairs.left == pairs.right, 1.0, 2.0)
+            at_target = as_laid_out(take_or_zero(Psi.reshape(-1), pairs.target))  # gathered once for all of a run
+            weight = at_target[:, None] * twice
+            return [segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in products]
 
         return self._add_up(traces, (self.products, self.pair_level, pairs), Psi)
 
@@ -160,7 +161,11 @@ class CrossedMoments:
     def _dense_block(self, block: LevelBlocks, value: Array) -> Array:
         """``(q, c, d)`` of one block."""
         q, c, d = value.shape[0], block.levels.shape[0], self.n_dense
-        value = value.at[:, block.entry].get(mode="fill", fill_value=0)
+        value = take_or_zero(value, block.entry, axis=1)
+        if isinstance(value, np.ndarray):
+            rows, there = np.zeros((q, c * d), value.dtype), block.place < c * d
+            rows[:, block.place[there]] = value[:, there]
+            return rows.reshape(q, c, d)
         return jnp.zeros((q, c * d), value.dtype).at[:, block.place].set(value, mode="drop").reshape(q, c, d)
 
     def _block_sums(self, blocks: LevelBlocks, full: Array) -> Array:
@@ -172,17 +177,18 @@ class CrossedMoments:
 
             def add(lower, block):
                 B = self._dense_block(block, value)
-                at_levels = full.at[:, :, block.levels].get(mode="fill", fill_value=0)  # (q, q, c)
+                at_levels = take_or_zero(full, block.levels, axis=2)  # (q, q, c)
                 WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
                 B = B.reshape(-1, d)
                 return [row + B[:, a:b].T @ WB[:, :b] for row, (a, b) in zip(lower, pairwise(edges), strict=True)], None
 
-            start = [jnp.zeros((b - a, b), value.dtype) for a, b in pairwise(edges)]
-            return jax.lax.scan(add, start, blocks)[0]
+            start = [namespace(value).zeros((b - a, b), value.dtype) for a, b in pairwise(edges)]
+            return scan(add, start, blocks)[0]
 
         rows = self._add_up(sums, (blocks,), (self.value, full))
-        lower = jnp.concatenate([jnp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
-        return jnp.tril(lower) + jnp.tril(lower, -1).T
+        xp = namespace(rows[0])
+        lower = xp.concatenate([xp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
+        return xp.tril(lower) + xp.tril(lower, -1).T
 
     def _block_traces(self, blocks: LevelBlocks, Psi: Array) -> list[Array]:
         q, d, C = self.value.shape[0], self.n_dense, self.A.shape[2]
@@ -193,13 +199,14 @@ class CrossedMoments:
             def traces(_, block):
                 B = self._dense_block(block, value)
                 BPsi = (B.reshape(-1, d) @ Psi).reshape(B.shape)
-                return None, jnp.stack([(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])
+                of_pairs = [(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)]
+                return None, namespace(value).stack(of_pairs)
 
-            _, parts = jax.lax.scan(traces, None, blocks)  # (k, pairs, c)
-            flat = jnp.swapaxes(parts, 1, 2).reshape(-1, parts.shape[1])
-            return jnp.zeros((C, parts.shape[1]), flat.dtype).at[blocks.levels.reshape(-1)].set(flat, mode="drop")
+            _, parts = scan(traces, None, blocks)  # (k, pairs, c)
+            levels = blocks.levels.reshape(-1)
+            return [segment_sum(parts[:, v].reshape(-1), levels, C) for v in range(parts.shape[1])]
 
-        return list(self._add_up(all_traces, (blocks,), (self.value, Psi)).T)
+        return self._add_up(all_traces, (blocks,), (self.value, Psi))
 
 
 jax.tree_util.register_dataclass(
@@ -227,50 +234,54 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         d += q * m
     dtype = stats.XX.dtype
 
+    xp = namespace(*jax.tree.leaves(stats))
+
     def spots(f, levels):
         q, m = factors[f].ZZ.shape[1:]
-        return starts[f] + jnp.arange(q)[:, None] * m + levels[None]
+        return starts[f] + xp.arange(q)[:, None] * m + levels[None]
 
-    G = jnp.zeros((d, d), dtype)
+    G = xp.zeros((d, d), dtype)
     for f, _, m in dense:
-        at = spots(f, jnp.arange(m))
-        G = G.at[at[:, None], at[None]].add(factors[f].ZZ)
+        at = spots(f, xp.arange(m))
+        G = add_at(G, (at[:, None], at[None]), factors[f].ZZ)
     values = []
     for (s, t), pair in zip(layout.pairs, stats.pairs, strict=True):
         if s == first:
-            values.append(jnp.asarray(pair.ZZ).reshape(pair.ZZ.shape[0], -1))
+            values.append(xp.asarray(pair.ZZ).reshape(pair.ZZ.shape[0], -1))
             continue
-        at_s, at_t = spots(s, jnp.asarray(pair.rows)), spots(t, jnp.asarray(pair.cols))
-        present = jnp.asarray(pair.cols) < factors[t].ZZ.shape[2]
-        ZZ = jnp.where(present, pair.ZZ, 0.0)
-        G = G.at[at_s[:, None], at_t[None]].add(ZZ, mode="drop")
-        G = G.at[at_t[:, None], at_s[None]].add(jnp.swapaxes(ZZ, 0, 1), mode="drop")
+        # Padding has places behind the end, and products of zero.
+        rows, cols = xp.asarray(pair.rows), xp.asarray(pair.cols)
+        present = (cols < factors[t].ZZ.shape[2]) & (rows < factors[s].ZZ.shape[2])
+        at_s, at_t = spots(s, xp.where(present, rows, 0)), spots(t, xp.where(present, cols, 0))
+        ZZ = xp.where(present, pair.ZZ, 0.0)
+        G = add_at(G, (at_s[:, None], at_t[None]), ZZ)
+        G = add_at(G, (at_t[:, None], at_s[None]), xp.swapaxes(ZZ, 0, 1))
     p = stats.XX.shape[0]
-    borders = [jnp.concatenate([factors[f].ZX, factors[f].Zy[:, None]], axis=1) for f, _, _ in dense]
-    side = jnp.concatenate([jnp.moveaxis(border, 1, -1).reshape(-1, p + 1) for border in borders])
-    UU = jnp.concatenate(
+    borders = [xp.concatenate([factors[f].ZX, factors[f].Zy[:, None]], axis=1) for f, _, _ in dense]
+    side = xp.concatenate([xp.moveaxis(border, 1, -1).reshape(-1, p + 1) for border in borders])
+    UU = xp.concatenate(
         [
-            jnp.concatenate([G, side[:, :-1]], axis=1),
-            jnp.concatenate([side[:, :-1].T, jnp.asarray(stats.XX)], axis=1),
+            xp.concatenate([G, side[:, :-1]], axis=1),
+            xp.concatenate([side[:, :-1].T, xp.asarray(stats.XX)], axis=1),
         ]
     )
-    value = jnp.concatenate(values, axis=1)[:, where.source]
-    value = jnp.where(where.column < d, value, 0.0)
-    A = jnp.asarray(factors[first].ZZ)
+    value = xp.concatenate(values, axis=1)[:, where.source]
+    value = xp.where(where.column < d, value, 0.0)
+    A = xp.asarray(factors[first].ZZ)
     return CrossedMoments(
         A=A[..., None],
-        count=jnp.ones((A.shape[2], 1), dtype),
+        count=xp.ones((A.shape[2], 1), dtype),
         value=value,
-        right=jnp.concatenate([factors[first].ZX, factors[first].Zy[:, None]], axis=1),
+        right=xp.concatenate([factors[first].ZX, factors[first].Zy[:, None]], axis=1),
         where=where,
         products=None if where.pairs is None else _products(value, where.pairs),
-        pair_level=None if where.pairs is None else jnp.asarray(where.level).at[where.pairs.left].get(mode="clip"),
+        pair_level=None if where.pairs is None else _level_of(where, where.pairs, A.shape[2]),
         UU=UU[..., None],
-        Uy=jnp.concatenate([side[:, -1], jnp.asarray(stats.Xy)])[:, None],
-        yy=jnp.asarray(stats.yy)[None],
-        n=jnp.asarray(stats.n)[None],
-        sum_log_weights=jnp.asarray(stats.sum_log_weights)[None],
-        X_logdet=jnp.asarray(stats.X_basis.logdet)[None],
+        Uy=xp.concatenate([side[:, -1], xp.asarray(stats.Xy)])[:, None],
+        yy=xp.asarray(stats.yy)[None],
+        n=xp.asarray(stats.n)[None],
+        sum_log_weights=xp.asarray(stats.sum_log_weights)[None],
+        X_logdet=xp.asarray(stats.X_basis.logdet)[None],
         dense=dense,
         layout=replace(layout, chain=(first,), dense=tuple(others)),
     )
@@ -279,14 +290,21 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
 def _sum_flat(values: Array, index: AnyArray, size: int) -> Array:
     """Sums of ``(r, E)`` over the entries of equal index: ``(r, size)``. Scattering single numbers is ten times as fast
     as scattering columns of r."""
-    rows = jnp.arange(values.shape[0], dtype=index.dtype)[:, None] * size
-    flat = jnp.where(index < size, rows + index, values.shape[0] * size)
-    sums = jax.ops.segment_sum(values.reshape(-1), flat.reshape(-1), values.shape[0] * size)
-    return sums.reshape(-1, size)
+    xp = namespace(values)
+    rows = xp.arange(values.shape[0], dtype=index.dtype)[:, None] * size
+    flat = xp.where(index < size, rows + index, values.shape[0] * size)
+    return segment_sum(values.reshape(-1), flat.reshape(-1), values.shape[0] * size).reshape(-1, size)
+
+
+def _level_of(where: Incidence, pairs: PairList, m: int) -> Array:
+    """The level of every pair; of padding, whose products are zero, any."""
+    xp = namespace(where.level, pairs.left)
+    entry = xp.minimum(pairs.left, len(where.level) - 1)
+    return xp.minimum(xp.asarray(where.level)[entry], m - 1)
 
 
 def _products(value: Array, pairs: PairList) -> tuple[Array, ...]:
-    left, right = (value.at[:, side].get(mode="fill", fill_value=0) for side in (pairs.left, pairs.right))
+    left, right = (take_or_zero(value, side, axis=1) for side in (pairs.left, pairs.right))
     return tuple(
         left[a] * right[a] if a == b else left[a] * right[b] + left[b] * right[a] for a, b in pairs_of(len(value))
     )

@@ -130,7 +130,7 @@ class Slopes(NamedTuple):
     log_rss: Array
 
 
-def slopes_of(x: Array, moments: Moments, reml: Array | bool) -> Slopes:
+def slopes_of(x: Array, moments: AnyMoments, reml: Array | bool) -> Slopes:
     """Args as in :func:`profile_lanes`.
 
     With C the inverse of the reduced products of X's basis, ``dC/dE_j = C T_X'J_j T_X C`` in the first factor's
@@ -330,78 +330,78 @@ def _scalar_derivatives(
     l^{-1} (I - W) l^{-1}``: all traces follow from W and ``V = W l J l`` by sums of squares and products that are thin.
     """
     lanes, W, p, d = rest.lanes, rest.W[..., 0], rest.lanes.delta.shape[0], rest.W.shape[0]
-    sizes = [m for *_, m in moments.dense]
-    l = jnp.concatenate([jnp.broadcast_to(lambdas[f][0][0], (m,)) for f, _, m in moments.dense])  # noqa: E741
+    xp, sizes = namespace(W, s, lambdas[moments.layout.chain[0]][0][0]), [m for *_, m in moments.dense]
+    l = xp.concatenate([xp.broadcast_to(lambdas[f][0][0], (m,)) for f, _, m in moments.dense])  # noqa: E741
     c, T, A, s, curve = rest.c[:, 0], rest.T_X[..., 0], lanes.XX_inverse[..., 0], s[0], curve[0]
     J_UU, J_Uy, J_yy = J.UU[..., 0], J.Uy[..., 0], J.yy[:, 0]
-    with_X = jnp.where(reml, 1.0, 0.0)
+    with_X = xp.where(reml, 1.0, 0.0)
 
     def K_times(V):
         return _rows(l, _product(W, _rows(l, V)))
 
     def by_factor(x):
-        return jnp.stack([part.sum(0) for part in jnp.split(x, np.cumsum(sizes)[:-1])])
+        return xp.stack([part.sum(0) for part in xp.split(x, np.cumsum(sizes)[:-1])])
 
-    Jc = jnp.einsum("uvj,v->uj", J_UU, c) + J_Uy
+    Jc = xp.einsum("uvj,v->uj", J_UU, c) + J_Uy
     cJc = c @ (Jc + J_Uy) + J_yy
-    JT = jnp.einsum("uvj,vp->upj", J_UU, T)
-    TJT, TJc = jnp.einsum("up,uqj->pqj", T, JT), T.T @ Jc
+    JT = xp.einsum("uvj,vp->upj", J_UU, T)
+    TJT, TJc = xp.einsum("up,uqj->pqj", T, JT), T.T @ Jc
     KJT = K_times(JT[:d])
     V = _rough_product(W, l[:, None, None] * J_UU[:d, :d] * l[None, :, None])  # (d, d, J)
-    ATJT = jnp.einsum("pq,qrj->prj", A, TJT)
+    ATJT = xp.einsum("pq,qrj->prj", A, TJT)
     Vs = [V[:, :, j] for j in range(V.shape[2])]
     transposed = [as_laid_out(v.T).reshape(-1) for v in Vs]  # read along rows
-    CJCJ = jnp.stack([jnp.stack([v.reshape(-1) @ t for t in transposed]) for v in Vs])
-    CJCJ = CJCJ + with_X * (2.0 * jnp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + jnp.einsum("pqj,qpl->jl", ATJT, ATJT))
+    CJCJ = xp.stack([xp.stack([v.reshape(-1) @ t for t in transposed]) for v in Vs])
+    CJCJ = CJCJ + with_X * (2.0 * xp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + xp.einsum("pqj,qpl->jl", ATJT, ATJT))
     JcCJc = Jc[:d].T @ K_times(Jc[:d]) + TJc.T @ A @ TJc
 
     T_d, c_d, TA = T[:d], c[:d], T[:d] @ A
-    Psi = l[:, None] * W * l + jnp.concatenate([with_X * TA, s * c_d[:, None]], 1) @ jnp.column_stack([T_d, c_d]).T
-    side = jnp.column_stack([with_X * TA + s * jnp.outer(c_d, c[d:]), s * c_d])
-    last = jnp.append(c[d:], 1.0)
-    corner = s * jnp.outer(last, last) + with_X * jnp.pad(A, ((0, 1), (0, 1)))
+    Psi = l[:, None] * W * l + xp.concatenate([with_X * TA, s * c_d[:, None]], 1) @ xp.column_stack([T_d, c_d]).T
+    side = xp.column_stack([with_X * TA + s * xp.outer(c_d, c[d:]), s * c_d])
+    last = xp.append(c[d:], 1.0)
+    corner = s * xp.outer(last, last) + with_X * xp.pad(A, ((0, 1), (0, 1)))
     g, moved = of_levels(moments.pull_back_parts(Psi, side, corner), first, moments, J.own)
-    H = moved[..., 0] - CJCJ - 2.0 * s * JcCJc - curve * jnp.outer(cJc, cJc)
+    H = moved[..., 0] - CJCJ - 2.0 * s * JcCJc - curve * xp.outer(cJc, cJc)
 
     # The dense factors' own directions.
     P, e = rest.P2[:, :p, 0], rest.P2[:, p, 0]
     e = e - P @ lanes.delta[:, 0]
     half = P @ A
     f_of = np.repeat(np.arange(len(sizes)), sizes)
-    mask = jnp.asarray(f_of[:, None] == np.arange(len(sizes)), W.dtype)  # (d, f)
+    mask = xp.asarray(f_of[:, None] == np.arange(len(sizes)), W.dtype)  # (d, f)
 
     def Omega_times(X):
         X = _rows(1.0 / l, X)
         return _rows(1.0 / l, X - _product(W, X))
 
     eEe = by_factor(e * e)
-    squares = by_factor(jnp.diagonal(W))
-    trace = by_factor((1.0 - jnp.diagonal(W)) / l**2) - with_X * by_factor((half * P).sum(1))
+    squares = by_factor(xp.diagonal(W))
+    trace = by_factor((1.0 - xp.diagonal(W)) / l**2) - with_X * by_factor((half * P).sum(1))
     Ee = mask * e[:, None]
     Omega_Ee = Omega_times(Ee) - half @ (P.T @ Ee)
     # Sums of squares of I - W by blocks: those of W, and its diagonal.
-    ratio = jnp.stack([lambdas[f][0][0][0] for f, *_ in moments.dense])
-    within = by_factor(by_factor(W * W).T).T + jnp.diag(jnp.asarray(sizes, W.dtype) - 2.0 * squares)
+    ratio = xp.stack([lambdas[f][0][0][0] for f, *_ in moments.dense])
+    within = by_factor(by_factor(W * W).T).T + xp.diag(xp.asarray(sizes, W.dtype) - 2.0 * squares)
     within = within / ratio[:, None] ** 2 / ratio**2
     P_of = mask[:, None] * P[:, :, None]  # (d, p, f)
-    crossing = by_factor(jnp.einsum("dp,dpf->df", half, Omega_times(P_of)))
-    PP = jnp.einsum("dp,dqf->pqf", P, P_of)
-    APP = jnp.einsum("pq,qrf->prf", A, PP)
-    low = jnp.einsum("pqf,qpg->fg", APP, APP)
+    crossing = by_factor(xp.einsum("dp,dpf->df", half, Omega_times(P_of)))
+    PP = xp.einsum("dp,dqf->pqf", P, P_of)
+    APP = xp.einsum("pq,qrf->prf", A, PP)
+    low = xp.einsum("pqf,qpg->fg", APP, APP)
     products = within - with_X * (2.0 * crossing - low)
-    among = 2.0 * s * Ee.T @ Omega_Ee - curve * jnp.outer(eEe, eEe) - products
+    among = 2.0 * s * Ee.T @ Omega_Ee - curve * xp.outer(eEe, eEe) - products
     FJT = _rows(1.0 / l**2, KJT)
     FJF = (V * W[:, :, None]).sum(1) / l[:, None] ** 2
-    spread = jnp.einsum("dpj,dp->dj", FJT, half), jnp.einsum("dp,pqj,dq->dj", half, TJT, half)
+    spread = xp.einsum("dpj,dp->dj", FJT, half), xp.einsum("dp,pqj,dq->dj", half, TJT, half)
     mixed = by_factor(FJF - with_X * (2.0 * spread[0] - spread[1])).T  # (j, f)
     LJc = _rows(1.0 / l**2, K_times(Jc[:d])) - half @ TJc
-    between = 2.0 * s * LJc.T @ Ee - curve * jnp.outer(cJc, eEe) - mixed
+    between = 2.0 * s * LJc.T @ Ee - curve * xp.outer(cJc, eEe) - mixed
     g, H, falls = _join(g[:, 0], H, cJc, trace - s * eEe, among, between, eEe)
     return g[:, None], H[..., None], falls[:, None]
 
 
 def _product(A: Array, B: Array) -> Array:
-    return jnp.tensordot(A, B, 1)
+    return namespace(A, B).tensordot(A, B, 1)
 
 
 # From so many dense effects on, the large product that only the Hessian needs is formed in single precision.
@@ -412,7 +412,10 @@ def _rough_product(A: Array, B: Array) -> Array:
     """The product of matrices to six digits or more: a Newton step needs no more of its Hessian."""
     if A.shape[0] < ROUGH:
         return _product(A, B)
-    return jnp.tensordot(A.astype(jnp.float32), B.astype(jnp.float32), 1, precision="highest").astype(A.dtype)
+    rough = A.astype(np.float32), B.astype(np.float32)
+    if namespace(A, B) is np:
+        return np.tensordot(*rough, 1).astype(A.dtype)
+    return jnp.tensordot(*rough, 1, precision="highest").astype(A.dtype)
 
 
 def _rows(scale: Array, B: Array) -> Array:

@@ -15,7 +15,7 @@ from mixjax.bases import in_span
 from mixjax.checks import ConvergenceWarning, warn
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
-from mixjax.engine.engine import AtOnce, Engine, engine_of
+from mixjax.engine.engine import Engine, engine_of
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates, estimate_with, fit
@@ -119,9 +119,9 @@ class Fitted:
     # --- at the estimates -------------------------------------------------------------------------------------------
 
     @cached_property
-    def engine(self) -> Engine | AtOnce:
+    def engine(self) -> Engine:
         """What answers for the likelihood of these data."""
-        return engine_of(self.stats, self.reml)
+        return engine_of(self.stats, self.reml).at_once()
 
     @cached_property
     def information(self) -> Information:
@@ -247,7 +247,8 @@ def fit_products(
         if not np.isfinite(start).all():
             raise ValueError(f"start must be finite, got {start}")
     if optimizer is None:
-        est = engine_of(stats, reml).run(fit, start)
+        engine = engine_of(stats, reml)
+        est = engine.run(fit, start)
     else:
         with float64():
             est = jax.device_get(estimate_with(optimizer, pad(stats), reml, start))
@@ -267,4 +268,7 @@ def fit_products(
             f"{info.gradient_norm:.1e}): {result.message}",
             ConvergenceWarning,
         )
-    return Fitted(labels, stats, est, reml, info, design, optimizer)
+    record = Fitted(labels, stats, est, reml, info, design, optimizer)
+    if optimizer is None:
+        vars(record)["engine"] = engine.at_once()  # what was looked up of a large crossed design is not lost
+    return record
