@@ -111,27 +111,27 @@ def table(
         >>> data = mj.datasets.load("sleepstudy")
         >>> intercepts = mj.lmm("Reaction ~ Days + (1 | Subject)", data)
         >>> print(mj.table([intercepts, mj.lmm("Reaction ~ Days + (Days | Subject)", data)]))
-                                          (1)    (2)
-        Intercept                      251.41 251.41
-                                       (9.75) (6.82)
-        Days                            10.47  10.47
-                                       (0.80) (1.55)
+                                          (1)     (2)
+        Intercept                      251.41  251.41
+                                       (9.75)  (6.82)
+        Days                           10.467  10.467
+                                      (0.804) (1.546)
         ---------------------------------------------
-        sd Intercept | Subject           37.1   24.7
-        sd Days | Subject                       5.92
-        cor Intercept, Days | Subject           0.07
-        sigma                            31.0   25.6
+        sd Intercept | Subject           37.1    24.7
+        sd Days | Subject                        5.92
+        cor Intercept, Days | Subject            0.07
+        sigma                            31.0    25.6
         ---------------------------------------------
-        Observations                      180    180
-        Groups: Subject                    18     18
-        ICC (adjusted)                  0.589  0.722
-        R2 marginal                     0.280  0.279
-        R2 conditional                  0.704  0.799
-        logLik                         -893.2 -871.8
-        AIC                            1794.5 1755.6
-        BIC                            1807.2 1774.8
-        Criterion                      1786.5 1743.6
-        Estimated by                     REML   REML
+        Observations                      180     180
+        Groups: Subject                    18      18
+        ICC (adjusted)                  0.589   0.722
+        R2 marginal                     0.280   0.279
+        R2 conditional                  0.704   0.799
+        logLik                         -893.2  -871.8
+        AIC                            1794.5  1755.6
+        BIC                            1807.2  1774.8
+        Criterion                      1786.5  1743.6
+        Estimated by                     REML    REML
         standard errors in parentheses
     """
     records, names = _models(fits, names)

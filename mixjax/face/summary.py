@@ -115,6 +115,8 @@ class Summary(Reported):
         Days & 10.467 & 1.546 & 17.00 & 6.771 & \textless{}0.001 \\
         \bottomrule
         \end{tabular}
+        <BLANKLINE>
+        {\footnotesize\noindent satterthwaite degrees of freedom\par}
     """
 
     fitted: Fitted
