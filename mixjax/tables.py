@@ -37,6 +37,19 @@ _COLUMNS = {
     "loglik": ("logLik", "fixed"),
     "deviance": ("Deviance", "fixed"),
     "used": ("Replicates", ""),
+    "mean": ("Mean", ""),
+    "empirical_se": ("Empirical SE", ""),
+    "model_se": ("Model SE", ""),
+    "relative_error_se": ("Relative error of SE", ""),
+    "rmse": ("RMSE", ""),
+    "coverage": ("Coverage", ""),
+    "rejection": ("Rejection", ""),
+    "rows": ("Rows", ""),
+    "cooks": ("Cook's distance", ""),
+    "mdffits": ("MDFFITS", ""),
+    "covtrace": ("COVTRACE", ""),
+    "covratio": ("COVRATIO", ""),
+    "leverage_overall": ("Leverage", ""),
     "power": ("Power", ""),
     "replicates": ("Replicates", ""),
     "singular": ("Singular", ""),
@@ -51,10 +64,12 @@ _LABELS = {"term": "Term", "contrast": "Contrast", "parameter": "Parameter", "gr
 def frame_cells(
     frame: pd.DataFrame,
     digits: int = 3,
+    columns: Any = None,
     index: bool | None = None,
     heads: Sequence[str] | None = None,
     na_rep: str = "",
     formats: Mapping[str, str] | None = None,
+    known: bool = True,
 ) -> Cells:
     """A data frame of numbers as rounded text.
 
@@ -63,39 +78,83 @@ def frame_cells(
             rounds.
         digits: significant digits of standard errors, with as many decimals for the estimates; decimals of p values,
             one less of test statistics and degrees of freedom.
+        columns: which are shown, a name or a list; None: all.
         index: show the index; None: unless it only counts the rows.
         heads: of the columns, instead of those that are known here. na_rep: of missing numbers.
         formats: column -> such as ``"{:.2f}"``, instead of ``digits``.
+        known: columns are what they are called; False where a user gave the names.
+
+    Raises:
+        ValueError: there is no such column, or not a head for each.
     """
     if index is None:
         index = not (isinstance(frame.index, pd.RangeIndex) and frame.index.name is None)
-    own = [str(name) for name in frame.columns]
-    anchor = next((own.index(name) for name in ("estimate", "power") if name in own), 0)
-    errors = frame["std_error"] if "std_error" in own else ()
-    columns, shown, left = [], [], 0
+    heads_and_kinds = _heads_and_kinds(frame, known)
+    errors = _errors(frame) if known else ()
+    texts, shown, left = [], [], 0
     if index:
         levels = [frame.index.get_level_values(i) for i in range(frame.index.nlevels)]
-        columns = [[_name_of(value) for value in level] for level in levels]
+        texts = [[_name_of(value) for value in level] for level in levels]
         shown = [_LABELS.get(str(level.name), str(level.name or "")) for level in levels]
         left = len(levels)
-    statistic = "F" if "num_df" in own else "Statistic" if "df" not in own or "chisq" in own else "t"
-    if statistic == "t" and len(frame) and (frame["df"] == float("inf")).all():
-        statistic = "z"
+    chosen = _places(frame, columns)
+    for j in chosen:
+        (head, kind), values, name = heads_and_kinds[j], frame.iloc[:, j], str(frame.columns[j])
+        left += kind == "label" and left == len(texts)
+        shown.append(head)
+        if kind != "label" and formats and name in formats:
+            texts.append([na_rep if pd.isna(x) else formats[name].format(x) for x in values])
+        else:
+            texts.append(_rounded(values, kind, digits, errors if name != "std_error" else (), na_rep))
+    if heads is not None:
+        if len(heads) != len(chosen):
+            raise ValueError(f"header= names {len(heads)} columns, but there are {len(chosen)}: {listed(shown, 20)}")
+        shown[len(shown) - len(chosen) :] = map(str, heads)
+    return Cells(shown, list(map(list, zip(*texts, strict=True))), left)
+
+
+def _places(frame: pd.DataFrame, columns: Any) -> list[int]:
+    """Positions of columns."""
+    own = list(frame.columns)
+    if columns is None:
+        return list(range(len(own)))
+    wanted = [columns] if isinstance(columns, str) else list(columns)
+    for name in wanted:
+        if name not in own:
+            raise ValueError(f"there is no column {name!r}; there are {listed(own, 20)}")
+    return [own.index(name) for name in wanted]
+
+
+def _heads_and_kinds(frame: pd.DataFrame, known: bool) -> list[tuple[str, str]]:
+    """What stands above each column, and how it is rounded: ``"label"`` is not."""
+    own = [str(name) for name in frame.columns]
+    anchor = next((own.index(name) for name in ("estimate", "power") if known and name in own), 0)
+    found = []
     for j, name in enumerate(own):
         values = frame.iloc[:, j]
-        is_label = j < anchor or not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)
-        left += is_label and left == len(columns)
-        known, kind = (_LABELS.get(name, name), "label") if is_label else _COLUMNS.get(name, (name, ""))
-        shown.append(statistic if name == "statistic" and not is_label else known)
-        if not is_label and formats and name in formats:
-            columns.append([na_rep if pd.isna(x) else formats[name].format(x) for x in values])
+        if j < anchor or not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+            found.append((_LABELS.get(name, name) if known else name, "label"))
+        elif known and name == "statistic":
+            found.append((_test_of(frame), _COLUMNS[name][1]))
         else:
-            columns.append(_rounded(values, kind, digits, errors if name != "std_error" else (), na_rep))
-    if heads is not None:
-        if len(heads) != len(own):
-            raise ValueError(f"header= names {len(heads)} columns, but there are {len(own)}: {listed(own, 20)}")
-        shown[len(shown) - len(own) :] = map(str, heads)
-    return Cells(shown, list(map(list, zip(*columns, strict=True))), left)
+            found.append(_COLUMNS.get(name, (name, "")) if known else (name, ""))
+    return found
+
+
+def _errors(frame: pd.DataFrame) -> Any:
+    """Standard errors, or what comes near: a quarter of 95 % intervals. They say how many decimals mean something."""
+    if "std_error" in frame:
+        return frame["std_error"]
+    return (frame["upper"] - frame["lower"]) / 4 if {"lower", "upper"} <= set(frame.columns) else ()
+
+
+def _test_of(frame: pd.DataFrame) -> str:
+    """What the column ``statistic`` holds, by the degrees of freedom beside it."""
+    if "num_df" in frame:
+        return "F"
+    if "df" not in frame:
+        return "Statistic"
+    return "z" if len(frame) and (frame["df"] == float("inf")).all() else "t"
 
 
 def _name_of(value: Any) -> str:
@@ -242,20 +301,8 @@ class NotedTable(pd.DataFrame):
     ) -> Report:
         digits = check_count("digits", 3 if digits is None else digits, 1, 12)
         heads = None if isinstance(header, bool) else header
-        frame = self._chosen(columns)
-        return frame_report(
-            frame, notes=self.attrs["notes"], digits=digits, index=index, heads=heads, na_rep=na_rep or ""
-        )
-
-    def _chosen(self, columns: Any) -> pd.DataFrame:
-        frame = pd.DataFrame(self)
-        if columns is None:
-            return frame
-        wanted = [columns] if isinstance(columns, str) else list(columns)
-        for name in wanted:
-            if name not in frame:
-                raise ValueError(f"there is no column {name!r}; there are {listed(frame.columns, 20)}")
-        return frame[wanted]
+        cells = frame_cells(pd.DataFrame(self), digits, columns, index, heads, na_rep or "")
+        return Report([cells], self.attrs["notes"])
 
     def _by_pandas(
         self,
@@ -275,4 +322,5 @@ class NotedTable(pd.DataFrame):
             )
         given = {"index": index, "na_rep": na_rep, "header": None if header is True else header, **(placed or {})}
         given = {name: value for name, value in given.items() if value is not None}
-        return getattr(self._chosen(columns), method)(**given, **pandas)
+        frame = pd.DataFrame(self)
+        return getattr(frame.iloc[:, _places(frame, columns)], method)(**given, **pandas)

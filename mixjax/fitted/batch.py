@@ -138,7 +138,7 @@ class BatchFit(Reported):
     def _report(self) -> Report:
         frame = self.to_frame()
         more = [f"and {len(frame) - MOST} more, see to_frame()"] * (len(frame) > MOST)
-        return frame_report(frame.head(MOST), [repr(self).strip("<>")], more, index=True)
+        return frame_report(frame.head(MOST), [repr(self).strip("<>")], more, index=True, known=False)
 
     def __repr__(self) -> str:
         parts = [f"{count} {name}" for name, count in self.counts.items() if name != "fits"]
