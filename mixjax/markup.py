@@ -62,6 +62,7 @@ class Report:
         if caption is None and label is None:
             return body
         head = [rf"\caption{{{caption}}}"] * (caption is not None) + [rf"\label{{{label}}}"] * (label is not None)
+        head += [r"\smallskip"] * (caption is not None)  # LaTeX leaves no room below a caption
         return "\n".join([r"\begin{table}", r"\centering", *head, body, r"\end{table}"])
 
     def markdown(self) -> str:
@@ -201,10 +202,10 @@ def _latex_of(part: str | Cells) -> str:
     if isinstance(part, str):
         return rf"\noindent {latex_escaped(part)}"
     columns = "l" * part.left + "r" * (len(part.heads) - part.left)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(part.heads), r"\midrule"]
+    lines = [rf"\noindent\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(part.heads), r"\midrule"]
     for i, row in enumerate(part.rows):
         lines += [r"\midrule"] * (i in part.rules and i > 0) + [_latex_row(row)]
-    title = [rf"\noindent\textbf{{{latex_escaped(part.title)}}}", ""] * bool(part.title)
+    title = [rf"\smallskip\noindent\textbf{{{latex_escaped(part.title)}}}", ""] * bool(part.title)
     return "\n".join([*title, *lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -213,7 +214,8 @@ def _latex_row(row: Sequence[str]) -> str:
 
 
 def _latex_notes(notes: Sequence[str]) -> list[str]:
-    return [rf"{{\footnotesize\noindent {latex_escaped(note)}\par}}" for note in notes]
+    lines = [rf"\footnotesize\noindent {latex_escaped(note)}\par" for note in notes]
+    return [f"{{{line}}}" if i else rf"{{\smallskip{line}}}" for i, line in enumerate(lines)]
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------

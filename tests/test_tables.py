@@ -46,7 +46,7 @@ def from_latex(text):
 
 def rows_of_latex(text):
     """Rows of cells of one tabular: split at ampersands that are none of the text."""
-    assert text.startswith(r"\begin{tabular}{")
+    assert text.startswith(r"\noindent\begin{tabular}{")
     assert text.endswith("\\bottomrule\n\\end{tabular}")
     lines = [line for line in text.split("\n")[2:-2] if line != r"\midrule"]
     assert all(line.endswith(r" \\") for line in lines)
@@ -115,9 +115,9 @@ def test_latex():
         [
             r"\noindent A title",
             "",
-            r"\noindent\textbf{Fixed}",
+            r"\smallskip\noindent\textbf{Fixed}",
             "",
-            r"\begin{tabular}{lr}",
+            r"\noindent\begin{tabular}{lr}",
             r"\toprule",
             r" & Estimate \\",
             r"\midrule",
@@ -128,11 +128,13 @@ def test_latex():
             r"\bottomrule",
             r"\end{tabular}",
             "",
-            r"{\footnotesize\noindent 5 \% of it\par}",
+            r"{\smallskip\footnotesize\noindent 5 \% of it\par}",
         ]
     )
     placed = REPORT.latex("Effects of $x$", "tab:x")
-    assert placed.startswith("\\begin{table}\n\\centering\n\\caption{Effects of $x$}\n\\label{tab:x}\n\\noindent A")
+    assert placed.startswith(
+        "\\begin{table}\n\\centering\n\\caption{Effects of $x$}\n\\label{tab:x}\n\\smallskip\n\\noindent A"
+    )
     assert placed.endswith("\\par}\n\\end{table}")
 
 
@@ -330,7 +332,7 @@ def test_columns_have_the_names_of_papers(noted):
         "|  | Estimate | Std. Error | df | p |\n| :--- | ---: | ---: | ---: | ---: |\n"
         "| a_1 | 1.235 | 0.100 | 12.35 | \\<0.001 |\n| b\\|c | 0.000 |  | inf | 0.500 |\n\ntype III \\& others"
     )
-    assert noted.to_latex().endswith("\\end{tabular}\n\n{\\footnotesize\\noindent type III \\& others\\par}")
+    assert noted.to_latex().endswith("\\end{tabular}\n\n{\\smallskip\\footnotesize\\noindent type III \\& others\\par}")
     assert noted.to_html().endswith("</table>\n<p>type III &amp; others</p>")
     # The table itself keeps its names and all digits.
     assert repr(noted).splitlines()[-1] == "type III & others"

@@ -116,7 +116,7 @@ class Summary(Reported):
         \bottomrule
         \end{tabular}
         <BLANKLINE>
-        {\footnotesize\noindent satterthwaite degrees of freedom\par}
+        {\smallskip\footnotesize\noindent satterthwaite degrees of freedom\par}
     """
 
     fitted: Fitted
