@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+# What is smaller than this part of the largest number asks for no decimals of its own.
+NEGLIGIBLE = 1e-6
 # More decimals than this, or larger numbers, are written with an exponent.
 MOST_DECIMALS, LARGEST = 8, 1e9
 
@@ -38,12 +40,11 @@ def p_value(p: float, digits: int = 3) -> str:
 
 
 def common_decimals(values: Iterable[float], digits: int) -> int:
-    """Decimals with which the smallest number shows so many significant digits; less than a millionth of the largest
-    counts as zero."""
+    """Decimals with which the smallest number that is not negligible shows so many significant digits."""
     sizes = [abs(float(x)) for x in values if math.isfinite(x) and x]
     if not sizes:
         return digits - 1
-    smallest = min(size for size in sizes if size > 1e-6 * max(sizes))
+    smallest = min(size for size in sizes if size >= NEGLIGIBLE * max(sizes))
     # Through text, because log10 of a number just below a power of ten may round up to it.
     return max(0, digits - 1 - int(f"{smallest:.{digits - 1}e}".split("e")[1]))
 
@@ -61,13 +62,15 @@ def column(values: Iterable[Any], digits: int, by: Iterable[Any] = ()) -> list[s
     """
     values, by = [float(x) for x in values], [float(x) for x in by]
     errors = [x for x in by if math.isfinite(x) and x]
+    largest = max((abs(x) for x in values if math.isfinite(x)), default=0.0)
     decimals = common_decimals(errors or values, digits)
-    if decimals > MOST_DECIMALS or max((abs(x) for x in values if math.isfinite(x)), default=0.0) >= LARGEST:
+    if decimals > MOST_DECIMALS or largest >= LARGEST:
         return [f"{x + 0.0:.{digits + 2}g}" if math.isfinite(x) else number(x, 0) for x in values]
     texts = [number(x, decimals) for x in values]
-    # A value of its own that rounding would take away; beside its standard error it is a zero.
+    if errors:
+        return texts  # beside its standard error what is negligible is a zero
     return [
-        f"{x:.{digits - 1}e}" if x and not errors and not text.strip("0.") else text
+        f"{x:.{digits - 1}e}" if 0 < abs(x) < NEGLIGIBLE * largest else text
         for x, text in zip(values, texts, strict=True)
     ]
 

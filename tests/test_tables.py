@@ -286,6 +286,7 @@ def test_p_value(p, digits, text):
         ([251.405, 0.002], 3, [6.825, 1.546], ["251.41", "0.00"]),  # next to its standard error a zero
         ([24.74, 5.922, 1e-9, 0.0], 3, (), ["24.74", "5.92", "1.00e-09", "0.00"]),
         ([-1e-9, 1.0], 2, (), ["-1.0e-09", "1.0"]),
+        ([125000.0, -0.1249], 3, (), ["125000", "-1.25e-01"]),  # a digit of its own would be all that is left
         ([9.996, 99.96], 3, (), ["10.0", "100.0"]),
         ([1.5e-12, 2.5e-12], 3, (), ["1.5e-12", "2.5e-12"]),
         ([3.2e12, -1.0], 3, (), ["3.2e+12", "-1"]),
@@ -309,7 +310,7 @@ def test_rounding_keeps_the_digits_that_were_asked_for(values, digits):
     sizes = [abs(x) for x in values if x]
     texts = numerals.column(values, digits)
     for x, text in zip(values, texts, strict=True):
-        least = min((size for size in sizes if size > 1e-6 * max(sizes)), default=1.0)
+        least = min((size for size in sizes if size >= 1e-6 * max(sizes)), default=1.0)
         assert abs(float(text) - x) <= 0.5000001 * 10.0 ** (np.floor(np.log10(min(least, abs(x) or 1.0))) + 2 - digits)
         assert (float(text) == 0) == (x == 0)
         assert not re.fullmatch(r"-0\.?0*", text)
