@@ -235,6 +235,28 @@ def test_correlations_that_are_held_at_zero_have_no_row():
     assert not [label for label in labels if label.startswith("cor")]
 
 
+def test_what_all_effects_of_a_term_share_names_none_of_them():
+    fit = fit_in(table("Machines"), "score ~ 1 + homcs(0 + Machine | Worker)")
+    shown, reference = cells_of(mj.table(fit, digits=6)), fit.variance_parameters()["estimate"]
+    assert [label for label in shown if "Worker" in label][:2] == ["sd | Worker", "cor | Worker"]
+    for label, name in (("sd | Worker", "sd|Worker"), ("cor | Worker", "cor|Worker")):
+        assert float(shown[label][0]) == pytest.approx(reference[name], rel=1e-4)
+
+
+def test_two_terms_whose_parameters_have_one_name():
+    """Nothing tells them apart, so that they are numbered."""
+    rng = np.random.default_rng(3)
+    data = pd.DataFrame({"g": np.repeat(np.arange(20), 18), "a": np.tile(list("pqr"), 120)})
+    y = rng.normal(size=360) + rng.normal(size=20)[data["g"]]
+    data = data.assign(b=np.tile(np.repeat(list("uvw"), 3), 40), y=y)
+    fit = fit_in(data, "y ~ 1 + homcs(0 + a | g) + homcs(0 + b | g)")
+    assert [row[0] for row in mj.table(fit).cells.rows if row[0].endswith(("g", "(2)"))] == [
+        "sd | g", "sd | g (2)", "cor | g", "cor | g (2)", "Groups: g",
+    ]  # fmt: skip
+    frame = mj.table(fit).to_frame()["(1)"]["random"].droplevel("value")
+    np.testing.assert_allclose(frame.to_numpy()[[0, 2, 1, 3, 4]], fit.variance_parameters()["estimate"])
+
+
 def test_a_model_without_fixed_effects():
     fit = fit_in(table("Dyestuff").assign(Yield=lambda d: d["Yield"] - 1500), "Yield ~ 0 + (1 | Batch)")
     for ddf in (None, "wald", "satterthwaite"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,10 +11,9 @@ import pandas as pd
 
 from mixjax import numerals
 from mixjax.checks import check_count, check_level, listed, some_of
-from mixjax.covariance import Diagonal
 from mixjax.distributions import t_quantile
-from mixjax.face.summary import coefficient_table, correlation
-from mixjax.fitted.names import interaction_key
+from mixjax.face.summary import coefficient_table
+from mixjax.fitted.names import interaction_key, names_of_variances
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.random import variance
@@ -221,22 +219,17 @@ def _random(record: Fitted) -> dict[Key, tuple[str, float]]:
     """(group, kind, effects) -> label and estimate of standard deviations, correlations and sigma.
 
     Effects are called by their group, whichever term they stand in, so that correlated and uncorrelated ones of several
-    fits share a row; correlations that a structure holds at zero are no estimates.
+    fits share a row. A parameter that all effects of a term share names none of them.
     """
     found: dict[Key, tuple[str, float]] = {}
-    parts = zip(record.labels.terms, record.stats.layout.structures, record.estimates.Sigma, strict=True)
-    for term, structure, Sigma in parts:
-        cor = correlation(Sigma)
-        entries: list[tuple[str, tuple[str, ...], float]]
-        entries = [("sd", (effect,), np.sqrt(Sigma[i, i])) for i, effect in enumerate(term.effects)]
-        if not isinstance(structure, Diagonal):
-            pairs = itertools.combinations(range(len(term.effects)), 2)
-            entries += [("cor", (term.effects[i], term.effects[j]), cor[i, j]) for i, j in pairs]
-        for kind, effects, value in entries:
-            key: Key = (interaction_key(term.group), kind, frozenset(map(interaction_key, effects)))
-            again = sum(other[:3] == key for other in found)
-            label = f"{kind} {', '.join(effects)} | {term.group}" + f" ({again + 1})" * bool(again)
-            found[*key, again] = (label, float(value))
+    for parameter in names_of_variances(record.labels, record.stats.layout.structures):
+        term, natural = record.labels.terms[parameter.term], parameter.natural
+        places = [natural.i] if parameter.kind == "sd" else sorted([natural.i, natural.j])
+        effects = [] if natural.shared else [term.effects[place] for place in places]
+        key: Key = (interaction_key(term.group), parameter.kind, frozenset(map(interaction_key, effects)))
+        again = sum(other[:3] == key for other in found)
+        label = f"{parameter.kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
+        found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     found[(), "sigma", (), 0] = ("sigma", float(record.estimates.sigma))
     return found
 
