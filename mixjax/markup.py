@@ -237,7 +237,7 @@ def markdown_escaped(text: str) -> str:
 
 def _markdown_of(part: str | Cells) -> str:
     if isinstance(part, str):
-        return _BLOCK.sub(r"\1\\", markdown_escaped(part.strip()))
+        return _BLOCK.sub(r"\1\\", markdown_escaped(part).strip())
     aligned = [":---"] * part.left + ["---:"] * (len(part.heads) - part.left)
     rows = [list(map(markdown_escaped, row)) for row in (part.heads, *part.rows)]
     lines = [f"| {' | '.join(row)} |" for row in (rows[0], aligned, *rows[1:])]
