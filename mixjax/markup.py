@@ -204,7 +204,7 @@ def _latex_of(part: str | Cells) -> str:
     columns = "l" * part.left + "r" * (len(part.heads) - part.left)
     lines = [rf"\noindent\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(part.heads), r"\midrule"]
     for i, row in enumerate(part.rows):
-        lines += [r"\midrule"] * (i in part.rules and i > 0) + [_latex_row(row)]
+        lines += [r"\midrule"] * (i in part.rules) + [_latex_row(row)]
     title = [rf"\smallskip\noindent\textbf{{{latex_escaped(part.title)}}}", ""] * bool(part.title)
     return "\n".join([*title, *lines, r"\bottomrule", r"\end{tabular}"])
 

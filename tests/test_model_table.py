@@ -10,6 +10,7 @@ from conftest import HERE, fit_of, oracle, r_name, table
 from scipy import stats
 
 import mixjax as mj
+from mixjax.face.report import _fixed_rows
 
 
 def cells_of(models):
@@ -123,6 +124,19 @@ def test_stars_are_those_of_the_p_values():
         marks = "*" * sum(row["p_value"] < limit for limit in (0.05, 0.01, 0.001))
         assert re.sub(r"[-\d.]", "", cells_of(models)[term][0]) == marks
     assert "* p < 0.05, ** p < 0.01, *** p < 0.001" in models.notes
+    limits = {
+        0.0: "***",
+        0.000999: "***",
+        0.001: "**",
+        0.00999: "**",
+        0.01: "*",
+        0.0499: "*",
+        0.05: "",
+        1.0: "",
+        np.nan: "",
+    }
+    found = [{"estimate": 1.0, "std_error": 1.0, "p_value": p} for p in limits]
+    assert _fixed_rows("x", found, None, 1, stars=True) == [["x", *(f"1{mark}" for mark in limits.values())]]
     assert not any("*" in cell for row in mj.table(fit, None).cells.rows for cell in row)
 
 
@@ -181,6 +195,15 @@ def test_estimates_of_a_row_have_the_decimals_of_its_smallest_standard_error(thr
         wanted = max(0, 1 - int(np.floor(np.log10(smallest))))
         for cell in [*shown[term], *shown[term, "below"]]:
             assert not cell or decimals(cell.strip("()")) == wanted
+
+
+def test_digits():
+    for digits, texts in ((1, ["25", "6", "0", "26", "0.7"]), (3, ["24.7", "5.92", "0.07", "25.6", "0.722"]),
+                          (5, ["24.740", "5.9221", "0.0656", "25.592", "0.72166"])):  # fmt: skip
+        shown = cells_of(mj.table(fit_of("sleepstudy_slopes", "REML"), digits=digits))
+        labels = ["sd Intercept | Subject", "sd Days | Subject", "cor Intercept, Days | Subject", "sigma"]
+        assert [shown[label][0] for label in [*labels, "ICC (adjusted)"]] == texts
+        assert shown["logLik"] == ["-871.8"]
 
 
 def test_a_table_of_three_fits_is_printed(three):

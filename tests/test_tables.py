@@ -410,6 +410,15 @@ def test_names_of_rows_are_not_rounded():
     assert cells.left == 2
 
 
+def test_decimals_follow_standard_errors_or_intervals():
+    limits = frame_cells(pd.DataFrame({"lower": [26.0067, 8.8865], "upper": [52.9360, 11.9520]}))
+    assert limits.rows == [["26.007", "52.936"], ["8.886", "11.952"]]  # quarters of 26.9 and 3.07
+    errors = frame_cells(pd.DataFrame({"estimate": [2.5, 3.0], "std_error": [1.25, 1e-9]}))
+    assert errors.rows == [["2.50", "1.25"], ["3.00", "1.00e-09"]]
+    users = frame_cells(pd.DataFrame({"df": [0.00123], "estimate": [1.23456]}), known=False)
+    assert (users.heads, users.rows) == (["df", "estimate"], [["0.00123", "1.23"]])
+
+
 @pytest.mark.parametrize(
     ("columns", "head"),
     [({"df": [3.0]}, "t"), ({"df": [INF]}, "z"), ({"num_df": [1], "den_df": [3.0]}, "F"), ({}, "Statistic")],
