@@ -50,6 +50,7 @@ _HOMES = {
     "satterthwaite": "mixjax.inference.fixed.contrasts",
     "kenward_roger": "mixjax.inference.fixed.contrasts",
     "lineup": "mixjax.lineups",
+    "table": "mixjax.face.report",
     # simulation studies
     "simulate": "mixjax.studies.scenario",
     "scenario": "mixjax.studies.scenario",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from mixjax.estimation.params import to_params as to_params
     from mixjax.face.linear import LMMFit as LMMFit
     from mixjax.face.linear import lmm as lmm
+    from mixjax.face.report import table as table
     from mixjax.fitted.batch import BatchFit as BatchFit
     from mixjax.formula.build import build_design as build_design
     from mixjax.inference.fixed.contrasts import kenward_roger as kenward_roger

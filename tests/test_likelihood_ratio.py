@@ -322,7 +322,7 @@ def test_text_and_html(no_warnings):
     page = result._repr_html_()
     assert "a&lt;b: Reaction" in page
     assert "a<b" not in page
-    assert "p_mixture" in page
+    assert ">p (mixture)</th>" in page
     frame = result.to_frame()
     frame["npar"] = 0
     assert (result.to_frame()["npar"] == [4, 6]).all()

@@ -11,8 +11,8 @@ import mixjax as mj
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
-NAMES = ("populations", "studies", "predictions", "inference", "tutorial", "embedding", "troubleshooting", "singular",
-         "convergence", "scaling", "how", "index")  # fmt: skip
+NAMES = ("populations", "studies", "predictions", "inference", "tables", "tutorial", "embedding", "troubleshooting",
+         "singular", "convergence", "scaling", "how", "index")  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 

@@ -14,7 +14,8 @@ PACKAGE = Path(mj.__file__).parent
 
 # From the ground up: a room may import only what is listed above it (docs/architecture.md).
 ROOMS = [
-    "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.tables", "mixjax.datasets",
+    "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
+    "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.linalg", "mixjax.decompositions",
     "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.resampling.simulation",

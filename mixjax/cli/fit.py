@@ -148,7 +148,7 @@ def _plain(column: Any) -> dict[str, float | None]:
 
 
 def _interval_text(method: str, intervals: Any) -> str:
-    from mixjax.face.summary import text_table
+    from mixjax.tables import text_table
 
     kind = "profile likelihood" if method == "profile" else "Wald"
     table = intervals.rename_axis("").reset_index()

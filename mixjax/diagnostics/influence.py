@@ -24,6 +24,8 @@ from mixjax.diagnostics.refits import (
 from mixjax.diagnostics.units import units_of
 from mixjax.fitted.names import term_names
 from mixjax.fitted.record import Fitted, record_of
+from mixjax.markup import Report, Reported
+from mixjax.tables import frame_report
 
 Method = Literal["exact", "fixed-theta", "one-step"]
 METHODS = ("exact", "fixed-theta", "one-step")
@@ -157,7 +159,7 @@ def _measures(fitted: Fitted, information: np.ndarray, without: Without) -> np.n
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Influence:
+class Influence(Reported):
     """What changes without each unit; made by :func:`influence`. ``str()`` shows the most influential units.
 
     Frames and Series have one row per unit, in the order in which units first appear in the data.
@@ -380,22 +382,32 @@ class Influence:
 
     def summary(self, n: int = 6) -> str:
         """The n most influential units as text, with counts above and what failed below."""
+        return "\n".join([self._head(), "", self._most(n).to_string(), "", *self._notes()])
+
+    def _report(self) -> Report:
+        return frame_report(self._most(6), [self._head()], self._notes(), index=True)
+
+    def _most(self, n: int) -> pd.DataFrame:
+        return self.ranked(n=n)[["rows", *MEASURES, "leverage_overall"]]
+
+    def _head(self) -> str:
         counts, by = self.counts, self.units.name
         what = "rows" if by is None or by == "row" else f"levels of {by}"
         head = f"Influence of {counts['units']} {what} on {self.fitted.labels.formula!r}, {self.method}: "
-        head += f"{counts['fitted']} fitted, {counts['singular']} singular, {counts['failed']} failed"
-        columns = ["rows", *MEASURES, "leverage_overall"]
+        return head + f"{counts['fitted']} fitted, {counts['singular']} singular, {counts['failed']} failed"
+
+    def _notes(self) -> list[str]:
         flags = ", ".join(
             f"{len(self.flagged(measure))} by {measure} (beyond {self._shown_cutoff(measure)})"
             for measure in ("cooks", "mdffits", "covratio")
         )
-        lines = [head, "", self.ranked(n=n)[columns].to_string(), "", f"Far out: {flags}."]
+        lines = [f"Far out: {flags}."]
         failed = self.result[~self._without.found]
         if len(failed):
             reasons = {RANK_DEFICIENT: "X loses rank", NO_STEP: "no Newton step"}
             shown = [f"{unit} ({reasons.get(code, code)})" for unit, code in failed.iloc[:5].items()]
             lines.append(f"No estimates without {', '.join(shown)}{', ...' if len(failed) > 5 else ''}.")
-        return "\n".join(lines)
+        return lines
 
     def _shown_cutoff(self, measure: str) -> str:
         low, high = self.cutoff(measure)

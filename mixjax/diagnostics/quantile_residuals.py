@@ -16,7 +16,9 @@ import pandas as pd
 from mixjax.checks import DataError, check_count
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.machine import float64
+from mixjax.markup import Report, Reported
 from mixjax.resampling.simulation import raw_key, simulate_responses
+from mixjax.tables import frame_report
 
 # Numbers in all simulated responses together.
 MOST_NUMBERS = 2**27
@@ -98,7 +100,7 @@ def quantile_residuals(
 
 
 @dataclass(frozen=True, eq=False)
-class QuantileResiduals:
+class QuantileResiduals(Reported):
     """Simulated residuals. ``str()`` shows the tests.
 
     Attributes:
@@ -199,12 +201,21 @@ class QuantileResiduals:
         return codes, pd.Index(names)
 
     def __str__(self) -> str:
-        frame = self.tests()
-        lines = [f"simulated residuals of {len(self.y)} responses, {len(self.simulated)} simulations, {self.what}"]
-        lines.append(frame.drop(columns="check").to_string(float_format=lambda x: f"{x:.4g}"))
-        return "\n".join([*lines, *(f"{name}: {text}" for name, text in CHECKS.items())])
+        frame = self.tests().drop(columns="check")
+        return "\n".join([self._head(), frame.to_string(float_format=lambda x: f"{x:.4g}"), *_check_notes()])
+
+    def _report(self) -> Report:
+        formats = dict.fromkeys(("statistic", "expected"), "{:.4g}")
+        return frame_report(self.tests().drop(columns="check"), [self._head()], _check_notes(), formats=formats)
+
+    def _head(self) -> str:
+        return f"simulated residuals of {len(self.y)} responses, {len(self.simulated)} simulations, {self.what}"
 
     __repr__ = __str__
+
+
+def _check_notes() -> list[str]:
+    return [f"{name}: {text}" for name, text in CHECKS.items()]
 
 
 # --- statistics of all data sets, the observed one first ------------------------------------------------------------

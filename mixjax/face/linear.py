@@ -276,7 +276,7 @@ class LMMFit(Inferring, Diagnosing):
         Args:
             ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"`` adds degrees of freedom and p values.
         """
-        return Summary(self._fitted, self._tests(ddf))
+        return Summary(self._fitted, self._tests(ddf), ddf)
 
     def tidy(self, ddf: str | None = None) -> pd.DataFrame:
         """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value; ``ddf`` as above."""

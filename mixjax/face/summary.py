@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ import pandas as pd
 from mixjax.diagnostics.residuals import conditional_residuals
 from mixjax.fitted.names import term_names
 from mixjax.fitted.record import Fitted
+from mixjax.inference.fixed.contrasts import ddf_note
+from mixjax.markup import Cells, Report, Reported
+from mixjax.numerals import fixed_decimals, p_value
+from mixjax.tables import text_table
 
 
 def group_sizes(fitted: Fitted) -> dict[str, int]:
@@ -20,7 +24,7 @@ def group_sizes(fitted: Fitted) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class VarCorr:
+class VarCorr(Reported):
     """Standard deviations, variances and correlations of the random effects. ``str()`` gives lme4's table."""
 
     fitted: Fitted
@@ -71,8 +75,8 @@ class VarCorr:
     def __repr__(self) -> str:
         return str(self)
 
-    def _repr_html_(self) -> str:
-        return html_table(self.table())
+    def _report(self) -> Report:
+        return Report([Cells.of(self.table(), left=2)])
 
 
 def correlation(Sigma: np.ndarray) -> np.ndarray:
@@ -95,16 +99,34 @@ def coefficient_table(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.D
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``."""
+class Summary(Reported):
+    r"""Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``.
+
+    :meth:`to_latex`, :meth:`to_html` and :meth:`to_markdown` leave out the scaled residuals and the correlation of the
+    fixed effects.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> text = fit.summary("satterthwaite").to_latex()
+        >>> print(text[text.rindex(r"\midrule") :])
+        \midrule
+        Intercept & 251.405 & 6.825 & 17.00 & 36.838 & \textless{}0.001 \\
+        Days & 10.467 & 1.546 & 17.00 & 6.771 & \textless{}0.001 \\
+        \bottomrule
+        \end{tabular}
+        <BLANKLINE>
+        {\smallskip\footnotesize\noindent satterthwaite degrees of freedom\par}
+    """
 
     fitted: Fitted
     tests: pd.DataFrame | None = None
+    ddf: str | None = None
 
     def __str__(self) -> str:
         parts = [
-            self._head(),
-            self._fit_statistics(),
+            "\n".join(self._head()),
+            self._fit_statistics_text(),
             self._scaled_residuals() if self.fitted.kept is not None else "",
             "Random effects:\n" + str(VarCorr(self.fitted)) + "\n" + self._counts(),
             "Fixed effects:\n" + self._fixed_text(),
@@ -117,27 +139,38 @@ class Summary:
     def __repr__(self) -> str:
         return str(self)
 
-    def _repr_html_(self) -> str:
-        lines = [self._head(), self._fit_statistics(), self._counts(), *self._notes()]
-        paragraphs = "".join(f"<p>{html.escape(line).replace(chr(10), '<br>')}</p>" for line in lines if line)
-        tables = [("Random effects", VarCorr(self.fitted).table()), ("Fixed effects", self._fixed_table())]
-        return paragraphs + "".join(f"<h4>{title}</h4>{html_table(table)}" for title, table in tables)
+    def _report(self) -> Report:
+        fixed = self._fixed_table(p_value) if self.fitted.labels.fixed else None
+        parts = [
+            *self._head(),
+            ", ".join(f"{name} {value}" for name, value in self._fit_statistics().items()),
+            Cells.of(VarCorr(self.fitted).table(), left=2, title="Random effects"),
+            self._counts(),
+            "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
+        ]
+        how = [] if self.ddf is None or fixed is None else [ddf_note(self.ddf)]
+        return Report(parts, [*how, *self._notes()])
 
-    def _head(self) -> str:
+    def _head(self) -> list[str]:
         method = "REML" if self.fitted.reml else "maximum likelihood"
-        return f"Linear mixed model fit by {method}\nFormula: {self.fitted.labels.formula}"
+        return [f"Linear mixed model fit by {method}", f"Formula: {self.fitted.labels.formula}"]
 
-    def _fit_statistics(self) -> str:
+    def _fit_statistics(self) -> dict[str, str]:
         criterion = float(self.fitted.estimates.criterion)
         if self.fitted.reml:
-            return f"REML criterion at convergence: {criterion:.1f}"
-        cells = {
+            return {"REML criterion at convergence:": f"{criterion:.1f}"}
+        return {
             "AIC": f"{self.fitted.aic:.1f}",
             "BIC": f"{self.fitted.bic:.1f}",
             "logLik": f"{self.fitted.loglik:.1f}",
             "-2*log(L)": f"{criterion:.1f}",
             "df.resid": str(self.fitted.nobs - self.fitted.npar),
         }
+
+    def _fit_statistics_text(self) -> str:
+        cells = self._fit_statistics()
+        if self.fitted.reml:
+            return " ".join([*cells, *cells.values()])
         return text_table(pd.DataFrame([list(cells.values())], columns=list(cells)), left=0)
 
     def _scaled_residuals(self) -> str:
@@ -150,7 +183,7 @@ class Summary:
         groups = "; ".join(f"{name}, {m}" for name, m in group_sizes(self.fitted).items())
         return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
 
-    def _fixed_table(self) -> pd.DataFrame:
+    def _fixed_table(self, p_text: Callable[[float], str] = "{:.3g}".format) -> pd.DataFrame:
         table = coefficient_table(self.fitted, self.tests)
         se = table["std_error"].to_numpy()
         decimals = int(np.clip(3 - np.floor(np.log10(se.min())), 0, 12)) if len(se) and se.min() > 0 else 4
@@ -166,7 +199,7 @@ class Summary:
             columns["df"] = [f"{x:.2f}" for x in table["df"]]
         columns["t value" if is_t else "z value"] = [f"{x:.3f}" for x in table["statistic"]]
         if self.tests is not None:
-            columns["Pr(>|t|)" if is_t else "Pr(>|z|)"] = [f"{x:.3g}" for x in table["p_value"]]
+            columns["Pr(>|t|)" if is_t else "Pr(>|z|)"] = [p_text(x) for x in table["p_value"]]
         return pd.DataFrame(columns)
 
     def _fixed_text(self) -> str:
@@ -236,35 +269,6 @@ def glance(fitted: Fitted) -> pd.DataFrame:
         "singular": bool(fitted.estimates.singular),
     }
     return pd.DataFrame([row])
-
-
-def fixed_decimals(values: np.ndarray, digits: int) -> list[str]:
-    """Numbers with common decimals, so that the largest shows ``digits`` significant digits; tiny ones as 1.2e-10."""
-    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
-    if largest == 0:
-        return [f"{v:.0f}" for v in values]
-    if largest >= 1e7 or largest < 1e-3:
-        return [f"{v:.{digits - 1}e}" if v else "0" for v in values]
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(largest))))
-    return [f"{v:.{decimals}f}" if v == 0 or abs(v) >= 10.0**-decimals else f"{v:.2e}" for v in values]
-
-
-def text_table(table: pd.DataFrame, left: int) -> str:
-    """Columns aligned to the right, the first ``left`` of them to the left."""
-    cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
-    widths = [max(len(row[j]) for row in cells) for j in range(len(table.columns))]
-    lines = [
-        " ".join(
-            cell.ljust(w) if j < left else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def html_table(table: pd.DataFrame) -> str:
-    """A table of text cells as HTML."""
-    return table.to_html(index=False, border=0, escape=True)
 
 
 def _abbreviate(names: list[str], width: int = 9) -> list[str]:

@@ -13,11 +13,16 @@ from mixjax.covariance import Structure
 from mixjax.design import Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted.names import by_effect, names_apart, names_of_variances, terms_of_group
+from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, counts_of
+from mixjax.tables import frame_report
+
+# Fits that a notebook shows.
+MOST = 10
 
 
 @dataclass(frozen=True)
-class BatchFit:
+class BatchFit(Reported):
     """B fits of one model; every frame has one row per response, in the order given.
 
     Rows of fits that failed hold whatever the search ended with: look at ``converged``, or use ``ok``.
@@ -129,6 +134,11 @@ class BatchFit:
         names = names_apart(self.labels.fixed, others.columns)
         errors = [f"se_{name}" for name in names]
         return pd.concat([self.fixef.set_axis(names, axis=1), self.se.set_axis(errors, axis=1), others], axis=1)
+
+    def _report(self) -> Report:
+        frame = self.to_frame()
+        more = [f"and {len(frame) - MOST} more, see to_frame()"] * (len(frame) > MOST)
+        return frame_report(frame.head(MOST), [repr(self).strip("<>")], more, index=True, known=False)
 
     def __repr__(self) -> str:
         parts = [f"{count} {name}" for name, count in self.counts.items() if name != "fits"]

@@ -37,6 +37,9 @@ class Sample:
     def __repr__(self) -> str:
         return repr(self.to_frame())
 
+    def _repr_html_(self) -> str | None:
+        return self.to_frame()._repr_html_()  # type: ignore[operator]
+
     def column(self, name: str) -> np.ndarray:
         """A column as numbers or codes."""
         if name not in self.arrays:

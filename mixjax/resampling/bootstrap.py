@@ -17,12 +17,14 @@ from mixjax.estimation.many import KEEP
 from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.names import names_apart
 from mixjax.fitted.record import Fitted
+from mixjax.markup import Report, Reported
 from mixjax.optimise.results import counts_of, failed, note_of_failures
 from mixjax.products.sums import CrossProducts
 from mixjax.resampling import intervals
 from mixjax.resampling.kinds import Kind, resampler
 from mixjax.resampling.replicates import fit_drawn, refits
 from mixjax.resampling.statistic import Statistic
+from mixjax.tables import frame_report
 
 
 def bootstrap(
@@ -103,7 +105,7 @@ def bootstrap(
 
 
 @dataclass(frozen=True, eq=False)
-class Bootstrap:
+class Bootstrap(Reported):
     """Replicates of a statistic. ``str()`` is a table with the counts.
 
     Attributes:
@@ -197,16 +199,24 @@ class Bootstrap:
 
     def summary(self) -> str:
         """The table as text, with the counts above it and what was left out below."""
+        notes = self._notes()
+        return "\n".join([self._head(), "", self.to_frame().to_string(index=False), *([""] if notes else []), *notes])
+
+    def _report(self) -> Report:
+        return frame_report(self.to_frame(), [self._head()], self._notes())
+
+    def _head(self) -> str:
         counts = self.counts
         head = f"{self.kind.capitalize()} bootstrap of {self._fitted.labels.formula!r}: {counts['replicates']} "
-        head += "replicates, " + ", ".join(f"{number} {name}" for name, number in counts.iloc[1:].items())
-        undefined = counts["converged"] - self.used
-        notes = [
+        return head + "replicates, " + ", ".join(f"{number} {name}" for name, number in counts.iloc[1:].items())
+
+    def _notes(self) -> list[str]:
+        undefined = self.counts["converged"] - self.used
+        return [
             f"{term} is undefined in {number} of the replicates that converged; they are left out."
             for term, number in undefined.items()
             if number
         ]
-        return "\n".join([head, "", self.to_frame().to_string(index=False), *([""] if notes else []), *notes])
 
     def __str__(self) -> str:
         return self.summary()

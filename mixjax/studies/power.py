@@ -13,9 +13,11 @@ import pandas as pd
 from scipy import optimize, stats
 
 from mixjax.checks import DataError, InferenceWarning, check_count, check_level, check_list, warn
+from mixjax.markup import Report, Reported
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import MOST_CELLS, combinations, source_of
 from mixjax.studies.study import OPTIONS, Study, names_of_effects, study
+from mixjax.tables import frame_report
 
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
@@ -24,7 +26,7 @@ COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed"
 
 
 @dataclass(frozen=True, eq=False)
-class Power:
+class Power(Reported):
     """Power by cell. ``str()`` is the table.
 
     Attributes:
@@ -43,7 +45,13 @@ class Power:
         return self.table.copy()
 
     def __str__(self) -> str:
-        return "\n".join([f"power of {self.test} at level {self.alpha:g}", _shown(self.table), *_failures(self.table)])
+        return "\n".join([self._head(), _shown(self.table), *_failures(self.table)])
+
+    def _report(self) -> Report:
+        return _power_report(self._head(), self.table, _failures(self.table))
+
+    def _head(self) -> str:
+        return f"power of {self.test} at level {self.alpha:g}"
 
     __repr__ = __str__
 
@@ -170,7 +178,7 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class PowerCurve:
+class PowerCurve(Reported):
     """Power along a size. ``str()`` shows the table and what is enough.
 
     Attributes:
@@ -198,14 +206,23 @@ class PowerCurve:
         return self.table.copy()
 
     def __str__(self) -> str:
-        lines = [f"power of {self.test} at level {self.alpha:g}, by {self.over}", _shown(self.table)]
+        return "\n".join([self._head(), _shown(self.table), *self._lines()])
+
+    def _report(self) -> Report:
+        return _power_report(self._head(), self.table, self._lines())
+
+    def _head(self) -> str:
+        return f"power of {self.test} at level {self.alpha:g}, by {self.over}"
+
+    def _lines(self) -> list[str]:
+        lines = []
         if self.target is not None and self.smallest is not None:
             low, high = self.interval
             lines.append(
                 f"smallest {self.over} allowed with power {self.target:g}: {self.smallest}; the curve "
                 f"through the sizes near it reaches it at {self.crossing:.1f} (95 % interval {low:.1f} to {high:.1f})"
             )
-        return "\n".join([*lines, *self.notes, *_failures(self.table)])
+        return [*lines, *self.notes, *_failures(self.table)]
 
     __repr__ = __str__
 
@@ -366,6 +383,11 @@ def _curve(table: pd.DataFrame, name: str, target: float | None = None) -> Curve
 
 def _shown(table: pd.DataFrame) -> str:
     return table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
+
+
+def _power_report(head: str, table: pd.DataFrame, notes: Sequence[str]) -> Report:
+    formats = dict.fromkeys(("power", "mcse", "lower", "upper"), "{:.3f}")
+    return frame_report(table, [head], notes, index=False, formats=formats)
 
 
 def _failures(table: pd.DataFrame) -> list[str]:

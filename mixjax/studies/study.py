@@ -23,6 +23,7 @@ from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
+from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, failed
 from mixjax.populations.sample import Rows
 from mixjax.resampling.simulation import as_key
@@ -32,6 +33,7 @@ from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, Task, outcomes
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
+from mixjax.tables import frame_report
 from mixjax.waiting import Waiting
 
 # Numbers in the responses of one chunk, and its replicates at most.
@@ -53,7 +55,7 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Reported):
     """Results of a study. ``str()`` shows the measures and what went wrong.
 
     Attributes:
@@ -130,6 +132,16 @@ class Study:
         return pd.concat(parts, ignore_index=True)
 
     def __str__(self) -> str:
+        head, wide, below = self._summary()
+        return "\n".join([head, wide.to_string(float_format=lambda x: f"{x:.4g}", na_rep=""), "", *below])
+
+    def _report(self) -> Report:
+        head, wide, below = self._summary()
+        formats = dict.fromkeys(map(str, wide.columns), "{:.4g}")
+        return frame_report(wide, [head], below, index=True, formats=formats)
+
+    def _summary(self) -> tuple[str, pd.DataFrame, list[str]]:
+        """The line above, measures by cell, model and term, and the lines below."""
         frame = self.to_frame(("bias", "empirical_se", "model_se", "coverage", "rejection"))
         # As text where a value is none, or cannot be compared: a row of the table must not be lost.
         for name in self.cells.columns:
@@ -138,14 +150,13 @@ class Study:
         wide = frame.pivot_table(index=index, columns="measure", values="value", sort=False)
         columns = [m for m in MEASURES if m in wide]
         error = frame["mcse"].groupby(frame["measure"]).max()
-        lines = [f"{self.replicates} replicates of {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"]
-        lines += [wide[columns].to_string(float_format=lambda x: f"{x:.4g}", na_rep=""), ""]
-        lines += ["largest Monte Carlo standard errors: " + ", ".join(f"{m} {error[m]:.2g}" for m in columns)]
+        head = f"{self.replicates} replicates of {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
+        lines = ["largest Monte Carlo standard errors: " + ", ".join(f"{m} {error[m]:.2g}" for m in columns)]
         counts = self.counts
         lines += [
             f"{int(counts['failed'].sum())} fits failed, {int(counts['singular'].sum())} are singular (see .counts)"
         ]
-        return "\n".join([*lines, *self.notes])
+        return head, wide[columns], [*lines, *self.notes]
 
     __repr__ = __str__
 

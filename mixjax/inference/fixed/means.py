@@ -16,7 +16,8 @@ from mixjax.distributions import studentized_range_tail, t_quantile, t_tail
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import ddf_note, t_tests
 from mixjax.inference.fixed.grid import FixedPart, Rows, as_text, check_names, names_of, reference_grid
-from mixjax.tables import NotedTable
+from mixjax.markup import Report, Reported
+from mixjax.tables import NotedTable, frame_report
 
 TESTS = ["estimate", "std_error", "df", "statistic", "p_value"]
 METHODS = ("pairwise", "trt.vs.ctrl", "eff")
@@ -29,7 +30,7 @@ SAME = "df NaN: the model makes these equal, whatever the data"
 
 
 @dataclass(frozen=True)
-class MarginalMeans:
+class MarginalMeans(Reported):
     """Marginal means, or slopes: linear functions of the fixed effects for the cells of some factors.
 
     Attributes:
@@ -135,6 +136,10 @@ class MarginalMeans:
             t, df = frame["statistic"].abs(), frame["df"]
             frame["p_value"] = 2.0 * t_tail(t, df)
         return frame
+
+    def _report(self) -> Report:
+        frame = self.to_frame()
+        return frame_report(frame, [self.title], frame.attrs["notes"])
 
     def __str__(self) -> str:
         frame = self.to_frame()

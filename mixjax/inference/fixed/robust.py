@@ -16,12 +16,14 @@ from mixjax.distributions import f_tail, t_quantile, t_tail
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.fixed.clusters import NOTHING, Moments, clusters_of, moments_of
 from mixjax.inference.fixed.hypotheses import Hypotheses, contrast_matrix
+from mixjax.markup import Report, Reported
+from mixjax.tables import frame_report
 
 KINDS = ("CR2", "CR1", "CR0")
 
 
 @dataclass(frozen=True, repr=False)
-class Robust:
+class Robust(Reported):
     """Cluster-robust inference about the fixed effects; made by :func:`robust`.
 
     Attributes:
@@ -78,6 +80,10 @@ class Robust:
         if joint if joint is not None else len(hypotheses.L) > 1:
             return self._jointly(hypotheses)
         return self._rows(hypotheses)
+
+    def _report(self) -> Report:
+        note = f"{self.kind} covariance of {self.n_clusters} clusters, {self.cluster}; Satterthwaite degrees of freedom"
+        return frame_report(self.to_frame(), ["Cluster-robust tests of the fixed effects"], [note])
 
     def __repr__(self) -> str:
         return f"<Robust {self.kind}, {self.n_clusters} clusters: {self.cluster}>\n{self.to_frame()}"

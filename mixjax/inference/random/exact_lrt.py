@@ -16,11 +16,12 @@ from mixjax.formula.context import caller_context
 from mixjax.formula.evaluate import columns_of
 from mixjax.inference.random.nesting import check_same_data, in_span, is_within, logdet_X, place_of
 from mixjax.inference.random.spectral import Spectrum, draw, exact_p, spectrum
+from mixjax.markup import Report, Reported
 from mixjax.products.sums import CrossProducts
 
 
 @dataclass(frozen=True)
-class ExactTest:
+class ExactTest(Reported):
     """A likelihood ratio test of one variance, with the null distribution that belongs to the design.
 
     Attributes:
@@ -54,14 +55,19 @@ class ExactTest:
         return float(np.mean(self.null_draws == 0.0))
 
     def __str__(self) -> str:
+        return "\n".join([*self._lines(), *self.notes])
+
+    def _report(self) -> Report:
+        return Report(self._lines(), self.notes)
+
+    def _lines(self) -> list[str]:
         error = f" (Monte Carlo standard error {self.mc_error:.1g})" if self.mc_error else ""
-        lines = [
+        return [
             self.method,
             f"alternative: {self.alternative}",
             f"null: {self.null}",
             f"statistic = {self.statistic:.5g}, p = {self.p_value:.4g}{error}",
         ]
-        return "\n".join([*lines, *self.notes])
 
 
 def exact_rlrt(m: Any, m0: Any = None, mA: Any = None, key: Any = 0, n: int = 100_000) -> ExactTest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,9 +13,11 @@ from mixjax.checks import InferenceWarning, check_count, warn
 from mixjax.distributions import chi2_tail
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.random.nesting import Place, check_same_data, is_within, logdet_X, place_of
+from mixjax.markup import Report, Reported
 from mixjax.optimise.results import failed, note_of_failures
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source, refits
+from mixjax.tables import frame_report
 
 METHODS = ("chi2", "mixture", "bootstrap")
 _FORMATS = {
@@ -29,7 +30,7 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Reported):
     """Fits side by side, each tested against the one above it. ``str()`` is laid out like R's ``anova()``.
 
     Attributes:
@@ -56,16 +57,17 @@ class Comparison:
         return self.table.copy()
 
     def __str__(self) -> str:
-        models = [f"{name}: {formula}" for name, formula in self.formulas.items()]
-        return "\n".join([self.title, "Models:", *models, self._cells().to_string(), *self.notes])
+        return "\n".join([self.title, "Models:", *self._models(), self._cells().to_string(), *self.notes])
 
     def __repr__(self) -> str:
         return str(self)
 
-    def _repr_html_(self) -> str:
-        models = [f"{name}: {formula}" for name, formula in self.formulas.items()]
-        above, below = ("<br>".join(map(html.escape, lines)) for lines in ([self.title, *models], self.notes))
-        return f"<p>{above}</p>{self._cells().to_html(border=0)}<p>{below}</p>"
+    def _models(self) -> list[str]:
+        return [f"{name}: {formula}" for name, formula in self.formulas.items()]
+
+    def _report(self) -> Report:
+        formats = {name: text for name, text in _FORMATS.items() if not name.startswith("p_")}
+        return frame_report(self.table, [self.title, *self._models()], self.notes, index=True, formats=formats)
 
     def _cells(self) -> pd.DataFrame:
         columns = {

@@ -19,7 +19,9 @@ from mixjax.fitted.record import Fitted
 from mixjax.inference.random import profile_search
 from mixjax.inference.random.held_parameter import Held, value_of
 from mixjax.inference.random.profile_search import OneDataSet
+from mixjax.markup import Report, Reported
 from mixjax.products.sums import CrossProducts
+from mixjax.tables import frame_report
 from mixjax.waiting import Waiting
 
 # Limits of a root are sought until zeta there is as wanted to this.
@@ -99,7 +101,7 @@ class _Curve:
         return self.values[int(np.argmin([abs(z - target) for z in self.zetas]))]
 
 
-class Profile:
+class Profile(Reported):
     """Profiles of the ML deviance along every parameter.
 
     ``zeta(x) = sign(x - estimate) sqrt(deviance(x) - least deviance)``, the deviance minimised over all other
@@ -282,6 +284,10 @@ class Profile:
             raise ValueError(f"{name} lies between {curve.low} and {curve.high}, got {values.tolist()}")
         self._evaluate([(curve, float(value)) for value in values])
         return np.array([curve.zetas[curve.values.index(float(value))] for value in values])
+
+    def _report(self) -> Report:
+        frame = self.confint()
+        return frame_report(frame, ["95 % profile likelihood intervals"], frame.attrs["notes"])
 
     def __repr__(self) -> str:
         frame = self.confint()

@@ -1,0 +1,353 @@
+"""Several fits side by side, as in a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from mixjax import numerals
+from mixjax.checks import check_count, check_level, listed, some_of
+from mixjax.distributions import t_quantile
+from mixjax.face.summary import coefficient_table
+from mixjax.fitted.names import interaction_key, names_of_variances
+from mixjax.fitted.record import Fitted, record_of
+from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
+from mixjax.inference.random import variance
+from mixjax.markup import Cells, Report, Reported
+
+# What may stand below an estimate: columns of the numbers, how they are called in a note, what surrounds them.
+STATISTICS = {
+    "std_error": (("std_error",), "standard errors in parentheses", "({})"),
+    "ci": (("lower", "upper"), "confidence intervals in brackets", "[{}, {}]"),
+    "p": (("p_value",), "p values in parentheses", "({})"),
+    "statistic": (("statistic",), "test statistics in parentheses", "({})"),
+}
+STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+# Numbers of a fit as a whole and their decimals; likelihoods as lme4 shows them.
+_WHOLE = {
+    "ICC (adjusted)": None, "R2 marginal": None, "R2 conditional": None, "logLik": 1, "AIC": 1, "BIC": 1, "Criterion": 1
+}  # fmt: skip
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTable(Reported):
+    """Fits side by side; made by :func:`mixjax.table`. ``str()`` is the table, notebooks show HTML.
+
+    Attributes:
+        cells: the table as text. notes: what stands below it.
+        numbers: see :meth:`to_frame`.
+    """
+
+    cells: Cells
+    notes: tuple[str, ...]
+    numbers: pd.DataFrame = field(repr=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers, not rounded: one column per fit, NaN where a fit has no such number.
+
+        The index has three levels: ``part`` (``"fixed"``, ``"random"``, ``"fit"``), ``row`` as in the table, and
+        ``value``: ``"estimate"``, or the column that the statistic below it comes from (``"std_error"``, ``"lower"``,
+        ``"upper"``, ``"p_value"``, ``"statistic"``). Of the fit also whether it is by REML, singular, converged: 1 or
+        0.
+        """
+        return self.numbers.copy()
+
+    def _report(self) -> Report:
+        return Report([self.cells], self.notes)
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    __repr__ = __str__
+
+
+def table(
+    fits: Any,
+    stat: Literal["std_error", "ci", "p", "statistic"] | None = "std_error",
+    names: Sequence[str] | None = None,
+    ddf: str | None = None,
+    level: float = 0.95,
+    digits: int = 3,
+    stars: bool = False,
+) -> ModelTable:
+    """Set fits side by side, as R's modelsummary, stargazer and ``sjPlot::tab_model`` do.
+
+    Rows are the fixed effects, with a statistic below each; standard deviations and correlations of the random effects;
+    sigma; adjusted ICC and R2 of Nakagawa & Schielzeth (:meth:`LMMFit.icc`, :meth:`LMMFit.r2`); numbers of rows and
+    groups; likelihood, AIC and BIC, the criterion that was minimised, and which it is. Terms stand in the order in
+    which they appear, and a cell is empty where a fit has no such term. Notes below say how the numbers came about, and
+    warn of fits that are singular, did not converge, or whose likelihoods cannot be compared.
+
+    Args:
+        fits: a fit, a list of fits, or a dict name -> fit.
+        stat: what stands below the fixed effects: ``"std_error"``, ``"ci"`` (t or z intervals), ``"p"``,
+            ``"statistic"`` (estimate / standard error), or None.
+        names: of the fits, instead of (1), (2), ...
+        ddf: ``"satterthwaite"``, ``"kenward-roger"`` (which has standard errors of its own, and refits an ML fit by
+            REML) or ``"wald"``. None: Satterthwaite's where p values, intervals or stars need degrees of freedom.
+        level: of the intervals.
+        digits: significant digits of the standard errors, with as many decimals for the estimates; of standard
+            deviations; decimals of p values and shares, one less of correlations and test statistics.
+        stars: mark p values below 0.05, 0.01 and 0.001.
+
+    Returns:
+        :class:`~mixjax.face.report.ModelTable`: ``str()``, ``to_latex()``, ``to_html()``, ``to_markdown()``, and
+        ``to_frame()`` for the numbers.
+
+    Raises:
+        ValueError: an argument is none of those above; names are not one per fit, or not all different.
+        TypeError: one of the fits is no fit.
+
+    Example:
+        >>> import mixjax as mj
+        >>> data = mj.datasets.load("sleepstudy")
+        >>> intercepts = mj.lmm("Reaction ~ Days + (1 | Subject)", data)
+        >>> print(mj.table([intercepts, mj.lmm("Reaction ~ Days + (Days | Subject)", data)]))
+                                          (1)     (2)
+        Intercept                      251.41  251.41
+                                       (9.75)  (6.82)
+        Days                           10.467  10.467
+                                      (0.804) (1.546)
+        ---------------------------------------------
+        sd Intercept | Subject           37.1    24.7
+        sd Days | Subject                        5.92
+        cor Intercept, Days | Subject            0.07
+        sigma                            31.0    25.6
+        ---------------------------------------------
+        Observations                      180     180
+        Groups: Subject                    18      18
+        ICC (adjusted)                  0.589   0.722
+        R2 marginal                     0.280   0.279
+        R2 conditional                  0.704   0.799
+        logLik                         -893.2  -871.8
+        AIC                            1794.5  1755.6
+        BIC                            1807.2  1774.8
+        Criterion                      1786.5  1743.6
+        Estimated by                     REML    REML
+        standard errors in parentheses
+    """
+    records, names = _models(fits, names)
+    if stat is not None and stat not in STATISTICS:
+        raise ValueError(f"stat must be one of {', '.join(map(repr, STATISTICS))} or None, got {stat!r}")
+    if not isinstance(stars, bool | np.bool_):
+        raise ValueError(f"stars must be True or False, got {stars!r}")
+    if ddf is not None:
+        check_ddf(ddf)
+    check_level(level)
+    digits = check_count("digits", digits, 1, 12)
+    needs_df = stat in ("ci", "p") or bool(stars)
+    method = "satterthwaite" if ddf is None and needs_df else ddf
+    fixed = _side_by_side([_fixed(record, method, level) for record in records])
+    random = _side_by_side([_random(record) for record in records])
+    groups = _side_by_side([_groups(record) for record in records])
+    whole = [_whole(record) for record in records]
+    rows: list[list[str]] = []
+    numbers: dict[Key, Sequence[float | None]] = {}
+    for label, found in fixed.values():
+        rows += _fixed_rows(label, found, stat, digits, bool(stars))
+        for value in ("estimate", *(STATISTICS[stat][0] if stat else ())):
+            numbers["fixed", label, value] = [None if own is None else own[value] for own in found]
+    rules = [len(rows)] * bool(rows)
+    for key, (label, values) in _by_group(random).items():
+        rows.append([label, *_shown(values, digits, digits - 1 if key[1] == "cor" else None)])
+        numbers["random", label, "estimate"] = values
+    rules.append(len(rows))
+    for label, counts in [("Observations", [record.nobs for record in records]), *groups.values()]:
+        rows.append([label, *_shown(counts, digits, 0)])
+        numbers["fit", label, ""] = counts
+    for label, decimals in _WHOLE.items():
+        values = [own.get(label) for own in whole]
+        rows.append([label, *_shown(values, digits, digits if decimals is None else decimals)])
+        numbers["fit", label, ""] = values
+    rows.append(["Estimated by", *("REML" if record.reml else "ML" for record in records)])
+    numbers["fit", "REML", ""] = [record.reml for record in records]
+    for label, flags, usual in (
+        ("Singular", [bool(record.estimates.singular) for record in records], False),
+        ("Converged", [bool(record.estimates.converged) for record in records], True),
+    ):
+        numbers["fit", label, ""] = flags
+        if any(flag != usual for flag in flags):
+            rows.append([label, *("yes" if flag else "no" for flag in flags)])
+    index = pd.MultiIndex.from_tuples(list(numbers), names=["part", "row", "value"])
+    frame = pd.DataFrame(np.array(list(numbers.values()), dtype=float), index=index, columns=list(names))
+    notes = [*_how(stat, method, level, bool(stars)), *_warnings(records, names, method)]
+    return ModelTable(Cells(["", *names], rows, rules=rules), tuple(notes), frame)
+
+
+def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[Fitted], list[str]]:
+    """Records and names of one fit, some, or a dict."""
+    if isinstance(fits, Mapping):
+        if names is not None:
+            raise ValueError("names= is for a list of fits; the keys of a dict are their names")
+        names, fits = list(fits), list(fits.values())
+    elif isinstance(fits, Fitted) or hasattr(fits, "record") or not isinstance(fits, Sequence):
+        fits = [fits]
+    records = [record_of(fit) for fit in fits]
+    if not records:
+        raise ValueError("there are no fits; give one or more, as mixjax.lmm returns them")
+    if names is None:
+        return records, [f"({i + 1})" for i in range(len(records))]
+    names = [names] if isinstance(names, str) else list(map(str, names))
+    if len(names) != len(records):
+        raise ValueError(f"names must be one for each of the {len(records)} fits, got {listed(names)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names must be different, got {listed(names)}")
+    return records, names
+
+
+# --- numbers of one fit ---------------------------------------------------------------------------------------------
+
+
+def _fixed(record: Fitted, ddf: str | None, level: float) -> dict[Key, tuple[str, dict[str, float]]]:
+    """Key of a fixed effect -> its name and numbers. Factors of an interaction may stand in another order elsewhere."""
+    names = record.labels.fixed
+    frame = coefficient_table(record, None if ddf is None else t_tests(record, np.eye(len(names)), ddf, names=names))
+    if ddf is not None:
+        half = t_quantile(0.5 + level / 2, frame["df"]) * frame["std_error"]
+        frame = frame.assign(lower=frame["estimate"] - half, upper=frame["estimate"] + half)
+    rows = [dict(zip(frame.columns, map(float, row), strict=True)) for row in frame.to_numpy()]
+    return {interaction_key(name): (name, row) for name, row in zip(names, rows, strict=True)}
+
+
+def _random(record: Fitted) -> dict[Key, tuple[str, float]]:
+    """(group, kind, effects) -> label and estimate of standard deviations, correlations and sigma.
+
+    Effects are called by their group, whichever term they stand in, so that correlated and uncorrelated ones of several
+    fits share a row. A parameter that all effects of a term share names none of them.
+    """
+    found: dict[Key, tuple[str, float]] = {}
+    for parameter in names_of_variances(record.labels, record.stats.layout.structures):
+        term, natural = record.labels.terms[parameter.term], parameter.natural
+        places = [natural.i] if parameter.kind == "sd" else sorted([natural.i, natural.j])
+        effects = [] if natural.shared else [term.effects[place] for place in places]
+        key: Key = (interaction_key(term.group), parameter.kind, frozenset(map(interaction_key, effects)))
+        again = sum(other[:3] == key for other in found)
+        label = f"{parameter.kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
+        found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
+    found[(), "sigma", (), 0] = ("sigma", float(record.estimates.sigma))
+    return found
+
+
+def _groups(record: Fitted) -> dict[Key, tuple[str, int]]:
+    """Numbers of levels of the grouping factors."""
+    return {(term.group,): (f"Groups: {term.group}", len(term.levels)) for term in record.labels.terms}
+
+
+def _whole(record: Fitted) -> dict[str, float]:
+    """Numbers of the fit as a whole; without its rows no shares of variance."""
+    found = {
+        "logLik": record.loglik,
+        "AIC": record.aic,
+        "BIC": record.bic,
+        "Criterion": float(record.estimates.criterion),
+    }
+    if record.kept is not None:
+        r2 = variance.r2(record)
+        found |= {"ICC (adjusted)": float(variance.icc(record)["adjusted"])}
+        found |= {f"R2 {kind}": float(r2[kind]) for kind in ("marginal", "conditional")}
+    return found
+
+
+# --- rows of the table ----------------------------------------------------------------------------------------------
+
+
+def _side_by_side(fits: Sequence[Mapping[Key, tuple[str, Any]]]) -> dict[Key, tuple[str, list[Any]]]:
+    """Key -> its first label, and the value in each fit, None where it has none; in the order in which they appear."""
+    keys = dict.fromkeys(key for own in fits for key in own)
+    found = {key: [own.get(key) for own in fits] for key in keys}
+    return {
+        key: (next(pair[0] for pair in pairs if pair), [pair and pair[1] for pair in pairs])
+        for key, pairs in found.items()
+    }
+
+
+def _by_group(rows: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Rows of one group together, its standard deviations before its correlations, sigma last."""
+    groups = list(dict.fromkeys(key[0] for key in rows))
+    kinds = ["sd", "cor", "sigma"]
+    order = sorted(rows, key=lambda key: (key[1] == "sigma", groups.index(key[0]), kinds.index(key[1])))
+    return {key: rows[key] for key in order}
+
+
+def _shown(values: Sequence[float | None], digits: int, decimals: int | None = None) -> list[str]:
+    """Cells; empty where there is no number. Without decimals: ``digits`` significant ones of the smallest."""
+    present = [x for x in values if x is not None]
+    if decimals is None:
+        return _placed(numerals.column(present, digits), values)
+    return _placed([numerals.number(x, decimals) for x in present], values)
+
+
+def _fixed_rows(
+    label: str, found: Sequence[Mapping[str, float] | None], stat: str | None, digits: int, stars: bool
+) -> list[list[str]]:
+    """The estimates of one term, and what stands below them."""
+    present = [own for own in found if own is not None]
+    errors = [own["std_error"] for own in present]
+    estimates = numerals.column([own["estimate"] for own in present], digits, errors)
+    if stars:
+        marks = [next((mark for p, mark in STARS if own["p_value"] < p), "") for own in present]
+        estimates = [text + mark for text, mark in zip(estimates, marks, strict=True)]
+    rows = [[label, *_placed(estimates, found)]]
+    if stat is None:
+        return rows
+    columns, _, around = STATISTICS[stat]
+    texts = []
+    for name in columns:
+        values = [own[name] for own in present]
+        if stat == "p":
+            texts.append([numerals.p_value(x, digits) for x in values])
+        elif stat == "statistic":
+            texts.append([numerals.number(x, digits - 1) for x in values])
+        else:
+            texts.append(numerals.column(values, digits, () if stat == "std_error" else errors))
+    below = [around.format(*both) for both in zip(*texts, strict=True)]
+    return [*rows, ["", *_placed(below, found)]]
+
+
+def _placed(texts: Sequence[str], found: Sequence[Any]) -> list[str]:
+    """Texts of those that are there, empty cells for the others."""
+    rest = iter(texts)
+    return ["" if own is None else next(rest) for own in found]
+
+
+# --- notes ----------------------------------------------------------------------------------------------------------
+
+
+def _how(stat: str | None, ddf: str | None, level: float, stars: bool) -> list[str]:
+    """What stands below the estimates, and by which method."""
+    parts = []
+    if stat is not None:
+        what = STATISTICS[stat][1]
+        parts.append(f"{100 * level:g} % {what}" if stat == "ci" else what)
+    if ddf is not None:
+        parts.append(ddf_note(ddf))
+    return [", ".join(parts)] * bool(parts) + ["* p < 0.05, ** p < 0.01, *** p < 0.001"] * stars
+
+
+def _warnings(records: Sequence[Fitted], names: Sequence[str], ddf: str | None) -> list[str]:
+    """What a reader must know about the fits, one by one and beside each other."""
+    notes = []
+    for record, name in zip(records, names, strict=True):
+        if not record.estimates.converged:
+            notes.append(f"{name} NOT CONVERGED: {record.optimizer.message}")
+        if record.estimates.singular:
+            notes.append(f"{name} is singular: a covariance of random effects has less than full rank")
+        if record.labels.dropped_columns:
+            notes.append(f"{name}: redundant columns left out: {some_of(record.labels.dropped_columns)}")
+        if record.kept is None:
+            notes.append(f"{name} kept no rows, which ICC and R2 need")
+        if ddf == "kenward-roger" and not record.reml:
+            notes.append(f"{name}: fixed effects and their standard errors are those of its REML refit")
+    if len({(record.labels.response, record.nobs) for record in records}) > 1:
+        notes.append("responses or numbers of rows differ: logLik, AIC, BIC and criteria cannot be compared")
+    elif len({record.reml for record in records}) > 1:
+        notes.append("REML beside ML: their logLik, AIC, BIC and criteria cannot be compared")
+    elif records[0].reml and len({frozenset(map(interaction_key, record.labels.fixed)) for record in records}) > 1:
+        notes.append("REML fits of different fixed effects: their logLik, AIC, BIC and criteria cannot be compared")
+    return notes
