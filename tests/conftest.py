@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -28,8 +27,8 @@ os.environ.update(
         if name not in os.environ and "PYTEST_XDIST_WORKER_COUNT" in os.environ
     }
 )
-# Workers, and the processes that they start, share compiled programs, in a folder of this run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mixjax-tests-{os.getpid()}"))
+# Workers, the processes that they start and later runs share compiled programs: a program is found by what it computes.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
 os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
@@ -42,13 +41,17 @@ import mixjax as mj
 HERE = Path(__file__).parent
 # Pieces of a process's address space after which its programs are forgotten.
 MOST_MAPS = 20_000
+# Bytes of compiled programs that are kept for later runs.
+MOST_PROGRAMS = 2**30
 ORACLES = sorted(path.stem.removeprefix("lmm_") for path in (HERE / "oracle").glob("lmm_*.json"))
 
 
-def pytest_unconfigure():
-    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    if folder.name == f"mixjax-tests-{os.getpid()}":  # not a worker's, nor the user's own
-        shutil.rmtree(folder, ignore_errors=True)
+def pytest_configure():
+    own = HERE.parent / ".pytest_cache" / "programs"
+    if "PYTEST_XDIST_WORKER" in os.environ or not own.exists():
+        return
+    if sum(path.stat().st_size for path in own.iterdir()) > MOST_PROGRAMS:
+        shutil.rmtree(own)
 
 
 @pytest.fixture(scope="module", autouse=True)
