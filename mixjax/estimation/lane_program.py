@@ -88,7 +88,8 @@ def direct_steps(moments: Moments) -> int:
 
 
 def fit_block(lanes: Lanes, count: Array, start: Array | None, one_minimum: AnyArray, sizes: Sizes) -> Fits:
-    """Fit the first ``count`` of N replicates.
+    """Fit the first ``count`` of N replicates: a few direct steps of all, tile by tile; the full search of those who
+    need it, from a queue; and what follows from the coordinates.
 
     Args:
         lanes: N = ``sizes.block`` in the last axis, or 1 where all replicates share.
@@ -96,54 +97,69 @@ def fit_block(lanes: Lanes, count: Array, start: Array | None, one_minimum: AnyA
         start: ``(k, N)`` theta to start from, or None for moment estimates.
         one_minimum: ``()`` bool, see :func:`~mixjax.estimation.search.advance`.
     """
+    tiles = jnp.asarray((count + sizes.lanes - 1) // sizes.lanes, jnp.int32)
+    x, done, best = _directly(lanes, tiles, start, sizes)
+    best = _searched(lanes, x, best, ~done & (jnp.arange(sizes.block) < count), one_minimum, sizes)
+    return _finished(lanes, tiles, best, sizes)
+
+
+def _directly(lanes: Lanes, tiles: Array, start: Array | None, sizes: Sizes) -> tuple[Array, Array, Solution]:
+    """Direct steps from the start: where each replicate stands, ``(k, N)``, whether it is done, ``(N,)``, and its
+    solution if so."""
     structures, k = lanes.layout.structures, lanes.layout.k
-    N, L, M, n_direct = sizes
-    dtype = lanes.moments.UU.dtype
-
-    def start_of(at, own):
-        """Coordinates ``(k, L)`` of the tile's start."""
-        if start is None:
-            return minque_start(own.moments)
-        return start_in_lanes(jax.lax.dynamic_slice_in_dim(start, at, L, -1), own)
-
+    N, L = sizes.block, sizes.lanes
     is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
 
-    def first_steps(tile, found):
-        """Direct steps of a tile of fresh replicates: where each stands, whether it is done, the solution if so."""
-        at = tile * L
-        own = slice_of(lanes, at, L, N)
-        direct = begin_directly(jnp.broadcast_to(start_of(at, own), (k, L)))
+    def of_tile(tile: Array, found: Any) -> Any:
+        own = slice_of(lanes, tile * L, L, N)
+        if start is None:
+            begin = minque_start(own.moments)
+        else:
+            begin = start_in_lanes(jax.lax.dynamic_slice_in_dim(start, tile * L, L, -1), own)
+        direct = begin_directly(jnp.broadcast_to(begin, (k, L)))
         _, direct = jax.lax.while_loop(
-            lambda carry: (carry[0] < n_direct) & carry[1].going.any(),
+            lambda carry: (carry[0] < sizes.direct) & carry[1].going.any(),
             lambda carry: (carry[0] + 1, advance_directly(carry[1], own.evaluate, is_plain, search.REGION)),
             (jnp.int32(0), direct),
         )
-        return put(found, (direct.x, direct.converged, direct.solution()), at)
+        return put(found, (direct.x, direct.converged, direct.solution()), tile * L)
 
-    tiles = jnp.asarray((count + L - 1) // L, jnp.int32)
-    nothing = search.begin(jnp.zeros((k, N), dtype), structures).best
-    x, done, best = jax.lax.fori_loop(0, tiles, first_steps, (nothing.x, jnp.zeros(N, bool), nothing))
+    nothing = search.begin(jnp.zeros((k, N), lanes.moments.UU.dtype), structures).best
+    return jax.lax.fori_loop(0, tiles, of_tile, (nothing.x, jnp.zeros(N, bool), nothing))
 
-    left = ~done & (jnp.arange(N) < count)
+
+class _Work(NamedTuple):
+    """The queue being worked off.
+
+    Attributes:
+        best: of all N. replicate: ``(M,)`` which one is in each lane; N in an idle one. searches, own: of the lanes.
+        taken: how many of the queue have been given a lane.
+    """
+
+    best: Solution
+    replicate: Array
+    searches: Search
+    own: Lanes
+    taken: Array
+
+
+def _searched(lanes: Lanes, x: Array, best: Solution, left: Array, one_minimum: AnyArray, sizes: Sizes) -> Solution:
+    """The full search of the replicates ``left (N,)`` from ``x (k, N)``, in M lanes; a lane that is done gets the next
+    of the queue."""
+    structures, k = lanes.layout.structures, lanes.layout.k
+    N, M = sizes.block, sizes.narrow
     place = jnp.where(left, jnp.cumsum(left) - 1, N)
     queue = jnp.zeros(N, jnp.int32).at[place].set(jnp.arange(N, dtype=jnp.int32), mode="drop")
     waiting = left.sum(dtype=jnp.int32)
+    before = best.iterations
 
-    class Work(NamedTuple):
-        best: Solution  # of all N
-        replicate: Array  # (M,) which replicate is in each lane; N in an idle one
-        searches: Search
-        own: Lanes
-        taken: Array  # how many of the queue have been given a lane
-
-    def refill(work):
-        """Lanes that are done get the next replicates of the queue."""
+    def refill(work: _Work) -> _Work:
         free = work.searches.done | (work.replicate >= N)
         rank = work.taken + jnp.cumsum(free, dtype=jnp.int32) - 1
         fresh = jnp.where(rank < waiting, queue[jnp.minimum(rank, N - 1)], N)
         replicate = jnp.where(free, fresh, work.replicate)
         index = jnp.minimum(replicate, N - 1)
-        begun = search.begin(x[:, index], structures, best.iterations[index])
+        begun = search.begin(x[:, index], structures, before[index])
         searches = jax.tree.map(lambda a, b: jnp.where(free, a, b), begun, work.searches)
         return work._replace(
             replicate=replicate,
@@ -152,29 +168,34 @@ def fit_block(lanes: Lanes, count: Array, start: Array | None, one_minimum: AnyA
             taken=jnp.minimum(work.taken + free.sum(dtype=jnp.int32), waiting),
         )
 
-    def turn(work):
+    def turn(work: _Work) -> _Work:
         work = refill(work)
         searches = jax.lax.fori_loop(
             0, STEPS, lambda _, s: search.advance(s, work.own.evaluate, structures, one_minimum), work.searches
         )
         target = jnp.where(searches.done, work.replicate, N)
-        best = jax.tree.map(lambda all, new: all.at[..., target].set(new, mode="drop"), work.best, searches.best)
-        return work._replace(searches=searches, best=best)
+        found = jax.tree.map(lambda all, new: all.at[..., target].set(new, mode="drop"), work.best, searches.best)
+        return work._replace(searches=searches, best=found)
 
-    def goes_on(work):
+    def goes_on(work: _Work) -> Array:
         return (work.taken < waiting) | ((work.replicate < N) & ~work.searches.done).any()
 
-    idle = search.begin(jnp.zeros((k, M), dtype), structures)._replace(done=jnp.ones(M, bool))
-    work = Work(best, jnp.full(M, N, jnp.int32), idle, slice_of(lanes, 0, M, N), jnp.int32(0))
-    best = jax.lax.while_loop(goes_on, turn, work).best
+    idle = search.begin(jnp.zeros((k, M), x.dtype), structures)._replace(done=jnp.ones(M, bool))
+    work = _Work(best, jnp.full(M, N, jnp.int32), idle, slice_of(lanes, 0, M, N), jnp.int32(0))
+    return jax.lax.while_loop(goes_on, turn, work).best
 
-    def finish_tile(tile, fits):
+
+def _finished(lanes: Lanes, tiles: Array, best: Solution, sizes: Sizes) -> Fits:
+    """:func:`finish` of all replicates, tile by tile."""
+    N, L = sizes.block, sizes.lanes
+
+    def of_tile(tile: Array, fits: Fits) -> Fits:
         own, solution = (slice_of(tree, tile * L, L, N) for tree in (lanes, best))
         return put(fits, finish(solution, own), tile * L)
 
     shapes = jax.eval_shape(lambda: finish(slice_of(best, 0, L, N), slice_of(lanes, 0, L, N)))
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, tiles, finish_tile, empty)
+    return jax.lax.fori_loop(0, tiles, of_tile, empty)
 
 
 def start_in_lanes(theta: Array, lanes: Lanes) -> Array:
