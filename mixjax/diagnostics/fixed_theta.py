@@ -161,6 +161,7 @@ def _inverse_among(unit: np.ndarray, fixed: Fixed) -> list[tuple[np.ndarray, np.
         parts = [effect[a:b] for a, b in pairwise(starts)]
         return [(part, inverse[np.ix_(part, part)]) for part in parts]
     column = first[turn[cell]] + place
+    cells_of = _Cells(of_unit, effect, cell, place, starts)
     found = [np.zeros((b - a, b - a)) for a, b in pairwise(starts)]
     by_turn = np.argsort(turn[cell], kind="stable")
     ends = np.searchsorted(turn[cell][by_turn], np.arange(len(widths)), side="right")
@@ -173,19 +174,33 @@ def _inverse_among(unit: np.ndarray, fixed: Fixed) -> list[tuple[np.ndarray, np.
         rhs = np.zeros((K, first[end - 1] + widths[end - 1] - first[begin]))
         rhs[effect[at], column[at] - first[begin]] = 1.0
         solved = fixed.factor.solve(rhs)
-        _fill(found, solved, at, cell, of_unit, effect, place, starts, first[turn[cell]] - first[begin])
+        cells_of.fill(found, solved, at, column - place - first[begin])
         begin = end
     return [(effect[a:b], inverse) for a, b, inverse in zip(starts[:-1], starts[1:], found, strict=True)]
 
 
-def _fill(found, solved, at, cell, of_unit, effect, place, starts, first) -> None:
-    """Put the solved columns of cells ``cell[at]`` to their places in every unit's inverse."""
-    at = at[np.argsort(cell[at], kind="stable")]
-    bounds = np.flatnonzero(np.diff(cell[at])) + 1
-    for own in np.split(at, bounds):
-        u, c = of_unit[own[0]], first[own[0]]
-        rows = own - starts[u]
-        found[u][np.ix_(rows, rows)] = solved[np.ix_(effect[own], c + place[own])]
+class _Cells(NamedTuple):
+    """What every unit meets, entry by entry: ``(E,)`` its unit, the effect, the cell, the place in the cell; and where
+    each unit's entries begin, ``(units + 1,)``."""
+
+    of_unit: np.ndarray
+    effect: np.ndarray
+    cell: np.ndarray
+    place: np.ndarray
+    starts: np.ndarray
+
+    def fill(self, found: list[np.ndarray], solved: np.ndarray, at: np.ndarray, first: np.ndarray) -> None:
+        """Put the solved columns of the cells of entries ``at`` to their places in every unit's inverse.
+
+        Args:
+            first: ``(E,)`` the first column of an entry's cell.
+        """
+        at = at[np.argsort(self.cell[at], kind="stable")]
+        bounds = np.flatnonzero(np.diff(self.cell[at])) + 1
+        for own in np.split(at, bounds):
+            u, c = self.of_unit[own[0]], first[own[0]]
+            rows = own - self.starts[u]
+            found[u][np.ix_(rows, rows)] = solved[np.ix_(self.effect[own], c + self.place[own])]
 
 
 def _count_within(groups: np.ndarray) -> np.ndarray:

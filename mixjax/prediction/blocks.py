@@ -173,15 +173,14 @@ class Blocks:
         MU = moved @ UH[..., None, :, :, :]  # D_k Z'H^{-1}X
         P = np.einsum("...csp,...kcsq->...kpq", UH, MU)
         R = np.einsum("...kcsp,...cst,...lctq->...klpq", MU, Y, MU, optimize=True)
+        at = _Slopes(state, E, Y, UH, moved, MU, P, R)
         width = max(self.size if self.size <= SMALL else 1, len(self._XX))
-        done = [
-            self._parts(state, some, E, Y, UH, moved, MU, P, R)
-            for some in self._targets(moved[..., 0, 0, 0].size * self.size * width)
-        ]
+        done = [self._parts(at, some) for some in self._targets(moved[..., 0, 0, 0].size * self.size * width)]
         variance, slope, moves = zip(*done, strict=True)
         return Parts(np.concatenate(variance, -1), np.concatenate(slope, -2), np.concatenate(moves, -3))
 
-    def _parts(self, state, some, E, Y, UH, moved, MU, P, R) -> Parts:
+    def _parts(self, at: _Slopes, some: _Some) -> Parts:
+        state, E, Y, UH, moved, MU, P, R = at
         variance, eta = self._errors(state, some)
         # a is alpha in the row's own block, less E U eta in all.
         alpha = self._of_rows(E, some.z, some.block)
@@ -226,3 +225,17 @@ class _Solved(NamedTuple):
 
     K: np.ndarray
     S_inverse: np.ndarray
+
+
+class _Slopes(NamedTuple):
+    """What is the same for all targets, at one state: ``E = I - J K``, ``Y = E J``, ``UH = Z'H^{-1}X``; ``moved``, the
+    derivatives D_k of the effects' covariance; ``MU = D_k UH``, ``P = UH' MU``, ``R = MU' Y MU``."""
+
+    state: _Solved
+    E: np.ndarray
+    Y: np.ndarray
+    UH: np.ndarray
+    moved: np.ndarray
+    MU: np.ndarray
+    P: np.ndarray
+    R: np.ndarray
