@@ -159,7 +159,7 @@ def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`_eliminate`, in place."""
-    diagonal = np.einsum("iim->im", M)
+    diagonal = np.einsum("ii...->i...", M)
     scale = 1.0 / np.sqrt(diagonal)
     M = M * scale[:, None] * scale[None]
     logdet, least = np.log(diagonal).sum(0), np.inf

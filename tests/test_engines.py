@@ -11,6 +11,7 @@ from conftest import table
 from designs import STRUCTURES, Structure, random_design, random_theta
 
 import mixjax as mj
+from mixjax import covariance as cov
 from mixjax.engine.curvature import slopes_of, value_gradient_hessian
 from mixjax.engine.engine import AtOnce
 from mixjax.engine.moments import moments_of
@@ -260,3 +261,18 @@ def test_many_fits_of_a_model_without_a_compiled_closed_form():
     many = mj.estimate_many(stats)
     for i, y in enumerate(fit.simulate(2, 3)):
         assert many.criterion[i] == pytest.approx(fit.refit(y).criterion, rel=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("q", [6, 7, 8, 12, 13])
+def test_any_number_of_effects_a_level(q):
+    """NumPy inverts their matrices in several ways, by size; 7 to 12 effects once had none that worked."""
+    rng = np.random.default_rng(q)
+    group, effect = np.repeat(np.arange(30), 2 * q), np.tile(np.arange(q), 60)
+    y = rng.normal(size=len(group)) + rng.normal(size=(30, q))[group, effect]
+    term = mj.RandomTerm(Z=np.eye(q)[effect], group=group, n_groups=30)
+    stats = mj.cross_products(mj.Design(y=y, X=np.ones((len(y), 1)), terms=(term,)))
+    engine = AtOnce(stats, True)
+    x = np.concatenate([s.near(0.7 * np.eye(q)) for s in stats.layout.structures])
+    theta = cov.theta_of_lambda(stats.Z_bases[0].R_inv @ (0.7 * np.eye(q)), q)
+    assert float(engine.profiled(x).criterion) == pytest.approx(float(mj.criterion(theta, stats)), rel=1e-12)

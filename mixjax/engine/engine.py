@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax.engine import curvature
+from mixjax.engine import average_information, curvature
 from mixjax.engine.case_slopes import CaseSlopes, case_slopes
 from mixjax.engine.coordinates import coordinates_of
 from mixjax.engine.criterion import in_bases, profile
@@ -31,7 +31,7 @@ from mixjax.engine.whole import Whole, whole
 from mixjax.machine import Array, compiled, float64, namespace, silently
 from mixjax.optimise.newton import by_differentiation
 from mixjax.products.rows import Rows
-from mixjax.products.sizes import has_closed_form, is_small
+from mixjax.products.sizes import has_closed_form, has_many_directions, is_small
 from mixjax.products.sums import CrossProducts, pad
 from mixjax.waiting import Waiting
 
@@ -50,6 +50,11 @@ class Engine:
     stats: CrossProducts
     reml: Array | bool
     where: Incidence | None = None
+
+    @property
+    def is_vast(self) -> bool:
+        """The variance parameters are so many that the Hessian is by average information."""
+        return False
 
     def run(self, fun: Callable[..., T], *args: Any) -> T:
         """``fun(engine, *args)`` in double precision, NumPy's arrays out; by a program that is compiled once per
@@ -137,6 +142,8 @@ class AtOnce(Engine):
             return fun(self, *args)
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
+        if self.is_vast:
+            return average_information.evaluate(x, self._small, bool(self.reml))
         return curvature.value_gradient_hessian(x, self.moments, self.reml)
 
     def profiled(self, x: Array) -> Profiled:
@@ -146,16 +153,28 @@ class AtOnce(Engine):
         return self._closed_solution(x)
 
     def slopes(self, x: Array) -> Slopes:
-        lanes, H, moves, log_rss = curvature.slopes_of(x[:, None], self.moments, self.reml)
+        if self.is_vast:
+            found = average_information.slopes(x[:, None], self._small, bool(self.reml))
+        else:
+            found = curvature.slopes_of(x[:, None], self.moments, self.reml)
+        lanes, H, moves, log_rss = found
         return Slopes(lanes.lane(), H[..., 0], moves[..., 0], log_rss[..., 0])
 
     def case_slopes(self, x: Array, rows: Rows) -> CaseSlopes:
         """Derivatives at ``x (k,)`` by the case weight of every row; not of large crossed designs."""
-        assert isinstance(self.moments, Moments)
-        return case_slopes(x, self.moments, bool(self.reml), rows)
+        return case_slopes(x, self._small, bool(self.reml), rows)
 
     def at_once(self) -> Engine:
         return self
+
+    @cached_property
+    def is_vast(self) -> bool:
+        return self.where is None and has_many_directions(self.stats)
+
+    @property
+    def _small(self) -> Moments:
+        assert isinstance(self.moments, Moments)
+        return self.moments
 
     @cached_property
     def moments(self) -> AnyMoments:

@@ -106,7 +106,7 @@ def fit(engine: Engine, start: Array | None = None) -> Estimates:
     at_once = isinstance(engine, AtOnce)
     data, start = (engine, start) if at_once else jax.lax.stop_gradient((engine, start))
     stats, structures = data.stats, data.stats.layout.structures
-    if start is None and isinstance(data.moments, Moments):
+    if start is None and isinstance(data.moments, Moments) and not data.is_vast:
         x0 = minque_start(data.moments)
     else:
         x0 = start_in_bases(stats, start)[:, None]

@@ -18,6 +18,8 @@ from mixjax.products.sums import CrossProducts
 MOST_EFFECTS, MOST_DENSE, MOST_PRODUCTS = 3, 64, 2**26
 # NumPy writes nothing out: what counts is the cube of the dense block, and the numbers that stand in memory.
 MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
+# Numbers of the matrices that the exact Hessian needs, one for every direction of the first factor's covariances.
+MOST_SLOPES = 2**23
 # Effects beside the first factor's up to which NumPy works on lanes side by side: responses of one design, and designs.
 MOST_DENSE_LANES, MOST_DENSE_STACKED = 32, 256
 # Fixed effects of the compiled lanes at most: their matrices of X's columns are eliminated row by row, one entry of all
@@ -58,6 +60,15 @@ def is_small(stats: CrossProducts) -> bool:
     """Whether one fit by NumPy is at most some seconds: not too many effects beside those of the first factor."""
     q, m, d, p, _ = sizes_of(stats)
     return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + p) <= MOST_NUMBERS
+
+
+def has_many_directions(stats: CrossProducts) -> bool:
+    """Whether the exact Hessian of one fit is too much: a matrix of the other effects for every free entry of the first
+    factor's covariances, several times over."""
+    size = sizes_of(stats)
+    first = (stats.layout.chain + stats.layout.dense)[0]
+    directions = sum(place.q * (place.q + 1) // 2 for place in stats.layout.terms if place.factor == first)
+    return directions * (size.d + size.p) ** 2 > MOST_SLOPES
 
 
 def in_lanes_at_once(stats: CrossProducts) -> bool:
