@@ -66,8 +66,9 @@ tables_of <- function(model, specs, ddf) {
         add(kind = "adjusted", spec = spec, method = method, adjust = adjust, table = table[names(table) != "df"])
       }
     }
-    sizes <- eff_size(means, sigma = 3, edf = 17.5)
-    add(kind = "eff_size", spec = spec, sigma = 3, edf = 17.5, table = columns(sizes))
+    # eff_size fails where a mean cannot be estimated.
+    sizes <- if (!anyNA(means@bhat)) eff_size(means, sigma = 3, edf = 17.5)
+    if (!is.null(sizes)) add(kind = "eff_size", spec = spec, sigma = 3, edf = 17.5, table = columns(sizes))
     for (adjust in c("tukey", "none")) {
       letters <- suppressMessages(cld(means, adjust = adjust, alpha = 0.05))
       add(kind = "letters", spec = spec, adjust = adjust, table = columns(letters))

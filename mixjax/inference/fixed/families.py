@@ -90,20 +90,17 @@ def family_tests(
         B = root[rows] / np.linalg.norm(root[rows], axis=1, keepdims=True)
         t, own_df, own_p = np.abs(statistic[rows]), df[rows], p[rows]
         ranks.append(int(np.linalg.matrix_rank(B, tol=1e-8)))
-        largest = LargestT(B) if adjust in ("dunnett", "mvt") else None
-        if largest is not None:
+        if adjust in ("dunnett", "mvt"):
+            largest = LargestT(B)
             p[rows], of_these = largest.tail(t, own_df)
             error = max(error, of_these)
+            critical[rows] = largest.quantiles(level, own_df)
         else:
             p[rows] = _adjusted(own_p, t, own_df, adjust, means, ranks[-1])
-        quantiles: dict[str, float] = {}  # degrees of freedom that differ by roundings only share one
-        for row, d in zip(rows, own_df, strict=True):
-            key = f"{d:.11g}"
-            if key not in quantiles and largest is not None:
-                quantiles[key] = largest.quantile(level, d)
-            elif key not in quantiles:
-                quantiles[key] = _critical(level, d, len(rows), adjust, means, ranks[-1])
-            critical[row] = quantiles[key]
+            # Degrees of freedom that differ by roundings only share one.
+            found_at = {f"{d:.11g}": d for d in own_df}
+            found_at = {key: _critical(level, d, len(rows), adjust, means, ranks[-1]) for key, d in found_at.items()}
+            critical[rows] = [found_at[f"{d:.11g}"] for d in own_df]
     columns = (estimate, std_error, df, estimate - critical * std_error, estimate + critical * std_error, statistic, p)
     return FamilyTests(pd.DataFrame(dict(zip(COLUMNS, columns, strict=True))), error, tuple(ranks))
 

@@ -22,6 +22,8 @@ SAME = 1e-9
 LARGEST_LOADING = 0.999
 # Quasi-Monte Carlo: randomly shifted lattices, and the points of each.
 SHIFTS, POINTS, SEED = 12, 8192, 19990101
+# Degrees of freedom at which quantiles are sought where a family has more.
+NODES = 5
 
 
 class Probability(NamedTuple):
@@ -49,6 +51,7 @@ class LargestT:
         self.B = _different(B @ Vt[:rank].T)
         self.rank = rank
         self.loadings = _loadings(self.B @ self.B.T) if rank > 2 else None
+        self._scales: dict[float, np.ndarray] = {}
 
     @property
     def is_exact(self) -> bool:
@@ -61,9 +64,23 @@ class LargestT:
         found = [self._tail(float(a), float(b)) for a, b in zip(t, df, strict=True)]
         return Probability(np.array([p for p, _ in found]), max((error for _, error in found), default=0.0))
 
+    def quantiles(self, level: float, df: np.ndarray) -> np.ndarray:
+        """Quantiles ``(n,)``. Of many different df by lattices: a polynomial in 1 / df through ``NODES`` of them, which
+        is off by much less than the lattices are."""
+        df = np.asarray(df, float)
+        different = {f"{d:.11g}": float(d) for d in df}  # roundings apart they are the same
+        if self.is_exact or len(different) <= NODES:
+            found = {key: self.quantile(level, d) for key, d in different.items()}
+            return np.array([found[f"{d:.11g}"] for d in df])
+        low, high = (1.0 / df).min(), (1.0 / df).max()
+        x = np.cos(np.pi * np.arange(NODES) / (NODES - 1))
+        nodes = (low + high) / 2.0 + (high - low) / 2.0 * x
+        c = [self.quantile(level, 1.0 / node if node > 0 else np.inf) for node in np.maximum(nodes, 0.0)]
+        return np.polyval(np.polyfit(x, c, NODES - 1), (2.0 / df - low - high) / (high - low))
+
     def quantile(self, level: float, df: float) -> float:
         """c with ``P(max |T_i| <= c) = level``."""
-        return _root(lambda c: self._tail(c, df)[0], level, df, len(self.B))
+        return _root(lambda c: self._tail(c, df)[0], level, df, len(self.B), 1e-13 if self.is_exact else 1e-6)
 
     def _tail(self, t: float, df: float) -> tuple[float, float]:
         if not np.isfinite(t) or not df > 0:
@@ -92,7 +109,10 @@ class LargestT:
     def _by_lattices(self, t: float, df: float) -> tuple[float, float]:
         """``1 - E prod_j (1 - q_j)``, q_j the probability that a variable leaves its interval, given those before."""
         u, C, d = self._lattices, self._triangle, self.rank
-        x = t * (np.sqrt(2.0 / df * gammaincinv(df / 2.0, u[0])) if np.isfinite(df) else np.ones(u.shape[1]))
+        if df not in self._scales:
+            chi = np.sqrt(2.0 / df * gammaincinv(df / 2.0, u[0])) if np.isfinite(df) else np.ones(u.shape[1])
+            self._scales = {df: chi}  # of one df at a time, because they are many numbers
+        x = t * self._scales[df]
         last = d - 1 - np.argmax(C[:, ::-1] != 0.0, axis=1)
         z = np.zeros((d - 1, u.shape[1]))
         inside = np.zeros(u.shape[1])
@@ -232,7 +252,7 @@ def _loadings(R: np.ndarray) -> np.ndarray | None:
     return loadings if np.abs(product - off).max() < SAME and np.abs(loadings).max() < LARGEST_LOADING else None
 
 
-def _root(tail: Callable[[float], float], level: float, df: float, m: int) -> float:
+def _root(tail: Callable[[float], float], level: float, df: float, m: int, tolerance: float = 1e-13) -> float:
     """Between the quantile of one t statistic and Bonferroni's of m."""
     if not df > 0:
         return np.nan
@@ -244,7 +264,7 @@ def _root(tail: Callable[[float], float], level: float, df: float, m: int) -> fl
         return low
     if tail(high) >= alpha:
         return high
-    return float(brentq(lambda c: np.log(tail(c) / alpha), low, high, xtol=1e-13 * high, rtol=1e-13))
+    return float(brentq(lambda c: np.log(tail(c) / alpha), low, high, xtol=tolerance * high, rtol=1e-13))
 
 
 def _primes(n: int) -> np.ndarray:
