@@ -89,7 +89,7 @@ def family_tests(
             continue
         B = root[rows] / np.linalg.norm(root[rows], axis=1, keepdims=True)
         t, own_df, own_p = np.abs(statistic[rows]), df[rows], p[rows]
-        ranks.append(int(np.linalg.matrix_rank(B, tol=1e-8)))
+        ranks.append(int(np.linalg.matrix_rank(B, tol=1e-7)))
         if adjust in ("dunnett", "mvt"):
             largest = LargestT(B)
             p[rows], of_these = largest.tail(t, own_df)
