@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import DataError, check_level
+from mixjax.checks import DataError
 from mixjax.inference.fixed.grid import as_text
-from mixjax.inference.fixed.marginal_means import MarginalMeans
+from mixjax.inference.fixed.marginal_means import MarginalMeans, check_level_named
 from mixjax.plots.arrows import Arrows, comparison_arrows
 from mixjax.plots.canvas import (
     Axes,
@@ -59,7 +59,7 @@ def means(
     """
     if not isinstance(m, MarginalMeans):
         raise TypeError(f"means() draws what fit.emmeans(...) returns, got {type(m).__name__}")
-    check_level(1 - alpha)
+    check_level_named("alpha", alpha)
     frame = pd.DataFrame(m.to_frame())
     panels = _panels(frame, list(m.by))
     others = [name for name in m.cells.columns if name not in m.by]
@@ -139,7 +139,7 @@ def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
         >>> fit = mj.lmm("angle ~ recipe + (1 | recipe:replicate)", mj.datasets.load("cake"))
         >>> ax = plots.contrasts(fit.emmeans("recipe").contrasts())
         >>> [text.get_text() for text in ax.get_yticklabels()]
-        ['A - B', 'A - C', 'B - C']
+        ['B - C', 'A - C', 'A - B']
     """
     if not isinstance(table, pd.DataFrame) or any(name not in table.columns for name in NEEDED):
         raise DataError(

@@ -50,9 +50,9 @@ def joint_tests(fitted: Fitted, by: Any = None, ddf: str = "satterthwaite") -> p
         >>> fit = mj.lmm("angle ~ recipe * temperature + (1 | recipe:replicate)", mj.datasets.load("cake"))
         >>> joint_tests(fit.record, by="recipe").round(3)
           recipe         term  num_df  den_df  statistic  p_value
-        0      A  temperature       5   210.0      8.402      0.0
-        1      B  temperature       5   210.0      5.826      0.0
-        2      C  temperature       5   210.0      8.310      0.0
+        0      A  temperature       5   210.0      8.576      0.0
+        1      B  temperature       5   210.0      7.210      0.0
+        2      C  temperature       5   210.0      6.746      0.0
     """
     check_ddf(ddf)
     model = FixedPart(fitted)

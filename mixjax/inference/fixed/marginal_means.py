@@ -154,9 +154,9 @@ class MarginalMeans:
             >>> import mixjax as mj
             >>> fit = mj.lmm("angle ~ temperature + (1 | recipe:replicate)", mj.datasets.load("cake"))
             >>> fit.emmeans("temperature").letters()[["temperature", "group"]].T
-                          0   1   2   3   4  5
-            temperature 175 185 195 205 215 225
-            group         a  ab  bc  bc  cd   d
+                           0    1    2    3    4    5
+            temperature  175  185  195  205  225  215
+            group          a   ab    b    b    c    c
         """
         check_level_named("alpha", alpha)
         adjust = adjustment_named(adjust)
@@ -206,7 +206,7 @@ class MarginalMeans:
             >>> import mixjax as mj
             >>> fit = mj.lmm("distance ~ Sex + (1 | Subject)", mj.datasets.load("Orthodont"))
             >>> fit.emmeans("Sex").eff_size().round(2)["estimate"].tolist()
-            [1.04]
+            [1.05]
         """
         check_level(self.level if level is None else level)
         given = sigma is not None
