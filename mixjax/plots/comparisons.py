@@ -161,7 +161,7 @@ def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
         each.hlines(place, lower, upper, color=palette().data, lw=1.6)
         outside = (lower > 0) | (upper < 0)
         for which, fill in ((outside, palette().data), (~outside, "none")):
-            each.plot(estimate[which], place[which], "o", ms=6, mfc=fill, mec=palette().data, ls="none")
+            each.plot(estimate[which], place[which], "o", ms=6, color=palette().data, mfc=fill, ls="none")
         each.set_ylim(-0.7, len(rows) - 0.3)
         each.set_xlabel("estimate")
         if outer(each, "left") or ax is not None:

@@ -29,7 +29,8 @@ from mixjax.inference.fixed.families import (
 )
 from mixjax.inference.fixed.grid import as_text
 from mixjax.inference.fixed.letters import letters_of
-from mixjax.tables import NotedTable
+from mixjax.markup import Report, Reported
+from mixjax.tables import NotedTable, frame_report
 
 NOT_ESTIMABLE = "NaN: not estimable, because columns of X were left out of the fit"
 SAME = "df NaN: the model makes these equal, whatever the data"
@@ -48,7 +49,7 @@ class Contrasts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MarginalMeans:
+class MarginalMeans(Reported):
     """Marginal means, or slopes: linear functions of the fixed effects for the cells of some factors.
 
     Attributes:
@@ -294,6 +295,10 @@ class MarginalMeans:
     def _notes(self, frame: pd.DataFrame) -> tuple[str, ...]:
         notes = [NOT_ESTIMABLE] * bool(frame["estimate"].isna().any())
         return (*notes, *[SAME] * bool((frame["std_error"] == 0).any()), *self.cautions)
+
+    def _report(self) -> Report:
+        frame = self.to_frame()
+        return frame_report(frame, [self.title], frame.attrs["notes"])
 
     def __str__(self) -> str:
         frame = self.to_frame()
