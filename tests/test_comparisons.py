@@ -119,7 +119,7 @@ def test_interactions_are_differences_of_differences(cake):
     slope = np.array(orthogonal_polynomials(6)[0])
     assert lines["estimate"][0] == pytest.approx(slope @ (m["B"] - m["A"]).to_numpy(), rel=1e-9)
     within = cake.emmeans("recipe * temperature").contrasts(interaction="pairwise", adjust="mvt")
-    assert "mvt (multivariate t) for 45 tests, error of p values below" in within.attrs["notes"][0]
+    assert "mvt (multivariate t) for 45 tests, error of p values about" in within.attrs["notes"][0]
 
 
 # --- formulas of means ---------------------------------------------------------------------------------------------

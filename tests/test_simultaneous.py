@@ -124,7 +124,7 @@ def test_lattices_agree_with_the_range(k):
     t, df = np.array([1.0, 2.4, 3.3]), np.full(3, 12.3)
     found = largest.tail(t, df)
     np.testing.assert_allclose(found.value, studentized_range_tail(np.sqrt(2) * t, k, df), atol=2 * found.error)
-    assert 0 < found.error < 5e-4
+    assert 0 < found.error < 1e-3
     again = LargestT(pairwise(k)).tail(t, df)
     np.testing.assert_array_equal(again.value, found.value)
     c = largest.quantile(0.95, 12.3)

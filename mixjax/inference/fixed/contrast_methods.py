@@ -59,8 +59,8 @@ def contrast_weights(method: Any, names: list[str], ref: Any = None) -> dict[str
     """Contrasts of k means.
 
     Args:
-        method: a name, see :meth:`~mixjax.inference.fixed.means.MarginalMeans.contrasts`; a dict name -> ``(k,)``
-            weights; an array ``(r, k)``; or a data frame with a contrast in each row and the means as its columns.
+        method: a name, see :meth:`~mixjax.inference.fixed.marginal_means.MarginalMeans.contrasts`; a dict name ->
+            ``(k,)`` weights; an array ``(r, k)``; or a data frame with a contrast in each row and the means as its columns.
         names: of the k means.
         ref: the control of ``"trt.vs.ctrl"``, by name or position.
 

@@ -180,7 +180,7 @@ def family_note(
     if adjust in WITHOUT_INTERVALS and intervals:
         other = WITHOUT_INTERVALS[adjust]
         return f"p values adjusted by {how}, {intervals} by {other} ({adjust} has none){where}"
-    error = f", error of p values below {found.error:.0e}" if found and found.error else ""
+    error = f", error of p values about {found.error:.0e}" if found and found.error else ""
     return f"{what} adjusted by {how}{error}{where}"
 
 
