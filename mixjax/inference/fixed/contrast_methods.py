@@ -60,7 +60,8 @@ def contrast_weights(method: Any, names: list[str], ref: Any = None) -> dict[str
 
     Args:
         method: a name, see :meth:`~mixjax.inference.fixed.marginal_means.MarginalMeans.contrasts`; a dict name ->
-            ``(k,)`` weights; an array ``(r, k)``; or a data frame with a contrast in each row and the means as its columns.
+            ``(k,)`` weights; an array ``(r, k)``; or a data frame with a contrast in each row and the means as its
+            columns.
         names: of the k means.
         ref: the control of ``"trt.vs.ctrl"``, by name or position.
 
