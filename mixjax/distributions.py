@@ -41,10 +41,3 @@ def f_tail(x: Any, df: Any, den_df: Any) -> Any:
     infinite = np.isinf(den_df)
     tail = special.fdtrc(df, np.where(infinite, 1.0, den_df), x)
     return np.where(infinite, special.chdtrc(df, np.multiply(x, df)), tail)[()]
-
-
-def studentized_range_tail(x: Any, k: int, df: Any) -> Any:
-    """``P(X > x)`` of the range of k normal means over their standard error."""
-    from scipy.stats import studentized_range  # an integral, and the only one that needs all of scipy.stats
-
-    return studentized_range.sf(x, k, df)

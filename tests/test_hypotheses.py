@@ -109,7 +109,7 @@ def test_one_hypothesis_is_a_t_test_and_several_an_f_test():
     record = fit_of("sleepstudy_slopes", "REML").record
     one = hypotheses.test(record, "Days = 10")
     both = hypotheses.test(record, ["Days = 10", "Intercept = 250"])
-    assert list(one.columns) == ["estimate", "std_error", "df", "statistic", "p_value"]
+    assert list(one.columns) == ["estimate", "std_error", "df", "lower", "upper", "statistic", "p_value"]
     assert list(both.columns) == list(COLUMNS.values())
     assert len(both) == 1
     assert both["num_df"].iloc[0] == 2

@@ -11,12 +11,13 @@ from conftest import fit_of, table
 
 import mixjax as mj
 from mixjax.fitted.record import Fitted
-from mixjax.inference.fixed import hypotheses, means
+from mixjax.inference.fixed import families, hypotheses, means
 from mixjax.inference.fixed.contrasts import t_tests
 from mixjax.inference.fixed.hypotheses import anova
+from mixjax.inference.fixed.marginal_means import NOT_ESTIMABLE
 from mixjax.inference.fixed.means import emmeans, emtrends
 
-NUMBERS = ["estimate", "std_error", "df", "statistic", "p_value"]
+NUMBERS = ["estimate", "std_error", "df", "lower", "upper", "statistic", "p_value"]
 
 
 @pytest.fixture(scope="module")
@@ -260,18 +261,26 @@ def test_tukey_with_known_variance_is_the_range_of_normals(cake):
 def test_tukey_at_a_tabulated_quantile():
     """Tables of the studentized range: upper 5 % point 3.877 for 3 means and 10 df, 4.232 for 5 means and 20 df."""
     for q, k, df in ((3.877, 3, 10), (4.232, 5, 20)):
-        t, dfs = np.array([q / np.sqrt(2)]), np.array([float(df)])
-        p = means._adjusted(2 * scipy.stats.t.sf(t, dfs), t, dfs, "tukey", k)
+        p = families._adjusted(np.zeros(1), np.array([q / np.sqrt(2)]), np.array([float(df)]), "tukey", k, 2)
         assert p[0] == pytest.approx(0.05, abs=2e-5)
+        assert families._critical(0.95, float(df), 1, "tukey", k, 2) == pytest.approx(q / np.sqrt(2), abs=5e-4)
 
 
-def test_holm_and_bonferroni_by_hand():
+def test_holm_bonferroni_and_fdr_by_hand():
+    """Five tests of normal statistics, of which one has none: it stays NaN and does not count."""
     p = np.array([0.02, 0.001, np.nan, 0.03, 0.5])
-    t = df = np.ones(5)
-    np.testing.assert_allclose(means._adjusted(p, t, df, "bonferroni", 5), [0.08, 0.004, np.nan, 0.12, 1.0])
+    z = scipy.stats.norm.isf(p / 2)
+    found = families.Combinations(z, np.where(np.isnan(p), np.nan, 1.0), np.full(5, np.inf), np.eye(5))
+
+    def adjusted(adjust):
+        return families.family_tests(found, adjust).table["p_value"]
+
+    np.testing.assert_allclose(adjusted("bonferroni"), [0.08, 0.004, np.nan, 0.12, 1.0])
     # sorted 0.001 x 4, 0.02 x 3, 0.03 x 2 = 0.06 (no less than before), 0.5 x 1
-    np.testing.assert_allclose(means._adjusted(p, t, df, "holm", 5), [0.06, 0.004, np.nan, 0.06, 0.5])
-    np.testing.assert_allclose(means._adjusted(p, t, df, "none", 5), p)
+    np.testing.assert_allclose(adjusted("holm"), [0.06, 0.004, np.nan, 0.06, 0.5])
+    # sorted 0.001 x 4, 0.02 x 4/2 = 0.04 (no more than after), 0.03 x 4/3, 0.5
+    np.testing.assert_allclose(adjusted("fdr"), [0.04, 0.004, np.nan, 0.04, 0.5])
+    np.testing.assert_allclose(adjusted("none"), p)
 
 
 def test_families_lie_within_by(cake):
@@ -311,8 +320,8 @@ def test_empty_cells_are_nan_and_others_are_right(curved, holed, coding):
     cells = emmeans(record, ["recipe", "temperature"], ddf="wald")
     np.testing.assert_allclose(cells.to_frame()["estimate"], raw, rtol=1e-9)
     assert cells.to_frame()["estimate"].isna().sum() == 1
-    assert means.NOT_ESTIMABLE in str(cells)
-    assert means.NOT_ESTIMABLE not in str(emmeans(record, "recipe", at={"temperature": "175"}, ddf="wald"))
+    assert NOT_ESTIMABLE in str(cells)
+    assert NOT_ESTIMABLE not in str(emmeans(record, "recipe", at={"temperature": "175"}, ddf="wald"))
     recipes = emmeans(record, "recipe", ddf="wald")
     assert list(recipes.to_frame()["estimate"].isna()) == [False, False, True]
     pairs = recipes.contrasts().set_index("contrast")
@@ -375,7 +384,7 @@ def test_means_that_the_model_makes_equal():
         (lambda r: emtrends(r, "recipe", "recipe"), "'recipe' is a factor, which has no slope"),
         (lambda r: emtrends(r, "recipe", "tmp"), "did you mean 'temp'"),
         (lambda r: emmeans(r, "recipe").contrasts("all"), "method must be one of 'pairwise'"),
-        (lambda r: emmeans(r, "recipe").contrasts(adjust="fdr"), "adjust must be one of 'tukey'"),
+        (lambda r: emmeans(r, "recipe").contrasts(adjust="hochberg"), "adjust must be one of 'none', 'tukey'"),
         (lambda r: emmeans(r, "recipe").contrasts("eff", "tukey"), "'tukey' is for all pairwise"),
         (lambda r: emmeans(r, "recipe").contrasts({"odd": [1, -1]}), "'odd' needs 3 finite weights, for A, B, C"),
     ],
@@ -413,18 +422,23 @@ def test_the_family_of_tukey_is_all_means():
 def test_tables_say_how_their_numbers_came_about(cake):
     result = emmeans(cake, "recipe")
     pairs, own = result.contrasts(), result.contrasts({"A against the rest": [1, -0.5, -0.5], "A - B": [1, -1, 0]})
-    assert repr(pairs).endswith(
-        "\nsatterthwaite degrees of freedom, p values adjusted by tukey for a family of 3 means"
+    assert pairs.attrs["notes"][0] == (
+        "satterthwaite degrees of freedom, p values and 95 % intervals adjusted by tukey for a family of 3 means"
     )
-    assert repr(own).endswith("p values not adjusted")  # weights of one's own are not a family unless one says so
+    assert repr(pairs).endswith("\n".join(pairs.attrs["notes"]))
+    # Weights of one's own are not a family unless one says so.
+    assert own.attrs["notes"][0].endswith("p values and 95 % intervals not adjusted")
     raw = t_tests(cake, np.array([[1, -0.5, -0.5], [1, -1, 0]]) @ result.W)["p_value"]
     np.testing.assert_allclose(own["p_value"], raw, rtol=1e-12)
-    by = emmeans(cake, "recipe", by="temperature", ddf="wald").contrasts("trt.vs.ctrl")
-    assert "adjusted by holm for 2 tests, within temperature" in repr(by)
+    by = emmeans(cake, "recipe", by="temperature", ddf="wald").contrasts("trt.vs.ctrl", "holm", level=0.9)
+    how = "p values adjusted by holm for 2 tests, 90 % intervals by bonferroni (holm has none), within temperature"
+    assert repr(by).endswith(f"wald tests, without degrees of freedom, {how}")
     assert "adjusted by holm" in by._repr_html_()
-    assert repr(result.to_frame()).endswith("satterthwaite degrees of freedom, 95 % intervals")
+    assert result.to_frame().attrs["notes"][0] == "satterthwaite degrees of freedom, 95 % intervals"
     assert repr(anova(cake, "II")).endswith("\ntype II tests, satterthwaite degrees of freedom")
-    assert repr(hypotheses.test(cake, "recipe[T.B]", "wald")).endswith("\nwald tests, without degrees of freedom")
+    assert repr(hypotheses.test(cake, "recipe[T.B]", "wald")).endswith(
+        "\nwald tests, without degrees of freedom\np values and 95 % intervals not adjusted"
+    )
     # All else is pandas'.
     assert type(pairs[pairs["p_value"] < 1]) is type(pairs.round(2)) is type(pairs.copy()) is pd.DataFrame
     assert pairs.round(2).attrs["notes"] == pairs.attrs["notes"]

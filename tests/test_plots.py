@@ -614,6 +614,8 @@ DRAWN = {
     "profile_density": lambda fit, ax: plots.profile_density(parabola(), "Days", ax=ax),
     "bootstrap": lambda fit, ax: plots.bootstrap(replicates(), "Intercept", ax=ax),
     "influence": lambda fit, ax: plots.influence(influence(fit.record, "Subject", "fixed-theta"), ax=ax),
+    "means": lambda fit, ax: plots.means(fit_of("cake_factor", "REML").emmeans("temperature"), ax=ax),
+    "contrasts": lambda fit, ax: plots.contrasts(fit_of("cake_factor", "REML").emmeans("recipe").contrasts(), ax=ax),
     "power_curve": lambda fit, ax: plots.power_curve(powers(), ax=ax),
     "variance_components": lambda fit, ax: plots.variance_components(fit, ax=ax),
 }

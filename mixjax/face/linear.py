@@ -284,7 +284,9 @@ class LMMFit(Inferring, Diagnosing):
 
     def _tests(self, ddf: str | None) -> pd.DataFrame | None:
         names = self.labels.fixed
-        return None if ddf is None else t_tests(self._fitted, np.eye(len(names)), ddf, names=names)
+        if ddf is None:
+            return None
+        return t_tests(self._fitted, np.eye(len(names)), ddf, names=names).drop(columns=["lower", "upper"])
 
     @property
     def pvalues(self) -> pd.Series:

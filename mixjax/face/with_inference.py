@@ -13,7 +13,8 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import parameters
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
-from mixjax.inference.fixed.means import MarginalMeans
+from mixjax.inference.fixed.joint_tests import joint_tests as tests_of_means
+from mixjax.inference.fixed.marginal_means import MarginalMeans
 from mixjax.inference.fixed.means import emmeans as marginal_means
 from mixjax.inference.fixed.means import emtrends as marginal_trends
 from mixjax.inference.fixed.robust import Robust
@@ -34,18 +35,28 @@ class Inferring:
 
     # --- hypotheses about the fixed effects ---------------------------------------------------------------------------
 
-    def test(self, L: Any, ddf: str = "satterthwaite", joint: bool | None = None) -> pd.DataFrame:
+    def test(
+        self,
+        L: Any,
+        ddf: str = "satterthwaite",
+        joint: bool | None = None,
+        adjust: str = "none",
+        level: float = 0.95,
+    ) -> pd.DataFrame:
         """Test linear hypotheses about the fixed effects.
 
         Args:
             L: ``"Days = 10"``, ``"recipe[T.B] = recipe[T.C]"``, a list of such, a dict column -> weight, or an array
                 ``(p,)`` or ``(r, p)`` whose combinations are zero under the hypothesis. lme4's names are understood.
             ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``.
-            joint: True for one F test of all rows, False for a t test of each; None: F of several, t of one.
+            joint: True for one F test of all rows, False for a t test of each; None: F of several, t of one, and t
+                tests wherever they are adjusted.
+            adjust: of several t tests: ``"mvt"`` (multivariate t), ``"sidak"``, ``"scheffe"``, ``"bonferroni"``,
+                ``"holm"``, ``"fdr"`` or ``"none"``. level: of the intervals.
 
         Returns:
-            DataFrame; t tests: estimate, std_error, df, statistic, p_value. F test: sum_sq, mean_sq, num_df, den_df,
-            statistic, p_value.
+            DataFrame; t tests: estimate, std_error, df, lower, upper, statistic, p_value. F test: sum_sq, mean_sq,
+            num_df, den_df, statistic, p_value.
 
         Example:
             >>> import mixjax as mj
@@ -53,7 +64,7 @@ class Inferring:
             >>> fit.test("Days = 10")["p_value"].round(3).tolist()
             [0.766]
         """
-        return hypotheses.test(self.record, L, ddf, joint)
+        return hypotheses.test(self.record, L, ddf, joint, adjust, level)
 
     def anova(self, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
@@ -68,6 +79,19 @@ class Inferring:
         """
         return hypotheses.anova(self.record, type, ddf)
 
+    def joint_tests(self, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
+        """F tests of every factor and interaction by its marginal means, also within the levels of others, as
+        ``emmeans::joint_tests``; see :func:`mixjax.inference.fixed.joint_tests.joint_tests`.
+
+        Args:
+            by: a factor or a list of factors within whose levels to test.
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``.
+
+        Returns:
+            DataFrame: the columns of ``by``, term, num_df, den_df, statistic, p_value.
+        """
+        return tests_of_means(self.record, by, ddf)
+
     def emmeans(
         self,
         spec: Any,
@@ -79,7 +103,8 @@ class Inferring:
         """Marginal means of factors, as R's ``emmeans``; see :func:`mixjax.inference.fixed.means.emmeans`.
 
         Returns:
-            MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``str()``.
+            MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``.letters()``,
+            ``.eff_size()``, ``str()``.
         """
         return marginal_means(self.record, spec, by, at, ddf, level)
 

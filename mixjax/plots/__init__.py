@@ -5,6 +5,7 @@ Colours, sizes and background are those of the style in force. Nothing is shown:
 notebook, does that.
 """
 
+from mixjax.plots.comparisons import contrasts, means
 from mixjax.plots.levels import caterpillar, shrinkage
 from mixjax.plots.lines import trellis
 from mixjax.plots.panel import overview
@@ -17,7 +18,9 @@ from mixjax.plots.units import influence, variance_components
 __all__ = [
     "bootstrap",
     "caterpillar",
+    "contrasts",
     "influence",
+    "means",
     "overview",
     "power_curve",
     "profile_density",

@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.special
 from jax.scipy.special import betainc, erfc
 
-from mixjax.checks import InferenceWarning, warn
+from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.design import AnyArray
 from mixjax.distributions import f_tail
 from mixjax.engine.engine import AtOnce, Engine, engine_of
@@ -28,6 +28,7 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.fitted.information import information
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import kenward_roger as kr
+from mixjax.inference.fixed.families import Combinations, adjustment_named, family_tests
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.machine import Array, compiled, float64, is_concrete, jit, namespace, silently
 from mixjax.products.sums import CrossProducts, check_products
@@ -237,6 +238,8 @@ def t_tests(
     ddf: str = "satterthwaite",
     rhs: AnyArray = 0.0,
     names: Sequence[str] | None = None,
+    level: float = 0.95,
+    adjust: str = "none",
 ) -> pd.DataFrame:
     """A t test for every row of a contrast matrix.
 
@@ -245,21 +248,25 @@ def t_tests(
         ddf: ``"satterthwaite"``, ``"kenward-roger"`` (which also adjusts the standard errors; an ML fit is refitted by
             REML), or ``"wald"``: z tests.
         names: of the rows.
+        level: coverage of the intervals. adjust: of p values and intervals, all rows one family, see
+            :func:`mixjax.inference.fixed.families.family_tests`.
 
     Returns:
-        DataFrame with columns ``estimate``, ``std_error``, ``df``, ``statistic``, ``p_value``.
+        DataFrame with columns ``estimate``, ``std_error``, ``df``, ``lower``, ``upper``, ``statistic``, ``p_value``.
     """
+    check_level(level)
+    table = family_tests(combinations(fitted, L, ddf), adjustment_named(adjust), level, rhs).table
+    return table if names is None else table.set_axis(list(names), axis=0)
+
+
+def combinations(fitted: Fitted, L: AnyArray, ddf: str) -> Combinations:
+    """Linear combinations ``(r, p)`` of the fixed effects under one method."""
     L = _checked(fitted, L)
-    rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
     method = FixedEffects.of(fitted, ddf)
-    estimate = L @ method.beta
+    sizes, vectors = np.linalg.eigh(np.where(np.isfinite(method.vcov), method.vcov, 0.0))
+    root = L @ (vectors * np.sqrt(np.maximum(sizes, 0.0)))
     se = np.sqrt(np.einsum("rp,pq,rq->r", L, method.vcov, L))
-    df = method.df(L)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        statistic = (estimate - rhs) / se
-    p = two_sided(statistic, df)
-    columns = {"estimate": estimate, "std_error": se, "df": df, "statistic": statistic, "p_value": p}
-    return pd.DataFrame(columns, index=None if names is None else pd.Index(list(names)))
+    return Combinations(L @ method.beta, se, method.df(L), root)
 
 
 def f_test(

@@ -144,16 +144,6 @@ def as_text(value: Any) -> str:
 # --- the reference grid -------------------------------------------------------------------------------------------
 
 
-def names_of(value: Any, what: str) -> list[str]:
-    if (value is None and what != "spec") or (isinstance(value, str) and value == "1"):
-        return []
-    several = isinstance(value, Sequence | np.ndarray | pd.Index | pd.Series)
-    names = [value] if isinstance(value, str) else list(value) if several and np.ndim(value) == 1 else []
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"{what} must be a name or a list of different names, got {value!r}")
-    return names
-
-
 def check_names(model: FixedPart, names: Sequence[str], where: str) -> None:
     parsed = model.state.parsed
     groups = {name for part in parsed.random for name in part.group.columns}
@@ -197,11 +187,16 @@ def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
 
 
 class Grid(NamedTuple):
-    """Cells of the named variables, each with its rows over the others."""
+    """Cells of the named variables, each with its rows over the others.
+
+    Attributes:
+        others: what a title says of the variables that are not named. averaged: those of several values.
+    """
 
     cells: pd.DataFrame
     table: pd.DataFrame
     others: str
+    averaged: list[str]
 
 
 def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) -> Grid:
@@ -223,7 +218,7 @@ def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) ->
     over = [name for name in averaged if len(values[name]) > 1]
     fixed = [f"{name} = {as_text(values[name][0])}" for name in averaged if len(values[name]) == 1]
     others = "; ".join(filter(None, (f"averaged over {', '.join(over)}" if over else "", ", ".join(fixed))))
-    return Grid(cells, _crossed(values), others)
+    return Grid(cells, _crossed(values), others, over)
 
 
 def _crossed(values: Mapping[str, list[Any]]) -> pd.DataFrame:

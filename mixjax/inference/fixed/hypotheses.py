@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import InferenceWarning, warn
+from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.design import Labels
 from mixjax.fitted.record import Fitted
-from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, ddf_note, f_test, t_tests
+from mixjax.inference.fixed.contrast_methods import written
+from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, combinations, ddf_note, f_test
+from mixjax.inference.fixed.families import adjustment_named, family_note, family_tests
 from mixjax.inference.fixed.terms import TYPES, type_contrasts
 from mixjax.tables import NotedTable
 
@@ -100,7 +102,7 @@ def _one_hypothesis(labels: Labels, spec: Any) -> tuple[np.ndarray, float, str]:
             )
     if not weights.any():
         raise ValueError("a hypothesis has no weight other than zero: it is about no fixed effect")
-    return weights, 0.0, _written(weights, fixed)
+    return weights, 0.0, written(weights, fixed)
 
 
 def _number(value: Any, what: Any) -> float:
@@ -111,17 +113,6 @@ def _number(value: Any, what: Any) -> float:
     if not np.isfinite(number):
         raise ValueError(f"the weight of '{what}' must be a finite number, got {value!r}")
     return number
-
-
-def _written(weights: np.ndarray, fixed: Sequence[str]) -> str:
-    """``2*Days - Intercept``; longer ones are cut."""
-    used = np.flatnonzero(weights)
-    text = ""
-    for j in used[:4]:
-        size = "" if abs(weights[j]) == 1 else f"{abs(weights[j]):.4g}*"
-        sign = ("-" if weights[j] < 0 else "") if not text else (" - " if weights[j] < 0 else " + ")
-        text += f"{sign}{size}{fixed[j]}"
-    return text + (" + ..." if len(used) > 4 else "")
 
 
 def known_names(labels: Labels) -> dict[str, int]:
@@ -309,6 +300,8 @@ def test(
     L: Any,
     ddf: str = "satterthwaite",  # noqa: PT028
     joint: bool | None = None,  # noqa: PT028
+    adjust: str = "none",  # noqa: PT028
+    level: float = 0.95,  # noqa: PT028
 ) -> pd.DataFrame:
     """Test hypotheses about the fixed effects.
 
@@ -317,26 +310,42 @@ def test(
         L: whatever :func:`contrast_matrix` reads.
         ddf: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"``.
         joint: True for one F test of all hypotheses together, False for a t test of each. None: an F test of several,
-            as ``lmerTest::contest`` makes, and a t test of a single one, which says the same and gives the estimate.
+            as ``lmerTest::contest`` makes, and a t test of a single one, which says the same and gives the estimate;
+            t tests wherever they are adjusted.
+        adjust: of several t tests: ``"mvt"`` (multivariate t, single-step, as ``multcomp::glht``), ``"sidak"``,
+            ``"scheffe"``, ``"bonferroni"``, ``"holm"``, ``"fdr"`` or ``"none"``.
+        level: coverage of the intervals, jointly where tests are adjusted.
 
     Returns:
-        DataFrame. t tests: a row per hypothesis, columns estimate (of the left-hand side), std_error, df, statistic,
-        p_value. F test: one row, columns as in :func:`anova`.
+        DataFrame. t tests: a row per hypothesis, columns estimate (of the left-hand side), std_error, df, lower, upper,
+        statistic, p_value. F test: one row, columns as in :func:`anova`. Notes (``attrs["notes"]``) say how the
+        numbers came about.
+
+    Raises:
+        ValueError: hypotheses that cannot be read, an adjustment that there is not, or one of a joint test.
 
     Example:
         >>> import mixjax as mj
         >>> from mixjax.inference.fixed.hypotheses import test
         >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
         >>> test(fit.record, "Days = 10").round(3)
-                   estimate  std_error    df  statistic  p_value
-        Days = 10    10.467      1.546  17.0      0.302    0.766
+                   estimate  std_error    df  lower   upper  statistic  p_value
+        Days = 10    10.467      1.546  17.0  7.206  13.729      0.302    0.766
     """
     if joint is not None and not isinstance(joint, bool | np.bool_):
         raise ValueError(f"joint must be True, False or None, got {joint!r}")
+    adjust = adjustment_named(adjust)
+    check_level(level)
+    if adjust == "tukey":
+        raise ValueError("adjust='tukey' is for all pairwise differences of means, emmeans(); use 'mvt' here")
     weights, rhs, names = contrast_matrix(fitted, L)
-    if joint if joint is not None else len(weights) > 1:
+    if joint if joint is not None else len(weights) > 1 and adjust == "none":
+        if adjust != "none":
+            raise ValueError(f"adjust={adjust!r} is for tests one by one, joint=False; joint=True is a single F test")
         return NotedTable(_f_table(fitted, {", ".join(names): (weights, rhs)}, ddf), [ddf_note(ddf)])
-    return NotedTable(t_tests(fitted, weights, ddf=ddf, rhs=rhs, names=names), [ddf_note(ddf)])
+    found = family_tests(combinations(fitted, weights, ddf), adjust, level, rhs)
+    notes = (ddf_note(ddf), family_note(adjust, level, len(weights), found=found))
+    return NotedTable(found.table.set_axis(names, axis=0), notes)
 
 
 def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
