@@ -13,6 +13,7 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
 from mixjax.design import Labels
+from mixjax.fitted.names import known_names
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, ddf_note, f_test, t_tests
 from mixjax.inference.fixed.terms import TYPES, type_contrasts
@@ -122,23 +123,6 @@ def _written(weights: np.ndarray, fixed: Sequence[str]) -> str:
         sign = ("-" if weights[j] < 0 else "") if not text else (" - " if weights[j] < 0 else " + ")
         text += f"{sign}{size}{fixed[j]}"
     return text + (" + ..." if len(used) > 4 else "")
-
-
-def known_names(labels: Labels) -> dict[str, int]:
-    """Every spelling of a fixed effect that is understood -> its column of X.
-
-    lme4's: ``(Intercept)``, and levels that follow the factor without ``[T.]``; where two columns would share such a
-    spelling, it is not understood.
-    """
-    own = {name: j for j, name in enumerate(labels.fixed)}
-    taken = {*own, *labels.dropped_columns}
-    others: dict[str, int] = {}
-    twice = set()
-    for name, j in own.items():
-        spelling = "(Intercept)" if name == "Intercept" else re.sub(r"\[(?:T\.)?([^\[\]]*)\](?=:|$)", r"\1", name)
-        twice |= {spelling} & set(others)
-        others.setdefault(spelling, j)
-    return own | {name: j for name, j in others.items() if name not in taken and name not in twice}
 
 
 def _unknown(name: str, labels: Labels) -> NoReturn:

@@ -1,0 +1,87 @@
+"""Names of effects as users type them: mixjax's own and R's."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import fit_of, oracle, table
+
+import mixjax as mj
+from mixjax.fitted.names import Spellings, known_names
+
+
+@pytest.fixture(scope="module")
+def cake():
+    return mj.lmm("angle ~ recipe * temp + I(temp^2) + (1 | recipe:replicate)", table("cake"))
+
+
+@pytest.mark.parametrize("name", ["cake_factor", "cake_temp", "sleepstudy_slopes", "machines_slopes", "orthodont"])
+def test_every_name_of_lme4_is_understood(name):
+    """Each of lme4's names of an oracle fit finds the estimate that lme4 has."""
+    fit, reference = fit_of(name, "REML"), oracle(name)["fits"]["REML"]["fixef"]
+    known = known_names(fit.labels)
+    found = [fit.fixef.iloc[known[own]] for own in reference]
+    np.testing.assert_allclose(found, list(reference.values()), rtol=1e-6, atol=1e-8)
+    assert sorted(known[own] for own in reference) == list(range(len(fit.fixef)))
+
+
+def test_other_orders_blanks_and_powers(cake):
+    same = ["temp:recipeB", "recipeB:temp", "recipe[T.B]:temp", "temp:recipe[T.B]", "temp : recipe[T.B]"]
+    beta = cake.fixef["recipe[T.B]:temp"]
+    for name in same:
+        assert cake.test(name).iloc[0]["estimate"] == beta
+        assert cake.test({name: 1}).iloc[0]["estimate"] == beta
+        assert cake.confint(name, method="wald").index.tolist() == ["recipe[T.B]:temp"]
+    for name in ("I(temp^2)", "I(temp ** 2)", "I(temp**2)", "I( temp ^ 2 )"):
+        assert cake.test(name).iloc[0]["estimate"] == cake.fixef["I(temp ** 2)"]
+
+
+def test_interactions_of_many_factors_in_any_order():
+    known = Spellings(["a[T.x]:b:c[T.True]:d:e"])
+    for order in itertools.permutations(["ax", "b", "cTRUE", "d", "e"]):
+        assert known[":".join(order)] == 0
+
+
+def test_columns_of_sums_have_numbers_in_r():
+    fit = mj.lmm("angle ~ recipe * temp + (1 | recipe:replicate)", table("cake"), contrasts={"recipe": "sum"})
+    known = known_names(fit.labels)
+    assert [fit.labels.fixed[known[name]] for name in ("recipe1", "recipe2", "temp:recipe2")] == [
+        "recipe[S.A]",
+        "recipe[S.B]",
+        "recipe[S.B]:temp",
+    ]
+    # Levels that are called 2 and 3: R's f2 is the column of level 3, and a reader may mean that of level 2.
+    assert not {"f1", "f2"} & set(Spellings(["f[S.2]", "f[S.3]"]))
+    assert "f1" not in Spellings(["f[S.2]", "f[S.3]"])
+
+
+def test_what_two_names_could_mean_is_not_understood():
+    known = Spellings(["recipeB", "recipe[T.B]", "a[T.bc]", "ab[T.c]", "x:y"], ["z[T.1]", "y:w"])
+    assert known["recipeB"] == 0
+    assert known["recipe[T.B]"] == 1
+    for name in ("abc", "z1", "z[T.1]", "w:y", "y:w", "recipe", "", "x"):
+        assert name not in known
+    with pytest.raises(KeyError):
+        known["abc"]
+    assert known["y:x"] == 4
+
+
+def test_standard_deviations_and_correlations():
+    known = Spellings(["sd_Intercept|g:h", "cor_f[T.B].Intercept|g:h", "sd_f[T.B]|g:h", "sigma", "sd_a:b|g:h"])
+    spelled = ["sd_(Intercept)|g:h", "cor_fB.(Intercept)|g:h", "sd_fB|g:h", "sigma", "sd_b:a|g:h"]
+    assert [known[name] for name in spelled] == list(range(5))
+    assert "sd_Intercept|h:g" not in known
+
+
+def test_studies_read_the_same_names():
+    data = table("cake")
+    model = "angle ~ recipe + temp + (1 | recipe:replicate)"
+    beta = {"(Intercept)": 10, "recipeB": 1, "recipe[T.C]": 2, "temp": 0.1}
+    own = mj.scenario(model, data, beta=beta, sd=2)
+    np.testing.assert_array_equal(own.beta, [10, 1, 2, 0.1])
+    options = {"replicates": 16, "key": 1, "progress": False}
+    spelled = mj.study(own, model, truth={"recipeB": 1}, null={"recipeB": 1}, **options)
+    named = mj.study(own, model, truth={"recipe[T.B]": 1}, null={"recipe[T.B]": 1}, **options)
+    assert spelled.to_frame().equals(named.to_frame())
+    with pytest.raises(ValueError, match="null names recipeD"):
+        mj.study(own, model, null={"recipeD": 1}, **options)
