@@ -27,6 +27,7 @@ from mixjax.formula.checks import check_number_of_effects
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.inference.fixed.contrasts import t_tests
+from mixjax.inference.random.ranova import without
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
@@ -57,7 +58,8 @@ def lmm(
         weights: column name or ``(n,)``; the residual variance of a row is ``sigma^2 / weight``.
         offset: column name or ``(n,)``, a known part of the mean.
         subset: rows to use: booleans, or an expression such as ``"Days > 1"``.
-        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise.
+        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise. Of the factor in the fixed
+            effects and in random terms alike.
         start: theta to start from.
         optimizer: None for trust-region Newton, or an optax GradientTransformation.
         check_identifiable: refuse terms with as many random effects as rows.
@@ -370,6 +372,24 @@ class LMMFit(Inferring, Diagnosing):
             record = self._fitted
             return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
         return LMMFit(self._fitted.refit(values_of_rows(self.labels, "y", y), reml))
+
+    def without(self, term: str) -> LMMFit:
+        """The same data fitted without a term, by the same criterion.
+
+        Args:
+            term: as :meth:`ranova` and :meth:`drop1` name it: ``"Days in (Days | Subject)"``, ``"(1 | Subject)"``,
+                ``"recipe"``; or a whole random term as the formula has it.
+
+        Raises:
+            ValueError: there is no such term, another contains it, or it is the only random one.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.without("Days in (Days | Subject)")
+            <LMMFit 'Reaction ~ Days + (1 | Subject)': REML criterion 1786.4651>
+        """
+        return LMMFit(without(self._fitted, term))
 
     def refit_many(
         self,

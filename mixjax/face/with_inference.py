@@ -13,12 +13,14 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import parameters
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
+from mixjax.inference.fixed.drop1 import drop1 as left_out
 from mixjax.inference.fixed.means import MarginalMeans
 from mixjax.inference.fixed.means import emmeans as marginal_means
 from mixjax.inference.fixed.means import emtrends as marginal_trends
 from mixjax.inference.fixed.robust import Robust
 from mixjax.inference.fixed.robust import robust as sandwich
 from mixjax.inference.random import variance
+from mixjax.inference.random.ranova import ranova as random_left_out
 from mixjax.inference.wald import wald_intervals
 from mixjax.resampling.bootstrap import Bootstrap
 from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
@@ -67,6 +69,48 @@ class Inferring:
             determine has num_df 0 and no numbers.
         """
         return hypotheses.anova(self.record, type, ddf)
+
+    def drop1(self, test: Literal["F", "lrt"] = "F", ddf: str = "satterthwaite") -> pd.DataFrame:
+        """Test the terms of the fixed effects that no other term contains, each left out by itself; see
+        :func:`mixjax.inference.fixed.drop1.drop1`.
+
+        Args:
+            test: ``"F"``, as ``lmerTest``'s ``drop1``; ``"lrt"``: likelihood ratios of maximum likelihood fits, as
+                ``lme4``'s with ``test = "Chisq"``.
+            ddf: of F tests, as of :meth:`anova`.
+
+        Returns:
+            DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; or npar, loglik, aic, lrt, df, p_value.
+        """
+        return left_out(self.record, test, ddf)
+
+    def ranova(
+        self,
+        method: Literal["mixture", "chi2", "bootstrap"] = "mixture",
+        reduce: bool = True,
+        key: Any = 0,
+        n: int = 1000,
+    ) -> pd.DataFrame:
+        """Likelihood ratio tests of the random effects, each left out by itself, as ``lmerTest::ranova``; see
+        :func:`mixjax.inference.random.ranova.ranova`.
+
+        Args:
+            method: ``"chi2"``: p-values as lmerTest's. ``"mixture"``: also of the mixture of chi-squares that holds
+                where one variance is 0. ``"bootstrap"``: also by simulation.
+            reduce: ``(x | g)`` becomes ``(1 | g)``; False: whole terms are left out.
+            key, n: of the bootstrap.
+
+        Returns:
+            DataFrame: npar, loglik, aic, lrt, df, p_value, p_mixture, ...; ``<none>`` and one row per smaller model,
+            which :meth:`without` fits.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.ranova()["lrt"].round(2).to_dict()
+            {'<none>': nan, 'Days in (Days | Subject)': 42.84}
+        """
+        return random_left_out(self.record, method, reduce, key, n)
 
     def emmeans(
         self,
