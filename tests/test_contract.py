@@ -56,6 +56,7 @@ FUNCTIONS = {
 }
 METHODS = {
     "ranef": "*, condvar=False",
+    "ranef_frame": "",
     "coef": "",
     "icc": "by_group=False",
     "r2": "",

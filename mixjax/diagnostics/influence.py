@@ -187,6 +187,14 @@ class Influence(Reported):
         return self.measures["cooks"]
 
     @property
+    def cooks_lme4(self) -> pd.Series:
+        """Cook's distances as ``cooks.distance(influence(m, groups))`` of lme4 has them: of U units
+        ``(beta - beta_(u))' C^{-1} (beta - beta_(u)) (U - p) / (U p)``, that is ``(U - p) / U`` times :attr:`cooks`.
+        """
+        U, p = len(self.units), len(self.fitted.labels.fixed)
+        return (self.cooks * ((U - p) / U)).rename("cooks_lme4")
+
+    @property
     def mdffits(self) -> pd.Series:
         """Cook's distances measured by the covariance without the unit."""
         return self.measures["mdffits"]
@@ -243,7 +251,8 @@ class Influence(Reported):
 
     @property
     def dfbetas(self) -> pd.DataFrame:
-        """:attr:`dfbeta` in units of the standard error without the unit."""
+        """:attr:`dfbeta` in units of the standard error without the unit. lme4's have the other sign: without the unit
+        less all."""
         return self.dfbeta / self.se
 
     @property

@@ -12,7 +12,7 @@ from scipy import sparse
 from mixjax.checks import DataError, check_options
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
-from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
+from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group, tidy_modes
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP
 from mixjax.face.summary import Summary, VarCorr, glance, tidy
@@ -217,7 +217,8 @@ class LMMFit(Inferring, Diagnosing):
         """Conditional modes (BLUPs) of the random effects.
 
         Args:
-            condvar: also their conditional covariances, given theta and beta.
+            condvar: also their conditional covariances, given theta and beta. For their standard deviations in a
+                table see :meth:`ranef_frame`.
 
         Returns:
             dict group -> DataFrame (levels x effects); with ``condvar=True`` a pair of that and dict group ->
@@ -235,6 +236,23 @@ class LMMFit(Inferring, Diagnosing):
         if not condvar:
             return frames
         return frames, conditional_covariances_by_group(self._fitted)
+
+    def ranef_frame(self) -> pd.DataFrame:
+        """Conditional modes with their conditional standard deviations in rows, for pictures of levels.
+
+        Returns:
+            DataFrame as R's ``as.data.frame(ranef(m, condVar = TRUE))``: ``grpvar``, ``term`` (the effect), ``grp``
+            (the level), ``condval``, ``condsd``; effect by effect, levels in their order.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.ranef_frame().head(2).round(2)
+                grpvar       term  grp  condval  condsd
+            0  Subject  Intercept  308     2.26   12.07
+            1  Subject  Intercept  309   -40.40   12.07
+        """
+        return tidy_modes(self._fitted)
 
     def coef(self) -> dict[str, pd.DataFrame]:
         """Coefficients per level: fixed effects plus the random effects of the same name."""
