@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import fit_of, oracle, table
 
@@ -85,3 +86,57 @@ def test_studies_read_the_same_names():
     assert spelled.to_frame().equals(named.to_frame())
     with pytest.raises(ValueError, match="null names recipeD"):
         mj.study(own, model, null={"recipeD": 1}, **options)
+
+
+def test_power_reads_the_same_names():
+    data = table("cake")
+    model = "angle ~ recipe * temp + (1 | recipe:replicate)"
+    truth = mj.scenario(model, data, beta=[10, 1, 1, 0.1, 0, 0], sd=2)
+    options = {"replicates": 16, "key": 1, "progress": False}
+    spelled, named = (mj.power(truth, model, test, **options).table for test in ("temp:recipeB", "recipe[T.B]:temp"))
+    assert spelled.equals(named)
+    with pytest.raises(mj.DataError, match="no fixed effect 'temp:recipeD'"):
+        mj.power(truth, model, "temp:recipeD", **options)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spelled", "own"),
+    [
+        ("Kenward-Roger", "kenward-roger"),
+        ("KR", "kenward-roger"),
+        ("kenward_roger", "kenward-roger"),
+        ("Satterthwaite", "satterthwaite"),
+        ("Wald", "wald"),
+    ],
+)
+def test_degrees_of_freedom_as_r_calls_them(cake, spelled, own):
+    asked = [
+        lambda ddf: cake.test("recipeB", ddf=ddf),
+        lambda ddf: cake.anova(ddf=ddf),
+        lambda ddf: cake.drop1(ddf=ddf),
+        lambda ddf: cake.tidy(ddf),
+        lambda ddf: cake.summary(ddf).tests,
+        lambda ddf: cake.emmeans("recipe", ddf=ddf).to_frame(),
+        lambda ddf: cake.emtrends("recipe", "temp", ddf=ddf).to_frame(),
+        lambda ddf: cake.confint(method="wald", ddf=ddf),
+    ]
+    for ask in asked:
+        pd.testing.assert_frame_equal(ask(spelled), ask(own))
+        with pytest.raises(ValueError, match="ddf must be one of"):
+            ask("lme4")
+
+
+def test_methods_and_types_as_r_calls_them(cake):
+    pd.testing.assert_frame_equal(cake.confint("temp", method="Wald"), cake.confint("temp", method="wald"))
+    boot = [
+        cake.confint("temp", method=m, key=1, n=20, kind=k) for m, k in (("boot", "perc"), ("bootstrap", "percentile"))
+    ]
+    pd.testing.assert_frame_equal(*boot)
+    with pytest.raises(ValueError, match="method must be"):
+        cake.confint(method="likelihood")
+    for kind in (3, "3", "iii", "III"):
+        pd.testing.assert_frame_equal(cake.anova(kind), cake.anova("III"))
+    pd.testing.assert_frame_equal(cake.drop1("Chisq"), cake.drop1("lrt"))

@@ -19,7 +19,8 @@ from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
 from mixjax.fitted.batch import BatchFit, with_fixed
-from mixjax.fitted.names import term_names, values_of_rows
+from mixjax.fitted.names import responses_of_rows, term_names, values_of_rows
+from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, OptimizerInfo, fit_products, fit_rows
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable as refuse_unidentified
@@ -304,7 +305,7 @@ class LMMFit(Inferring, Diagnosing):
 
     def _tests(self, ddf: str | None) -> pd.DataFrame | None:
         names = self.labels.fixed
-        return None if ddf is None else t_tests(self._fitted, np.eye(len(names)), ddf, names=names)
+        return None if ddf is None else t_tests(self._fitted, np.eye(len(names)), ddf_of(ddf), names=names)
 
     @property
     def pvalues(self) -> pd.Series:
@@ -375,7 +376,8 @@ class LMMFit(Inferring, Diagnosing):
             reml: None for the same.
 
         Raises:
-            DataError: y has another length, or labels that are not the fit's; the fixed effects reproduce it exactly.
+            DataError: y has another length, missing values in rows of the fit, or labels that are not the fit's; the
+                fixed effects reproduce it exactly.
 
         Example:
             >>> import mixjax as mj
@@ -389,7 +391,14 @@ class LMMFit(Inferring, Diagnosing):
         if y is None:
             record = self._fitted
             return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
-        return LMMFit(self._fitted.refit(values_of_rows(self.labels, "y", y), reml))
+        y = values_of_rows(self.labels, "y", y)
+        missing = np.flatnonzero(~np.isfinite(y))
+        if len(missing):
+            raise DataError(
+                f"y is missing or infinite in {len(missing)} of the {len(y)} rows of the fit (first: row "
+                f"{self.labels.frame.index[missing[0]]}): fit the table with that column, which leaves such rows out"
+            )
+        return LMMFit(self._fitted.refit(y, reml))
 
     def without(self, term: str) -> LMMFit:
         """The same data fitted without a term, by the same criterion.
@@ -421,8 +430,9 @@ class LMMFit(Inferring, Diagnosing):
 
         Args:
             Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
-                the fit has rows. Or a list of responses as :meth:`refit` takes them. Missing values make that one fit
-                fail, and no other, and so does a response that the fixed effects reproduce exactly (``NO_NOISE``).
+                the fit has rows; columns of a data frame that are the table's labels are lined up. Or a list of
+                responses as :meth:`refit` takes them. Missing values make that one fit fail, and no other, and so does
+                a response that the fixed effects reproduce exactly (``NO_NOISE``).
             reml: None for the same criterion.
             chunk: how many replicates are worked on at the same time, about; None for all cores.
             ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
@@ -431,21 +441,7 @@ class LMMFit(Inferring, Diagnosing):
         Returns:
             :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
         """
-        used = self.labels.used
-        try:
-            if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
-                Y = [values_of_rows(self.labels, "a response", y) for y in Y]
-            Y = np.asarray(Y) if np.iscomplexobj(Y) else np.asarray(Y, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            why = error if isinstance(error, DataError) else f"got {type(Y).__name__} of others"
-            raise DataError(f"Y must be numbers, (B, {self.nobs}): {why}") from None
-        if np.iscomplexobj(Y):
-            raise DataError("Y holds complex numbers; take their real part, size or angle")
-        if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
-            Y = np.ascontiguousarray(Y[:, used])
-        if Y.ndim != 2 or Y.shape[1] != self.nobs:
-            or_all = "" if used is None else f" or (B, {len(used)})"
-            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")
+        Y = responses_of_rows(self.labels, Y)
         check_options(self.reml if reml is None else reml, None)
         est = self._fitted.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), reml, engine, chunk)
         return BatchFit(est, self.labels, self.stats.layout.structures)

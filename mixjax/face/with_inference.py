@@ -11,6 +11,7 @@ import pandas as pd
 from mixjax.checks import InferenceWarning, warn
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import parameters
+from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, ddf_of, option
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
 from mixjax.inference.fixed.drop1 import drop1 as left_out
@@ -55,7 +56,7 @@ class Inferring:
             >>> fit.test("Days = 10")["p_value"].round(3).tolist()
             [0.766]
         """
-        return hypotheses.test(self.record, L, ddf, joint)
+        return hypotheses.test(self.record, L, ddf_of(ddf), joint)
 
     def anova(self, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
@@ -68,7 +69,7 @@ class Inferring:
             DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; one row per term. A term that others
             determine has num_df 0 and no numbers.
         """
-        return hypotheses.anova(self.record, type, ddf)
+        return hypotheses.anova(self.record, type, ddf_of(ddf))
 
     def drop1(self, test: Literal["F", "lrt"] = "F", ddf: str = "satterthwaite") -> pd.DataFrame:
         """Test the terms of the fixed effects that no other term contains, each left out by itself; see
@@ -82,7 +83,7 @@ class Inferring:
         Returns:
             DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; or npar, loglik, aic, lrt, df, p_value.
         """
-        return left_out(self.record, test, ddf)
+        return left_out(self.record, option(test, DROP1), ddf_of(ddf))
 
     def ranova(
         self,
@@ -125,7 +126,7 @@ class Inferring:
         Returns:
             MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``str()``.
         """
-        return marginal_means(self.record, spec, by, at, ddf, level)
+        return marginal_means(self.record, spec, by, at, ddf_of(ddf), level)
 
     def emtrends(
         self,
@@ -137,7 +138,7 @@ class Inferring:
         level: float = 0.95,
     ) -> MarginalMeans:
         """Slopes of the covariate ``var`` by groups; see :func:`mixjax.inference.fixed.means.emtrends`."""
-        return marginal_trends(self.record, spec, var, by, at, ddf, level)
+        return marginal_trends(self.record, spec, var, by, at, ddf_of(ddf), level)
 
     def robust(self, cluster: Any = None, kind: str = "CR2", L: Any = None) -> Robust:
         """Cluster-robust covariance of the fixed effects, with Satterthwaite df; see
@@ -189,15 +190,16 @@ class Inferring:
             >>> fit.confint("Days", method="wald").round(2).loc["Days"].tolist()
             [7.44, 13.5]
         """
+        method = option(method, INTERVALS)
         if method == "profile":
             found = self.profile(parm).confint(level)
             for note in found.attrs["notes"]:
                 warn(note, InferenceWarning)
             return found
         if method == "wald":
-            frame = wald_intervals(self.record, level, ddf)
+            frame = wald_intervals(self.record, level, ddf_of(ddf))
         elif method == "bootstrap":
-            frame = run_bootstrap(self.record, key, n).confint(level, kind)
+            frame = run_bootstrap(self.record, key, n).confint(level, option(kind, BOOTSTRAPS))
         else:
             raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
         return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]

@@ -90,6 +90,35 @@ def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True)
     return row_values(name, values, index, len(index), numbers)
 
 
+def responses_of_rows(labels: Labels, Y: Any) -> np.ndarray:
+    """Many responses for the rows of a fit, ``(B, nobs)``: an array or a data frame with one in every row, or a list of
+    such as :func:`values_of_rows` takes. Columns of a data frame that are labels of the table are lined up, unless they
+    are the numbers 0, 1, ... that a data frame has when nobody names its columns.
+
+    Raises:
+        DataError: no numbers, or another length.
+    """
+    n, used = len(labels.frame.index), labels.used
+    if isinstance(Y, list | tuple) and any(np.ndim(y) == 1 for y in Y):
+        Y = np.array([values_of_rows(labels, f"response {i + 1}", y) for i, y in enumerate(Y)])
+    elif isinstance(Y, pd.DataFrame) and not isinstance(Y.columns, pd.RangeIndex) and Y.columns.is_unique:
+        Y = Y[labels.frame.index] if labels.frame.index.isin(Y.columns).all() else Y
+    try:
+        Y = np.asarray(Y) if np.iscomplexobj(Y) else np.asarray(Y, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"Y must be numbers, (B, {n}): got {type(Y).__name__} of others") from None
+    if np.iscomplexobj(Y):
+        raise DataError("Y holds complex numbers; take their real part, size or angle")
+    if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
+        Y = Y[:, used]
+    if Y.ndim != 2 or Y.shape[1] != n:
+        or_all = "" if used is None else f" or (B, {len(used)})"
+        turned = Y.ndim == 2 and Y.shape[0] in (n, *(() if used is None else (len(used),)))
+        hint = ": turn it, Y.T" if turned else ""
+        raise DataError(f"Y has shape {Y.shape}; many responses are (B, {n}){or_all}, one per row{hint}")
+    return np.ascontiguousarray(Y)
+
+
 def factors_of(name: str) -> list[str]:
     """The factors of a column's name: of ``a:b`` two.
 

@@ -22,6 +22,7 @@ from mixjax.checks import DataWarning, check_count, check_level, check_memory, s
 from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.fitted.names import Spellings
+from mixjax.fitted.options import ddf_of
 from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
@@ -236,6 +237,7 @@ def study(
         [0.1, 0.9]
     """
     replicates = check_count("replicates", replicates, 1)
+    ddf = ddf_of(ddf)
     check_ddf(ddf)
     check_engine(engine)
     cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common, engine)
