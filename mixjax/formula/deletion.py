@@ -44,7 +44,7 @@ def fixed_deletions(labels: Labels) -> list[Deletion]:
     return [Deletion(":".join(term), None, _less(own, term)) for term in _marginal(own)]
 
 
-def random_deletions(labels: Labels, design: Design, reduce: bool = True) -> list[Deletion]:
+def random_deletions(labels: Labels, reduce: bool = True) -> list[Deletion]:
     """The parts of the random effects that can go, each by itself, in the order of the terms.
 
     Args:
@@ -54,7 +54,7 @@ def random_deletions(labels: Labels, design: Design, reduce: bool = True) -> lis
     """
     state: FormulaState = labels.state
     found = []
-    parts = random_parts(labels, design)
+    parts = random_parts(labels)
     for t, part in enumerate(parts):
         effects, written = part.effects, _bar(part)
         reducible = reduce and part.structure in ("us", "diag")
@@ -80,14 +80,14 @@ def _spans_constant(columns: Columns) -> bool:
     return any(factors.issuperset(term) for term in columns.effects.terms)
 
 
-def find_deletion(name: str, design: Design, labels: Labels) -> Deletion:
+def find_deletion(name: str, labels: Labels) -> Deletion:
     """The deletion that a user names; blanks do not matter.
 
     Raises:
         ValueError: there is none of that name, or two.
     """
-    available = [*fixed_deletions(labels), *random_deletions(labels, design)]
-    available += random_deletions(labels, design, reduce=False)
+    available = [*fixed_deletions(labels), *random_deletions(labels)]
+    available += random_deletions(labels, reduce=False)
     by_key: dict[str, Deletion] = {}
     for each in available:
         by_key.setdefault(_key(each.name), each)
@@ -112,7 +112,7 @@ def design_without(design: Design, labels: Labels, deletion: Deletion) -> tuple[
         DataWarning: fixed-effects columns depend on others.
     """
     state: FormulaState = labels.state
-    parts = random_parts(labels, design)
+    parts = random_parts(labels)
     columns, terms, names = list(state.random), list(design.terms), list(labels.terms)
     t, effects = deletion.place, deletion.effects
     if t is None:
@@ -142,14 +142,13 @@ def design_without(design: Design, labels: Labels, deletion: Deletion) -> tuple[
 # --- terms -----------------------------------------------------------------------------------------------------------
 
 
-def random_parts(labels: Labels, design: Design) -> list[RandomPart]:
+def random_parts(labels: Labels) -> list[RandomPart]:
     """The random terms of a fit, one part for each: those of ``||`` and of nested groups stand by themselves."""
     state: FormulaState = labels.state
-    groups = {part.group.name: part.group for part in state.parsed.random}
-    return [
-        RandomPart(columns.effects, groups[names.group], False, term.structure)
-        for columns, names, term in zip(state.random, labels.terms, design.terms, strict=True)
-    ]
+    sizes = {term.group: len(term.levels) for term in labels.terms}
+    written = [replace(part, independent=False) for part in state.parsed.random for _ in part.blocks()]
+    written.sort(key=lambda part: -sizes[part.group.name])  # as the design has them
+    return [replace(part, effects=own.effects) for part, own in zip(written, state.random, strict=True)]
 
 
 def _marginal(effects: Effects) -> list[Term]:

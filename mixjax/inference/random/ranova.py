@@ -11,14 +11,14 @@ import pandas as pd
 
 from mixjax.checks import check_count
 from mixjax.distributions import chi2_tail
-from mixjax.estimation.choice import chosen_engine
-from mixjax.estimation.many import estimate_many
 from mixjax.fitted.record import Fitted, fit_rows
 from mixjax.formula.deletion import Deletion, design_without, find_deletion, random_deletions
-from mixjax.inference.random.likelihood_ratio import BLOCK, bootstrap_null, mixture_p
+from mixjax.inference.random.likelihood_ratio import bootstrap_null, mixture_p
 from mixjax.inference.random.nesting import logdet_X, place_of
+from mixjax.optimise.results import failed, note_of_failures
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
+from mixjax.resampling.replicates import Drawn, Source, refits
 from mixjax.resampling.simulation import simulate_responses
 from mixjax.tables import NotedTable
 
@@ -69,11 +69,12 @@ def ranova(
     if not isinstance(reduce, bool | np.bool_):
         raise ValueError(f"reduce must be True or False, got {reduce!r}")
     n = check_count("n", n, 1)
+    _ = fitted.design  # the error says why there are no rows
     rows: dict[str, dict[str, float]] = {"<none>": _statistics(fitted.npar, float(fitted.estimates.criterion))}
     unknown, notes = [], []
     if not fitted.estimates.converged:
         notes.append("NOT CONVERGED: the fit itself; no test with it holds")
-    for deletion in random_deletions(fitted.labels, fitted.design, bool(reduce)):
+    for deletion in random_deletions(fitted.labels, bool(reduce)):
         small = _smaller(fitted, deletion)
         row = _statistics(small.npar, small.criterion)
         difference = small.criterion - float(fitted.estimates.criterion)
@@ -90,9 +91,13 @@ def ranova(
         if small.record is not None and not small.record.estimates.converged:
             notes.append(f"NOT CONVERGED: without {deletion.name}")
         if method == "bootstrap":
-            draws, lost = bootstrap_null(small.record, fitted, key, n) if small.record else _linear_null(fitted, key, n)
-            if lost:
-                notes.append(f"{deletion.name}: {lost} of {n} replicates left out, where a fit did not converge")
+            null = (
+                _linear_null(fitted, key, n) if small.record is None else bootstrap_null(small.record, fitted, key, n)
+            )
+            draws, codes = null
+            failures = note_of_failures(codes)
+            if failures:
+                notes.append(f"{deletion.name}: {failures}")
             p = (1 + np.count_nonzero(draws >= row["lrt"] - rounding)) / (1 + len(draws))
             row |= {"p_bootstrap": p, "mc_error": float(np.sqrt(p * (1 - p) / max(1, len(draws))))}
         rows[deletion.name] = row
@@ -122,7 +127,8 @@ def without(fitted: Fitted, term: str) -> Fitted:
     Raises:
         ValueError: there is no such term, or it is the only random one.
     """
-    return _reduced(fitted, find_deletion(term, fitted.design, fitted.labels))
+    _ = fitted.design  # the error says why there are no rows
+    return _reduced(fitted, find_deletion(term, fitted.labels))
 
 
 def _reduced(fitted: Fitted, deletion: Deletion) -> Fitted:
@@ -183,7 +189,7 @@ def linear_criterion(fitted: Fitted, rss: Any = None) -> Any:
     return df * (1.0 + np.log(2.0 * math.pi * rss / df)) + constant
 
 
-def _linear_null(large: Fitted, key: Any, n: int) -> tuple[np.ndarray, int]:
+def _linear_null(large: Fitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Statistics under the linear model, as :func:`bootstrap_null` gives them."""
     design, rows = large.design, large.rows
     root = np.ones(large.nobs) if rows.sqrt_w is None else np.asarray(rows.sqrt_w)
@@ -193,15 +199,16 @@ def _linear_null(large: Fitted, key: Any, n: int) -> tuple[np.ndarray, int]:
     sigma = math.sqrt(float(large.stats.yy) / (large.nobs - X.shape[1] * large.reml))
     Sigma = tuple(np.zeros_like(S) for S in large.estimates.Sigma)
     responses = Responses(rows)
-    size = max(1, BLOCK // large.nobs)
-    found = []
-    for first in range(0, n, size):
-        Y = simulate_responses(design, beta, sigma, Sigma, key, min(size, n - first), first)
+
+    def draw(first: int, count: int) -> Drawn:
+        Y = simulate_responses(design, beta, sigma, Sigma, key, count, first)
         own = (Y - offset) * root
-        rss = ((own - own @ Q @ Q.T) ** 2).sum(axis=1)
-        products = responses.products(Y)
-        keep = ("criterion", "converged")
-        est = estimate_many(products, large.reml, keep=keep, engine=chosen_engine(products, n))
-        found.append(np.maximum(linear_criterion(large, rss) - est.criterion, 0.0)[est.converged])
-    draws = np.concatenate(found)
-    return draws, n - len(draws)
+        return Drawn((responses.products(Y),), ((own - own @ Q @ Q.T) ** 2).sum(axis=1))
+
+    found: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
+    what = "likelihood ratios: refitting to"
+    for drawn, (est,) in refits(Source(draw, large.nobs), n, ("criterion", "result"), large.reml, what=what):
+        codes.append(np.asarray(est.result))
+        found.append(np.maximum(linear_criterion(large, drawn.beside) - est.criterion, 0.0)[~failed(codes[-1])])
+    return np.concatenate(found), np.concatenate(codes)
