@@ -99,6 +99,28 @@ def test_power_reads_the_same_names():
         mj.power(truth, model, "temp:recipeD", **options)
 
 
+def test_measures_of_influence_read_the_same_names():
+    fit = mj.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", table("cake"))
+    found = fit.influence("recipe:replicate", method="fixed-theta")
+    pd.testing.assert_frame_equal(found.ranked("dfbetas_recipeB"), found.ranked("dfbetas_recipe[T.B]"))
+    pd.testing.assert_frame_equal(found.flagged("dfbetas_(Intercept)", 0.2), found.flagged("dfbetas_Intercept", 0.2))
+    assert found.cutoff("dfbetas_recipeC", "size") == found.cutoff("dfbetas_recipe[T.C]", "size")
+    with pytest.raises(ValueError, match="there is no measure 'dfbetas_recipeD'"):
+        found.ranked("dfbetas_recipeD")
+
+
+def test_pictures_read_the_same_names():
+    pytest.importorskip("matplotlib")
+    from mixjax import plots
+
+    fit = mj.lmm("angle ~ recipe + temp + (temp + recipe | replicate)", table("cake"), reml=False)
+    draws = fit.bootstrap(key=1, n=20)
+    (axes,) = np.atleast_1d(plots.bootstrap(draws, ["recipeB"]))
+    assert "recipe[T.B]" in axes.get_xlabel() + axes.get_title()
+    with pytest.raises(mj.DataError, match="no parameter 'recipeD'"):
+        plots.bootstrap(draws, ["recipeD"])
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
