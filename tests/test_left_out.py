@@ -13,7 +13,9 @@ from conftest import table
 import mixjax as mj
 from mixjax.distributions import chi2_tail
 from mixjax.formula.deletion import fixed_deletions, random_deletions
-from mixjax.inference.random.ranova import linear_criterion
+from mixjax.inference.random.ranova import _linear_null, linear_criterion
+from mixjax.optimise.results import failed
+from mixjax.resampling.simulation import simulate_responses
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "oracle" / "left_out.json").read_text())
@@ -108,6 +110,24 @@ def test_bootstrap_of_one_variance_agrees_with_the_exact_test():
     np.testing.assert_allclose(row["lrt"], exact.statistic, rtol=1e-9)
     assert abs(row["p_bootstrap"] - exact.p_value) < 4 * np.sqrt(exact.p_value / 2000)
     np.testing.assert_allclose(row["mc_error"], np.sqrt(row["p_bootstrap"] * (1 - row["p_bootstrap"]) / 2000))
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_bootstrap_statistics_are_those_of_fits(reml):
+    """Responses of the linear model, fitted one by one, with weights and an offset."""
+    data = data_of("crossed_factorial")
+    fit = mj.lmm("y ~ a + x + (1 | subj)", data, reml=reml, weights="w", offset="b")
+    draws, codes = _linear_null(fit.record, 7, 40)
+    assert not failed(codes).any()
+    X, w, y = fit.X, data["w"].to_numpy(), (data["y"] - data["b"]).to_numpy()
+    beta = np.linalg.solve(X.T @ (w[:, None] * X), X.T @ (w * y))
+    sigma = np.sqrt((w * (y - X @ beta) ** 2).sum() / (len(y) - 3 * reml))
+    Y = simulate_responses(fit.design, beta, sigma, (np.zeros((1, 1)),), 7, 40)
+    np.testing.assert_allclose(np.std(np.sqrt(w) * (Y - data["b"].to_numpy() - X @ beta)), sigma, rtol=0.05)
+    expected = [fit.refit(y).ranova("chi2")["lrt"].iloc[1] for y in Y[:8]]
+    np.testing.assert_allclose(draws[:8], expected, atol=1e-7)
+    # Half of the variances are estimated to be 0 or nearly so: the mixture's point mass.
+    assert 0.3 < np.mean(draws < 1e-6) < 0.9
 
 
 def test_bootstrap_of_a_slope_is_that_of_compare():
