@@ -239,7 +239,10 @@ def test_names_of_terms_are_read():
     assert len({fit.without(name).labels.formula for name in same}) == 1
     assert fit.without("(a+x|subj)").labels.formula == "y ~ a * b + x + (1 | item)"
     assert fit.without("a:b").labels.fixed == ("Intercept", "a", "b", "x")
-    for wrong in ("z", "a", "(1 | subj)", "", None):
+    with pytest.raises(ValueError, match="'a' cannot be left out while 'a:b' contains it: leave that out first"):
+        fit.without("a")
+    assert fit.without("a:b").without("a").labels.formula == "y ~ b + x + (a + x | subj) + (1 | item)"
+    for wrong in ("z", "b:c", "(1 | subj)", "", None):
         with pytest.raises(ValueError, match=r"there is no term .* that can be left out; there are x, a:b, a in"):
             fit.without(wrong)
     with pytest.raises(ValueError, match="without '\\(1 \\| Subject\\)' no random term is left"):

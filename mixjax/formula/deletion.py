@@ -84,7 +84,7 @@ def find_deletion(name: str, labels: Labels) -> Deletion:
     """The deletion that a user names; blanks do not matter.
 
     Raises:
-        ValueError: there is none of that name, or two.
+        ValueError: there is none of that name, or another term contains it.
     """
     available = [*fixed_deletions(labels), *random_deletions(labels)]
     available += random_deletions(labels, reduce=False)
@@ -94,6 +94,12 @@ def find_deletion(name: str, labels: Labels) -> Deletion:
     found = by_key.get(_key(name)) if isinstance(name, str) else None
     if found is None:
         names = list(dict.fromkeys(each.name for each in available))
+        own = labels.state.fixed.effects.terms
+        terms = {_key(":".join(term)): term for term in own if term}
+        term = terms.get(_key(name)) if isinstance(name, str) else None
+        if term is not None:
+            larger = next(":".join(other) for other in own if set(term) < set(other))
+            raise ValueError(f"'{name}' cannot be left out while '{larger}' contains it: leave that out first")
         raise ValueError(f"there is no term {name!r} that can be left out; there are {some_of(names, most=20)}")
     return found
 
