@@ -1,6 +1,7 @@
 """Terms left out one at a time, against lmerTest and lme4, closed forms, and fits of the smaller formulas."""
 
 import json
+import pickle
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -315,6 +316,16 @@ def test_one_coefficient_is_its_t_test():
     found, t = fit.drop1(), fit.test(["x", "a:b"], joint=False)
     np.testing.assert_allclose(found.loc[["x", "a:b"], "statistic"], t["statistic"] ** 2, rtol=1e-10)
     np.testing.assert_allclose(found.loc[["x", "a:b"], "den_df"], t["df"], rtol=1e-10)
+
+
+def test_tables_for_papers():
+    fit = fit_of("sleepstudy", "Reaction ~ Days + (Days | Subject)")
+    text = fit.ranova().to_markdown()
+    assert "| Days in (Days \\| Subject) | 4 | -893.23 | 1794.47 | 42.8 |" in text
+    assert "LRT" in text
+    assert "p_mixture: 1/2 chi2(df - 1) + 1/2 chi2(df)" in text
+    assert "LRT" in fit.drop1("lrt").to_latex()
+    pd.testing.assert_frame_equal(pd.DataFrame(pickle.loads(pickle.dumps(fit.ranova()))), pd.DataFrame(fit.ranova()))
 
 
 # --- what cannot be asked --------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pandas as pd
 from scipy import optimize, stats
 
 from mixjax.checks import DataError, InferenceWarning, check_count, check_level, check_list, warn
-from mixjax.markup import Report, Reported
 from mixjax.fitted.names import Spellings
+from mixjax.markup import Report, Reported
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import MOST_CELLS, combinations, source_of
 from mixjax.studies.study import OPTIONS, Study, names_of_effects, study
