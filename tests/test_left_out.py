@@ -321,7 +321,7 @@ def test_one_coefficient_is_its_t_test():
 def test_tables_for_papers():
     fit = fit_of("sleepstudy", "Reaction ~ Days + (Days | Subject)")
     text = fit.ranova().to_markdown()
-    assert "| Days in (Days \\| Subject) | 4 | -893.23 | 1794.47 | 42.8 |" in text
+    assert "| Days in (Days \\| Subject) | 4 | -893.23 | 1794.47 | 42.84 |" in text
     assert "LRT" in text
     assert "p_mixture: 1/2 chi2(df - 1) + 1/2 chi2(df)" in text
     assert "LRT" in fit.drop1("lrt").to_latex()
