@@ -1246,7 +1246,7 @@ NAN, INF, ONE = np.nan, np.inf, np.ones(N)
 BAD_LEVELS = [0, 1, 2, -0.5, NAN, INF, "a", None, [0.9], True, 95, 1 + 1j, Odd()]
 BAD_COUNTS = [-1, 0, 1.5, "a", None, NAN, INF, [2], Odd(), -(10**12)]
 BAD_KEYS = ["a", 1.5, NAN, [1.5], Odd(), "", b"a", {"a": 1}]
-BAD_DDF = ["foo", 3, None, "", ["wald"], Odd(), NAN, "Wald "]
+BAD_DDF = ["foo", 3, None, "", ["wald"], Odd(), NAN, "Walds"]
 BAD_NAMES = ["nothing", 3, Odd(), NAN, ["f", "nothing"], {"f"}, b"f", "f ", "f + x"]
 BAD_ROWS = ["nothing", 3, [1, 2], np.ones(N + 1), np.ones((N, 1)), np.full(N, "a"), np.full(N, INF), ONE + 1j,
             {"w": 1}, Odd(),
@@ -1376,7 +1376,7 @@ def argument_cases() -> list[tuple[str, Callable[[Any, Any], Any], list[str], li
          ["tukey", "none", "holm"], ["foo", 3, "", NAN, Odd(), ["tukey"]]),
         ("anova type", lambda f, v: f.anova(type=v), ["type"], ["I", "II", "III"],
          ["IV", 5, None, "", NAN, Odd(), ["I"], "iv", 2.5]),
-        ("anova ddf", lambda f, v: f.anova(ddf=v), ["ddf"], ["satterthwaite", "wald"], BAD_DDF),
+        ("anova ddf", lambda f, v: f.anova(ddf=v), ["ddf"], ["satterthwaite", "wald", "Kenward-Roger"], BAD_DDF),
         ("test L", lambda f, v: f.test(v), ["L ", "L=", "hypothes", "nothing", "coefficient", "effects", "weights",
                                             "column"],
          ["x = 0", "x", {"x": 1}, "f[T.B] = f[T.C]", ["x = 0", "f[T.B] = 0"], "x = 1e3", "2 * x = 1", "x - 3",
@@ -1390,6 +1390,14 @@ def argument_cases() -> list[tuple[str, Callable[[Any, Any], Any], list[str], li
         ("test joint", lambda f, v: f.test(["x = 0", "f[T.B] = 0"], joint=v), ["joint"], [True, False, None],
          ["yes", 3, NAN, [True], Odd()]),
         ("test ddf", lambda f, v: f.test("x", ddf=v), ["ddf"], ["satterthwaite", "wald"], BAD_DDF),
+        ("drop1 test", lambda f, v: f.drop1(v), ["test"], ["F", "lrt", "Chisq"],
+         ["foo", 3, None, "", NAN, Odd(), ["F"]]),
+        ("drop1 ddf", lambda f, v: f.drop1(ddf=v), ["ddf"], ["satterthwaite", "wald"], BAD_DDF),
+        ("ranova method", lambda f, v: f.ranova(v), ["method"], ["chi2", "mixture"],
+         ["foo", 3, None, "", NAN, Odd(), ["chi2"]]),
+        ("ranova reduce", lambda f, v: f.ranova(reduce=v), ["reduce"], [True, False], ["yes", 3, None, NAN, Odd()]),
+        ("without term", lambda f, v: f.without(v), ["term", "left"], ["x | g", "(x|g)"],
+         ["foo", 3, None, "", NAN, Odd(), ["x"], "(1 | nothing)", "f[T.B]", "1", "Intercept"]),
         ("confint parm", lambda f, v: f.confint(v, method="wald"), ["parm", "nothing", "parameter"],
          [None, "x", ["x", "sigma"], "theta_", "beta_", "(Intercept)", ".sig01"],
          ["nothing", 3.5, ["x", "nothing"], NAN, Odd(), "", {"x": 1.5, "y": 2}, b"x", 10**9, [NAN], ".sig99"]),
@@ -1635,7 +1643,7 @@ def fit_command(rng: Rng, t: pd.DataFrame, folder: Path) -> tuple[list[str], boo
     formula, bad = "y ~ x + z + (1 | g)", bool(wrong)
     for option, good_values, bad_values in (
         ("--weights", ["w"], ["nothing", "f", "", "g", "3"]), ("--offset", ["o"], ["nothing", "f", "", "g"]),
-        ("--ddf", ["satterthwaite", "wald"], ["foo", "", "Wald"]), ("--confint", ["wald"], ["foo", ""]),
+        ("--ddf", ["satterthwaite", "Wald"], ["foo", "", "Walds"]), ("--confint", ["wald"], ["foo", ""]),
     ):  # fmt: skip
         if rng.random() < 0.2:
             is_bad = rng.random() < 0.3
@@ -1669,7 +1677,7 @@ def power_command(rng: Rng, folder: Path) -> tuple[list[str], bool]:
         "--x": (["between", "within", "normal", "x=between"],
                 ["foo", "q=between", "", "x=", "=between", "x=foo", "x=x=between"]),
         "--test": (["x"], ["nothing", "", "x = a", "g"]),
-        "--ddf": (["wald"], ["foo", "", "Wald"]),
+        "--ddf": (["wald", "Wald"], ["foo", "", "Walds"]),
         "--replicates": (["200"], ["0", "-5", "a", "", "1.5"]),
         "--alpha": (["0.05", "0.1"], ["0", "1", "-1", "2", "a", "nan"]),
         "--key": (["0", "7"], ["a", "1.5", ""]),

@@ -24,6 +24,7 @@ _COLUMNS = {
     "den_df": ("Den. df", "fixed"),
     "statistic": ("Statistic", "fixed"),
     "chisq": ("Chisq", "fixed"),
+    "lrt": ("LRT", "fixed"),
     "p_value": ("p", "p"),
     "p_mixture": ("p (mixture)", "p"),
     "p_bootstrap": ("p (bootstrap)", "p"),

@@ -1,5 +1,6 @@
 """The command line, as a user's shell runs it."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -415,3 +416,59 @@ def test_power_of_several_factors_points_to_python(capsys):
     code = main(["power", "y ~ x + (1 | g) + (1 | h)", *POWER[2:], "--groups", "8", "--x", "normal"])
     assert code == 2
     assert "use mixjax.power_curve in Python" in capsys.readouterr().err
+
+
+def test_contrasts_and_rs_words(capsys):
+    formula = "angle ~ recipe + temp + (recipe | replicate)"
+    arguments = ["fit", formula, "cake", "--contrasts", "recipe=sum", "--ddf", "Kenward-Roger", "--confint", "Wald"]
+    assert main([*arguments, "--json", "--no-cache"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fit = mj.lmm(formula, table("cake"), contrasts={"recipe": "sum"})
+    assert found["theta"] == fit.theta.tolist()
+    assert list(found["fixef"]) == list(fit.labels.fixed) == ["Intercept", "recipe[S.A]", "recipe[S.B]", "temp"]
+    assert (found["ddf"], found["confint"]["method"]) == ("kenward-roger", "wald")
+    np.testing.assert_allclose(list(found["df"].values()), fit.tidy("KR")["df"].iloc[:4], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "message"),
+    [
+        (["recipe=summ"], "contrasts for 'recipe' must be one of treatment, SAS, sum"),
+        (["replicate=sum"], "contrasts= names 'replicate', which is in none of the effects"),
+        (["recipe=sum", "recipe=poly"], "--contrasts names a column more than once"),
+        (["recipe"], "'recipe' is not COLUMN=KIND, as in recipe=sum"),
+    ],
+)
+def test_contrasts_that_cannot_be(contrasts, message, capsys):
+    options = [word for one in contrasts for word in ("--contrasts", one)]
+    with contextlib.suppress(SystemExit):
+        assert main(["fit", "angle ~ recipe + (1 | replicate)", "cake", "--no-cache", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+QUADRATIC = ["power", "y ~ poly(x, 2) + (1 | g)", "--sd", "1", "--groups", "10,12", "--per-group", "4", "--x", "within",
+         "--replicates", "32", "--no-cache"]  # fmt: skip
+
+
+def test_coefficients_by_name(capsys):
+    named = ["--beta", "poly(x, 2)1=0.5, (Intercept)=-1,poly(x,2)[2]=0", "--test", "poly(x, 2)1"]
+    assert main([*QUADRATIC, *named]) == 0
+    by_name = capsys.readouterr().out
+    assert main([*QUADRATIC, "--beta", "-1,0.5,0", "--test", "poly(x, 2)[1]"]) == 0
+    assert by_name.splitlines()[1:] == capsys.readouterr().out.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("beta", "message"),
+    [
+        ("0,x=1", "'0' is not NAME=NUMBER"),
+        ("x=1,x=2", "'x' is there twice"),
+        ("x=one", "'one' is not a number"),
+        ("(Intercept)=0", "beta has no value of poly"),
+        ("(Intercept)=0,poly(x, 2)[1]=1,poly(x, 2)[2]=0,z=2", "beta names 'z'"),
+    ],
+)
+def test_coefficients_that_cannot_be(beta, message, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main([*QUADRATIC, "--beta", beta, "--test", "poly(x, 2)[1]"]) == 2
+    assert message in capsys.readouterr().err

@@ -56,6 +56,7 @@ FUNCTIONS = {
 }
 METHODS = {
     "ranef": "*, condvar=False",
+    "ranef_frame": "",
     "coef": "",
     "icc": "by_group=False",
     "r2": "",
@@ -64,6 +65,9 @@ METHODS = {
     "test": "L, ddf='satterthwaite', joint=None, adjust='none', level=0.95",
     "joint_tests": "by=None, ddf='satterthwaite'",
     "anova": "type='III', ddf='satterthwaite'",
+    "drop1": "test='F', ddf='satterthwaite'",
+    "ranova": "method='mixture', reduce=True, key=0, n=1000",
+    "without": "term",
     "emmeans": "spec, by=None, at=None, ddf='satterthwaite', level=0.95",
     "emtrends": "spec, var, by=None, at=None, ddf='satterthwaite', level=0.95",
     "robust": "cluster=None, kind='CR2', L=None",

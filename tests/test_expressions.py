@@ -527,3 +527,14 @@ def test_one_random_term_needs_no_brackets(data):
     same(own.X, right.X)
     assert [term.effects for term in labels.terms] == [("Intercept",)]
     same(X_of("y ~ poly(x, 2, raw=TRUE) + (1 | g)", data).iloc[:, 1:], np.column_stack([data.x, data.x**2]))
+
+
+def test_names_of_the_reader_itself_are_no_columns():
+    """``__c0__`` stands for the first column of an expression, and never for one that a user means."""
+    data = pd.DataFrame({"y": np.arange(8.0) ** 2 % 5, "x": np.arange(8.0), "g": list("aabbccdd")})
+    for formula in ("y ~ __c0__ + (1 | g)", "y ~ I(__c0__ + x) + (1 | g)", "y ~ x + (__c1__ | g)"):
+        with pytest.raises(mj.FormulaError, match=r"no column '__c.__'; a column of that name takes backticks"):
+            mj.build_design(formula, data)
+    named = data.rename(columns={"x": "__c0__"})
+    for formula in ("y ~ `__c0__` + (1 | g)", "y ~ __c0__ + (1 | g)", "y ~ I(__c0__ + 0) + (1 | g)"):
+        np.testing.assert_array_equal(mj.build_design(formula, named)[0].X[:, 1], data["x"])

@@ -287,6 +287,22 @@ def test_responses_as_long_as_the_table():
         fit.refit(whole.iloc[:9])
     with pytest.raises(mj.DataError, match=r"\(B, 157\) or \(B, 180\)"):
         fit.refit_many(full[:, :9])
+    # A list whose responses come in several ways, and a data frame whose columns are the table's labels.
+    mixed = [full[0], Y[1], pd.Series(full[2], index=whole.index).iloc[::-1]]
+    np.testing.assert_array_equal(fit.refit_many(mixed).estimates.theta, wanted)
+    turned = pd.DataFrame(full, columns=whole.index).sample(frac=1, axis=1, random_state=1)
+    np.testing.assert_array_equal(fit.refit_many(turned).estimates.theta, wanted)
+    np.testing.assert_array_equal(fit.refit_many(pd.DataFrame(Y)).estimates.theta, wanted)
+    with pytest.raises(mj.DataError, match=r"one per row: turn it, Y\.T"):
+        fit.refit_many(turned.T)
+    with pytest.raises(mj.DataError, match=r"response 2 has shape \(9,\)"):
+        fit.refit_many([Y[0], Y[1][:9]])
+    lost = whole.copy()
+    lost.iloc[[7, 60]] = np.nan  # row 7 misses Days, and is not in the fit
+    with pytest.raises(
+        mj.DataError, match=r"y is missing or infinite in 1 of the 157 rows of the fit \(first: row r60"
+    ):
+        fit.refit(lost)
 
 
 # --- names ---------------------------------------------------------------------------------------------------------

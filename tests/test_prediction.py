@@ -1,7 +1,9 @@
 """Predictions: of old rows and new tables, against lme4, dense formulas, finite differences and closed forms."""
 
+import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -292,17 +294,90 @@ def test_only_what_is_asked_for_is_needed(fit_f):
 def test_missing_values_are_counted_and_give_nan(fit_f):
     new = TABLE.iloc[:6].copy()
     new.loc[new.index[1], "x"] = np.nan
-    new["g"] = new["g"].astype(object)
-    new.loc[new.index[4], "g"] = None
-    with pytest.warns(DataWarning, match=r"2 of 6 rows of newdata have missing values \(.*x 1.*g 1"):
+    new.loc[new.index[4], "two words"] = np.nan
+    with pytest.warns(DataWarning, match=r"2 of 6 rows of newdata have missing values \(.*x 1.*two words 1"):
         values = predict(fit_f, new, interval="confidence")
     assert values.isna().all(axis=1).tolist() == [False, True, False, False, True, False]
     close(values.dropna(), predict(fit_f, interval="confidence").iloc[[0, 2, 3, 5]])
-    with pytest.warns(DataWarning, match="1 of 6"):
+    with pytest.warns(DataWarning, match="2 of 6"):
         predict(fit_f, new, random=False)
     with pytest.warns(DataWarning, match="1 of 1"):
         nothing = predict(fit_f, TABLE.iloc[:1].assign(x=None), interval="prediction")
     assert nothing.isna().all(axis=None)
+
+
+def test_missing_levels_are_refused_unless_new_ones_are_allowed(fit_f):
+    """As in lme4: rows of no known level are predicted by the population only where the user says so."""
+    new = TABLE.iloc[:6].copy()
+    new["g"] = new["g"].astype(object)
+    new.loc[new.index[[2, 4]], "g"] = None
+    with pytest.raises(DataError, match=r"2 of 6 rows of newdata have missing levels .*\(g 2\): allow_new_levels=True"):
+        predict(fit_f, new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert predict(fit_f, new, random=False).notna().all()
+    # A level that the fixed effects read too is a value without which there is no mean.
+    both = fit_formula("y ~ x + h + (1 | h)", TABLE.assign(h=TABLE["h"].astype(str)))
+    lost = TABLE.iloc[:3].assign(h=["0", None, "1"])
+    for allowed in (True, False):
+        with pytest.warns(DataWarning, match="1 of 3 rows of newdata have missing values"):
+            assert predict(both, lost, allow_new_levels=allowed).isna().tolist() == [False, True, False]
+
+
+REFERENCE = json.loads((Path(__file__).parent / "oracle" / "left_out.json").read_text())["predict"]
+
+
+@pytest.fixture(scope="module")
+def crossed():
+    data = pd.read_csv(Path(__file__).parent / "data" / "crossed_factorial.csv")
+    return mj.lmm(REFERENCE["formula"], data)
+
+
+@pytest.mark.parametrize("part", REFERENCE["parts"], ids=lambda part: part["parts"])
+def test_parts_of_random_effects_are_lme4s(crossed, part):
+    """lme4's theta is good to 1e-7, and so are its modes."""
+    close(crossed.predict(random=part["parts"]), part["fitted"], atol=5e-7)
+    data = crossed.labels.frame
+    close(crossed.predict(data, random=part["parts"].removeprefix("~ ").split(" + (")[0]),
+          crossed.predict(random=part["parts"].split(" + (")[0]))  # fmt: skip
+
+
+def test_rows_without_a_level_are_lme4s(crossed):
+    new, expected = pd.DataFrame(REFERENCE["new"]), REFERENCE["unknown"]
+    assert "NAs are not allowed" in expected["refused"]
+    with pytest.raises(DataError, match=r"missing levels of grouping factors \(subj 2, item 2\)"):
+        crossed.predict(new)
+    with pytest.warns(DataWarning, match="taken as new levels"):
+        close(crossed.predict(new, allow_new_levels=True), expected["fitted"], atol=5e-7)
+    close(crossed.predict(new, random=False), expected["population"], atol=5e-7)
+
+
+def test_parts_with_factors_must_be_coded_alike():
+    data = pd.read_csv(Path(__file__).parent / "data" / "crossed_factorial.csv")
+    fit = mj.lmm("y ~ A + (A * B + I(x^2) | subj) + (1 | subj:item)", data)
+    population = fit.predict(random=False)
+    Z, b = np.asarray(fit.design.terms[1].Z), fit.estimates.b[1][fit.design.terms[1].group]
+    effects = fit.labels.terms[1].effects
+    for asked, names in {
+        "(A | subj)": ["Intercept", "A[T.a2]", "A[T.a3]"],
+        "1 + B + A | subj": ["Intercept", "A[T.a2]", "A[T.a3]", "B[T.b2]"],
+        "I(x^2) + 1 | subj": ["Intercept", "I(x ** 2)"],
+        "0 + I(x**2) | subj": ["I(x ** 2)"],
+    }.items():
+        which = [effects.index(name) for name in names]
+        close(fit.predict(random=asked) - population, (Z * b)[:, which].sum(axis=1), 1e-9, 1e-12)
+    close(fit.predict(random="(1 | item:subj)"), fit.predict(random="subj:item"))
+    close(fit.predict(random="(A * B + I(x^2) | subj) + (1 | subj:item)"), fit.predict())
+    for wrong in (
+        "0 + A | subj",
+        "(x | subj)",
+        "(1 | item)",
+        "(A:B | subj)",
+        "1 | subj | item",
+        "(1 | subj) + (1 | B)",
+    ):
+        with pytest.raises(ValueError, match="there is no random term"):
+            fit.predict(random=wrong)
 
 
 def test_warnings_point_at_the_caller():

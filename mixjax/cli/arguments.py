@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import mixjax
 from mixjax import datasets
 from mixjax.cli.fit import fit_command
 from mixjax.cli.power import PICTURES, power_command
+from mixjax.fitted.options import INTERVALS, ddf_of, option
 
 # More sizes to simulate are a slip.
 MOST_SIZES = 10_000
@@ -34,11 +36,13 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument("--offset", metavar="COLUMN", help="column with a known part of the mean")
     fit.add_argument(
         "--ddf",
+        type=ddf_of,
         choices=("satterthwaite", "kenward-roger", "wald"),
         help="p values of the fixed effects, with these degrees of freedom (wald: z tests)",
     )
     fit.add_argument(
         "--confint",
+        type=lambda text: option(text, INTERVALS),
         choices=("profile", "wald"),
         help="95 %% intervals of all parameters: profile likelihood, or Wald (fixed effects by --ddf)",
     )
@@ -49,6 +53,14 @@ def parser_of_commands() -> argparse.ArgumentParser:
         type=_reference,
         metavar="COLUMN=LEVEL",
         help="reference level of a factor; the column is a factor then, whatever its values look like (repeatable)",
+    )
+    fit.add_argument(
+        "--contrasts",
+        action="append",
+        default=[],
+        type=_contrast,
+        metavar="COLUMN=KIND",
+        help="sum, helmert, poly, diff, SAS or treatment coding of a factor, also in random terms (repeatable)",
     )
     fit.add_argument(
         "--sep",
@@ -67,7 +79,12 @@ def parser_of_commands() -> argparse.ArgumentParser:
         "... along the rows of a group; normal: standard normal, row by row. Exit status: 0 done, 2 no result.",
     )
     power.add_argument("formula", help="for example 'y ~ x + (x | g)', with one grouping factor")
-    power.add_argument("--beta", required=True, type=_numbers(), help="fixed effects, the intercept first: 0,0.3")
+    power.add_argument(
+        "--beta",
+        required=True,
+        type=_coefficients,
+        help="fixed effects, the intercept first: 0,0.3; or by name: '(Intercept)=0,x=0.3'",
+    )
     power.add_argument("--sd", required=True, type=_numbers(0), help="standard deviations of the random effects: 1,0.5")
     power.add_argument("--cor", type=_number(-1, 1), help="correlation of two random effects (default: 0)")
     power.add_argument("--sigma", type=_number(0), default=1.0, help="residual standard deviation (default: 1)")
@@ -84,6 +101,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     power.add_argument("--test", required=True, help="the fixed effect that is tested")
     power.add_argument(
         "--ddf",
+        type=ddf_of,
         choices=("satterthwaite", "kenward-roger", "wald"),
         default="satterthwaite",
         help="degrees of freedom (default: satterthwaite)",
@@ -125,6 +143,30 @@ def _number(low: float = -math.inf, high: float = math.inf) -> Callable[[str], f
 
 def _numbers(low: float = -math.inf) -> Callable[[str], list[float]]:
     return lambda text: [_number(low)(part) for part in text.split(",")]
+
+
+def _coefficients(text: str) -> list[float] | dict[str, float]:
+    """``0,0.3``, or ``(Intercept)=0,x=0.3``: commas and equal signs inside brackets belong to names."""
+    parts = re.split(r",(?![^(\[]*[)\]])", text)
+    named = [re.fullmatch(r"(.*[^=<>!])=([^=()\[\]]*)", part) for part in parts]
+    if not any(named):
+        return _numbers()(text)
+    found: dict[str, float] = {}
+    for part, match in zip(parts, named, strict=True):
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=NUMBER, as the others are")
+        name = match[1].strip()
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{name!r} is there twice")
+        found[name] = _number()(match[2])
+    return found
+
+
+def _contrast(text: str) -> tuple[str, str]:
+    column, equals, kind = text.rpartition("=")
+    if not (column and equals and kind):
+        raise argparse.ArgumentTypeError(f"{text!r} is not COLUMN=KIND, as in recipe=sum")
+    return column, kind
 
 
 def _share(text: str) -> float:

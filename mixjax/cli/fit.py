@@ -29,11 +29,15 @@ def fit_command(arguments: argparse.Namespace) -> int:
         arguments.encoding,
     )
     data = _with_references(data, arguments.ref, arguments.formula)
+    contrasts = dict(arguments.contrasts)
+    if len(contrasts) < len(arguments.contrasts):
+        raise ValueError("--contrasts names a column more than once")
     keep_programs(arguments)
     with Held() as held:
         fit = mixjax.lmm(
-            arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset
-        )
+            arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset,
+            contrasts=contrasts,
+        )  # fmt: skip
         held.known = not arguments.json
     for column, level in arguments.ref:
         if fit.labels.frame[column].cat.categories[0] != level:

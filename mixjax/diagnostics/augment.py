@@ -26,7 +26,9 @@ def augmented(fitted: Any) -> pd.DataFrame:
       their own standard deviations.
     * ``.mar_resid``, ``.chol_mar_resid``: marginal residuals raw, and decorrelated. The second is left out where random
       effects tie more than 5 000 rows together.
-    * ``.leverage``: overall leverage.
+    * ``.leverage``: overall leverage. ``.cooksd``: lme4's ``cooks.distance(m)``, of the residual e and the leverage h,
+      ``e^2 w h / (sigma^2 p (1 - h)^2)``; NaN where h is 1. What really changes without a row is another question, for
+      :func:`mixjax.diagnostics.influence.influence`.
     * ``.ls_fitted``, ``.ls_resid``, ``.semi_ls_resid``, ``.std_ls_resid``: every level's own regression; raw, over the
       root of one minus its leverage, and over its own sigma besides. Of models with one grouping factor only. NaN where
       a level has too few rows.
@@ -57,6 +59,7 @@ def augmented(fitted: Any) -> pd.DataFrame:
     if largest_block(whitened) <= MOST_ROWS:
         columns[".chol_mar_resid"] = decorrelated(whitened, marginal * whitened.root_w / sigma)
     columns[".leverage"] = leverage_of(whitened, parts).overall
+    columns[".cooksd"] = _cooks(columns[".std_resid"], columns[".leverage"], len(fitted.labels.fixed))
     if len({term.group for term in fitted.labels.terms}) == 1:
         own = least_squares(fitted)
         ls = y - own.fitted
@@ -71,3 +74,10 @@ def augmented(fitted: Any) -> pd.DataFrame:
                 ".std_ls_resid": ls * whitened.root_w / (root * own.sigma[codes]),
             }
     return pd.DataFrame(columns, index=fitted.labels.frame.index)
+
+
+def _cooks(std_resid: np.ndarray, leverage: np.ndarray, p: int) -> np.ndarray:
+    """Cook's distances by standardized residual and leverage, as lme4 has them."""
+    left = 1 - leverage
+    known = (left > NOTHING) & (p > 0)
+    return np.where(known, std_resid**2 * leverage / (max(p, 1) * np.where(known, left, 1.0) ** 2), np.nan)

@@ -22,7 +22,7 @@ from mixjax.diagnostics.refits import (
     step_without,
 )
 from mixjax.diagnostics.units import units_of
-from mixjax.fitted.names import term_names
+from mixjax.fitted.names import known_names, term_names
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.markup import Report, Reported
 from mixjax.tables import frame_report
@@ -187,6 +187,14 @@ class Influence(Reported):
         return self.measures["cooks"]
 
     @property
+    def cooks_lme4(self) -> pd.Series:
+        """Cook's distances as ``cooks.distance(influence(m, groups))`` of lme4 has them: of U units
+        ``(beta - beta_(u))' C^{-1} (beta - beta_(u)) (U - p) / (U p)``, that is ``(U - p) / U`` times :attr:`cooks`.
+        """
+        U, p = len(self.units), len(self.fitted.labels.fixed)
+        return (self.cooks * ((U - p) / U)).rename("cooks_lme4")
+
+    @property
     def mdffits(self) -> pd.Series:
         """Cook's distances measured by the covariance without the unit."""
         return self.measures["mdffits"]
@@ -243,7 +251,8 @@ class Influence(Reported):
 
     @property
     def dfbetas(self) -> pd.DataFrame:
-        """:attr:`dfbeta` in units of the standard error without the unit."""
+        """:attr:`dfbeta` in units of the standard error without the unit. lme4's have the other sign: without the unit
+        less all."""
         return self.dfbeta / self.se
 
     @property
@@ -325,7 +334,7 @@ class Influence(Reported):
             n: only so many units.
         """
         frame = self.to_frame()
-        size = self._size(by, frame)
+        size = self._size(self.measure_called(by), frame)
         order = np.argsort(-np.where(np.isnan(size), -np.inf, size), kind="stable")
         return frame.iloc[order[:n]]
 
@@ -341,6 +350,7 @@ class Influence(Reported):
                 (Belsley, Kuh & Welsch 1980), and three times their mean for leverages. A number: the cut-off itself;
                 around 1 for ``covratio``, and on both sides for changes.
         """
+        measure = self.measure_called(measure)
         values = self._column(measure, frame := self.to_frame())
         U, p = len(values), len(self.fitted.labels.fixed)
         signed = measure.startswith(("dfbetas_", "rvc_"))
@@ -366,9 +376,16 @@ class Influence(Reported):
 
     def flagged(self, measure: str = "cooks", rule: str | float = "boxplot") -> pd.DataFrame:
         """The rows of :meth:`to_frame` beyond the cut-offs, the most influential first; see :meth:`cutoff`."""
+        measure = self.measure_called(measure)
         low, high = self.cutoff(measure, rule)
         frame = self.ranked(measure)
         return frame[(frame[measure] > high) | (frame[measure] < low)]
+
+    def measure_called(self, name: str) -> str:
+        """The column of :meth:`to_frame` that a user means: fixed effects in ``dfbetas_...`` as R names them too."""
+        known = known_names(self.fitted.labels)
+        effect = name.removeprefix("dfbetas_") if isinstance(name, str) else name
+        return f"dfbetas_{self.fitted.labels.fixed[known[effect]]}" if effect != name and effect in known else name
 
     def _column(self, name: str, frame: pd.DataFrame) -> np.ndarray:
         known = [column for column in frame if column not in ("singular", "result")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from mixjax.covariance import lambdas_of_theta
 from mixjax.engine.modes import conditional_covariances
@@ -24,3 +25,31 @@ def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
         block = np.asarray(blocks[places[0].factor])[np.ix_(own, own, np.arange(m))]
         result[group] = float(fitted.estimates.sigma) ** 2 * np.moveaxis(block, -1, 0)
     return result
+
+
+def tidy_modes(fitted: Fitted) -> pd.DataFrame:
+    """Conditional modes and their standard deviations in rows, as R's ``as.data.frame(ranef(m, condVar = TRUE))``.
+
+    Returns:
+        DataFrame, a row for every group, effect and level, in this order: ``grpvar``, ``term``, ``grp`` (the level),
+        ``condval`` (the mode), ``condsd`` (the root of its conditional variance, theta and beta taken as known).
+    """
+    parts = []
+    covariances = conditional_covariances_by_group(fitted)
+    for group, ts in terms_of_group(fitted.labels).items():
+        sd = np.sqrt(np.maximum(np.diagonal(covariances[group], axis1=1, axis2=2), 0.0))
+        modes = np.hstack([fitted.estimates.b[t] for t in ts])
+        effects = [effect for t in ts for effect in fitted.labels.terms[t].effects]
+        levels = list(fitted.labels.terms[ts[0]].levels)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "grpvar": group,
+                    "term": np.repeat(effects, len(levels)),
+                    "grp": np.tile(levels, len(effects)),
+                    "condval": modes.T.ravel(),
+                    "condsd": sd.T.ravel(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)

@@ -12,14 +12,15 @@ from scipy import sparse
 from mixjax.checks import DataError, check_options
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
-from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
+from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group, tidy_modes
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP
 from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
 from mixjax.fitted.batch import BatchFit, with_fixed
-from mixjax.fitted.names import term_names, values_of_rows
+from mixjax.fitted.names import responses_of_rows, term_names, values_of_rows
+from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, OptimizerInfo, fit_products, fit_rows
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable as refuse_unidentified
@@ -27,6 +28,7 @@ from mixjax.formula.checks import check_number_of_effects
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.inference.fixed.contrasts import t_tests
+from mixjax.inference.random.ranova import without
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
@@ -57,7 +59,8 @@ def lmm(
         weights: column name or ``(n,)``; the residual variance of a row is ``sigma^2 / weight``.
         offset: column name or ``(n,)``, a known part of the mean.
         subset: rows to use: booleans, or an expression such as ``"Days > 1"``.
-        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise.
+        contrasts: column -> ``"sum"``, ``"helmert"``, ...; treatment contrasts otherwise. Of the factor in the fixed
+            effects and in random terms alike.
         start: theta to start from.
         optimizer: None for trust-region Newton, or an optax GradientTransformation.
         check_identifiable: refuse terms with as many random effects as rows.
@@ -215,7 +218,8 @@ class LMMFit(Inferring, Diagnosing):
         """Conditional modes (BLUPs) of the random effects.
 
         Args:
-            condvar: also their conditional covariances, given theta and beta.
+            condvar: also their conditional covariances, given theta and beta. For their standard deviations in a
+                table see :meth:`ranef_frame`.
 
         Returns:
             dict group -> DataFrame (levels x effects); with ``condvar=True`` a pair of that and dict group ->
@@ -233,6 +237,23 @@ class LMMFit(Inferring, Diagnosing):
         if not condvar:
             return frames
         return frames, conditional_covariances_by_group(self._fitted)
+
+    def ranef_frame(self) -> pd.DataFrame:
+        """Conditional modes with their conditional standard deviations in rows, for pictures of levels.
+
+        Returns:
+            DataFrame as R's ``as.data.frame(ranef(m, condVar = TRUE))``: ``grpvar``, ``term`` (the effect), ``grp``
+            (the level), ``condval``, ``condsd``; effect by effect, levels in their order.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.ranef_frame().head(2).round(2)
+                grpvar       term  grp  condval  condsd
+            0  Subject  Intercept  308     2.26   12.07
+            1  Subject  Intercept  309   -40.40   12.07
+        """
+        return tidy_modes(self._fitted)
 
     def coef(self) -> dict[str, pd.DataFrame]:
         """Coefficients per level: fixed effects plus the random effects of the same name."""
@@ -286,7 +307,8 @@ class LMMFit(Inferring, Diagnosing):
         names = self.labels.fixed
         if ddf is None:
             return None
-        return t_tests(self._fitted, np.eye(len(names)), ddf, names=names).drop(columns=["lower", "upper"])
+        tests = t_tests(self._fitted, np.eye(len(names)), ddf_of(ddf), names=names)
+        return tests.drop(columns=["lower", "upper"])
 
     @property
     def pvalues(self) -> pd.Series:
@@ -357,7 +379,8 @@ class LMMFit(Inferring, Diagnosing):
             reml: None for the same.
 
         Raises:
-            DataError: y has another length, or labels that are not the fit's; the fixed effects reproduce it exactly.
+            DataError: y has another length, missing values in rows of the fit, or labels that are not the fit's; the
+                fixed effects reproduce it exactly.
 
         Example:
             >>> import mixjax as mj
@@ -371,7 +394,32 @@ class LMMFit(Inferring, Diagnosing):
         if y is None:
             record = self._fitted
             return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
-        return LMMFit(self._fitted.refit(values_of_rows(self.labels, "y", y), reml))
+        y = values_of_rows(self.labels, "y", y)
+        missing = np.flatnonzero(~np.isfinite(y))
+        if len(missing):
+            raise DataError(
+                f"y is missing or infinite in {len(missing)} of the {len(y)} rows of the fit (first: row "
+                f"{self.labels.frame.index[missing[0]]}): fit the table with that column, which leaves such rows out"
+            )
+        return LMMFit(self._fitted.refit(y, reml))
+
+    def without(self, term: str) -> LMMFit:
+        """The same data fitted without a term, by the same criterion.
+
+        Args:
+            term: as :meth:`ranova` and :meth:`drop1` name it: ``"Days in (Days | Subject)"``, ``"(1 | Subject)"``,
+                ``"recipe"``; or a whole random term as the formula has it.
+
+        Raises:
+            ValueError: there is no such term, another contains it, or it is the only random one.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.without("Days in (Days | Subject)")
+            <LMMFit 'Reaction ~ Days + (1 | Subject)': REML criterion 1786.4651>
+        """
+        return LMMFit(without(self._fitted, term))
 
     def refit_many(
         self,
@@ -385,8 +433,9 @@ class LMMFit(Inferring, Diagnosing):
 
         Args:
             Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
-                the fit has rows. Or a list of responses as :meth:`refit` takes them. Missing values make that one fit
-                fail, and no other, and so does a response that the fixed effects reproduce exactly (``NO_NOISE``).
+                the fit has rows; columns of a data frame that are the table's labels are lined up. Or a list of
+                responses as :meth:`refit` takes them. Missing values make that one fit fail, and no other, and so does
+                a response that the fixed effects reproduce exactly (``NO_NOISE``).
             reml: None for the same criterion.
             chunk: how many replicates are worked on at the same time, about; None for all cores.
             ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
@@ -395,21 +444,7 @@ class LMMFit(Inferring, Diagnosing):
         Returns:
             :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
         """
-        used = self.labels.used
-        try:
-            if not isinstance(Y, pd.DataFrame) and np.ndim(Y) == 2 and any(isinstance(y, pd.Series) for y in Y):
-                Y = [values_of_rows(self.labels, "a response", y) for y in Y]
-            Y = np.asarray(Y) if np.iscomplexobj(Y) else np.asarray(Y, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            why = error if isinstance(error, DataError) else f"got {type(Y).__name__} of others"
-            raise DataError(f"Y must be numbers, (B, {self.nobs}): {why}") from None
-        if np.iscomplexobj(Y):
-            raise DataError("Y holds complex numbers; take their real part, size or angle")
-        if Y.ndim == 2 and used is not None and Y.shape[1] == len(used):
-            Y = np.ascontiguousarray(Y[:, used])
-        if Y.ndim != 2 or Y.shape[1] != self.nobs:
-            or_all = "" if used is None else f" or (B, {len(used)})"
-            raise DataError(f"Y has shape {Y.shape}; many responses are (B, {self.nobs}){or_all}, one per row")
+        Y = responses_of_rows(self.labels, Y)
         check_options(self.reml if reml is None else reml, None)
         est = self._fitted.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), reml, engine, chunk)
         return BatchFit(est, self.labels, self.stats.layout.structures)

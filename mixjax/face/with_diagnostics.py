@@ -50,8 +50,9 @@ class Diagnosing:
             newdata: table with the columns of the formula; None for the rows of the fit. Contrasts, categories, knots
                 and centring are those of the fit.
             random: True: with all random effects of a row's levels (conditional mean). False: without (population). Or
-                the grouping factors, or terms, whose effects count.
-            allow_new_levels: unknown levels get the population's value; otherwise they are an error.
+                the grouping factors, or terms, whose effects count: ``"Subject"``, ``"1 | Subject"``, also of a larger
+                term.
+            allow_new_levels: unknown and missing levels get the population's value; otherwise they are an error.
             interval: ``"confidence"`` of the mean, ``"prediction"`` of a new response; None for means alone.
             level: coverage.
             method: ``"henderson"``, variances taken as known; ``"second-order"`` and ``"bootstrap"`` not, better for

@@ -11,8 +11,10 @@ import pandas as pd
 from mixjax.checks import InferenceWarning, warn
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import parameters
+from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, ddf_of, option
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
+from mixjax.inference.fixed.drop1 import drop1 as left_out
 from mixjax.inference.fixed.joint_tests import joint_tests as tests_of_means
 from mixjax.inference.fixed.marginal_means import MarginalMeans
 from mixjax.inference.fixed.means import emmeans as marginal_means
@@ -20,6 +22,7 @@ from mixjax.inference.fixed.means import emtrends as marginal_trends
 from mixjax.inference.fixed.robust import Robust
 from mixjax.inference.fixed.robust import robust as sandwich
 from mixjax.inference.random import variance
+from mixjax.inference.random.ranova import ranova as random_left_out
 from mixjax.inference.wald import wald_intervals
 from mixjax.resampling.bootstrap import Bootstrap
 from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
@@ -64,7 +67,7 @@ class Inferring:
             >>> fit.test("Days = 10")["p_value"].round(3).tolist()
             [0.766]
         """
-        return hypotheses.test(self.record, L, ddf, joint, adjust, level)
+        return hypotheses.test(self.record, L, ddf_of(ddf), joint, adjust, level)
 
     def anova(self, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
@@ -77,7 +80,49 @@ class Inferring:
             DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; one row per term. A term that others
             determine has num_df 0 and no numbers.
         """
-        return hypotheses.anova(self.record, type, ddf)
+        return hypotheses.anova(self.record, type, ddf_of(ddf))
+
+    def drop1(self, test: Literal["F", "lrt"] = "F", ddf: str = "satterthwaite") -> pd.DataFrame:
+        """Test the terms of the fixed effects that no other term contains, each left out by itself; see
+        :func:`mixjax.inference.fixed.drop1.drop1`.
+
+        Args:
+            test: ``"F"``, as ``lmerTest``'s ``drop1``; ``"lrt"``: likelihood ratios of maximum likelihood fits, as
+                ``lme4``'s with ``test = "Chisq"``.
+            ddf: of F tests, as of :meth:`anova`.
+
+        Returns:
+            DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; or npar, loglik, aic, lrt, df, p_value.
+        """
+        return left_out(self.record, option(test, DROP1), ddf_of(ddf))
+
+    def ranova(
+        self,
+        method: Literal["mixture", "chi2", "bootstrap"] = "mixture",
+        reduce: bool = True,
+        key: Any = 0,
+        n: int = 1000,
+    ) -> pd.DataFrame:
+        """Likelihood ratio tests of the random effects, each left out by itself, as ``lmerTest::ranova``; see
+        :func:`mixjax.inference.random.ranova.ranova`.
+
+        Args:
+            method: ``"chi2"``: p-values as lmerTest's. ``"mixture"``: also of the mixture of chi-squares that holds
+                where one variance is 0. ``"bootstrap"``: also by simulation.
+            reduce: ``(x | g)`` becomes ``(1 | g)``; False: whole terms are left out.
+            key, n: of the bootstrap.
+
+        Returns:
+            DataFrame: npar, loglik, aic, lrt, df, p_value, p_mixture, ...; ``<none>`` and one row per smaller model,
+            which :meth:`without` fits.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.ranova()["lrt"].round(2).to_dict()
+            {'<none>': nan, 'Days in (Days | Subject)': 42.84}
+        """
+        return random_left_out(self.record, method, reduce, key, n)
 
     def joint_tests(self, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of every factor and interaction by its marginal means, also within the levels of others, as
@@ -90,7 +135,7 @@ class Inferring:
         Returns:
             DataFrame: the columns of ``by``, term, num_df, den_df, statistic, p_value.
         """
-        return tests_of_means(self.record, by, ddf)
+        return tests_of_means(self.record, by, ddf_of(ddf))
 
     def emmeans(
         self,
@@ -106,7 +151,7 @@ class Inferring:
             MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``.letters()``,
             ``.eff_size()``, ``str()``.
         """
-        return marginal_means(self.record, spec, by, at, ddf, level)
+        return marginal_means(self.record, spec, by, at, ddf_of(ddf), level)
 
     def emtrends(
         self,
@@ -118,7 +163,7 @@ class Inferring:
         level: float = 0.95,
     ) -> MarginalMeans:
         """Slopes of the covariate ``var`` by groups; see :func:`mixjax.inference.fixed.means.emtrends`."""
-        return marginal_trends(self.record, spec, var, by, at, ddf, level)
+        return marginal_trends(self.record, spec, var, by, at, ddf_of(ddf), level)
 
     def robust(self, cluster: Any = None, kind: str = "CR2", L: Any = None) -> Robust:
         """Cluster-robust covariance of the fixed effects, with Satterthwaite df; see
@@ -170,15 +215,16 @@ class Inferring:
             >>> fit.confint("Days", method="wald").round(2).loc["Days"].tolist()
             [7.44, 13.5]
         """
+        method = option(method, INTERVALS)
         if method == "profile":
             found = self.profile(parm).confint(level)
             for note in found.attrs["notes"]:
                 warn(note, InferenceWarning)
             return found
         if method == "wald":
-            frame = wald_intervals(self.record, level, ddf)
+            frame = wald_intervals(self.record, level, ddf_of(ddf))
         elif method == "bootstrap":
-            frame = run_bootstrap(self.record, key, n).confint(level, kind)
+            frame = run_bootstrap(self.record, key, n).confint(level, option(kind, BOOTSTRAPS))
         else:
             raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
         return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]

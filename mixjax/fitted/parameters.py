@@ -12,7 +12,7 @@ import pandas as pd
 from mixjax import covariance as cov
 from mixjax.design import Labels
 from mixjax.fitted.information import Information
-from mixjax.fitted.names import names_of_variances
+from mixjax.fitted.names import Spellings, names_of_variances
 from mixjax.machine import silently
 from mixjax.products.sums import CrossProducts
 
@@ -106,8 +106,8 @@ def select(parm: Any, names: Sequence[str], n_fixed: int) -> list[str]:
     """Rows of a table of all parameters that a user names.
 
     Args:
-        parm: a name or a list of names, also as in lme4 (``.sig01``, ``.sigma``, ``(Intercept)``); ``"theta_"`` for all
-            variance parameters, ``"beta_"`` for all fixed effects; None for everything.
+        parm: a name or a list of names, also as in lme4 (``.sig01``, ``.sigma``, ``(Intercept)``, ``recipeB``);
+            ``"theta_"`` for all variance parameters, ``"beta_"`` for all fixed effects; None for everything.
         names: all parameters, all different: those of the variances, sigma the last of them, then ``n_fixed`` fixed
             effects.
 
@@ -120,17 +120,16 @@ def select(parm: Any, names: Sequence[str], n_fixed: int) -> list[str]:
         raise ValueError(f"parm must be a name or a list of names of parameters, got {parm!r}")
     variance, fixed = list(names[: len(names) - n_fixed]), list(names[len(names) - n_fixed :])
     also = {f".sig{i + 1:02d}": name for i, name in enumerate(n for n in variance if n != "sigma")}
-    also |= {".sigma": "sigma", "(Intercept)": "Intercept"}
-    also |= {name.replace("[T.", "").replace("]", ""): name for name in fixed}
-    also |= {name.replace("Intercept", "(Intercept)"): name for name in variance}
+    also[".sigma"] = "sigma"
+    known = Spellings(names)
     chosen: list[str] = []
     for name in [parm] if isinstance(parm, str) else list(parm):
         if name == "theta_":
             chosen += variance
         elif name == "beta_":
             chosen += list(fixed)
-        elif name in names or also.get(name) in names:
-            chosen.append(name if name in names else also[name])
+        elif name in known or name in also:
+            chosen.append(names[known[name]] if name in known else also[name])
         else:
             raise ValueError(f"there is no parameter {name!r}; there are {', '.join(map(repr, names))}")
     return list(dict.fromkeys(chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,7 +58,8 @@ def build_design(
         offset: column name or ``(n,)`` array, added to any ``offset(...)`` of the formula.
         subset: rows to use: ``(n,)`` booleans, or an expression for ``DataFrame.eval``.
         contrasts: column -> ``"treatment"``, ``"sum"``, ``"helmert"``, ``"poly"``, ``"diff"`` or a call such as
-            ``"contr.treatment(base='B')"``; columns of X are then named ``recipe[S.A]`` and so on.
+            ``"contr.treatment(base='B')"``; columns are then named ``recipe[S.A]`` and so on. Fixed effects and random
+            terms are coded alike, as with R's ``contrasts(d$recipe) <- contr.sum(3)``.
         context: names that the formula may use beside columns; by default those visible to the caller.
         trusted: False where the formula comes from a stranger: a formula is code, and then it is read as columns,
             numbers, operators and a list of functions only. None: True unless ``MIXJAX_UNTRUSTED`` is set to 1.
@@ -119,7 +120,7 @@ def build(
     frame, beside, used, n_missing = _used_rows(
         parsed, data, available, weights, offset, subset, known, caller, contrasts
     )
-    parsed = replace(parsed, fixed=with_contrasts(parsed.fixed, frame, contrasts, known))
+    parsed = with_contrasts(parsed, frame, contrasts, known)
 
     y, _ = numbers(parsed.response, frame, known, "response")
     check_varies(y, str(parsed.response))
@@ -136,7 +137,7 @@ def build(
             f"weights must be positive, but {int((w <= 0).sum())} of {len(w)} are zero or negative; to leave rows out, "
             "use subset="
         )
-    X, kept, basis = _full_rank(X, fixed.names, w)
+    X, kept, basis = full_rank(X, fixed.names, w)
     check_noise(y if total_offset is None else y - total_offset, X, basis.Q, w, parsed.response.shown)
 
     random = _random_terms(parsed, frame, known)
@@ -316,8 +317,13 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) ->
 # --- fixed effects ---------------------------------------------------------------------------------------------------
 
 
-def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str, str], context: Context) -> Effects:
-    """The terms with factors coded as asked for; their names stay."""
+def with_contrasts(
+    parsed: ParsedFormula, frame: pd.DataFrame, contrasts: Mapping[str, str], context: Context
+) -> ParsedFormula:
+    """The formula with factors coded as asked for, in the fixed effects and in random terms; their names stay.
+
+    A factor that the formula itself codes, ``C(a, contr.treatment)``, stays as it is there.
+    """
     found: dict[str, Expression] = {}
     for name, asked in contrasts.items():
         if name not in frame:
@@ -325,27 +331,40 @@ def with_contrasts(effects: Effects, frame: pd.DataFrame, contrasts: Mapping[str
         kind = asked.removeprefix("contr.").split("(")[0] if isinstance(asked, str) else asked
         if not isinstance(asked, str) or kind not in CONTRASTS:
             raise DataError(f"contrasts for '{name}' must be one of {', '.join(CONTRASTS)}, got {asked!r}")
-        own = [e for e in effects.expressions if e.code in ("__c0__", "C(__c0__)") and e.columns == (name,)]
+        own = [e for e in parsed.effects if e.code in ("__c0__", "C(__c0__)") and e.columns == (name,)]
         if not own:
-            raise DataError(f"contrasts= names '{name}', which is not among the fixed effects '{effects}'")
+            there = [str(parsed.fixed), *(f"({part.effects} | {part.group.name})" for part in parsed.random)]
+            raise DataError(f"contrasts= names '{name}', which is in none of the effects: {', '.join(there)}")
         if any(e.column for e in own) and pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool:
             raise DataError(f"contrasts= names '{name}', which is numeric: make it a category first")
         coding = expression(f"contr.{asked.removeprefix('contr.')}")
         coded = Expression(name, f"C(__c0__, {coding.code})", (name,), coding.names, ("C", *coding.functions))
         resolve([coded], {}, context.trusted, lambda n, where: refuse_unknown(n, [], f"in '{where}'"))
         found |= {e.shown: replace(coded, shown=e.shown) for e in own}
-    return replace(effects, expressions=tuple(found.get(e.shown, e) for e in effects.expressions))
+    if not found:
+        return parsed
+
+    def coded_as_asked(effects: Effects) -> Effects:
+        return replace(effects, expressions=tuple(found.get(e.shown, e) for e in effects.expressions))
+
+    random = tuple(replace(part, effects=coded_as_asked(part.effects)) for part in parsed.random)
+    return replace(parsed, fixed=coded_as_asked(parsed.fixed), random=random)
 
 
-def _full_rank(
-    X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None
+def full_rank(
+    X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None, known: Collection[str] = ()
 ) -> tuple[np.ndarray, np.ndarray, Orthonormal]:
-    """Leave out columns that earlier ones determine, as lme4 does, and say which. With the basis of those that stay."""
+    """Leave out columns that earlier ones determine, as lme4 does, and say which. With the basis of those that stay.
+
+    Args:
+        known: columns of which it has been said before.
+    """
     basis = orthonormal_columns(X, None if weights is None else np.sqrt(weights))
     kept = basis.independent
     if not kept.all():
         dropped = [name for name, keep in zip(names, kept, strict=True) if not keep]
-        warn(f"fixed-effects columns left out because other columns determine them: {some_of(dropped)}")
+        if not set(dropped) <= set(known):
+            warn(f"fixed-effects columns left out because other columns determine them: {some_of(dropped)}")
         X = X[:, kept]
     if X.shape[1] >= X.shape[0]:
         raise DataError(

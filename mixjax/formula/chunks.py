@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +146,8 @@ class ChunkReader:
             missing = to_pandas(first, self.used).isna().sum()
             counts = some_of([f"{name} {missing[name]}" for name in self.used if missing[name]])
             raise DataError(f"the first chunk has no complete row (missing: {counts}): put another one first")
-        fixed = with_contrasts(self.parsed.fixed, frame, self.contrasts, self.context)
-        self.parsed = replace(self.parsed, fixed=fixed)
-        self.fixed = columns_of(fixed, frame, self.context, several=False)[1]
+        self.parsed = with_contrasts(self.parsed, frame, self.contrasts, self.context)
+        self.fixed = columns_of(self.parsed.fixed, frame, self.context, several=False)[1]
         self.parts = [
             (part, columns_of(block, frame, self.context, several=False)[1])
             for part in self.parsed.random

@@ -149,8 +149,8 @@ def new_rows(
         newdata: pandas, polars or pyarrow table, or a dict of arrays, where a single value holds for all rows. The
             response need not be there.
         effects: per random term, whether its columns are needed. levels: whether its levels are.
-        allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused, and
-            rows with missing ones are not complete.
+        allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused. A row
+            without a value that the effects read too is not complete.
         weights: whether precision weights are needed.
 
     Raises:
@@ -158,24 +158,26 @@ def new_rows(
             the formula cannot be evaluated.
 
     Warns:
-        DataWarning: rows have missing values.
+        DataWarning: rows have missing values, or missing levels that are allowed.
     """
     state: FormulaState = labels.state
     random = [columns for columns, wanted in zip(state.random, effects, strict=True) if wanted]
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
     table, index = _table(state, newdata, [state.fixed, *random], list(groups), weights)
     missing = missing_in(table)
-    if allow_new_levels:
-        columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
-        read = {name for part in (state.fixed, *random) for name in part.effects.columns}
-        levels_only = dict.fromkeys(name for group in groups for name in columns_of[group])
-        only = {n: missing.pop(n) for n in levels_only if n not in {*read, *state.predictors}}
-        without = _any(only, len(index))
-        if without.any():
-            warn(
-                f"{int(without.sum())} of {len(index)} rows of newdata have missing levels of grouping factors "
-                f"({counts_of(only)}): taken as new levels"
+    columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
+    read = {name for part in (state.fixed, *random) for name in part.effects.columns}
+    levels_only = dict.fromkeys(name for group in groups for name in columns_of[group])
+    only = {n: missing.pop(n) for n in levels_only if n in missing and n not in {*read, *state.predictors}}
+    without = _any(only, len(index))
+    if without.any():
+        found = f"{int(without.sum())} of {len(index)} rows of newdata have missing levels of grouping factors"
+        if not allow_new_levels:
+            raise DataError(
+                f"{found} ({counts_of(only)}): allow_new_levels=True takes them as new levels, predicted by the "
+                "population; random=False predicts all rows so"
             )
+        warn(f"{found} ({counts_of(only)}): taken as new levels")
     complete = ~_any(missing, len(index))
     if not complete.all():
         n_missing = int((~complete).sum())

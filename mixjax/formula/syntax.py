@@ -274,6 +274,8 @@ def _python(piece: Piece, columns: Collection[str], aliases: dict[str, str]) -> 
             elif text in _FACTOR and follows == "(":
                 yield "C"
             else:
+                if re.match(r"__c\d+__", text):  # would stand for another column
+                    raise FormulaError(f"'{piece}': there is no column '{text}'; a column of that name takes backticks")
                 _refuse_bad_attribute(text, piece)
                 yield _SPELLINGS.get(text, text)
             operand = word

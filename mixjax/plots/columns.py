@@ -10,7 +10,7 @@ import pandas as pd
 
 from mixjax.checks import DataError
 from mixjax.design import Labels
-from mixjax.fitted.names import values_of_rows
+from mixjax.fitted.names import Spellings, values_of_rows
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.formula.table import factor_codes
 
@@ -103,11 +103,11 @@ def effect_names(available: list[str], effects: Any, group: str, where: str) -> 
     chosen = [effects] if isinstance(effects, str) else list(effects)
     if not chosen:
         raise ValueError(f"{where}: no effects are named; {group} has {', '.join(available)}")
-    chosen = ["Intercept" if name == "(Intercept)" and "Intercept" in available else name for name in chosen]
+    spellings = Spellings(available)
     for name in chosen:
-        if name not in available:
+        if name not in spellings:
             refuse(f"effect of {group}", name, available, where)
-    return chosen
+    return [available[spellings[name]] for name in chosen]
 
 
 def level_names(available: list[str], levels: Any, group: str, where: str) -> list[str]:

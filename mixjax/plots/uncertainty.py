@@ -10,6 +10,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import ndtr, ndtri
 
 from mixjax.checks import check_level
+from mixjax.fitted.names import Spellings
 from mixjax.plots.canvas import Axes, many, name_parameter, note, outer, palette, percent, reference, single, title
 from mixjax.plots.columns import refuse
 
@@ -130,10 +131,11 @@ def _chosen(names: list[str], parm: Any, where: str) -> list[str]:
     if parm is None:
         return names
     chosen = [parm] if isinstance(parm, str) else list(parm)
+    known = Spellings(names)
     for name in chosen:
-        if name not in names:
+        if name not in known:
             refuse("parameter", name, names, where)
-    return chosen
+    return [names[known[name]] for name in chosen]
 
 
 def bootstrap(

@@ -120,6 +120,7 @@ def influence(
     elif by is not None:
         raise ValueError("by= says which units of a fit to leave out; an Influence has its units already")
     frame = fit.to_frame()
+    measure = fit.measure_called(measure)
     if measure not in frame.columns or frame[measure].dtype.kind not in "fi":
         refuse("measure", measure, [name for name in frame if frame[name].dtype.kind in "fi"], "influence(measure=)")
     names, values = frame.index.astype(str).to_numpy(), frame[measure].to_numpy(float)

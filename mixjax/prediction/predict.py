@@ -9,12 +9,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import InferenceWarning, check_count, check_level, warn
-from mixjax.design import TermLabels
+from mixjax.checks import FormulaError, InferenceWarning, check_count, check_level, warn
+from mixjax.design import Labels, TermLabels
 from mixjax.distributions import normal_quantile, t_quantile
 from mixjax.fitted.names import interaction_key, term_names
 from mixjax.fitted.record import Fitted
-from mixjax.formula.state import new_rows
+from mixjax.formula.algebra import Effects
+from mixjax.formula.coding import scoped_terms
+from mixjax.formula.evaluate import Columns
+from mixjax.formula.parse import parse
+from mixjax.formula.state import FormulaState, new_rows
+from mixjax.formula.syntax import read
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows
@@ -50,9 +55,10 @@ def predict(
         random: True for all random effects of a row's own levels (conditional mean), False for none (population), or
             those of some terms: a grouping factor (``"Subject"``: all its terms), a term as ``varcorr`` calls it
             (``"Subject.1"``) or as formulas write it (``"0 + Days | Subject"``), or a list of these. A formula may name
-            some effects of a larger term, as lme4's ``re.form``: ``"1 | Subject"`` of ``(Days | Subject)``.
+            some effects of a larger term, as lme4's ``re.form``: ``"1 | Subject"`` of ``(Days | Subject)``; and several
+            terms, ``"~ (1 | Subject) + (1 | Item)"``.
         allow_new_levels: a level that the fit does not know has random effects 0, and their variance counts in
-            intervals; so has one that is missing. Otherwise the former is an error, the latter NaN.
+            intervals; so has one that is missing. Otherwise both are errors, as in lme4.
         interval: None; ``"confidence"`` for the mean itself, fixed effects and the random effects that ``random``
             includes; ``"prediction"`` for a new response, which adds ``sigma^2 / weight`` and, for the terms that
             ``random`` leaves out, the variance of new levels' effects. The weight is 1 where it is not known.
@@ -140,7 +146,7 @@ def _included(fitted: Fitted, random: Any) -> list[np.ndarray]:
     for name in names:
         matches = [t for t, term in enumerate(terms) if term.group == name]
         matches = matches or [t for t, one in enumerate(own) if one == name]
-        found = {t: np.ones(len(terms[t].effects), bool) for t in matches} or _effects_written(name, terms)
+        found = {t: np.ones(len(terms[t].effects), bool) for t in matches} or _effects_written(name, fitted.labels)
         if not found:
             texts = [f"{one!r} ({' + '.join(t.effects)} | {t.group})" for one, t in zip(own, terms, strict=True)]
             raise ValueError(f"there is no random term {name!r}; there are {', '.join(texts)}")
@@ -149,9 +155,14 @@ def _included(fitted: Fitted, random: Any) -> list[np.ndarray]:
     return wanted
 
 
-def _effects_written(name: str, terms: Sequence[TermLabels]) -> dict[int, np.ndarray]:
+def _effects_written(name: str, labels: Labels) -> dict[int, np.ndarray]:
     """Terms, and which of their effects, that ``(0 + Days | Subject)`` or ``Days | Subject`` stands for; none where the
-    fit does not have all of them. A factor stands for its columns only where the term is asked for as a whole."""
+    fit does not have all of them."""
+    return _columns_written(name, labels.terms) or _terms_written(name, labels)
+
+
+def _columns_written(name: str, terms: Sequence[TermLabels]) -> dict[int, np.ndarray]:
+    """Effects by the names of their columns. A factor stands for its columns where the term is asked for as a whole."""
     text = re.sub(r"\s", "", name)
     written = re.fullmatch(r"(?:\w*\((.*)\)|(.*))", text)
     effects, bar, group = (written[1] or written[2] or "").partition("|") if written else ("", "", "")
@@ -170,6 +181,46 @@ def _effects_written(name: str, terms: Sequence[TermLabels]) -> dict[int, np.nda
         return {}
     found = {t: np.array([key in keys for key in every]) for t, every in own.items()}
     return {t: which for t, which in found.items() if which.any()}
+
+
+def _terms_written(name: str, labels: Labels) -> dict[int, np.ndarray]:
+    """Effects by the terms of a formula, one or a sum of random terms, factors coded as the fit has them."""
+    state: FormulaState | None = labels.state
+    text = name.strip().removeprefix("~").strip()
+    if state is None or "|" not in text:
+        return {}
+    try:
+        text = f"({text})" if read(text).outer("|", "||") else text
+        asked = parse(f"y ~ {text}", [*state.kinds, *(c for part in state.parsed.random for c in part.group.columns)])
+    except FormulaError:
+        return {}
+    columns_of = {part.group.name: frozenset(part.group.columns) for part in state.parsed.random}
+    found: dict[int, np.ndarray] = {}
+    for part in asked.random:
+        of_group = [t for t, own in enumerate(labels.terms) if columns_of[own.group] == frozenset(part.group.columns)]
+        for effects in part.blocks():
+            places = [place for t in of_group for place in _coded_alike(effects, state.random[t], t)]
+            if len(places) != len(effects.terms):
+                return {}
+            for t, at in places:
+                which = found.setdefault(t, np.zeros(len(labels.terms[t].effects), bool))
+                which[at] = True
+    return found
+
+
+def _coded_alike(effects: Effects, own: Columns, t: int) -> list[tuple[int, slice]]:
+    """The terms that a random term of the fit has with the same columns: its number and where they stand."""
+    if not {e.shown for e in effects.expressions} <= set(own.spec.coders):
+        return []
+    spans = {name: coder.spans_intercept for name, coder in own.spec.coders.items()}
+    asked = dict(zip(map(frozenset, effects.terms), scoped_terms(effects.terms, spans), strict=True))
+    found, at = [], 0
+    for term, part in zip(own.effects.terms, own.spec.structure, strict=True):
+        scoped = asked.get(frozenset(term))
+        if scoped is not None and set(map(frozenset, scoped)) == set(map(frozenset, part.scoped)):
+            found.append((t, slice(at, at + len(part.columns))))
+        at += len(part.columns)
+    return found
 
 
 # --- the rows ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP
 from mixjax.fitted.batch import BatchFit
+from mixjax.fitted.names import Spellings
 from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.inference.random.likelihood_ratio import mixture_p
@@ -118,8 +119,10 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     fits = {}
     models = {name: _model(formula, tables, task.source.options) for name, formula in task.models.items()}
     effects = list(dict.fromkeys(name for model in models.values() for name in model.labels.fixed))
-    if nothing := [name for name in task.null if name not in effects]:
+    known = Spellings(effects)
+    if nothing := [name for name in task.null if name not in known]:
         raise ValueError(f"null names {some_of(nothing)}, and the fixed effects are {some_of(effects)}")
+    task = replace(task, null={effects[known[name]]: value for name, value in task.null.items()})
     for name, model in models.items():
         prefix = f"{name}::" if several else ""
         own, products, est = _fitted(task, model, Y, mesh)

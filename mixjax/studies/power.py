@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from mixjax.checks import DataError, InferenceWarning, check_count, check_level, check_list, warn
+from mixjax.fitted.names import Spellings
 from mixjax.markup import Report, Reported
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import MOST_CELLS, combinations, source_of
@@ -104,7 +105,7 @@ def power(
             raise ValueError(f"test={test!r} compares two models: pass model={{'small': ..., 'large': ...}}")
         options["compared"] = [tuple(models)]
     elif models:  # before a simulation that may take hours
-        _check_effect(test, names_of_effects(source, list(models.values())[-1], grid))
+        test = _effect(test, names_of_effects(source, list(models.values())[-1], grid))
     done = study(source, model, grid, replicates, key, **options)
     column = _column(test, models)
     names = ["singular", "failed"]
@@ -127,10 +128,11 @@ def _column(test: str, models: Mapping[str, str]) -> str:
     return f"{prefix}p({test})"
 
 
-def _check_effect(test: str, effects: Sequence[str]) -> None:
-    """Raise DataError for what is no fixed effect, with those that are."""
-    if test in effects:
-        return
+def _effect(test: str, effects: Sequence[str]) -> str:
+    """The fixed effect that a user names, or DataError with those that there are."""
+    known = Spellings(effects)
+    if test in known:
+        return effects[known[test]]
     listed = ", ".join(effects) or "none"
     # Names such as condition[T.b], C(condition, contr.sum)[S.b] and their products with others.
     own = re.compile(rf"(?:^|:)(?:C\(\s*)?{re.escape(test)}(?:\s*[,)][^:]*)?\[")

@@ -14,13 +14,12 @@ import pandas as pd
 from mixjax.checks import DataError, DataWarning
 from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
-from mixjax.fitted.names import names_of_variances, term_names
+from mixjax.fitted.names import known_names, names_of_variances, term_names
 from mixjax.fitted.record import record_of
 from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
-from mixjax.inference.fixed.hypotheses import known_names
 from mixjax.resampling.simulation import simulate_responses, symmetric_root
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
 

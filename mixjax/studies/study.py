@@ -21,6 +21,8 @@ import pandas as pd
 from mixjax.checks import DataWarning, check_count, check_level, check_memory, some_of, warn
 from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
+from mixjax.fitted.names import Spellings
+from mixjax.fitted.options import ddf_of
 from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
@@ -235,6 +237,7 @@ def study(
         [0.1, 0.9]
     """
     replicates = check_count("replicates", replicates, 1)
+    ddf = ddf_of(ddf)
     check_ddf(ddf)
     check_engine(engine)
     cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common, engine)
@@ -297,15 +300,20 @@ def study(
 
     # A scenario knows more than a smaller model estimates; what the user says is meant to be read.
     said = {name for cell, known in cells if truth is not None or isinstance(cell.task.source, Rows) for name in known}
+    truths = [known for _, known in cells]
     if said:
         names = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))
         there = {split(column)[1] for column in names}
+        estimates = _estimates(there)
+        spelled = Spellings(estimates, in_order=False)
+        truths = [{estimates[spelled[k]] if k in spelled else k: v for k, v in each.items()} for each in truths]
+        said = {name for name in said if name not in spelled}
         if nothing := sorted(said - there):
             warn(
                 f"truth names {some_of(nothing)}, which no model estimates; estimates are {some_of(_estimates(there))}"
             )
     frame = pd.DataFrame(values_of, index=pd.RangeIndex(len(cells)))
-    return Study(frame, replicates, [known for _, known in cells], tuple(kept.notes) if kept else (), read)
+    return Study(frame, replicates, truths, tuple(kept.notes) if kept else (), read)
 
 
 # Names of the study's own arguments, which no name of a grid stands for.

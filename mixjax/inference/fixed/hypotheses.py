@@ -13,6 +13,7 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.design import Labels
+from mixjax.fitted.names import known_names
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrast_methods import written
 from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, combinations, ddf_note, f_test
@@ -113,23 +114,6 @@ def _number(value: Any, what: Any) -> float:
     if not np.isfinite(number):
         raise ValueError(f"the weight of '{what}' must be a finite number, got {value!r}")
     return number
-
-
-def known_names(labels: Labels) -> dict[str, int]:
-    """Every spelling of a fixed effect that is understood -> its column of X.
-
-    lme4's: ``(Intercept)``, and levels that follow the factor without ``[T.]``; where two columns would share such a
-    spelling, it is not understood.
-    """
-    own = {name: j for j, name in enumerate(labels.fixed)}
-    taken = {*own, *labels.dropped_columns}
-    others: dict[str, int] = {}
-    twice = set()
-    for name, j in own.items():
-        spelling = "(Intercept)" if name == "Intercept" else re.sub(r"\[(?:T\.)?([^\[\]]*)\](?=:|$)", r"\1", name)
-        twice |= {spelling} & set(others)
-        others.setdefault(spelling, j)
-    return own | {name: j for name, j in others.items() if name not in taken and name not in twice}
 
 
 def _unknown(name: str, labels: Labels) -> NoReturn:
