@@ -274,7 +274,7 @@ def four_intervals(values: np.ndarray, estimate: np.ndarray, left_out: np.ndarra
 
 def bootstrap_speed(n: int, key: int) -> None:
     fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
-    fit.bootstrap(key, 100).confint(method="bca")
+    fit.bootstrap(key, 100).confint(kind="bca")
     start = time.perf_counter()
     sample = fit.bootstrap(key, n)
     for method in intervals.METHODS:

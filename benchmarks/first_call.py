@@ -83,7 +83,7 @@ def steps(mj: Any) -> dict[str, Callable[[], Any]]:
         "compare, bootstrap of 1 000": lambda: str(
             mj.compare(made["m1"], made["m"], refit=False, method="bootstrap", n=1_000, key=1)
         ),
-        "bootstrap of 1 000, intervals": lambda: str(made["m"].bootstrap(key=1, n=1_000).confint(method="bca")),
+        "bootstrap of 1 000, intervals": lambda: str(made["m"].bootstrap(key=1, n=1_000).confint(kind="bca")),
     }
 
 

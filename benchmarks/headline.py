@@ -88,7 +88,7 @@ def large_fit() -> dict[str, float]:
 def bootstrap(n: int = 10_000) -> dict[str, float]:
     data = mj.datasets.load("sleepstudy")
     fit = mj.lmm(SLOPES, data)
-    found = ours(lambda: fit.bootstrap(key=1, n=n).confint(method="percentile"), 3)
+    found = ours(lambda: fit.bootstrap(key=1, n=n).confint(kind="percentile"), 3)
     if has("mixedlm"):
         import mixedlm
 

@@ -141,7 +141,7 @@ def test_crossed_factors():
     assert list(result.estimate.index) == ["sd_Intercept|plate", "sd_Intercept|sample", "sigma", "Intercept"]
     pd.testing.assert_frame_equal(bootstrap(fit, 1, 200, chunk=64).replicates, result.replicates, check_exact=True)
     for refused in (lambda: bootstrap(fit, 1, 5, "cases"), lambda: bootstrap(fit, 1, 5, "wild"),
-                    lambda: result.confint(method="bca")):  # fmt: skip
+                    lambda: result.confint(kind="bca")):  # fmt: skip
         with pytest.raises(ValueError, match="'plate', 'sample' are crossed"):
             refused()
 
@@ -525,14 +525,14 @@ def test_bca_is_refused_where_no_level_can_be_left_out():
     data = {"y": rng.normal(size=24) + rng.normal(size=4)[g], "x": (g == 2) * 1, "g": ["abcd"[i] for i in g]}
     result = bootstrap(mj.lmm("y ~ x + (1 | g)", data).record, 1, 20)
     with pytest.raises(ValueError, match="without each level of 'g', but without 'c' it fails"):
-        result.confint(method="bca")
+        result.confint(kind="bca")
 
 
 def test_bca_without_limits_warns():
     result = intercepts_bootstrap("parametric")
     above = replace(result, replicates=result.replicates.assign(sigma=lambda d: d["sigma"] + 1e6))
     with pytest.warns(InferenceWarning, match="no BCa limits for sigma"):
-        limits = above.confint(method="bca")
+        limits = above.confint(kind="bca")
     assert limits.loc["sigma"].isna().all()
     assert limits.drop("sigma").notna().all(axis=None)
 
@@ -543,9 +543,9 @@ def test_bad_level(level):
         intercepts_bootstrap("parametric").confint(level)
 
 
-def test_bad_method():
-    with pytest.raises(ValueError, match="method must be one of 'percentile', 'basic', 'normal', 'bca'"):
-        intercepts_bootstrap("parametric").confint(method="profile")
+def test_bad_kind_of_interval():
+    with pytest.raises(ValueError, match="kind must be one of 'percentile', 'basic', 'normal', 'bca'"):
+        intercepts_bootstrap("parametric").confint(kind="profile")
 
 
 def test_one_replicate():
@@ -572,7 +572,7 @@ def test_a_statistic_of_ones_own():
     np.testing.assert_allclose(result.estimate["icc"], float(icc(intercepts().estimates)))
     chunks = bootstrap(intercepts(), 3, 999, statistic=icc, chunk=100)
     pd.testing.assert_frame_equal(chunks.replicates, result.replicates, check_exact=True)
-    limits = result.confint(method="bca")
+    limits = result.confint(kind="bca")
     assert limits.loc["icc", "lower"] < result.estimate["icc"] < limits.loc["icc", "upper"]
     pd.testing.assert_series_equal(pickle.loads(pickle.dumps(result)).estimate, result.estimate)
 

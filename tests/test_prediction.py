@@ -432,8 +432,8 @@ def test_part_of_a_correlated_term():
     close(predict(fit, random="0 + Days|Subject").iloc[:10] - predict(fit, random=False).iloc[:10],
           pd.Series(np.arange(10) * fit.estimates.b[0][0, 1]), 1e-9)  # fmt: skip
     # The error of the mean, by hand: at day 0 the slope does not count, so it is that of the population.
-    close(predict(fit, new, random="0 + Days | Subject", interval="confidence")["se"].iloc[[0]],
-          predict(fit, new, random=False, interval="confidence")["se"].iloc[[0]])  # fmt: skip
+    close(predict(fit, new, random="0 + Days | Subject", interval="confidence")["std_error"].iloc[[0]],
+          predict(fit, new, random=False, interval="confidence")["std_error"].iloc[[0]])  # fmt: skip
     with pytest.raises(ValueError, match="some effects of a term"):
         predict(fit, new, random="1 | Subject", interval="prediction")
     with pytest.raises(ValueError, match=r"no random term 'age \| Subject'"):
@@ -493,11 +493,11 @@ def test_weights_of_new_responses():
     fit = fit_formula("y ~ x + (1 | g)", data, weights="w")
     sigma2, old = float(fit.estimates.sigma) ** 2, predict(fit, interval="prediction")
     mean = predict(fit, interval="confidence")
-    close(old["se"] ** 2, mean["se"] ** 2 + sigma2 / data["w"])
+    close(old["std_error"] ** 2, mean["std_error"] ** 2 + sigma2 / data["w"])
     close(predict(with_state(fit, weights="w"), data, interval="prediction"), old, 1e-12)
     with pytest.warns(InferenceWarning, match="weights of newdata are not known"):
         new = predict(with_state(fit, weights=None), TABLE, interval="prediction")
-    close(new["se"] ** 2, mean["se"] ** 2 + sigma2)
+    close(new["std_error"] ** 2, mean["std_error"] ** 2 + sigma2)
     with pytest.raises(DataError, match=r"no column 'w'.*weights='w'"):
         predict(with_state(fit, weights="w"), TABLE, interval="prediction")
     close(predict(with_state(fit, weights="w"), TABLE), predict(fit), 1e-12)
@@ -589,12 +589,12 @@ def test_three_ways_to_hendersons_variance(name, singular):
 def test_population_errors_are_those_of_the_fixed_effects(sleep):
     result = predict(sleep, random=False, interval="confidence")
     X = sleep.design.X
-    close(result["se"] ** 2, np.einsum("np,pq,nq->n", X, sleep.estimates.vcov, X))
-    close(result["upper"] - result["estimate"], Z95 * result["se"])
+    close(result["std_error"] ** 2, np.einsum("np,pq,nq->n", X, sleep.estimates.vcov, X))
+    close(result["upper"] - result["estimate"], Z95 * result["std_error"])
     new = predict(sleep, random=False, interval="prediction")
     Z, Sigma = sleep.design.terms[0].Z, sleep.estimates.Sigma[0]
     both = np.einsum("na,ab,nb->n", Z, Sigma, Z) + float(sleep.estimates.sigma) ** 2
-    close(new["se"] ** 2, result["se"] ** 2 + both)
+    close(new["std_error"] ** 2, result["std_error"] ** 2 + both)
 
 
 def test_new_levels_add_their_variance(sleep):
@@ -605,7 +605,7 @@ def test_new_levels_add_their_variance(sleep):
         close(result["estimate"], population["estimate"])
         Z = np.column_stack([np.ones(3), new["Days"]])
         own = np.einsum("na,ab,nb->n", Z, sleep.estimates.Sigma[0], Z)
-        close(result["se"] ** 2, population["se"] ** 2 + (own if interval == "confidence" else 0.0))
+        close(result["std_error"] ** 2, population["std_error"] ** 2 + (own if interval == "confidence" else 0.0))
 
 
 def test_a_balanced_one_way_layout_in_closed_form():
@@ -616,25 +616,25 @@ def test_a_balanced_one_way_layout_in_closed_form():
     shrink = s2_b / of_mean
     naive = s2_b * (1 - shrink) + (1 - shrink) ** 2 * of_mean / m
     result = predict(fit, interval="confidence")
-    close(result["se"], np.sqrt(naive), 1e-8)
+    close(result["std_error"], np.sqrt(naive), 1e-8)
     # MSB and MSW are independent, each a multiple of chi-square: var(log(1 - shrink)) = 2/(m-1) + 2/(m(n-1)).
     g3 = (1 - shrink) ** 2 * (2 / (m - 1) + 2 / (m * (n - 1))) * of_mean * (1 - 1 / m)
     result = predict(fit, interval="confidence", method="second-order")
-    close(result["se"], np.sqrt(naive + 2 * g3), 1e-8)
+    close(result["std_error"], np.sqrt(naive + 2 * g3), 1e-8)
     # The variance is s2 / n + s2^2 / (n^2 of_mean) * (1/m - 1): of two independent mean squares.
     wrong = s2 / n * (1 - (1 - shrink) * (1 - 1 / m))
     close(wrong, naive, 1e-10)
     slopes = np.array([wrong - s2 / n * (1 - shrink) * (1 - 1 / m), s2 / n * (1 - shrink) * (1 - 1 / m)])
     df = 2 * naive**2 / (slopes**2 @ [2 / (m * (n - 1)), 2 / (m - 1)])
-    width = (result["upper"] - result["estimate"]) / result["se"]
+    width = (result["upper"] - result["estimate"]) / result["std_error"]
     close(width, scipy.stats.t.ppf(0.975, df), 1e-7)
 
 
 def test_second_order_of_the_population_is_satterthwaites(sleep):
     mean = predict(sleep, {"Days": [0.0]}, random=False, interval="confidence", method="second-order").iloc[0]
     test = mj.satterthwaite(sleep.estimates, sleep.stats, [1.0, 0.0])
-    close([mean["estimate"], mean["se"]], [test.estimate[0], test.se[0]])
-    close(mean["upper"], mean["estimate"] + scipy.stats.t.ppf(0.975, test.df[0]) * mean["se"])
+    close([mean["estimate"], mean["std_error"]], [test.estimate[0], test.se[0]])
+    close(mean["upper"], mean["estimate"] + scipy.stats.t.ppf(0.975, test.df[0]) * mean["std_error"])
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -743,7 +743,7 @@ def test_singular_fits(name):
     Z = tuple(np.asarray(t.Z)[:5] for t in design.terms)
     targets = Targets(design.X[:5], np.zeros(5), Z, tuple(t.group[:5] for t in design.terms), np.zeros(5))
     expected = np.sqrt(dense_prediction(design, targets, [L @ L.T for L in lambdas], float(fit.estimates.sigma))[0])
-    close(predict(fit, interval="confidence")["se"].iloc[:5], expected, 1e-9)
+    close(predict(fit, interval="confidence")["std_error"].iloc[:5], expected, 1e-9)
     with pytest.warns(InferenceWarning, match="singular fit"):
         result = predict(fit, interval="prediction", method="second-order")
     assert np.isfinite(result).all(axis=None)
@@ -776,7 +776,7 @@ def test_bootstrap_errors_are_those_of_refits(sleep):
     for i in (0, 3):
         refit = mj.lmm("Reaction ~ Days + (Days | Subject)", sleep.labels.frame.assign(Reaction=drawn["Y"][i])).record
         again = predict(refit, interval="confidence")
-        close(errors.scale[i], again["se"], 1e-6)
+        close(errors.scale[i], again["std_error"], 1e-6)
         truth = again["estimate"] - errors.error[i]
         # The truth lies in the span of a line per subject, and leaves residuals of the fit's sigma.
         by_subject = truth.to_numpy().reshape(18, 10)
@@ -795,7 +795,7 @@ def test_bootstrap_intervals(sleep):
     other = predict(sleep, new, method="second-order", **options)
     close(found["estimate"], other["estimate"])
     # 2000 replicates: standard errors to 1.6 %, 95 % quantiles to about 3 %; four of these.
-    close(found["se"], other["se"], 0.07)
+    close(found["std_error"], other["std_error"], 0.07)
     close(found["upper"] - found["lower"], other["upper"] - other["lower"], 0.12)
 
 
@@ -804,7 +804,7 @@ def test_bootstrap_of_crossed_factors_and_excluded_terms():
     for interval, random in (("confidence", True), ("prediction", "plate"), ("confidence", False)):
         options = {"interval": interval, "random": random}
         found = predict(fit, fit.labels.frame[:2], method="bootstrap", key=1, n=1000, **options)
-        close(found["se"], predict(fit, fit.labels.frame[:2], **options)["se"], 0.12)
+        close(found["std_error"], predict(fit, fit.labels.frame[:2], **options)["std_error"], 0.12)
 
 
 def test_bootstrap_where_blocks_are_too_large(sleep, monkeypatch):

@@ -60,7 +60,7 @@ class Diagnosing:
             key, n: of the bootstrap.
 
         Returns:
-            Series ``fitted``; with an interval a DataFrame ``estimate``, ``se``, ``lower``, ``upper``.
+            Series ``fitted``; with an interval a DataFrame ``estimate``, ``std_error``, ``lower``, ``upper``.
 
         Example:
             >>> import mixjax as mj

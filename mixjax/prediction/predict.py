@@ -75,8 +75,8 @@ def predict(
 
     Returns:
         Series ``fitted`` with the index of newdata, NaN where a row has missing values or cannot be estimated; with an
-        interval a DataFrame ``estimate``, ``se`` (of the prediction error: with ``"bootstrap"`` the root mean square
-        of the replicates), ``lower``, ``upper``.
+        interval a DataFrame ``estimate``, ``std_error`` (of the prediction error: with ``"bootstrap"`` the root mean
+        square of the replicates), ``lower``, ``upper``.
 
     Raises:
         DataError: newdata lack a column, or hold what the fit does not know; see :mod:`mixjax.formula.state`.
@@ -104,7 +104,7 @@ def predict(
     if interval is None:
         return pd.Series(estimate, index=index, name="fitted")
     se, width = errors_of(fitted, targets, level, method, key, n)
-    columns = {"estimate": fitted_mean, "se": se, "lower": fitted_mean - width, "upper": fitted_mean + width}
+    columns = {"estimate": fitted_mean, "std_error": se, "lower": fitted_mean - width, "upper": fitted_mean + width}
     return pd.DataFrame({name: _on(index, complete, values) for name, values in columns.items()}, index=index)
 
 

@@ -83,7 +83,7 @@ def bootstrap(
         >>> result = bootstrap(fit.record, key=1, n=200)
         >>> list(result.replicates.columns)
         ['sd_Intercept|Batch', 'sigma', 'Intercept']
-        >>> result.confint(method="basic").columns.tolist()
+        >>> result.confint(kind="basic").columns.tolist()
         ['lower', 'upper']
     """
     n = check_count("n", n, 1)
@@ -150,13 +150,13 @@ class Bootstrap(Reported):
         return (self.replicates.mean() - self.estimate).rename("bias")
 
     def confint(
-        self, level: float = 0.95, method: Literal["percentile", "basic", "normal", "bca"] = "percentile"
+        self, level: float = 0.95, kind: Literal["percentile", "basic", "normal", "bca"] = "percentile"
     ) -> pd.DataFrame:
         """Confidence intervals, terms in rows.
 
         Args:
             level: between 0 and 1.
-            method: ``"percentile"``: quantiles of the replicates. ``"basic"``: these reflected at the estimate.
+            kind: ``"percentile"``: quantiles of the replicates. ``"basic"``: these reflected at the estimate.
                 ``"normal"``: estimate less bias, plus and minus normal quantiles of the standard error. ``"bca"``:
                 percentile limits corrected for bias and for a standard error that changes with the parameter; needs
                 the refits without each level of the outermost grouping factor, which are made now.
@@ -165,20 +165,20 @@ class Bootstrap(Reported):
             DataFrame with ``lower`` and ``upper``; see :mod:`mixjax.resampling.intervals`.
 
         Raises:
-            ValueError: level or method is none; or there are no levels to leave out for BCa.
+            ValueError: level or kind is none; or there are no levels to leave out for BCa.
 
         Warns:
             InferenceWarning: a term has no BCa limits; they are NaN.
         """
         check_level(level)
         values, estimate = self.replicates.to_numpy(), self.estimate.to_numpy()
-        if method == "percentile":
+        if kind == "percentile":
             limits = intervals.percentile(values, level)
-        elif method == "basic":
+        elif kind == "basic":
             limits = intervals.basic(values, estimate, level)
-        elif method == "normal":
+        elif kind == "normal":
             limits = intervals.normal(self.bias.to_numpy(), self.std_error.to_numpy(), estimate, level)
-        elif method == "bca":
+        elif kind == "bca":
             acceleration = intervals.acceleration(intervals.jackknife(self._fitted, self._compute.refitted))
             limits = intervals.bca(values, estimate, acceleration, level)
             missing = self.estimate.index[np.isnan(limits).any(axis=1)]
@@ -189,7 +189,7 @@ class Bootstrap(Reported):
                     InferenceWarning,
                 )
         else:
-            raise ValueError(f"method must be one of {', '.join(map(repr, intervals.METHODS))}, got {method!r}")
+            raise ValueError(f"kind must be one of {', '.join(map(repr, intervals.KINDS))}, got {kind!r}")
         return pd.DataFrame(limits, index=self.estimate.index, columns=["lower", "upper"])
 
     def to_frame(self) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from mixjax.products.sums import CrossProducts
 from mixjax.resampling.kinds import cluster_products, outermost_term
 from mixjax.resampling.replicates import chunk_size
 
-METHODS = ("percentile", "basic", "normal", "bca")
+KINDS = ("percentile", "basic", "normal", "bca")
 
 
 def quantiles(x: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -112,6 +112,6 @@ def jackknife(fitted: Fitted, refit: Callable[[CrossProducts, int], tuple[Any, A
         raise ValueError(
             f"BCa intervals need the fit without each level of {name!r}, but without {levels}"
             f"{', ...' if len(lost) > 5 else ''} it fails, as where fixed effects depend on one level; use "
-            "method='percentile' or 'basic'"
+            "kind='percentile' or 'basic'"
         )
     return np.concatenate(values)
