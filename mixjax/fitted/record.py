@@ -176,7 +176,7 @@ class Fitted:
         """
         design, labels = self.design, self.labels
         check_varies(y, labels.response)
-        rows = rows_of(replace(design, y=y))
+        rows = self.rows.with_response(np.asarray(y, np.float64))
         own = y if design.offset is None else y - design.offset
         check_noise(own, np.asarray(design.X), rows.Q, design.weights, labels.response)
         if labels.response in labels.frame:
