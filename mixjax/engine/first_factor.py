@@ -40,9 +40,9 @@ Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor an
 class First(NamedTuple):
     """The first factor eliminated. Entries are vectors ``(C, B)`` over classes and lanes."""
 
-    K: Entries
-    F: Entries
-    N: Entries
+    K: Tiny
+    F: Tiny
+    N: Tiny
     logdet: Array
 
 

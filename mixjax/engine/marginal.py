@@ -60,8 +60,7 @@ def marginal_loglik(params: MarginalParams, design: Design | CrossProducts) -> A
     refuse_forked()
     stats = design if isinstance(design, CrossProducts) else cross_products(design)
     check_shapes(params, stats)
-    loglik: Array = _loglik(params, stats)
-    return loglik
+    return _loglik(params, stats)
 
 
 def check_shapes(params: MarginalParams, stats: CrossProducts) -> None:

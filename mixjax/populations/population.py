@@ -350,7 +350,6 @@ class Population:
         """Predictors of the block that sample ``number`` is in; errors in ``rows``, or in that sample alone."""
         size = self._plan.size(n)
         begin = np.uint32(number // size * size)
-        x: dict[str, Any]
         x, flags = x_block(self._plan.leaves("x"), key, begin, plan=self._plan, n=n, size=size)
         self._raise("x", flags, slice(number % size, number % size + 1) if rows is None else rows)
         return x
@@ -358,7 +357,6 @@ class Population:
     def _y(self, x: Any, key: Any, n: int, number: int, rows: slice | None = None) -> dict[str, Any]:
         size = self._plan.size(n)
         begin = np.uint32(number // size * size)
-        y: dict[str, Any]
         y, flags = y_block(self._plan.leaves("y"), x, key, begin, plan=self._plan, n=n, size=size)
         self._raise("y", flags, slice(number % size, number % size + 1) if rows is None else rows)
         return y
