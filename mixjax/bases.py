@@ -122,7 +122,8 @@ def in_span(y: np.ndarray, X: np.ndarray, Q: np.ndarray, sqrt_w: np.ndarray | No
     lengths = np.linalg.norm(rest, axis=-1), np.linalg.norm(y * w, axis=-1)
     for _ in range(2):
         rest = rest - (rest @ Q) @ Q.T
-    return np.linalg.norm(rest, axis=-1) <= np.maximum(RANK_TOL * lengths[0], ROUNDING * lengths[1])
+    inside: np.ndarray = np.linalg.norm(rest, axis=-1) <= np.maximum(RANK_TOL * lengths[0], ROUNDING * lengths[1])
+    return inside
 
 
 def constant_column(X: np.ndarray) -> int | None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mixjax.linalg import matrices, of_matrices
 from mixjax.machine import Array, fori_loop, namespace
+
+# Matrices by their entries (i, j), each a vector over the stack.
+_Entries = dict[tuple[int, int], Array]
 
 # Up to this size matrices are diagonalised by rotations on whole vectors, beyond it one by one by LAPACK. Programs that
 # run in several threads must stay below: XLA's LAPACK calls wait for the pool of threads that they themselves occupy.
@@ -60,7 +66,7 @@ def eigh(H: Array) -> tuple[Array, Array]:
         values, vectors = jnp.moveaxis(values, 0, -1), jnp.moveaxis(vectors, 0, -1)
         return jnp.where(finite, values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
 
-    def sweep(_, entries):
+    def sweep(_: Any, entries: tuple[_Entries, _Entries]) -> tuple[_Entries, _Entries]:
         H, V = entries
         for i in range(k):
             for j in range(i + 1, k):
@@ -91,7 +97,7 @@ def _numpys_eigh(H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, values, np.nan), np.where(finite, vectors, np.nan)
 
 
-def _rotate(H: dict, V: dict, i: int, j: int) -> tuple[dict, dict]:
+def _rotate(H: _Entries, V: _Entries, i: int, j: int) -> tuple[_Entries, _Entries]:
     """One Jacobi rotation that zeroes entry (i, j) of H, given by its upper entries; V collects the rotations."""
     k = 1 + max(a for a, _ in H)
     zero = H[i, j] == 0
@@ -149,7 +155,7 @@ def orthogonal_columns(F: Array) -> tuple[Array, Array]:
         U, S, _ = jnp.linalg.svd(jnp.moveaxis(jnp.where(finite, F, 0.0), -1, 0))
         return jnp.moveaxis(U * S[:, None], 0, -1), jnp.moveaxis(S, 0, -1)
 
-    def sweep(_, columns):
+    def sweep(_: Any, columns: Sequence[Array]) -> tuple[Array, ...]:
         columns = list(columns)
         for i in range(q):
             for j in range(i + 1, q):

@@ -78,7 +78,7 @@ def _sum_of_products(A: Array, B: Array) -> Array:
     return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
 
 
-def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> Array:
     """BLAS sees matrices only, no lanes: what it makes of a column depends on how many there are."""
     (a, i), (b, k) = A.shape[:2], B.shape[:2]
     alone_A, alone_B = A.size == a * i, B.size == b * k
@@ -176,7 +176,8 @@ def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _lapack(char: str) -> tuple[Any, Any]:
-    return scipy.linalg.get_lapack_funcs(("potrf", "trtri"), dtype=np.dtype(char))
+    found: tuple[Any, Any] = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), dtype=np.dtype(char))
+    return found
 
 
 def _written_out(M: Array) -> tuple[Array, Array]:
@@ -236,7 +237,7 @@ def _eliminate(M: Array) -> tuple[Array, Array, Array]:
     diagonal = M[jnp.arange(n), jnp.arange(n)]
     scale = jax.lax.rsqrt(diagonal)
 
-    def step(k, carried):
+    def step(k: Array, carried: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         M, logdet, least = carried
         pivot = M[k, k]
         row, column = M[k] / pivot, M[:, k]
@@ -278,7 +279,7 @@ def _inverse_by_halves(M: Array) -> tuple[Array, Array]:
 
 
 @_inverse_logdet.defjvp
-def _inverse_logdet_jvp(primals, tangents):
+def _inverse_logdet_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     (M,), (dM,) = primals, tangents
     inverse, logdet = inverse_logdet(M)
     return (inverse, logdet), (-matmul(matmul(inverse, dM), inverse), trace_of_product(inverse, dM))
@@ -306,7 +307,7 @@ def _solve_logdet(M: Array, R: Array) -> tuple[Array, Array]:
 
 
 @_solve_logdet.defjvp
-def _solve_logdet_jvp(primals, tangents):
+def _solve_logdet_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     (M, R), (dM, dR) = primals, tangents
     inverse, logdet = inverse_logdet(M)
     X = inverse @ R
@@ -324,7 +325,7 @@ def _solve_spd(M: Array, R: Array) -> Array:
 
 
 @_solve_spd.defjvp
-def _solve_spd_jvp(primals, tangents):
+def _solve_spd_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     (M, R), (dM, dR) = primals, tangents
     X = solve_spd(M, R)
     return X, inverse_logdet(M)[0] @ (dR - dM @ X)
@@ -344,7 +345,7 @@ def _quadratic_form(M: Array, R: Array) -> Array:
 
 
 @_quadratic_form.defjvp
-def _quadratic_form_jvp(primals, tangents):
+def _quadratic_form_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     (M, R), (dM, dR) = primals, tangents
     X = solve_spd(M, R)
     mixed = dR.T @ X
@@ -371,10 +372,11 @@ def gain(Lambda: Array, A: Array) -> tuple[Array, Array]:
     Derivatives: ``dK = F' dD F - K dA K`` and ``d log det = tr(N dD) + tr(K dA)`` with ``F = I - A K``,
     ``N = A - A K A``.
     """
-    return (_gain_of if namespace(Lambda, A) is np else _gain)(Lambda, A)
+    found: tuple[Array, Array] = (_gain_of if namespace(Lambda, A) is np else _gain)(Lambda, A)
+    return found
 
 
-def _gain_of(Lambda, A):
+def _gain_of(Lambda: Array, A: Array) -> tuple[Array, Array]:
     L = Lambda[..., None]
     if Lambda.shape[0] == 1:
         M = 1.0 + L * A * L
@@ -387,7 +389,7 @@ def _gain_of(Lambda, A):
 _gain = jax.custom_jvp(_gain_of)
 
 
-def _gain_jvp(primals, tangents):
+def _gain_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
     (Lambda, A), (dLambda, dA) = primals, tangents
     K, logdet = _gain(Lambda, A)
     dK, dlogdet = jnp.zeros_like(K), jnp.zeros_like(logdet)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from mixjax.forks import refuse_forked
 
 # NumPy's array, or JAX's, a tracer among them.
 Array = Any
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _NUMPYS_OWN = (np.ndarray, np.generic, bool, int, float, type(None))
 
@@ -156,7 +159,7 @@ QUICK = {"xla_cpu_use_fusion_emitters": False}
 LANES = {**QUICK, "xla_cpu_prefer_vector_width": 512, "xla_cpu_multi_thread_eigen": False}
 
 
-def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any) -> Callable:
+def jit(fun: Callable[P, R], compiler_options: dict[str, Any] = QUICK, **options: Any) -> Callable[P, R]:
     """``jax.jit`` with compiler options that suit small programs on CPUs, where they can be had.
 
     JAX takes compiler options only outside its transformations, and XLA only those that it knows: in all other cases
@@ -191,7 +194,7 @@ def jit(fun: Callable, compiler_options: dict[str, Any] = QUICK, **options: Any)
 
 
 @cache
-def compiled(fun: Callable) -> Callable:
+def compiled(fun: Callable[..., Any]) -> Callable[..., Any]:
     """``jit(fun)``: one program for all who ask for it."""
     return jit(fun)
 
@@ -199,7 +202,8 @@ def compiled(fun: Callable) -> Callable:
 def float64(on: bool = True) -> AbstractContextManager[None]:
     """JAX's scope of 64 bits, which every call enters that takes or gives names; refused in a forked process."""
     refuse_forked()
-    return jax.enable_x64(on)
+    scope: AbstractContextManager[None] = jax.enable_x64(on)
+    return scope
 
 
 def n_cores() -> int:

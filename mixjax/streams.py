@@ -23,7 +23,7 @@ def cross_products_from(
     formula: str,
     weights: str | None = None,
     offset: str | None = None,
-    categories: Mapping[str, Iterable] | None = None,
+    categories: Mapping[str, Iterable[Any]] | None = None,
     contrasts: Mapping[str, str] | None = None,
     progress: bool | None = None,
     context: Mapping[str, Any] | None = None,

@@ -218,14 +218,14 @@ class NotedTable(pd.DataFrame):
         super().__init__(frame)  # type: ignore[call-arg]
         self.attrs["notes"] = tuple(notes)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (pd.DataFrame(self), self.attrs["notes"])
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *self.attrs["notes"]])
 
     def _repr_html_(self) -> str | None:
-        table = pd.DataFrame(self)._repr_html_()  # type: ignore[operator]
+        table: str | None = pd.DataFrame(self)._repr_html_()  # type: ignore[operator]
         return table and table + Report((), self.attrs["notes"]).html()
 
     def to_latex(  # type: ignore[override]
@@ -324,4 +324,5 @@ class NotedTable(pd.DataFrame):
         given = {"index": index, "na_rep": na_rep, "header": None if header is True else header, **(placed or {})}
         given = {name: value for name, value in given.items() if value is not None}
         frame = pd.DataFrame(self)
-        return getattr(frame.iloc[:, _places(frame, columns)], method)(**given, **pandas)
+        written: str = getattr(frame.iloc[:, _places(frame, columns)], method)(**given, **pandas)
+        return written

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[UNTRUSTED] = "1"
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: tell(message)
-            status = arguments.run(arguments)
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def power_command(arguments: argparse.Namespace) -> int:
 
     def source(groups: int) -> Any:
         group = np.repeat(np.arange(groups), per_group)
-        made = {
+        made: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
             "between": lambda rng: (group % 2).astype(float),
             "within": lambda rng: np.tile(np.arange(per_group, dtype=float), groups),
             "normal": lambda rng: rng.standard_normal(len(group)),

@@ -110,7 +110,7 @@ def _bytes(path: Path, encoding: str) -> bytes:
     """All of a file, read once: a pipe cannot be read twice."""
     try:
         with COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
-            raw = stream.read()
+            raw: bytes = stream.read()
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     kind = next((kind for start, kind in NO_TEXT.items() if raw.startswith(start)), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mixjax.machine import Array, namespace
 
@@ -16,7 +17,7 @@ from mixjax.machine import Array, namespace
 LOWEST, HIGHEST = 0.1, 100.0
 
 
-def rank_tolerance(dtype) -> float:
+def rank_tolerance(dtype: DTypeLike) -> float:
     """A row of a factor of the covariance that lies in the span of the rows above it up to this part of its length
     counts as dependent: 1e-8 in float64, 1e-4 in float32. The correlation is then 1 to twice as many digits."""
     return 1e-8 if np.finfo(dtype).bits == 64 else 1e-4

@@ -70,14 +70,16 @@ class Parts(NamedTuple):
 
     def along(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """``left_i M right_i'``, ``(k,)``."""
-        return ((left @ self.M) * right).sum(1)
+        products: np.ndarray = ((left @ self.M) * right).sum(1)
+        return products
 
     def predicted(self, prior: np.ndarray) -> np.ndarray:
         """Variance of the predictions of ``u``, over sigma^2, where ``u u'`` is ``prior (k,)``: see :func:`parts_of`.
 
         ``u (U'GU - U'GQ M Q'GU) u'``, and ``U'GU = I - S^{-1}``.
         """
-        return prior - self.taken - self.along(self.pull, self.pull)
+        variances: np.ndarray = prior - self.taken - self.along(self.pull, self.pull)
+        return variances
 
 
 def whiten(fitted: Fitted) -> Whitened:

@@ -212,7 +212,8 @@ class Influence(Reported):
     @property
     def beta(self) -> pd.DataFrame:
         """Fixed effects without each unit."""
-        return self.fitted.estimates.beta - self.dfbeta
+        without: pd.DataFrame = self.fitted.estimates.beta - self.dfbeta
+        return without
 
     @property
     def se(self) -> pd.DataFrame:
@@ -224,7 +225,8 @@ class Influence(Reported):
     def vcov(self) -> np.ndarray:
         """``(U, p, p)`` covariance of the fixed effects without each unit."""
         R_inv = np.asarray(self.fitted.stats.X_basis.R_inv)
-        return R_inv @ self._without.covariance @ R_inv.T
+        covariances: np.ndarray = R_inv @ self._without.covariance @ R_inv.T
+        return covariances
 
     @property
     def sigma(self) -> pd.Series:
@@ -258,7 +260,8 @@ class Influence(Reported):
     @property
     def dftheta(self) -> pd.DataFrame:
         """theta of all rows less that without the unit."""
-        return self.fitted.estimates.theta - self.theta
+        change: pd.DataFrame = self.fitted.estimates.theta - self.theta
+        return change
 
     @property
     def rvc(self) -> pd.DataFrame:
@@ -269,7 +272,8 @@ class Influence(Reported):
         est = self.fitted.estimates
         own = self._variances(np.atleast_1d(est.sigma), [np.asarray(S)[None] for S in est.Sigma]).to_numpy()[0]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.variances / own - 1
+            change: pd.DataFrame = self.variances / own - 1
+            return change
 
     def _variances(self, sigma: np.ndarray, Sigma: Sequence[np.ndarray]) -> pd.DataFrame:
         names, varies = entry_names(self.fitted, term_names(self.fitted.labels), "var", "cov")
@@ -395,7 +399,8 @@ class Influence(Reported):
 
     def _size(self, name: str, frame: pd.DataFrame) -> np.ndarray:
         values = self._column(name, frame)
-        return np.abs(values - 1) if name == "covratio" else np.abs(values)
+        sizes: np.ndarray = np.abs(values - 1) if name == "covratio" else np.abs(values)
+        return sizes
 
     def summary(self, n: int = 6) -> str:
         """The n most influential units as text, with counts above and what failed below."""

@@ -9,8 +9,8 @@ import pandas as pd
 
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
-from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group
-from mixjax.fitted.names import by_effect
+from mixjax.diagnostics.modes import conditional_covariances_by_group
+from mixjax.fitted.names import by_effect, terms_of_group
 from mixjax.fitted.record import Fitted, record_of
 
 

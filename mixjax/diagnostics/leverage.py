@@ -91,4 +91,5 @@ def confounding(fitted: Any) -> np.ndarray:
     effects = [factor._replace(U=factor.U / np.sqrt(1 + t)) for factor in whitened.effects]
     parts = parts_of(whitened.Q, effects)
     P = (1 - parts.taken - parts.along(parts.GQ, parts.GQ)) / (1 + t)
-    return 1 + np.divide(P.imag / STEP, P.real, out=np.full(len(P), np.nan), where=P.real > NOTHING)
+    shares: np.ndarray = 1 + np.divide(P.imag / STEP, P.real, out=np.full(len(P), np.nan), where=P.real > NOTHING)
+    return shares

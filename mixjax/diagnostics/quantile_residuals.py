@@ -55,7 +55,8 @@ def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.n
     below, equal = (simulated < y).sum(0), (simulated == y).sum(0)
     with float64():
         u = np.asarray(jax.random.uniform(raw_key(key), y.shape))
-    return (below + u * (equal + 1)) / (len(simulated) + 1)
+    quantiles: np.ndarray = (below + u * (equal + 1)) / (len(simulated) + 1)
+    return quantiles
 
 
 def quantile_residuals(
@@ -243,7 +244,8 @@ def _distance(ranks: np.ndarray) -> np.ndarray:
     m, n = ranks.shape
     u = (np.sort(ranks, axis=1) + 0.5) / m
     i = np.arange(n)
-    return np.maximum(((i + 1) / n - u).max(1), (u - i / n).max(1))
+    distance: np.ndarray = np.maximum(((i + 1) / n - u).max(1), (u - i / n).max(1))
+    return distance
 
 
 def _dispersion(y: np.ndarray, simulated: np.ndarray) -> np.ndarray:
@@ -252,12 +254,14 @@ def _dispersion(y: np.ndarray, simulated: np.ndarray) -> np.ndarray:
     m = len(all_y)
     total = all_y.sum(0)
     squares = ((all_y - (total - all_y) / (m - 1)) ** 2).mean(1)
-    return squares / squares[1:].mean()
+    ratio: np.ndarray = squares / squares[1:].mean()
+    return ratio
 
 
 def _outliers(ranks: np.ndarray) -> np.ndarray:
     """Share of responses below or above those of all other data sets."""
-    return ((ranks == 0) | (ranks == len(ranks) - 1)).mean(1)
+    share: np.ndarray = ((ranks == 0) | (ranks == len(ranks) - 1)).mean(1)
+    return share
 
 
 def _row(values: np.ndarray, two_sided: bool) -> dict[str, float]:

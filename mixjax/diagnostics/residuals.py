@@ -21,7 +21,8 @@ SCALES = {
 def fixed_part(fitted: Fitted) -> np.ndarray:
     """``offset + X beta``: the mean over the population, ``(n,)``."""
     mean = np.asarray(fitted.design.X) @ fitted.estimates.beta
-    return mean if fitted.design.offset is None else mean + fitted.design.offset
+    fixed: np.ndarray = mean if fitted.design.offset is None else mean + fitted.design.offset
+    return fixed
 
 
 def random_part(fitted: Fitted) -> np.ndarray:
@@ -34,7 +35,8 @@ def random_part(fitted: Fitted) -> np.ndarray:
 
 def conditional_mean(fitted: Fitted) -> np.ndarray:
     """``offset + X beta + Z b``: the mean given the random effects of a row's own levels, ``(n,)``."""
-    return fixed_part(fitted) + random_part(fitted)
+    mean: np.ndarray = fixed_part(fitted) + random_part(fitted)
+    return mean
 
 
 def conditional_residuals(fitted: Fitted, scale: str = "raw") -> np.ndarray:

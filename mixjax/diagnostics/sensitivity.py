@@ -159,9 +159,11 @@ def _slopes(engine: Engine, theta: Any) -> tuple[Any, Any, Sums]:
 
         def total(sums: Sums) -> Array:
             moved = jax.jvp(lambda x: profiled(x, sums).criterion, (x,), (multiplier,))[1]
-            return (pick * explicit(x, sums)).sum() + moved
+            value: Array = (pick * explicit(x, sums)).sum() + moved
+            return value
 
-        return jax.grad(total)(sums)
+        gradient: Sums = jax.grad(total)(sums)
+        return gradient
 
     picks = jnp.eye(len(by_x), dtype=x.dtype)[:, k:]
     return x, is_regular(free, H), jax.lax.map(slope, (picks, multipliers))
@@ -224,4 +226,5 @@ def _contract(rows: Rows, slopes: Sums) -> np.ndarray:
         total += np.einsum("ean,na,n->en", Zy, Z, r, optimize=True)
     for (s, t), meeting, ZZ in zip(rows.layout.pairs, rows.meetings, slopes["pairs"], strict=True):
         total += np.einsum("eabn,na,nb->en", ZZ[..., meeting.entry], rows.Z[s], rows.Z[t], optimize=True)
-    return total.T
+    of_rows: np.ndarray = total.T
+    return of_rows

@@ -9,8 +9,7 @@ import pandas as pd
 
 from mixjax.bases import orthonormal_columns
 from mixjax.diagnostics.least_squares import group_of
-from mixjax.diagnostics.modes import terms_of_group
-from mixjax.fitted.names import by_effect
+from mixjax.fitted.names import by_effect, terms_of_group
 from mixjax.fitted.record import record_of
 
 # Own coefficients this close to the population's, in their own size, leave nothing to shrink.

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import linalg
-from mixjax.engine.curvature import Slopes, Spot, _chain, _lambdas
+from mixjax.engine.curvature import Slopes, _chain, _lambdas
 from mixjax.engine.dense_block import Rest, blocks_times, effects_of, finish, pad_rows
-from mixjax.engine.first_factor import directions_of, eliminate_first, of_levels, orders_of, weights_of
+from mixjax.engine.first_factor import Spot, directions_of, eliminate_first, of_levels, orders_of, weights_of
 from mixjax.engine.moments import Moments, RowSums
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from mixjax import linalg
 from mixjax.engine.curvature import _by_covariance, _ByCovariance, _chain, _lambdas
 from mixjax.engine.dense_block import blocks_times, effects_of
-from mixjax.engine.first_factor import eliminate_first, orders_of
+from mixjax.engine.first_factor import Lambdas, eliminate_first, orders_of
 from mixjax.engine.moments import Moments, RowSums
 from mixjax.products.rows import Rows
 
@@ -85,7 +85,7 @@ def _product_rows(rows: Rows, moments: Moments, at: slice) -> ProductRows:
 class _Point:
     """Everything at one x that does not depend on the rows; arrays without the axis of lanes."""
 
-    def __init__(self, found: _ByCovariance, lambdas: dict, moments: Moments, reml: bool):
+    def __init__(self, found: _ByCovariance, lambdas: Lambdas, moments: Moments, reml: bool):
         first, rest, lanes = eliminate_first(lambdas[moments.layout.chain[0]], moments), found.rest, found.lanes
         self.reml, self.own = reml, found.J.own
         self.K, self.F = (np.moveaxis(np.asarray(part)[..., 0], -1, 0) for part in (first.K, first.F))
@@ -152,10 +152,12 @@ class _Point:
         sigma = 0.5 * self.sigma * (e * e / self.rss - 1.0 / self.df)
         return np.stack(columns, axis=1), sigma, St * e[:, None]
 
-    def _of_fixed(self, j: int, dt, de, St, e, fall: np.ndarray) -> np.ndarray:
+    def _of_fixed(
+        self, j: int, dt: np.ndarray, de: np.ndarray, St: np.ndarray, e: np.ndarray, fall: np.ndarray
+    ) -> np.ndarray:
         """What fixed effects and residuals add. Args: fall: ``(p, p)``, the loss of S in the direction."""
         ratio = self.falls[j] / self.rss
-        total = self.df / self.rss * (2.0 * e * de + ratio * e * e) - ratio
+        total: np.ndarray = self.df / self.rss * (2.0 * e * de + ratio * e * e) - ratio
         if self.reml:
             total = total + 2.0 * (dt * St).sum(1) + ((St @ fall) * St).sum(1)
         return total

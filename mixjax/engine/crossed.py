@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from mixjax.engine.incidence import Incidence, LevelBlocks, PairList
 from mixjax.engine.moments import Moments
 from mixjax.machine import Array, add_at, as_laid_out, namespace, scan, segment_sum, take_or_zero
 from mixjax.products.sums import CrossProducts, Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class CrossedMoments:
         """Number of dense effects."""
         return sum(q * m for _, q, m in self.dense)
 
-    def contract(self, weights: Any) -> tuple:
+    def contract(self, weights: Any) -> tuple[Array, Array, Array]:
         """As :meth:`mixjax.engine.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
         # One at a time: slices of what is stacked last cost nothing, strided ones a copy of the dense block each.
         UU, Uy, yy = zip(
@@ -90,7 +92,7 @@ class CrossedMoments:
         )
         return UU, xp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
 
-    def pull_back(self, UU, Uy, yy) -> Any:
+    def pull_back(self, UU: Array, Uy: Array, yy: Array) -> Any:
         """As :meth:`mixjax.engine.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
         d, xp = self.n_dense, namespace(UU, Uy)
         side = xp.concatenate([UU[:d, d:, 0], Uy[:d]], axis=1)
@@ -127,7 +129,7 @@ class CrossedMoments:
     def _list_sums(self, pairs: PairList, W: list[Array]) -> Array:
         d = self.n_dense
 
-        def sums(products, level, target, W):
+        def sums(products: tuple[Array, ...], level: Array, target: Array, W: list[Array]) -> Array:
             of_runs = sum((x * w[level]).sum(1) for x, w in zip(products, W, strict=True))
             return segment_sum(of_runs, target, d * d, is_sorted=True)
 
@@ -137,7 +139,7 @@ class CrossedMoments:
     def _list_traces(self, pairs: PairList, Psi: Array) -> list[Array]:
         C = self.A.shape[2]
 
-        def traces(products, level, pairs, Psi):
+        def traces(products: tuple[Array, ...], level: Array, pairs: PairList, Psi: Array) -> list[Array]:
             twice = namespace(Psi).where(pairs.left == pairs.right, 1.0, 2.0)
             at_target = as_laid_out(take_or_zero(Psi.reshape(-1), pairs.target))  # gathered once for all of a run
             weight = at_target[:, None] * twice
@@ -145,16 +147,17 @@ class CrossedMoments:
 
         return self._add_up(traces, (self.products, self.pair_level, pairs), Psi)
 
-    def _add_up(self, sums: Callable, parts: tuple, whole: Any) -> Any:
+    def _add_up(self, sums: Callable[..., T], parts: tuple[Any, ...], whole: Any) -> T:
         """``sums(*parts, whole)``; where devices share the parts, each works off its own, and the results add up."""
         mesh = self.where.mesh
         if mesh is None:
             return sums(*parts, whole)
         split, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-        return jax.shard_map(
+        total: T = jax.shard_map(
             lambda parts, whole: jax.lax.psum(sums(*parts, whole), mesh.axis_names),
             mesh=mesh, in_specs=(split, everywhere), out_specs=everywhere, check_vma=False,
         )(parts, whole)  # fmt: skip
+        return total
 
     # --- sums by blocks of levels
 
@@ -172,10 +175,10 @@ class CrossedMoments:
         d = self.n_dense
         edges = [round(d * i / 4) for i in range(5)]  # of column blocks: what lies above the diagonal is mirrored
 
-        def sums(blocks, whole):
+        def sums(blocks: LevelBlocks, whole: tuple[Array, Array]) -> list[Array]:
             value, full = whole
 
-            def add(lower, block):
+            def add(lower: list[Array], block: LevelBlocks) -> tuple[list[Array], None]:
                 B = self._dense_block(block, value)
                 at_levels = take_or_zero(full, block.levels, axis=2)  # (q, q, c)
                 WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
@@ -183,7 +186,8 @@ class CrossedMoments:
                 return [row + B[:, a:b].T @ WB[:, :b] for row, (a, b) in zip(lower, pairwise(edges), strict=True)], None
 
             start = [namespace(value).zeros((b - a, b), value.dtype) for a, b in pairwise(edges)]
-            return scan(add, start, blocks)[0]
+            lower: list[Array] = scan(add, start, blocks)[0]
+            return lower
 
         rows = self._add_up(sums, (blocks,), (self.value, full))
         xp = namespace(rows[0])
@@ -193,10 +197,10 @@ class CrossedMoments:
     def _block_traces(self, blocks: LevelBlocks, Psi: Array) -> list[Array]:
         q, d, C = self.value.shape[0], self.n_dense, self.A.shape[2]
 
-        def all_traces(blocks, whole):
+        def all_traces(blocks: LevelBlocks, whole: tuple[Array, Array]) -> list[Array]:
             value, Psi = whole
 
-            def traces(_, block):
+            def traces(_: None, block: LevelBlocks) -> tuple[None, Array]:
                 B = self._dense_block(block, value)
                 BPsi = (B.reshape(-1, d) @ Psi).reshape(B.shape)
                 of_pairs = [(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)]
@@ -236,7 +240,7 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
 
     xp = namespace(*jax.tree.leaves(stats))
 
-    def spots(f, levels):
+    def spots(f: int, levels: Array) -> Array:
         q, m = factors[f].ZZ.shape[1:]
         return starts[f] + xp.arange(q)[:, None] * m + levels[None]
 

@@ -27,7 +27,7 @@ Thompson & Cullis 1995, Biometrics 51). All of it is held against automatic diff
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +48,8 @@ from mixjax.engine.dense_block import (
 )
 from mixjax.engine.first_factor import (
     First,
+    Lambdas,
+    Spot,
     directions_of,
     eliminate_first,
     of_levels,
@@ -59,8 +61,6 @@ from mixjax.engine.moments import Moments
 from mixjax.engine.profiled import Profiled
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 from mixjax.products.sums import Layout
-
-Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
 
 
 def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Profiled:
@@ -238,7 +238,7 @@ class _ByCovariance(NamedTuple):
 
 
 def _by_covariance(
-    lambdas: dict,
+    lambdas: Lambdas,
     moments: AnyMoments,
     reml: Array | bool,
     precision: Callable[[Profiled], Array | float] | None = None,
@@ -272,7 +272,16 @@ def _by_covariance(
     return _ByCovariance(rest.lanes, rest, g, H, falls, spots, J)
 
 
-def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J: _Directions, s, curve, reml):
+def _derivatives(
+    lambdas: Lambdas,
+    moments: AnyMoments,
+    first: First,
+    rest: Rest,
+    J: _Directions,
+    s: Array,
+    curve: Array,
+    reml: Array | bool,
+) -> tuple[Array, Array, Array]:
     """Gradient ``(J, B)``, Hessian ``(J, J, B)``, fall of the residual sum of squares ``(J, B)``: the first factor's
     directions, then those of the dense ones."""
     xp = namespace(rest.W)
@@ -315,15 +324,24 @@ def _derivatives(lambdas: dict, moments: AnyMoments, first: First, rest: Rest, J
     return _join(g, H, cJc, *dense)
 
 
-def _join(g: Array, H: Array, falls: Array, g2: Array, among: Array, mixed: Array, falls2: Array):
+def _join(
+    g: Array, H: Array, falls: Array, g2: Array, among: Array, mixed: Array, falls2: Array
+) -> tuple[Array, Array, Array]:
     xp = namespace(g)
     upper, lower = xp.concatenate([H, mixed], 1), xp.concatenate([linalg.transpose(mixed), among], 1)
     return xp.concatenate([g, g2]), xp.concatenate([upper, lower]), xp.concatenate([falls, falls2])
 
 
 def _scalar_derivatives(
-    lambdas: dict, moments: CrossedMoments, first: First, rest: Rest, J: _Directions, s, curve, reml
-):
+    lambdas: Lambdas,
+    moments: CrossedMoments,
+    first: First,
+    rest: Rest,
+    J: _Directions,
+    s: Array,
+    curve: Array,
+    reml: Array | bool,
+) -> tuple[Array, Array, Array]:
     """As :func:`_derivatives`, for one lane whose dense factors have one effect a level and clear variances.
 
     With ``l`` the standard deviation ratio of every dense effect, ``K2 = l W l``, ``F = l^{-1} W l`` and ``Omega =
@@ -336,10 +354,10 @@ def _scalar_derivatives(
     J_UU, J_Uy, J_yy = J.UU[..., 0], J.Uy[..., 0], J.yy[:, 0]
     with_X = xp.where(reml, 1.0, 0.0)
 
-    def K_times(V):
+    def K_times(V: Array) -> Array:
         return _rows(l, _product(W, _rows(l, V)))
 
-    def by_factor(x):
+    def by_factor(x: Array) -> Array:
         return xp.stack([part.sum(0) for part in xp.split(x, np.cumsum(sizes)[:-1])])
 
     Jc = xp.einsum("uvj,v->uj", J_UU, c) + J_Uy
@@ -370,7 +388,7 @@ def _scalar_derivatives(
     f_of = np.repeat(np.arange(len(sizes)), sizes)
     mask = xp.asarray(f_of[:, None] == np.arange(len(sizes)), W.dtype)  # (d, f)
 
-    def Omega_times(X):
+    def Omega_times(X: Array) -> Array:
         X = _rows(1.0 / l, X)
         return _rows(1.0 / l, X - _product(W, X))
 
@@ -423,14 +441,14 @@ def _rows(scale: Array, B: Array) -> Array:
     return scale.reshape(-1, *(1,) * (B.ndim - 1)) * B
 
 
-def _lambdas(x: Array, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
+def _lambdas(x: Array, moments: AnyMoments) -> Lambdas:
     parts = cov.cut(x, moments.layout.structures)
     return _lambdas_of_factors([s.entries(p) for s, p in zip(moments.layout.structures, parts, strict=True)], moments)
 
 
-def _lambdas_of_factors(entries: list, moments: AnyMoments) -> dict[int, list[list[Array | None]]]:
+def _lambdas_of_factors(entries: list[Any], moments: AnyMoments) -> Lambdas:
     """Per factor, entries ``Lambda[a][b] (B,)`` of the block-diagonal Lambda of its terms; None stands for zero."""
-    lambdas: dict[int, list[list[Array | None]]] = {}
+    lambdas: Lambdas = {}
     for f, q in enumerate(moments.layout.widths):
         lambdas[f] = [[None] * q for _ in range(q)]
     for place, of_term in zip(moments.layout.terms, entries, strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 from mixjax import decompositions, linalg
 from mixjax.covariance import stack_of
 from mixjax.engine.crossed import AnyMoments
-from mixjax.engine.first_factor import First, directions_of, dot, orders_of, sum_of
+from mixjax.engine.first_factor import First, Lambdas, Spot, directions_of, dot, orders_of, sum_of
 from mixjax.engine.profiled import Profiled
 from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
 from mixjax.products.sizes import MOST_DENSE
@@ -39,7 +39,12 @@ class Rest(NamedTuple):
 
 
 def finish(
-    contracted: tuple, first: First, lambdas: dict, moments: AnyMoments, reml: Array | bool, with_W: bool = True
+    contracted: tuple[Array, Array, Array],
+    first: First,
+    lambdas: Lambdas,
+    moments: AnyMoments,
+    reml: Array | bool,
+    with_W: bool = True,
 ) -> Rest:
     """Eliminate the dense effects and the fixed effects from what the first factor leaves.
 
@@ -91,7 +96,7 @@ def finish(
     return Rest(lanes, G_dd, W, P2, T_X, c)
 
 
-def on_both_sides(lambdas: dict, moments: AnyMoments, G: Array) -> Array:
+def on_both_sides(lambdas: Lambdas, moments: AnyMoments, G: Array) -> Array:
     """``Lambda' G Lambda`` of a symmetric ``G (d, d, B)``."""
     if all(q == 1 for _, q, _ in moments.dense):
         diagonal = _diagonal(lambdas, moments, G.shape[2:])
@@ -100,13 +105,13 @@ def on_both_sides(lambdas: dict, moments: AnyMoments, G: Array) -> Array:
     return blocks_times(lambdas, moments, linalg.transpose(half), transpose=True)
 
 
-def _diagonal(lambdas: dict, moments: AnyMoments, lanes: tuple[int, ...]) -> Array:
+def _diagonal(lambdas: Lambdas, moments: AnyMoments, lanes: tuple[int, ...]) -> Array:
     """Lambda ``(d, B)`` where every dense factor has one effect a level."""
     xp = namespace(lambdas[moments.dense[0][0]][0][0])
     return xp.concatenate([xp.broadcast_to(lambdas[f][0][0], (m, *lanes)) for f, _, m in moments.dense])
 
 
-def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
+def blocks_times(lambdas: Lambdas, moments: AnyMoments, rows: Array, transpose: bool = False) -> Array:
     """``Lambda rows`` (or ``Lambda' rows``) for all dense effects, ``(d, r, B)``; Lambda by its entries."""
     xp = namespace(rows)
     if all(q == 1 for _, q, _ in moments.dense):
@@ -122,15 +127,15 @@ def blocks_times(lambdas: dict, moments: AnyMoments, rows: Array, transpose: boo
 
 
 def dense_directions(
-    lambdas: dict,
+    lambdas: Lambdas,
     moments: AnyMoments,
     rest: Rest,
     K2: Array,
     s: Array,
     curve: Array,
     reml: Array | bool,
-    first: tuple,
-):
+    first: tuple[Array, Array, Array, Array, Array | None],
+) -> tuple[Array, Array, Array, Array]:
     """Directions of the dense factors' covariances.
 
     Args:
@@ -160,7 +165,7 @@ def dense_directions(
     at = effects_of(moments)
     spots = [(f, pair) for f, _, _ in moments.dense for pair in directions_of(moments.layout, f)]
 
-    def unit_times(f, pair):
+    def unit_times(f: int, pair: tuple[int, int]) -> Array:
         """E e for the unit symmetric matrix E of a direction."""
         moved = xp.zeros_like(e)
         for a, b in orders_of(*pair):
@@ -181,12 +186,12 @@ def dense_directions(
     return g, among, between - products[1], eEe
 
 
-def _products(Omega: Array, LJ: Array, L: Array, moments: AnyMoments, spots: list) -> tuple[Array, Array]:
+def _products(Omega: Array, LJ: Array, L: Array, moments: AnyMoments, spots: list[Spot]) -> tuple[Array, Array]:
     """``tr(Omega E_j Omega E_l) (J, J, B)`` of the dense directions, and ``sum (E_l L) LJ_i (I, J, B)`` with the first
     factor's."""
     xp, at = namespace(Omega), effects_of(moments)
 
-    def inner(f, f2, left, right):
+    def inner(f: int, f2: int, left: tuple[int, int], right: tuple[int, int]) -> Array:
         return (Omega[at[f, left[0]], at[f2, left[1]]] * Omega[at[f, right[0]], at[f2, right[1]]]).sum((0, 1))
 
     among, mixed = [], []
@@ -202,7 +207,7 @@ def _products(Omega: Array, LJ: Array, L: Array, moments: AnyMoments, spots: lis
 
 
 def _products_at_once(
-    Omega: np.ndarray, LJ: np.ndarray, L: np.ndarray, moments: AnyMoments, spots: list
+    Omega: np.ndarray, LJ: np.ndarray, L: np.ndarray, moments: AnyMoments, spots: list[Spot]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same by NumPy: all pairs of effects of two factors are one product of matrices a lane."""
     Omega, LJ, L = (np.moveaxis(x, -1, 0) for x in (Omega, LJ, L))
@@ -236,7 +241,9 @@ def effects_of(moments: AnyMoments) -> dict[tuple[int, int], slice]:
     return at
 
 
-def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array):
+def _dense_products(
+    lambdas: Lambdas, moments: AnyMoments, rest: Rest, K2: Array, J: Array, KJ: Array
+) -> tuple[Array, Array, Array]:
     """``F = I - G K2``, ``F J`` and ``Omega = F G`` of the dense effects.
 
     With D of full rank ``F = D^{-1} K2`` and ``Omega = D^{-1} - D^{-1} K2 D^{-1}``: no products of large matrices.
@@ -245,7 +252,7 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
     d, lanes = K2.shape[0], K2.shape[2]
     G = rest.G_dd
 
-    def by_products():
+    def by_products() -> tuple[Array, Array, Array]:
         F = _plus_one(-linalg.matmul(G, K2))
         return F, J - linalg.matmul(G[:, :, None], KJ), linalg.matmul(F, G)
 
@@ -261,12 +268,13 @@ def _dense_products(lambdas: dict, moments: AnyMoments, rest: Rest, K2: Array, J
         inverse = linalg.inverse_logdet(xp.where(least[-1], D, one))[0]
         inverses[f] = [list(row) for row in inverse]
 
-    def by_scaling():
+    def by_scaling() -> tuple[Array, Array, Array]:
         F = blocks_times(inverses, moments, K2)
         back = linalg.transpose(blocks_times(inverses, moments, linalg.transpose(_plus_one(-F))))
         return F, blocks_times(inverses, moments, KJ), 0.5 * (back + linalg.transpose(back))
 
-    return cond(xp.stack(least).all(), by_scaling, by_products)
+    products: tuple[Array, Array, Array] = cond(xp.stack(least).all(), by_scaling, by_products)
+    return products
 
 
 def _plus_one(A: Array) -> Array:

@@ -72,11 +72,11 @@ def arrange(stats: CrossProducts) -> Blocks:
     dtype, lanes = stats.XX.dtype, stats.yy.shape
     xp = namespace(*(leaf for leaf in jax.tree.leaves(stats)))
 
-    def border(f):
+    def border(f: int) -> Array:
         products = stats.factors[f]
         return xp.concatenate([products.ZX, products.Zy[:, None]], axis=1)  # (q, p + 1, m)
 
-    def dense_columns(t, q_t, levels):
+    def dense_columns(t: int, q_t: int, levels: Array) -> Array:
         """Border columns of effects 0 .. q_t - 1 of dense factor t at the given levels: (q_t, k)."""
         m = stats.factors[t].ZZ.shape[2]
         levels = xp.minimum(levels, m - 1)  # a level without rows has no parent, and no products with one

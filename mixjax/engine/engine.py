@@ -61,7 +61,8 @@ class Engine:
         structure. ``fun`` is a function of a module, the same for all models."""
         what = f"{fun.__name__} of {int(self.stats.n)} rows; the first time, a program is compiled for their structure"
         with Waiting(what), float64():
-            return jax.tree.map(np.asarray, compiled(fun)(self, *args))
+            found: T = jax.tree.map(np.asarray, compiled(fun)(self, *args))
+            return found
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
         """Value ``(1,)``, gradient ``(k, 1)`` and Hessian ``(k, k, 1)`` at ``x (k, 1)``; not for differentiation."""
@@ -89,7 +90,7 @@ class Engine:
     def slopes(self, x: Array) -> Slopes:
         """How the fixed effects' covariance and the residual sum of squares move with ``x (k,)``."""
 
-        def parts(x):
+        def parts(x: Array) -> tuple[tuple[Array, Array], Profiled]:
             at = self.profiled(x)
             return (at.XX_inverse, jnp.log(at.rss)), at
 

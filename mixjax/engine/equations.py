@@ -116,7 +116,8 @@ class Equations:
             g, rest = self._of_others(rows, at)
             total = total + self._inner(g, 1)[:, 0, 0]
             d = d - rest @ self._KU_rest
-        return total + np.einsum("mp,pq,mq->m", d, self._S_inverse, d)
+        variances: np.ndarray = total + np.einsum("mp,pq,mq->m", d, self._S_inverse, d)
+        return variances
 
     def _of_others(self, rows: EffectRows, at: slice) -> tuple[Any, Any]:
         """The other factors' effects in the rows, ``(m, r)``, less what goes through the first, and as they are."""
@@ -158,7 +159,7 @@ class Equations:
             entries.append(_entries(PairProducts(levels, levels, blocks), self._starts[f], self._starts[f]))
         return self._matrix(entries, self._r)
 
-    def _matrix(self, entries: list, height: int) -> Any:
+    def _matrix(self, entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]], height: int) -> Any:
         """``(height, r)`` of entries that add up, each ``rows, columns, values``."""
         shape = (height, self._r)
         rows, columns, values = (
@@ -208,8 +209,10 @@ class Equations:
     def _solve(self, rhs: np.ndarray) -> np.ndarray:
         """``K_2 rhs`` of ``(r, k)``."""
         if self._dense is not None:
-            return self._dense @ rhs
-        return self._F @ self._lu.solve(np.ascontiguousarray(self._F.T @ rhs))  # type: ignore[union-attr]
+            solution: np.ndarray = self._dense @ rhs
+        else:
+            solution = self._F @ self._lu.solve(np.ascontiguousarray(self._F.T @ rhs))  # type: ignore[union-attr]
+        return solution
 
     def _inner(self, g: Any, w: int) -> np.ndarray:
         """``g_i K_2 g_i'`` of every w rows of ``g (k w, r)``: ``(k, w, w)``."""
@@ -222,16 +225,18 @@ class Equations:
             half = g.toarray() if self._is_sparse else g
             solved = half @ self._dense
         half, solved = half.reshape(-1, w, self._r), solved.reshape(-1, w, self._r)
-        if w == 1:
-            return np.einsum("kar,kar->k", half, solved)[:, None, None]
-        return solved @ half.swapaxes(1, 2)
+        inner: np.ndarray = (
+            np.einsum("kar,kar->k", half, solved)[:, None, None] if w == 1 else solved @ half.swapaxes(1, 2)
+        )
+        return inner
 
     def _own_blocks(self, f: int) -> np.ndarray:
         """Diagonal blocks of ``K_2``, ``(m, w, w)``."""
         m, w, start = self._levels[f], self._widths[f], self._starts[f]
         if self._dense is not None:
             at = start + np.arange(m * w).reshape(m, w)
-            return self._dense[at[:, :, None], at[:, None]]
+            blocks: np.ndarray = self._dense[at[:, :, None], at[:, None]]
+            return blocks
         step = max(1, CHUNK // (self._r * w))
         parts = []
         for i in range(0, m, step):
@@ -257,7 +262,9 @@ def factors_in_bases(lambdas: list[np.ndarray], stats: CrossProducts) -> list[np
     return by_factor(own, stats.layout)
 
 
-def covariances_with_slopes(x: np.ndarray, stats: CrossProducts):
+def covariances_with_slopes(
+    x: np.ndarray, stats: CrossProducts
+) -> tuple[list[np.ndarray], list[np.ndarray], tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Covariances at coordinates ``x (..., k)``, and their derivatives by these.
 
     Returns:

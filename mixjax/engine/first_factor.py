@@ -8,6 +8,7 @@ formulas are the same: what differs is :func:`times` and its like. The notation 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, reduce
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from mixjax.machine import Array, namespace
 from mixjax.products.sums import Layout
 
 
-class Entries(dict):
+class Entries(dict[tuple[int, int], Array]):
     """Tiny matrices, each entry ``(a, b)`` a vector over classes and lanes; None for zero. Of a symmetric one the upper
     entries are enough."""
 
@@ -30,13 +31,18 @@ class Entries(dict):
 
 Tiny = Any  # Entries, or a stack (q, q, C, B)
 
+# Per factor the entries ``Lambda[a][b] (B,)``; None for zero.
+Lambdas = dict[int, list[list[Any]]]
+
+Spot = tuple[int, tuple[int, int]]  # a free entry of the covariances: factor and pair of effects
+
 
 class First(NamedTuple):
     """The first factor eliminated. Entries are vectors ``(C, B)`` over classes and lanes."""
 
-    K: Entries
-    F: Entries
-    N: Entries
+    K: Tiny
+    F: Tiny
+    N: Tiny
     logdet: Array
 
 
@@ -125,7 +131,7 @@ def weights_of(first: First, own: list[tuple[int, int]] | None = None) -> list[A
     pairs = pairs_of(size_of(first.K))
     if isinstance(first.K, np.ndarray):
         rows, columns = _rows_columns(len(first.K))
-        K = first.K[rows, columns][:, :, None]
+        K: np.ndarray = first.K[rows, columns][:, :, None]
         if not own:
             return K
         a, b = np.array(own).T
@@ -179,7 +185,9 @@ def position(q: int) -> np.ndarray:
 
 
 @cache
-def _first_directions(own: tuple, pairs: tuple) -> tuple[np.ndarray, np.ndarray, list]:
+def _first_directions(
+    own: tuple[tuple[int, int], ...], pairs: tuple[tuple[int, int], ...]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """For directions j = (a, b): their places among the pairs; 1, or 2 for off-diagonal ones; and the products ``N Y``
     of entries that make up ``tr(N E_j Y E_l)``: index arrays ``(J, J)`` and a weight, up to four times."""
     at = np.array([pairs.index(pair) for pair in own], np.int32)
@@ -199,7 +207,9 @@ def _first_directions(own: tuple, pairs: tuple) -> tuple[np.ndarray, np.ndarray,
     return at, twice, products
 
 
-def of_levels(pulled: list[Array], first: First, moments: AnyMoments, own: list) -> tuple[Array, Array]:
+def of_levels(
+    pulled: list[Array], first: First, moments: AnyMoments, own: list[tuple[int, int]]
+) -> tuple[Array, Array]:
     """What ``B_i Psi B_i'`` gives: gradient ``(J, B)``, and ``sum_i tr(N E_j (2 F Q F' - N) E_l) (J, J, B)``."""
     F, count = first.F, moments.count
     Ft = linalg.transpose(F) if isinstance(F, np.ndarray) else Entries({(b, a): x for (a, b), x in F.items()})
@@ -233,10 +243,10 @@ def orders_of(a: int, b: int) -> tuple[tuple[int, int], ...]:
     return ((a, b),) if a == b else ((a, b), (b, a))
 
 
-def sum_of(terms) -> Array:
+def sum_of(terms: Iterable[Array]) -> Array:
     return reduce(lambda x, y: x + y, terms)
 
 
-def dot(products) -> Array:
+def dot(products: Iterable[tuple[Array | None, Array | None]]) -> Array:
     """Sum of products, leaving out the entries that are known to be zero."""
     return sum_of(a * b for a, b in products if a is not None and b is not None)

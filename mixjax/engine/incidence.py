@@ -175,7 +175,8 @@ def _memory() -> float:
     """Bytes of memory of the default device."""
     device = jax.devices()[0]
     if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit", np.inf)
+        limit: float = (device.memory_stats() or {}).get("bytes_limit", np.inf)
+        return limit
     names = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"}
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
     with suppress(OSError, ValueError):  # a container may have less

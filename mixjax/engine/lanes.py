@@ -48,7 +48,8 @@ class Lanes:
     @property
     def n_fixed(self) -> int:
         """Number of fixed effects."""
-        return self.moments.UU.shape[0] - sum(q * m for _, q, m in self.moments.dense)
+        n: int = self.moments.UU.shape[0] - sum(q * m for _, q, m in self.moments.dense)
+        return n
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
         """Value ``(B,)``, gradient ``(k, B)`` and Hessian ``(k, k, B)`` at ``x (k, B)``; not for differentiation."""

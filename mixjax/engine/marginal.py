@@ -89,4 +89,5 @@ def _loglik(params: MarginalParams, stats: CrossProducts) -> Array:
     delta = stats.X_basis.R @ (params.beta - stats.beta0)
     rss = reduced.yy - 2.0 * delta @ reduced.Xy + delta @ reduced.XX @ delta
     constant = stats.n * (math.log(2.0 * math.pi) + 2.0 * params.log_sigma) - stats.sum_log_weights
-    return -0.5 * (constant + reduced.logdet + rss / sigma**2)
+    loglik: Array = -0.5 * (constant + reduced.logdet + rss / sigma**2)
+    return loglik

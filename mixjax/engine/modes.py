@@ -33,7 +33,7 @@ def conditional_modes(lambdas: list[Array], stats: CrossProducts) -> list[Array]
         stats: cross-products.
     """
 
-    def rss(Zy):
+    def rss(Zy: list[Array]) -> Array:
         factors = tuple(f._replace(Zy=new) for f, new in zip(stats.factors, Zy, strict=True))
         reduced = eliminate(lambdas, arrange(replace(stats, factors=factors)))
         if not reduced.Xy.shape[0]:
@@ -74,7 +74,7 @@ def conditional_covariances(lambdas: list[Array], stats: CrossProducts) -> list[
 def _by_differentiation(lambdas: list[Array], stats: CrossProducts) -> list[Array]:
     """Per grouping factor ``(q, q, m)``, in the bases of the products."""
 
-    def logdet(ZZ):
+    def logdet(ZZ: list[Array]) -> Array:
         factors = tuple(f._replace(ZZ=new) for f, new in zip(stats.factors, ZZ, strict=True))
         return eliminate(lambdas, arrange(replace(stats, factors=factors))).logdet
 

@@ -19,7 +19,7 @@ from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.engine.elimination import arrange
 from mixjax.linalg import over_first
-from mixjax.machine import namespace
+from mixjax.machine import Array, namespace
 from mixjax.products.sums import CrossProducts, Layout
 
 
@@ -86,7 +86,7 @@ class Moments:
     def without_response(self) -> Moments:
         """The same with y = 0, so that lanes of one design are one lane."""
 
-        def zero(a):
+        def zero(a: Array) -> Array:
             return namespace(a).zeros((*a.shape[:-1], self.UU.shape[-1]), a.dtype)
 
         if isinstance(self.sums, RowSums):
@@ -97,7 +97,7 @@ class Moments:
         sums = self.sums._replace(**{name: zero(a) for name, a in part.items()})
         return replace(self, sums=sums, Uy=zero(self.Uy), yy=zero(self.yy))
 
-    def contract(self, weights: Any) -> tuple:
+    def contract(self, weights: Any) -> tuple[Array, Array, Array]:
         """``sum_i [U_i z_i]' W(A_i) [U_i z_i]`` for j symmetric matrices W at once.
 
         Args:
@@ -128,7 +128,7 @@ class Moments:
             Uy = sum((U[a][:, :, None] * Wz[a][None]).sum(1) for a in range(q))
         return UU, Uy, sum((z[a][:, None] * Wz[a]).sum(0) for a in range(q))
 
-    def rows_times(self, c):
+    def rows_times(self, c: Array) -> Array:
         """``Z_i'(y + U c)`` of every level of the first factor: ``(q, C, B)`` from ``c (u, B)``."""
         if isinstance(self.sums, RowSums):
             V, full = _lanes_first(self.sums.V), np.concatenate([c, np.ones((1, *c.shape[1:]))]).T
@@ -138,7 +138,7 @@ class Moments:
             return z + (U * c[:, None]).sum(1)
         return z + over_rows(U, c)
 
-    def pull_back(self, UU, Uy, yy) -> Any:
+    def pull_back(self, UU: Array, Uy: Array, yy: Array) -> Any:
         """``Q_i = [U_i z_i] Psi [U_i z_i]'`` summed over the levels of every class, for a symmetric Psi.
 
         Args:
@@ -181,7 +181,7 @@ def _lanes_first(V: np.ndarray) -> np.ndarray:
 MOST_AT_ONCE = 2**20
 
 
-def _contract_rows(V: np.ndarray, weights: np.ndarray) -> tuple:
+def _contract_rows(V: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     V = _lanes_first(V)
     L, C, q, r = V.shape
     flat = V.reshape(L, C * q, r)
@@ -207,7 +207,8 @@ def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarra
     Psi[:, :-1, -1] = Psi[:, -1, :-1] = Uy.T
     half = (V.reshape(L, C * q, r) @ Psi).reshape(-1, C, q, r)
     if q == 1:
-        return (half * V).sum(3).T
+        squares: np.ndarray = (half * V).sum(3).T
+        return squares
     Q = half @ V.swapaxes(2, 3)
     return np.stack([Q[:, :, a, b].T * (1.0 if a == b else 2.0) for a, b in pairs_of(q)])
 
@@ -218,12 +219,12 @@ def over_rows(U: Any, c: Any) -> Any:
     return over_first(U[..., 0].swapaxes(0, 1).reshape(u, q * C), c).reshape(q, C, c.shape[1])
 
 
-def _as_array(Q: list) -> Any:
+def _as_array(Q: list[Array]) -> Any:
     """Of NumPy's arrays one; XLA has them one by one."""
     return np.stack(Q) if namespace(*Q) is np else Q
 
 
-def _sum_over_classes(S, w):
+def _sum_over_classes(S: Array, w: Array) -> Array:
     """``(pairs, C, t), (pairs, C, j, B) -> (t, j, B)``."""
     xp = namespace(S, w)
     if namespace(S, w) is np:
@@ -278,7 +279,8 @@ def moments_of(stats: CrossProducts, alone: bool = True) -> Moments:
     )
     if np.ndim(stats.yy):
         return replace(moments, count=moments.count[:, None])
-    return jax.tree.map(lambda x: x[..., None], moments)
+    with_lanes: Moments = jax.tree.map(lambda x: x[..., None], moments)
+    return with_lanes
 
 
 def _row_sums(B: np.ndarray) -> RowSums:
@@ -288,13 +290,13 @@ def _row_sums(B: np.ndarray) -> RowSums:
     return RowSums(V if B.ndim == 3 else np.moveaxis(V, 0, -1))
 
 
-def pair_moments(U):
+def pair_moments(U: Array) -> Array:
     """``S_ab + S_ba`` of ``S_ab = U_a (x) U_b``, upper entries only: ``(q, u, m) -> (pairs, m, t)``."""
     xp = namespace(U)
     rows, columns = (i.astype(np.int32) for i in np.triu_indices(U.shape[1]))
     U = xp.swapaxes(U, 1, 2)  # before the products, or the search keeps them the other way round and reads them slowly
 
-    def moment(a, b):
+    def moment(a: int, b: int) -> Array:
         one = U[a][:, rows] * U[b][:, columns]
         return one if a == b else one + U[b][:, rows] * U[a][:, columns]
 

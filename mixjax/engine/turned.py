@@ -7,6 +7,7 @@ fixed effect is held at a value. What the lanes share they go on sharing.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mixjax import linalg
 from mixjax.design import AnyArray
@@ -21,10 +22,10 @@ class TurnedMoments(Moments):
     v: AnyArray
     s: AnyArray
 
-    def contract(self, weights: list) -> tuple:
+    def contract(self, weights: Any) -> tuple[Array, Array, Array]:
         return _changed(super().contract(weights), self.v[:, None], self.s)
 
-    def pull_back(self, UU, Uy, yy) -> list:
+    def pull_back(self, UU: Array, Uy: Array, yy: Array) -> Any:
         v, s = _padded(self.v, len(Uy)), self.s
         UU, Uy = _projected(UU, v), Uy - v * (v * Uy).sum(0)
         cross = s * Uy[:, None] * v[None]
@@ -43,7 +44,7 @@ def turned(moments: Moments, v: Array, s: Array) -> Moments:
     return replace(TurnedMoments(**own, v=v, s=s), UU=UU + full[:, None] * full[None], Uy=Uy, yy=yy)
 
 
-def _changed(products: tuple, v: Array, s: Array) -> tuple:
+def _changed(products: tuple[Array, Array, Array], v: Array, s: Array) -> tuple[Array, Array, Array]:
     """``T'[UU Uy; . yy] T`` in its parts."""
     UU, Uy, yy = products
     v = _padded(v, len(Uy))

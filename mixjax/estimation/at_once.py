@@ -65,7 +65,8 @@ def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: b
             begun = search.begin(x[:, padded_lanes(at)], structures, found.iterations[padded_lanes(at)])
             _search(begun, at, lanes, one_minimum, found)
         every = padded_lanes(np.arange(count))
-        return lanes_of(finish(lanes_of(found, every), lanes_of(lanes, every, N)), np.arange(count))
+        fits: Fits = lanes_of(finish(lanes_of(found, every), lanes_of(lanes, every, N)), np.arange(count))
+        return fits
 
 
 def _search(state: Search, at: np.ndarray, lanes: Lanes, one_minimum: bool, found: Solution) -> None:
@@ -90,7 +91,7 @@ def tile_of(lanes: Lanes) -> int:
     moments = lanes.moments
     q, C, u = moments.A.shape[0], moments.A.shape[2], moments.Uy.shape[0]
     if isinstance(moments.sums, RowSums):
-        numbers = max(u * u * (1 + moments.layout.k), C * q * (u + q + 1))
+        numbers: int = max(u * u * (1 + moments.layout.k), C * q * (u + q + 1))
         size = min(MOST_LANES, TOGETHER // numbers)
         return size // MULTIPLE * MULTIPLE if size >= MULTIPLE else max(1, size)
     numbers = max(C * q * q, u * u) * (1 + q * (q + 1) // 2)

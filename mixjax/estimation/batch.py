@@ -98,7 +98,8 @@ def _stacked_at_once(stats: CrossProducts) -> Moments:
         pairs = tuple(pair._replace(rows=pair.rows[..., 0], cols=pair.cols[..., 0]) for pair in lanes.pairs)
         return moments_of(replace(lanes, pairs=pairs))
     parts = [moments_of(jax.tree.map(lambda a, i=i: a[i], stats)) for i in range(len(stats.yy))]
-    return jax.tree.map(lambda *a: np.moveaxis(np.stack([part[..., 0] for part in a]), 0, -1), *parts)
+    stacked: Moments = jax.tree.map(lambda *a: np.moveaxis(np.stack([part[..., 0] for part in a]), 0, -1), *parts)
+    return stacked
 
 
 def last(a: Any) -> np.ndarray:
@@ -109,8 +110,9 @@ def last(a: Any) -> np.ndarray:
 def batch_axes(stats: CrossProducts) -> CrossProducts:
     """0 for leaves with a leading axis of replicates, -1 for shared ones, in the shape of ``stats``."""
     if np.ndim(stats.XX) == 3:
-        return jax.tree.map(lambda _: 0, stats)
-    none = jax.tree.map(lambda _: -1, stats)
+        every: CrossProducts = jax.tree.map(lambda _: 0, stats)
+        return every
+    none: CrossProducts = jax.tree.map(lambda _: -1, stats)
     return replace(
         none,
         factors=tuple(f._replace(Zy=0) for f in none.factors),
@@ -123,7 +125,8 @@ def batch_axes(stats: CrossProducts) -> CrossProducts:
 
 def replicates(stats: CrossProducts, axes: CrossProducts, at: Any) -> CrossProducts:
     """Some replicates, or one; ``axes`` are those of :func:`batch_axes`."""
-    return jax.tree.map(lambda a, axis: np.asarray(a)[at] if axis == 0 else a, stats, axes)
+    chosen: CrossProducts = jax.tree.map(lambda a, axis: np.asarray(a)[at] if axis == 0 else a, stats, axes)
+    return chosen
 
 
 def _without_levels(stats: CrossProducts) -> CrossProducts:

@@ -143,7 +143,13 @@ def over_lanes(
 
 
 @partial(jit, compiler_options=LANES, static_argnames=("fun", "sizes"))
-def _in_tiles(fun: Callable, lanes: Lanes, of_each: tuple, of_all: tuple, sizes: Sizes) -> tuple[Array, ...]:
+def _in_tiles(
+    fun: Callable[..., tuple[Array, ...]],
+    lanes: Lanes,
+    of_each: tuple[Array, ...],
+    of_all: tuple[Array, ...],
+    sizes: Sizes,
+) -> tuple[Array, ...]:
     """Tile by tile, so that arrays over lanes stay in the cache."""
     N, size = sizes.block, sizes.lanes
     of_all = jax.tree.map(jnp.asarray, of_all)
@@ -153,4 +159,7 @@ def _in_tiles(fun: Callable, lanes: Lanes, of_each: tuple, of_all: tuple, sizes:
 
     shapes = jax.eval_shape(lambda: of_tile(0))
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, N // size, lambda i, found: put(found, of_tile(i), i * size), empty)
+    values: tuple[Array, ...] = jax.lax.fori_loop(
+        0, N // size, lambda i, found: put(found, of_tile(i), i * size), empty
+    )
+    return values

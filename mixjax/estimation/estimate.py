@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -93,7 +94,8 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
     """
     check_products(stats)
     warn_of_float32(stats)
-    return compiled(fit)(Engine(stats, reml, incidence(stats)), start)
+    estimates: Estimates = compiled(fit)(Engine(stats, reml, incidence(stats)), start)
+    return estimates
 
 
 def fit(engine: Engine, start: Array | None = None) -> Estimates:
@@ -152,15 +154,16 @@ def estimate_with(optimizer: Any, stats: CrossProducts, reml: bool = True, start
     x = jnp.where(at, jnp.exp(x), x)
     engine = Engine(stats, jnp.asarray(reml))
     solution = compiled(_settle)(engine, x)
-    return compiled(assemble)(engine, solution._replace(iterations=steps))
+    estimates: Estimates = compiled(assemble)(engine, solution._replace(iterations=steps))
+    return estimates
 
 
 @cache
-def _logarithmic_objective(structures: tuple[cov.Structure, ...]):
+def _logarithmic_objective(structures: tuple[cov.Structure, ...]) -> Callable[[Array, Any], Array]:
     """A function of its own for every structure, so that each has one program."""
     at = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])
 
-    def objective(x, data):
+    def objective(x: Array, data: Any) -> Array:
         stats, reml = data
         x = jnp.where(at, jnp.exp(jnp.where(at, x, 0.0)), x)
         return Engine(stats, reml).profiled(x).criterion
@@ -171,7 +174,8 @@ def _logarithmic_objective(structures: tuple[cov.Structure, ...]):
 def _settle(engine: Engine, x: Array) -> Solution:
     """Judge a point found elsewhere: reductions of rank, then the one definition of convergence; no Newton steps."""
     solution = judge(engine.evaluate, x[:, None], search.rank_reductions(engine.stats.layout.structures))
-    return jax.tree.map(lambda a: a[..., 0], solution)
+    alone: Solution = jax.tree.map(lambda a: a[..., 0], solution)
+    return alone
 
 
 def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:

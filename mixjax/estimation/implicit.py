@@ -32,7 +32,9 @@ def as_minimum(fun: Callable[[Array, Any], Array], x: Array, free: Array, exists
 
 
 @as_minimum.defjvp
-def _as_minimum_jvp(fun, primals, tangents):
+def _as_minimum_jvp(
+    fun: Callable[[Array, Any], Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     x, free, exists, data = primals
     x = as_minimum(fun, x, free, exists, data)
     _, dg = jax.jvp(lambda d: jax.grad(fun)(x, d), (data,), (tangents[3],))

@@ -125,7 +125,10 @@ def _directly(lanes: Lanes, tiles: Array, start: Array | None, sizes: Sizes) -> 
         return put(found, (direct.x, direct.converged, direct.solution()), tile * L)
 
     nothing = search.begin(jnp.zeros((k, N), lanes.moments.UU.dtype), structures).best
-    return jax.lax.fori_loop(0, tiles, of_tile, (nothing.x, jnp.zeros(N, bool), nothing))
+    found: tuple[Array, Array, Solution] = jax.lax.fori_loop(
+        0, tiles, of_tile, (nothing.x, jnp.zeros(N, bool), nothing)
+    )
+    return found
 
 
 class _Work(NamedTuple):
@@ -191,11 +194,13 @@ def _finished(lanes: Lanes, tiles: Array, best: Solution, sizes: Sizes) -> Fits:
 
     def of_tile(tile: Array, fits: Fits) -> Fits:
         own, solution = (slice_of(tree, tile * L, L, N) for tree in (lanes, best))
-        return put(fits, finish(solution, own), tile * L)
+        filled: Fits = put(fits, finish(solution, own), tile * L)
+        return filled
 
     shapes = jax.eval_shape(lambda: finish(slice_of(best, 0, L, N), slice_of(lanes, 0, L, N)))
     empty = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], N), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, tiles, of_tile, empty)
+    fits: Fits = jax.lax.fori_loop(0, tiles, of_tile, empty)
+    return fits
 
 
 def start_in_lanes(theta: Array, lanes: Lanes) -> Array:

@@ -21,9 +21,9 @@ from mixjax.estimation.batch import Batch, batch_axes, last, replicates
 from mixjax.estimation.blocks import Blocks, for_blocks, lanes_at_once, parts_of
 from mixjax.estimation.choice import EngineName, check_engine, chosen_engine
 from mixjax.estimation.estimate import Estimates, estimate, fit
-from mixjax.estimation.lane_program import fit_block
+from mixjax.estimation.lane_program import Fits, Sizes, fit_block
 from mixjax.estimation.results import Results
-from mixjax.machine import LANES, compiled, float64, is_concrete, jit
+from mixjax.machine import LANES, Array, compiled, float64, is_concrete, jit
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_wide
 from mixjax.products.sums import CrossProducts, check_products
 from mixjax.waiting import Waiting
@@ -144,7 +144,7 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 @partial(jit, compiler_options=LANES, static_argnames="sizes")
-def _fit_block(lanes, count, start, one_minimum, sizes):
+def _fit_block(lanes: Lanes, count: Array, start: Array | None, one_minimum: Array, sizes: Sizes) -> Fits:
     return fit_block(lanes, count, start, one_minimum, sizes)
 
 
@@ -168,17 +168,18 @@ def _on_mesh(blocks: Blocks, reml: bool, start: np.ndarray | None, results: Resu
     template = _inputs(blocks, 0, reml, start)
     spec = jax.tree.map(lambda a: over if np.shape(a)[-1:] == (N,) else PartitionSpec(), template)
 
-    def body(inputs, count):
+    def body(inputs: tuple[Lanes, Array | None], count: Array) -> Fits:
         lanes, begin = jax.tree.map(lambda a, where: a[0] if where == over else a, inputs, spec)
         fits = fit_block(lanes, count[0], begin, blocks.one_minimum, blocks.sizes)
-        return jax.tree.map(lambda a: a[None], fits)
+        in_front: Fits = jax.tree.map(lambda a: a[None], fits)
+        return in_front
 
     run = jit(
         jax.shard_map(body, mesh=mesh, in_specs=(spec, over), out_specs=over, check_vma=False),
         compiler_options=LANES,
     )
 
-    def spread(where, *parts):
+    def spread(where: PartitionSpec, *parts: Any) -> jax.Array:
         host = np.stack([np.asarray(part) for part in parts]) if where == over else np.asarray(parts[0])
         return jax.make_array_from_callback(host.shape, NamedSharding(mesh, where), lambda index: host[index])
 
@@ -208,7 +209,8 @@ def _one_by_one_at_once(stats: CrossProducts, reml: bool, start: np.ndarray | No
         one = AtOnce(replicates(stats, axes, i), reml).run(fit, None if start is None else start[i])
         left_out: dict[str, Any] = {name: None for name in Estimates._fields if name not in keep}
         parts.append(one._replace(**left_out))
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *parts)
+    estimates: Estimates = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *parts)
+    return estimates
 
 
 def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep: Sequence[str]) -> Estimates:
@@ -229,12 +231,15 @@ def _one_by_one(stats: CrossProducts, reml: bool, start: np.ndarray | None, keep
             index = np.minimum(np.arange(first, first + VMAP_BLOCK), B - 1)
             est = run(replicates(stats, axes, index), reml, None if start is None else start[index])
             parts.append(est._replace(**left_out))
-    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts)
+    estimates: Estimates = jax.tree.map(
+        lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])[:B], *parts
+    )
+    return estimates
 
 
 @cache
-def _jitted_estimates(axes: tuple[int, ...]) -> Callable:
-    def many(stats, reml, start):
+def _jitted_estimates(axes: tuple[int, ...]) -> Callable[..., Estimates]:
+    def many(stats: CrossProducts, reml: Array | bool, start: Array | None) -> Estimates:
         tree = jax.tree.unflatten(jax.tree.structure(stats), [None if axis < 0 else 0 for axis in axes])
         return jax.vmap(estimate, in_axes=(tree, None, None if start is None else 0))(stats, reml, start)
 

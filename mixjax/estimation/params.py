@@ -86,4 +86,5 @@ def _structures(design: Design | CrossProducts | None, qs: Sequence[int] | None)
 def _lower(structure: cov.Structure, F: Array) -> Array:
     if structure.is_lower:
         return F
-    return decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))
+    lower: Array = decompositions.lower_factor(F, cov.rank_tolerance(F.dtype))
+    return lower

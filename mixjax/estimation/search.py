@@ -103,7 +103,8 @@ def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...]) -> Sol
     """Search until every lane is done."""
     goes_on = lambda search: ~search.done.all()  # noqa: E731
     step = lambda search: advance(search, evaluate, structures)  # noqa: E731
-    return while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
+    best: Solution = while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
+    return best
 
 
 def _begin_at(x0: Array, structures: tuple[Structure, ...]) -> newton.State:
@@ -116,13 +117,13 @@ def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
     """Candidates with the rank of one term's covariance lowered, where what that sets to zero is small already."""
     starts = np.cumsum([0, *(s.n_reductions for s in structures)])
 
-    def worthwhile(x):
+    def worthwhile(x: Array) -> Array:
         xp = namespace(x)
         parts = zip(structures, cov.cut(x, structures), strict=True)
         sizes = xp.concatenate([s.sizes(part) for s, part in parts])
         return (sizes < NEAR_ZERO) & (sizes > 0)
 
-    def candidate(x, c):
+    def candidate(x: Array, c: Array) -> tuple[Array, Array]:
         xp = namespace(x)
         parts = zip(structures, cov.cut(x, structures), starts[:-1], strict=True)
         xs, frees = zip(*(s.reduced(part, c - int(first)) for s, part, first in parts), strict=True)

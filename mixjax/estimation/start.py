@@ -98,7 +98,7 @@ def moment_start(stats: CrossProducts) -> list[Array]:
     lhs = set_at(xp.zeros((k + 1, k + 1), dtype), (k, k), stats.n)
     rhs = set_at(xp.zeros(k + 1, dtype), k, stats.yy)
 
-    def frobenius(ZZ):
+    def frobenius(ZZ: Array) -> Array:
         return (ZZ**2).sum(-1)
 
     for start, products in zip(first, stats.factors, strict=True):

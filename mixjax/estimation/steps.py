@@ -53,8 +53,10 @@ def newton_steps(
     with float64():
         if incidence(jax.tree.map(lambda a: np.asarray(a)[0], stats)) is not None:
             parts = [jax.device_get(compiled(_step)(e, theta)) for e in engines_of(stats, batch_axes(stats), reml)]
-            return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-        return _in_blocks(stats, lambda some: _steps(some, theta, np.bool_(reml)))
+            found: tuple[Estimates, np.ndarray] = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+        else:
+            found = _in_blocks(stats, lambda some: _steps(some, theta, np.bool_(reml)))
+        return found
 
 
 def _in_blocks(stats: CrossProducts, call: Callable[[CrossProducts], Any]) -> Any:

@@ -12,14 +12,14 @@ from scipy import sparse
 from mixjax.checks import DataError, check_options
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
-from mixjax.diagnostics.modes import conditional_covariances_by_group, terms_of_group, tidy_modes
+from mixjax.diagnostics.modes import conditional_covariances_by_group, tidy_modes
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP
 from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
 from mixjax.fitted.batch import BatchFit, with_fixed
-from mixjax.fitted.names import responses_of_rows, term_names, values_of_rows
+from mixjax.fitted.names import responses_of_rows, term_names, terms_of_group, values_of_rows
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, OptimizerInfo, fit_products, fit_rows
 from mixjax.formula.build import build
@@ -188,7 +188,8 @@ class LMMFit(Inferring, Diagnosing):
     @property
     def theta(self) -> np.ndarray:
         """Relative Cholesky factors (k,): lower triangle column by column, term by term, diagonal >= 0."""
-        return self.estimates.theta
+        theta: np.ndarray = self.estimates.theta
+        return theta
 
     @property
     def Lambda(self) -> dict[str, np.ndarray]:

@@ -83,7 +83,8 @@ def correlation(Sigma: np.ndarray) -> np.ndarray:
     """Correlations of a covariance; NaN where a variance is zero."""
     sd = np.sqrt(np.diag(Sigma))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Sigma / np.outer(sd, sd)
+        cor: np.ndarray = Sigma / np.outer(sd, sd)
+        return cor
 
 
 def coefficient_table(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -188,7 +189,7 @@ class Summary(Reported):
         se = table["std_error"].to_numpy()
         decimals = int(np.clip(3 - np.floor(np.log10(se.min())), 0, 12)) if len(se) and se.min() > 0 else 4
         wide = decimals > 8 or (len(se) and np.abs(table["estimate"]).max() >= 1e9)
-        number = (lambda x: f"{x:.5g}") if wide else (lambda x: f"{x:.{decimals}f}")
+        number: Callable[[float], str] = (lambda x: f"{x:.5g}") if wide else (lambda x: f"{x:.{decimals}f}")
         columns = {
             "": table.index,
             "Estimate": [number(x) for x in table["estimate"]],

@@ -31,7 +31,8 @@ class Diagnosing:
     @property
     def fitted(self) -> pd.Series:
         """Conditional means of the rows, offset included."""
-        return self.predict()
+        means: pd.Series = self.predict()
+        return means
 
     def predict(
         self,
@@ -86,7 +87,8 @@ class Diagnosing:
         """The used rows and columns with fitted values, residuals and leverage beside them, in columns that begin with
         a dot; see :func:`mixjax.diagnostics.augment.augmented`."""
         columns = augmented(self.record)
-        return self.record.labels.frame.assign(**{str(name): columns[name] for name in columns})
+        frame: pd.DataFrame = self.record.labels.frame.assign(**{str(name): columns[name] for name in columns})
+        return frame
 
     def quantile_residuals(
         self, key: Any = 0, n: int = 250, random: Literal["new", "fitted"] = "new"

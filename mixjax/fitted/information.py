@@ -53,7 +53,7 @@ def information(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Information
     covariance = 2.0 * xp.block([[among, mixed[:, None]], [mixed[None], last[None, None]]])
     R_inv = xp.asarray(stats.X_basis.R_inv)
 
-    def own(C):
+    def own(C: Array) -> Array:
         return sigma**2 * (R_inv @ C @ R_inv.T)
 
     vcov = own(C)

@@ -53,9 +53,11 @@ class VarianceParameter(NamedTuple):
         own, i, j = np.asarray(Sigma[self.term]), self.natural.i, self.natural.j
         variances = np.diagonal(own, axis1=-2, axis2=-1)
         if self.kind == "sd":
-            return np.sqrt(variances[..., i])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
+            value: np.ndarray = np.sqrt(variances[..., i])
+        else:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                value = own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
+        return value
 
 
 def names_of_variances(labels: Labels, structures: Sequence[Structure]) -> tuple[VarianceParameter, ...]:
@@ -87,7 +89,8 @@ def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True)
         raise DataError(
             f"{name} has shape {np.shape(values)}, but the fit has {len(index)} rows, of {len(used)} of the table"
         )
-    return row_values(name, values, index, len(index), numbers)
+    column: np.ndarray = row_values(name, values, index, len(index), numbers)
+    return column
 
 
 def responses_of_rows(labels: Labels, Y: Any) -> np.ndarray:

@@ -39,7 +39,8 @@ class VarianceParameters:
     @property
     def std_error(self) -> np.ndarray:
         """``(k,)``; NaN where the covariance is."""
-        return np.sqrt(self.covariance.diagonal())
+        roots: np.ndarray = np.sqrt(self.covariance.diagonal())
+        return roots
 
 
 class AllParameters(NamedTuple):

@@ -308,7 +308,7 @@ def _subset_rows(subset: Any, table: pd.DataFrame, index: Any, trusted: bool) ->
             subset = table.eval(subset)
         except Exception as error:
             raise DataError(f"subset {subset!r} cannot be evaluated: {error}") from error
-    rows = row_values("subset", subset, index, len(table), numbers=False)
+    rows: np.ndarray = row_values("subset", subset, index, len(table), numbers=False)
     if rows.dtype != bool:
         raise DataError(f"subset must be {len(table)} booleans or an expression giving them, got {rows.dtype}")
     return rows

@@ -125,7 +125,7 @@ class ChunkReader:
             self.used, self.computed = [*self.used, extra], [*self.computed, extra]
         self.numeric = [*dict.fromkeys(n for e in self.parsed.predictors for n in e.columns), *self.computed]
         self.effects = list(dict.fromkeys(name for e in self.parsed.effects for name in e.columns))
-        self.categories: dict[str, list] = {}
+        self.categories: dict[str, list[Any]] = {}
         self.n_rows, self.n_missing = 0, 0
         self.missing: dict[str, int] = {}
         self.groups = {part.group.name: Levels(part.group) for part in self.parsed.random}
@@ -138,7 +138,7 @@ class ChunkReader:
         refuse_dates(frame, self.effects)
         return [n for n in self.effects if n in made or frame[n].dtype == bool or not is_numeric_dtype(frame[n])]
 
-    def begin(self, first: Any, categories: Mapping[str, list]) -> None:
+    def begin(self, first: Any, categories: Mapping[str, list[Any]]) -> None:
         """Settle the columns by the first table and the categories of all tables."""
         self.categories = dict(categories)
         frame = self.frame(first, count=False)
@@ -284,10 +284,10 @@ class ChunkReader:
             warn(f"{self.n_missing} of {self.n_rows} rows left out because of missing values ({counts})")
 
 
-def find_categories(source: Iterable[Any], columns: list[str]) -> dict[str, list]:
+def find_categories(source: Iterable[Any], columns: list[str]) -> dict[str, list[Any]]:
     """All categories of the columns over all tables: in the order of a categorical column, else sorted."""
-    ordered: dict[str, list] = {name: [] for name in columns}
-    found: dict[str, set] = {name: set() for name in columns}
+    ordered: dict[str, list[Any]] = {name: [] for name in columns}
+    found: dict[str, set[Any]] = {name: set() for name in columns}
     for table in source:
         available = column_names(table)
         for name in columns:
@@ -311,7 +311,8 @@ class Levels:
     def __init__(self, group: Group):
         self.group = group
         self.values = [pd.Index([]) for _ in group.columns]  # of every column
-        self.ordered: list[list] = [[] for _ in group.columns]  # categories, where a column has an order of its own
+        # Categories, where a column has an order of its own.
+        self.ordered: list[list[Any]] = [[] for _ in group.columns]
         self.combinations = [pd.Index([], dtype=np.int64) for _ in group.columns[1:]]
 
     @property

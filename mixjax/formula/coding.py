@@ -67,7 +67,8 @@ class Factor:
         """The levels' values."""
         values = np.empty(len(self.levels) + 1, object)
         values[:-1] = self.levels
-        return values[self.codes].astype(object if dtype is None else dtype)
+        of_rows: np.ndarray = values[self.codes].astype(object if dtype is None else dtype)
+        return of_rows
 
 
 def metadata_of(value: Any) -> Any:
@@ -122,7 +123,8 @@ class Levels:
         if value.levels == self.levels:
             return value.codes
         place = {level: k for k, level in enumerate(self.levels)}
-        return np.array([*(place.get(level, -1) for level in value.levels), -1])[value.codes]
+        codes: np.ndarray = np.array([*(place.get(level, -1) for level in value.levels), -1])[value.codes]
+        return codes
 
 
 def _contrasts(asked: Any) -> Any:
@@ -300,4 +302,5 @@ def _matrix(structure: Sequence[TermColumns], blocks: Mapping[tuple[str, bool], 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """All products of two columns, the first's varying fastest."""
-    return (b[:, :, None] * a[:, None, :]).reshape(len(a), a.shape[1] * b.shape[1])
+    products: np.ndarray = (b[:, :, None] * a[:, None, :]).reshape(len(a), a.shape[1] * b.shape[1])
+    return products

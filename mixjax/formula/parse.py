@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from mixjax.checks import FormulaError
 from mixjax.covariance import STRUCTURES
 from mixjax.formula.algebra import Effects, effects, summands
-from mixjax.formula.syntax import Expression, Piece, expression, read
+from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 
 MOST_GROUPS = 100
 
@@ -135,7 +135,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _outside_calls(piece: Piece) -> list:
+def _outside_calls(piece: Piece) -> list[Token]:
     """Tokens that are not among the arguments of a function."""
     found, inside = [], None
     for i, token in enumerate(piece.tokens):

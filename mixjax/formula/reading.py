@@ -164,7 +164,8 @@ def as_column(what: str, values: Any, index: pd.Index | None = None) -> pd.Serie
     else:
         at = np.where(missing, -1, np.cumsum(~missing) - 1)
         column = pd.Series(plain, dtype=plain.dtype).reindex(at)
-    return column.set_axis(index)
+    labelled: pd.Series = column.set_axis(index)
+    return labelled
 
 
 def _as_it_is(column: pd.Series) -> pd.Series | None:
@@ -317,7 +318,8 @@ def _plain_mixture(what: str, values: np.ndarray, rows: pd.Index) -> np.ndarray:
     """Objects of several kinds, or of one that pandas has no word for: numbers, dates, or refused."""
     kinds, first, counts = np.unique([_kind(value) for value in values], return_index=True, return_counts=True)
     if list(kinds) == ["numbers"]:
-        return _plain(what, np.array([complex(value) for value in values]), rows)
+        numbers: np.ndarray = _plain(what, np.array([complex(value) for value in values]), rows)
+        return numbers
     if list(kinds) == ["dates or times"]:
         return values
     if {"text", "numbers"} <= set(kinds):

@@ -87,7 +87,8 @@ class FormulaState:
         C = np.linalg.lstsq(X[:, self.kept], X[:, ~self.kept], rcond=None)[0]
         # Rounding of one column must not count where another is all there is.
         C = np.where(np.abs(C) > ROUNDING * np.abs(C).max(axis=0), C, 0.0)
-        return C / lengths[self.kept, None] * lengths[~self.kept]
+        relative: np.ndarray = C / lengths[self.kept, None] * lengths[~self.kept]
+        return relative
 
     def split(self, X: np.ndarray, dependence: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """All columns ``(m, f)`` -> those in the fit ``(m, p)``, and what they leave open ``(m, d)``.
@@ -202,7 +203,8 @@ def new_rows(
 
 def _any(missing: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     """Rows without a value in any of the columns."""
-    return np.logical_or.reduce([np.zeros(n, bool), *missing.values()])
+    anywhere: np.ndarray = np.logical_or.reduce([np.zeros(n, bool), *missing.values()])
+    return anywhere
 
 
 def _dependence(labels: Labels) -> np.ndarray | None:

@@ -133,12 +133,16 @@ class TextColumn:
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        return ~np.isnan(np.asarray(pd.to_numeric(self.values, errors="coerce"), float))
+        numbers: np.ndarray = ~np.isnan(np.asarray(pd.to_numeric(self.values, errors="coerce"), float))
+        return numbers
 
     @cached_property
     def _commas(self) -> np.ndarray:
         """Values that are numbers but for a comma."""
-        return ~self._numbers & self._each(lambda value: DECIMAL_COMMA.fullmatch(value) or THOUSANDS.fullmatch(value))
+        commas: np.ndarray = ~self._numbers & self._each(
+            lambda value: DECIMAL_COMMA.fullmatch(value) or THOUSANDS.fullmatch(value)
+        )
+        return commas
 
     def _each(self, holds: Callable[[str], Any]) -> np.ndarray:
         return np.array([bool(holds(value)) for value in self.values], bool)
@@ -214,14 +218,15 @@ def missing_in(frame: Table) -> dict[str, np.ndarray]:
 
 def _missing(column: pd.Series) -> np.ndarray:
     if column.dtype.kind == "f":
-        return np.isnan(column.to_numpy())
+        missing: np.ndarray = np.isnan(column.to_numpy())
+        return missing
     return np.zeros(len(column), bool) if column.dtype.kind in "biu" else column.isna().to_numpy()
 
 
 def complete_rows(frame: Table) -> np.ndarray:
     """Which rows have a value in every column; warns with counts when some do not."""
     missing: Mapping[str, np.ndarray] = missing_in(frame)
-    complete = ~np.logical_or.reduce([*missing.values()])
+    complete: np.ndarray = ~np.logical_or.reduce([*missing.values()])
     n, n_missing = len(complete), int((~complete).sum())
     if n_missing == n and n:
         worst = [name for name, rows in missing.items() if rows.all()]

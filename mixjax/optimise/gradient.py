@@ -37,13 +37,13 @@ def minimise_with(
     full = optax.with_extra_args_support(optimizer)
     objective = partial(fun, data=data)
 
-    def step(state):
+    def step(state: Any) -> Any:
         x, opt_state, _, count = state
         value, gradient = jax.value_and_grad(objective)(x)
         updates, opt_state = full.update(gradient, opt_state, x, value=value, grad=gradient, value_fn=objective)
         return optax.apply_updates(x, updates), opt_state, gradient, count + 1
 
-    def goes_on(state):
+    def goes_on(state: Any) -> Any:
         _, _, gradient, count = state
         return (count < max_steps) & ~(jnp.abs(gradient).max() <= tolerance) & ~jnp.isnan(gradient).any()
 

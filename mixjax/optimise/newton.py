@@ -9,15 +9,18 @@ a minimum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mixjax import decompositions, linalg
 from mixjax.machine import Array, fori_loop, is_nowhere, namespace, while_loop
 from mixjax.optimise.results import Result
+
+T = TypeVar("T")
 
 # x (k, B) -> value (B,), gradient (k, B), Hessian (k, k, B)
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
@@ -91,7 +94,7 @@ class State(NamedTuple):
     done: Array
 
 
-def gradient_tolerance(dtype) -> float:
+def gradient_tolerance(dtype: DTypeLike) -> float:
     """Scaled gradient below which a search has converged: 1e-6 in float64, 3e-3 in float32.
 
     It is the distance to the minimum in units of the curvature; for a deviance, in standard errors. The last Newton
@@ -111,17 +114,17 @@ def foretold_distance(distance: Array, before: Array) -> Array:
     return xp.where(near, distance * (distance / xp.where(near, before, 1.0)) ** 2, xp.inf)
 
 
-def foretold_tolerance(dtype) -> float:
+def foretold_tolerance(dtype: DTypeLike) -> float:
     """Foretold distance at which a search ends without evaluating there: 1e-9 in float64, never in float32."""
     return 1e-9 if np.finfo(dtype).bits == 64 else -1.0
 
 
-def value_tolerance(dtype) -> float:
+def value_tolerance(dtype: DTypeLike) -> float:
     """Rise of the value that a simplification may cost: 1e-9 in float64, 1e-3 in float32."""
     return 1e-9 if np.finfo(dtype).bits == 64 else 1e-3
 
 
-def curvature_tolerance(dtype) -> float:
+def curvature_tolerance(dtype: DTypeLike) -> float:
     """Curvature that counts as none, relative to the largest: 1e-10 in float64, 1e-4 in float32."""
     return 1e-10 if np.finfo(dtype).bits == 64 else 1e-4
 
@@ -154,8 +157,8 @@ def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> A
 def by_differentiation(fun: Callable[[Array], Array]) -> Evaluate:
     """The evaluation of one lane of ``fun: (k,) -> ()``, forward over reverse."""
 
-    def evaluate(x):
-        def along(direction):
+    def evaluate(x: Array) -> tuple[Array, Array, Array]:
+        def along(direction: Array) -> Any:
             return jax.jvp(jax.value_and_grad(fun), (x[:, 0],), (direction,))
 
         (f, g), (_, H) = jax.vmap(along, out_axes=((None, None), (0, 0)))(jnp.eye(x.shape[0], dtype=x.dtype))
@@ -194,7 +197,7 @@ def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
     xp = namespace(x0)
     (k, lanes), dtype = x0.shape, x0.dtype
 
-    def full(value, of=dtype):
+    def full(value: Any, of: Any = dtype) -> Array:
         return xp.full(lanes, value, of)
 
     # The first trial is the start itself, and a start of infinite value accepts anything.
@@ -272,7 +275,7 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
     xp = namespace(x)
     lanes, dtype = x.shape[1], x.dtype
 
-    def attempt(c, at):
+    def attempt(c: Array, at: _Point) -> _Point:
         candidate, free = simplify.candidate(at.x, xp.full(lanes, c))
         new = _point(evaluate, candidate, free)
         keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
@@ -412,14 +415,15 @@ def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) ->
     )
 
 
-def where(condition: Array, a: Any, b: Any) -> Any:
+def where(condition: Array, a: T, b: T) -> T:
     """``a`` in the lanes where the condition holds, else ``b``."""
     if namespace(condition) is np:
         if condition.all():
             return a
         if not condition.any():
             return b
-    return jax.tree.map(lambda u, v: namespace(condition, u, v).where(condition, u, v), a, b)
+    chosen: T = jax.tree.map(lambda u, v: namespace(condition, u, v).where(condition, u, v), a, b)
+    return chosen
 
 
 def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
@@ -469,7 +473,7 @@ def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius
     floor = eps * xp.maximum(xp.abs(eigenvalues).max(0), tiny)
     curvature = eigenvalues + xp.maximum(0.0, -lowest)
 
-    def norm(v):
+    def norm(v: Array) -> Array:
         return xp.sqrt((v * v).sum(0))
 
     interior = (lowest > 0) & (norm(along / xp.maximum(curvature, floor)) <= radius)
@@ -477,7 +481,7 @@ def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius
     high = norm(along) / radius
     low = xp.where(lowest > 0, 0.0, xp.abs(along[0]) / radius)
 
-    def improve(_, extra):
+    def improve(_: Any, extra: Array) -> Array:
         inverse = 1.0 / xp.maximum(curvature + extra, floor)
         s = along * inverse
         length = norm(s)

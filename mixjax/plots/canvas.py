@@ -82,9 +82,10 @@ def many(
     return axes
 
 
-def single(axes: np.ndarray) -> Any:
+def single(axes: np.ndarray) -> Axes | np.ndarray:
     """One Axes as itself, several as an array."""
-    return axes[0] if len(axes) == 1 else axes
+    found: Axes | np.ndarray = axes[0] if len(axes) == 1 else axes
+    return found
 
 
 def outer(ax: Axes, side: str) -> bool:

@@ -135,7 +135,7 @@ def shrinkage(fit: Any, group: str | None = None, effects: Any = None, *, ax: An
         height = float(np.clip(1.0 + 0.19 * len(levels), 2.4, 9.0)) if len(levels) <= MOST_NAMES else 5.0
         axes = many(1, ax, f"shrinkage of {names[0]}", 1, (4.8, height))
         _along_one(axes[0], names[0], wide, float(population[names[0]]), labels, group)
-        return axes[0]
+        return single(axes)
     pairs = list(combinations(names, 2))
     axes = many(len(pairs), ax, f"shrinkage of {len(pairs)} pairs of {', '.join(names)}", 3, (4.2, 4.0))
     for each, pair in zip(axes, pairs, strict=True):

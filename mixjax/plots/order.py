@@ -28,7 +28,8 @@ class Bands(NamedTuple):
 
 def scores(n: int) -> np.ndarray:
     """Expected ordered values of n standard normal numbers, by Blom's approximation."""
-    return ndtri((np.arange(1, n + 1) - 0.375) / (n + 0.25))
+    scores: np.ndarray = ndtri((np.arange(1, n + 1) - 0.375) / (n + 0.25))
+    return scores
 
 
 def line(values: np.ndarray) -> tuple[float, float]:

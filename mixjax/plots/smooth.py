@@ -68,4 +68,5 @@ def _lines(places: np.ndarray, x: np.ndarray, y: np.ndarray, weights: np.ndarray
     sxy = (weights * spread * (y - mean_y[:, None])).sum(axis=1)
     flat = sxx <= 1e-12 * total * (x[-1] - x[0]) ** 2
     slope = np.where(flat, 0.0, sxy / np.where(flat, 1.0, sxx))
-    return mean_y + slope * (places - mean_x)
+    line: np.ndarray = mean_y + slope * (places - mean_x)
+    return line

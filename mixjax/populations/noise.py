@@ -210,7 +210,7 @@ def log_gamma(key: Any, alpha: Any, shape: tuple[int, ...]) -> Any:
     small = alpha < 1
     d = jnp.where(small, alpha + 1, alpha) - 1 / 3
 
-    def step(state: tuple) -> tuple:
+    def step(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         i, done, log_v = state
         normal, other = jax.random.split(jax.random.fold_in(tries, i))
         x, u = standard_normal(normal, shape), standard_uniform(other, shape)
@@ -261,7 +261,7 @@ def poisson(key: Any, mean: Any) -> Any:
 def _by_inversion(key: Any, mean: Any) -> Any:
     u = standard_uniform(key, mean.shape)
 
-    def step(state: tuple) -> tuple:
+    def step(state: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
         k, count, mass, below = state
         k = k + 1
         mass = mass * mean / k
@@ -279,7 +279,7 @@ def _by_rejection(key: Any, mean: Any) -> Any:
     inverse_alpha = 1.1239 + 1.1328 / (b - 3.4)
     squeeze = 0.9277 - 3.6224 / (b - 2)
 
-    def step(state: tuple) -> tuple:
+    def step(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         i, done, count = state
         u, v = standard_uniform(jax.random.fold_in(key, i), (2, *mean.shape))
         u = u - 0.5

@@ -338,9 +338,11 @@ class Population:
 
     def _rows(self, n: Any) -> int:
         """A number of rows that one sample may have, or ValueError."""
-        n = check_count("n", n, 1)
-        check_memory(f"a sample of {n} rows", 8 * self._plan.numbers(n, self._plan.stages), "ask for fewer rows")
-        return n
+        count: int = check_count("n", n, 1)
+        check_memory(
+            f"a sample of {count} rows", 8 * self._plan.numbers(count, self._plan.stages), "ask for fewer rows"
+        )
+        return count
 
     # --- blocks, inside the float64 scope ---
 

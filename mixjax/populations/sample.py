@@ -38,7 +38,8 @@ class Sample:
         return repr(self.to_frame())
 
     def _repr_html_(self) -> str | None:
-        return self.to_frame()._repr_html_()  # type: ignore[operator]
+        table: str | None = self.to_frame()._repr_html_()  # type: ignore[operator]
+        return table
 
     def column(self, name: str) -> np.ndarray:
         """A column as numbers or codes."""

@@ -203,7 +203,8 @@ class Blocks:
     def _of_rows(self, matrices: np.ndarray, v: np.ndarray, block: np.ndarray) -> np.ndarray:
         """Every row's vector ``(..., m, s)`` times the matrix of its block, of ``(..., n_blocks, s, s)``."""
         if self.size <= SMALL and self.n_blocks > 1:
-            return np.einsum("...mst,...mt->...ms", matrices[..., block, :, :], v)
+            products: np.ndarray = np.einsum("...mst,...mt->...ms", matrices[..., block, :, :], v)
+            return products
         leading = np.broadcast_shapes(matrices.shape[:-3], v.shape[:-2])
         out = np.zeros((*leading, *v.shape[-2:]))
         for c in np.unique(block):

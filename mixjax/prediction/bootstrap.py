@@ -55,7 +55,10 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     scale = est.sigma * np.sqrt(np.concatenate([noise, targets.fresh_variance(D)]))
 
     def respond(draws: np.ndarray) -> np.ndarray:
-        return fixed + scale * draws[:, : nobs + m] + (columns @ np.ascontiguousarray(draws[:, nobs + m :].T)).T
+        responses: np.ndarray = (
+            fixed + scale * draws[:, : nobs + m] + (columns @ np.ascontiguousarray(draws[:, nobs + m :].T)).T
+        )
+        return responses
 
     scale_of, responses = _Scale(fitted, targets), Responses(fitted.rows)
     width = nobs + m + q_total
@@ -85,7 +88,8 @@ def quantile_of_size(errors: Errors, level: float) -> np.ndarray:
     """
     with np.errstate(divide="ignore"):
         sizes = np.divide(np.abs(errors.error), errors.scale, where=errors.error != 0, out=np.zeros_like(errors.error))
-    return np.quantile(sizes, level, axis=0)
+    quantiles: np.ndarray = np.quantile(sizes, level, axis=0)
+    return quantiles
 
 
 class _Scale:

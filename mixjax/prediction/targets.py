@@ -31,7 +31,7 @@ class Targets(NamedTuple):
     def take(self, at: Any) -> Targets:
         """Some of the rows."""
 
-        def some(parts: tuple) -> tuple:
+        def some(parts: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(None if part is None else part[at] for part in parts)
 
         return Targets(self.X[at], self.offset[at], some(self.Z), some(self.level), self.noise[at])
@@ -50,7 +50,7 @@ class Targets(NamedTuple):
         Args:
             beta: ``(..., p)``. b: per term ``(..., levels, q)``.
         """
-        mean = self.offset + beta @ self.X.T
+        mean: np.ndarray = self.offset + beta @ self.X.T
         for Z, level, own in zip(self.Z, self.level, b, strict=True):
             if Z is not None and level is not None:
                 effects = np.where((level >= 0)[:, None], np.take(own, np.maximum(level, 0), axis=-2), 0.0)

@@ -215,9 +215,9 @@ class Accumulator:
         """``V'V (v, v, m)``, ``V'X (v, p, m)``, ``V'y (v, m)`` by level, in the final order."""
         own = self.own[f]
         sums = self.sums[f][:, order]
-        at = {pair: sums[i] for i, pair in enumerate(self._products(f))}
+        at: dict[tuple[int, int], np.ndarray] = {pair: sums[i] for i, pair in enumerate(self._products(f))}
 
-        def product(a, b):
+        def product(a: int, b: int) -> np.ndarray:
             return at[a, b] if (a, b) in at else at[b, a]
 
         VV = np.stack([np.stack([product(a, b) for b in own]) for a in own])
@@ -252,7 +252,8 @@ class Accumulator:
 
 def _as_array(leaf: Any) -> np.ndarray:
     leaf = np.asarray(leaf)
-    return leaf if leaf.dtype.kind in "iu" else leaf.astype(np.float64)
+    array: np.ndarray = leaf if leaf.dtype.kind in "iu" else leaf.astype(np.float64)
+    return array
 
 
 def _cholesky(gram: np.ndarray, term: int) -> np.ndarray:

@@ -44,7 +44,8 @@ class ClusterProducts:
             self._size(f, S) * sum(a[..., 0].size for a in products) for f, products in enumerate(self.stats.factors)
         ]
         pairs = [S * e.shape[1] * pair.ZZ[..., 0].size for e, pair in zip(self.entries, self.stats.pairs, strict=True)]
-        return S * self.totals.shape[1] + sum(sizes) + sum(pairs)
+        numbers: int = S * self.totals.shape[1] + sum(sizes) + sum(pairs)
+        return numbers
 
     def _size(self, f: int, S: int) -> int:
         """Levels of a factor in a data set of S clusters, padded to a few sizes so that data sets share programs."""

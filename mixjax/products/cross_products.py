@@ -46,7 +46,8 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         design = design if y is None else replace(design, y=y)
         stats = rows_of(design).stats
     dtype = _floating_dtype(design if y is None else replace(design, y=y))
-    return jax.tree.map(partial(_astype, dtype=dtype), stats)
+    found: CrossProducts = jax.tree.map(partial(_astype, dtype=dtype), stats)
+    return found
 
 
 def _of_many(design: Design, Y: Any) -> CrossProducts:

@@ -70,7 +70,7 @@ class Responses:
             with ThreadPoolExecutor(n_cores()) as pool:
                 list(pool.map(work, range(0, B, size)))
 
-        def first(a):
+        def first(a: np.ndarray) -> np.ndarray:
             return np.moveaxis(a, -1, 0)
 
         return replace(

@@ -73,7 +73,8 @@ class Rows:
     @property
     def n(self) -> int:
         """Number of rows."""
-        return self.Q.shape[0]
+        n: int = self.Q.shape[0]
+        return n
 
     def with_response(self, y: Any) -> Rows:
         """The same rows with another response ``(n,)``; X and Z stay as they are."""
@@ -308,7 +309,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _elimination_order(groups: list[tuple[Any, int]]) -> tuple[list[int], list[int]]:
-    def nested(s, t):
+    def nested(s: int, t: int) -> bool:
         (inner, m), (outer, _) = groups[s], groups[t]
         if not (is_concrete(inner) and is_concrete(outer)):
             return False

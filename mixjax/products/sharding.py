@@ -69,7 +69,8 @@ def shard(stats: CrossProducts, mesh: Mesh) -> CrossProducts:
             pairs.append(PairProducts(*map(whole, pair)))
     placed = jax.tree.map(whole, replace(stats, factors=(), pairs=()))
     factors = [FactorProducts(*map(by_level if f == first else whole, x)) for f, x in enumerate(stats.factors)]
-    return replace(placed, factors=tuple(factors), pairs=tuple(pairs))
+    sharded: CrossProducts = replace(placed, factors=tuple(factors), pairs=tuple(pairs))
+    return sharded
 
 
 def _place(a: np.ndarray, where: NamedSharding) -> jax.Array:

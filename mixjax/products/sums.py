@@ -6,7 +6,7 @@ They are additive over rows: ``a + b`` holds the rows of both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -305,7 +305,8 @@ def stack(all_stats: Sequence[CrossProducts]) -> CrossProducts:
         )
         for stats in reshaped
     ]
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *padded)
+    stacked: CrossProducts = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *padded)
+    return stacked
 
 
 def _reshape(stats: CrossProducts, sizes: list[int], layout: Layout) -> CrossProducts:
@@ -348,7 +349,7 @@ def sum_by_group(values: Any, group: Any, m: int) -> Any:
     return jnp.moveaxis(jax.ops.segment_sum(moved, jnp.asarray(group), m), 0, -1)
 
 
-def order_by_levels(sizes: list[int], nested) -> tuple[list[int], list[int]]:
+def order_by_levels(sizes: list[int], nested: Callable[[int, int], bool]) -> tuple[list[int], list[int]]:
     """The factor with most levels is eliminated first; then those that it is nested in, from the finest up.
 
     Eliminating a factor that is nested in the next leaves the next block diagonal. All others end in the dense block

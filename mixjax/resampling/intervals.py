@@ -26,7 +26,8 @@ def quantiles(x: np.ndarray, q: np.ndarray) -> np.ndarray:
     x = x[~np.isnan(x)]
     if not len(x) or np.isnan(q).any():
         return np.full(np.shape(q), np.nan)
-    return np.quantile(x, q, method="weibull")
+    found: np.ndarray = np.quantile(x, q, method="weibull")
+    return found
 
 
 def percentile(replicates: np.ndarray, level: float) -> np.ndarray:
@@ -37,7 +38,8 @@ def percentile(replicates: np.ndarray, level: float) -> np.ndarray:
 
 def basic(replicates: np.ndarray, estimate: np.ndarray, level: float) -> np.ndarray:
     """Percentile limits turned round: ``2 estimate - upper .. 2 estimate - lower``."""
-    return 2 * estimate[:, None] - percentile(replicates, level)[:, ::-1]
+    limits: np.ndarray = 2 * estimate[:, None] - percentile(replicates, level)[:, ::-1]
+    return limits
 
 
 def normal(bias: np.ndarray, std_error: np.ndarray, estimate: np.ndarray, level: float) -> np.ndarray:
@@ -79,7 +81,8 @@ def acceleration(jackknife: np.ndarray) -> np.ndarray:
     largest = np.abs(d).max(axis=0)
     d = d / np.where(largest > 0, largest, 1.0)
     squares = (d**2).sum(axis=0)
-    return (d**3).sum(axis=0) / (6 * np.where(squares > 0, squares, 1.0) ** 1.5)
+    skewness: np.ndarray = (d**3).sum(axis=0) / (6 * np.where(squares > 0, squares, 1.0) ** 1.5)
+    return skewness
 
 
 def jackknife(fitted: Fitted, refit: Callable[[CrossProducts, int], tuple[Any, Any, Any]]) -> np.ndarray:

@@ -105,7 +105,8 @@ def reflated_residuals(fitted: Fitted) -> np.ndarray:
     mean_square = residuals @ residuals / len(residuals)
     if not mean_square > 0:
         raise ValueError("all residuals of this fit are zero: there is nothing to draw from; use kind='parametric'")
-    return residuals * (est.sigma / np.sqrt(mean_square))
+    reflated: np.ndarray = residuals * (est.sigma / np.sqrt(mean_square))
+    return reflated
 
 
 def _residual_responses(fitted: Fitted, key: Any) -> Callable[[int, int], np.ndarray]:
@@ -121,7 +122,8 @@ def _residual_responses(fitted: Fitted, key: Any) -> Callable[[int, int], np.nda
         e, *parts = np.split(uniform, cuts[:-1], axis=1)
         drawn = [_pick(pool, part).reshape(len(part), -1) for pool, part in zip(pools, parts, strict=True)]
         effects = np.concatenate(drawn, axis=1)
-        return mean + scale * _pick(noise, e) + (Z @ np.ascontiguousarray(effects.T)).T
+        responses: np.ndarray = mean + scale * _pick(noise, e) + (Z @ np.ascontiguousarray(effects.T)).T
+        return responses
 
     return lambda first, count: draw_responses(respond, n, int(cuts[-1]), key, count, first, "uniform")
 
@@ -157,18 +159,21 @@ def _wild_responses(
     mean, residuals = _fixed_part(fitted), adjusted_residuals(fitted)
 
     def respond(uniform: np.ndarray) -> np.ndarray:
-        return mean + residuals * np.where(uniform < share, low, high)[:, cluster]
+        responses: np.ndarray = mean + residuals * np.where(uniform < share, low, high)[:, cluster]
+        return responses
 
     return lambda first, count: draw_responses(respond, fitted.nobs, M, key, count, first, "uniform")
 
 
 def _fixed_part(fitted: Fitted) -> np.ndarray:
     mean = np.asarray(fitted.design.X) @ fitted.estimates.beta
-    return mean if fitted.design.offset is None else mean + np.asarray(fitted.design.offset)
+    fixed: np.ndarray = mean if fitted.design.offset is None else mean + np.asarray(fitted.design.offset)
+    return fixed
 
 
 def _marginal_residuals(fitted: Fitted) -> np.ndarray:
-    return np.asarray(fitted.design.y) - _fixed_part(fitted)
+    residuals: np.ndarray = np.asarray(fitted.design.y) - _fixed_part(fitted)
+    return residuals
 
 
 # --- clusters ------------------------------------------------------------------------------------------------------

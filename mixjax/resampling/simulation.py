@@ -91,7 +91,8 @@ def simulate_responses(
     root = columns @ _block_diagonal(design, _checked_roots(design, Sigma))
 
     def respond(draws: np.ndarray) -> np.ndarray:
-        return mean + scale * draws[:, :nobs] + (root @ np.ascontiguousarray(draws[:, nobs:].T)).T
+        responses: np.ndarray = mean + scale * draws[:, :nobs] + (root @ np.ascontiguousarray(draws[:, nobs:].T)).T
+        return responses
 
     return draw_responses(respond, nobs, nobs + columns.shape[1], key, n, first)
 
@@ -216,7 +217,8 @@ def symmetric_root(Sigma: np.ndarray) -> np.ndarray:
     beside_zero = np.abs(Sigma[sd == 0]).max(initial=0.0) > 0
     if beside_zero or np.abs(C - C.T).max() > ROUNDING or values.min() < -ROUNDING:
         raise ValueError(f"a covariance must be symmetric and positive semidefinite, got {Sigma.tolist()}")
-    return sd[:, None] * (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    root: np.ndarray = sd[:, None] * (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root
 
 
 def _checked_roots(design: Design, Sigma: Sequence[Any]) -> list[np.ndarray]:

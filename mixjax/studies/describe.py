@@ -355,7 +355,7 @@ def _listed(value: Any) -> Any:
 
 
 def _numpy(value: Any) -> np.ndarray:
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     return np.asarray(value)
 

@@ -85,7 +85,8 @@ def covers(x: np.ndarray, se: np.ndarray, df: np.ndarray, truth: float, level: f
     quantile = np.where(
         np.isinf(df), stats.norm.ppf(0.5 + level / 2), stats.t.ppf(0.5 + level / 2, np.where(np.isinf(df), 1.0, df))
     )
-    return np.abs(x - truth) <= quantile * se
+    covered: np.ndarray = np.abs(x - truth) <= quantile * se
+    return covered
 
 
 def summarise(

@@ -427,7 +427,7 @@ def _computed(
             yield i, first, columns
         return
     waiting = iter(work)
-    running: dict[Future, tuple[int, int]] = {}
+    running: dict[Future[Any], tuple[int, int]] = {}
     try:
         while True:
             for i, first, count in itertools.islice(waiting, IN_FLIGHT - len(running)):

@@ -47,7 +47,8 @@ class Moments(NamedTuple):
 
     def are_seen(self, C: np.ndarray) -> np.ndarray:
         """Which combinations ``C gamma (r, p)`` more than one cluster speaks of, in all their parts."""
-        return ((C @ self.alone.T) ** 2).sum(1) <= NOTHING * (C * C).sum(1)
+        seen: np.ndarray = ((C @ self.alone.T) ** 2).sum(1) <= NOTHING * (C * C).sum(1)
+        return seen
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------

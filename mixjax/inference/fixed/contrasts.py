@@ -177,10 +177,13 @@ def contrast_of(estimate: np.ndarray, se: np.ndarray, df: np.ndarray) -> Contras
 def two_sided(t: np.ndarray, df: np.ndarray) -> np.ndarray:
     """p values of t statistics; of normal ones where df is infinite."""
     size = -np.abs(t)
-    return 2.0 * np.where(np.isinf(df), scipy.special.ndtr(size), scipy.special.stdtr(df, size))
+    p: np.ndarray = 2.0 * np.where(np.isinf(df), scipy.special.ndtr(size), scipy.special.stdtr(df, size))
+    return p
 
 
-def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True) -> Contrast:
+def _of_one_or_many(
+    fun: Callable[..., Contrast], est: Estimates, stats: CrossProducts, L: AnyArray, reml: bool = True
+) -> Contrast:
     check_products(stats)
     p = np.shape(stats.beta0)[-1]
     if np.ndim(L) not in (1, 2) or np.shape(L)[-1] != p:
@@ -195,22 +198,26 @@ def _of_one_or_many(fun: Callable, est: Estimates, stats: CrossProducts, L: AnyA
             return contrast_of(np.asarray(est.beta) @ each.T, *errors_of_many(ddf, est, stats, each, reml))
     if not many and double and namespace(*jax.tree.leaves((est, stats))) is np:
         each = np.atleast_2d(np.asarray(L, np.float64))
-        return engine_of(stats, reml).run(fun, est.theta, est.beta, est.sigma, each)
+        contrast: Contrast = engine_of(stats, reml).run(fun, est.theta, est.beta, est.sigma, each)
+        return contrast
     engine = Engine(replace(stats, classes=None), jnp.asarray(reml))
     run = _of_many(fun, tuple(jax.tree.leaves(batch_axes(engine.stats)))) if many else compiled(fun)
     with float64(double or jax.config.read("jax_enable_x64")):
         rows = jnp.atleast_2d(jnp.asarray(L, stats.XX.dtype))
-        result = run(engine, est.theta, est.beta, est.sigma, rows)
-        return jax.tree.map(np.asarray, result) if double else result
+        result: Contrast = run(engine, est.theta, est.beta, est.sigma, rows)
+        found: Contrast = jax.tree.map(np.asarray, result) if double else result
+        return found
 
 
 @cache
-def _of_many(fun: Callable, axes: tuple[int, ...]) -> Callable:
+def _of_many(fun: Callable[..., Contrast], axes: tuple[int, ...]) -> Callable[..., Contrast]:
     """``fun`` of many fits whose cross-products have replicates in front where ``axes`` is not -1."""
 
-    def many(engine, theta, beta, sigma, L):
+    def many(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
         tree = jax.tree.unflatten(jax.tree.structure(engine.stats), [None if axis < 0 else 0 for axis in axes])
-        over = jax.vmap(lambda stats, *est: fun(replace(engine, stats=stats), *est, L), in_axes=(tree, 0, 0, 0))
+        over: Callable[..., Contrast] = jax.vmap(
+            lambda stats, *est: fun(replace(engine, stats=stats), *est, L), in_axes=(tree, 0, 0, 0)
+        )
         return over(engine.stats, theta, beta, sigma)
 
     return jit(many)
@@ -352,7 +359,8 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
 
     def df(L: np.ndarray) -> np.ndarray:
         with silently():
-            return satterthwaite_df(L, info)
+            values: np.ndarray = satterthwaite_df(L, info)
+            return values
 
     def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
@@ -387,7 +395,8 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
 
     def df(L: np.ndarray) -> np.ndarray:
         with silently():
-            return kr.df_of_rows(L, fit)
+            values: np.ndarray = kr.df_of_rows(L, fit)
+            return values
 
     return FixedEffects(np.asarray(fitted.estimates.beta), fit.adjusted, df, joint)
 
@@ -407,7 +416,8 @@ def _checked(fitted: Fitted, L: AnyArray) -> np.ndarray:
                          "columns")  # fmt: skip
     if not np.isfinite(L).all():
         raise ValueError("L has missing or infinite values")
-    return L
+    rows: np.ndarray = L
+    return rows
 
 
 def _basis_of_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

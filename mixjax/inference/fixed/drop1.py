@@ -90,7 +90,8 @@ def _hypothesis(fitted: Fitted, deletion: Deletion) -> np.ndarray:
     _, values, Vt = np.linalg.svd(left, full_matrices=False)
     r = int((values > 1e-8).sum())
     # Rows of any orthonormal basis of what is lacking: degrees of freedom do not depend on which.
-    return values[:r, None] * Vt[:r] * lengths
+    rows: np.ndarray = values[:r, None] * Vt[:r] * lengths
+    return rows
 
 
 def _ratio_tests(fitted: Fitted, deletions: list[Deletion]) -> pd.DataFrame:

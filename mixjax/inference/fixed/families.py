@@ -108,9 +108,11 @@ def family_tests(
 def _adjusted(p: np.ndarray, t: np.ndarray, df: np.ndarray, adjust: str, means: int, rank: int) -> np.ndarray:
     m = len(p)
     if adjust == "bonferroni":
-        return np.minimum(1.0, m * p)
+        bounded: np.ndarray = np.minimum(1.0, m * p)
+        return bounded
     if adjust == "sidak":  # Šidák (1967), J. Am. Stat. Assoc. 62, 626
-        return -expm1(m * log1p(-p))
+        joint: np.ndarray = -expm1(m * log1p(-p))
+        return joint
     if adjust == "scheffe":  # Scheffé (1953), Biometrika 40, 87
         return np.asarray(f_tail(t**2 / rank, rank, df))
     if adjust == "holm":  # Holm (1979), Scand. J. Stat. 6, 65
@@ -134,7 +136,8 @@ def _critical(level: float, df: float, m: int, adjust: str, means: int, rank: in
     """How many standard errors an interval reaches to each side."""
     adjust, alpha = WITHOUT_INTERVALS.get(adjust, adjust), 1.0 - level
     if adjust == "tukey":
-        return studentized_range_quantile(level, means, df) / np.sqrt(2.0)
+        critical: float = studentized_range_quantile(level, means, df) / np.sqrt(2.0)
+        return critical
     if adjust == "scheffe":
         return float(np.sqrt(rank * _f_quantile(level, rank, df)))
     if adjust == "sidak":

@@ -87,7 +87,7 @@ def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Adjusted:
     U = xp.tensordot(W, Q, 2) - (WP @ CP).sum(0)
     R_inv = xp.asarray(stats.X_basis.R_inv)
 
-    def own(X):
+    def own(X: Array) -> Array:
         return R_inv @ X @ R_inv.T
 
     vcov = sigma**2 * own(C)

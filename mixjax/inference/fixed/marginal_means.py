@@ -270,7 +270,8 @@ class MarginalMeans(Reported):
 
     def estimable(self, weights: np.ndarray) -> np.ndarray:
         """``(r,)``: do combinations depend on nothing that was left out of the fit?"""
-        return (np.abs(weights @ self.open) <= 1e-8 * (np.abs(weights) @ np.abs(self.open))).all(axis=1)
+        met: np.ndarray = (np.abs(weights @ self.open) <= 1e-8 * (np.abs(weights) @ np.abs(self.open))).all(axis=1)
+        return met
 
     @property
     def _groups(self) -> np.ndarray:
@@ -281,7 +282,8 @@ class MarginalMeans(Reported):
     @property
     def _family_size(self) -> int:
         """As in emmeans, the family is that of all means, also of those that cannot be estimated."""
-        return self._groups.shape[1]
+        size: int = self._groups.shape[1]
+        return size
 
     def _table(self, rows: Contrasts, found: Combinations, adjust: str, level: float | None) -> pd.DataFrame:
         level = self.level if level is None else level

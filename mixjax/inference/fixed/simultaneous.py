@@ -166,7 +166,8 @@ def one_factor_tail(x: np.ndarray, loadings: np.ndarray) -> np.ndarray:
         beyond = ndtr(-(x[:, None] - one) / scale) + ndtr(-(x[:, None] + one) / scale)
         with np.errstate(divide="ignore"):
             none += np.log1p(-np.minimum(beyond, 1.0))
-    return -np.expm1(none) @ density
+    tail: np.ndarray = -np.expm1(none) @ density
+    return tail
 
 
 def range_tail(x: np.ndarray, k: int) -> np.ndarray:
@@ -176,7 +177,8 @@ def range_tail(x: np.ndarray, k: int) -> np.ndarray:
     density = np.exp(-(z**2) / 2.0 + (k - 1) * log_ndtr(z)) * (k * h / np.sqrt(2.0 * np.pi))
     with np.errstate(divide="ignore"):
         all_near = (k - 1) * np.log1p(-np.exp(np.minimum(log_ndtr(z - x[:, None]) - log_ndtr(z), 0.0)))
-    return -np.expm1(all_near) @ density
+    tail: np.ndarray = -np.expm1(all_near) @ density
+    return tail
 
 
 def studentized_range_tail(q: np.ndarray, k: int, df: np.ndarray) -> np.ndarray:
@@ -188,7 +190,8 @@ def studentized_range_tail(q: np.ndarray, k: int, df: np.ndarray) -> np.ndarray:
 
 def studentized_range_quantile(level: float, k: int, df: float) -> float:
     """q with ``P(Q <= q) = level``."""
-    return np.sqrt(2.0) * _root(lambda t: _range_of(t, k, df), level, df, k * (k - 1) // 2)
+    q: float = np.sqrt(2.0) * _root(lambda t: _range_of(t, k, df), level, df, k * (k - 1) // 2)
+    return q
 
 
 def _range_of(t: float, k: int, df: float) -> float:

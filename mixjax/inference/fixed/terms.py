@@ -111,7 +111,8 @@ def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
 def _added(own: np.ndarray, before: list[np.ndarray]) -> np.ndarray:
     """Orthonormal ``(p, r)``: what columns add to the span of those that come before."""
     A = _null_space(np.hstack([np.zeros((len(own), 1)), *before]).T)
-    return A @ _range(A.T @ own)
+    directions: np.ndarray = A @ _range(A.T @ own)
+    return directions
 
 
 def _orthogonal(M: dict[str, np.ndarray], terms: list[Term], term: Term) -> np.ndarray:
@@ -121,7 +122,8 @@ def _orthogonal(M: dict[str, np.ndarray], terms: list[Term], term: Term) -> np.n
     A = _null_space(np.hstack([np.zeros((len(M[term.name]), 1)), *rest]).T)
     within = A.T @ np.hstack([M[term.name], *containing])
     of_containing_only = _null_space(M[term.name].T @ A)
-    return A @ _null_space(of_containing_only.T @ within @ within.T)
+    directions: np.ndarray = A @ _null_space(of_containing_only.T @ within @ within.T)
+    return directions
 
 
 def _with_rows_of(K: np.ndarray, columns: np.ndarray, base: np.ndarray, identity: bool) -> np.ndarray:
@@ -183,7 +185,8 @@ def _columns_of_all_levels(terms: list[Term], labels: Labels) -> dict[str, _Leve
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """All products of two columns, the second's varying fastest."""
-    return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
+    products: np.ndarray = (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
+    return products
 
 
 def _null_space(A: np.ndarray) -> np.ndarray:

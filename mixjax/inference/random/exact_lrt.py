@@ -190,7 +190,8 @@ def least_squares_criterion(products: CrossProducts, reml: bool, zero: np.ndarra
         rss += float(estimates @ dense.solve(unscaled, estimates, assume_a="pos"))
     df = n - p if reml else n
     criterion = df * (1.0 + np.log(2.0 * np.pi * rss / df)) - float(products.sum_log_weights)
-    return criterion + float(np.linalg.slogdet(XX)[1] + 2.0 * products.X_basis.logdet) * reml
+    value: float = criterion + float(np.linalg.slogdet(XX)[1] + 2.0 * products.X_basis.logdet) * reml
+    return value
 
 
 def _judged(

@@ -57,7 +57,8 @@ def value_of(held: Held, stats: CrossProducts, at: Start, beta: np.ndarray) -> n
         return at.sigma * lengths[:, held.i]
     product = lengths[:, held.i] * lengths[:, held.j]
     inner = (F[:, held.i] * F[:, held.j]).sum(-1)
-    return np.clip(inner / np.where(product > 0, product, np.nan), -1.0, 1.0)
+    correlations: np.ndarray = np.clip(inner / np.where(product > 0, product, np.nan), -1.0, 1.0)
+    return correlations
 
 
 class Chart(NamedTuple):

@@ -144,7 +144,8 @@ class _WeightedTerm(NamedTuple):
             ],
             axis=1,
         ).reshape(self.n_groups, vectors.shape[1], -1)
-        return np.einsum("na,nra->nr", self.Z @ D, sums[self.group])
+        products: np.ndarray = np.einsum("na,nra->nr", self.Z @ D, sums[self.group])
+        return products
 
 
 def _weighted_terms(fit: Fitted | Rows) -> list[_WeightedTerm]:
@@ -163,7 +164,8 @@ def _weighted_terms(fit: Fitted | Rows) -> list[_WeightedTerm]:
 
 def _covariance(structure: Structure, x: np.ndarray) -> np.ndarray:
     factor = structure.factor(x)
-    return factor @ factor.T
+    covariance: np.ndarray = factor @ factor.T
+    return covariance
 
 
 def _random_covariance(structure: Structure, rng: np.random.Generator) -> np.ndarray:

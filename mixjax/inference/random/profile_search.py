@@ -113,7 +113,8 @@ class OneDataSet:
         chart = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *charts)
         found = _least(self.stats, self._lanes, chart, WIDTH, in_lanes_at_once(self.stats))
         best = 2 * np.arange(len(order)) + found.deviance.reshape(-1, 2).argmin(1)
-        return jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
+        chosen: Conditional = jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
+        return chosen
 
 
 def minimise_many(
@@ -136,10 +137,11 @@ def minimise_many(
         found.append(_least(stats, lanes, chart, WIDE, at_once))
     second = found[1].deviance < found[0].deviance
 
-    def better(a, b):
+    def better(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(second.reshape(-1, *(1,) * (a.ndim - 1)), b, a)
 
-    return jax.tree.map(better, *found)
+    best: Conditional = jax.tree.map(better, *found)
+    return best
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------
@@ -158,7 +160,8 @@ def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once
         with float64():  # the scope is each thread's own
             part = jax.tree.map(lambda a: a[..., index] if B > 1 and np.shape(a)[-1:] == (B,) else a, lanes)
             found = _minimise(part, jax.tree.map(lambda a: a[..., index], chart), limit)
-            return jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
+            first: _Found = jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
+            return first
 
     def search(at: np.ndarray, limit: int) -> _Found:
         calls = [at[i : i + width] for i in range(0, len(at), width)]
@@ -169,7 +172,8 @@ def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once
         else:
             with ThreadPoolExecutor(workers) as pool:
                 parts = list(pool.map(lambda part: call(part, limit), calls))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *parts)
+        joined: _Found = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *parts)
+        return joined
 
     several = width < B
     found = search(np.arange(B), SHORT if several else LONG)
@@ -267,7 +271,7 @@ def _held_variance(factors: list[Array], chart: Chart) -> Array:
     return xp.where(has_sd, d, 1.0)
 
 
-def _evaluate(z: Array, lanes: Lanes, chart: Chart):
+def _evaluate(z: Array, lanes: Lanes, chart: Chart) -> tuple[Array, Array, Array]:
     xp, structures = namespace(z, chart.start), lanes.layout.structures
     parts = cov.cut(z, structures)
     factors = _factors(z, chart, structures)

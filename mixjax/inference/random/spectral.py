@@ -130,7 +130,8 @@ def exact_p(of: Spectrum, statistic: float) -> float | None:
 
     def excess(log_x: float) -> float:
         growth = of.total * np.log1p((np.expm1(log_x - edge)) * of.xi_df[0] / of.total)
-        return growth - of.xi_df[0] * (log_x - edge) - statistic
+        excess: float = growth - of.xi_df[0] * (log_x - edge) - statistic
+        return excess
 
     far = edge + 1.0
     while excess(far) < 0.0:
@@ -256,4 +257,5 @@ def _suprema(
     lam = np.exp(found) - c
     polished = total * np.log(sum_of_squares / (squares / (1.0 + mu * lam)).sum(0)) - xi_df @ np.log1p(xi * lam)
     supremum = np.where(zero, 0.0, np.maximum(np.maximum(at, polished), 0.0))
-    return supremum + total * np.log1p(left_out / sum_of_squares)
+    statistics: np.ndarray = supremum + total * np.log1p(left_out / sum_of_squares)
+    return statistics

@@ -56,7 +56,8 @@ def icc(fitted: Fitted, by_group: bool = False) -> pd.Series:
     total = random.sum() + residual
     if by_group:
         groups = [term.group for term in fitted.labels.terms]
-        return (pd.Series(random, index=groups).groupby(level=0, sort=False).sum() / total).rename("icc")
+        shares: pd.Series = (pd.Series(random, index=groups).groupby(level=0, sort=False).sum() / total).rename("icc")
+        return shares
     return pd.Series({"adjusted": random.sum() / total, "unadjusted": random.sum() / (total + fixed)}, name="icc")
 
 
