@@ -42,7 +42,7 @@ def _length(x: np.ndarray) -> float:
 
 
 class Orthonormal(NamedTuple):
-    """What :func:`orthonormal_columns` finds: ``sqrt(w) X = Q R``.
+    """An orthonormal basis, of :func:`orthonormal_columns`: ``sqrt(w) X = Q R``.
 
     Attributes:
         Q: ``(n, p)``, zero columns where a column depends on earlier ones. R: ``(p, p)``. independent: ``(p,)``.

@@ -1,4 +1,4 @@
-"""What can be wrong with what a user gives: errors, warnings at the user's line, counts, levels of confidence."""
+"""Errors, warnings at the user's line, and checks of what users give: counts, levels of confidence, options."""
 
 from __future__ import annotations
 

@@ -353,7 +353,7 @@ def _quadratic_form_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...])
 
 
 def gain(Lambda: Array, A: Array) -> tuple[Array, Array]:
-    """What eliminating the random effects of every level of one factor takes.
+    """Gain and log-determinant of eliminating the random effects of every level of one factor.
 
     With ``D = Lambda Lambda'`` (relative covariance of a level's effects) and ``A_i = Z_i' W Z_i``,
 

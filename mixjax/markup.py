@@ -71,7 +71,7 @@ class Report:
 
 
 class Reported:
-    """What can be shown in a notebook and written into a paper: a class with ``_report() -> Report``."""
+    """Results that can be shown in a notebook and written into a paper: a class with ``_report() -> Report``."""
 
     def _report(self) -> Report:
         raise NotImplementedError

@@ -127,7 +127,7 @@ def _places(frame: pd.DataFrame, columns: Any) -> list[int]:
 
 
 def _heads_and_kinds(frame: pd.DataFrame, known: bool) -> list[tuple[str, str]]:
-    """What stands above each column, and how it is rounded: ``"label"`` is not."""
+    """The head of each column, and how it is rounded: ``"label"`` is not."""
     own = [str(name) for name in frame.columns]
     anchor = next((own.index(name) for name in ("estimate", "power") if known and name in own), 0)
     found = []
@@ -150,7 +150,7 @@ def _errors(frame: pd.DataFrame) -> Any:
 
 
 def _test_of(frame: pd.DataFrame) -> str:
-    """What the column ``statistic`` holds, by the degrees of freedom beside it."""
+    """The head of the column ``statistic``, by the degrees of freedom beside it."""
     if "num_df" in frame:
         return "F"
     if "df" not in frame:

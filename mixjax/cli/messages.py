@@ -1,4 +1,4 @@
-"""What the commands share: messages on stderr, and programs on disk."""
+"""Messages of the commands on stderr, and their programs on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_A_SHELL = {
 
 
 def explained(error: Exception) -> str:
-    """What went wrong, for somebody who did not write the program: one line, or a formula with a mark below it."""
+    """An error for somebody who did not write the program: one line, or a formula with a mark below it."""
     text = str(error).strip()
     for advice, here in IN_A_SHELL.items():
         text = text.replace(advice, here)

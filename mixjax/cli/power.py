@@ -86,7 +86,7 @@ def _check_power(arguments: argparse.Namespace) -> None:
 
 
 def _kinds(given: list[str], names: list[str]) -> dict[str, str]:
-    """What every predictor is made of."""
+    """The sources of every predictor."""
     known = ("between", "within", "normal")
     kinds: dict[str, str] = {}
     for text in given:

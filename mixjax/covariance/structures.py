@@ -123,8 +123,8 @@ class Structure(ABC):
 
     @property
     def natural(self) -> tuple[NaturalParameter, ...]:
-        """What a fit reports: as many as :attr:`k` where each is free. By default all standard deviations and
-        correlations, column by column of the lower triangle, as in lme4."""
+        """The parameters that a fit reports: as many as :attr:`k` where each is free. By default all standard
+        deviations and correlations, column by column of the lower triangle, as in lme4."""
         return tuple(
             NaturalParameter("sd", int(row)) if row == column else NaturalParameter("cor", int(row), int(column))
             for row, column in zip(*triangle(self.q), strict=True)

@@ -1,1 +1,1 @@
-"""What a fit leaves over, and what drives it."""
+"""Residuals, leverage, influence, shrinkage."""

@@ -180,8 +180,8 @@ def _inverse_among(unit: np.ndarray, fixed: Fixed) -> list[tuple[np.ndarray, np.
 
 
 class _Cells(NamedTuple):
-    """What every unit meets, entry by entry: ``(E,)`` its unit, the effect, the cell, the place in the cell; and where
-    each unit's entries begin, ``(units + 1,)``."""
+    """Random effects that every unit meets, entry by entry: ``(E,)`` its unit, the effect, the cell, the place in the
+    cell; and where each unit's entries begin, ``(units + 1,)``."""
 
     of_unit: np.ndarray
     effect: np.ndarray

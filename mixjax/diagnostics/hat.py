@@ -55,7 +55,7 @@ class Whitened(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the rows lend each other; of rows ``u`` of U, or of other combinations ``u`` of spherical random effects.
+    """Off-diagonal hat matrices; of rows ``u`` of U, or of other combinations ``u`` of spherical random effects.
 
     Attributes:
         taken: ``(k,)`` ``u S^{-1} u'``: conditional variance of ``u`` given y and beta, over sigma^2.

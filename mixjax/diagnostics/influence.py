@@ -160,7 +160,7 @@ def _measures(fitted: Fitted, information: np.ndarray, without: Without) -> np.n
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Influence(Reported):
-    """What changes without each unit; made by :func:`influence`. ``str()`` shows the most influential units.
+    """Changes without each unit; made by :func:`influence`. ``str()`` shows the most influential units.
 
     Frames and Series have one row per unit, in the order in which units first appear in the data.
 

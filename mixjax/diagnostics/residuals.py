@@ -1,4 +1,4 @@
-"""What the model says of the rows it was fitted to, and what it leaves over."""
+"""Fitted values and residuals of the rows."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ Sums = dict[str, Any]
 
 
 def _sums(stats: CrossProducts) -> Sums:
-    """What is a sum over rows: all that changes with case weights."""
+    """Sums over rows: all that changes with case weights."""
     names = ("factors", "XX", "Xy", "yy", "n")
     return {"pairs": tuple(pair.ZZ for pair in stats.pairs), **{name: getattr(stats, name) for name in names}}
 

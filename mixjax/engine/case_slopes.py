@@ -1,4 +1,4 @@
-"""What one row more or less of everything would do to the estimates: derivatives with respect to case weights.
+"""Derivatives of the estimates with respect to case weights: one row more or less of everything.
 
 The notation is that of :mod:`mixjax.engine.curvature`. With a row less what the first factor takes of it,
 ``r = (z_2, x, y) - B_i'K_i z_1``, ``t = T_X'r``, e the residual of the row and ``S^{-1}`` the inverse of the reduced
@@ -155,7 +155,7 @@ class _Point:
     def _of_fixed(
         self, j: int, dt: np.ndarray, de: np.ndarray, St: np.ndarray, e: np.ndarray, fall: np.ndarray
     ) -> np.ndarray:
-        """What fixed effects and residuals add. Args: fall: ``(p, p)``, the loss of S in the direction."""
+        """The part of fixed effects and residuals. Args: fall: ``(p, p)``, the loss of S in the direction."""
         ratio = self.falls[j] / self.rss
         total: np.ndarray = self.df / self.rss * (2.0 * e * de + ratio * e * e) - ratio
         if self.reml:

@@ -1,4 +1,4 @@
-"""What the first factor leaves: dense effects, fixed effects and residual, and the dense effects' own directions.
+"""The Schur complement of the first factor: dense effects, fixed effects and residual; the dense effects' directions.
 
 The notation is that of :mod:`mixjax.engine.curvature`.
 """
@@ -22,7 +22,8 @@ LEAST_RATIO = 1e-3
 
 
 class Rest(NamedTuple):
-    """What follows when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense effects.
+    """Inverse and solutions when U and y are left, with ``W = (I + Lambda'G_dd Lambda)^{-1} (d, d, B)`` of the d dense
+    effects.
 
     W: ``(0, 0, B)`` where it was not asked for. ``G_dd``: their products.
     ``K2 = Lambda W Lambda'``. ``P2 = (I - G_dd K2) G_d,(X y) (d, p + 1, B)``.

@@ -42,7 +42,7 @@ class Blocks:
 
 
 class Reduced(NamedTuple):
-    """What remains when all random effects are eliminated.
+    """The Schur complement that remains when all random effects are eliminated.
 
     Attributes:
         logdet: ``log det(I + Z D Z' W)``, one number.

@@ -108,14 +108,14 @@ class Engine:
         return whole(in_bases(cov.lambdas_of_theta(theta, stats.layout.qs), stats), stats)
 
     def at_once(self) -> Engine:
-        """What answers a few questions without compiling, where NumPy can; itself elsewhere. Of a large crossed design
+        """An engine that answers without compiling, where NumPy can; itself elsewhere. Of a large crossed design
         NumPy takes a third of a second for what a compiled program takes a tenth for."""
         is_alone = self.where is not None and self.where.mesh is None
         return AtOnce(self.stats, bool(self.reml), self.where) if is_alone and _is_numpys(self.stats) else self
 
     @cached_property
     def moments(self) -> Any:
-        """What the closed form needs of the data; None where there is none."""
+        """Moments of the data for the closed form; None where there is none."""
         if self.where is not None:
             return crossed_moments(self.stats, self.where)
         return moments_of(self.stats) if has_closed_form(self.stats) else None
@@ -187,7 +187,7 @@ for kind in (Engine, AtOnce):
 
 
 def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
-    """What serves a data set, of numbers: NumPy where the model is small, else JAX, on padded products.
+    """The engine of a data set, of numbers: NumPy where the model is small, else JAX, on padded products.
 
     Args:
         stats: of one response. at_once: False for JAX whatever the size.

@@ -210,7 +210,7 @@ def _first_directions(
 def of_levels(
     pulled: list[Array], first: First, moments: AnyMoments, own: list[tuple[int, int]]
 ) -> tuple[Array, Array]:
-    """What ``B_i Psi B_i'`` gives: gradient ``(J, B)``, and ``sum_i tr(N E_j (2 F Q F' - N) E_l) (J, J, B)``."""
+    """Derivatives from ``B_i Psi B_i'``: gradient ``(J, B)``, and ``sum_i tr(N E_j (2 F Q F' - N) E_l) (J, J, B)``."""
     F, count = first.F, moments.count
     Ft = linalg.transpose(F) if isinstance(F, np.ndarray) else Entries({(b, a): x for (a, b), x in F.items()})
     FQF, N = upper(times(times(F, _symmetric(pulled)), Ft, True)), upper(first.N)

@@ -1,4 +1,4 @@
-"""What :mod:`mixjax.engine.engine` is for one data set, for many: the closed form in lanes, last axis."""
+"""The closed form of many data sets, in lanes, last axis: :mod:`mixjax.engine.engine` is that of one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mixjax.products.sums import Layout
 
 
 class Bases(NamedTuple):
-    """What leads back to the user's columns, lanes last or 1: X's ``R_inv``, ``beta0``, each Z's basis."""
+    """Back-transformation to the user's columns, lanes last or 1: X's ``R_inv``, ``beta0``, each Z's basis."""
 
     X_R_inv: AnyArray
     beta0: AnyArray

@@ -1,4 +1,4 @@
-"""What the closed-form derivatives need to know of the data: second moments of the first factor's products.
+"""Second moments of the first factor's products: all that the closed-form derivatives need of the data.
 
 The first factor of the elimination has products ``A_i = Z_i'Z_i`` and ``B_i = Z_i'[U y]`` per level i, where U holds
 the effects of all other factors and the basis of X. The likelihood depends on them only through sums over levels of

@@ -1,4 +1,4 @@
-"""What the marginal covariance leaves of the products: ``Z'H^{-1}Z`` and ``Z'H^{-1}X``, ``H = W^{-1} + Z D Z'``.
+"""Products through the inverse marginal covariance: ``Z'H^{-1}Z`` and ``Z'H^{-1}X``, ``H = W^{-1} + Z D Z'``.
 
 Level by level with one grouping factor, else for all random effects at once.
 """

@@ -110,7 +110,7 @@ def over_lanes(
     of_all: Sequence[np.ndarray],
     engine: EngineName = "auto",
 ) -> tuple[np.ndarray, ...]:
-    """What a function of lanes gives for each of B data sets, replicates in front.
+    """The values of a function of lanes for each of B data sets, replicates in front.
 
     Args:
         fun: ``(lanes, *of_each, *of_all)`` -> arrays, lanes last; a function of a module. What it gives for one lane

@@ -22,7 +22,7 @@ def check_engine(engine: Any) -> None:
 def chosen_engine(
     stats: CrossProducts, fits: int, engine: EngineName = "auto", mesh: Mesh | None = None
 ) -> Literal["numpy", "jax"]:
-    """What fits a batch: what was asked for, or by the sizes of the model and the number of fits alone.
+    """The engine of a batch: as asked for, or by the sizes of the model and the number of fits alone.
 
     Who works on a batch in several calls asks once, with the number of all fits.
 

@@ -1,4 +1,4 @@
-"""What is kept of many fits."""
+"""Results of many fits, as far as they are kept."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ class LMMFit(Inferring, Diagnosing):
 
     @property
     def criterion(self) -> float:
-        """What the fit minimised: REML criterion or ML deviance (-2 log-likelihood), all constants kept."""
+        """REML criterion or ML deviance (-2 log-likelihood), which the fit minimised; all constants kept."""
         return float(self.estimates.criterion)
 
     @property

@@ -320,7 +320,7 @@ def _placed(texts: Sequence[str], found: Sequence[Any]) -> list[str]:
 
 
 def _how(stat: str | None, ddf: str | None, level: float, stars: bool) -> list[str]:
-    """What stands below the estimates, and by which method."""
+    """The statistics below the estimates, and their method."""
     parts = []
     if stat is not None:
         what = STATISTICS[stat][1]
@@ -331,7 +331,7 @@ def _how(stat: str | None, ddf: str | None, level: float, stars: bool) -> list[s
 
 
 def _warnings(records: Sequence[Fitted], names: Sequence[str], ddf: str | None) -> list[str]:
-    """What a reader must know about the fits, one by one and beside each other."""
+    """Notes on the fits, one by one and beside each other."""
     notes = []
     for record, name in zip(records, names, strict=True):
         if not record.estimates.converged:

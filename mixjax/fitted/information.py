@@ -1,4 +1,4 @@
-"""What the data say of the variance parameters: their joint covariance, and how that of beta moves with them."""
+"""Information on the variance parameters: their joint covariance, and how that of beta moves with them."""
 
 from __future__ import annotations
 

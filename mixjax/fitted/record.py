@@ -120,7 +120,7 @@ class Fitted:
 
     @cached_property
     def engine(self) -> Engine:
-        """What answers for the likelihood of these data."""
+        """The engine of these data: likelihood, derivatives, equations."""
         return engine_of(self.stats, self.reml).at_once()
 
     @cached_property

@@ -275,7 +275,7 @@ class ChunkReader:
         )
 
     def report(self) -> None:
-        """What all chunks together show: rows that were left out, and factors of one level, which are refused."""
+        """Checks of all chunks together: rows that were left out, and factors of one level, which are refused."""
         for name, values in self.categories.items():
             if len(values) < 2:
                 raise DataError(f"the factor '{name}' has one level ({values[0]!r}): leave it out of the formula")

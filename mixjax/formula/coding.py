@@ -27,7 +27,7 @@ Block = tuple[tuple[str, ...], np.ndarray]
 
 @dataclass(frozen=True)
 class Contrasts:
-    """What ``C(...)`` says of a factor beside its values; stands in formulaic's values where an encoder would."""
+    """Levels and contrasts of ``C(...)``, beside the values; stands in formulaic's values where an encoder would."""
 
     contrasts: Any
     levels: Any
@@ -72,7 +72,7 @@ class Factor:
 
 
 def metadata_of(value: Any) -> Any:
-    """What formulaic says of its own values, which otherwise pass for those that they wrap; None of others."""
+    """Metadata of formulaic's own values, which otherwise pass for those that they wrap; None of others."""
     return getattr(value, "__formulaic_metadata__", None)
 
 

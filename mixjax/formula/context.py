@@ -1,4 +1,4 @@
-"""What a formula may read beside columns: functions it knows, the caller's names; and what it may not if untrusted."""
+"""Names that a formula may read beside columns: known functions, the caller's own; fewer where it is untrusted."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Context:
     trusted: bool = True
 
     def environment(self) -> dict[str, Any]:
-        """What an expression sees beside columns."""
+        """The names that an expression sees beside columns."""
         names = known() if self.trusted else [name for name in (*SAFE, "contr") if name in known()]
         functions = {name: known()[name] for name in names}
         return {"__builtins__": builtins.__dict__ if self.trusted else {}, **functions, **self.own}
@@ -155,7 +155,7 @@ def caller_context() -> dict[str, Any]:
 
 
 def is_trusted(trusted: bool | None) -> bool:
-    """What was asked for, or what ``MIXJAX_UNTRUSTED`` says of the process."""
+    """The choice of the call, or that of ``MIXJAX_UNTRUSTED`` for the process."""
     return os.environ.get("MIXJAX_UNTRUSTED", "") in ("", "0") if trusted is None else bool(trusted)
 
 

@@ -34,7 +34,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Learnt:
-    """What an expression took from the rows of the fit.
+    """Statistics and levels that an expression took from the rows of the fit.
 
     Attributes:
         state: call -> state of a stateful transform, or a statistic of whole columns.
@@ -87,7 +87,7 @@ class _Program(ast.NodeTransformer):
         return any(isinstance(part, ast.Name) and part.id in self.aliases for part in ast.walk(node))
 
     def function(self, node: ast.expr) -> Any:
-        """What is called, where that is known without evaluating anything."""
+        """The function that is called, where that is known without evaluating anything."""
         match node:
             case ast.Name(id=name):
                 return self.environment.get(name)
@@ -187,7 +187,7 @@ def _bare(value: Any) -> Any:
 
 
 def as_values(value: Any, n: int, e: Expression) -> Any:
-    """What an expression gave, as numbers or a factor: truth values and text are factors."""
+    """The value of an expression as numbers or a factor: truth values and text are factors."""
     metadata, bare = metadata_of(value), _bare(value)
     if metadata is not None and (metadata.kind.value == "categorical" or np.ndim(bare) == 2):
         if len(bare) != n:

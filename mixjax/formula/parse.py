@@ -80,7 +80,7 @@ class ParsedFormula:
 
     @property
     def effects(self) -> tuple[Expression, ...]:
-        """What the fixed effects and the effects of random terms are made of."""
+        """Factors of the fixed effects and of the effects of random terms."""
         return tuple(chain(self.fixed.expressions, *(part.effects.expressions for part in self.random)))
 
 

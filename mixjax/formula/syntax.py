@@ -185,7 +185,7 @@ class Expression:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """What stands in the code for columns -> their names."""
+        """Placeholders of columns in the code -> their names."""
         return {f"__c{i}__": name for i, name in enumerate(self.columns)}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a model asks of its columns: that they are there, complete rows, numbers that are numbers; levels."""
+"""Columns of a model: that they are there, complete rows, numbers that are numbers; levels."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _kind_of_date(column: pd.Series) -> str | None:
 
 
 def content(column: pd.Series) -> str:
-    """What a column that is no number holds, as the end of a sentence."""
+    """The contents of a column that is no number, as the end of a sentence."""
     if is_text(column) and _kind_of_date(column) is None:
         return TextColumn(column).content()
     return f"{type(_first(column)).__name__ if column.dtype == object else column.dtype} values"
@@ -156,7 +156,7 @@ class TextColumn:
         return len(self.values) > 0 and float((self._numbers | self._commas).mean()) >= MOSTLY
 
     def content(self) -> str:
-        """What the column holds, as the end of a sentence: where it is no number, and how to make it one."""
+        """The contents of the column, as the end of a sentence: where it is no number, and how to make it one."""
         points = self._numbers & self._each(lambda value: "." in value)
         if self._commas.sum() > points.sum():
             first = self._first(self._commas)

@@ -253,7 +253,7 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
 
 
 def solution_of(state: State) -> Solution:
-    """What the searches have found."""
+    """The solutions of the searches."""
     xp = namespace(state.trial)
     at = state.at
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
@@ -440,7 +440,7 @@ def _distance(at: _Point) -> Array:
 
 
 def _no_curvature(at: _Point) -> Array:
-    """What rounding leaves of a curvature that is zero: relative to the largest, and to the value itself."""
+    """The rounding of a curvature that is zero: relative to the largest, and to the value itself."""
     xp = namespace(at.f)
     smallest = curvature_tolerance(at.H.dtype)
     return smallest * (xp.abs(at.H).max((0, 1)) + xp.maximum(1.0, xp.abs(at.f)))

@@ -1,4 +1,4 @@
-"""What the plots need of a fit: columns, groups and effects by name."""
+"""Columns, groups and effects of a fit by name, for plots."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def signature(self) -> Hashable:
-        """What compiled programs depend on."""
+        """The static part of compiled programs."""
         return self._signature
 
     def stage(self, stage: str) -> list[Variable]:
@@ -255,7 +255,7 @@ def draw_stage(
 
 
 def failures_of(plan: Plan, stage: str) -> list[str]:
-    """What the flags of :func:`draw_stage` mean."""
+    """Messages of the flags of :func:`draw_stage`."""
     messages: list[str] = []
     for variable in plan.stage(stage):
         messages += variable.failures

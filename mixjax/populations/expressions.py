@@ -63,7 +63,7 @@ HIGHEST = 64
 
 @dataclass(frozen=True)
 class Kind:
-    """What a variable is to an expression.
+    """The kind of a variable, as an expression sees it.
 
     Attributes:
         labels: names of the levels, of a factor; its values are codes.
@@ -79,7 +79,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Scope:
-    """What an expression may use.
+    """The names that an expression may use.
 
     Attributes:
         kinds: name -> kind. hidden: name -> why it cannot be used here. functions: the user's own.

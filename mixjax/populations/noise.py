@@ -31,7 +31,7 @@ class Noise:
 
     @property
     def static(self) -> Hashable:
-        """What compiled programs depend on."""
+        """The static part of compiled programs."""
         return self.sampler
 
     def __repr__(self) -> str:

@@ -292,7 +292,7 @@ def empirical(frame: Any, columns: Sequence[str] | None = None, by: str | None =
 
 
 def _values(column: pd.Series, name: str) -> tuple[Kind, np.ndarray]:
-    """What a column of a table is, and its values as numbers or codes."""
+    """The kind of a column of a table, and its values as numbers or codes."""
     if column.isna().any():
         missing = int(column.isna().sum())
         raise DataError(f"{name}: the column {column.name!r} has {missing} missing values; drop or fill them first")

@@ -1,4 +1,4 @@
-"""What is drawn with each sample of responses: random effects, and the responses themselves."""
+"""Responses of a population, and the random effects that are drawn with them."""
 
 from __future__ import annotations
 

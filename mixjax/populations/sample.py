@@ -82,7 +82,7 @@ class Sample:
         return frame
 
     def _spread(self, size: int) -> dict[str, Any]:
-        """What the responses read, once per sample of a block."""
+        """Columns that the responses read, once per sample of a block."""
         needed = {name: jnp.asarray(self.column(name)) for name in self.population._plan.needed()}
         return {name: jnp.broadcast_to(values, (size, self.n)) for name, values in needed.items()}
 

@@ -1,4 +1,4 @@
-"""What all variables of a population share: how one is described, bound to the others, and checked."""
+"""Variables of a population: how one is described, bound to the others, and checked."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class _Solved(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """What is the same for all targets, at one state: ``E = I - J K``, ``Y = E J``, ``UH = Z'H^{-1}X``; ``moved``, the
+    """Matrices that all targets share, at one state: ``E = I - J K``, ``Y = E J``, ``UH = Z'H^{-1}X``; ``moved``, the
     derivatives D_k of the effects' covariance; ``MU = D_k UH``, ``P = UH' MU``, ``R = MU' Y MU``."""
 
     state: _Solved

@@ -229,7 +229,7 @@ def _coded_alike(effects: Effects, own: Columns, t: int) -> list[tuple[int, slic
 def _targets(
     fitted: Fitted, newdata: Any, effects: list[np.ndarray], allow_new_levels: bool, interval: str | None
 ) -> tuple[Targets, pd.Index, np.ndarray]:
-    """What is predicted; the index of all rows, and which of them are predicted."""
+    """The targets; the index of all rows, and which of them are predicted."""
     whole = interval == "prediction"
     included = [bool(which.any()) for which in effects]
     if whole and any(which.any() and not which.all() for which in effects):

@@ -1,4 +1,4 @@
-"""What the uncertainty of theta adds to the error of a prediction, and degrees of freedom of its variance.
+"""Second-order prediction errors: the part of the uncertainty of theta, and degrees of freedom of the variance.
 
 With ``g1 + g2`` Henderson's variance at the estimates and ``g3 = tr(A B)``, A the asymptotic covariance of the
 covariance parameters and B that of the derivatives of the predictor with respect to them, the mean squared error is

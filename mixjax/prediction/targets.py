@@ -1,4 +1,4 @@
-"""What is predicted: rows in the columns and levels of a fit, and which of its random effects each one has."""
+"""Targets of a prediction: rows in the columns and levels of a fit, and which of its random effects each one has."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ONE_THREAD = 2**18
 
 
 class Responses:
-    """What turns responses of a design into cross-products.
+    """Cross-products of many responses of one design.
 
     Args:
         rows: of numbers. Their own response is not looked at.

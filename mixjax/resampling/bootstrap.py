@@ -234,7 +234,7 @@ class _Values(NamedTuple):
 
 
 class _Kept:
-    """What is computed of every refit, and its value and names in the fit itself.
+    """The statistic of every refit, with its value and names in the fit itself.
 
     Attributes:
         fields: of :class:`~mixjax.Estimates`, that a refit is asked for.

@@ -23,7 +23,7 @@ LEVERAGE_LEFT = 1e-10
 
 
 def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> Source:
-    """What draws the replicates of one kind; see :func:`mixjax.resampling.bootstrap.bootstrap`.
+    """The source of replicates of one kind; see :func:`mixjax.resampling.bootstrap.bootstrap`.
 
     Raises:
         ValueError: the kind is unknown, or the fit cannot be resampled in this way.

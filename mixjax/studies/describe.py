@@ -1,4 +1,4 @@
-"""What determines the numbers of a study, as plain JSON: two descriptions are equal where the numbers are.
+"""The description of a study as plain JSON: two descriptions are equal where the numbers are.
 
 A description is the same in every process: it has no address, no place in a file, and no order of a set. A library
 (Python's own, an installed package, mixjax) is described by the names that are used of it, and what the user wrote by
@@ -217,7 +217,7 @@ class _Describer:
         return found | {"code": _digest(_code(code).encode()), "closure": closure, "reads": read}
 
     def _reads(self, code: CodeType, names: Mapping[str, Any], cells: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """What code, and the code within it, reads beside its arguments: dotted name -> description."""
+        """Names that code, and the code within it, reads beside its arguments: dotted name -> description."""
         found: dict[str, Any] = {}
         instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE")]
         for at, instruction in enumerate(instructions):
@@ -256,7 +256,7 @@ class _Describer:
     def _imported(
         self, name: str, level: int, listed: tuple[str, ...] | None, names: Mapping[str, Any], where: str
     ) -> dict[str, Any]:
-        """What an import within a function gives: the names listed after ``from``, or the module and its package."""
+        """Objects of an import within a function: the names listed after ``from``, or the module and its package."""
         try:
             if level:
                 name = importlib.util.resolve_name("." * level + name, str(names.get("__package__")))
@@ -292,7 +292,7 @@ class _Describer:
 
 
 def _code(code: CodeType) -> str:
-    """What code does: without file names, line numbers, addresses, and the order of sets."""
+    """The instructions of code: without file names, line numbers, addresses, and the order of sets."""
     places = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     constants = [_constant(constant) for constant in code.co_consts]
@@ -350,7 +350,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _listed(value: Any) -> Any:
-    """What an iterator gives, as reductions have them for the items of a container."""
+    """The items of an iterator, as reductions have them for those of a container."""
     return list(value) if hasattr(value, "__next__") or isinstance(value, tuple) else value
 
 

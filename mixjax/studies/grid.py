@@ -65,7 +65,7 @@ def named(values: Mapping[str, Any]) -> str:
 
 
 def source_of(source: Any, values: Mapping[str, Any], options: Collection[str]) -> Any:
-    """What the data of one cell come from.
+    """The source of the data of one cell.
 
     Args:
         source: scenario, rows of a population, fit, or a function of the grid's names that returns one of these.

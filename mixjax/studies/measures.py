@@ -1,4 +1,4 @@
-"""What a study says of a cell: summaries of its replicates, each with its Monte Carlo standard error.
+"""Measures of a cell: summaries of its replicates, each with its Monte Carlo standard error.
 
 Formulas are those of Morris, White & Crowther (2019, Stat. Med. 38, 2074), table 6.
 """

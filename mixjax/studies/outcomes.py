@@ -71,7 +71,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed of every replicate of a cell.
+    """The computation of every replicate of a cell.
 
     Attributes:
         source: responses. models: name -> formula to fit. compared: pairs (smaller, larger) of names.

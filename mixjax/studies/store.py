@@ -279,7 +279,7 @@ def missing(done: list[tuple[int, int]], replicates: int, chunk: int, block: int
 
 
 def _numbers(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines the numbers but for rounding."""
+    """The description of the numbers but for rounding."""
     return {name: value for name, value in manifest.items() if name not in ("versions", "began_with")}
 
 

@@ -31,7 +31,7 @@ STACK = 4_000_000
 
 
 class Moments(NamedTuple):
-    """What the clusters leave, in coordinates gamma of the fixed effects with ``M = I``.
+    """Sums by cluster, in coordinates gamma of the fixed effects with ``M = I``.
 
     Attributes:
         half: ``(p, p)``, ``beta = half gamma``, so that ``half half'`` is the model's covariance over ``sigma^2``.

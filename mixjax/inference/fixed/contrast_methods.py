@@ -51,7 +51,7 @@ def method_named(method: Any) -> str:
 
 
 def default_adjustment(method: Any) -> str:
-    """What p values of the method are adjusted by unless one says so; nothing for weights of one's own."""
+    """The default adjustment of a method; none for weights of one's own."""
     return METHODS[method_named(method)] if isinstance(method, str) else "none"
 
 

@@ -332,7 +332,7 @@ class FixedEffects(NamedTuple):
 
 
 def ddf_note(ddf: str) -> str:
-    """What a table says of its degrees of freedom."""
+    """The note on degrees of freedom of a table."""
     return "wald tests, without degrees of freedom" if ddf == "wald" else f"{ddf} degrees of freedom"
 
 

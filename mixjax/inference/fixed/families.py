@@ -162,7 +162,7 @@ def family_note(
     within: Sequence[str] = (),
     found: FamilyTests | None = None,
 ) -> str:
-    """What a table says of its p values and intervals.
+    """The note on p values and intervals of a table.
 
     Args:
         level: of the intervals, None where there are none. tests: of a family. means: that Tukey's families compare.

@@ -23,7 +23,7 @@ MOST_ROWS = 100_000
 
 
 class Rows(NamedTuple):
-    """What the fixed effects make of rows of a table.
+    """Model-matrix rows of a table.
 
     Attributes:
         X: ``(g, f)``, all columns of the formula, also those left out of the fit. offset: ``(g,)``.

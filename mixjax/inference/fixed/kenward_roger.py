@@ -24,7 +24,7 @@ MOST_EFFECTS = 4000
 
 
 class Adjusted(NamedTuple):
-    """What inference needs of one REML fit.
+    """The adjusted covariance of one REML fit, and what its degrees of freedom follow from.
 
     Attributes:
         vcov: ``(p, p)`` covariance of beta, theta taken as known. adjusted: ``(p, p)`` for the uncertainty of theta.

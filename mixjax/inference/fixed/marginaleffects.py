@@ -13,7 +13,7 @@ from mixjax.inference.fixed.grid import FixedPart
 
 
 def to_marginaleffects(fitted: Fitted) -> Any:
-    """What ``marginaleffects.predictions``, ``comparisons``, ``slopes`` and the like take as a model.
+    """A model for ``marginaleffects.predictions``, ``comparisons``, ``slopes`` and the like.
 
     Predictions are population means, random effects zero, with the covariance of the fixed effects that takes theta as
     known; tests are z tests, where ``emmeans`` has degrees of freedom. Pass ``eps_vcov=1.0`` to whatever is called:

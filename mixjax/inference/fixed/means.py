@@ -149,7 +149,7 @@ def marginal_means(
 
 
 def _cautions(model: FixedPart, shown: list[str], grid: Grid) -> tuple[str, ...]:
-    """What to beware of: variables that interact with factors whose levels the means average over."""
+    """Warnings: variables that interact with factors whose levels the means average over."""
     columns = {e.shown: set(e.columns) for e in model.state.fixed.effects.expressions}
     together = [set().union(*(columns[factor] for factor in term.factors)) for term in terms_of(model.labels)]
     found = []

@@ -48,7 +48,7 @@ def terms_of(labels: Labels) -> list[Term]:
 
 
 def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
-    """What the tests of an analysis of variance test, term by term, as SAS defines it.
+    """Hypotheses of an analysis of variance, term by term, as SAS defines them.
 
     A term is contained in another that has the same numeric factors, all its categorical factors, and more. Terms stand
     for all columns that their levels make, whichever of them the fit has: ``0 + a * b`` is the model of ``a * b``, and

@@ -195,7 +195,7 @@ class _Pair(NamedTuple):
 
     @property
     def rounding(self) -> float:
-        """What criteria are good to."""
+        """The accuracy of criteria."""
         return max(1e-8, 1e-12 * abs(float(self.small.estimates.criterion)))
 
     @property

@@ -31,7 +31,7 @@ MOST_ROUNDS = 60
 
 @dataclass(eq=False)
 class _Curve:
-    """What is known of one parameter: values, ascending, and zeta there.
+    """The curve of one parameter: values, ascending, and zeta there.
 
     Attributes:
         low, high: bounds of the parameter. step: a first distance from the estimate, about one standard error.

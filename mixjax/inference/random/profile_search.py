@@ -40,7 +40,7 @@ SHORT, LONG = 16, 200
 
 
 class Conditional(NamedTuple):
-    """What a search over all parameters but one has found, B times.
+    """Conditional minima: of searches over all parameters but one, B times.
 
     Attributes:
         deviance: ``(B,)`` the least. converged: ``(B,)``.

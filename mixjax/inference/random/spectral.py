@@ -30,7 +30,7 @@ STEPS = 60
 
 
 class Spectrum(NamedTuple):
-    """What the null distribution depends on.
+    """Eigenvalues on which the null distribution depends.
 
     Attributes:
         mu: ``(J,)`` distinct eigenvalues of ``Z'PZ``, P the projection that takes X out; the first is 0.

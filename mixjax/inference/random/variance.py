@@ -74,7 +74,7 @@ def r2(fitted: Fitted) -> pd.Series:
 
 
 def shares(fitted: Fitted) -> pd.DataFrame:
-    """What part of the variance each part of the model makes, see :func:`components`.
+    """Shares of the variance, see :func:`components`.
 
     Returns:
         DataFrame with one row per random term, then ``residual``, then ``fixed``: columns ``component`` (``"random"``,
