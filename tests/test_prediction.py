@@ -24,7 +24,7 @@ from mixjax.estimation.blup import predict as predict_arrays
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted.record import Fitted, OptimizerInfo
 from mixjax.prediction import blocks
-from mixjax.prediction.blocks import Blocks, TooLarge
+from mixjax.prediction.blocks import DependentEffects, TooLarge
 from mixjax.prediction.bootstrap import bootstrap_errors
 from mixjax.prediction.predict import predict
 from mixjax.prediction.second_order import second_order
@@ -583,7 +583,7 @@ def test_three_ways_to_hendersons_variance(name, singular):
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
     close(sigma**2 * Equations(stats, factors).variance(rows), expected, 1e-10)
     close(sigma**2 * Equations(stats, factors, most_dense=0).variance(rows), expected, 1e-10)
-    close(sigma**2 * Blocks(stats, rows).variance(factors), expected, 1e-10)
+    close(sigma**2 * DependentEffects(stats, rows).variance(factors), expected, 1e-10)
 
 
 def test_population_errors_are_those_of_the_fixed_effects(sleep):
@@ -672,15 +672,15 @@ def test_targets_in_chunks_and_large_blocks(monkeypatch):
     stats, targets = mj.cross_products(design), random_targets(design, 2, m=9)
     lambdas = random_lambdas(design, 1, False)
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
-    whole = Blocks(stats, rows)
+    whole = DependentEffects(stats, rows)
     expected = whole.variance(factors)
     monkeypatch.setattr(blocks, "CHUNK", 1)
-    close(Blocks(stats, rows).variance(factors), expected)
+    close(DependentEffects(stats, rows).variance(factors), expected)
     monkeypatch.setattr(blocks, "SMALL", 0)
-    close(Blocks(stats, rows).variance(factors), expected)
+    close(DependentEffects(stats, rows).variance(factors), expected)
     monkeypatch.setattr(blocks, "MOST", 10)
     with pytest.raises(TooLarge, match="random effects depend on each other"):
-        Blocks(stats, rows)
+        DependentEffects(stats, rows)
 
 
 def test_levels_of_separate_blocks_in_one_target():
@@ -694,7 +694,7 @@ def test_levels_of_separate_blocks_in_one_target():
     expected = dense_prediction(design, targets, [L @ L.T for L in lambdas], 1.0)[0]
     factors, rows = factors_in_bases(lambdas, stats), effect_rows(targets, stats)
     close(Equations(stats, factors).variance(rows), expected, 1e-10)
-    close(Blocks(stats, rows).variance(factors), expected, 1e-10)
+    close(DependentEffects(stats, rows).variance(factors), expected, 1e-10)
 
 
 def test_factors_that_are_one_in_the_fit_but_not_in_newdata():

@@ -54,7 +54,7 @@ class Whitened(NamedTuple):
         return sum(((factor.U**2).sum(1) for factor in self.effects), np.zeros(len(self.root_w)))
 
 
-class Parts(NamedTuple):
+class HatDiagonals(NamedTuple):
     """Off-diagonal hat matrices; of rows ``u`` of U, or of other combinations ``u`` of spherical random effects.
 
     Attributes:
@@ -97,7 +97,7 @@ def whiten(fitted: Fitted) -> Whitened:
     return Whitened(root_w, rows.Q, effects)
 
 
-def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Parts:
+def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> HatDiagonals:
     """Eliminate the random effects; of the rows, or of every level's own effects ``b = Lambda u`` of factor ``of``.
 
     Levels run slowest: ``k = n_levels q``. Complex where U is.
@@ -124,7 +124,7 @@ def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Pa
         taken = taken + _quadratic(mine, inverse)
         pull = pull + mine @ weighted
         GQ = GQ - V_own[:n] @ weighted
-    return Parts(taken, pull, GQ, np.linalg.inv(Q.T @ GQ))
+    return HatDiagonals(taken, pull, GQ, np.linalg.inv(Q.T @ GQ))
 
 
 def _rows(effects: list[Effects]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixjax.diagnostics.hat import NOTHING, Parts, Whitened, parts_of, whiten
+from mixjax.diagnostics.hat import NOTHING, HatDiagonals, Whitened, parts_of, whiten
 from mixjax.fitted.record import record_of
 
 # The imaginary step of a derivative: its square is nothing beside 1, so no digits are lost.
@@ -55,7 +55,7 @@ def leverage(fitted: Any) -> Leverage:
     return leverage_of(whitened, parts_of(whitened.Q, whitened.effects))
 
 
-def leverage_of(whitened: Whitened, parts: Parts) -> Leverage:
+def leverage_of(whitened: Whitened, parts: HatDiagonals) -> Leverage:
     """As :func:`leverage`, of the parts of the rows."""
     fixed = parts.along(whitened.Q, parts.GQ)
     # Q - GQ = pull: written so, nothing cancels where the random effects say little.

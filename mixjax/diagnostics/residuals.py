@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixjax.diagnostics.decorrelation import decorrelated
-from mixjax.diagnostics.hat import NOTHING, Parts, Whitened, parts_of, whiten
+from mixjax.diagnostics.hat import NOTHING, HatDiagonals, Whitened, parts_of, whiten
 from mixjax.diagnostics.leverage import leverage_of
 from mixjax.fitted.record import Fitted, record_of
 
@@ -116,7 +116,7 @@ def residuals(fitted: Any, kind: str = "conditional", scale: str = "raw") -> np.
     return scaled(raw, kind, whitened, parts, float(fitted.estimates.sigma))
 
 
-def scaled(raw: np.ndarray, kind: str, whitened: Whitened, parts: Parts | None, sigma: float) -> np.ndarray:
+def scaled(raw: np.ndarray, kind: str, whitened: Whitened, parts: HatDiagonals | None, sigma: float) -> np.ndarray:
     """Raw residuals standardized, or studentized where parts of the rows are given."""
     prior = whitened.random_variance
     whole = {"conditional": np.ones(len(raw)), "marginal": 1 + prior, "random": prior}[kind]

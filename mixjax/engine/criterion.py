@@ -10,14 +10,14 @@ import numpy as np
 
 from mixjax import linalg
 from mixjax.covariance import lambdas_of_theta
-from mixjax.engine.elimination import Blocks, arrange, eliminate
+from mixjax.engine.elimination import Arranged, arrange, eliminate
 from mixjax.engine.profiled import Profiled
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, is_concrete, jit
 from mixjax.products.sums import CrossProducts, check_products
 
 
-def profile(lambdas: list[Array], blocks: Blocks, stats: CrossProducts, reml: Array | bool) -> Profiled:
+def profile_out(lambdas: list[Array], blocks: Arranged, stats: CrossProducts, reml: Array | bool) -> Profiled:
     """Profile beta and sigma out (Bates et al. 2015, eqs. 34-35 for ML, 41-42 for REML).
 
     Args:
@@ -87,7 +87,7 @@ def warn_of_float32(stats: CrossProducts) -> None:
 @jit
 def _criterion(theta: Array, stats: CrossProducts, reml: Array) -> Array:
     lambdas = lambdas_of_theta(theta, stats.layout.qs)
-    return profile(in_bases(lambdas, stats), arrange(stats), stats, reml).criterion
+    return profile_out(in_bases(lambdas, stats), arrange(stats), stats, reml).criterion
 
 
 def in_bases(lambdas: list[Array], stats: CrossProducts) -> list[Array]:

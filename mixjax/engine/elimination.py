@@ -21,7 +21,7 @@ from mixjax.products.sums import CrossProducts, Layout
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Arranged:
     """Cross-products arranged for the elimination. The border has ``r`` columns: dense effects, basis of X, residual y.
 
     Attributes:
@@ -56,7 +56,7 @@ class Reduced(NamedTuple):
     yy: Array
 
 
-def arrange(stats: CrossProducts) -> Blocks:
+def arrange(stats: CrossProducts) -> Arranged:
     """Lay the products out for :func:`eliminate`; linear in the products and independent of theta.
 
     Products of many data sets that have their levels in common may stand in a last axis of every array.
@@ -111,10 +111,10 @@ def arrange(stats: CrossProducts) -> Blocks:
             at_t = dense_columns(t, q_t, pair.cols)
             G = add_at(G, (at_s[:, None], at_t[None]), pair.ZZ)
             G = add_at(G, (at_t[:, None], at_s[None]), pair.ZZ.swapaxes(0, 1))
-    return Blocks({f: stats.factors[f].ZZ for f in layout.chain}, C, B, G, dense, layout)
+    return Arranged({f: stats.factors[f].ZZ for f in layout.chain}, C, B, G, dense, layout)
 
 
-def eliminate(lambdas: list[Array], blocks: Blocks) -> Reduced:
+def eliminate(lambdas: list[Array], blocks: Arranged) -> Reduced:
     """Eliminate all random effects.
 
     Args:
@@ -160,7 +160,7 @@ def _sum_children(x: Array, parent: Array, m: int) -> Array:
     return jnp.moveaxis(jax.ops.segment_sum(jnp.moveaxis(x, -1, 0), parent, m), 0, -1)
 
 
-def _times_dense_lambda(lambdas: list[Array], blocks: Blocks, rows: Array) -> Array:
+def _times_dense_lambda(lambdas: list[Array], blocks: Arranged, rows: Array) -> Array:
     """``Lambda' rows`` for the block of all dense effects: ``(n_dense, r) -> (n_dense, r)``."""
     parts, start = [], 0
     for f, q, m in blocks.dense:

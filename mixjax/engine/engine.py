@@ -19,7 +19,7 @@ from mixjax import covariance as cov
 from mixjax.engine import average_information, curvature
 from mixjax.engine.case_slopes import CaseSlopes, case_slopes
 from mixjax.engine.coordinates import coordinates_of
-from mixjax.engine.criterion import in_bases, profile
+from mixjax.engine.criterion import in_bases, profile_out
 from mixjax.engine.crossed import AnyMoments, crossed_moments
 from mixjax.engine.curvature import Slopes
 from mixjax.engine.elimination import arrange
@@ -79,7 +79,7 @@ class Engine:
         """The profiled likelihood at ``x (k,)``; differentiable to any order, by the products too."""
         if self.where is not None:
             return curvature.profile_lanes(x[:, None], self.moments, jnp.asarray(self.reml)).lane()
-        return profile(self._factors(x), self._blocks, self.stats, self.reml)
+        return profile_out(self._factors(x), self._blocks, self.stats, self.reml)
 
     def solution(self, x: Array) -> tuple[Profiled, list[Array]]:
         """The profiled likelihood at ``x (k,)``, and per term the modes ``(q, m)`` of its effects in the basis of Z."""

@@ -22,7 +22,7 @@ from mixjax.populations.draws import Plan, check_order, draw_stage, failures_of,
 from mixjax.populations.expressions import shortened
 from mixjax.populations.predictors import Empirical, MultivariateNormal
 from mixjax.populations.responses import RandomEffects, Response
-from mixjax.populations.sample import Rows, Sample, check_numbers, row_of
+from mixjax.populations.sample import PopulationRows, Sample, check_numbers, row_of
 from mixjax.populations.variables import Spec
 from mixjax.resampling.simulation import as_key
 
@@ -301,7 +301,7 @@ class Population:
         response: str | None = None,
         truth: Mapping[str, float] | None = None,
         **options: Any,
-    ) -> Rows:
+    ) -> PopulationRows:
         """This population with a number of rows: where the data of a :func:`mixjax.study` come from.
 
         Args:
@@ -334,7 +334,7 @@ class Population:
             raise ValueError(f"rows takes weights, offset and contrasts for the fits, not {', '.join(sorted(unknown))}")
         options = {"weights": None, "offset": None, "contrasts": None} | options
         x_key = None if x_key is None else _frozen(x_key)
-        return Rows(self, self._rows(n), x, x_key, response, dict(truth or {}), options)
+        return PopulationRows(self, self._rows(n), x, x_key, response, dict(truth or {}), options)
 
     def _rows(self, n: Any) -> int:
         """A number of rows that one sample may have, or ValueError."""

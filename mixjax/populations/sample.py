@@ -88,7 +88,7 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PopulationRows:
     """A population with a number of rows: the source of a study's data; made by :meth:`Population.rows`."""
 
     population: Any

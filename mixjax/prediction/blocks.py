@@ -33,7 +33,7 @@ class TooLarge(ValueError):
     """The blocks of a design are too large to be held as dense matrices."""
 
 
-class Parts(NamedTuple):
+class ErrorSlopes(NamedTuple):
     """Of every target, relative to sigma^2; values of theta in front.
 
     Attributes:
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
     moves: np.ndarray
 
 
-class Blocks:
+class DependentEffects:
     """Products of one design by block, and targets in their places.
 
     Args:
@@ -159,7 +159,7 @@ class Blocks:
         eta = np.einsum("...pq,...mq->...mp", state.S_inverse, d)
         return np.einsum("ms,...ms->...m", some.z, Kz) + np.einsum("...mp,...mp->...m", d, eta), eta
 
-    def parts(self, factors: list[np.ndarray], slopes: list[np.ndarray]) -> Parts:
+    def parts(self, factors: list[np.ndarray], slopes: list[np.ndarray]) -> ErrorSlopes:
         """Variances, and how they and the predictors move with the parameters of D.
 
         Args:
@@ -177,9 +177,9 @@ class Blocks:
         width = max(self.size if self.size <= SMALL else 1, len(self._XX))
         done = [self._parts(at, some) for some in self._targets(moved[..., 0, 0, 0].size * self.size * width)]
         variance, slope, moves = zip(*done, strict=True)
-        return Parts(np.concatenate(variance, -1), np.concatenate(slope, -2), np.concatenate(moves, -3))
+        return ErrorSlopes(np.concatenate(variance, -1), np.concatenate(slope, -2), np.concatenate(moves, -3))
 
-    def _parts(self, at: _Slopes, some: _Some) -> Parts:
+    def _parts(self, at: _Slopes, some: _Some) -> ErrorSlopes:
         state, E, Y, UH, moved, MU, P, R = at
         variance, eta = self._errors(state, some)
         # a is alpha in the row's own block, less E U eta in all.
@@ -198,7 +198,7 @@ class Blocks:
             + np.einsum("...mp,...klpq,...mq->...mkl", eta, R, eta, optimize=True)
             - np.einsum("...mkp,...pq,...mlq->...mkl", f, state.S_inverse, f, optimize=True)
         )
-        return Parts(variance, slope, moves)
+        return ErrorSlopes(variance, slope, moves)
 
     def _of_rows(self, matrices: np.ndarray, v: np.ndarray, block: np.ndarray) -> np.ndarray:
         """Every row's vector ``(..., m, s)`` times the matrix of its block, of ``(..., n_blocks, s, s)``."""

@@ -13,7 +13,7 @@ from mixjax.design import Design
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.fitted.record import Fitted
 from mixjax.optimise.results import failed, note_of_failures
-from mixjax.prediction.blocks import CHUNK, Blocks, TooLarge
+from mixjax.prediction.blocks import CHUNK, DependentEffects, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source, refits
@@ -99,7 +99,7 @@ class _Scale:
         self._stats, self._targets = fitted.stats, targets
         self._rows = effect_rows(targets, fitted.stats)
         try:
-            self._blocks: Blocks | None = Blocks(fitted.stats, self._rows)
+            self._blocks: DependentEffects | None = DependentEffects(fitted.stats, self._rows)
         except TooLarge:
             self._blocks = None
 

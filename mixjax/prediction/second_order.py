@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.engine.equations import covariances_with_slopes
-from mixjax.prediction.blocks import Blocks
+from mixjax.prediction.blocks import DependentEffects
 from mixjax.prediction.targets import Targets, effect_rows
 from mixjax.products.sums import CrossProducts
 
@@ -53,7 +53,7 @@ def second_order(
         TooLarge: too many effects depend on each other.
     """
     factors, slopes, D, D_slopes = covariances_with_slopes(x, stats)
-    parts = Blocks(stats, effect_rows(targets, stats)).parts(factors, slopes)
+    parts = DependentEffects(stats, effect_rows(targets, stats)).parts(factors, slopes)
     variance = parts.variance + targets.fresh_variance(D)
     slope = parts.slopes
     for Z, own in zip(targets.fresh(), D_slopes, strict=True):

@@ -27,7 +27,7 @@ from mixjax.inference.fixed.contrasts import check_ddf
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, failed
-from mixjax.populations.sample import Rows
+from mixjax.populations.sample import PopulationRows
 from mixjax.resampling.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
@@ -299,7 +299,12 @@ def study(
         return {name: np.concatenate([p[name] for p in parts]) for name in (parts[0] if names is None else names)}
 
     # A scenario knows more than a smaller model estimates; what the user says is meant to be read.
-    said = {name for cell, known in cells if truth is not None or isinstance(cell.task.source, Rows) for name in known}
+    said = {
+        name
+        for cell, known in cells
+        if truth is not None or isinstance(cell.task.source, PopulationRows)
+        for name in known
+    }
     truths = [known for _, known in cells]
     if said:
         names = kept.columns(0) if kept is not None else list(next(iter(memory[0].values())))

@@ -22,7 +22,7 @@ MOST_ROWS = 100_000
 # --- rows of the model matrix -------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
+class ModelRows(NamedTuple):
     """Model-matrix rows of a table.
 
     Attributes:
@@ -111,14 +111,14 @@ class FixedPart:
                 "fitting, to average over its levels or to compare them"
             )
 
-    def rows(self, grid: pd.DataFrame) -> Rows:
+    def rows(self, grid: pd.DataFrame) -> ModelRows:
         """Rows of the model matrix. Factors of the grid hold levels, other columns numbers."""
         table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
         for name in self.variables:
             dtype = float if self.is_number(name) else self.frame[name].dtype
             table[name] = pd.Series(list(grid[name]), dtype=dtype)
         try:
-            return Rows(self.state.fixed.of(table, ""), self.state.offset_of(table) + self.mean_offset)
+            return ModelRows(self.state.fixed.of(table, ""), self.state.offset_of(table) + self.mean_offset)
         except (FormulaError, DataError) as error:
             raise DataError(
                 f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.checks import DataError, check_level
 from mixjax.fitted.record import Fitted
-from mixjax.inference.fixed.grid import FixedPart, Grid, Rows, check_names, reference_grid
+from mixjax.inference.fixed.grid import FixedPart, Grid, ModelRows, check_names, reference_grid
 from mixjax.inference.fixed.marginal_means import MarginalMeans
 from mixjax.inference.fixed.specs import read_spec
 from mixjax.inference.fixed.terms import terms_of
@@ -122,7 +122,7 @@ def marginal_means(
     ddf: str,
     level: float,
     what: str,
-    rows_of: Callable[[pd.DataFrame], Rows],
+    rows_of: Callable[[pd.DataFrame], ModelRows],
     var: str | None = None,
 ) -> MarginalMeans:
     """Averages over a reference grid of what ``rows_of`` makes of its rows."""
@@ -163,7 +163,7 @@ def _cautions(model: FixedPart, shown: list[str], grid: Grid) -> tuple[str, ...]
     return tuple(found)
 
 
-def _slopes_in(model: FixedPart, var: str, lowest: float, highest: float) -> Callable[[pd.DataFrame], Rows]:
+def _slopes_in(model: FixedPart, var: str, lowest: float, highest: float) -> Callable[[pd.DataFrame], ModelRows]:
     """Derivatives of rows with respect to a covariate.
 
     Steps and places are whole multiples of a power of two and the weights are integers, so that no rounding enters the
@@ -173,7 +173,7 @@ def _slopes_in(model: FixedPart, var: str, lowest: float, highest: float) -> Cal
     h = 2.0 ** np.round(np.log2((highest - lowest) * 2.0**-12))
     unit = h * 2.0**-26
 
-    def rows_of(grid: pd.DataFrame) -> Rows:
+    def rows_of(grid: pd.DataFrame) -> ModelRows:
         x = np.round(grid[var].to_numpy(float) / unit) * unit
         inside = (x >= lowest - unit) & (x <= highest + unit)
         x = np.where(inside, np.clip(x, lowest, highest), x)
@@ -186,7 +186,7 @@ def _slopes_in(model: FixedPart, var: str, lowest: float, highest: float) -> Cal
             rows = model.rows(grid.assign(**{var: x + (s + moved) * h}))
             weight = np.array([_stencil(int(m))[s + 2] for m in moved])
             X, offset = X + weight[:, None] * rows.X, offset + weight * rows.offset
-        return Rows(X / (12 * h), offset / (12 * h))
+        return ModelRows(X / (12 * h), offset / (12 * h))
 
     return rows_of
 
