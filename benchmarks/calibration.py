@@ -35,7 +35,7 @@ from mixjax.inference.random.profile import profile, zeta_of_many
 from mixjax.inference.random.profile_search import estimates_start
 from mixjax.inference.random.spectral import draw, spectrum
 from mixjax.resampling import intervals
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.simulation import simulate_responses
 
 LEVEL = 0.95
 # Refits of one call.

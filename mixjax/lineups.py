@@ -11,7 +11,7 @@ from scipy import stats
 
 from mixjax.checks import check_count
 from mixjax.machine import float64
-from mixjax.resampling.simulation import as_key
+from mixjax.simulation import as_key
 
 
 class Lineup:

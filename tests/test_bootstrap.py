@@ -31,7 +31,7 @@ from mixjax.resampling.kinds import (
     reflated_effects,
     reflated_residuals,
 )
-from mixjax.resampling.simulation import draw_responses, simulate_responses
+from mixjax.simulation import draw_responses, simulate_responses
 
 TERMS = ["sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma", "Intercept", "Days"]
 KINDS = ["parametric", "residual", "cases", "wild"]

@@ -16,7 +16,7 @@ from mixjax.distributions import chi2_tail
 from mixjax.formula.deletion import fixed_deletions, random_deletions
 from mixjax.inference.random.ranova import _linear_null, linear_criterion
 from mixjax.optimise.results import failed
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.simulation import simulate_responses
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "oracle" / "left_out.json").read_text())

@@ -19,7 +19,7 @@ from mixjax.engine.turned import turned
 from mixjax.inference.random.held_parameter import Held, charts_of
 from mixjax.inference.random.profile import profile, zeta_of_many
 from mixjax.inference.random.profile_search import OneDataSet, estimates_start
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.simulation import simulate_responses
 
 MODELS = sorted(path.stem.removeprefix("inference_confint_") for path in (HERE / "oracle").glob("*confint_*.json"))
 

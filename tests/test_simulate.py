@@ -8,7 +8,7 @@ from dense import covariance
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
-from mixjax.resampling.simulation import simulate_responses, symmetric_root
+from mixjax.simulation import simulate_responses, symmetric_root
 
 N = 20_000
 

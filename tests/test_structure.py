@@ -18,7 +18,7 @@ ROOMS = [
     "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.linalg", "mixjax.decompositions",
     "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
-    "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.resampling.simulation",
+    "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
     "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
     "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
@@ -50,7 +50,7 @@ CORE = (
     "mixjax.products",
     "mixjax.engine",
     "mixjax.estimation",
-    "mixjax.resampling.simulation",
+    "mixjax.simulation",
 )
 OUTSIDE_THE_CORE = ("pandas", "formulaic", "matplotlib", "mixjax.formula", "mixjax.face", "mixjax.datasets")
 

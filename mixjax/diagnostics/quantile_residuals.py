@@ -17,7 +17,7 @@ from mixjax.checks import DataError, check_count
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
-from mixjax.resampling.simulation import raw_key, simulate_responses
+from mixjax.simulation import raw_key, simulate_responses
 from mixjax.tables import frame_report
 
 # Numbers in all simulated responses together.

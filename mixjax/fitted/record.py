@@ -29,7 +29,7 @@ from mixjax.optimise.results import Result
 from mixjax.products.responses import Responses
 from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sums import CrossProducts, pad
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.simulation import simulate_responses
 
 
 class OptimizerInfo(NamedTuple):
@@ -157,7 +157,7 @@ class Fitted:
     # --- again ------------------------------------------------------------------------------------------------------
 
     def simulate(self, key: Any, n: int, first: int = 0, random: Literal["new", "fitted"] = "new") -> np.ndarray:
-        """Responses ``(n, nobs)`` drawn from the fit; see :func:`~mixjax.resampling.simulation.simulate_responses`."""
+        """Responses ``(n, nobs)`` drawn from the fit; see :func:`~mixjax.simulation.simulate_responses`."""
         est = self.estimates
         b = est.b if random == "fitted" else None
         return simulate_responses(self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=b)

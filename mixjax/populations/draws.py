@@ -19,7 +19,7 @@ import numpy as np
 from mixjax.machine import jit
 from mixjax.populations.expressions import Kind, Scope, names_in
 from mixjax.populations.variables import Spec, Variable, factor_of
-from mixjax.resampling.simulation import BLOCK
+from mixjax.simulation import BLOCK
 
 # Samples of one block, at most.
 MOST_SAMPLES = 2**11

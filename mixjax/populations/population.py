@@ -24,7 +24,7 @@ from mixjax.populations.predictors import Empirical, MultivariateNormal
 from mixjax.populations.responses import RandomEffects, Response
 from mixjax.populations.sample import PopulationRows, Sample, check_numbers, row_of
 from mixjax.populations.variables import Spec
-from mixjax.resampling.simulation import as_key
+from mixjax.simulation import as_key
 
 
 def population(*, functions: Mapping[str, Callable[..., Any]] | None = None, **variables: Spec) -> Population:

@@ -14,7 +14,7 @@ from mixjax.checks import DataError
 from mixjax.populations import noise
 from mixjax.populations.expressions import Kind, Scope
 from mixjax.populations.variables import Spec, Variable, bind_parameters, shown, values_of
-from mixjax.resampling.simulation import symmetric_root
+from mixjax.simulation import symmetric_root
 
 
 @dataclass(frozen=True, eq=False)

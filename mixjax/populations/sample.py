@@ -14,7 +14,7 @@ from mixjax.checks import MOST, check_count
 from mixjax.machine import float64
 from mixjax.populations.columns import to_series
 from mixjax.populations.expressions import shortened
-from mixjax.resampling.simulation import as_key
+from mixjax.simulation import as_key
 
 
 @dataclass(frozen=True, eq=False)

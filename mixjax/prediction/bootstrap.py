@@ -17,7 +17,7 @@ from mixjax.prediction.blocks import CHUNK, DependentEffects, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source, refits
-from mixjax.resampling.simulation import draw_responses, random_columns, symmetric_root
+from mixjax.simulation import draw_responses, random_columns, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")
 
@@ -122,7 +122,7 @@ class _Scale:
 
 
 def _known_columns(targets: Targets, design: Design) -> sp.csr_array:
-    """Columns of the targets' known effects, in the order of :func:`~mixjax.resampling.simulation.random_columns`."""
+    """Columns of the targets' known effects, in the order of :func:`~mixjax.simulation.random_columns`."""
     m, terms = len(targets.X), []
     for term, Z, level in zip(design.terms, targets.Z, targets.level, strict=True):
         q = np.shape(term.Z)[1]

@@ -12,7 +12,7 @@ from mixjax.fitted.record import Fitted
 from mixjax.products.clusters import ClusterProducts, by_cluster
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source
-from mixjax.resampling.simulation import draw_responses, random_columns
+from mixjax.simulation import draw_responses, random_columns
 
 Kind = Literal["parametric", "residual", "cases", "wild"]
 KINDS = ("parametric", "residual", "cases", "wild")

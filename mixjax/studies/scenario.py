@@ -20,7 +20,7 @@ from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
-from mixjax.resampling.simulation import simulate_responses, symmetric_root
+from mixjax.simulation import simulate_responses, symmetric_root
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
 
 # The response that stands in the table while a design is built.

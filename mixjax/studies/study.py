@@ -28,7 +28,7 @@ from mixjax.machine import float64
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, failed
 from mixjax.populations.sample import PopulationRows
-from mixjax.resampling.simulation import as_key
+from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise

@@ -19,7 +19,7 @@ from mixjax.optimise.results import failed, note_of_failures
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
 from mixjax.resampling.replicates import Drawn, Source, refits
-from mixjax.resampling.simulation import simulate_responses
+from mixjax.simulation import simulate_responses
 from mixjax.tables import NotedTable
 
 METHODS = ("mixture", "chi2", "bootstrap")

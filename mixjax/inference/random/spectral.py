@@ -16,7 +16,7 @@ from scipy import optimize
 from mixjax.distributions import f_tail
 from mixjax.machine import n_cores, silently
 from mixjax.products.sums import CrossProducts
-from mixjax.resampling.simulation import key_words
+from mixjax.simulation import key_words
 
 # Eigenvalues that agree to this part of the largest are one with a multiplicity; those below it are zero.
 SAME = 1e-10

@@ -65,7 +65,7 @@ def simulate_responses(
     Example:
         >>> import numpy as np
         >>> from mixjax import Design, RandomTerm
-        >>> from mixjax.resampling.simulation import simulate_responses
+        >>> from mixjax.simulation import simulate_responses
         >>> term = RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
         >>> design = Design(y=np.zeros(12), X=np.ones((12, 1)), terms=(term,))
         >>> Y = simulate_responses(design, beta=[5.0], sigma=1.0, Sigma=[[[4.0]]], key=1, n=1000)
