@@ -164,7 +164,7 @@ def test_bad_arguments(change, message):
 
 def test_one_program_for_similar_designs():
     """Compiled are random numbers only, of padded length: neither terms, nor parameters, nor the key compile again."""
-    from mixjax.resampling import simulation
+    from mixjax import simulation
 
     first = random_design(STRUCTURES["one factor, q=2, weights"], seed=1)
     simulate_responses(first, *parameters(first), 0, 1)
