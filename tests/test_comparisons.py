@@ -395,7 +395,7 @@ def test_bad_input_is_named(cake, call, message):
         (lambda f: f.emmeans("temperature").contrasts("trt.vs.ctrl", ref=175), "give the name, ref='175'"),
         (lambda f: f.joint_tests("recpe"), "did you mean 'recipe'"),
         (lambda f: f.joint_tests("angle"), "is the response"),
-        (lambda f: f.joint_tests(ddf="kr"), "ddf must be one of"),
+        (lambda f: f.joint_tests(ddf="kenward"), "ddf must be one of"),
         (lambda f: f.joint_tests(["recipe", "temperature"]), "no fixed effects to test beside recipe, temperature"),
         (lambda f: f.test("recipe[T.B]", adjust="tukey"), "use 'mvt' here"),
         (lambda f: f.test(["recipe[T.B]", "recipe[T.C]"], joint=True, adjust="mvt"), "joint=True is a single F test"),

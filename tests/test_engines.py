@@ -217,6 +217,7 @@ def test_threads_of_the_users(q, n_threads):
         np.testing.assert_array_equal(theta, alone)
 
 
+@pytest.mark.slow
 def test_settings_that_look_for_mistakes_in_the_callers_code():
     fit = mj.lmm("Yield ~ 1 + (1 | Batch)", table("Dyestuff"))
     stats = mj.cross_products(fit.design, fit.simulate(1, 20))

@@ -110,6 +110,7 @@ def test_adding_is_refused_when_the_structure_differs():
         one + other
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(["one factor, q=2, weights", "nested", "crossed", "two terms on a factor"]), seeds)
 def test_a_fit_is_a_minimum_and_its_parts_agree_with_the_dense_formulas(name, seed):

@@ -67,8 +67,8 @@ class Diagnosing:
             >>> import mixjax as mj
             >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
             >>> fit.predict({"Days": [10], "Subject": ["308"]}, interval="prediction").round(1)
-               estimate    se  lower  upper
-            0     450.3  30.1  391.3  509.3
+               estimate  std_error  lower  upper
+            0     450.3       30.1  391.3  509.3
         """
         return predicted(self.record, newdata, random, allow_new_levels, interval, level, method, key, n)
 

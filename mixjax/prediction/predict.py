@@ -92,9 +92,9 @@ def predict(
         >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
         >>> new = {"Days": [0, 10], "Subject": ["308", "nobody"]}
         >>> predict(fit.record, new, allow_new_levels=True, interval="prediction").round(1)
-           estimate    se  lower  upper
-        0     253.7  28.4  198.1  309.3
-        1     356.1  72.3  214.4  497.7
+           estimate  std_error  lower  upper
+        0     253.7       28.4  198.1  309.3
+        1     356.1       72.3  214.4  497.7
     """
     _check_arguments(allow_new_levels, interval, level, method, key, n)
     included = _included(fitted, random)
