@@ -13,7 +13,7 @@ from designs import STRUCTURES, random_design, random_theta
 import mixjax as mj
 from mixjax.covariance import factors_of, lambdas_of_theta, triangle
 from mixjax.engine.coordinates import coordinates_of
-from mixjax.engine.criterion import in_bases, profile
+from mixjax.engine.criterion import in_bases, profile_out
 from mixjax.engine.elimination import arrange
 from mixjax.engine.engine import AtOnce, Engine, engine_of
 from mixjax.estimation.batch import batch_axes
@@ -141,7 +141,7 @@ def test_information_is_the_hessian_of_the_criterion(x64):
         return profiled - df * (1 + jnp.log(rss / df)) + 2 * df * log_sigma + rss * jnp.exp(-2 * log_sigma)
 
     def rss_of(theta):
-        return profile(in_bases(lambdas_of_theta(theta, (2,)), stats), arrange(stats), stats, True).rss
+        return profile_out(in_bases(lambdas_of_theta(theta, (2,)), stats), arrange(stats), stats, True).rss
 
     at = jnp.append(jnp.asarray(fit.theta), np.log(fit.sigma))
     covariance = 2 * np.linalg.inv(np.asarray(jax.jit(jax.hessian(free))(at)))

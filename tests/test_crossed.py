@@ -76,16 +76,20 @@ def test_against_automatic_differentiation(name, how, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_inference_of_a_large_crossed_fit_compiles_nothing(name, monkeypatch):
-    """And is that of the compiled program, which differentiates the elimination."""
+def test_a_large_crossed_fit_and_inference_on_it_compile_nothing(name, monkeypatch):
+    """And are those of the compiled program, which differentiates the elimination."""
     monkeypatch.setattr(sizes, "MOST_DENSE_AT_ONCE", 0)
     structure = STRUCTURES[name]
     stats = mj.cross_products(random_design(structure, 1, n=ROWS))
-    engine = engine_of(stats, True)
-    theta = engine.run(estimation.fit, None).theta
-    assert engine.where is not None
-    at_once = engine.at_once()
+    at_once, engine = engine_of(stats, True), engine_of(stats, True, at_once=False)
     assert isinstance(at_once, AtOnce)
+    assert engine.where is not None
+    est, same = at_once.run(estimation.fit, None), engine.run(estimation.fit, None)
+    theta = est.theta
+    np.testing.assert_allclose(est.criterion, same.criterion, rtol=1e-12)
+    np.testing.assert_allclose(theta, same.theta, rtol=1e-7, atol=1e-9)
+    for ours, theirs in zip(est.b, same.b, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-8 * np.abs(theirs).max())
     for ours, theirs in zip(at_once.run(information, theta, 1.3), engine.run(information, theta, 1.3), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10 * np.abs(theirs).max())
     solved, compiled = (e.run(type(e).solution, e.coordinates(theta)[0]) for e in (at_once, engine))

@@ -104,9 +104,9 @@ def _of_rows(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
     """The coordinates x ``(k,)`` of the fit; whether there are derivatives; those of x, sigma and beta by the weight of
     every row, ``(n, k + 1 + p)``."""
     engine, theta = engine_of(rows.stats, fitted.reml), fitted.estimates.theta
-    if isinstance(engine, AtOnce):
+    if isinstance(engine, AtOnce) and engine.where is None:
         return engine.run(_at_once, theta, rows)
-    x, regular, slopes = engine.run(_slopes, theta)
+    x, regular, slopes = engine_of(rows.stats, fitted.reml, at_once=False).run(_slopes, theta)
     return x, bool(regular), _contract(rows.padded(), slopes)
 
 

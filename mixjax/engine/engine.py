@@ -107,12 +107,6 @@ class Engine:
         theta = namespace(theta, stats.XX, stats.yy).asarray(theta, stats.XX.dtype)
         return whole(in_bases(cov.lambdas_of_theta(theta, stats.layout.qs), stats), stats)
 
-    def at_once(self) -> Engine:
-        """An engine that answers without compiling, where NumPy can; itself elsewhere. Of a large crossed design
-        NumPy takes a third of a second for what a compiled program takes a tenth for."""
-        is_alone = self.where is not None and self.where.mesh is None
-        return AtOnce(self.stats, bool(self.reml), self.where) if is_alone and _is_numpys(self.stats) else self
-
     @cached_property
     def moments(self) -> Any:
         """Moments of the data for the closed form; None where there is none."""
@@ -165,9 +159,6 @@ class AtOnce(Engine):
         """Derivatives at ``x (k,)`` by the case weight of every row; not of large crossed designs."""
         return case_slopes(x, self._small, bool(self.reml), rows)
 
-    def at_once(self) -> Engine:
-        return self
-
     @cached_property
     def is_vast(self) -> bool:
         return self.where is None and has_many_directions(self.stats)
@@ -187,16 +178,21 @@ for kind in (Engine, AtOnce):
 
 
 def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
-    """The engine of a data set, of numbers: NumPy where the model is small, else JAX, on padded products.
+    """The engine of a data set, of numbers: NumPy where the model is small or its rows are sparse, else JAX, on padded
+    products.
 
     Args:
         stats: of one response. at_once: False for JAX whatever the size.
     """
     stats = stats if stats.classes is None else replace(stats, classes=None)
-    if at_once and _serves_at_once(stats):
+    numpys = at_once and namespace(*jax.tree.leaves(stats)) is np and np.asarray(stats.yy).dtype == np.float64
+    if numpys and is_small(stats):
         return AtOnce(stats, bool(reml))
     stats = pad(stats)
-    return Engine(stats, np.bool_(reml), incidence(stats))
+    where = incidence(stats)
+    if numpys and where is not None and where.mesh is None:
+        return AtOnce(stats, bool(reml), where)
+    return Engine(stats, np.bool_(reml), where)
 
 
 def engines_of(stats: CrossProducts, axes: CrossProducts, reml: bool) -> Iterator[Engine]:
@@ -212,12 +208,3 @@ def engines_of(stats: CrossProducts, axes: CrossProducts, reml: bool) -> Iterato
         if pairs is None or any((a.cols != b.cols).any() for a, b in zip(pairs, one.pairs, strict=True)):
             where, pairs = incidence(one), one.pairs
         yield Engine(one, np.bool_(reml), where)
-
-
-def _serves_at_once(stats: CrossProducts) -> bool:
-    """Whether NumPy serves a data set."""
-    return _is_numpys(stats) and is_small(stats)
-
-
-def _is_numpys(stats: CrossProducts) -> bool:
-    return namespace(*jax.tree.leaves(stats)) is np and np.asarray(stats.yy).dtype == np.float64

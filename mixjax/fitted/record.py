@@ -121,7 +121,7 @@ class Fitted:
     @cached_property
     def engine(self) -> Engine:
         """The engine of these data: likelihood, derivatives, equations."""
-        return engine_of(self.stats, self.reml).at_once()
+        return engine_of(self.stats, self.reml)
 
     @cached_property
     def information(self) -> Information:
@@ -270,5 +270,5 @@ def fit_products(
         )
     record = Fitted(labels, stats, est, reml, info, design, optimizer)
     if optimizer is None:
-        vars(record)["engine"] = engine.at_once()  # what was looked up of a large crossed design is not lost
+        vars(record)["engine"] = engine  # what was looked up of a large crossed design is not lost
     return record
