@@ -197,7 +197,7 @@ class Inferring:
             >>> fit = mj.lmm("distance ~ age * Sex + (age | Subject)", mj.datasets.load("Orthodont"))
             >>> fit.emtrends("Sex", "age").contrasts()[["contrast", "estimate", "p_value"]].round(3)
                     contrast  estimate  p_value
-            0  Male - Female     0.305    0.032
+            0  Male - Female     0.305    0.033
         """
         return marginal_trends(self.record, spec, var, by, at, ddf_of(ddf), level)
 

@@ -147,11 +147,10 @@ class Scenario:
         Example:
             >>> import mixjax as mj
             >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
-            >>> mj.scenario_of(fit).with_variances({"sd_Days|Subject": 9, "sigma": 20})
-            <Scenario 'Reaction ~ Days + (Days | Subject)': 180 rows; 18 Subject
-             fixed effects: Intercept 251.41, Days 10.467
-             random effects and residual: sd_Intercept|Subject 24.741, cor_Days.Intercept|Subject 0.065551, sd_Days|Subject 9, sigma 20>
-        """  # noqa: E501
+            >>> wider = mj.scenario_of(fit).with_variances({"sd_Days|Subject": 9, "sigma": 20})
+            >>> round(wider.truth["sd_Days|Subject"], 6), wider.truth["sigma"]
+            (9.0, 20.0)
+        """
         Sigma, sigma = changed_variances(values, self.labels, self.design.structures, self.Sigma, self.sigma)
         return replace(self, Sigma=Sigma, sigma=sigma)
 

@@ -11,7 +11,7 @@ from mixjax.covariance import Structure
 from mixjax.design import Labels
 from mixjax.fitted.names import VarianceParameter, names_of_variances, term_names
 from mixjax.fitted.parameters import select
-from mixjax.resampling.simulation import symmetric_root
+from mixjax.simulation import symmetric_root
 
 
 def changed_variances(
@@ -82,4 +82,5 @@ def _changed(
             f"the random effects of {term!r} cannot have the correlations {np.round(cor, 4).tolist()}: these are not "
             f"positive semidefinite (smallest eigenvalue {np.linalg.eigvalsh(cor)[0]:.3g})"
         ) from None
-    return sd[:, None] * cor * sd
+    changed: np.ndarray = sd[:, None] * cor * sd
+    return changed
