@@ -54,6 +54,7 @@ _HOMES = {
     # simulation studies
     "simulate": "mixjax.studies.scenario",
     "scenario": "mixjax.studies.scenario",
+    "scenario_of": "mixjax.studies.scenario",
     "study": "mixjax.studies.study",
     "power": "mixjax.studies.power",
     "power_curve": "mixjax.studies.power",
@@ -146,6 +147,7 @@ if TYPE_CHECKING:
     from mixjax.studies.power import power as power
     from mixjax.studies.power import power_curve as power_curve
     from mixjax.studies.scenario import scenario as scenario
+    from mixjax.studies.scenario import scenario_of as scenario_of
     from mixjax.studies.scenario import simulate as simulate
     from mixjax.studies.study import study as study
     from mixjax.waiting import show_progress as show_progress

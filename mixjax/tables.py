@@ -3,6 +3,9 @@ about."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +62,8 @@ _COLUMNS = {
     "variance": ("Variance", ""),
     "share": ("Share", ""),
 }
+# So long may a line be where no terminal says how much it shows: contrasts of means with all their columns.
+LINE = 120
 _LABELS = {"term": "Term", "contrast": "Contrast", "parameter": "Parameter", "group": "Group", "effect": "Effect"}
 
 
@@ -194,11 +199,23 @@ def text_table(table: pd.DataFrame, left: int) -> str:
     return Report([Cells.of(table, left)]).text()
 
 
+def _all_columns() -> Any:
+    """pandas' options under which a table that a terminal is too narrow for loses no columns; as they are where the
+    user has set how many there may be."""
+    if pd.get_option("display.max_columns") != 0:  # 0: as many as fit
+        return contextlib.nullcontext()
+    line = shutil.get_terminal_size().columns if sys.stdout.isatty() else LINE
+    wide = max(line, pd.get_option("display.width") or 0)
+    return pd.option_context("display.max_columns", None, "display.width", wide)
+
+
 class NotedTable(pd.DataFrame):
     """A data frame whose ``attrs["notes"]`` are shown below it; what pandas makes of it are plain data frames.
 
-    ``print()`` and notebooks show it as pandas does, with the names by which columns are taken. :meth:`to_latex`,
-    :meth:`to_html` and :meth:`to_markdown` are for readers: numbers rounded, columns called as in papers, notes below.
+    ``print()`` and notebooks show it as pandas does, with the names by which columns are taken, and with all columns:
+    on lines as long as the terminal's, else up to 120 signs, and broken beyond. Who sets pandas' option
+    ``display.max_columns`` has it that way. :meth:`to_latex`, :meth:`to_html` and :meth:`to_markdown` are for readers:
+    numbers rounded, columns called as in papers, notes below.
 
     Example:
         >>> table = NotedTable(pd.DataFrame({"estimate": [10.4673], "p_value": [0.021]}, index=["Days"]), ["t tests"])
@@ -222,7 +239,8 @@ class NotedTable(pd.DataFrame):
         return type(self), (pd.DataFrame(self), self.attrs["notes"])
 
     def __repr__(self) -> str:
-        return "\n".join([super().__repr__(), *self.attrs["notes"]])
+        with _all_columns():
+            return "\n".join([super().__repr__(), *self.attrs["notes"]])
 
     def _repr_html_(self) -> str | None:
         table: str | None = pd.DataFrame(self)._repr_html_()  # type: ignore[operator]

@@ -44,6 +44,7 @@ FUNCTIONS = {
     "offset=None, contrasts=None",
     "scenario": "formula, data, beta, sigma=1.0, sd=None, cor=None, theta=None, weights=None, offset=None, "
     "contrasts=None",
+    "scenario_of": "fit",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf='satterthwaite', "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
     "progress=None, engine='auto'",

@@ -317,7 +317,9 @@ def test_truth_values_are_levels():
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ValueError, match="type must be 'I', 'II' or 'III', got 'IV'"):
+    with pytest.raises(ValueError, match="got 'KR'; degrees of freedom are ddf='KR'"):
+        fit_of("sleepstudy_slopes", "REML").anova("KR")
+    with pytest.raises(ValueError, match=r"type must be 'I', 'II' or 'III', got 'IV'$"):
         type_contrasts(fit_of("cake_temp", "REML").record, "IV")
     for number, numeral in ((1, "I"), (2, "II"), (3, "III")):
         found = (type_contrasts(fit_of("cake_temp", "REML").record, t)["recipe"] for t in (number, numeral))

@@ -373,6 +373,8 @@ def test_options():
             compare(small, large, **arguments)
     with pytest.raises(ValueError, match="two fits or more"):
         compare(small)
+    with pytest.raises(ValueError, match=r"one by one, compare\(m0, m1\), not as a list"):
+        compare([small, large])
     with pytest.raises(TypeError, match="a fit is needed"):
         compare(small, "large")
 

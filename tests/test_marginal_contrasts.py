@@ -221,3 +221,51 @@ def test_multivariate_t_is_mvtnorms(entry):
     if "quadrature" in entry:
         assert largest.is_exact
         np.testing.assert_allclose(found.value, entry["quadrature"], rtol=1e-8, atol=1e-10)
+
+
+# --- one family of all cells ------------------------------------------------------------------------------------------
+
+
+def test_one_family_of_all_cells_is_that_of_the_same_weights_by_hand():
+    within = fit("trial").emmeans("arm | visit")
+    together = within.contrasts("trt.vs.ctrl", family="all")
+    cells = fit("trial").emmeans("visit * arm")
+    rows = within.contrast_rows("trt.vs.ctrl")
+    by_hand = cells.contrasts({str(i): w for i, w in enumerate(rows.weights)}, "mvt")
+    columns = list(COLUMNS)
+    pd.testing.assert_frame_equal(pd.DataFrame(together)[columns], pd.DataFrame(by_hand)[columns])
+    assert f"mvt (multivariate t) for {len(together)} tests" in together.attrs["notes"][0]
+    assert "within" not in together.attrs["notes"][0]
+    alone = within.contrasts("trt.vs.ctrl", "none")
+    bonferroni = np.minimum(1.0, len(alone) * alone["p_value"])
+    assert (alone["p_value"] <= together["p_value"]).all()
+    assert (together["p_value"] <= bonferroni + 1e-12).all()
+    assert (together["p_value"] > within.contrasts("trt.vs.ctrl")["p_value"]).all()
+
+
+@pytest.mark.parametrize("adjust", ["sidak", "bonferroni", "holm", "fdr"])
+def test_steps_over_one_family_of_all_cells(adjust):
+    means = fit("trial").emmeans("arm | visit")
+    p = means.contrasts("pairwise", "none")["p_value"].to_numpy()
+    found = means.contrasts("pairwise", adjust, family="all")["p_value"].to_numpy()
+    m, order = len(p), np.argsort(p)
+    if adjust == "sidak":
+        expected = 1 - (1 - p) ** m
+    elif adjust == "bonferroni":
+        expected = np.minimum(1, m * p)
+    elif adjust == "holm":
+        expected = np.empty(m)
+        expected[order] = np.minimum(1, np.maximum.accumulate(p[order] * (m - np.arange(m))))
+    else:
+        expected = scipy.stats.false_discovery_control(p)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_a_family_of_one_cell_and_what_has_no_family():
+    means = fit("cake").emmeans("recipe")
+    pd.testing.assert_frame_equal(means.contrasts(family="all"), means.contrasts())
+    within = fit("cake").emmeans("recipe | temperature")
+    with pytest.raises(ValueError, match="within one cell; with family='all' use 'mvt'"):
+        within.contrasts(adjust="tukey", family="all")
+    with pytest.raises(ValueError, match="family must be 'within' or 'all', got 'each'"):
+        within.contrasts(family="each")

@@ -385,7 +385,8 @@ def test_what_is_wrong_is_named(three):
         (lambda: mj.table(three, names=["a", "b"]), "names must be one for each of the 3 fits, got 'a', 'b'"),
         (lambda: mj.table(three, names=["a", "b", "a"]), "names must be different"),
         (lambda: mj.table({"a": three[0]}, names=["b"]), "the keys of a dict are their names"),
-        (lambda: mj.table(three, ddf="kr"), "ddf must be one of"),
+        (lambda: mj.table(three, ddf="kent"), "ddf must be one of"),
+        (lambda: mj.table(*three), "several fits are given as one list, table([m0, m1])"),
         (lambda: mj.table(three, "ci", level=95), "level must be between 0 and 1"),
         (lambda: mj.table(three, digits=0), "digits must be an integer, 1 or more, got 0"),
         (lambda: mj.table(three, digits=30), "digits must be 12 or less"),
@@ -396,3 +397,8 @@ def test_what_is_wrong_is_named(three):
     for fits in (["no fit"], "no fit", 3, [three]):
         with pytest.raises(TypeError, match=r"a fit is needed, as mixjax\.lmm returns it; got (str|int|list)"):
             mj.table(fits)
+
+
+def test_words_for_degrees_of_freedom_are_those_of_all_methods(three):
+    reml = three[0].refit(reml=True)
+    assert str(mj.table(reml, "ci", ddf="KR")) == str(mj.table(reml, "ci", ddf="kenward-roger"))

@@ -201,3 +201,20 @@ def test_coverage_is_simultaneous():
     found = families.Combinations(np.zeros(3), se, np.full(3, df), root)
     half = families.family_tests(found, "mvt", 0.9).table["upper"].to_numpy()
     assert np.mean((np.abs(draws) <= s * half).all(axis=1)) == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / n))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("df", [3.0, 12.3, np.inf])
+def test_a_quantile_by_lattices_is_where_the_tail_says(level, df):
+    largest = LargestT(pairwise(5))
+    c = largest.quantile(level, df)
+    assert not largest.is_exact
+    np.testing.assert_allclose(largest.tail(np.array([c]), np.array([df])).value, 1 - level, rtol=1e-4)
+    np.testing.assert_allclose(LargestT(pairwise(5)).quantile(level, df), c, rtol=1e-5)  # wherever the search began
+
+
+def test_few_nodes_are_enough_for_degrees_of_freedom_that_hardly_differ():
+    df = np.linspace(41.0, 70.0, 8)
+    largest = LargestT(pairwise(4))
+    found = largest.quantiles(0.95, df)
+    np.testing.assert_allclose(found, [LargestT(pairwise(4)).quantile(0.95, d) for d in df], rtol=2e-5)

@@ -210,3 +210,11 @@ def test_chunks_add_up():
     other, _ = mj.cross_products_from([pd.concat(parts)], formula)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_file_that_is_no_parquet_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "sleep.csv"
+    mj.datasets.load("sleepstudy").to_csv(path, index=False)
+    with pytest.raises(mj.DataError, match=r"sleep.csv' is no parquet file.* pandas.read_csv\('.*sleep.csv'\)"):
+        mj.lmm("Reaction ~ Days + (Days | Subject)", path)

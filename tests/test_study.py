@@ -1,6 +1,7 @@
 """Simulation studies: scenarios, measures, and the same bits whatever the split."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -246,8 +247,65 @@ def test_a_study_of_a_fit():
     assert found.truths[0]["Days"] == fit.fixef["Days"]
     made = mj.study(lambda which: fit, formula, {"which": ["own"]}, replicates=60, key=1, common=True, progress=False)
     assert made.truths == found.truths
-    with pytest.raises(ValueError, match=r"lambda groups: scenario_of\(fit\).on\(table\(groups\)\)"):
+    with pytest.raises(ValueError, match=r"lambda groups: mixjax.scenario_of\(fit\).on\(table\(groups\)\)"):
         mj.study(fit, formula, {"groups": [10]}, progress=False)
+
+
+def test_other_variances_of_a_scenario():
+    data = mj.datasets.load("cake")
+    fit = mj.lmm("angle ~ temp + (temp | recipe) + (1 | recipe:replicate)", data, reml=False)
+    truth = scenario_of(fit).with_variances({"sd_temp|recipe": 0.2})
+    group = "recipe"
+    values = {f"sd_Intercept|{group}": 7.0, f"cor_temp.Intercept|{group}": -0.25, "sigma": 3.0}
+    changed = truth.with_variances(values)
+    assert {name: pytest.approx(changed.truth[name], rel=1e-12) for name in values} == values
+    kept = {name: value for name, value in truth.truth.items() if name not in values}
+    assert {name: changed.truth[name] for name in kept} == pytest.approx(kept, rel=1e-12)
+    by_hand = mj.scenario(
+        "angle ~ temp + (temp | recipe) + (1 | recipe:replicate)", data, beta=fit.fixef,
+        sd={"recipe": [7.0, 0.2], "recipe:replicate": truth.truth["sd_Intercept|recipe:replicate"]},
+        cor={"recipe": -0.25}, sigma=3.0,
+    )  # fmt: skip
+    np.testing.assert_allclose(changed.simulate(1, 3), by_hand.simulate(1, 3), rtol=1e-10)
+    np.testing.assert_array_equal(truth.with_variances({}).simulate(1, 2), truth.simulate(1, 2))
+    # lme4's names, in any order; the first is that of the term with most levels.
+    first = truth.with_variances({".sigma": 2.0, ".sig01": 1.5})
+    assert (first.truth["sigma"], first.truth["sd_Intercept|recipe:replicate"]) == (2.0, pytest.approx(1.5))
+
+
+def test_other_variances_of_equal_effects_change_all():
+    fit = mj.lmm("Reaction ~ Days + homcs(1 + Days | Subject)", mj.datasets.load("sleepstudy"))
+    changed = scenario_of(fit).with_variances({"sd|Subject": 5.0, "cor|Subject": 0.5})
+    np.testing.assert_allclose(changed.Sigma[0], [[25, 12.5], [12.5, 25]], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sd_day|Subject": 1}, "there is no parameter 'sd_day|Subject'; there are 'sd_Intercept|Subject'"),
+        ({"sd_Days|Subject": -1}, "'sd_Days|Subject' must be a standard deviation, 0 or more, got -1"),
+        ({"sigma": np.nan}, "'sigma' must be a standard deviation"),
+        ({"sigma": True}, "'sigma' must be a standard deviation"),
+        ({"cor_Days.Intercept|Subject": 1.2}, "must be a correlation, from -1 to 1, got 1.2"),
+        ({"theta_": 1}, "'theta_' stands for 4 parameters"),
+        ({"sigma": 1, ".sigma": 2}, "'sigma' is given twice"),
+        ([1.0], "a dict name -> value is needed"),
+    ],
+)
+def test_variances_that_cannot_be(values, message):
+    truth = scenario_of(mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy")))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        truth.with_variances(values)
+    with pytest.raises(ValueError, match=r"no fixed effect: with_variances\(\{'sigma': ...\}\) changes it"):
+        truth.with_effects({"sigma": 1.0})
+
+
+def test_correlations_that_cannot_be_together():
+    data = mj.datasets.load("Machines")
+    truth = scenario_of(mj.lmm("score ~ Machine + (0 + Machine | Worker)", data))
+    names = [name for name in truth.truth if name.startswith("cor")]
+    with pytest.raises(ValueError, match=r"effects of 'Worker' cannot have the correlations .*smallest eigenv"):
+        truth.with_variances(dict(zip(names, (0.9, 0.9, -0.9), strict=True)))
 
 
 # --- replicates ------------------------------------------------------------------------------------------------------

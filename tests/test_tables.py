@@ -538,3 +538,44 @@ def test_studies_and_samples_show_themselves():
     assert "fits failed" in study._repr_html_()
     population = mj.population(x=mj.normal(), y=mj.response("1 + x", error_scale=1.0))
     assert population.sample_x(3, key=1)._repr_html_().count("<tr") == 4
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_column_is_cut_out_when_a_table_is_printed(monkeypatch):
+    cake = fit_of("cake_factor", "REML")
+    table = cake.emmeans("recipe | temperature").contrasts()
+    for columns in (80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        for shown in (table, cake.tidy("kenward-roger"), cake.ranova(), *cake.pca().values(), cake.glance()):
+            words = re.split(r"\s+", str(shown))
+            assert "..." not in words
+            assert set(shown.columns) <= set(words)
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + len(table) + len(table.attrs["notes"])  # not broken: nobody says how long a line may be
+    assert repr(table) == str(table)
+
+
+def test_a_terminal_breaks_lines_and_loses_no_column(monkeypatch):
+    table = fit_of("cake_factor", "REML").emmeans("recipe | temperature").contrasts()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    text = str(table)
+    shown = [line for line in text.splitlines() if line not in table.attrs["notes"]]
+    assert set(table.columns) <= set(re.split(r"\s+", text))
+    assert max(map(len, shown)) <= 80  # pandas' display.width
+    assert len(shown) > 2 * len(table)
+
+
+def test_options_of_pandas_that_a_user_has_set_are_kept():
+    table = fit_of("cake_factor", "REML").emmeans("recipe | temperature").contrasts()
+    with pd.option_context("display.max_columns", 4):
+        shown = repr(pd.DataFrame(table))
+        assert str(table).startswith(shown)
+        assert "..." in shown
+    with pd.option_context("display.max_rows", 4):
+        assert "..." in str(table)
+    before = pd.get_option("display.width"), pd.get_option("display.max_columns")
+    str(table)
+    assert (pd.get_option("display.width"), pd.get_option("display.max_columns")) == before

@@ -27,7 +27,7 @@ from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.checks import check_number_of_effects
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
-from mixjax.inference.fixed.contrasts import t_tests
+from mixjax.inference.fixed.contrasts import ddf_note, t_tests
 from mixjax.inference.random.ranova import without
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
@@ -309,7 +309,9 @@ class LMMFit(Inferring, Diagnosing):
         if ddf is None:
             return None
         tests = t_tests(self._fitted, np.eye(len(names)), ddf_of(ddf), names=names)
-        return tests.drop(columns=["lower", "upper"])
+        tests = tests.drop(columns=["lower", "upper"])
+        tests.attrs["notes"] = (ddf_note(ddf_of(ddf)),)
+        return tests
 
     @property
     def pvalues(self) -> pd.Series:

@@ -14,6 +14,7 @@ from mixjax.checks import check_count, check_level, listed, some_of
 from mixjax.distributions import t_quantile
 from mixjax.face.summary import coefficient_table
 from mixjax.fitted.names import interaction_key, names_of_variances
+from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.random import variance
@@ -132,11 +133,14 @@ def table(
         Estimated by                     REML    REML
         standard errors in parentheses
     """
+    if hasattr(stat, "record"):
+        raise ValueError("several fits are given as one list, table([m0, m1]), or with their names, table({'A': m0})")
     records, names = _models(fits, names)
     if stat is not None and stat not in STATISTICS:
         raise ValueError(f"stat must be one of {', '.join(map(repr, STATISTICS))} or None, got {stat!r}")
     if not isinstance(stars, bool | np.bool_):
         raise ValueError(f"stars must be True or False, got {stars!r}")
+    ddf = ddf_of(ddf)
     if ddf is not None:
         check_ddf(ddf)
     check_level(level)

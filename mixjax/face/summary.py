@@ -15,7 +15,7 @@ from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import ddf_note
 from mixjax.markup import Cells, Report, Reported
 from mixjax.numerals import fixed_decimals, p_value
-from mixjax.tables import text_table
+from mixjax.tables import NotedTable, text_table
 
 
 def group_sizes(fitted: Fitted) -> dict[str, int]:
@@ -239,6 +239,7 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
     of freedom and p-values need a method for the degrees of freedom and are NaN without one.
     """
+    notes = () if tests is None else tests.attrs.get("notes", ())
     fixed = coefficient_table(fitted, tests).reset_index()
     fixed.insert(0, "effect", "fixed")
     fixed.insert(1, "group", None)
@@ -251,7 +252,7 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     )
     both = [part for part in (fixed, random) if len(part)]
     columns = ["effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"]
-    return pd.concat(both, ignore_index=True).reindex(columns=columns)
+    return NotedTable(pd.concat(both, ignore_index=True).reindex(columns=columns), notes)
 
 
 def glance(fitted: Fitted) -> pd.DataFrame:
@@ -269,7 +270,7 @@ def glance(fitted: Fitted) -> pd.DataFrame:
         "converged": bool(fitted.estimates.converged),
         "singular": bool(fitted.estimates.singular),
     }
-    return pd.DataFrame([row])
+    return NotedTable(pd.DataFrame([row]), ())
 
 
 def _abbreviate(names: list[str], width: int = 9) -> list[str]:

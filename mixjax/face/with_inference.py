@@ -11,7 +11,7 @@ import pandas as pd
 from mixjax.checks import InferenceWarning, warn
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted import parameters
-from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, ddf_of, option
+from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, RATIOS, ddf_of, option
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
 from mixjax.inference.fixed.drop1 import drop1 as left_out
@@ -122,7 +122,7 @@ class Inferring:
             >>> fit.ranova()["lrt"].round(2).to_dict()
             {'<none>': nan, 'Days in (Days | Subject)': 42.84}
         """
-        return random_left_out(self.record, method, reduce, key, n)
+        return random_left_out(self.record, option(method, RATIOS), reduce, key, n)
 
     def joint_tests(self, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of every factor and interaction by its marginal means, also within the levels of others, as
@@ -145,11 +145,32 @@ class Inferring:
         ddf: str = "satterthwaite",
         level: float = 0.95,
     ) -> MarginalMeans:
-        """Marginal means of factors, as R's ``emmeans``; see :func:`mixjax.inference.fixed.means.emmeans`.
+        """Marginal means of factors, as R's ``emmeans``: of a grid of all levels, with covariates at their means.
+
+        Args:
+            spec: a factor, a list of factors, ``"arm * visit"`` for the cells of both, ``"arm | visit"`` for arms
+                within the levels of visit, ``"1"`` for the overall mean. What is not named is averaged over.
+            by: factors within whose levels contrasts are made, as behind the bar.
+            at: variable -> value or values to use instead of the mean, or of all levels.
+            ddf: ``"satterthwaite"``, ``"kenward-roger"`` (of REML estimates) or ``"wald"``; contrasts have the same.
+            level: coverage of the intervals.
 
         Returns:
-            MarginalMeans: ``.to_frame()``, ``.contrasts(method="pairwise", adjust="tukey")``, ``.letters()``,
-            ``.eff_size()``, ``str()``.
+            MarginalMeans: ``.to_frame()``, ``.contrasts()``, ``.letters()``, ``.eff_size()``, ``str()``.
+
+        Raises:
+            DataError: unknown variables or levels, the response, a covariate without values.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("angle ~ recipe + (1 | recipe:replicate)", mj.datasets.load("cake"))
+            >>> print(fit.emmeans("recipe"))
+            marginal means of recipe
+            recipe  estimate  std_error  df  lower  upper
+                 A    33.122     1.7368  42 29.617 36.627
+                 B    31.644     1.7368  42 28.139  35.15
+                 C      31.6     1.7368  42 28.095 35.105
+            satterthwaite degrees of freedom, 95 % intervals
         """
         return marginal_means(self.record, spec, by, at, ddf_of(ddf), level)
 
@@ -162,7 +183,22 @@ class Inferring:
         ddf: str = "satterthwaite",
         level: float = 0.95,
     ) -> MarginalMeans:
-        """Slopes of the covariate ``var`` by groups; see :func:`mixjax.inference.fixed.means.emtrends`."""
+        """Slopes of the mean in a covariate, by factors, as R's ``emtrends``.
+
+        Args:
+            spec, by, at, ddf, level: as of :meth:`emmeans`.
+            var: the covariate; slopes are taken at its mean, or at the values of ``at``.
+
+        Returns:
+            MarginalMeans; estimates are changes of the response per unit of ``var``.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("distance ~ age * Sex + (age | Subject)", mj.datasets.load("Orthodont"))
+            >>> fit.emtrends("Sex", "age").contrasts()[["contrast", "estimate", "p_value"]].round(3)
+                    contrast  estimate  p_value
+            0  Male - Female     0.305    0.033
+        """
         return marginal_trends(self.record, spec, var, by, at, ddf_of(ddf), level)
 
     def robust(self, cluster: Any = None, kind: str = "CR2", L: Any = None) -> Robust:
@@ -298,7 +334,8 @@ class Inferring:
         return variance.r2(self.record)
 
     def variance_shares(self) -> pd.DataFrame:
-        """Variance and its share by component; see :func:`mixjax.inference.random.variance.shares`."""
+        """Variance and its share by component: columns ``component`` (``"random"``, ``"residual"``, ``"fixed"``),
+        group, effects, variance, share; see :func:`mixjax.inference.random.variance.shares`."""
         return variance.shares(self.record)
 
     def variance_parameters(self) -> pd.DataFrame:
@@ -311,6 +348,20 @@ class Inferring:
         return pd.DataFrame(columns, index=pd.Index(found.names, name="parameter"))
 
     def pca(self) -> dict[str, pd.DataFrame]:
-        """Principal components of the random effects' covariances: how many dimensions they need; see
-        :func:`mixjax.inference.random.variance.principal_components`."""
+        """Principal components of the random effects' covariances: how many dimensions they need, as lme4's ``rePCA``.
+
+        Returns:
+            dict grouping factor -> DataFrame, one row per component: ``std_dev`` relative to sigma, ``share`` of the
+            variance and ``cumulative``, which depend on the units of the columns; ``row_...``, the same of what the
+            effects do to the rows, which do not; ``needed``, False where a component is zero. See
+            :func:`mixjax.inference.random.variance.principal_components`.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.pca()["Subject"][["share", "row_share", "needed"]].round(3)
+                 share  row_share  needed
+            PC1  0.946      0.935    True
+            PC2  0.054      0.065    True
+        """
         return variance.principal_components(self.record)

@@ -14,6 +14,8 @@ DDF = {
 INTERVALS = {"profile": "profile", "wald": "wald", "bootstrap": "bootstrap", "boot": "bootstrap"}
 BOOTSTRAPS = {"percentile": "percentile", "perc": "percentile", "basic": "basic", "normal": "normal", "norm": "normal",
               "bca": "bca"}  # fmt: skip
+# Of likelihood ratios between fits that differ in their random effects.
+RATIOS = {"mixture": "mixture", "chi2": "chi2", "chisq": "chi2", "bootstrap": "bootstrap", "boot": "bootstrap"}
 DROP1 = {"f": "F", "lrt": "lrt", "chisq": "lrt"}
 
 

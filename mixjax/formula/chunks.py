@@ -61,7 +61,13 @@ def tables(source: Any, columns: list[str] | None = None) -> Iterator[Any]:
             raise ImportError("reading parquet files needs pyarrow: pip install 'mixjax[parquet]'") from error
         if not str(source) or not Path(source).exists():
             raise DataError(f"there is no file or folder '{source}'")
-        source = pyarrow.dataset.dataset(source)
+        try:
+            source = pyarrow.dataset.dataset(source)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(
+                f"'{source}' is no parquet file, and files of other kinds are not read here: read it first, such as by "
+                f"pandas.read_csv({str(source)!r})"
+            ) from error
     if _is_dataset(source):
         import pyarrow
 

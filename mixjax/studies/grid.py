@@ -89,10 +89,8 @@ def source_of(source: Any, values: Mapping[str, Any], options: Collection[str]) 
         names = ", ".join(values)
         hint = ""
         if is_fit(source):
-            hint = (
-                f", such as lambda {names}: scenario_of(fit).on(table({names})), with scenario_of of "
-                "mixjax.studies.scenario and your own table of predictors"
-            )
+            how = f"lambda {names}: mixjax.scenario_of(fit).on(table({names}))"
+            hint = f", such as {how}, with your own table of predictors"
         raise ValueError(f"the source does not depend on the grid's {names}: pass a function of these{hint}")
     if not hasattr(source, "tables") and is_fit(source):
         return scenario_of(source)

@@ -244,7 +244,7 @@ def power_curve(
 
     Args:
         source: function of the size -> :func:`mixjax.scenario`, population or fit. From pilot data
-            ``lambda groups: scenario_of(fit).on(table(groups))`` of :func:`mixjax.studies.scenario.scenario_of`.
+            ``lambda groups: scenario_of(fit).on(table(groups))`` of :func:`mixjax.scenario_of`.
         model, test, replicates, key, alpha, ``**options``: as for :func:`mixjax.power`.
         over: name -> sizes. Without a target power is computed at each of them. With one they are the sizes allowed,
             and the smallest that reaches it is searched: a few sizes are simulated, a probit curve in the square root

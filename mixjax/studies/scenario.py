@@ -22,6 +22,7 @@ from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.simulation import simulate_responses, symmetric_root
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
+from mixjax.studies.variances import changed_variances
 
 # The response that stands in the table while a design is built.
 RESPONSE = "_response_"
@@ -114,11 +115,44 @@ class Scenario:
 
         Args:
             effects: fixed effect -> its value; the others stay.
+
+        Raises:
+            ValueError: a name of no fixed effect, or a value that is not finite.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"))
+            >>> mj.scenario_of(fit).with_effects({"Days": 5}).truth["Days"]
+            5.0
         """
         known = known_names(self.labels)
+        for name in effects:
+            if name not in known and name in self.truth:
+                raise ValueError(f"{name!r} is no fixed effect: with_variances({{{name!r}: ...}}) changes it")
         beta = {name: float(value) for name, value in zip(self.labels.fixed, self.beta, strict=True)}
         changed = {self.labels.fixed[known[name]] if name in known else name: v for name, v in effects.items()}
         return replace(self, beta=_coefficients(beta | changed, self.labels))
+
+    def with_variances(self, values: Mapping[str, float]) -> Scenario:
+        """The same with other standard deviations or correlations, to see how much hangs on them.
+
+        Args:
+            values: name -> value of standard deviations and correlations of random effects and of ``"sigma"``, named
+                as ``print()`` of the scenario and ``fit.confint()`` name them, or as lme4 does. The others stay;
+                a correlation beside a standard deviation that was 0 is 0.
+
+        Raises:
+            ValueError: a name of nothing, a negative standard deviation, or correlations that cannot be together.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> wider = mj.scenario_of(fit).with_variances({"sd_Days|Subject": 9, "sigma": 20})
+            >>> round(wider.truth["sd_Days|Subject"], 6), wider.truth["sigma"]
+            (9.0, 20.0)
+        """
+        Sigma, sigma = changed_variances(values, self.labels, self.design.structures, self.Sigma, self.sigma)
+        return replace(self, Sigma=Sigma, sigma=sigma)
 
     def __repr__(self) -> str:
         sizes = {term.group: len(term.levels) for term in self.labels.terms}
@@ -278,9 +312,8 @@ def scenario_of(fit: Any) -> Scenario:
 
     Example:
         >>> import mixjax as mj
-        >>> from mixjax.studies.scenario import scenario_of
         >>> fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"))
-        >>> scenario_of(fit)
+        >>> mj.scenario_of(fit)
         <Scenario 'Reaction ~ Days + (1 | Subject)': 180 rows; 18 Subject
          fixed effects: Intercept 251.41, Days 10.467
          random effects and residual: sd_Intercept|Subject 37.124, sigma 30.991>

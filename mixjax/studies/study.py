@@ -189,7 +189,7 @@ def study(
     Args:
         source: where data come from: a :func:`mixjax.scenario`, a population with a number of rows
             (``population.rows(500)``), a fit, whose estimates are then the truth
-            (:func:`mixjax.studies.scenario.scenario_of`), or a function of the grid's names that returns one of these.
+            (:func:`mixjax.scenario_of`), or a function of the grid's names that returns one of these.
         models: formula to fit, or dict name -> formula.
         grid: name -> values, all combinations of which are cells; or a list of dicts; None for one cell. Names are
             those of the source's arguments, and of no column that the results have.

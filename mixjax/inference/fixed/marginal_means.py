@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -89,6 +89,7 @@ class MarginalMeans(Reported):
         level: float | None = None,
         ref: Any = None,
         interaction: Any = None,
+        family: Literal["within", "all"] = "within",
     ) -> pd.DataFrame:
         """Compare the means within every cell of ``by``; p values and intervals are adjusted within it, too.
 
@@ -109,6 +110,9 @@ class MarginalMeans(Reported):
             ref: the control of ``"trt.vs.ctrl"``: name of a mean, or its position counted from 0. None: the first.
             interaction: products of contrasts over several factors: True for ``method`` in each, or a method for all,
                 a list with one for each factor, or a dict factor -> method.
+            family: which tests are adjusted together: ``"within"``: those of one cell of ``by``; ``"all"``: those of
+                all cells, as ``summary(contrasts, by = NULL)`` in emmeans. With ``adjust=None`` the multivariate t
+                then takes the place of Tukey's and Dunnett's distributions, which are those of one cell.
 
         Returns:
             DataFrame: the columns of ``by``, contrast (with ``interaction`` one column for each factor, such as
@@ -128,13 +132,22 @@ class MarginalMeans(Reported):
             1    A - C     1.522 -4.445  7.490     0.81
             2    B - C     0.044 -5.923  6.012     1.00
         """
+        if family not in ("within", "all"):
+            raise ValueError(f"family must be 'within' or 'all', got {family!r}")
+        together = family == "all" and len(self._groups) > 1
         pairs = isinstance(method, str) and method_named(method) in PAIRWISE and not _given(interaction)
         if adjust is None:
             adjust = "none" if _given(interaction) else default_adjustment(method)
+            if together and adjust in ("tukey", "dunnett"):
+                adjust = "mvt"
         adjust = adjustment_named(adjust)
         if adjust == "tukey" and not pairs:
             raise ValueError("adjust='tukey' is for all pairwise differences; use 'mvt'")
         found = self.contrast_rows(method, ref, interaction)
+        if together:
+            if adjust == "tukey":
+                raise ValueError("adjust='tukey' is for the differences within one cell; with family='all' use 'mvt'")
+            found = found._replace(family=np.zeros_like(found.family))
         return self._table(found, self.combinations(found.weights), adjust, level)
 
     def letters(self, alpha: float = 0.05, adjust: str = "tukey", descending: bool = False) -> pd.DataFrame:
@@ -289,8 +302,9 @@ class MarginalMeans(Reported):
         level = self.level if level is None else level
         check_level(level)
         tests: FamilyTests = family_tests(found, adjust, level, 0.0, rows.family, self._family_size)
-        size = len(rows.weights) // len(self._groups)
-        note = family_note(adjust, level, size, self._family_size, self.by if adjust != "none" else (), tests)
+        families = len(np.unique(rows.family)) or 1
+        within = self.by if adjust != "none" and families == len(self._groups) else ()
+        note = family_note(adjust, level, len(rows.weights) // families, self._family_size, within, tests)
         table = pd.concat([rows.labels, tests.table], axis=1)
         return NotedTable(table, (f"{ddf_note(self.ddf)}, {note}", *self._notes(tests.table)))
 

@@ -22,8 +22,9 @@ SAME = 1e-9
 LARGEST_LOADING = 0.999
 # Quasi-Monte Carlo: randomly shifted lattices, and the points of each; of large families fewer, which take as long.
 SHIFTS, POINTS, FEWER, LARGE, SEED = 12, 8192, 2048, 64, 19990101
-# Degrees of freedom at which quantiles are sought where a family has more.
-NODES = 5
+# Degrees of freedom at which quantiles are sought where a family has more; fewer where their inverses differ by less
+# than NARROW, over which a quantile is a parabola to 1e-5.
+NODES, FEWER_NODES, NARROW = 5, 3, 0.02
 
 
 class Probability(NamedTuple):
@@ -53,6 +54,7 @@ class LargestT:
         self.rank = rank
         self.loadings = _loadings(self.B @ self.B.T) if rank > 2 else None
         self._scales: dict[float, np.ndarray] = {}
+        self._tests = 0.7 * len(self.B)  # independent ones that the family is worth, as far as is known
 
     @property
     def is_exact(self) -> bool:
@@ -66,22 +68,51 @@ class LargestT:
         return Probability(np.array([p for p, _ in found]), max((error for _, error in found), default=0.0))
 
     def quantiles(self, level: float, df: np.ndarray) -> np.ndarray:
-        """Quantiles ``(n,)``. Of many different df by lattices: a polynomial in 1 / df through ``NODES`` of them, which
-        is off by much less than the lattices are."""
+        """Quantiles ``(n,)``. Of many different df by lattices: a polynomial in 1 / df through some of them, which is
+        off by much less than the lattices are."""
         df = np.asarray(df, float)
         different = {f"{d:.11g}": float(d) for d in df}  # roundings apart they are the same
-        if self.is_exact or len(different) <= NODES:
+        low, high = (1.0 / df).min(), (1.0 / df).max()
+        n = FEWER_NODES if high - low < NARROW else NODES
+        if self.is_exact or len(different) <= n:
             found = {key: self.quantile(level, d) for key, d in different.items()}
             return np.array([found[f"{d:.11g}"] for d in df])
-        low, high = (1.0 / df).min(), (1.0 / df).max()
-        x = np.cos(np.pi * np.arange(NODES) / (NODES - 1))
+        x = np.cos(np.pi * np.arange(n) / (n - 1))
         nodes = (low + high) / 2.0 + (high - low) / 2.0 * x
         c = [self.quantile(level, 1.0 / node if node > 0 else np.inf) for node in np.maximum(nodes, 0.0)]
-        return np.polyval(np.polyfit(x, c, NODES - 1), (2.0 / df - low - high) / (high - low))
+        return np.polyval(np.polyfit(x, c, n - 1), (2.0 / df - low - high) / (high - low))
 
     def quantile(self, level: float, df: float) -> float:
         """c with ``P(max |T_i| <= c) = level``."""
-        return _root(lambda c: self._tail(c, df)[0], level, df, len(self.B), 1e-13 if self.is_exact else 1e-6)
+        if self.is_exact or not df > 0:
+            return _root(lambda c: self._tail(c, df)[0], level, df, len(self.B))
+        found = self._by_number_of_tests(level, df)
+        return _root(lambda c: self._tail(c, df)[0], level, df, len(self.B), 1e-6) if found is None else found
+
+    def _by_number_of_tests(self, level: float, df: float) -> float | None:
+        """The quantile, in three or four evaluations of the tail, because a lattice takes long.
+
+        A family is worth m independent tests, ``1 - (1 - p)^m`` being its tail and p that of one. Where the tail is
+        known at c, so is m, which hardly depends on c: m gives a better c, and so on. None if that does not settle.
+        """
+        c = self._of_tests(self._tests, level, df)
+        before = np.inf
+        for _ in range(12):
+            one, family = 2.0 * float(t_tail(c, df)), self._tail(c, df)[0]
+            if not 0.0 < one <= family < 1.0:
+                return None
+            self._tests = np.log1p(-family) / np.log1p(-one)
+            better = self._of_tests(self._tests, level, df)
+            step = better - c
+            if abs(step) <= 1e-5 * better:
+                return better
+            ratio = step / before  # of a geometric series, whose sum is taken
+            c, before = c + step / (1.0 - ratio) if abs(ratio) < 0.9 else better, step
+        return None
+
+    def _of_tests(self, m: float, level: float, df: float) -> float:
+        """What the largest of m independent t statistics exceeds with probability ``1 - level``."""
+        return float(t_quantile(1.0 + np.expm1(np.log(level) / m) / 2.0, df))
 
     def _tail(self, t: float, df: float) -> tuple[float, float]:
         if not np.isfinite(t) or not df > 0:

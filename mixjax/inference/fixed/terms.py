@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.design import Labels
+from mixjax.fitted.options import DDF, ddf_of
 from mixjax.fitted.record import Fitted
 
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
@@ -81,7 +82,8 @@ def type_contrasts(fitted: Fitted, type: str = "III") -> dict[str, np.ndarray]:
     """
     number = TYPES.get(str(type).upper())
     if number is None:
-        raise ValueError(f"type must be 'I', 'II' or 'III', got {type!r}")
+        hint = f"; degrees of freedom are ddf={type!r}" if ddf_of(type) in DDF.values() else ""
+        raise ValueError(f"type must be 'I', 'II' or 'III', got {type!r}{hint}")
     terms = terms_of(fitted.labels)
     X = np.asarray(fitted.design.X)
     if not X.shape[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -132,6 +132,8 @@ def compare(
         raise ValueError(f"refit must be 'ml' or False, got {refit!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if len(fits) == 1 and isinstance(fits[0], list | tuple | Mapping):
+        raise ValueError("fits are given one by one, compare(m0, m1), not as a list; their names are names=['A', 'B']")
     if len(fits) < 2:
         raise ValueError(f"two fits or more are compared, got {len(fits)}")
     records = [record_of(fit) for fit in fits]

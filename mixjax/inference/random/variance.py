@@ -10,6 +10,7 @@ from scipy.linalg import block_diag
 
 from mixjax.covariance import rank_tolerance, split_theta, triangle
 from mixjax.fitted.record import Fitted
+from mixjax.tables import NotedTable
 
 
 class Components(NamedTuple):
@@ -144,7 +145,7 @@ def principal_components(fitted: Fitted) -> dict[str, pd.DataFrame]:
         Lambda = np.zeros((q, q))
         Lambda[triangle(q)] = theta
         lambdas.append(Lambda)
-    result = {}
+    result: dict[str, pd.DataFrame] = {}
     for group in dict.fromkeys(term.group for term in fitted.labels.terms):
         ts = [t for t, term in enumerate(fitted.labels.terms) if term.group == group]
         places = [layout.terms[t] for t in ts]
@@ -166,5 +167,5 @@ def principal_components(fitted: Fitted) -> dict[str, pd.DataFrame]:
             "row_cumulative": row_share.cumsum(),
             "needed": row_sd > rank_tolerance(np.float64) * row_sd[0],
         }
-        result[group] = pd.DataFrame(columns, index=[f"PC{i + 1}" for i in range(len(sd))])
+        result[group] = NotedTable(pd.DataFrame(columns, index=[f"PC{i + 1}" for i in range(len(sd))]), ())
     return result

@@ -1,0 +1,86 @@
+"""Covariances of random effects with some of their standard deviations and correlations changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mixjax.covariance import Structure
+from mixjax.design import Labels
+from mixjax.fitted.names import VarianceParameter, names_of_variances, term_names
+from mixjax.fitted.parameters import select
+from mixjax.simulation import symmetric_root
+
+
+def changed_variances(
+    values: Mapping[str, Any],
+    labels: Labels,
+    structures: Sequence[Structure],
+    Sigma: Sequence[np.ndarray],
+    sigma: float,
+) -> tuple[tuple[np.ndarray, ...], float]:
+    """Covariances and sigma with other values of some parameters.
+
+    Args:
+        values: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ``sigma``, also as in lme4 -> value.
+        labels, structures: of the terms. Sigma: per term ``(q, q)``, absolute. sigma: residual standard deviation.
+
+    Raises:
+        ValueError: a name of none, a value that its parameter cannot have, or an impossible covariance.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a dict name -> value is needed, such as {{'sigma': 2.0}}, got {values!r}")
+    parameters = names_of_variances(labels, structures)
+    names = [*(parameter.name for parameter in parameters), "sigma"]
+    wanted: dict[str, float] = {}
+    for name, value in values.items():
+        own = select([name], names, 0)
+        if len(own) != 1:
+            raise ValueError(f"{name!r} stands for {len(own)} parameters; name one: {', '.join(own)}")
+        if own[0] in wanted:
+            raise ValueError(f"{own[0]!r} is given twice")
+        wanted[own[0]] = _checked(own[0], value)
+    changed = list(map(np.asarray, Sigma))
+    for t, name in enumerate(term_names(labels)):
+        of_term = [parameter for parameter in parameters if parameter.term == t and parameter.name in wanted]
+        if of_term:
+            changed[t] = _changed(changed[t], of_term, wanted, name)
+    return tuple(changed), wanted.get("sigma", sigma)
+
+
+def _checked(name: str, value: Any) -> float:
+    number = float(value) if np.ndim(value) == 0 and not isinstance(value, bool | str) else np.nan
+    if name.startswith("cor"):
+        if not -1.0 <= number <= 1.0:
+            raise ValueError(f"{name!r} must be a correlation, from -1 to 1, got {value!r}")
+    elif not (np.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name!r} must be a standard deviation, 0 or more, got {value!r}")
+    return number
+
+
+def _changed(
+    Sigma: np.ndarray, parameters: Sequence[VarianceParameter], wanted: Mapping[str, float], term: str
+) -> np.ndarray:
+    sd = np.sqrt(np.diagonal(Sigma))
+    inverse = np.divide(1.0, sd, out=np.zeros_like(sd), where=sd > 0)
+    cor = Sigma * np.outer(inverse, inverse)
+    for parameter in parameters:
+        i, j, shared = parameter.natural.i, parameter.natural.j, parameter.natural.shared
+        if parameter.kind == "sd":
+            sd[slice(None) if shared else i] = wanted[parameter.name]
+        elif shared:
+            cor[:] = wanted[parameter.name]
+        else:
+            cor[i, j] = cor[j, i] = wanted[parameter.name]
+    np.fill_diagonal(cor, 1.0)
+    try:
+        symmetric_root(cor)
+    except ValueError:
+        raise ValueError(
+            f"the random effects of {term!r} cannot have the correlations {np.round(cor, 4).tolist()}: these are not "
+            f"positive semidefinite (smallest eigenvalue {np.linalg.eigvalsh(cor)[0]:.3g})"
+        ) from None
+    changed: np.ndarray = sd[:, None] * cor * sd
+    return changed
