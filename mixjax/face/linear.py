@@ -28,7 +28,6 @@ from mixjax.formula.checks import check_number_of_effects
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.inference.fixed.contrasts import ddf_note, t_tests
-from mixjax.inference.random.ranova import without
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
@@ -422,6 +421,8 @@ class LMMFit(Inferring, Diagnosing):
             >>> fit.without("Days in (Days | Subject)")
             <LMMFit 'Reaction ~ Days + (1 | Subject)': REML criterion 1786.4651>
         """
+        from mixjax.inference.random.ranova import without
+
         return LMMFit(without(self._fitted, term))
 
     def refit_many(

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from mixjax.diagnostics.augment import augmented
-from mixjax.diagnostics.influence import Influence
-from mixjax.diagnostics.influence import influence as deletions
 from mixjax.diagnostics.leverage import leverage
-from mixjax.diagnostics.quantile_residuals import QuantileResiduals
-from mixjax.diagnostics.quantile_residuals import quantile_residuals as by_simulation
 from mixjax.diagnostics.residuals import residuals
-from mixjax.diagnostics.sensitivity import sensitivity as case_derivatives
-from mixjax.diagnostics.shrinkage import shrinkage as shrunken
 from mixjax.fitted.record import Fitted
 from mixjax.prediction.predict import predict as predicted
+
+if TYPE_CHECKING:
+    from mixjax.diagnostics.influence import Influence
+    from mixjax.diagnostics.quantile_residuals import QuantileResiduals
 
 
 class Diagnosing:
@@ -86,6 +83,8 @@ class Diagnosing:
     def augment(self) -> pd.DataFrame:
         """The used rows and columns with fitted values, residuals and leverage beside them, in columns that begin with
         a dot; see :func:`mixjax.diagnostics.augment.augmented`."""
+        from mixjax.diagnostics.augment import augmented
+
         columns = augmented(self.record)
         frame: pd.DataFrame = self.record.labels.frame.assign(**{str(name): columns[name] for name in columns})
         return frame
@@ -95,7 +94,9 @@ class Diagnosing:
     ) -> QuantileResiduals:
         """Simulated residuals, as R's DHARMa, and tests of them; see
         :func:`mixjax.diagnostics.quantile_residuals.quantile_residuals`."""
-        return by_simulation(self.record, key, n, random)
+        from mixjax.diagnostics.quantile_residuals import quantile_residuals
+
+        return quantile_residuals(self.record, key, n, random)
 
     # --- what drives the fit ------------------------------------------------------------------------------------------
 
@@ -109,12 +110,16 @@ class Diagnosing:
         Returns:
             Influence: ``.to_frame()``, ``.ranked()``, ``.flagged()``, ``.dfbetas``, ...
         """
-        return deletions(self.record, by, method)
+        from mixjax.diagnostics.influence import influence
+
+        return influence(self.record, by, method)
 
     def sensitivity(self, scale: Literal["sdcor", "vcov", "theta"] = "sdcor") -> pd.DataFrame:
         """Derivatives of all estimates with respect to case weights; see
         :func:`mixjax.diagnostics.sensitivity.sensitivity`."""
-        return case_derivatives(self.record, scale)
+        from mixjax.diagnostics.sensitivity import sensitivity
+
+        return sensitivity(self.record, scale)
 
     def leverage(self) -> pd.DataFrame:
         """Leverage of the rows: ``overall``, its parts ``fixed`` and ``random``, and ``random_unconfounded``; see
@@ -124,7 +129,9 @@ class Diagnosing:
     def shrinkage(self, group: str | None = None) -> pd.DataFrame:
         """Coefficients of every level by its own rows, by the model, and in the population; see
         :func:`mixjax.diagnostics.shrinkage.shrinkage`."""
-        return shrunken(self.record, group)
+        from mixjax.diagnostics.shrinkage import shrinkage
+
+        return shrinkage(self.record, group)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""The methods of a fit that test, estimate intervals and resample: a thin face over ``mixjax.inference``."""
+"""The methods of a fit that test, estimate intervals and resample: a thin face over ``mixjax.inference``.
+
+What a first look at a fit does not need is loaded by the method that does: a third of the time to import all.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,14 @@ from mixjax.fitted import parameters
 from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, RATIOS, ddf_of, option
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed import hypotheses
-from mixjax.inference.fixed.drop1 import drop1 as left_out
-from mixjax.inference.fixed.joint_tests import joint_tests as tests_of_means
-from mixjax.inference.fixed.marginal_means import MarginalMeans
-from mixjax.inference.fixed.means import emmeans as marginal_means
-from mixjax.inference.fixed.means import emtrends as marginal_trends
-from mixjax.inference.fixed.robust import Robust
-from mixjax.inference.fixed.robust import robust as sandwich
 from mixjax.inference.random import variance
-from mixjax.inference.random.ranova import ranova as random_left_out
 from mixjax.inference.wald import wald_intervals
 from mixjax.resampling.bootstrap import Bootstrap
 from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
 
 if TYPE_CHECKING:
+    from mixjax.inference.fixed.marginal_means import MarginalMeans
+    from mixjax.inference.fixed.robust import Robust
     from mixjax.inference.random.profile import Profile
 
 
@@ -94,7 +91,9 @@ class Inferring:
         Returns:
             DataFrame: sum_sq, mean_sq, num_df, den_df, statistic, p_value; or npar, loglik, aic, lrt, df, p_value.
         """
-        return left_out(self.record, option(test, DROP1), ddf_of(ddf))
+        from mixjax.inference.fixed.drop1 import drop1
+
+        return drop1(self.record, option(test, DROP1), ddf_of(ddf))
 
     def ranova(
         self,
@@ -122,7 +121,9 @@ class Inferring:
             >>> fit.ranova()["lrt"].round(2).to_dict()
             {'<none>': nan, 'Days in (Days | Subject)': 42.84}
         """
-        return random_left_out(self.record, option(method, RATIOS), reduce, key, n)
+        from mixjax.inference.random.ranova import ranova
+
+        return ranova(self.record, option(method, RATIOS), reduce, key, n)
 
     def joint_tests(self, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
         """F tests of every factor and interaction by its marginal means, also within the levels of others, as
@@ -135,7 +136,9 @@ class Inferring:
         Returns:
             DataFrame: the columns of ``by``, term, num_df, den_df, statistic, p_value.
         """
-        return tests_of_means(self.record, by, ddf_of(ddf))
+        from mixjax.inference.fixed.joint_tests import joint_tests
+
+        return joint_tests(self.record, by, ddf_of(ddf))
 
     def emmeans(
         self,
@@ -172,7 +175,9 @@ class Inferring:
                  C      31.6     1.7368  42 28.095 35.105
             satterthwaite degrees of freedom, 95 % intervals
         """
-        return marginal_means(self.record, spec, by, at, ddf_of(ddf), level)
+        from mixjax.inference.fixed.means import emmeans
+
+        return emmeans(self.record, spec, by, at, ddf_of(ddf), level)
 
     def emtrends(
         self,
@@ -199,7 +204,9 @@ class Inferring:
                     contrast  estimate  p_value
             0  Male - Female     0.305    0.033
         """
-        return marginal_trends(self.record, spec, var, by, at, ddf_of(ddf), level)
+        from mixjax.inference.fixed.means import emtrends
+
+        return emtrends(self.record, spec, var, by, at, ddf_of(ddf), level)
 
     def robust(self, cluster: Any = None, kind: str = "CR2", L: Any = None) -> Robust:
         """Cluster-robust covariance of the fixed effects, with Satterthwaite df; see
@@ -210,7 +217,9 @@ class Inferring:
             kind: ``"CR2"``, ``"CR1"`` or ``"CR0"``.
             L: combinations to show instead of single fixed effects.
         """
-        return sandwich(self.record, cluster, kind, L)
+        from mixjax.inference.fixed.robust import robust
+
+        return robust(self.record, cluster, kind, L)
 
     # --- intervals and resampling -------------------------------------------------------------------------------------
 
