@@ -151,13 +151,10 @@ def chunk(i: int, n: int, groups: int) -> pd.DataFrame:
 
 
 def rows(n: int, groups: int, size: int = 1_000_000) -> None:
-    import jax
-
     import mixjax as mj
-    from mixjax.products.sums import pad
+    from mixjax.fitted.record import fit_products
 
     formula = "y ~ x + (x | g)"
-    mj.lmm(formula, [chunk(10**5, min(20 * groups, 10**6), groups)])  # compiles
     seconds = dict.fromkeys(("pandas", "mixjax"), 0.0)
 
     def timed(source, name):
@@ -170,10 +167,9 @@ def rows(n: int, groups: int, size: int = 1_000_000) -> None:
     # The same products, grouped and summed by pandas: 1, x, x^2, y, x y.
     for table in timed((chunk(i, k, groups) for i, k in enumerate(parts)), "pandas"):
         table.assign(one=1.0, xx=table["x"] ** 2, xy=table["x"] * table["y"]).groupby("g").sum()
-    stats, _ = mj.cross_products_from(timed((chunk(i, k, groups) for i, k in enumerate(parts)), "mixjax"), formula)
+    stats, labels = mj.cross_products_from(timed((chunk(i, k, groups) for i, k in enumerate(parts)), "mixjax"), formula)
     start = time.perf_counter()
-    with jax.enable_x64(True):
-        est = jax.block_until_ready(mj.estimate(pad(stats)))
+    est = fit_products(stats, labels, True, None, None).estimates
     fit_seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     theirs, ours = seconds["pandas"], seconds["mixjax"]
