@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import linalg
-from mixjax.engine.curvature import Slopes, _chain, _lambdas
+from mixjax.engine.curvature import Slopes, chain_to_coordinates, lambdas_at
 from mixjax.engine.dense_block import Rest, blocks_times, effects_of, finish, pad_rows
 from mixjax.engine.first_factor import Spot, directions_of, eliminate_first, of_levels, orders_of, weights_of
 from mixjax.engine.moments import Moments, RowSums
@@ -45,7 +45,7 @@ class _ByEntries(NamedTuple):
 def evaluate(x: np.ndarray, moments: Moments, reml: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value ``(1,)``, gradient ``(k, 1)``, and the Hessian ``(k, k, 1)`` by average information, at ``x (k, 1)``."""
     found = _by_entries(x, moments, reml)
-    jacobian, curvature = _chain(x, found.gradient[:, None], found.spots, moments.layout)
+    jacobian, curvature = chain_to_coordinates(x, found.gradient[:, None], found.spots, moments.layout)
     J = jacobian[..., 0]
     H = J.T @ found.information @ J + curvature[..., 0]
     return found.rest.lanes.criterion, (J.T @ found.gradient)[:, None], H[..., None]
@@ -65,7 +65,7 @@ def slopes(x: np.ndarray, moments: Moments, reml: bool) -> Slopes:
         falls.append(product if pair[0] == pair[1] else product + product.T)
     C = rest.lanes.XX_inverse[..., 0]
     moves = C @ np.reshape(falls, (-1, p, p)) @ C
-    jacobian, curvature = _chain(x, found.gradient[:, None], found.spots, moments.layout)
+    jacobian, curvature = chain_to_coordinates(x, found.gradient[:, None], found.spots, moments.layout)
     J = jacobian[..., 0]
     H = J.T @ found.information @ J + curvature[..., 0]
     of_C = np.tensordot(J.T, moves, 1)
@@ -75,7 +75,7 @@ def slopes(x: np.ndarray, moments: Moments, reml: bool) -> Slopes:
 
 def _by_entries(x: np.ndarray, moments: Moments, reml: bool) -> _ByEntries:
     assert isinstance(moments.sums, RowSums)
-    layout, lambdas = moments.layout, _lambdas(x, moments)
+    layout, lambdas = moments.layout, lambdas_at(x, moments)
     f1 = layout.chain[0]
     own = directions_of(layout, f1)
     first = eliminate_first(lambdas[f1], moments)

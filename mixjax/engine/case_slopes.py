@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import linalg
-from mixjax.engine.curvature import _by_covariance, _ByCovariance, _chain, _lambdas
+from mixjax.engine.curvature import _by_covariance, _ByCovariance, chain_to_coordinates, lambdas_at
 from mixjax.engine.dense_block import blocks_times, effects_of
 from mixjax.engine.first_factor import Lambdas, eliminate_first, orders_of
 from mixjax.engine.moments import Moments, RowSums
@@ -59,9 +59,11 @@ class CaseSlopes(NamedTuple):
 
 def case_slopes(x: np.ndarray, moments: Moments, reml: bool, rows: Rows) -> CaseSlopes:
     """Args: x: ``(k,)``. moments: of one fit, by NumPy. rows: of the same."""
-    lambdas = _lambdas(x[:, None], moments)
+    lambdas = lambdas_at(x[:, None], moments)
     found = _by_covariance(lambdas, moments, reml)
-    jacobian, curvature = (part[..., 0] for part in _chain(x[:, None], found.gradient, found.spots, moments.layout))
+    jacobian, curvature = (
+        part[..., 0] for part in chain_to_coordinates(x[:, None], found.gradient, found.spots, moments.layout)
+    )
     H = jacobian.T @ found.Hessian[..., 0] @ jacobian + curvature
     at = _Point(found, lambdas, moments, reml)
     q, u = moments.A.shape[0], moments.UU.shape[0]

@@ -71,7 +71,7 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Profiled:
         moments: of B lanes, or with a last axis of 1 where lanes share it.
         reml: scalar bool, may be traced.
     """
-    lambdas = _lambdas(x, moments)
+    lambdas = lambdas_at(x, moments)
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
     UU, Uy, yy = moments.contract(weights_of(first))
     return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).lanes
@@ -86,7 +86,7 @@ def profile_and_modes(
     Those of the dense factors solve the mixed-model equations; a level of the first factor has ``K_i Z_i'(y - U u - X
     beta)`` (Bates et al. 2015, J. Stat. Softw. 67(1), section 3.1).
     """
-    lambdas = _lambdas(x, moments)
+    lambdas = lambdas_at(x, moments)
     f1 = moments.layout.chain[0]
     first = eliminate_first(lambdas[f1], moments)
     UU, Uy, yy = moments.contract(weights_of(first))
@@ -108,9 +108,9 @@ def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[
     Args as in :func:`profile_lanes`. Not for differentiation: derivatives of estimates come from the implicit function
     theorem, which differentiates the criterion itself.
     """
-    lambdas = _lambdas(x, moments)
+    lambdas = lambdas_at(x, moments)
     found = _by_covariance(lambdas, moments, reml)
-    jacobian, curvature = _chain(x, found.gradient, found.spots, moments.layout)
+    jacobian, curvature = chain_to_coordinates(x, found.gradient, found.spots, moments.layout)
     back = linalg.transpose(jacobian)
     gradient = linalg.matmul(back, found.gradient[:, None])[:, 0]
     return found.lanes.criterion, gradient, linalg.matmul(back, linalg.matmul(found.Hessian, jacobian)) + curvature
@@ -137,7 +137,7 @@ def slopes_of(x: Array, moments: AnyMoments, reml: Array | bool) -> Slopes:
     directions, and ``C P_X'E_j P_X C`` in those of the others (:class:`~mixjax.engine.dense_block.Rest`).
     """
     xp = namespace(x, moments.UU)
-    lambdas = _lambdas(x, moments)
+    lambdas = lambdas_at(x, moments)
     found = _by_covariance(lambdas, moments, reml)
     lanes, rest = found.lanes, found.rest
     p = lanes.delta.shape[0]
@@ -150,7 +150,7 @@ def slopes_of(x: Array, moments: AnyMoments, reml: Array | bool) -> Slopes:
         falls.append(part[:, :, None])
     C = lanes.XX_inverse[:, :, None]
     moves = linalg.matmul(linalg.matmul(C, xp.concatenate(falls, axis=2)), C)  # (p, p, J, B)
-    jacobian, curvature = _chain(x, found.gradient, found.spots, moments.layout)
+    jacobian, curvature = chain_to_coordinates(x, found.gradient, found.spots, moments.layout)
     back = linalg.transpose(jacobian)
     H = linalg.matmul(back, linalg.matmul(found.Hessian, jacobian)) + curvature
     of_C = (moves[None] * back[:, None, None]).sum(3)
@@ -166,7 +166,7 @@ def minque_equations(moments: Moments) -> tuple[Array, Array, list[Spot]]:
     xp = namespace(moments.UU)
     moments = moments.without_response()
     nothing = xp.zeros((moments.layout.k, moments.UU.shape[-1]), moments.UU.dtype)
-    found = _by_covariance(_lambdas(nothing, moments), moments, True, lambda _: 0.0)
+    found = _by_covariance(lambdas_at(nothing, moments), moments, True, lambda _: 0.0)
     return -found.Hessian, found.gradient, found.spots
 
 
@@ -441,7 +441,7 @@ def _rows(scale: Array, B: Array) -> Array:
     return scale.reshape(-1, *(1,) * (B.ndim - 1)) * B
 
 
-def _lambdas(x: Array, moments: AnyMoments) -> Lambdas:
+def lambdas_at(x: Array, moments: AnyMoments) -> Lambdas:
     parts = cov.cut(x, moments.layout.structures)
     return _lambdas_of_factors([s.entries(p) for s, p in zip(moments.layout.structures, parts, strict=True)], moments)
 
@@ -461,7 +461,7 @@ def _lambdas_of_factors(entries: list[Any], moments: AnyMoments) -> Lambdas:
 # --- from covariances to coordinates --------------------------------------------------------------------------------
 
 
-def _chain(x: Array, g: Array, spots: list[Spot], layout: Layout) -> tuple[Array, Array]:
+def chain_to_coordinates(x: Array, g: Array, spots: list[Spot], layout: Layout) -> tuple[Array, Array]:
     """From the entries of the covariances D to the coordinates x: ``dD / dx (J, k, B)``, and what the curvature of D
     adds to the Hessian of a function of gradient g, ``(k, k, B)``."""
     xp = namespace(x, g)

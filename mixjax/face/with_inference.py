@@ -1,6 +1,6 @@
 """The methods of a fit that test, estimate intervals and resample: a thin face over ``mixjax.inference``.
 
-What a first look at a fit does not need is loaded by the method that does: a third of the time to import all.
+What a first look at a fit does not need is loaded by the method that does: to import all takes half as long again.
 """
 
 from __future__ import annotations
