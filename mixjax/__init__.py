@@ -20,6 +20,7 @@ _HOMES = {
     "LMMFit": "mixjax.face.linear",
     "BatchFit": "mixjax.fitted.batch",
     "datasets": "mixjax.datasets",
+    "families": "mixjax.families",
     "enable_compilation_cache": "mixjax.cache",
     "show_progress": "mixjax.waiting",
     # functional core: arrays in, arrays out
@@ -89,6 +90,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from mixjax import datasets as datasets
+    from mixjax import families as families
     from mixjax.cache import enable_compilation_cache as enable_compilation_cache
     from mixjax.checks import ConvergenceWarning as ConvergenceWarning
     from mixjax.checks import DataError as DataError

@@ -54,6 +54,9 @@ FUNCTIONS = {
     "enable_compilation_cache": "path=None",
     "show_progress": "on=None",
     "datasets.load": "name",
+    "families.binomial": "link='logit'",
+    "families.poisson": "link='log'",
+    "families.nbinom": "link='log'",
 }
 METHODS = {
     "ranef": "*, condvar=False",

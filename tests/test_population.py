@@ -12,11 +12,11 @@ from test_simulate import moment_scores
 
 import mixjax as mj
 from mixjax.checks import DataError
+from mixjax.families.sampling import poisson as poisson_counts
 from mixjax.populations import draws
 from mixjax.populations.expressions import FUNCTIONS, Kind, Scope, bind, evaluate
 from mixjax.populations.factors import categorical, dirichlet, factor, occasion
 from mixjax.populations.noise import contaminated_normal, shifted_gamma, skew_normal, student_t
-from mixjax.populations.noise import poisson as poisson_counts
 from mixjax.populations.population import population
 from mixjax.populations.predictors import (
     bernoulli,

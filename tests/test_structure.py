@@ -16,7 +16,7 @@ PACKAGE = Path(mj.__file__).parent
 ROOMS = [
     "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
     "mixjax.tables", "mixjax.datasets",
-    "mixjax.machine", "mixjax.linalg", "mixjax.decompositions",
+    "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
     "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
@@ -47,6 +47,7 @@ CORE = (
     "mixjax.machine",
     "mixjax.optimise",
     "mixjax.covariance",
+    "mixjax.families",
     "mixjax.products",
     "mixjax.engine",
     "mixjax.estimation",
@@ -79,7 +80,10 @@ def imports_of(path):
 
 def test_a_module_does_not_hide_the_function_of_its_name():
     """Whichever module is imported first, ``mj.lmm`` is the function."""
-    assert {module.split(".")[1] for module, _ in modules() if module.count(".") == 1} & set(mj.__all__) == {"datasets"}
+    assert {module.split(".")[1] for module, _ in modules() if module.count(".") == 1} & set(mj.__all__) == {
+        "datasets",
+        "families",
+    }
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
@@ -162,7 +166,7 @@ def test_public_names():
         mj.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [n for n in mj.__all__ if n not in ("datasets", "__version__")])
+@pytest.mark.parametrize("name", [n for n in mj.__all__ if n not in ("datasets", "families", "__version__")])
 def test_public_names_have_docstrings(name):
     assert len(getattr(mj, name).__doc__ or "") > 20
 

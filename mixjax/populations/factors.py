@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.checks import check_count, check_list, check_memory
+from mixjax.families.sampling import log_gamma, standard_uniform
 from mixjax.populations.expressions import Kind, Scope
-from mixjax.populations.noise import log_gamma, standard_uniform
 from mixjax.populations.variables import Spec, Variable, factor_of, shown
 
 Balance = Literal["random", "blocks", "cycle"]

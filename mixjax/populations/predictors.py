@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError
-from mixjax.populations import noise
+from mixjax.families import sampling
 from mixjax.populations.expressions import Kind, Scope
 from mixjax.populations.variables import Spec, Variable, bind_parameters, shown, values_of
 from mixjax.simulation import symmetric_root
@@ -134,19 +134,19 @@ def custom(function: Callable[..., Any], by: str | None = None, **parameters: An
 
 
 def _normal(key: Any, count: int, mean: Any, sd: Any) -> Any:
-    return mean + sd * noise.standard_normal(key, (count,))
+    return mean + sd * sampling.standard_normal(key, (count,))
 
 
 def _uniform(key: Any, count: int, low: Any, high: Any) -> Any:
-    return low + (high - low) * noise.standard_uniform(key, (count,))
+    return low + (high - low) * sampling.standard_uniform(key, (count,))
 
 
 def _bernoulli(key: Any, count: int, p: Any) -> Any:
-    return noise.bernoulli(key, p)
+    return sampling.bernoulli(key, p)
 
 
 def _poisson(key: Any, count: int, mean: Any) -> Any:
-    return noise.poisson(key, mean)
+    return sampling.poisson(key, mean)
 
 
 def _derived(key: Any, count: int, value: Any) -> Any:
@@ -213,7 +213,7 @@ def _correlated(
     static: Any, leaves: Mapping[str, Any], key: Any, count: int, column: Callable[[str], Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     means, flags = values_of(static, leaves, count, column)
-    z = noise.standard_normal(key, (count, len(means)))
+    z = sampling.standard_normal(key, (count, len(means)))
     return tuple(mean + row for mean, row in zip(means.values(), columns_of(z, leaves["root"]), strict=True)), flags
 
 
@@ -314,5 +314,5 @@ def _rows(
     static: Any, leaves: Mapping[str, Any], key: Any, count: int, column: Callable[[str], Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     available = leaves[static[0]].shape[0]
-    at = jnp.floor(noise.standard_uniform(key, (count,)) * available).astype(jnp.int32)
+    at = jnp.floor(sampling.standard_uniform(key, (count,)) * available).astype(jnp.int32)
     return tuple(jnp.asarray(leaves[name])[at] for name in static), ()

@@ -6,31 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mixjax.populations import noise
+from mixjax.families import links, sampling
 from mixjax.populations.expressions import Kind, Scope
 from mixjax.populations.noise import as_noise
 from mixjax.populations.predictors import columns_of, covariance_root
 from mixjax.populations.variables import Spec, Variable, bind_parameters, factor_of, shown, values_of
 
-# Linear predictor -> mean.
-LINKS: dict[str, Callable[[Any], Any]] = {
-    "identity": lambda eta: eta,
-    "log": jnp.exp,
-    "sqrt": jnp.square,
-    "logit": jax.nn.sigmoid,
-    "probit": jax.scipy.special.ndtr,
-    "cloglog": lambda eta: -jnp.expm1(-jnp.exp(eta)),
-}
-# Family -> its links, the first one is the default.
+# Family -> its links here, the first one is the default: to draw from more than mixjax.families have a likelihood for.
 FAMILIES = {
     "gaussian": ("identity", "log"),
     "binomial": ("logit", "probit", "cloglog", "log", "identity"),
     "poisson": ("log", "sqrt", "identity"),
 }
+# Linear predictor -> mean.
+LINKS = {link: links.LINKS[link] for of_family in FAMILIES.values() for link in of_family}
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +158,10 @@ class Response(Spec):
     def bind(self, name: str, scope: Scope) -> Variable:
         if self.family not in FAMILIES:
             raise ValueError(f"{name}: family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
-        links = FAMILIES[self.family]
-        link = links[0] if self.link is None else self.link
-        if link not in links:
-            raise ValueError(f"{name}: the links of {self.family} are {', '.join(links)}; got {self.link!r}")
+        possible = FAMILIES[self.family]
+        link = possible[0] if self.link is None else self.link
+        if link not in possible:
+            raise ValueError(f"{name}: the links of {self.family} are {', '.join(possible)}; got {self.link!r}")
         gaussian, binomial = self.family == "gaussian", self.family == "binomial"
         if gaussian and self.error_scale is None:
             raise ValueError(f"{name}: a gaussian response needs error_scale, the standard deviation of its errors")
@@ -260,6 +251,6 @@ def _response(
     if family == "gaussian":
         return (mean + values["error_scale"] * sampler(key, (count,), *leaves["numbers"]),), flags
     if family == "poisson":
-        return (noise.poisson(key, mean),), (*flags, ~((mean >= 0) & (mean <= 1e9)).all())
-    drawn = noise.bernoulli(key, mean) if single else noise.binomial(key, values["trials"], mean)
+        return (sampling.poisson(key, mean),), (*flags, ~((mean >= 0) & (mean <= 1e9)).all())
+    drawn = sampling.bernoulli(key, mean) if single else sampling.binomial(key, values["trials"], mean)
     return (drawn,), (*flags, ~((mean >= 0) & (mean <= 1)).all())

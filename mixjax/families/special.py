@@ -1,0 +1,169 @@
+"""Functions of real numbers that the families need, by NumPy and SciPy or by JAX, with digits where formulas lose them.
+
+What is written out here is made of elementary functions, so that JAX differentiates it to any order; branches are
+chosen by ``where`` of arguments that are safe in both, so that no derivative is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import special
+
+from mixjax.machine import Array, namespace
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+# Bernoulli numbers B_2, B_4, ..., B_20.
+BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798, -174611 / 330)
+# Stirling's series of ten terms is exact to rounding from here on, with four of its derivatives: the eleventh term of
+# the fourth, B_22 23 24 / 2 / 12^22 of it, is 3e-18. Smaller arguments are moved up by as much.
+STIRLING = 12
+# log1p(u) - u is summed below this: above, the difference loses no more than three bits.
+SMALL = 0.25
+
+
+def as_floats(eta: Any, *others: Any) -> tuple[Any, ...]:
+    """The namespace, then all arguments as arrays of it: integers, truth values and single numbers take eta's type.
+
+    So what is computed of float32 is float32; None stays None.
+    """
+    xp = namespace(eta, *others)
+    eta = xp.asarray(eta)
+    if not xp.issubdtype(eta.dtype, xp.floating):
+        eta = eta.astype(xp.result_type(float))
+    found = [xp, eta]
+    for other in others:
+        if other is not None:
+            other = xp.asarray(other)
+            if other.ndim == 0 or not xp.issubdtype(other.dtype, xp.floating):
+                other = other.astype(eta.dtype)
+        found.append(other)
+    return tuple(found)
+
+
+def gammaln(x: Array) -> Array:
+    """``log |Gamma(x)|``."""
+    return special.gammaln(x) if namespace(x) is np else jax.scipy.special.gammaln(x)
+
+
+def expit(x: Array) -> Array:
+    """``1 / (1 + exp(-x))``."""
+    return special.expit(x) if namespace(x) is np else jax.nn.sigmoid(x)
+
+
+def ndtr(x: Array) -> Array:
+    """The standard normal distribution function."""
+    return special.ndtr(x) if namespace(x) is np else jax.scipy.special.ndtr(x)
+
+
+def ndtri(p: Array) -> Array:
+    """Standard normal quantiles."""
+    return special.ndtri(p) if namespace(p) is np else jax.scipy.special.ndtri(p)
+
+
+def erfc(x: Array) -> Array:
+    """``1 - erf(x)``."""
+    return special.erfc(x) if namespace(x) is np else jax.scipy.special.erfc(x)
+
+
+def xlogy(x: Array, y: Array) -> Array:
+    """``x log y``, 0 where x is 0."""
+    return special.xlogy(x, y) if namespace(x, y) is np else jax.scipy.special.xlogy(x, y)
+
+
+def bounded_exp(x: Array) -> Array:
+    """``exp(x)``, the largest number below infinity where that would overflow: 0 times it is 0."""
+    xp = namespace(x)
+    most = float(np.log(np.finfo(x.dtype).max)) - 1.0
+    return xp.exp(xp.minimum(x, most))
+
+
+def log1p_minus(u: Array) -> Array:
+    """``log(1 + u) - u`` for u >= 0, with relative digits: about ``-u^2 / 2`` near 0.
+
+    With ``r = u / (2 + u)``, ``log(1 + u) = 2 atanh(r)`` and ``u - 2 r = u r``.
+    """
+    xp = namespace(u)
+    small = u < SMALL
+    near = xp.where(small, u, 0.0)
+    r = near / (2 + near)
+    square, total = r * r, 0.0
+    for odd in range(21, 2, -2):
+        total = total * square + 1 / odd
+    far = xp.where(small, 1.0, u)
+    return xp.where(small, -near * r + 2 * r * square * total, xp.log1p(far) - far)
+
+
+def log1p_minus_share(w: Array) -> Array:
+    """``log(1 + w) - w / (1 + w)`` for w >= 0, with relative digits: about ``w^2 / 2`` near 0."""
+    xp = namespace(w)
+    small = w < 1
+    near, far = xp.where(small, w, 0.0), xp.where(small, 1.0, w)
+    return xp.where(small, log1p_minus(near) + near * near / (1 + near), xp.log1p(far) - far / (1 + far))
+
+
+def entropy(u: Array) -> Array:
+    """``(1 + u) log(1 + u) - u`` for u >= 0, with relative digits: about ``u^2 / 2`` near 0."""
+    xp = namespace(u)
+    small = u < 1
+    near, far = xp.where(small, u, 0.0), xp.where(small, 1.0, u)
+    return xp.where(small, (1 + near) * log1p_minus(near) + near * near, (1 + far) * xp.log1p(far) - far)
+
+
+def _series(x: Array, order: int) -> Array:
+    """A derivative of Stirling's series ``sum_k B_2k / (2k (2k - 1)) x^(1 - 2k)``, x >= 12."""
+    inverse = 1 / x
+    square, total = inverse * inverse, 0.0
+    for k in range(len(BERNOULLI), 0, -1):
+        factor = BERNOULLI[k - 1] / (2 * k * (2 * k - 1))
+        for power in range(order):
+            factor *= 1 - 2 * k - power
+        total = total * square + factor
+    return total * inverse ** (1 + order)
+
+
+def stirling_error(x: Array, order: int = 0) -> Array:
+    """``delta(x)`` in ``log Gamma(x) = (x - 1/2) log x - x + log(2 pi)/2 + delta(x)``, or its first or second
+    derivative; with relative digits for large x, where it is ``1 / (12 x)``.
+
+    Args:
+        x: above 0. order: 0, 1 or 2.
+    """
+    xp = namespace(x)
+    large = x >= STIRLING
+    small = xp.where(large, 1.0, x)
+    moved = small + STIRLING
+    if order == 0:
+        product = small
+        for i in range(1, STIRLING):
+            product = product * (small + i)
+        near = (moved - 0.5) * xp.log(moved) - STIRLING - xp.log(product) - (small - 0.5) * xp.log(small)
+    elif order == 1:
+        near = xp.log(moved) - 0.5 / moved - xp.log(small) + 0.5 / small - sum(1 / (small + i) for i in range(STIRLING))
+    else:
+        near = 1 / moved + 0.5 / moved**2 - 1 / small - 0.5 / small**2
+        near = near + sum(1 / (small + i) ** 2 for i in range(STIRLING))
+    return xp.where(large, 0.0, near) + _series(xp.where(large, x, moved), order)
+
+
+def log_rising(y: Array, k: Array) -> Array:
+    """``log Gamma(y + k) - log Gamma(k) - y log k``, y >= 0, k > 0: for whole y ``sum_{i < y} log(1 + i / k)``.
+
+    By Stirling's formula on both sides, so that it keeps its digits as k grows, where it is ``y (y - 1) / (2 k)``.
+    """
+    xp = namespace(y, k)
+    u = y / k
+    return k * entropy(u) - 0.5 * xp.log1p(u) + (stirling_error(y + k) - stirling_error(k))
+
+
+def log_rising_by_log(y: Array, k: Array) -> tuple[Array, Array]:
+    """First and second derivative of :func:`log_rising` by ``log k``."""
+    u = y / k
+    bent = k * log1p_minus(u)
+    first = k * (stirling_error(y + k, 1) - stirling_error(k, 1))
+    second = k * k * (stirling_error(y + k, 2) - stirling_error(k, 2))
+    by_log = bent + 0.5 * u / (1 + u) + first
+    return by_log, bent + k * u * u / (1 + u) - 0.5 * u / (1 + u) ** 2 + first + second
