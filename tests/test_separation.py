@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from mixjax.formula.separation import separated_columns
+import mixjax as mj
+from mixjax.formula.separation import separated_columns, separation_of
 
 NAMES = ("a", "b", "c")
 
@@ -143,6 +144,28 @@ def test_the_base_level_is_named_where_the_values_are_known():
     assert found.words == ("all 12 rows with treatment = A are 1",)
     assert "separate cured (all" in found.sentence
     assert separated_columns(X, columns, y, None, "binomial").words == ()
+
+
+class Binomial:
+    name = "binomial"
+
+    def check(self, y, size, name):
+        assert size is None
+
+
+def test_a_design_knows_its_factors():
+    _, _, names = treatment("ABC")
+    n = len(names)
+    data = {"y": mixed(names, A=1.0), "treatment": names, "k": np.arange(n) % 5, "g": np.arange(n) // 2 % 6}
+    data["x"] = np.random.default_rng(0).normal(size=n)
+    design, labels = mj.build_design("y ~ treatment + C(k) + x + (1 | g)", data, family=Binomial())
+    found = separation_of(design, labels, "binomial")
+    assert found.sentence.startswith(
+        "the fixed effects separate the response 'y' (all 12 rows with treatment = A are 1)"
+    )
+    data["y"][0] = 0
+    design, labels = mj.build_design("y ~ treatment + C(k) + x + (1 | g)", data, family=Binomial())
+    assert separation_of(design, labels, "binomial") is None
 
 
 def test_two_levels_and_successes_of_several_trials():

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import some_of
+from mixjax.design import Design, Labels
+from mixjax.formula.checks import COUNTS
 from mixjax.formula.table import level_names
 
-# Families whose rows can want an infinite linear predictor, beside the binomial.
-COUNTS = ("poisson", "nbinom")
 # n p^2 beyond which nobody looks for directions: 10 000 rows of 30 columns take a quarter of a second.
 LARGEST = 10_000_000
 # Rows among which the proof is looked for first: what some rows forbid, all do.
@@ -129,6 +129,17 @@ def separated_columns(
     words = _words(X, names, columns, size, moved, sign, factors)
     direction = direction / lengths
     return Separation(own, direction / np.abs(direction).max(), moved, words, response)
+
+
+def separation_of(design: Design, labels: Labels, family_name: str) -> Separation | None:
+    """:func:`separated_columns` of a design with its names, the factors of its fixed effects known by theirs."""
+    fixed = labels.state.fixed
+    factors = [e for e in fixed.effects.expressions if fixed.categories(e) is not None]
+    names = dict.fromkeys(name for e in factors if (name := e.column or e.factor_of) is not None)
+    return separated_columns(
+        np.asarray(design.X), labels.fixed, np.asarray(design.y), design.size, family_name,
+        {name: labels.frame[name] for name in names}, f"the response '{labels.response}'",
+    )  # fmt: skip
 
 
 def _signs(y: np.ndarray, size: np.ndarray | None, family_name: str) -> np.ndarray:
