@@ -39,16 +39,20 @@ class RandomTerm:
 
 @dataclass(frozen=True)
 class Design:
-    """A linear mixed model's data as arrays.
+    """A mixed model's data as arrays.
 
-    ``y = offset + X beta + sum_t Z_t b_t + e``, ``e ~ N(0, sigma^2 / weights)``.
+    Linear: ``y = offset + X beta + sum_t Z_t b_t + e``, ``e ~ N(0, sigma^2 / weights)``. Generalised linear: the same
+    sum without e is the linear predictor of a row, on which the distribution of its y depends.
 
     Attributes:
-        y: ``(n,)`` response.
+        y: ``(n,)`` response; of a binomial response counts of successes.
         X: ``(n, p)`` fixed-effects columns of full rank; ``p`` may be 0.
         terms: random terms, at least one. Terms that share a grouping factor are recognised and eliminated together.
-        weights: ``(n,)`` precision weights, positive, or None.
-        offset: ``(n,)`` known part of the mean, or None.
+        weights: ``(n,)``, positive, or None. Of a linear mixed model precisions. Of a generalised one case weights:
+            they multiply the log density of a row, as if there were so many of it.
+        offset: ``(n,)`` known part of the mean, of the linear predictor in a generalised model, or None.
+        size: ``(n,)`` numbers of trials of a binomial response, positive; None for one each. A linear mixed model has
+            none and refuses it.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -62,6 +66,7 @@ class Design:
     terms: tuple[RandomTerm, ...]
     weights: AnyArray | None = None
     offset: AnyArray | None = None
+    size: AnyArray | None = None
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -84,7 +89,7 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
-jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset"], meta_fields=[])
+jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset", "size"], meta_fields=[])
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class Labels:
         used: ``(rows of the table,)`` booleans, which rows are in the fit; None where all are, or where rows came in
             chunks.
         state: the formula as a function of new rows (:class:`mixjax.formula.state.FormulaState`).
+        success: what counts as success in a binomial response, as a phrase: ``'cured' is yes (failure: no)``. Empty for
+            any other.
     """
 
     formula: str
@@ -122,6 +129,7 @@ class Labels:
     n_missing: int = 0
     used: Any = field(default=None, compare=False)
     state: Any = field(default=None, compare=False, repr=False)
+    success: str = ""
 
 
 def check_design(design: Design) -> None:
@@ -139,8 +147,8 @@ def check_design(design: Design) -> None:
     n = X_shape[0]
     if n == 0:
         raise ValueError("the design has no rows")
-    columns = {"y": design.y, "weights": design.weights, "offset": design.offset}
-    vectors = {"y", "weights", "offset", *(f"terms[{t}].group" for t in range(len(design.terms)))}
+    columns = {"y": design.y, "weights": design.weights, "offset": design.offset, "size": design.size}
+    vectors = {"y", "weights", "offset", "size", *(f"terms[{t}].group" for t in range(len(design.terms)))}
     for t, term in enumerate(design.terms):
         if len(np.shape(term.Z)) != 2:
             raise ValueError(f"terms[{t}].Z must be (n, q), got shape {np.shape(term.Z)}")
@@ -163,6 +171,8 @@ def check_design(design: Design) -> None:
             raise ValueError(f"{name} has missing or infinite values; drop or replace those rows first")
     if design.weights is not None and is_concrete(design.weights) and not (np.asarray(design.weights) > 0).all():
         raise ValueError("weights must be positive: they are precisions; drop rows that should not count")
+    if design.size is not None and is_concrete(design.size) and not (np.asarray(design.size) > 0).all():
+        raise ValueError("size must be positive: it is the number of trials of a row; drop rows without trials")
     for t, term in enumerate(design.terms):
         if not is_concrete(term.group):
             continue
@@ -174,3 +184,12 @@ def check_design(design: Design) -> None:
                 f"terms[{t}].group runs from {group.min()} to {group.max()}; with n_groups={term.n_groups} it must lie "
                 f"in 0 .. {term.n_groups - 1}"
             )
+
+
+def refuse_trials(design: Design) -> None:
+    """Raise ValueError for numbers of trials, which a linear mixed model has no use for."""
+    if design.size is not None:
+        raise ValueError(
+            "the design has numbers of trials (size), and a linear mixed model has none: size belongs to the binomial "
+            "responses of generalised linear mixed models; leave it out, or give precisions as weights"
+        )

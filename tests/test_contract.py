@@ -14,8 +14,9 @@ import mixjax as mj
 FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
     "optimizer=None, check_identifiable=True, trusted=None",
-    "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, trusted=None",
-    "Design": "y, X, terms, weights=None, offset=None",
+    "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
+    "trusted=None, family=None, size=None",
+    "Design": "y, X, terms, weights=None, offset=None, size=None",
     "RandomTerm": "Z, group, n_groups, structure='us'",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "

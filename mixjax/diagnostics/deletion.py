@@ -82,4 +82,4 @@ def _subset(design: Design, keep: np.ndarray) -> Design:
         return None if a is None else np.asarray(a)[keep]
 
     terms = tuple(replace(term, Z=some(term.Z), group=some(term.group)) for term in design.terms)
-    return Design(some(design.y), some(design.X), terms, some(design.weights), some(design.offset))
+    return Design(some(design.y), some(design.X), terms, some(design.weights), some(design.offset), some(design.size))

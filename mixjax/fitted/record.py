@@ -14,7 +14,7 @@ import scipy.linalg
 from mixjax.bases import in_span
 from mixjax.checks import ConvergenceWarning, warn
 from mixjax.covariance import lambdas_of_theta
-from mixjax.design import Design, Labels
+from mixjax.design import Design, Labels, refuse_trials
 from mixjax.engine.engine import Engine, engine_of
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import EngineName
@@ -232,6 +232,7 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
 
 def fit_rows(rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any) -> Fitted:
     """As :func:`fit_design`, of rows in their bases."""
+    refuse_trials(rows.design)
     return fit_products(rows.stats, labels, reml, start, optimizer, rows.design)
 
 

@@ -14,11 +14,20 @@ from mixjax.bases import Orthonormal, orthonormal_columns
 from mixjax.checks import DataError, FormulaError, some_of, warn
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
-from mixjax.formula.checks import check_columns_of_term, check_noise, check_varies, warn_of_constant_slopes
+from mixjax.formula.checks import (
+    check_columns_of_term,
+    check_noise,
+    check_varies,
+    check_weights,
+    refuse_infinite_offset,
+    warn_of_constant_slopes,
+    warn_of_high_offset,
+)
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
-from mixjax.formula.evaluate import Columns, columns_of, numbers
+from mixjax.formula.evaluate import Columns, Learnt, columns_of, evaluate, numbers
 from mixjax.formula.parse import Group, ParsedFormula, parse
 from mixjax.formula.reading import column_names, read_columns
+from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
 from mixjax.formula.state import FormulaState, kinds_of
 from mixjax.formula.syntax import Expression, expression
 from mixjax.formula.table import (
@@ -48,6 +57,8 @@ def build_design(
     contrasts: Mapping[str, str] | None = None,
     context: Mapping[str, Any] | None = None,
     trusted: bool | None = None,
+    family: Any = None,
+    size: Any = None,
 ) -> tuple[Design, Labels]:
     """Read a formula and a table into arrays and names.
 
@@ -55,6 +66,7 @@ def build_design(
         formula: lme4's language between terms; Python's inside them, with R's spellings.
         data: pandas, polars or pyarrow table, or a dict of arrays.
         weights: column name or ``(n,)`` array of precision weights: the residual variance is ``sigma^2 / weights``.
+            With a family case weights; as in R, of a binomial response in one column the numbers of trials.
         offset: column name or ``(n,)`` array, added to any ``offset(...)`` of the formula.
         subset: rows to use: ``(n,)`` booleans, or an expression for ``DataFrame.eval``.
         contrasts: column -> ``"treatment"``, ``"sum"``, ``"helmert"``, ``"poly"``, ``"diff"`` or a call such as
@@ -63,6 +75,10 @@ def build_design(
         context: names that the formula may use beside columns; by default those visible to the caller.
         trusted: False where the formula comes from a stranger: a formula is code, and then it is read as columns,
             numbers, operators and a list of functions only. None: True unless ``MIXJAX_UNTRUSTED`` is set to 1.
+        family: distribution of the response of a generalised linear mixed model; None for a linear one. A binomial
+            response is 0 and 1, truth values, or two levels, the second being success; counts or proportions with
+            numbers of trials; or ``cbind(successes, failures)``.
+        size: column name or ``(n,)`` array of numbers of trials. Rows without trials are left out.
 
     Returns:
         Design with float64 arrays; random terms by decreasing number of levels, ties as written, as in lme4.
@@ -81,11 +97,11 @@ def build_design(
         ((180, 2), ('Intercept', 'Days'))
     """
     caller = caller_context() if context is None else context
-    return build(formula, data, weights, offset, subset, contrasts, caller, trusted)[:2]
+    return build(formula, data, weights, offset, subset, contrasts, caller, trusted, family, size)[:2]
 
 
 class Built(NamedTuple):
-    """A design with its names, and the basis of its X times the roots of the weights."""
+    """A design with its names, and the basis of its X, times the roots of the weights in a linear mixed model."""
 
     design: Design
     labels: Labels
@@ -101,14 +117,17 @@ def build(
     contrasts: Mapping[str, str] | None,
     caller: Mapping[str, Any],
     trusted: bool | None,
+    family: Any = None,
+    size: Any = None,
 ) -> Built:
     """:func:`build_design`, with what was found on the way: orthonormalising X is most of the work on long tables.
 
     Args:
         caller: names that the formula may use beside columns.
     """
+    check_family(family, size)
     available = column_names(data)
-    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data)
+    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family)
     if not parsed.random:
         raise FormulaError(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
@@ -118,35 +137,35 @@ def build(
     if not isinstance(contrasts, Mapping):
         raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")
     frame, beside, used, n_missing = _used_rows(
-        parsed, data, available, weights, offset, subset, known, caller, contrasts
+        parsed, data, available, weights, offset, size, subset, known, caller, contrasts, family
     )
     parsed = with_contrasts(parsed, frame, contrasts, known)
 
-    y, _ = numbers(parsed.response, frame, known, "response")
-    check_varies(y, str(parsed.response))
+    if family is None:
+        y, _ = numbers(parsed.response, frame, known, "response")
+        check_varies(y, str(parsed.response))
     X, fixed = columns_of(parsed.fixed, frame, known)
-    total_offset = beside.get("offset")
-    offsets = []
-    for e in parsed.offsets:
-        own, learnt = numbers(e, frame, known, "offset")
-        offsets.append((e, learnt))
-        total_offset = own + (0.0 if total_offset is None else total_offset)
-    w = beside.get("weights")
-    if w is not None and not (w > 0).all():
-        raise DataError(
-            f"weights must be positive, but {int((w <= 0).sum())} of {len(w)} are zero or negative; to leave rows out, "
-            "use subset="
-        )
-    X, kept, basis = full_rank(X, fixed.names, w)
-    check_noise(y if total_offset is None else y - total_offset, X, basis.Q, w, parsed.response.shown)
+    total_offset, offsets = _offsets(parsed, frame, beside.get("offset"), known, family)
+    if family is None:
+        response = Response(y, None, beside.get("weights"), "", None)
+        check_weights(response.weights)
+        X, kept, basis = full_rank(X, fixed.names, response.weights)
+        own = y if total_offset is None else y - total_offset
+        check_noise(own, X, basis.Q, response.weights, parsed.response.shown)
+    else:
+        response = read_response(parsed, frame, beside, total_offset, family, known)
+        warn_of_high_offset(response.y, total_offset, family)
+        X, kept, basis = full_rank(X, fixed.names, None, spare="for random effects")
+    trials = {"size": size, "weights": weights}.get(response.size_from or "")
 
     random = _random_terms(parsed, frame, known)
     design = Design(
-        y=y,
+        y=response.y,
         X=X,
         terms=tuple(RandomTerm(part.Z, part.codes, len(part.labels.levels), part.structure) for part in random),
-        weights=w,
+        weights=response.weights,
         offset=total_offset,
+        size=response.size,
     )
     state = FormulaState(
         parsed=parsed,
@@ -154,13 +173,14 @@ def build(
         kept=kept,
         random=tuple(part.columns for part in random),
         offsets=tuple(offsets),
-        weights=weights if isinstance(weights, str) else None,
+        weights=weights if isinstance(weights, str) and response.size_from != "weights" else None,
         offset=offset if isinstance(offset, str) else None,
         offset_beside=offset is not None and not isinstance(offset, str),
         contrasts=dict(contrasts),
         context=known,
         kinds=kinds_of(frame, parsed),
         levels={part.labels.group: part.levels for part in random},
+        size=trials if isinstance(trials, str) else None,
     )
     names = np.array(fixed.names, object)
     labels = Labels(
@@ -173,22 +193,43 @@ def build(
         n_missing=n_missing,
         used=None if used.all() else used,
         state=state,
+        success=response.success,
     )
     return Built(design, labels, basis)
 
 
+def _offsets(
+    parsed: ParsedFormula, frame: pd.DataFrame, beside: np.ndarray | None, context: Context, family: Any
+) -> tuple[np.ndarray | None, list[tuple[Expression, Learnt]]]:
+    """The sum of all offsets ``(n,)``, and those of the formula with what they learnt."""
+    total, found = beside, []
+    for e in parsed.offsets:
+        if family is not None:
+            value, _ = evaluate(e, frame, context)
+            if isinstance(value, np.ndarray):
+                refuse_infinite_offset(value.reshape(len(frame), -1)[:, 0], e.shown, frame.index)
+        own, learnt = numbers(e, frame, context, "offset")
+        found.append((e, learnt))
+        total = own + (0.0 if total is None else total)
+    return total, found
+
+
 def read_formula(
-    formula: str, available: list[str], caller: Mapping[str, Any], trusted: bool, data: Any = None
+    formula: str, available: list[str], caller: Mapping[str, Any], trusted: bool, data: Any = None, family: Any = None
 ) -> tuple[ParsedFormula, Context]:
     """The parts of a formula, and the values of the names in it that are no columns.
 
-    An array of the caller's that is read by its bare name stands for a column.
+    An array of the caller's that is read by its bare name stands for a column. A family lets ``cbind()`` be a response.
     """
     parsed = parse(formula, available)
     arrays = [name for e in (parsed.response, *parsed.predictors) for name in e.names if _is_array(caller.get(name))]
     if arrays and trusted:
         parsed = parse(formula, [*available, *arrays])
-    expressions = (parsed.response, *parsed.predictors)
+    if family is None:
+        parsed = replace(parsed, pair=())
+    else:
+        check_pair(parsed, family)
+    expressions = (*(parsed.pair or (parsed.response,)), *parsed.predictors)
     return parsed, resolve(
         expressions, caller, trusted, lambda name, where: refuse_unknown(name, available, f"in '{where}'", data)
     )
@@ -246,16 +287,19 @@ def _used_rows(
     available: list[str],
     weights: Any,
     offset: Any,
+    size: Any,
     subset: Any,
     context: Context,
     caller: Mapping[str, Any],
     contrasts: Mapping[str, str],
+    family: Any,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray, int]:
-    """The used columns, complete rows only; weights and offset beside them; which rows of the table these are; and the
-    number of rows with missing values."""
+    """The used columns, complete rows with trials only; weights, offset and size beside them; which rows of the table
+    these are; and the number of rows with missing values."""
     columns, arrays = columns_read(parsed, available, caller, data)
     extra = []
-    for what, values in (("weights", weights), ("offset", offset)):
+    given = {"weights": weights, "offset": offset, "size": size}
+    for what, values in given.items():
         if isinstance(values, str):
             if values not in available:
                 refuse_unknown(values, available, f"{what}=", data)
@@ -273,7 +317,7 @@ def _used_rows(
     for name in arrays:
         frame[name] = row_column(f"'{name}'", caller[name], index, n)
     beside: dict[str, str] = {}  # the name that it has in the frame for now, unlike any column's
-    for what, values in (("weights", weights), ("offset", offset)):
+    for what, values in given.items():
         if values is not None:
             beside[what] = f"({what})"
             while beside[what] in frame:
@@ -292,11 +336,21 @@ def _used_rows(
     complete = complete_rows(frame)
     used[used] = complete
     frame = settle(as_numbers(selected(frame, complete), computed_with(parsed)))
+    if family is not None:
+        named = [(e.shown, e.column) for e in parsed.offsets if e.column is not None]
+        for shown, name in [*named, *([("offset=", beside["offset"])] if "offset" in beside else [])]:
+            if frame[name].dtype.kind == "f":
+                refuse_infinite_offset(frame[name].to_numpy(), shown, frame[name].index)
     check_finite(frame)
     alone = [e.column for e in parsed.effects if e.column is not None and e.column not in contrasts]
     warn_of_numeric_factors(frame, dict.fromkeys(alone))
     values = {what: frame.pop(name).to_numpy(float) for what, name in beside.items()}
     own = pd.DataFrame(frame, index=labels if used.all() else labels[used], copy=True)
+    if family is not None:
+        there = rows_with_trials(parsed, own, values, family, context)
+        if not there.all():
+            used[used] = there
+            own, values = settle(own[there]), {what: column[there] for what, column in values.items()}
     return own, values, used, int((~complete).sum())
 
 
@@ -352,12 +406,16 @@ def with_contrasts(
 
 
 def full_rank(
-    X: np.ndarray, names: tuple[str, ...], weights: np.ndarray | None, known: Collection[str] = ()
+    X: np.ndarray,
+    names: tuple[str, ...],
+    weights: np.ndarray | None,
+    known: Collection[str] = (),
+    spare: str = "to estimate sigma from",
 ) -> tuple[np.ndarray, np.ndarray, Orthonormal]:
     """Leave out columns that earlier ones determine, as lme4 does, and say which. With the basis of those that stay.
 
     Args:
-        known: columns of which it has been said before.
+        known: columns of which it has been said before. spare: what rows beyond the columns are needed for.
     """
     basis = orthonormal_columns(X, None if weights is None else np.sqrt(weights))
     kept = basis.independent
@@ -368,7 +426,7 @@ def full_rank(
         X = X[:, kept]
     if X.shape[1] >= X.shape[0]:
         raise DataError(
-            f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing to estimate sigma from: "
+            f"{X.shape[1]} fixed-effects columns for {X.shape[0]} rows leave nothing {spare}: "
             f"{some_of([name for name, keep in zip(names, kept, strict=True) if keep])}"
         )
     return X, kept, basis.of(kept)

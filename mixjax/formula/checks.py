@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 
 from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.checks import DataError, some_of, warn
 from mixjax.design import Design, Labels
+
+# Families of counts without trials, their usual link log; families with a dispersion of their own, which effects of
+# single rows would describe as well.
+COUNTS, DISPERSED = ("poisson", "nbinom"), ("nbinom", "gamma", "inverse_gaussian", "beta")
+# Means of an offset on the log scale, exp(20) = 5e8, and of counts, that hardly belong together.
+HIGH_OFFSET, LOW_COUNT = 20.0, 100.0
 
 
 def check_varies(y: np.ndarray, response: str) -> None:
     """Refuse a response of one value."""
     if (y == y[0]).all():
         raise DataError(f"the response '{response}' is constant ({y[0]:g}): there is nothing to model")
+
+
+def check_weights(weights: np.ndarray | None) -> None:
+    """Refuse weights that leave rows out, or worse."""
+    if weights is not None and not (weights > 0).all():
+        raise DataError(
+            f"weights must be positive, but {int((weights <= 0).sum())} of {len(weights)} are zero or negative; to "
+            "leave rows out, use subset="
+        )
 
 
 def check_noise(y: np.ndarray, X: np.ndarray, Q: np.ndarray, weights: np.ndarray | None, response: str) -> None:
@@ -67,34 +85,58 @@ def warn_of_constant_slopes(Z: np.ndarray, names: tuple[str, ...], codes: np.nda
     )
 
 
-def check_number_of_effects(n: int, labels: Labels) -> None:
-    """Refuse random terms with as many effects as there are rows.
+def check_number_of_effects(n: int, labels: Labels, family: Any = None, size: np.ndarray | None = None) -> None:
+    """Refuse random terms with as many effects as there are rows, where these could not be told from noise.
+
+    An effect of every row is welcome beside counts, and beside proportions of several trials, whose overdispersion it
+    describes. Single trials of 0 or 1 have none.
+
+    Args:
+        family: of a generalised linear mixed model; None: linear. size: ``(n,)`` numbers of trials, or None for 1 each.
 
     Raises:
         DataError: names the term and the way to go on.
+
+    Warns:
+        DataWarning: the family describes overdispersion as well.
     """
     for names in labels.terms:
         effects = len(names.levels) * len(names.effects)
-        if effects >= n:
-            raise DataError(
-                f"{n} rows and {effects} random effects in term ({some_of(names.effects, ' + ')} | {names.group}): the "
-                "residual variance cannot be told from the random effects; use fewer effects or a coarser grouping "
-                "factor, or pass check_identifiable=False to fit it all the same"
-            )
+        if effects < n:
+            continue
+        term = f"({some_of(names.effects, ' + ')} | {names.group})"
+        if family is None or family.name == "gaussian":
+            why = "the residual variance cannot be told from the random effects"
+        elif family.name == "binomial" and (size is None or (size == 1).all()):
+            why = "single trials, each 0 or 1, say nothing of effects of single rows"
+        elif effects > n:
+            why = "so many cannot be told apart"
+        else:
+            if family.name in DISPERSED:
+                warn(
+                    f"term {term} has an effect for every row, and the {family.name} family describes overdispersion "
+                    f"too: the data hardly tell the two apart; leave the term out, or the family's own for one without"
+                )
+            continue
+        raise DataError(
+            f"{n} rows and {effects} random effects in term {term}: {why}; use fewer effects or a coarser grouping "
+            "factor, or pass check_identifiable=False to fit it all the same"
+        )
 
 
-def check_identifiable(design: Design, labels: Labels, basis: Orthonormal) -> None:
+def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, family: Any = None) -> None:
     """Refuse random terms whose variance the data cannot tell: too many effects, or effects that are fixed as well.
 
     Args:
-        basis: of X times the roots of the weights.
+        basis: of X, times the roots of the weights in a linear mixed model. family: of a generalised one.
 
     Raises:
         DataError: names the term and the way to go on.
     """
     n, p = design.X.shape
-    check_number_of_effects(n, labels)
-    Q, root_w = basis.Q, 1.0 if design.weights is None else np.sqrt(np.asarray(design.weights))
+    check_number_of_effects(n, labels, family, design.size)
+    plain = design.weights is None or family is not None
+    Q, root_w = basis.Q, 1.0 if plain else np.sqrt(np.asarray(design.weights))
     for term, names in zip(design.terms, labels.terms, strict=True):
         if term.n_groups > p:
             continue  # the levels' columns cannot all lie in the span of X
@@ -108,3 +150,28 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal) -> No
                     "cannot be estimated; leave it out of the fixed or of the random effects (or pass "
                     "check_identifiable=False to fit it all the same)"
                 )
+
+
+# --- offsets of generalised linear mixed models ----------------------------------------------------------------------
+
+
+def refuse_infinite_offset(offset: np.ndarray, name: str, index: pd.Index) -> None:
+    """Raise DataError where an offset is infinite, as the logarithm of no exposure is."""
+    infinite = np.isinf(offset)
+    if infinite.any():
+        raise DataError(
+            f"the offset '{name}' is infinite in {int(infinite.sum())} rows (first: row "
+            f"{index[np.flatnonzero(infinite)[0]]}), as the logarithm of zero exposure is: drop the row or rows "
+            "(subset=), or add to the exposure"
+        )
+
+
+def warn_of_high_offset(y: np.ndarray, offset: np.ndarray | None, family: Any) -> None:
+    """An exposure that should have been its logarithm."""
+    if family.name not in COUNTS or getattr(family, "link", "log") != "log" or offset is None:
+        return
+    if offset.mean() > HIGH_OFFSET and y.mean() < LOW_COUNT:
+        warn(
+            f"the offset is {offset.mean():.4g} on average, and counts are {y.mean():.4g}: an offset is on the scale "
+            "of the linear predictor; did you mean log(exposure)?"
+        )

@@ -65,6 +65,7 @@ class ParsedFormula:
         fixed: fixed effects.
         offsets: expressions inside ``offset(...)``.
         random: random terms in the order written; ``(1 | a/b)`` gives two.
+        pair: what ``cbind()`` holds where it is the response; empty for any other response.
     """
 
     text: str
@@ -72,6 +73,7 @@ class ParsedFormula:
     fixed: Effects
     offsets: tuple[Expression, ...]
     random: tuple[RandomPart, ...]
+    pair: tuple[Expression, ...] = ()
 
     @property
     def predictors(self) -> tuple[Expression, ...]:
@@ -128,7 +130,21 @@ def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
             if any(t.text in ("|", "||") and t.kind == "sign" for t in _outside_calls(piece)):
                 raise FormulaError(f"random terms can only be added, not combined with other terms: '{piece}'")
             fixed.append((sign, piece))
-    return ParsedFormula(text, expression(response, columns), effects(fixed, columns), tuple(offsets), tuple(random))
+    left = expression(response, columns)
+    pair = _pair(response, columns)
+    return ParsedFormula(text, left, effects(fixed, columns), tuple(offsets), tuple(random), pair)
+
+
+def _pair(response: Piece, columns: Collection[str]) -> tuple[Expression, ...]:
+    """The arguments of ``cbind(successes, failures)``, which may have names."""
+    call = response.unwrapped().call()
+    if call is None or call[0] != "cbind":
+        return ()
+    parts = []
+    for part in call[1].split(","):
+        named = len(part.tokens) > 2 and part.tokens[0].kind == "name" and part.tokens[1].text == "="
+        parts.append(Piece(part.source, part.tokens[2:]) if named else part)
+    return tuple(expression(part, columns) for part in parts if part.tokens)
 
 
 def _cut(text: str) -> str:

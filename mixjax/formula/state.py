@@ -46,6 +46,7 @@ class FormulaState:
         offsets: expressions of ``offset(...)`` with what they learnt.
         weights, offset: names of columns that were given beside the formula. offset_beside: an offset was given as
             numbers, which say nothing of new rows.
+        size: name of the column of numbers of trials, or None. New rows need it only where responses are drawn.
         contrasts: as given. context: names beside columns, with their values then.
         kinds: column that expressions read -> dtype in the fit.
         levels: grouping factor -> ``(m, columns)`` names of the values that make every level.
@@ -63,6 +64,7 @@ class FormulaState:
     context: Context
     kinds: Mapping[str, Any]
     levels: Mapping[str, np.ndarray]
+    size: str | None = None
 
     @property
     def predictors(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.design import Design
+from mixjax.design import Design, refuse_trials
 from mixjax.machine import is_concrete
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
@@ -31,7 +31,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         y; theirs has a leading axis.
 
     Raises:
-        ValueError: shapes or values do not make a model.
+        ValueError: shapes or values do not make a model; the design has numbers of trials.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -40,6 +40,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         >>> float(mj.cross_products(design).n)
         12.0
     """
+    refuse_trials(design)
     if y is not None and np.ndim(y) == 2:
         stats = _of_many(design, y)
     else:
