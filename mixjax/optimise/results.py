@@ -8,7 +8,8 @@ import numpy as np
 
 
 class Result(IntEnum):
-    """How a fit ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not."""
+    """How a fit ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not. ``SEPARATED`` and
+    ``UNBOUNDED`` are ends of generalised linear mixed models."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -16,6 +17,8 @@ class Result(IntEnum):
     STALLED = 3
     NONDIFFERENTIABLE = 4
     NO_NOISE = 5
+    SEPARATED = 6
+    UNBOUNDED = 7
 
     @property
     def is_solution(self) -> bool:
@@ -47,6 +50,15 @@ _MESSAGES = {
     Result.NO_NOISE: (
         "the fixed effects reproduce the response exactly: no variance is left; look for a column that was computed "
         "from the response"
+    ),
+    Result.SEPARATED: (
+        "the response is separated: the likelihood grows for ever along some combination of the fixed effects, which "
+        "have no finite estimates; look for a level of a factor whose rows all have the same outcome, and leave it out "
+        "or join it with another"
+    ),
+    Result.UNBOUNDED: (
+        "a standard deviation or a parameter of the family runs to infinity: look for levels whose rows all have the "
+        "same outcome, or, with a negative binomial family, for counts that vary no more than Poisson ones do"
     ),
 }
 

@@ -1,0 +1,364 @@
+"""The Laplace approximation as a function of covariances alone: modes found, fixed effects and the family's parameters
+profiled out, in lanes.
+
+Three searches stand in each other. Inside, Newton's steps for the modes of the random effects, level by level. In the
+middle, Newton's steps for ``fixed = (delta, psi)`` with the exact Hessian of :mod:`mixjax.engine.laplace_curvature`.
+Outside, the optimiser over the coordinates of the covariances sees only :func:`evaluate`. Each is begun where the
+derivatives of the point before say that it will end, so that one step is mostly enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import decompositions, linalg
+from mixjax.covariance import pairs_of
+from mixjax.engine.effects import CurvedEffects, directions_of, free_entries
+from mixjax.engine.laplace_curvature import ClosedForm, Data, closed_form
+from mixjax.families import Derivatives, Expected, Family
+from mixjax.machine import Array, namespace, while_loop
+from mixjax.optimise.newton import where
+from mixjax.products.sums import Layout
+
+# Twice the decrease that a Newton step promises, in units of the deviance: of the inner step after which modes are
+# found (errors square), and of the middle one after which no other follows.
+INNER, MIDDLE = 1e-9, 1e-8
+# The same of the last evaluation of a fit.
+INNER_LAST, MIDDLE_LAST = 1e-13, 1e-18
+MOST_INNER, MOST_MIDDLE, MOST_HALVINGS = 60, 60, 30
+# Longest step of the fixed effects, in root mean squares of the predictor, and of psi.
+LONGEST, LONGEST_PSI = 3.0, 2.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that the objective depends on but parameters. A JAX pytree.
+
+    Attributes:
+        effects, data: of the rows. family: static. expected: the determinant has the expected curvature.
+    """
+
+    effects: CurvedEffects
+    data: Data
+    family: Family
+    expected: bool
+
+    @property
+    def layout(self) -> Layout:
+        return self.effects.layout
+
+    @property
+    def p(self) -> int:
+        return len(self.data.X)
+
+    @property
+    def n_fixed(self) -> int:
+        """Fixed effects and parameters of the family."""
+        return self.p + self.family.n_psi
+
+    def density(self, eta: Array, psi: Array) -> Array:
+        data = self.data
+        found: Array = data.weighted(self.family.density(eta, data.y, data.size, psi))
+        return found
+
+    def derivatives(self, eta: Array, psi: Array) -> Derivatives:
+        data = self.data
+        found: Derivatives = data.weighted(self.family.derivatives(eta, data.y, data.size, psi))
+        return found
+
+    def expected_curvature(self, eta: Array, psi: Array) -> Expected:
+        found: Expected = self.data.weighted(self.family.expected(eta, self.data.size, psi))
+        return found
+
+    def predictor(self, fixed: Array, b: Array) -> Array:
+        return self.data.predictor(fixed[: self.p], self.effects.rows(b))
+
+
+jax.tree_util.register_dataclass(Model, data_fields=["effects", "data"], meta_fields=["family", "expected"])
+
+
+class Modes(NamedTuple):
+    """Modes of the random effects: ``b = D v``, ``(*effects, L)``, their ``penalty (L,)`` ``v'D v``, and twice the
+    decrease that the last step promised, ``(L,)``."""
+
+    v: Array
+    b: Array
+    penalty: Array
+    decrement: Array
+
+
+class Memory(NamedTuple):
+    """The last point evaluated, from which the next one is foretold.
+
+    Attributes:
+        D: ``(J, L)`` free entries of the covariances. fixed: ``(p + s, L)``. v: ``(*effects, L)``.
+        step: ``(p + s, L)`` Newton's step of ``fixed`` there, to be taken with the next one.
+        slopes: ``(p + s, J, L)`` of ``fixed`` by D. scores: ``(T, *effects, L)`` of v by fixed and D.
+    """
+
+    D: Array
+    fixed: Array
+    v: Array
+    step: Array
+    slopes: Array
+    scores: Array
+
+
+class Evaluated(NamedTuple):
+    """The profiled objective at one x.
+
+    Attributes:
+        value, gradient, Hessian: by x: ``(L,), (k, L), (k, k, L)``.
+        form: all derivatives, by fixed and D. fixed: ``(p + s, L)``. modes: of the random effects.
+        step: Newton's, of fixed, and decrement: twice what it promises.
+    """
+
+    value: Array
+    gradient: Array
+    Hessian: Array
+    form: ClosedForm
+    fixed: Array
+    modes: Modes
+    step: Array
+    decrement: Array
+    memory: Memory
+
+
+# --- the modes -------------------------------------------------------------------------------------------------------
+
+
+def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, tolerance: float) -> Modes:
+    """Modes of the random effects by Newton's method from ``b = D v``, with steps halved where a level's penalised
+    deviance would rise."""
+    effects, psi = model.effects, fixed[model.p :]
+    xp = namespace(v, fixed)
+
+    def deviance(b: Array, v: Array) -> Array:
+        return 2.0 * effects.units(model.density(model.predictor(fixed, b), psi)) + effects.unit_dots(v, b)
+
+    b = effects.times_D(lambdas, v)
+    P, nothing = deviance(b, v), xp.zeros_like(v)
+    at_zero = deviance(nothing, nothing)
+    worse = ~(at_zero >= P)  # also where it is not finite
+    keep = effects.of_units(worse)
+    b, v, P = xp.where(keep, 0.0, b), xp.where(keep, 0.0, v), xp.where(worse, at_zero, P)
+
+    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        b, v, P, _, i = state
+        at = model.derivatives(model.predictor(fixed, b), psi)
+        gain = effects.gain(lambdas, effects.normal(at.by_eta[2]))
+        if not model.family.log_concave:
+            bent = ~xp.isfinite(gain.logdet)
+            if xp is not np or bent.any():
+                straight = xp.where(bent, xp.maximum(at.by_eta[2], 0.0), at.by_eta[2])
+                gain = effects.gain(lambdas, effects.normal(straight))
+        g = -effects.effects(at.by_eta[1])
+        r = gain.times_A(b) + g
+        new_b = gain.solve(r)
+        db, dv = new_b - b, r - gain.times_A(new_b) - v
+        by_unit = effects.unit_dots(g - v, db)
+        noise = 1e-12 * (1.0 + xp.abs(P))
+
+        def rises(part: Array) -> Array:
+            scaled = effects.of_units(part)
+            return ~(deviance(b + scaled * db, v + scaled * dv) <= P + noise)
+
+        part = xp.ones_like(P)
+        bad = rises(part)
+
+        def halve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+            part, bad, i = state
+            part = xp.where(bad, 0.5 * part, part)
+            return part, rises(part), i + 1
+
+        if xp is not np or bad.any():
+            part, bad, _ = while_loop(lambda s: s[1].any() & (s[2] < MOST_HALVINGS), halve, (part, bad, 0), xp)
+            part = xp.where(bad, 0.0, part)
+        scaled = effects.of_units(part)
+        b, v = b + scaled * db, v + scaled * dv
+        return b, v, deviance(b, v), xp.where(part < 1.0, xp.inf, by_unit).sum(0), i + 1
+
+    def goes_on(state: tuple[Array, ...]) -> Array:
+        return (~(state[3] <= tolerance)).any() & (state[4] < MOST_INNER)
+
+    start = (b, v, P, xp.full(fixed.shape[1:], xp.inf, fixed.dtype), 0)
+    b, v, P, decrement, _ = while_loop(goes_on, step, start, xp)
+    return Modes(v, b, effects.unit_dots(v, b).sum(0), decrement)
+
+
+def form_at(model: Model, lambdas: list[Array], fixed: Array, modes: Modes) -> ClosedForm:
+    """The closed form at modes."""
+    eta, psi = model.predictor(fixed, modes.b), fixed[model.p :]
+    expected = model.expected_curvature(eta, psi) if model.expected else None
+    return closed_form(model.effects, lambdas, model.data, model.derivatives(eta, psi), expected, modes.penalty)
+
+
+# --- fixed effects and psi -------------------------------------------------------------------------------------------
+
+
+class _Middle(NamedTuple):
+    """State of the middle search. ``fixed``, ``modes``, ``form``: the best point so far; ``step`` from it, of which
+    ``part`` is tried next."""
+
+    fixed: Array
+    modes: Modes
+    form: ClosedForm
+    step: Array
+    decrement: Array
+    part: Array
+    done: Array
+    count: Any
+
+
+def _newton(model: Model, form: ClosedForm) -> tuple[Array, Array]:
+    """Newton's step of ``fixed``, and twice what it promises."""
+    xp, n, p = namespace(form.value), model.n_fixed, model.p
+    g, H = form.gradient[:n], form.Hessian[:n, :n]
+    fisher = form.fisher
+    if n > p:  # of psi it need not be positive: its own curvature then, in absolute value
+        own = xp.abs(H[p:, p:]) * linalg.eye(n - p, H) + linalg.eye(n - p, H)
+        fisher = xp.concatenate([
+            xp.concatenate([fisher[:p, :p], xp.zeros((p, n - p, *own.shape[2:]))], 1),
+            xp.concatenate([xp.zeros((n - p, p, *own.shape[2:])), own], 1),
+        ])  # fmt: skip
+    diagonal = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(n)])))
+    definite = decompositions.is_positive(H - 1e-12 * diagonal[:, None] * diagonal[None] * linalg.eye(n, H))
+    used = xp.where(definite, H, fisher)
+    step = -linalg.matmul(linalg.inverse_logdet(used)[0], g[:, None])[:, 0]
+    return step, -(g * step).sum(0)
+
+
+def cut(model: Model, step: Array) -> Array:
+    """The part ``(L,)`` of a step that is not too long."""
+    xp, p = namespace(step), model.p
+    part = xp.ones(step.shape[1:], step.dtype)
+    if p:
+        length = xp.sqrt((step[:p] ** 2).sum(0))
+        part = xp.minimum(part, LONGEST / xp.maximum(length, LONGEST))
+    if len(step) > p:
+        length = xp.abs(step[p:]).max(0)
+        part = xp.minimum(part, LONGEST_PSI / xp.maximum(length, LONGEST_PSI))
+    return part
+
+
+def profile(
+    model: Model, lambdas: list[Array], fixed: Array, v: Array, inner: float = INNER, middle: float = MIDDLE
+) -> _Middle:
+    """The objective's minimum over ``fixed (p + s, L)``, up to a last Newton step."""
+    xp = namespace(fixed, v)
+    n = model.n_fixed
+
+    def at(fixed: Array, v: Array) -> tuple[Modes, ClosedForm]:
+        modes = find_modes(model, lambdas, fixed, v, inner)
+        return modes, form_at(model, lambdas, fixed, modes)
+
+    modes, form = at(fixed, v)
+    if n == 0:
+        nothing = xp.zeros_like(form.value)
+        return _Middle(fixed, modes, form, fixed, nothing, nothing, nothing == 0, 0)
+    step, decrement = _newton(model, form)
+    start = _Middle(fixed, modes, form, step, decrement, cut(model, step), decrement <= middle, 0)
+
+    def advance(state: _Middle) -> _Middle:
+        move = state.part * state.step
+        fixed = state.fixed + move
+        v = state.modes.v + linalg_sum(move, state.form.scores[:n])
+        modes, form = at(fixed, v)
+        noise = 1e-11 * (1.0 + xp.abs(state.form.value))
+        fell = form.value <= state.form.value - 1e-4 * state.part * state.decrement + noise
+        step, decrement = _newton(model, form)
+        better = _Middle(fixed, modes, form, step, decrement, cut(model, step), decrement <= middle, state.count)
+        worse = state._replace(part=state.part / 3.0, done=state.part < 1e-9)
+        new = where(state.done, state, where(fell, better, worse))
+        return new._replace(count=state.count + 1)
+
+    def goes_on(state: _Middle) -> Array:
+        return (~state.done).any() & (state.count < MOST_MIDDLE)
+
+    found: _Middle = while_loop(goes_on, advance, start, xp)
+    return found
+
+
+def linalg_sum(numbers: Array, stack: Array) -> Array:
+    """``sum_t numbers_t stack_t``: ``(T, L), (T, ..., L) -> (..., L)``."""
+    shape = (numbers.shape[0], *(1,) * (stack.ndim - 2), numbers.shape[-1])
+    return (numbers.reshape(shape) * stack).sum(0)
+
+
+# --- what the optimiser sees -----------------------------------------------------------------------------------------
+
+
+def covariances(x: Array, layout: Layout) -> list[Array]:
+    """Per term ``D (q, q, L)``."""
+    return [linalg.matmul(F, linalg.transpose(F)) for F in cov.factors_of(x, layout.structures)]
+
+
+def foretold(model: Model, memory: Memory, D: Array) -> tuple[Array, Array]:
+    """``fixed`` and ``v`` where the free entries of the covariances are ``D (J, L)``."""
+    moved = D - memory.D
+    change = memory.step + (memory.slopes * moved[None]).sum(1)
+    if len(change):
+        change = cut(model, change) * change
+    v = memory.v + linalg_sum(namespace(change).concatenate([change, moved]), memory.scores)
+    return memory.fixed + change, v
+
+
+def evaluate(model: Model, x: Array, memory: Memory, inner: float = INNER, middle: float = MIDDLE) -> Evaluated:
+    """The objective with ``fixed`` profiled out, and its derivatives by ``x (k, L)``."""
+    lambdas = cov.factors_of(x, model.layout.structures)
+    D = free_entries(covariances(x, model.layout))
+    found = profile(model, lambdas, *foretold(model, memory, D), inner, middle)
+    form, n = found.form, model.n_fixed
+    g, H = form.gradient, form.Hessian
+    reduced_g, reduced_H, slopes = g[n:], H[n:, n:], H[:n, n:]
+    if n:
+        inverse = linalg.inverse_logdet(H[:n, :n])[0]
+        slopes = -linalg.matmul(inverse, H[:n, n:])
+        reduced_g = reduced_g + linalg.matmul(H[n:, :n], found.step[:, None])[:, 0]
+        reduced_H = reduced_H + linalg.matmul(H[n:, :n], slopes)
+    jacobian, curvature = chain(x, reduced_g, model.layout)
+    back = linalg.transpose(jacobian)
+    gradient = linalg.matmul(back, reduced_g[:, None])[:, 0]
+    Hessian = linalg.matmul(back, linalg.matmul(reduced_H, jacobian)) + curvature
+    value = form.value - 0.5 * found.decrement
+    memory = Memory(D, found.fixed, found.modes.v, found.step, slopes, form.scores)
+    return Evaluated(
+        value, gradient, Hessian, form, found.fixed, found.modes, found.step, found.decrement, memory
+    )  # fmt: skip
+
+
+def chain(x: Array, g: Array, layout: Layout) -> tuple[Array, Array]:
+    """``dD/dx (J, k, L)``, and ``sum_j g_j d2D_j / dx dx (k, k, L)``."""
+    xp = namespace(x, g)
+    J, k = len(g), len(x)
+    jacobian, curvature = xp.zeros((J, k, x.shape[-1]), x.dtype), xp.zeros((k, k, x.shape[-1]), x.dtype)
+    rows, columns, row, column = [], [], 0, 0
+    for structure, part in zip(layout.structures, cov.cut(x, layout.structures), strict=True):
+        n_pairs = len(pairs_of(structure.q))
+        own = structure.jacobian(part), structure.curvature(part, g[row : row + n_pairs])
+        before, after = column, k - column - structure.k
+        rows.append(xp.pad(own[0], ((0, 0), (before, after), (0, 0))))
+        columns.append(xp.pad(own[1], ((before, after), (before, after), (0, 0))))
+        row, column = row + n_pairs, column + structure.k
+    jacobian, curvature = xp.concatenate(rows), sum(columns[1:], columns[0])
+    return jacobian, curvature
+
+
+def nothing_known(model: Model, fixed: Array) -> Memory:
+    """A memory of no point: fixed as it is, modes from zero."""
+    xp = namespace(fixed, model.data.y)
+    L = fixed.shape[-1]
+    J, shape = len(directions_of(model.layout)), model.effects.effect_shape
+    return Memory(
+        D=xp.zeros((J, L), fixed.dtype),
+        fixed=fixed,
+        v=xp.zeros((*shape, L), fixed.dtype),
+        step=xp.zeros_like(fixed),
+        slopes=xp.zeros((len(fixed), J, L), fixed.dtype),
+        scores=xp.zeros((len(fixed) + J, *shape, L), fixed.dtype),
+    )

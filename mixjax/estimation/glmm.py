@@ -1,0 +1,203 @@
+"""From rows to the estimates of one generalised linear mixed model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.design import AnyArray
+from mixjax.engine.block_effects import Crossed, crossed
+from mixjax.engine.coordinates import solve_where
+from mixjax.engine.laplace_curvature import Data
+from mixjax.engine.laplace_fit import (
+    INNER_LAST,
+    MIDDLE_LAST,
+    Evaluated,
+    Model,
+    chain,
+    evaluate,
+    nothing_known,
+)
+from mixjax.engine.level_effects import OneFactor, one_factor
+from mixjax.estimation import search
+from mixjax.estimation.glmm_start import covariance_start, fixed_start
+from mixjax.estimation.search import own_factors, result_code
+from mixjax.machine import Array, silently
+from mixjax.optimise.newton import Solution
+from mixjax.optimise.results import Result
+from mixjax.products.family_rows import FamilyRows
+
+# Change of a row's predictor, of psi, or of a standard deviation, by the last Newton step, from which on it goes on for
+# ever although it promises nothing.
+ENDLESS = 1e-3
+
+
+class GLMMEstimates(NamedTuple):
+    """Estimates of one generalised linear mixed model. A JAX pytree.
+
+    Attributes:
+        theta: ``(k,)`` Cholesky factors of the *absolute* covariances, lower triangle column by column, term by term.
+        beta: ``(p,)`` fixed effects. psi: ``(s,)`` logarithms of the family's parameters.
+        Sigma: per term ``(q, q)``, covariance of its random effects.
+        vcov: ``(p, p)`` covariance of beta, from the Hessian of all parameters: those of the covariances are estimated.
+        vcov_all: ``(p + s + k, p + s + k)`` of beta, psi and the coordinates of the covariances in the bases of the
+            rows; zero where a coordinate is fixed at zero.
+        b: per term ``(n_groups, q)``, conditional modes. eta: ``(n,)`` linear predictor at them.
+        criterion: ``()`` -2 log-likelihood by Laplace's approximation or quadrature, all constants kept.
+        converged, singular, iterations, grad_norm, result: as in :class:`mixjax.Estimates`.
+        mode_error: ``()`` how far the modes are from where one more step would take them, at most.
+    """
+
+    theta: AnyArray
+    beta: AnyArray
+    psi: AnyArray
+    Sigma: tuple[AnyArray, ...]
+    vcov: AnyArray
+    vcov_all: AnyArray
+    b: tuple[AnyArray, ...]
+    eta: AnyArray
+    criterion: AnyArray
+    converged: AnyArray
+    singular: AnyArray
+    iterations: AnyArray
+    grad_norm: AnyArray
+    mode_error: AnyArray
+    result: AnyArray
+
+
+def model_of(rows: FamilyRows, curvature: str = "observed") -> Model:
+    """The objective of rows of numbers, for NumPy: one lane."""
+    effects = one_factor(rows) if len(rows.levels) == 1 else crossed(rows)
+    index = effects.index if isinstance(effects, OneFactor) else np.arange(rows.n)
+    empty = index < 0
+
+    def at(values: Any, columns: bool = False) -> Any:
+        if values is None:
+            return None
+        taken = np.asarray(values, np.float64)[np.where(empty, 0, index)]
+        if columns:
+            return np.where(empty[None, ..., None], 0.0, np.moveaxis(taken, -1, 0)[..., None])
+        return taken[..., None]
+
+    weights = at(rows.weights)
+    if empty.any():
+        weights = np.where(empty[..., None], 0.0, 1.0 if weights is None else weights)
+    data = Data(at(rows.y), at(rows.size), weights, at(rows.offset), at(rows.Q, columns=True))
+    return Model(effects, data, rows.family, curvature == "expected")
+
+
+def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str = "observed") -> GLMMEstimates:
+    """Estimates by Laplace's approximation, by NumPy.
+
+    Args:
+        rows: of one response. start: ``(k,)`` theta, or None.
+    """
+    with silently():
+        model = model_of(rows, curvature)
+        structures = rows.layout.structures
+        fixed = fixed_start(model, 1)
+        if start is None:
+            x0 = covariance_start(model, fixed)
+        else:
+            lambdas = cov.lambdas_of_theta(np.asarray(start, np.float64), rows.layout.qs)
+            inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
+            x0 = cov.near(inside, structures)
+            x0 = np.where(np.abs(x0) < 1e-3, 1e-3, x0)
+        memory = nothing_known(model, fixed)
+
+        def by_x(x: Array) -> tuple[Array, Array, Array]:
+            nonlocal memory
+            found = evaluate(model, x, memory)
+            if all(np.isfinite(part).all() for part in found.memory):
+                memory = found.memory
+            return found.value, found.gradient, found.Hessian
+
+        solution = search.run(by_x, x0, structures)
+        last = evaluate(model, solution.x, memory, INNER_LAST, MIDDLE_LAST)
+        return assemble(rows, model, solution, last)
+
+
+def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated) -> GLMMEstimates:
+    """All that follows from the coordinates, on the scale of the original columns."""
+    n, p, x = model.n_fixed, model.p, solution.x
+    H, free = joint_Hessian(model, x, last)[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
+    own = own_factors(x[:, 0], rows.Z_bases, rows.layout)
+    gradient = np.concatenate([last.form.gradient[:n, 0], last.gradient[:, 0]])
+    inverse = solve_where(free, H, np.eye(len(H)))
+    to_user = np.eye(len(H))
+    to_user[:p, :p] = rows.X_basis.R_inv
+    covariance = to_user @ (2.0 * inverse) @ to_user.T
+    code = int(result_code(Solution(*(part[..., 0] for part in solution)), own))
+    if code in (Result.CONVERGED, Result.NONDIFFERENTIABLE):
+        code = _endless(model, -inverse @ gradient, x[:, 0], code)
+    eta = model.predictor(last.fixed, last.modes.b)
+    return GLMMEstimates(
+        theta=cov.theta_of_lambdas(own.lambdas),
+        beta=rows.X_basis.R_inv @ last.fixed[:p, 0],
+        psi=last.fixed[p:, 0],
+        Sigma=tuple(L @ L.T for L in own.lambdas),
+        vcov=covariance[:p, :p],
+        vcov_all=covariance,
+        b=modes_by_term(rows, model, last.modes.b),
+        eta=in_order(model, eta, rows.n),
+        criterion=np.float64(last.value[0]),
+        converged=np.bool_(Result(code).is_solution),
+        singular=own.deficient,
+        iterations=solution.iterations[0],
+        grad_norm=solution.scaled_gradient[0],
+        mode_error=np.sqrt(np.maximum(last.modes.decrement[0], 0.0)),
+        result=np.int64(code),
+    )
+
+
+def _endless(model: Model, step: np.ndarray, x: np.ndarray, code: int) -> int:
+    """``SEPARATED`` or ``UNBOUNDED`` where Newton's step stays long although it promises nothing: along a direction in
+    which the likelihood grows for ever it approaches its bound like ``exp(-t)``."""
+    n, p = model.n_fixed, model.p
+    eta = sum((column * own for column, own in zip(model.data.X, step[:p], strict=True)), np.zeros(1))
+    if np.abs(eta).max(initial=0.0) > ENDLESS:
+        return Result.SEPARATED
+    if np.abs(step[p:n]).max(initial=0.0) > ENDLESS or (np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))).any():
+        return Result.UNBOUNDED
+    return code
+
+
+def joint_Hessian(model: Model, x: Array, at: Evaluated) -> Array:
+    """Of the objective by fixed and x: ``(p + s + k, p + s + k, L)``."""
+    n, H = model.n_fixed, at.form.Hessian
+    jacobian, curvature = chain(x, at.form.gradient[n:], model.layout)
+    back = linalg.transpose(jacobian)
+    side = linalg.matmul(H[:n, n:], jacobian) if n else H[:0, n:]
+    corner = linalg.matmul(back, linalg.matmul(H[n:, n:], jacobian)) + curvature
+    if not n:
+        return corner
+    upper = np.concatenate([H[:n, :n], side], 1)
+    return np.concatenate([upper, np.concatenate([linalg.transpose(side), corner], 1)])
+
+
+def modes_by_term(rows: FamilyRows, model: Model, b: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Per term ``(n_groups, q)``, for the user's columns."""
+    found = []
+    for place, basis in zip(rows.layout.terms, rows.Z_bases, strict=True):
+        if isinstance(model.effects, OneFactor):
+            own = b[place.start : place.start + place.q, :, 0]
+        else:
+            effects, m = model.effects, rows.levels[place.factor]
+            assert isinstance(effects, Crossed)
+            begin = effects.place_of(place.factor)[0]
+            own = b[begin + place.start * m : begin + (place.start + place.q) * m, 0].reshape(place.q, m)
+        found.append((basis.R_inv @ own).T)
+    return tuple(found)
+
+
+def in_order(model: Model, values: np.ndarray, n: int) -> np.ndarray:
+    """Row functions ``(*rows, 1)`` in the order of the data."""
+    if not isinstance(model.effects, OneFactor):
+        return values[:, 0]
+    index = model.effects.index.reshape(-1)
+    found = np.empty(n)
+    found[index[index >= 0]] = values.reshape(-1)[index >= 0]
+    return found

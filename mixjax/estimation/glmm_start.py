@@ -1,0 +1,130 @@
+"""Where a fit of a generalised linear mixed model starts: the model without random effects, variances from scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import decompositions, linalg
+from mixjax.covariance import pairs_of, stack_of
+from mixjax.engine.block_effects import Crossed
+from mixjax.engine.effects import dots, orders_of
+from mixjax.engine.laplace_fit import LONGEST, Model
+from mixjax.engine.level_effects import OneFactor
+from mixjax.machine import Array, namespace
+
+# Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, on the scale
+# of the predictor.
+STEPS = 4
+LEAST, MOST = 0.2, 2.0
+
+
+def fixed_start(model: Model, lanes: int) -> Array:
+    """``(p + s, L)``: fixed effects by Fisher scoring without random effects (McCullagh & Nelder 1989, Generalized
+    Linear Models, section 2.5), parameters of the family by their moments."""
+    data, family, p = model.data, model.family, model.p
+    xp, rows = namespace(data.y), model.effects.row_axes
+    eta = family.eta_start(data.y, 1.0 if data.size is None else data.size)
+    shape = (*eta.shape[:-1], lanes)
+    eta = xp.broadcast_to(eta, shape)
+    psi = xp.zeros((family.n_psi, lanes), eta.dtype)
+    if family.n_psi:
+        psi = _psi(model, eta)
+    if not p:
+        return psi
+    delta = xp.zeros((p, lanes), eta.dtype)
+    target = eta if data.offset is None else eta - data.offset
+    for i in range(1 + STEPS):
+        w = data.weighted(family.expected(eta, data.size, psi).w)
+        weighted = xp.stack([xp.broadcast_to(w * column, shape) for column in data.X])
+        XX = dots(weighted, xp.broadcast_to(data.X, (p, *shape)), rows)
+        if i == 0:
+            rhs = (weighted * target).sum(tuple(range(1, 1 + rows)))
+        else:
+            c1 = data.weighted(family.derivatives(eta, data.y, data.size, psi).by_eta[1])
+            rhs = -(c1 * data.X).sum(tuple(range(1, 1 + rows)))
+        ridge = 1e-10 * xp.stack([XX[j, j] for j in range(p)]).max(0) * linalg.eye(p, XX)
+        step = linalg.matmul(linalg.inverse_logdet(XX + ridge)[0], rhs[:, None])[:, 0]
+        step = xp.where(xp.isfinite(step).all(0), step, 0.0)
+        if i:
+            length = xp.sqrt((step**2).sum(0))
+            step = step * LONGEST / xp.maximum(length, LONGEST)
+        delta = delta + step
+        eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
+    return xp.concatenate([delta, _psi(model, eta)]) if family.n_psi else delta
+
+
+def _psi(model: Model, eta: Array) -> Array:
+    """Parameters of the family, ``(s, L)``, where the predictor is ``eta``."""
+    data, xp = model.data, namespace(eta)
+    mu = model.family.mean(eta)
+    n = int(np.prod(mu.shape[:-1]))
+    flat = [None if a is None else xp.broadcast_to(a, mu.shape).reshape(n, -1) for a in (data.y, mu, data.size)]
+    found = [model.family.psi_start(*(None if a is None else a[:, lane] for a in flat)) for lane in range(mu.shape[-1])]
+    return xp.stack([xp.asarray(one) for one in found], axis=-1)
+
+
+def covariance_start(model: Model, fixed: Array) -> Array:
+    """Coordinates ``(k, L)``: without random effects the scores of a level, ``g = -Z'c1``, have covariance ``A D A +
+    A``, so the sum of ``g g' - A`` over levels is linear in D."""
+    data, effects, p = model.data, model.effects, model.p
+    structures = model.layout.structures
+    shape = (*data.y.shape[:-1], fixed.shape[-1])
+    xp = namespace(fixed)
+    eta = data.predictor(fixed[:p], xp.zeros(shape, fixed.dtype))
+    at = data.weighted(model.family.derivatives(eta, data.y, data.size, fixed[p:]))
+    w = data.weighted(model.family.expected(eta, data.size, fixed[p:]).w)
+    g, A = -effects.effects(at.by_eta[1]), effects.normal(w)
+    if isinstance(effects, OneFactor):
+        roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms])
+    else:
+        assert isinstance(effects, Crossed)
+        roots = _of_diagonals(g, A, effects)
+    x = cov.near(roots, structures)
+    fallback = cov.near([0.5 * xp.eye(s.q, dtype=fixed.dtype) for s in structures], structures)
+    return xp.where(xp.isfinite(x).all(0), x, fallback[:, None])
+
+
+def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]]) -> list[Array]:
+    xp, q = namespace(g), len(g)
+    spots = pairs_of(q)
+    excess = xp.stack([(g[a] * g[b] - A[a, b]).sum(0) for a, b in spots])
+    lhs = []
+    for c, d in spots:
+        AEA = {(a, b): sum((A[a, u] * A[v, b]).sum(0) for u, v in orders_of(c, d)) for a, b in spots}
+        lhs.append(xp.stack([AEA[spot] for spot in spots]))
+    M = xp.stack(lhs, axis=1)  # rows: equations, columns: entries of D
+    scale = xp.sqrt(xp.maximum(xp.stack([M[j, j] for j in range(len(spots))]), np.finfo(g.dtype).tiny))
+    scaled = M / scale[:, None] / scale[None] + 1e-8 * linalg.eye(len(spots), M)
+    if len(spots) == 1:
+        found = excess / scale / scaled[0] / scale
+    else:
+        inverse = xp.moveaxis(xp.linalg.inv(xp.moveaxis(scaled, -1, 0)), 0, -1)
+        found = linalg.matmul(inverse, (excess / scale)[:, None])[:, 0] / scale
+    values = dict(zip(spots, found, strict=True))
+    roots = []
+    for start, size in places:
+        D = stack_of([
+            [values[start + min(a, b), start + max(a, b)] for b in range(size)] for a in range(size)
+        ])  # fmt: skip
+        squared, vectors = decompositions.eigh(D)
+        roots.append(vectors * xp.sqrt(xp.clip(squared, LEAST**2, MOST**2))[None])
+    return roots
+
+
+def _of_diagonals(g: Array, A: Any, effects: Crossed) -> list[Array]:
+    """Of several factors, each by itself: standard deviations alone."""
+    roots = []
+    q, m, _ = A.side.shape
+    diagonal = np.concatenate([np.diagonal(A.first).T.reshape(q * m), A.dense.diagonal()])
+    for place in effects.layout.terms:
+        start, size = effects.place_of(place.factor)
+        sds = []
+        for a in range(place.start, place.start + place.q):
+            at = start + a * size + np.arange(size)
+            variance = (g[at, 0] ** 2 - diagonal[at]).sum() / max((diagonal[at] ** 2).sum(), np.finfo(float).tiny)
+            sds.append(np.sqrt(np.clip(variance, LEAST**2, MOST**2)))
+        roots.append(np.diag(sds)[..., None])
+    return roots
