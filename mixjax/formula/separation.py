@@ -24,7 +24,7 @@ from mixjax.design import Design, Labels
 from mixjax.formula.checks import COUNTS
 from mixjax.formula.table import level_names
 
-# n p^2 beyond which nobody looks for directions: up to there one or two tenths of a second.
+# n p^2 beyond which nobody looks for directions: up to there some tenths of a second.
 LARGEST = 5_000_000
 # Rows among which the proof is looked for first: what some rows forbid, all do.
 FEW = 1_000
@@ -62,11 +62,9 @@ class Separation:
     def sentence(self) -> str:
         """The whole as a sentence for a warning."""
         several = len(self.columns) > 1
-        because = (
-            f" ({some_of(self.words, '; ')})" if self.words else f" ({int(self.rows.sum())} of {len(self.rows)} rows)"
-        )
+        rows = some_of(self.words, "; ") or f"{int(self.rows.sum())} of {len(self.rows)} rows"
         return (
-            f"the fixed effects separate {self.response}{because}: without random effects the estimate"
+            f"the fixed effects separate {self.response} ({rows}): without random effects the estimate"
             f"{'s' if several else ''} of {some_of(self.columns)} would be infinite; leave the column"
             f"{'s' if several else ''} or these rows out, or join levels, unless the random effects account for them"
         )
