@@ -90,6 +90,13 @@ TRIALS = {
 
 @pytest.mark.parametrize(("left", "options"), TRIALS.values(), ids=TRIALS.keys())
 def test_trials(left, options):
+    success = {
+        ("cbind(s, f)", None): "'s' (failures: 'f')",
+        ("cbind(s, n - s)", None): "'s' (failures: 'n - s')",
+        ("s", "n"): "'s' of 'n' trials",
+        ("s", None): "'s' of size= trials",
+        ("s / n", "n"): "'s / n' as a proportion of 'n' trials",
+    }
     data = trials()
     named = "n" if "n" in options.values() else None
     options = {name: value(data) if callable(value) else value for name, value in options.items()}
@@ -102,7 +109,8 @@ def test_trials(left, options):
     assert design.weights is None
     assert labels.state.size == named
     assert labels.state.weights is None
-    assert labels.success
+    assert labels.success == success.get((left, named), labels.success)
+    assert labels.success.endswith(" trials" if options else ")")
     mj.design.check_design(design)
 
 
@@ -122,7 +130,7 @@ SINGLE = {
         "C(text, levels=['no', 'yes'])",
         "'C(text, levels=['no', 'yes'])' is yes (failure: no)",
     ),
-    "one of one": ("cbind(y, none)", "'y' of 'y + none' trials"),
+    "one of one": ("cbind(y, none)", "'y' (failures: 'none')"),
 }
 
 
@@ -433,13 +441,16 @@ def test_an_exposure_without_its_logarithm_is_warned_of():
     for name in ("poisson", "nbinom"):
         with pytest.warns(DataWarning, match=r"offset is 5\d.* on average, and counts are .*log\(exposure\)\?"):
             read("s ~ x + offset(people) + (1 | g)", data, Stand(name))
+    with pytest.warns(DataWarning, match=r"did you mean log\(exposure\)"):  # however large the counts
+        read("I(100 * n) ~ x + offset(1000 * people) + (1 | g)", data, Stand("poisson"))
     identity = Stand("poisson")
     identity.link = "identity"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read("s ~ x + offset(log(people)) + (1 | g)", data, Stand("poisson"))
         read("s ~ x + offset(people) + (1 | g)", data, identity)
-        read("I(100 * people) ~ x + offset(people) + (1 | g)", data, Stand("poisson"))
+        # Germs in a million litres: a mean of 1e5 is not far below exp(21).
+        read("I(1e5 * n) ~ x + offset(21 + x) + (1 | g)", data, Stand("poisson"))
         read("cbind(s, f) ~ x + offset(people) + (1 | g)", data)
 
 

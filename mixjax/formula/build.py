@@ -145,6 +145,7 @@ def build(
         y, _ = numbers(parsed.response, frame, known, "response")
         check_varies(y, str(parsed.response))
     X, fixed = columns_of(parsed.fixed, frame, known)
+    trials = {"size": size, "weights": weights}
     total_offset, offsets = _offsets(parsed, frame, beside.get("offset"), known, family)
     if family is None:
         response = Response(y, None, beside.get("weights"), "", None)
@@ -153,10 +154,10 @@ def build(
         own = y if total_offset is None else y - total_offset
         check_noise(own, X, basis.Q, response.weights, parsed.response.shown)
     else:
-        response = read_response(parsed, frame, beside, total_offset, family, known)
+        response = read_response(parsed, frame, beside, total_offset, family, known, trials)
         warn_of_high_offset(response.y, total_offset, family)
         X, kept, basis = full_rank(X, fixed.names, None, spare="for random effects")
-    trials = {"size": size, "weights": weights}.get(response.size_from or "")
+    trials_from = trials.get(response.size_from or "")
 
     random = _random_terms(parsed, frame, known)
     design = Design(
@@ -180,7 +181,7 @@ def build(
         context=known,
         kinds=kinds_of(frame, parsed),
         levels={part.labels.group: part.levels for part in random},
-        size=trials if isinstance(trials, str) else None,
+        size=trials_from if isinstance(trials_from, str) else None,
     )
     names = np.array(fixed.names, object)
     labels = Labels(

@@ -14,8 +14,8 @@ from mixjax.design import Design, Labels
 # Families of counts without trials, their usual link log; families with a dispersion of their own, which effects of
 # single rows would describe as well.
 COUNTS, DISPERSED = ("poisson", "nbinom"), ("nbinom", "gamma", "inverse_gaussian", "beta")
-# Means of an offset on the log scale, exp(20) = 5e8, and of counts, that hardly belong together.
-HIGH_OFFSET, LOW_COUNT = 20.0, 100.0
+# A mean offset that is hardly the logarithm of anything, exp(20) = 5e8, and its distance from that of the mean count.
+HIGH_OFFSET, ABOVE_COUNTS = 20.0, 15.0
 
 
 def check_varies(y: np.ndarray, response: str) -> None:
@@ -170,7 +170,7 @@ def warn_of_high_offset(y: np.ndarray, offset: np.ndarray | None, family: Any) -
     """An exposure that should have been its logarithm."""
     if family.name not in COUNTS or getattr(family, "link", "log") != "log" or offset is None:
         return
-    if offset.mean() > HIGH_OFFSET and y.mean() < LOW_COUNT:
+    if offset.mean() > max(HIGH_OFFSET, ABOVE_COUNTS + np.log(max(y.mean(), 1.0))):
         warn(
             f"the offset is {offset.mean():.4g} on average, and counts are {y.mean():.4g}: an offset is on the scale "
             "of the linear predictor; did you mean log(exposure)?"

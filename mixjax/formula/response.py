@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,6 +143,7 @@ def read_response(
     offset: np.ndarray | None,
     family: Any,
     context: Context,
+    given: Mapping[str, Any],
 ) -> Response:
     """The response, as its family takes it.
 
@@ -149,6 +151,7 @@ def read_response(
         parsed: the formula. frame: complete rows, all with trials. context: names beside columns.
         beside: weights and sizes given beside the table, if they were. offset: ``(n,)`` or None.
         family: with a ``name``, and ``check(y, size, name)``, which raises DataError for impossible values.
+        given: ``"size"`` and ``"weights"`` as the user gave them.
 
     Raises:
         DataError: the values are none of the family's, or leave no finite estimate; with the name and a cure.
@@ -167,9 +170,9 @@ def read_response(
         if size is not None:
             raise DataError(f"'{shown}' gives the numbers of trials already: leave size= out")
         s, f = (_counts(e, frame, context) for e in parsed.pair)
-        found = Response(s, s + f, weights, f"'{parsed.pair[0]}' of '{parsed.pair[0]} + {parsed.pair[1]}' trials", None)
+        found = Response(s, s + f, weights, f"'{parsed.pair[0]}' (failures: '{parsed.pair[1]}')", None)
     elif family.name == "binomial":
-        found = _binomial(parsed.response, frame, size, weights, context)
+        found = _binomial(parsed.response, frame, size, weights, context, given)
     else:
         y, _ = numbers(parsed.response, frame, context, "response")
         found = Response(y, size, weights, "", None if size is None else "size")
@@ -222,9 +225,15 @@ def _whole(values: np.ndarray, tolerance: Any = 0.0) -> np.ndarray:
 
 
 def _binomial(
-    e: Expression, frame: pd.DataFrame, size: np.ndarray | None, weights: np.ndarray | None, context: Context
+    e: Expression,
+    frame: pd.DataFrame,
+    size: np.ndarray | None,
+    weights: np.ndarray | None,
+    context: Context,
+    given: Mapping[str, Any],
 ) -> Response:
     """0 and 1, truth values, two levels; counts with sizes; proportions with sizes or weights."""
+    trials = {what: f"'{name}'" if isinstance(name, str) else f"{what}=" for what, name in given.items()}
     value, _ = evaluate(e, frame, context)
     if isinstance(value, Factor) and not all(isinstance(level, bool | np.bool_) for level in value.levels):
         y, success = _of_levels(e, value, frame)
@@ -238,15 +247,17 @@ def _binomial(
     single = f"'{e}' is {'True' if isinstance(value, Factor) else '1'}"
     if size is not None:
         if _divisor(e) is not None or (((y >= 0) & (y <= 1)).all() and not _whole(y).all()):
-            return Response(_successes(y, size), size, weights, f"'{e}' as a proportion of size= trials", "size")
-        return Response(y, size, weights, f"'{e}' of size= trials", "size")
+            return Response(
+                _successes(y, size), size, weights, f"'{e}' as a proportion of {trials['size']} trials", "size"
+            )
+        return Response(y, size, weights, f"'{e}' of {trials['size']} trials", "size")
     if weights is not None:
         if not ((y >= 0) & (y <= 1)).all():
             raise DataError(
                 f"'{e}' goes from {y.min():g} to {y.max():g}, and weights= of a binomial response are the numbers of "
                 "trials of proportions between 0 and 1, as in R: give counts with size="
             )
-        success = single if _whole(y).all() else f"'{e}' as a proportion of weights= trials"
+        success = single if _whole(y).all() else f"'{e}' as a proportion of {trials['weights']} trials"
         return _weighted(y, weights, e, success, frame.index)
     _check_zero_one(e, y, frame.index)
     return Response(y, None, None, single, None)

@@ -24,8 +24,8 @@ from mixjax.design import Design, Labels
 from mixjax.formula.checks import COUNTS
 from mixjax.formula.table import level_names
 
-# n p^2 beyond which nobody looks for directions: 10 000 rows of 30 columns take a quarter of a second.
-LARGEST = 10_000_000
+# n p^2 beyond which nobody looks for directions: up to there some tenths of a second.
+LARGEST = 5_000_000
 # Rows among which the proof is looked for first: what some rows forbid, all do.
 FEW = 1_000
 # Steps of the score equations that look for the proof; weights smaller than this share of the residuals prove nothing,
@@ -62,9 +62,9 @@ class Separation:
     def sentence(self) -> str:
         """The whole as a sentence for a warning."""
         several = len(self.columns) > 1
-        because = f" ({'; '.join(self.words)})" if self.words else f" ({int(self.rows.sum())} of {len(self.rows)} rows)"
+        rows = some_of(self.words, "; ") or f"{int(self.rows.sum())} of {len(self.rows)} rows"
         return (
-            f"the fixed effects separate {self.response}{because}: without random effects the estimate"
+            f"the fixed effects separate {self.response} ({rows}): without random effects the estimate"
             f"{'s' if several else ''} of {some_of(self.columns)} would be infinite; leave the column"
             f"{'s' if several else ''} or these rows out, or join levels, unless the random effects account for them"
         )
@@ -95,7 +95,7 @@ def separated_columns(
 
     Returns:
         None where every estimate is finite, or where nobody has looked: where a sample of the rows does not settle it
-        and ``n p^2`` is more than 10 million (100 000 rows of 10 columns).
+        and ``n p^2`` is more than 5 million (10 000 rows of 22 columns).
 
     Example:
         >>> import numpy as np
