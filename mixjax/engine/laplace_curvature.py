@@ -59,6 +59,25 @@ class Data(NamedTuple):
         return values * self.weights
 
 
+def moved(at: Derivatives, t: Array) -> Derivatives:
+    """Row functions where the predictor has moved by a small ``t``, by their own derivatives: ``c`` to ``c3`` as far as
+    the fourth derivative tells."""
+
+    def series(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Taylor's, of a function and each of its derivatives."""
+        found = []
+        for i in range(len(parts)):
+            value = parts[-1]
+            for j in range(len(parts) - 2, i - 1, -1):
+                value = parts[j] + t / (j - i + 1) * value
+            found.append(value)
+        return tuple(found)
+
+    by_psi: Any = tuple(series(part) for part in at.by_psi)
+    by_eta: Any = series(at.by_eta)
+    return Derivatives(by_eta, by_psi, at.by_psi_twice)
+
+
 class ClosedForm(NamedTuple):
     """F at the modes, by T directions: delta (p), psi (s), free entries of D (J).
 

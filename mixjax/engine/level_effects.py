@@ -184,7 +184,10 @@ class OneFactor:
 
     def traces(self, gain: LevelGain, dW: Array) -> Traces:
         """Args: dW: ``(T, *rows, L)``, of which ``dA = Z' diag(dW) Z``."""
-        dA = self.normal(dW)  # (q, q, T, m, L)
+        return self.traces_of(gain, self.normal(dW))
+
+    def traces_of(self, gain: LevelGain, dA: Array) -> Traces:
+        """Args: dA: ``(q, q, T, m, L)``."""
         q = len(self.Z)
         K, R = gain.K[:, :, None], gain.R[:, :, None]
         if q == 1:

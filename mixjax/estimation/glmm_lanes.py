@@ -15,7 +15,7 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.engine.effects import free_entries
-from mixjax.engine.laplace_curvature import closed_form
+from mixjax.engine.laplace_curvature import closed_form, moved
 from mixjax.engine.laplace_fit import (
     Model,
     chain,
@@ -23,6 +23,7 @@ from mixjax.engine.laplace_fit import (
     cut,
     linalg_sum,
 )
+from mixjax.engine.level_moments import Columns, moment_form
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import covariance_start, fixed_start
 from mixjax.machine import Array, namespace, while_loop
@@ -73,32 +74,41 @@ def begin(model: Model, lanes: int) -> Direct:
     return Direct(x, fixed, v, zero + xp.inf, zero, zero, zero + xp.inf, xp.zeros(lanes, int), ~no, no)
 
 
-def inner_step(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Array, Array, Array]:
-    """One Newton step of the modes from ``b = D v``: v, b, and twice what it promised ``(L,)``."""
-    effects = model.effects
+def at_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Array, Array, Array, Any]:
+    """One Newton step of the modes from ``b = D v``: v, b, twice what it promised ``(L,)``, and the row functions there,
+    by their own derivatives: the densities are evaluated once."""
+    effects, psi = model.effects, fixed[model.p :]
     b = effects.times_D(lambdas, v)
-    at = model.derivatives(model.predictor(fixed, b), fixed[model.p :])
+    at = model.derivatives(model.predictor(fixed, b), psi)
     gain = effects.gain(lambdas, effects.normal(at.by_eta[2]))
     g = -effects.effects(at.by_eta[1])
     r = gain.times_A(b) + g
     new = gain.solve(r)
-    moved = r - gain.times_A(new)
-    return moved, new, effects.unit_dots(g - v, new - b).sum(0)
+    new_v = r - gain.times_A(new)
+    return new_v, new, effects.unit_dots(g - v, new - b).sum(0), moved(at, effects.rows(new - b))
 
 
-def advance(model: Model, state: Direct, steps: int = 1) -> Direct:
+def _by_rows(model: Model, lambdas: list[Array], fixed: Array, v: Array, steps: int) -> tuple[Any, ...]:
+    """As :func:`~mixjax.engine.level_moments.moment_form`, by passing over the rows again and again."""
+    for _ in range(steps):
+        v, b, inner, at = at_modes(model, lambdas, fixed, v)
+    expected = model.expected_curvature(model.predictor(fixed, b), fixed[model.p :]) if model.expected else None
+    form = closed_form(model.effects, lambdas, model.data, at, expected, model.effects.unit_dots(v, b).sum(0))
+    return v, b, inner, form
+
+
+def advance(model: Model, columns: Columns | None, state: Direct, steps: int = 1) -> Direct:
     """One evaluation and Newton's step over all parameters. A lane gives up where that is not enough: see
     :func:`mixjax.optimise.newton.advance_directly`."""
     xp, n = namespace(state.x), model.n_fixed
     layout, dtype = model.layout, state.x.dtype
     x, fixed, v = state.x, state.fixed, state.v
     lambdas = cov.factors_of(x, layout.structures)
-    for _ in range(steps):
-        v, b, inner = inner_step(model, lambdas, fixed, v)
-    eta, psi = model.predictor(fixed, b), fixed[model.p :]
-    expected = model.expected_curvature(eta, psi) if model.expected else None
-    penalty = model.effects.unit_dots(v, b).sum(0)
-    form = closed_form(model.effects, lambdas, model.data, model.derivatives(eta, psi), expected, penalty)
+    if columns is not None:
+        for _ in range(steps):
+            v, b, inner, form = moment_form(model, columns, lambdas, fixed, v)
+    else:
+        v, b, inner, form = _by_rows(model, lambdas, fixed, v, steps)
     jacobian, curvature = chain(x, form.gradient[n:], layout)
     back = linalg.transpose(jacobian)
     g = xp.concatenate([form.gradient[:n], linalg.matmul(back, form.gradient[n:, None])[:, 0]])
@@ -124,8 +134,8 @@ def advance(model: Model, state: Direct, steps: int = 1) -> Direct:
     sound = definite & fell & xp.isfinite(f) & xp.isfinite(step).all(0) & (inner < 1e3)
     next_x, next_fixed = x + part * step[n:], fixed + part * step[:n]
     D, next_D = (free_entries(covariances(own, layout)) for own in (x, next_x))
-    moved = xp.concatenate([part * step[:n], next_D - D])
-    next_v = v + linalg_sum(moved, form.scores)
+    change = xp.concatenate([part * step[:n], next_D - D])
+    next_v = v + linalg_sum(change, form.scores)
     plain = search.is_plain(next_x, layout.structures, least=INSIDE)
     foretold = xp.where(inner <= INNER, foretold_distance(distance, state.before), xp.inf)
     reached = (distance <= gradient_tolerance(dtype)) & (inner <= INNER)
@@ -143,15 +153,15 @@ def advance(model: Model, state: Direct, steps: int = 1) -> Direct:
     return where(state.going, new, state)
 
 
-def directly(model: Model, lanes: int) -> Direct:
+def directly(model: Model, columns: Columns | None, lanes: int) -> Direct:
     """Direct steps until no lane of a tile goes on."""
     xp = namespace(model.data.y)
-    state = advance(model, begin(model, lanes), steps=2)
+    state = advance(model, columns, begin(model, lanes), steps=2)
 
     def goes_on(carry: tuple[Any, Direct]) -> Array:
         return (carry[0] < DIRECT_STEPS) & carry[1].going.any()
 
     def step(carry: tuple[Any, Direct]) -> tuple[Any, Direct]:
-        return carry[0] + 1, advance(model, carry[1])
+        return carry[0] + 1, advance(model, columns, carry[1])
 
     return while_loop(goes_on, step, (0 if xp is np else jnp.int32(0), state), xp)[1]  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from mixjax.machine import Array, namespace
 
 # Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, on the scale
 # of the predictor.
-STEPS = 4
+STEPS = 2
 LEAST, MOST = 0.2, 2.0
 
 

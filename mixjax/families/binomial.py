@@ -39,6 +39,10 @@ class Binomial(Family):
     def derivatives(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()) -> Derivatives:
         _, eta, y, size = as_floats(eta, y, size)
         a, b = minus_logs_derivatives(self.link, eta)
+        if self.link == "logit":  # a - b is -eta: one product a derivative less
+            n = 1.0 if size is None else size
+            c = n * b[0] - y * eta - _log_choose(y, size)
+            return Derivatives((c, n * b[1] - y, n * b[2], n * b[3], n * b[4]))
         failures = _failures(y, size)
         c, *others = (y * one + failures * other for one, other in zip(a, b, strict=True))
         return Derivatives((c - _log_choose(y, size), *others))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixjax.families.special import HALF_LOG_2PI, bounded_exp, erfc, expit, ndtr, ndtri
+from mixjax.families.special import HALF_LOG_2PI, bounded_exp, erfc, expit, log1p_of_part, ndtr, ndtri
 from mixjax.machine import Array, is_nowhere, namespace
 
 Five = tuple[Array, Array, Array, Array, Array]
@@ -143,7 +143,7 @@ def _logit(eta: Array) -> tuple[Five, Five]:
     positive, size = eta >= 0, xp.abs(eta)
     e = xp.exp(-size)
     large = 1 / (1 + e)
-    small, rest, zero = e * large, xp.log1p(e), xp.zeros_like(eta)
+    small, rest, zero = e * large, log1p_of_part(e), xp.zeros_like(eta)
     s, f = xp.where(positive, large, small), xp.where(positive, small, large)
     v = large * small
     third, fourth = v * (f - s), v * (1 - 6 * v)

@@ -167,3 +167,19 @@ def log_rising_by_log(y: Array, k: Array) -> tuple[Array, Array]:
     second = k * k * (stirling_error(y + k, 2) - stirling_error(k, 2))
     by_log = bent + 0.5 * u / (1 + u) + first
     return by_log, bent + k * u * u / (1 + u) - 0.5 * u / (1 + u) ** 2 + first + second
+
+
+def log1p_of_part(e: Array) -> Array:
+    """``log(1 + e)`` for ``0 <= e <= 1``.
+
+    XLA's own takes as long as three exponentials. The series ``2 artanh(s)``, ``s = e / (2 + e) <= 1/3``, is cut where
+    its terms are below ``3^-33 / 33 = 5e-18``.
+    """
+    if namespace(e) is np:
+        return np.log1p(e)
+    s = e / (2.0 + e)
+    square = s * s
+    found = 1.0 / 33 + 0.0 * square
+    for k in range(15, -1, -1):
+        found = found * square + 1.0 / (2 * k + 1)
+    return 2.0 * s * found

@@ -1,0 +1,295 @@
+"""The closed form of one grouping factor from moments by level: rows are passed over once.
+
+With s the distinct columns of X and Z, everything that :mod:`mixjax.engine.laplace_curvature` sums over the rows of a
+level is linear in sums of ``c1 s``, ``c2 s s``, ``c3 z s s`` and ``c4 z z s s``: the leverages ``k = z'Kz`` and all moves
+of the predictor, ``t = x dx + z'db``, have coefficients that belong to the level. So have the rows' functions at the next
+Newton step of the modes, by Taylor's series. What follows the sums costs nothing that grows with the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixjax.covariance import stack_of
+from mixjax.engine.laplace_curvature import ClosedForm
+from mixjax.engine.laplace_fit import Model
+from mixjax.engine.level_effects import OneFactor
+from mixjax.families import Derivatives
+from mixjax.machine import Array, as_laid_out, namespace
+
+Key = tuple[int, ...]
+Sums = dict[Key, Array]
+
+# Sums by level at most; beyond them rows are better passed over again.
+MOST_SUMS = 160
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The distinct columns of X and Z, and products of them. A JAX pytree.
+
+    Attributes:
+        products: per key the product of its columns ``(*rows, 1)``; of all-one columns None.
+        x, z: which distinct column each of X's and Z's is; static.
+    """
+
+    products: dict[Key, Array | None]
+    x: tuple[int, ...]
+    z: tuple[int, ...]
+
+    def key(self, *columns: int) -> Key:
+        return tuple(sorted(columns))
+
+    @property
+    def s(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.x + self.z))
+
+    def keys(self, zs: int, ss: int) -> list[Key]:
+        """Of the products of so many columns of Z and so many of any."""
+        found = {
+            self.key(*a, *b)
+            for a in combinations_with_replacement(self.z, zs)
+            for b in combinations_with_replacement(self.s, ss)
+        }
+        return sorted(found)
+
+
+jax.tree_util.register_dataclass(Columns, data_fields=["products"], meta_fields=["x", "z"])
+
+
+def columns_of(model: Model) -> Columns | None:
+    """Of a model with one grouping factor and NumPy's columns; None where there are too many sums."""
+    if not isinstance(model.effects, OneFactor):
+        return None
+    known: list[np.ndarray] = []
+
+    def place(column: np.ndarray) -> int:
+        for i, other in enumerate(known):
+            if np.abs(column - other).max() <= 1e-14 * np.abs(other).max():
+                return i
+        known.append(column)
+        return len(known) - 1
+
+    z = tuple(place(np.asarray(column)) for column in model.effects.Z)
+    x = tuple(place(np.asarray(column)) for column in model.data.X)
+    plan = Columns({}, x, z)
+    needed = {key for zs, ss in ((0, 1), (0, 2), (1, 2), (2, 2)) for key in plan.keys(zs, ss)}
+    if len(needed) > MOST_SUMS:
+        return None
+    weights = model.data.weights
+    full = 1.0 if weights is None else np.where(weights > 0, 1.0, np.nan)
+    products: dict[Key, Array | None] = {}
+    for key in sorted(needed):
+        product = np.ones_like(known[0])
+        for i in key:
+            product = product * known[i]
+        products[key] = None if np.nanmax(np.abs(product * full - 1.0)) <= 1e-12 else product
+    return Columns(products, x, z)
+
+
+class _Moments:
+    """Sums by level of row functions ``c1, c2, ...`` times products of columns: ``sums[i][key] (m, L)``."""
+
+    def __init__(self, effects: OneFactor, columns: Columns, functions: tuple[Array, ...], first: int):
+        """``functions`` are the derivatives number ``first``, ``first + 1``, ... by eta."""
+        reach = {0: [()], 1: columns.keys(0, 1), 2: columns.keys(0, 2), 3: columns.keys(1, 2), 4: columns.keys(2, 2)}
+        self.columns = columns
+        self.sums: list[Sums] = []
+        for order, own in enumerate(functions, first):
+            found = {}
+            for key in reach[order]:
+                product = columns.products[key] if key else None
+                found[key] = effects.by_level(own if product is None else own * product)
+            self.sums.append(found)
+
+    def __call__(self, i: int, *columns: int) -> Array:
+        return self.sums[i][self.columns.key(*columns)]
+
+    def moved(self, delta: Array) -> None:
+        """At predictors moved by ``z'delta``, ``delta (q, m, L)``, as far as the sums reach."""
+        z = self.columns.z
+        new: list[Sums] = []
+        for i, own in enumerate(self.sums):
+            found = {}
+            for key, value in own.items():
+                total, factor = value, 1.0
+                for step in range(1, len(self.sums) - i):
+                    factor = factor * step
+                    term: Any = None
+                    for places in np.ndindex(*(len(z),) * step):
+                        more = self.columns.key(*key, *(z[a] for a in places))
+                        if more not in self.sums[i + step]:
+                            term = None
+                            break
+                        part = self.sums[i + step][more]
+                        for a in places:
+                            part = part * delta[a]
+                        term = part if term is None else term + part
+                    if term is None:
+                        break
+                    total = total + term / factor
+                found[key] = total
+            new.append(found)
+        self.sums = new
+
+
+def moment_form(
+    model: Model, columns: Columns, lambdas: list[Array], fixed: Array, v: Array
+) -> tuple[Array, Array, Array, ClosedForm]:
+    """One Newton step of the modes from ``b = D v``, and the closed form there: v, b, twice what the step promised
+    ``(L,)``, and the form; of the observed curvature."""
+    effects = model.effects
+    assert isinstance(effects, OneFactor)
+    psi = fixed[model.p :]
+    start = effects.times_D(lambdas, v)
+    at: Derivatives = model.derivatives(model.predictor(fixed, start), psi)
+    at = _laid_out(at)
+    xp, q, p, s = namespace(start), len(columns.z), len(columns.x), len(at.by_psi)
+    z, x = columns.z, columns.x
+    S = _Moments(effects, columns, at.by_eta, 0)
+    P = [_Moments(effects, columns, own, 0) for own in at.by_psi]
+
+    def matrix(M: _Moments, i: int, *more: int) -> Array:
+        return stack_of([[M(i, z[a], z[b], *more) for b in range(q)] for a in range(q)])
+
+    # The modes.
+    gain = effects.gain(lambdas, matrix(S, 2))
+    g = -xp.stack([S(1, a) for a in z])
+    r = gain.times_A(start) + g
+    b = gain.solve(r)
+    new_v = r - gain.times_A(b)
+    inner = effects.unit_dots(g - v, b - start).sum(0)
+    for M in (S, *P):
+        M.moved(b - start)
+
+    gain = effects.gain(lambdas, matrix(S, 2))
+    K = gain.K
+    g = -xp.stack([S(1, a) for a in z])
+
+    def with_K(M: _Moments, i: int, *more: int) -> Array:
+        """``sum K_ab sums[z_a z_b more]``."""
+        return sum(K[a, c] * M(i, z[a], z[c], *more) for a in range(q) for c in range(q))
+
+    e = xp.stack([with_K(S, 3, a) for a in z])
+    Ke = gain.solve(e)
+    f = effects.moved(e - gain.times_A(Ke))
+    Eg = effects.moved(g)
+    db_D = Eg - gain.solve(gain.times_A(Eg))
+    dg_D = -gain.times_A(db_D)
+    n, J = p + s, len(Eg)
+    pushes = [xp.stack([S(2, a, i) for a in z]) for i in x] + [xp.stack([M(1, a) for a in z]) for M in P]
+    if pushes:
+        h = xp.stack(pushes)  # (p + s, q, m, L)
+        db = xp.concatenate([-gain.solve(h), db_D])
+        scores = xp.concatenate([-(h + gain.times_A(db[:n])), dg_D])
+    else:
+        db, scores = db_D, dg_D
+    T = n + J
+
+    def total(values: Array) -> Array:
+        """Over levels."""
+        return values.sum(-2)
+
+    # Changes of A, and what moves beside them.
+    dA = []
+    for d in range(T):
+        parts = [S3 * db[d, c] for c, S3 in enumerate(matrix(S, 3, z[c]) for c in range(q))]
+        change = sum(parts[1:], parts[0])
+        if d < p:
+            change = change + matrix(S, 3, x[d])
+        elif d < n:
+            change = change + matrix(P[d - p], 2)
+        dA.append(change)
+    KdA = [(K * change).sum((0, 1, 2)) for change in dA]
+    explicit = [2.0 * total(S(1, i)) for i in x] + [2.0 * total(M(0)) for M in P]
+    of_D = effects.traces_of_N(gain) - (Eg * g).sum((1, 2))
+    gradient = [KdA[d] + (explicit[d] if d < n else of_D[d - n]) for d in range(T)]
+
+    # Second derivatives. Symmetric: entries d <= e.
+    traces = effects.traces_of(gain, xp.stack(dA, 2))
+    omega: dict[Key, Array] = {}
+    for u, w in {columns.key(u, w) for u in columns.s for w in columns.s}:
+        omega[u, w] = with_K(S, 4, u, w) - sum(Ke[a] * S(3, z[a], u, w) for a in range(q))
+    omega_zz = stack_of([[omega[columns.key(u, w)] for w in z] for u in z])
+    along = [(omega_zz * db[d][None]).sum(1) for d in range(T)]  # omega_zz db (q, m, L)
+
+    def quadratic(d: int, e: int) -> Array:
+        """``sum omega t^d t^e``."""
+        found = (db[e] * along[d]).sum(0)
+        if d < p:
+            found = found + sum(omega[columns.key(x[d], z[a])] * db[e, a] for a in range(q))
+        if e < p:
+            found = found + sum(omega[columns.key(x[e], z[a])] * db[d, a] for a in range(q))
+        if d < p and e < p:
+            found = found + omega[columns.key(x[d], x[e])]
+        return total(found)
+
+    def with_psi(i: int, e: int) -> Array:
+        """``sum (k c3_psi - kappa c2_psi) t^e``."""
+        M = P[i]
+
+        def own(u: int) -> Array:
+            return with_K(M, 3, u) - sum(Ke[a] * M(2, z[a], u) for a in range(q))
+
+        found = sum(own(z[a]) * db[e, a] for a in range(q))
+        return total(found + own(x[e]) if e < p else found)
+
+    H: dict[tuple[int, int], Array] = {}
+    fisher: dict[tuple[int, int], Array] = {}
+    for d in range(T):
+        for e_ in range(d, T):
+            if d < n:
+                first = 2.0 * total((h[d] * db[e_]).sum(0))
+                if d < p and e_ < p:
+                    first = first + 2.0 * total(S(2, x[d], x[e_]))
+                elif d < p and e_ < n:
+                    first = first + 2.0 * total(P[e_ - p](1, x[d]))
+                elif e_ < n:
+                    first = first + 2.0 * total(effects.by_level(at.by_psi_twice[d - p][e_ - p][0]))
+            else:
+                first = -2.0 * (Eg[d - n] * scores[e_]).sum((0, 1))
+            if e_ < n:
+                fisher[d, e_] = first
+            entry = first - traces.KK[d, e_] + quadratic(d, e_)
+            if e_ >= n:
+                entry = entry + traces.RR[d, e_ - n] + (f[e_ - n] * scores[d]).sum((0, 1))
+            if d >= n:
+                entry = entry + traces.RR[e_, d - n] + (f[d - n] * scores[e_]).sum((0, 1)) - traces.NN[d - n, e_ - n]
+            if p <= d < n:
+                entry = entry + with_psi(d - p, e_)
+            if p <= e_ < n:
+                entry = entry + with_psi(e_ - p, d)
+            if p <= d < n and p <= e_ < n:
+                second = at.by_psi_twice[d - p][e_ - p]
+                weights = [effects.by_level(second[2] * effects.Z[a] * effects.Z[c]) for a, c in _square(q)]
+                entry = entry + total(sum(K[a, c] * w for (a, c), w in zip(_square(q), weights, strict=True)))
+                entry = entry - total(sum(Ke[a] * effects.by_level(second[1] * effects.Z[a]) for a in range(q)))
+            H[d, e_] = entry
+
+    def symmetric(entries: dict[tuple[int, int], Array], size: int) -> Array:
+        rows = [xp.stack([entries[min(i, j), max(i, j)] for j in range(size)]) for i in range(size)]
+        return xp.stack(rows)
+
+    value = 2.0 * total(S(0)) + effects.unit_dots(new_v, b).sum(0) + gain.logdet
+    none = xp.zeros((0, 0, *value.shape), value.dtype)
+    form = ClosedForm(
+        value, xp.stack(gradient), symmetric(H, T), symmetric(fisher, n) if n else none, scores
+    )  # fmt: skip
+    return new_v, b, inner, form
+
+
+def _square(q: int) -> list[tuple[int, int]]:
+    return [(a, c) for a in range(q) for c in range(q)]
+
+
+def _laid_out(at: Derivatives) -> Derivatives:
+    """Row functions in memory, each once: XLA would compute them anew for every sum."""
+    if namespace(at.by_eta[1]) is np:
+        return at
+    found: Derivatives = jax.tree.map(as_laid_out, at)
+    return found
