@@ -58,6 +58,12 @@ FUNCTIONS = {
     "families.binomial": "link='logit'",
     "families.poisson": "link='log'",
     "families.nbinom": "link='log'",
+    "families.gamma": "link='log'",
+    "families.inverse_gaussian": "link='log'",
+    "families.beta": "link='logit'",
+    "families.gaussian": "link='identity'",
+    "families.custom": "loglik, mean, draw=None, psi=(), start=None, name='custom'",
+    "families.family_of": "family, link=None, linear=False",
 }
 METHODS = {
     "ranef": "*, condvar=False",

@@ -1,9 +1,9 @@
 """The closed form of one grouping factor from moments by level: rows are passed over once.
 
 With s the distinct columns of X and Z, everything that :mod:`mixjax.engine.laplace_curvature` sums over the rows of a
-level is linear in sums of ``c1 s``, ``c2 s s``, ``c3 z s s`` and ``c4 z z s s``: the leverages ``k = z'Kz`` and all moves
-of the predictor, ``t = x dx + z'db``, have coefficients that belong to the level. So have the rows' functions at the next
-Newton step of the modes, by Taylor's series. What follows the sums costs nothing that grows with the rows.
+level is linear in sums of ``c1 s``, ``c2 s s``, ``c3 z s s`` and ``c4 z z s s``: the leverages ``k = z'Kz`` and all
+moves of the predictor, ``t = x dx + z'db``, have coefficients that belong to the level. So have the rows' functions at
+the next Newton step of the modes, by Taylor's series. What follows the sums costs nothing that grows with the rows.
 """
 
 from __future__ import annotations
@@ -97,7 +97,13 @@ class _Moments:
 
     def __init__(self, effects: OneFactor, columns: Columns, functions: tuple[Array, ...], first: int):
         """``functions`` are the derivatives number ``first``, ``first + 1``, ... by eta."""
-        reach = {0: [()], 1: columns.keys(0, 1), 2: columns.keys(0, 2), 3: columns.keys(1, 2), 4: columns.keys(2, 2)}
+        reach: dict[int, list[Key]] = {
+            0: [()],
+            1: columns.keys(0, 1),
+            2: columns.keys(0, 2),
+            3: columns.keys(1, 2),
+            4: columns.keys(2, 2),
+        }
         self.columns = columns
         self.sums: list[Sums] = []
         for order, own in enumerate(functions, first):

@@ -75,8 +75,8 @@ def begin(model: Model, lanes: int) -> Direct:
 
 
 def at_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Array, Array, Array, Any]:
-    """One Newton step of the modes from ``b = D v``: v, b, twice what it promised ``(L,)``, and the row functions there,
-    by their own derivatives: the densities are evaluated once."""
+    """One Newton step of the modes from ``b = D v``: v, b, twice what it promised ``(L,)``, and the row functions
+    there, by their own derivatives: the densities are evaluated once."""
     effects, psi = model.effects, fixed[model.p :]
     b = effects.times_D(lambdas, v)
     at = model.derivatives(model.predictor(fixed, b), psi)
@@ -94,7 +94,7 @@ def _by_rows(model: Model, lambdas: list[Array], fixed: Array, v: Array, steps: 
         v, b, inner, at = at_modes(model, lambdas, fixed, v)
     expected = model.expected_curvature(model.predictor(fixed, b), fixed[model.p :]) if model.expected else None
     form = closed_form(model.effects, lambdas, model.data, at, expected, model.effects.unit_dots(v, b).sum(0))
-    return v, b, inner, form
+    return v, inner, form
 
 
 def advance(model: Model, columns: Columns | None, state: Direct, steps: int = 1) -> Direct:
@@ -106,9 +106,9 @@ def advance(model: Model, columns: Columns | None, state: Direct, steps: int = 1
     lambdas = cov.factors_of(x, layout.structures)
     if columns is not None:
         for _ in range(steps):
-            v, b, inner, form = moment_form(model, columns, lambdas, fixed, v)
+            v, _, inner, form = moment_form(model, columns, lambdas, fixed, v)
     else:
-        v, b, inner, form = _by_rows(model, lambdas, fixed, v, steps)
+        v, inner, form = _by_rows(model, lambdas, fixed, v, steps)
     jacobian, curvature = chain(x, form.gradient[n:], layout)
     back = linalg.transpose(jacobian)
     g = xp.concatenate([form.gradient[:n], linalg.matmul(back, form.gradient[n:, None])[:, 0]])

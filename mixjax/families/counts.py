@@ -50,7 +50,7 @@ class Counts(Family):
         # eta itself may be 0, where a mean of 0 gives counts of 0 for certain; no logarithm is taken there.
         nothing = eta == 0
         logs = 2 * xp.log(xp.abs(xp.where(nothing, 1.0, eta)))
-        return eta * eta, xp.where(nothing, xp.where(y > 0, -xp.inf, 0.0), y * logs)
+        return eta * eta, xp.where(nothing, xp.where(y > 0, -xp.inf, 0 * y), y * logs)
 
 
 class Poisson(Counts):

@@ -183,3 +183,43 @@ def log1p_of_part(e: Array) -> Array:
     for k in range(15, -1, -1):
         found = found * square + 1.0 / (2 * k + 1)
     return 2.0 * s * found
+
+
+def factorial_error(x: Array) -> Array:
+    """``log Gamma(1 + x) - x log x + x``, x >= 0: 0 at 0, about ``log(2 pi x) / 2`` for large x."""
+    xp = namespace(x)
+    large = x >= STIRLING
+    far, near = xp.where(large, x, STIRLING), xp.where(large, 1.0, x)
+    return xp.where(large, 0.5 * xp.log(far) + HALF_LOG_2PI + _series(far, 0), gammaln(1 + near) - _xlogx(near) + near)
+
+
+def factorial_derivatives(x: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    """Of ``log Gamma(1 + x)``, x > 0: ``(factorial_error, psi, psi', psi'', psi''')`` at 1 + x, and two derivatives of
+    :func:`factorial_error` with the digits that ``log x`` takes from them."""
+    xp = namespace(x)
+    large = x >= STIRLING
+    near = xp.where(large, 1.0, x)
+    z = xp.where(large, x, near + STIRLING)
+    i = 1 / z
+    s = [_series(z, order) for order in range(5)]
+    # digamma and three derivatives at 1 + z
+    digamma = [
+        xp.log(z) + 0.5 * i + s[1],
+        i - 0.5 * i**2 + s[2],
+        -(i**2) + i**3 + s[3],
+        2 * i**3 - 3 * i**4 + s[4],
+    ]
+    moved = (~large).astype(x.dtype)
+    for order, factor in enumerate((-1.0, 1.0, -2.0, 6.0)):
+        down = sum(1 / (near + j) ** (order + 1) for j in range(1, STIRLING + 1))
+        digamma[order] = digamma[order] + factor * moved * down
+    safe = xp.maximum(near, np.finfo(x.dtype).tiny)
+    first = xp.where(large, 0.5 * i + s[1], digamma[0] - xp.log(safe))
+    second = xp.where(large, -0.5 * i**2 + s[2], digamma[1] - 1 / safe)
+    return (factorial_error(x), *digamma), (first, second)
+
+
+def _xlogx(x: Array) -> Array:
+    xp = namespace(x)
+    nothing = x <= 0
+    return xp.where(nothing, 0.0, x * xp.log(xp.where(nothing, 1.0, x)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixjax.bases import Basis
 from mixjax.design import AnyArray, Design
-from mixjax.families import Family
+from mixjax.families import Family, family_of
 from mixjax.machine import is_concrete
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout
@@ -69,12 +69,12 @@ jax.tree_util.register_dataclass(
 )
 
 
-def rows(design: Design, family: Family, y: AnyArray | None = None) -> FamilyRows:
+def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> FamilyRows:
     """The rows of a generalised linear mixed model, for :func:`mixjax.glmm_loglik` and :func:`mixjax.glmm_estimate`.
 
     Args:
         design: arrays of the model; ``weights`` are case weights, ``size`` numbers of trials.
-        family: one of :mod:`mixjax.families`.
+        family: a name, for its default link, or one of :mod:`mixjax.families`.
         y: ``(n,)``, or ``(B, n)`` for many responses of one design; None for the design's own.
 
     Raises:
@@ -84,9 +84,10 @@ def rows(design: Design, family: Family, y: AnyArray | None = None) -> FamilyRow
         >>> import mixjax as mj, numpy as np
         >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
         >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
-        >>> mj.rows(design, mj.families.poisson()).n
+        >>> mj.rows(design, "poisson").n
         12
     """
+    known = family_of(family, linear=True)
     response = design.y if y is None else y
     if np.shape(response)[-1:] != np.shape(design.X)[:1] or np.ndim(response) not in (1, 2):
         raise ValueError(f"y has shape {np.shape(response)}, but X has {np.shape(design.X)[0]} rows: (n,) or (B, n)")
@@ -109,5 +110,5 @@ def rows(design: Design, family: Family, y: AnyArray | None = None) -> FamilyRow
         groups=in_bases.groups,
         levels=in_bases.levels,
         layout=in_bases.layout,
-        family=family,
+        family=known,
     )
