@@ -24,7 +24,8 @@ from mixjax.covariance import pairs_of, stack_of
 from mixjax.design import AnyArray
 from mixjax.engine.effects import factor_of
 from mixjax.engine.laplace_curvature import Data
-from mixjax.engine.laplace_fit import INNER_LAST, Model, find_modes
+from mixjax.engine.laplace_fit import INNER_LAST, find_modes
+from mixjax.engine.laplace_model import Model
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, compiled
 from mixjax.products.family_rows import FamilyRows

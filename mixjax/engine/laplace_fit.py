@@ -9,18 +9,17 @@ derivatives of the point before say that it will end, so that one step is mostly
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.covariance import pairs_of
-from mixjax.engine.effects import CurvedEffects, directions_of, free_entries
-from mixjax.engine.laplace_curvature import ClosedForm, Data, closed_form
-from mixjax.families import Derivatives, Expected, Family
+from mixjax.engine.effects import directions_of, free_entries
+from mixjax.engine.laplace_curvature import ClosedForm, closed_form
+from mixjax.engine.laplace_model import Model
+from mixjax.engine.level_moments import moment_form
 from mixjax.machine import Array, namespace, while_loop
 from mixjax.optimise.newton import where
 from mixjax.products.sums import Layout
@@ -33,53 +32,6 @@ INNER_LAST, MIDDLE_LAST = 1e-13, 1e-18
 MOST_INNER, MOST_MIDDLE, MOST_HALVINGS = 60, 60, 30
 # Longest step of the fixed effects, in root mean squares of the predictor, and of psi.
 LONGEST, LONGEST_PSI = 3.0, 2.0
-
-
-@dataclass(frozen=True)
-class Model:
-    """All that the objective depends on but parameters. A JAX pytree.
-
-    Attributes:
-        effects, data: of the rows. family: static. expected: the determinant has the expected curvature.
-    """
-
-    effects: CurvedEffects
-    data: Data
-    family: Family
-    expected: bool
-
-    @property
-    def layout(self) -> Layout:
-        return self.effects.layout
-
-    @property
-    def p(self) -> int:
-        return len(self.data.X)
-
-    @property
-    def n_fixed(self) -> int:
-        """Fixed effects and parameters of the family."""
-        return self.p + self.family.n_psi
-
-    def density(self, eta: Array, psi: Array) -> Array:
-        data = self.data
-        found: Array = data.weighted(self.family.density(eta, data.y, data.size, psi))
-        return found
-
-    def derivatives(self, eta: Array, psi: Array) -> Derivatives:
-        data = self.data
-        found: Derivatives = data.weighted(self.family.derivatives(eta, data.y, data.size, psi))
-        return found
-
-    def expected_curvature(self, eta: Array, psi: Array) -> Expected:
-        found: Expected = self.data.weighted(self.family.expected(eta, self.data.size, psi))
-        return found
-
-    def predictor(self, fixed: Array, b: Array) -> Array:
-        return self.data.predictor(fixed[: self.p], self.effects.rows(b))
-
-
-jax.tree_util.register_dataclass(Model, data_fields=["effects", "data"], meta_fields=["family", "expected"])
 
 
 class Modes(NamedTuple):
@@ -132,7 +84,7 @@ class Evaluated(NamedTuple):
 # --- the modes -------------------------------------------------------------------------------------------------------
 
 
-def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, tolerance: float) -> Modes:
+def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, tolerance: Any) -> Modes:
     """Modes of the random effects by Newton's method from ``b = D v``, with steps halved where a level's penalised
     deviance would rise."""
     effects, psi = model.effects, fixed[model.p :]
@@ -198,6 +150,12 @@ def form_at(model: Model, lambdas: list[Array], fixed: Array, modes: Modes) -> C
     return closed_form(model.effects, lambdas, model.data, model.derivatives(eta, psi), expected, modes.penalty)
 
 
+def by_moments(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Modes, ClosedForm]:
+    """One Newton step of the modes and the closed form, by moments."""
+    v, b, decrement, form = moment_form(model, lambdas, fixed, v)
+    return Modes(v, b, model.effects.unit_dots(v, b).sum(0), decrement), form
+
+
 # --- fixed effects and psi -------------------------------------------------------------------------------------------
 
 
@@ -247,31 +205,38 @@ def cut(model: Model, step: Array) -> Array:
 
 
 def profile(
-    model: Model, lambdas: list[Array], fixed: Array, v: Array, inner: float = INNER, middle: float = MIDDLE
+    model: Model, lambdas: list[Array], fixed: Array, v: Array, inner: Any = INNER, middle: Any = MIDDLE
 ) -> _Middle:
     """The objective's minimum over ``fixed (p + s, L)``, up to a last Newton step."""
     xp = namespace(fixed, v)
     n = model.n_fixed
 
     def at(fixed: Array, v: Array) -> tuple[Modes, ClosedForm]:
-        modes = find_modes(model, lambdas, fixed, v, inner)
-        return modes, form_at(model, lambdas, fixed, modes)
+        if model.columns is None or model.expected:
+            modes = find_modes(model, lambdas, fixed, v, inner)
+            return modes, form_at(model, lambdas, fixed, modes)
+        if xp is np:  # mostly one step is enough; a program would have the closed form twice
+            found = by_moments(model, lambdas, fixed, v)
+            far = ~(found[0].decrement <= inner)
+            if not far.any():
+                return found
+            modes = find_modes(model, lambdas, fixed, v, inner)
+            return where(far, by_moments(model, lambdas, fixed, modes.v), found)
+        return by_moments(model, lambdas, fixed, find_modes(model, lambdas, fixed, v, inner).v)
 
-    modes, form = at(fixed, v)
-    if n == 0:
-        nothing = xp.zeros_like(form.value)
-        return _Middle(fixed, modes, form, fixed, nothing, nothing, nothing == 0, 0)
-    step, decrement = _newton(model, form)
-    start = _Middle(fixed, modes, form, step, decrement, cut(model, step), decrement <= middle, 0)
+    def middle_step(form: ClosedForm) -> tuple[Array, Array]:
+        return _newton(model, form) if n else (fixed, xp.zeros_like(form.value))
 
     def advance(state: _Middle) -> _Middle:
         move = state.part * state.step
-        fixed = state.fixed + move
-        v = state.modes.v + linalg_sum(move, state.form.scores[:n])
+        fixed, v = state.fixed + move, state.modes.v
+        if n:
+            v = v + linalg_sum(move, state.form.scores[:n])
         modes, form = at(fixed, v)
         noise = 1e-11 * (1.0 + xp.abs(state.form.value))
         fell = form.value <= state.form.value - 1e-4 * state.part * state.decrement + noise
-        step, decrement = _newton(model, form)
+        fell = fell | (state.count == 0)
+        step, decrement = middle_step(form)
         better = _Middle(fixed, modes, form, step, decrement, cut(model, step), decrement <= middle, state.count)
         worse = state._replace(part=state.part / 3.0, done=state.part < 1e-9)
         new = where(state.done, state, where(fell, better, worse))
@@ -280,8 +245,23 @@ def profile(
     def goes_on(state: _Middle) -> Array:
         return (~state.done).any() & (state.count < MOST_MIDDLE)
 
-    found: _Middle = while_loop(goes_on, advance, start, xp)
+    found: _Middle = while_loop(goes_on, advance, _nowhere(model, fixed, v), xp)
     return found
+
+
+def _nowhere(model: Model, fixed: Array, v: Array) -> _Middle:
+    """The middle search before its first evaluation."""
+    xp, n, L = namespace(fixed, v), model.n_fixed, fixed.shape[-1]
+    T = n + len(directions_of(model.layout))
+    zero = xp.zeros(L, fixed.dtype)
+    form = ClosedForm(
+        zero, xp.zeros((T, L), fixed.dtype), xp.zeros((T, T, L), fixed.dtype), xp.zeros((n, n, L), fixed.dtype),
+        xp.zeros((T, *v.shape), fixed.dtype),
+    )  # fmt: skip
+    return _Middle(
+        fixed, Modes(v, xp.zeros_like(v), zero, zero), form, xp.zeros_like(fixed), zero, zero, xp.zeros(L, bool),
+        0 if xp is np else xp.asarray(0),
+    )  # fmt: skip
 
 
 def linalg_sum(numbers: Array, stack: Array) -> Array:
@@ -308,7 +288,7 @@ def foretold(model: Model, memory: Memory, D: Array) -> tuple[Array, Array]:
     return memory.fixed + change, v
 
 
-def evaluate(model: Model, x: Array, memory: Memory, inner: float = INNER, middle: float = MIDDLE) -> Evaluated:
+def evaluate(model: Model, x: Array, memory: Memory, inner: Any = INNER, middle: Any = MIDDLE) -> Evaluated:
     """The objective with ``fixed`` profiled out, and its derivatives by ``x (k, L)``."""
     lambdas = cov.factors_of(x, model.layout.structures)
     D = free_entries(covariances(x, model.layout))
@@ -347,6 +327,19 @@ def chain(x: Array, g: Array, layout: Layout) -> tuple[Array, Array]:
         row, column = row + n_pairs, column + structure.k
     jacobian, curvature = xp.concatenate(rows), sum(columns[1:], columns[0])
     return jacobian, curvature
+
+
+def joint_Hessian(model: Model, x: Array, at: Evaluated) -> Array:
+    """Of the objective by fixed and x: ``(p + s + k, p + s + k, L)``."""
+    xp, n, H = namespace(x), model.n_fixed, at.form.Hessian
+    jacobian, curvature = chain(x, at.form.gradient[n:], model.layout)
+    back = linalg.transpose(jacobian)
+    side = linalg.matmul(H[:n, n:], jacobian) if n else H[:0, n:]
+    corner = linalg.matmul(back, linalg.matmul(H[n:, n:], jacobian)) + curvature
+    if not n:
+        return corner
+    upper = xp.concatenate([H[:n, :n], side], 1)
+    return xp.concatenate([upper, xp.concatenate([linalg.transpose(side), corner], 1)])
 
 
 def nothing_known(model: Model, fixed: Array) -> Memory:

@@ -8,8 +8,6 @@ the next Newton step of the modes, by Taylor's series. What follows the sums cos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from typing import Any
 
 import jax
@@ -17,79 +15,12 @@ import numpy as np
 
 from mixjax.covariance import stack_of
 from mixjax.engine.laplace_curvature import ClosedForm
-from mixjax.engine.laplace_fit import Model
+from mixjax.engine.laplace_model import Columns, Key, Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.families import Derivatives
 from mixjax.machine import Array, as_laid_out, namespace
 
-Key = tuple[int, ...]
 Sums = dict[Key, Array]
-
-# Sums by level at most; beyond them rows are better passed over again.
-MOST_SUMS = 160
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The distinct columns of X and Z, and products of them. A JAX pytree.
-
-    Attributes:
-        products: per key the product of its columns ``(*rows, 1)``; of all-one columns None.
-        x, z: which distinct column each of X's and Z's is; static.
-    """
-
-    products: dict[Key, Array | None]
-    x: tuple[int, ...]
-    z: tuple[int, ...]
-
-    def key(self, *columns: int) -> Key:
-        return tuple(sorted(columns))
-
-    @property
-    def s(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self.x + self.z))
-
-    def keys(self, zs: int, ss: int) -> list[Key]:
-        """Of the products of so many columns of Z and so many of any."""
-        found = {
-            self.key(*a, *b)
-            for a in combinations_with_replacement(self.z, zs)
-            for b in combinations_with_replacement(self.s, ss)
-        }
-        return sorted(found)
-
-
-jax.tree_util.register_dataclass(Columns, data_fields=["products"], meta_fields=["x", "z"])
-
-
-def columns_of(model: Model) -> Columns | None:
-    """Of a model with one grouping factor and NumPy's columns; None where there are too many sums."""
-    if not isinstance(model.effects, OneFactor):
-        return None
-    known: list[np.ndarray] = []
-
-    def place(column: np.ndarray) -> int:
-        for i, other in enumerate(known):
-            if np.abs(column - other).max() <= 1e-14 * np.abs(other).max():
-                return i
-        known.append(column)
-        return len(known) - 1
-
-    z = tuple(place(np.asarray(column)) for column in model.effects.Z)
-    x = tuple(place(np.asarray(column)) for column in model.data.X)
-    plan = Columns({}, x, z)
-    needed = {key for zs, ss in ((0, 1), (0, 2), (1, 2), (2, 2)) for key in plan.keys(zs, ss)}
-    if len(needed) > MOST_SUMS:
-        return None
-    weights = model.data.weights
-    full = 1.0 if weights is None else np.where(weights > 0, 1.0, np.nan)
-    products: dict[Key, Array | None] = {}
-    for key in sorted(needed):
-        product = np.ones_like(known[0])
-        for i in key:
-            product = product * known[i]
-        products[key] = None if np.nanmax(np.abs(product * full - 1.0)) <= 1e-12 else product
-    return Columns(products, x, z)
 
 
 class _Moments:
@@ -97,13 +28,8 @@ class _Moments:
 
     def __init__(self, effects: OneFactor, columns: Columns, functions: tuple[Array, ...], first: int):
         """``functions`` are the derivatives number ``first``, ``first + 1``, ... by eta."""
-        reach: dict[int, list[Key]] = {
-            0: [()],
-            1: columns.keys(0, 1),
-            2: columns.keys(0, 2),
-            3: columns.keys(1, 2),
-            4: columns.keys(2, 2),
-        }
+        reach: dict[int, list[Key]] = {0: [()], 1: columns.keys(0, 1), 2: columns.keys(0, 2)}
+        reach |= {3: columns.keys(1, 2), 4: columns.keys(2, 2)}
         self.columns = columns
         self.sums: list[Sums] = []
         for order, own in enumerate(functions, first):
@@ -144,13 +70,12 @@ class _Moments:
         self.sums = new
 
 
-def moment_form(
-    model: Model, columns: Columns, lambdas: list[Array], fixed: Array, v: Array
-) -> tuple[Array, Array, Array, ClosedForm]:
+def moment_form(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Array, Array, Array, ClosedForm]:
     """One Newton step of the modes from ``b = D v``, and the closed form there: v, b, twice what the step promised
     ``(L,)``, and the form; of the observed curvature."""
-    effects = model.effects
+    effects, columns = model.effects, model.columns
     assert isinstance(effects, OneFactor)
+    assert columns is not None
     psi = fixed[model.p :]
     start = effects.times_D(lambdas, v)
     at: Derivatives = model.derivatives(model.predictor(fixed, start), psi)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import linalg
 from mixjax.design import AnyArray
 from mixjax.engine.block_effects import Crossed, crossed
 from mixjax.engine.coordinates import solve_where
@@ -16,11 +15,11 @@ from mixjax.engine.laplace_fit import (
     INNER_LAST,
     MIDDLE_LAST,
     Evaluated,
-    Model,
-    chain,
     evaluate,
+    joint_Hessian,
     nothing_known,
 )
+from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor, one_factor
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import covariance_start, fixed_start
@@ -163,19 +162,6 @@ def _endless(model: Model, step: np.ndarray, x: np.ndarray, code: int) -> int:
     if np.abs(step[p:n]).max(initial=0.0) > ENDLESS or (np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))).any():
         return Result.UNBOUNDED
     return code
-
-
-def joint_Hessian(model: Model, x: Array, at: Evaluated) -> Array:
-    """Of the objective by fixed and x: ``(p + s + k, p + s + k, L)``."""
-    n, H = model.n_fixed, at.form.Hessian
-    jacobian, curvature = chain(x, at.form.gradient[n:], model.layout)
-    back = linalg.transpose(jacobian)
-    side = linalg.matmul(H[:n, n:], jacobian) if n else H[:0, n:]
-    corner = linalg.matmul(back, linalg.matmul(H[n:, n:], jacobian)) + curvature
-    if not n:
-        return corner
-    upper = np.concatenate([H[:n, :n], side], 1)
-    return np.concatenate([upper, np.concatenate([linalg.transpose(side), corner], 1)])
 
 
 def modes_by_term(rows: FamilyRows, model: Model, b: np.ndarray) -> tuple[np.ndarray, ...]:

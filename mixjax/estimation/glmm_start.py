@@ -11,7 +11,8 @@ from mixjax import decompositions, linalg
 from mixjax.covariance import pairs_of, stack_of
 from mixjax.engine.block_effects import Crossed
 from mixjax.engine.effects import dots, orders_of
-from mixjax.engine.laplace_fit import LONGEST, Model
+from mixjax.engine.laplace_fit import LONGEST
+from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.machine import Array, namespace
 
@@ -19,6 +20,7 @@ from mixjax.machine import Array, namespace
 # of the predictor.
 STEPS = 2
 LEAST, MOST = 0.2, 2.0
+MOST_CORRELATED = 0.7
 
 
 def fixed_start(model: Model, lanes: int) -> Array:
@@ -109,9 +111,22 @@ def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]]) -> list[Ar
         D = stack_of([
             [values[start + min(a, b), start + max(a, b)] for b in range(size)] for a in range(size)
         ])  # fmt: skip
-        squared, vectors = decompositions.eigh(D)
-        roots.append(vectors * xp.sqrt(xp.clip(squared, LEAST**2, MOST**2))[None])
+        roots.append(_reasonable(D))
     return roots
+
+
+def _reasonable(D: Array) -> Array:
+    """A root ``(q, q, L)`` of a covariance near ``D (q, q, L)``, with limits to its deviations and correlations."""
+    xp, q = namespace(D), len(D)
+    deviations = xp.sqrt(xp.clip(xp.stack([D[a, a] for a in range(q)]), LEAST**2, MOST**2))
+    if q == 1:
+        return deviations[:, None]
+    correlations = xp.clip(D / deviations[:, None] / deviations[None], -MOST_CORRELATED, MOST_CORRELATED)
+    one = linalg.eye(q, D)
+    squared, vectors = decompositions.eigh(xp.where(one > 0, 1.0, correlations))
+    # Of three effects and more the limited correlations need not be possible.
+    root = vectors * xp.sqrt(xp.maximum(squared, 1.0 - MOST_CORRELATED))[None]
+    return deviations[:, None] * root
 
 
 def _of_diagonals(g: Array, A: Any, effects: Crossed) -> list[Array]:

@@ -1,0 +1,133 @@
+"""What the likelihood of a generalised linear mixed model is made of: row densities, effects, columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import jax
+import numpy as np
+
+from mixjax.engine.effects import CurvedEffects
+from mixjax.engine.laplace_curvature import Data
+from mixjax.engine.level_effects import OneFactor
+from mixjax.families import Derivatives, Expected, Family
+from mixjax.machine import Array
+from mixjax.products.sums import Layout
+
+Key = tuple[int, ...]
+
+# Sums by level at most; beyond them rows are better passed over again.
+MOST_SUMS = 160
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The distinct columns of X and Z, and products of them. A JAX pytree.
+
+    Attributes:
+        products: per key the product of its columns ``(*rows, 1)``; of all-one columns None.
+        x, z: which distinct column each of X's and Z's is; static.
+    """
+
+    products: dict[Key, Array | None]
+    x: tuple[int, ...]
+    z: tuple[int, ...]
+
+    def key(self, *columns: int) -> Key:
+        return tuple(sorted(columns))
+
+    @property
+    def s(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.x + self.z))
+
+    def keys(self, zs: int, ss: int) -> list[Key]:
+        """Of the products of so many columns of Z and so many of any."""
+        found = {
+            self.key(*a, *b)
+            for a in combinations_with_replacement(self.z, zs)
+            for b in combinations_with_replacement(self.s, ss)
+        }
+        return sorted(found)
+
+
+jax.tree_util.register_dataclass(Columns, data_fields=["products"], meta_fields=["x", "z"])
+
+
+def columns_of(effects: CurvedEffects, data: Data) -> Columns | None:
+    """Of a model with one grouping factor and NumPy's columns; None where there are too many sums."""
+    if not isinstance(effects, OneFactor):
+        return None
+    known: list[np.ndarray] = []
+
+    def place(column: np.ndarray) -> int:
+        for i, other in enumerate(known):
+            if np.abs(column - other).max() <= 1e-14 * np.abs(other).max():
+                return i
+        known.append(column)
+        return len(known) - 1
+
+    z = tuple(place(np.asarray(column)) for column in effects.Z)
+    x = tuple(place(np.asarray(column)) for column in data.X)
+    plan = Columns({}, x, z)
+    needed = {key for zs, ss in ((0, 1), (0, 2), (1, 2), (2, 2)) for key in plan.keys(zs, ss)}
+    if len(needed) > MOST_SUMS:
+        return None
+    weights = data.weights
+    full = 1.0 if weights is None else np.where(weights > 0, 1.0, np.nan)
+    products: dict[Key, Array | None] = {}
+    for key in sorted(needed):
+        product = np.ones_like(known[0])
+        for i in key:
+            product = product * known[i]
+        products[key] = None if np.nanmax(np.abs(product * full - 1.0)) <= 1e-12 else product
+    return Columns(products, x, z)
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that the objective depends on but parameters. A JAX pytree.
+
+    Attributes:
+        effects, data: of the rows. family: static. expected: the determinant has the expected curvature.
+        columns: of X and Z, where sums by level serve (:mod:`mixjax.engine.level_moments`), else None.
+    """
+
+    effects: CurvedEffects
+    data: Data
+    family: Family
+    expected: bool
+    columns: Columns | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return self.effects.layout
+
+    @property
+    def p(self) -> int:
+        return len(self.data.X)
+
+    @property
+    def n_fixed(self) -> int:
+        """Fixed effects and parameters of the family."""
+        return self.p + self.family.n_psi
+
+    def density(self, eta: Array, psi: Array) -> Array:
+        data = self.data
+        found: Array = data.weighted(self.family.density(eta, data.y, data.size, psi))
+        return found
+
+    def derivatives(self, eta: Array, psi: Array) -> Derivatives:
+        data = self.data
+        found: Derivatives = data.weighted(self.family.derivatives(eta, data.y, data.size, psi))
+        return found
+
+    def expected_curvature(self, eta: Array, psi: Array) -> Expected:
+        found: Expected = self.data.weighted(self.family.expected(eta, self.data.size, psi))
+        return found
+
+    def predictor(self, fixed: Array, b: Array) -> Array:
+        return self.data.predictor(fixed[: self.p], self.effects.rows(b))
+
+
+jax.tree_util.register_dataclass(Model, data_fields=["effects", "data", "columns"], meta_fields=["family", "expected"])

@@ -1,0 +1,308 @@
+"""Many fits of one generalised linear mixed model: responses of one design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.engine.laplace_fit import INNER, MIDDLE, Evaluated, Memory, evaluate, joint_Hessian, nothing_known
+from mixjax.engine.laplace_model import Model, columns_of
+from mixjax.estimation import search
+from mixjax.estimation.choice import EngineName, check_engine
+from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, model_of, modes_by_term
+from mixjax.estimation.glmm_lanes import Direct, directly
+from mixjax.estimation.search import own_factors, result_code
+from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
+from mixjax.optimise.newton import Solution, where
+from mixjax.optimise.results import Result
+from mixjax.products.family_rows import FamilyRows
+from mixjax.waiting import Waiting
+
+KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
+# Of these the Hessian at the minimum itself is needed.
+FROM_HESSIAN = ("vcov", "vcov_all")
+# Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most.
+TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**16, 512
+LEAST_LANES = 16
+# Lanes of the full search.
+SEARCHED = 64
+# Seconds for which NumPy may work before a program, which takes 10 to 40 to compile, is worth it.
+COMPILING = 2.0
+
+
+def glmm_estimate_many(
+    data: FamilyRows,
+    curvature: str = "observed",
+    keep: Sequence[str] = KEEP,
+    engine: EngineName = "auto",
+) -> GLMMEstimates:
+    """Fit many responses of one design by Laplace's approximation.
+
+    The same optima as :func:`mixjax.glmm_estimate` finds, to rounding. Models with one grouping factor are fitted side
+    by side; others one after the other.
+
+    Args:
+        data: ``mj.rows(design, family, Y)`` with ``Y (B, n)``. curvature: as in :func:`mixjax.glmm_estimate`.
+        keep: names of the fields of :class:`~mixjax.GLMMEstimates` to return; the others are None.
+        engine: ``"numpy"`` compiles nothing; ``"jax"`` compiles programs for the structure, which then are several
+            times as fast, and uses all cores. ``"auto"`` compiles where the fits would take longer than compiling does,
+            by the sizes of the model and of the batch alone.
+
+    Returns:
+        :class:`~mixjax.GLMMEstimates` of numpy arrays with a leading axis B. A fit that fails carries its code in
+        ``result`` (:class:`mixjax.Result`; ``SEPARATED``, ``UNBOUNDED`` among them) and touches no other.
+
+    Raises:
+        ValueError: the rows are of one response; a name in ``keep`` or the engine is unknown.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> term = mj.RandomTerm(Z=np.ones((40, 1)), group=np.repeat(np.arange(8), 5), n_groups=8)
+        >>> design = mj.Design(y=np.zeros(40), X=np.ones((40, 1)), terms=(term,))
+        >>> Y = np.random.default_rng(0).poisson(3.0, size=(20, 40))
+        >>> fits = mj.glmm_estimate_many(mj.rows(design, "poisson", Y))
+        >>> fits.beta.shape, bool(fits.converged.all())
+        ((20, 1), True)
+    """
+    unknown = set(keep) - set(GLMMEstimates._fields)
+    if unknown:
+        raise ValueError(f"keep names {sorted(unknown)}; there are {list(GLMMEstimates._fields)}")
+    check_engine(engine)
+    if not all(map(is_concrete, jax.tree.leaves(data))):
+        raise TypeError("glmm_estimate_many runs outside jit, on arrays of numbers")
+    Y = np.asarray(data.y, np.float64)
+    if Y.ndim != 2:
+        raise ValueError(
+            "these are the rows of one response: use mixjax.glmm_estimate, or mixjax.rows(design, family, Y)"
+        )
+    if len(Y) == 0:
+        raise ValueError("there are no responses to fit")
+    one = replace(data, y=Y[0])
+    model = model_of(one, curvature)
+    model = replace(model, columns=columns_of(model.effects, model.data))
+    with Waiting(f"fitting {len(Y)} data sets"):
+        if model.effects.row_axes == 1 and len(data.levels) > 1:
+            return _one_by_one(data, Y, curvature, keep)
+        compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(len(Y), model))
+        return _Lanes(one, model, Y, keep, compiled_).fits()
+
+
+def pays_to_compile(fits: int, model: Model) -> bool:
+    """Whether so many fits take NumPy longer than :data:`COMPILING`.
+
+    Microseconds of a fit, measured on one core: ``500 + 3 n T`` for n rows and T directions, within a factor of three.
+    """
+    n = int(np.prod(model.data.X.shape[1:])) if model.p else int(np.prod(np.shape(model.data.y)))
+    T = model.n_fixed + model.layout.k
+    return fits * (500.0 + 3.0 * n * T) > 1e6 * COMPILING
+
+
+def _one_by_one(data: FamilyRows, Y: np.ndarray, curvature: str, keep: Sequence[str]) -> GLMMEstimates:
+    found = [fit_rows(replace(data, y=y), curvature=curvature) for y in Y]
+
+    def together(name: str) -> Any:
+        return jax.tree.map(lambda *a: np.stack(a), *(getattr(one, name) for one in found)) if name in keep else None
+
+    return GLMMEstimates._make(map(together, GLMMEstimates._fields))
+
+
+class _Lanes:
+    """The fits of one call, filled part by part."""
+
+    def __init__(self, rows: FamilyRows, model: Model, Y: np.ndarray, keep: Sequence[str], compiled_: bool):
+        self.rows, self.model, self.Y, self.keep, self.compiled = rows, model, Y, keep, compiled_
+        self.B, self.exact = len(Y), any(name in keep for name in FROM_HESSIAN)
+        self.arrays: dict[str, Any] = {}
+        index = model.effects.index  # type: ignore[attr-defined]
+        self.index = np.where(index < 0, 0, index)
+        numbers = TILE_NUMBERS if compiled_ else TILE_NUMBERS_AT_ONCE
+        lanes = int(max(LEAST_LANES, min(MOST_LANES, numbers // self.index.size)))
+        self.lanes = 1 << (lanes.bit_length() - 1)
+
+    def of(self, at: np.ndarray) -> Model:
+        """The model of replicates ``at``, in lanes."""
+        y = np.moveaxis(self.Y[at][:, self.index], 0, -1)
+        return replace(self.model, data=self.model.data._replace(y=np.ascontiguousarray(y)))
+
+    def fits(self) -> GLMMEstimates:
+        left: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+        def work(first: int) -> None:
+            at = np.arange(first, min(first + self.lanes, self.B))
+            padded = np.concatenate([at, np.full(self.lanes - len(at), at[-1])]) if self.compiled else at
+            state: Direct = jax.tree.map(np.asarray, self._run(directly, self.of(padded), len(padded), self.exact))
+            state = lanes_of(state, np.arange(len(at)))
+            done = np.flatnonzero(state.converged)
+            if len(done):
+                self._put_direct(at[done], lanes_of(state, done))
+            rest = np.flatnonzero(~state.converged)
+            left.append((at[rest], state.x[:, rest], state.fixed[:, rest], state.iterations[rest]))
+
+        self._over(work, range(0, self.B, self.lanes))
+        queue = [np.concatenate(parts, axis=-1) for parts in zip(*left, strict=True)]
+
+        def look(first: int) -> None:
+            self._search(*(part[..., first : first + SEARCHED] for part in queue))
+
+        self._over(look, range(0, len(queue[0]), SEARCHED))
+        return GLMMEstimates._make(self.arrays.get(name) for name in GLMMEstimates._fields)
+
+    def _run(self, fun: Callable[..., Any], *args: Any) -> Any:
+        if self.compiled:
+            with float64():
+                return _program(fun)(*args)
+        with silently():
+            return fun(*args)
+
+    def _over(self, work: Callable[[int], None], firsts: range) -> None:
+        """The first one alone: it compiles."""
+        if not self.compiled:
+            for first in firsts:
+                work(first)
+            return
+        for first in firsts[:1]:
+            work(first)
+        with ThreadPoolExecutor(n_cores()) as pool:
+            list(pool.map(work, firsts[1:]))
+
+    # --- the full search
+
+    def _search(self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, before: np.ndarray) -> None:
+        count = len(at)
+        if self.compiled and count < SEARCHED:
+            pad = np.minimum(np.arange(SEARCHED), count - 1)
+            at, x, fixed, before = at[pad], x[:, pad], fixed[:, pad], before[pad]
+        model, structures = self.of(at), self.model.layout.structures
+        fixed = np.where(np.isfinite(fixed).all(0), fixed, 0.0)
+        memory = nothing_known(model, fixed)
+        last: Evaluated
+
+        def by_x(x: Array) -> tuple[Array, Array, Array]:
+            nonlocal memory, last
+            last = self._evaluate(model, x, memory)
+            finite = np.stack([np.isfinite(part).all(tuple(range(part.ndim - 1))) for part in last.memory]).all(0)
+            memory = where(finite, last.memory, memory)
+            return last.value, last.gradient, last.Hessian
+
+        with silently():
+            # A search that begins at zero finds a stationary point there.
+            x = np.where(np.isfinite(x), np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x), 0.5)
+            state = search.begin(x, structures, before)
+            while not state.done.all():
+                state = search.advance(state, by_x, structures)
+            solution = state.best
+            found = self._evaluate(model, solution.x, memory)
+            self._put_searched(at[:count], *lanes_of((solution, found), np.arange(count)))
+
+    def _evaluate(self, model: Model, x: np.ndarray, memory: Memory) -> Evaluated:
+        found: Evaluated = jax.tree.map(np.asarray, self._run(evaluate, model, x, memory, INNER, MIDDLE))
+        return found
+
+    # --- what is kept
+
+    def _put_direct(self, at: np.ndarray, state: Direct) -> None:
+        code = np.full(len(at), int(Result.CONVERGED))
+        code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code)
+        modes = None
+        if "b" in self.keep or "eta" in self.keep:
+            lambdas = cov.factors_of(state.x, self.model.layout.structures)
+            modes = self.model.effects.times_D(lambdas, state.v)
+        self._put(at, state.x, state.fixed, state.value, state.iterations, state.distance, code, state.Hessian,
+                  np.ones(state.x.shape, bool), modes)  # fmt: skip
+
+    def _put_searched(self, at: np.ndarray, solution: Solution, found: Evaluated) -> None:
+        model, n = self.model, self.model.n_fixed
+        with silently():
+            H = joint_Hessian(model, solution.x, found)
+            gradient = np.concatenate([found.form.gradient[:n], found.gradient])
+            own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
+            code = np.asarray(result_code(solution, own))
+            step = -_solve(H, gradient, solution.free, n)
+        code = self._endless(step, solution.x, solution.free, code)
+        self._put(at, solution.x, found.fixed + found.step, found.value, solution.iterations,
+                  solution.scaled_gradient, code, H, solution.free, found.modes.b)  # fmt: skip
+
+    def _endless(self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray) -> np.ndarray:
+        """See :func:`mixjax.estimation.glmm._endless`."""
+        n, p = self.model.n_fixed, self.model.p
+        eta = np.abs(self.rows.Q @ step[:p]).max(0, initial=0.0)
+        psi = np.abs(step[p:n]).max(0, initial=0.0)
+        far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
+        solved = np.isin(code, [int(one) for one in Result if one.is_solution])
+        code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
+        return np.where(solved & (eta > ENDLESS), int(Result.SEPARATED), code)
+
+    def _put(
+        self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,
+        distance: np.ndarray, code: np.ndarray, H: np.ndarray, free: np.ndarray, b: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        rows, n, p = self.rows, self.model.n_fixed, self.model.p
+        own = own_factors(x, _wide(rows.Z_bases), rows.layout)
+        values: dict[str, Any] = {
+            "theta": cov.theta_of_lambdas(own.lambdas),
+            "beta": rows.X_basis.R_inv @ fixed[:p],
+            "psi": fixed[p:],
+            "criterion": value,
+            "converged": np.isin(code, [int(one) for one in Result if one.is_solution]),
+            "singular": own.deficient,
+            "iterations": iterations,
+            "grad_norm": distance,
+            "mode_error": np.zeros(len(at)),
+            "result": code,
+        }
+        if "Sigma" in self.keep:
+            values["Sigma"] = tuple(linalg.matmul(L, linalg.transpose(L)) for L in own.lambdas)
+        if self.exact:
+            to_user = np.eye(len(H))
+            to_user[:p, :p] = rows.X_basis.R_inv
+            inverse = _solve(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+            covariance = 2.0 * np.einsum("ij,jkl,mk->iml", to_user, inverse, to_user)
+            values |= {"vcov": covariance[:p, :p], "vcov_all": covariance}
+        if b is not None:
+            lanes = range(len(at))
+            terms = [modes_by_term(rows, self.model, b[..., i : i + 1]) for i in lanes]
+            values["b"] = tuple(np.stack(part, -1) for part in zip(*terms, strict=True))
+            eta = self.model.predictor(fixed, b)
+            values["eta"] = np.stack([in_order(self.model, eta[..., i : i + 1], rows.n) for i in lanes], -1)
+        for name in self.keep:
+            value_ = jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 0), values[name])
+            if name not in self.arrays:
+                self.arrays[name] = jax.tree.map(lambda a: np.empty((self.B, *a.shape[1:]), a.dtype), value_)
+            for whole, part in zip(jax.tree.leaves(self.arrays[name]), jax.tree.leaves(value_), strict=True):
+                whole[at] = part
+
+
+def _program(fun: Callable[..., Any]) -> Callable[..., Any]:
+    return _directly if fun is directly else _evaluate
+
+
+_directly = partial(jit, compiler_options=LANES, static_argnums=(1, 2))(directly)
+_evaluate = partial(jit, compiler_options=LANES)(evaluate)
+
+
+def _wide(bases: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With an axis for lanes that share them."""
+    return tuple(type(basis)(*(np.asarray(part)[..., None] for part in basis)) for basis in bases)
+
+
+def _solve(H: np.ndarray, rhs: np.ndarray, free: np.ndarray, n: int) -> np.ndarray:
+    """``H^{-1} rhs`` among the free coordinates, ``(T, ..., L)``; NaN where H is singular."""
+    among = np.concatenate([np.ones((n, free.shape[1]), bool), free])
+    both = among[:, None] & among[None]
+    H = np.where(both, H, linalg.eye(len(H), H))
+    flat = rhs if rhs.ndim == 3 else rhs[:, None]
+    flat = flat * among[:, None]
+    try:
+        found = np.linalg.solve(np.moveaxis(H, -1, 0), np.moveaxis(flat, -1, 0))
+    except np.linalg.LinAlgError:
+        found = np.moveaxis(np.full_like(flat, np.nan), -1, 0)
+    solved: np.ndarray = np.moveaxis(found, 0, -1) * among[:, None]
+    return solved if rhs.ndim == 3 else np.asarray(solved[:, 0])
