@@ -173,7 +173,7 @@ class _Middle(NamedTuple):
     count: Any
 
 
-def _newton(model: Model, form: ClosedForm) -> tuple[Array, Array]:
+def newton_step(model: Model, form: ClosedForm) -> tuple[Array, Array]:
     """Newton's step of ``fixed``, and twice what it promises."""
     xp, n, p = namespace(form.value), model.n_fixed, model.p
     g, H = form.gradient[:n], form.Hessian[:n, :n]
@@ -225,7 +225,7 @@ def profile(
         return by_moments(model, lambdas, fixed, find_modes(model, lambdas, fixed, v, inner).v)
 
     def middle_step(form: ClosedForm) -> tuple[Array, Array]:
-        return _newton(model, form) if n else (fixed, xp.zeros_like(form.value))
+        return newton_step(model, form) if n else (fixed, xp.zeros_like(form.value))
 
     def advance(state: _Middle) -> _Middle:
         move = state.part * state.step
@@ -288,19 +288,24 @@ def foretold(model: Model, memory: Memory, D: Array) -> tuple[Array, Array]:
     return memory.fixed + change, v
 
 
+def reduced(model: Model, form: ClosedForm, step: Array) -> tuple[Array, Array, Array]:
+    """Gradient ``(J, L)`` and Hessian ``(J, J, L)`` by D with fixed profiled out, and fixed's slopes ``(p + s, J, L)``,
+    where Newton's step of fixed is ``step``."""
+    n, g, H = model.n_fixed, form.gradient, form.Hessian
+    if not n:
+        return g, H, H[:0]
+    slopes = -linalg.matmul(linalg.inverse_logdet(H[:n, :n])[0], H[:n, n:])
+    back = H[n:, :n]
+    return g[n:] + linalg.matmul(back, step[:, None])[:, 0], H[n:, n:] + linalg.matmul(back, slopes), slopes
+
+
 def evaluate(model: Model, x: Array, memory: Memory, inner: Any = INNER, middle: Any = MIDDLE) -> Evaluated:
     """The objective with ``fixed`` profiled out, and its derivatives by ``x (k, L)``."""
     lambdas = cov.factors_of(x, model.layout.structures)
     D = free_entries(covariances(x, model.layout))
     found = profile(model, lambdas, *foretold(model, memory, D), inner, middle)
-    form, n = found.form, model.n_fixed
-    g, H = form.gradient, form.Hessian
-    reduced_g, reduced_H, slopes = g[n:], H[n:, n:], H[:n, n:]
-    if n:
-        inverse = linalg.inverse_logdet(H[:n, :n])[0]
-        slopes = -linalg.matmul(inverse, H[:n, n:])
-        reduced_g = reduced_g + linalg.matmul(H[n:, :n], found.step[:, None])[:, 0]
-        reduced_H = reduced_H + linalg.matmul(H[n:, :n], slopes)
+    form = found.form
+    reduced_g, reduced_H, slopes = reduced(model, form, found.step)
     jacobian, curvature = chain(x, reduced_g, model.layout)
     back = linalg.transpose(jacobian)
     gradient = linalg.matmul(back, reduced_g[:, None])[:, 0]
@@ -329,10 +334,10 @@ def chain(x: Array, g: Array, layout: Layout) -> tuple[Array, Array]:
     return jacobian, curvature
 
 
-def joint_Hessian(model: Model, x: Array, at: Evaluated) -> Array:
+def joint_Hessian(model: Model, x: Array, form: ClosedForm) -> Array:
     """Of the objective by fixed and x: ``(p + s + k, p + s + k, L)``."""
-    xp, n, H = namespace(x), model.n_fixed, at.form.Hessian
-    jacobian, curvature = chain(x, at.form.gradient[n:], model.layout)
+    xp, n, H = namespace(x), model.n_fixed, form.Hessian
+    jacobian, curvature = chain(x, form.gradient[n:], model.layout)
     back = linalg.transpose(jacobian)
     side = linalg.matmul(H[:n, n:], jacobian) if n else H[:0, n:]
     corner = linalg.matmul(back, linalg.matmul(H[n:, n:], jacobian)) + curvature

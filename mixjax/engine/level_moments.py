@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from mixjax.covariance import stack_of
+from mixjax.engine.effects import Effects
 from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_model import Columns, Key, Model
 from mixjax.engine.level_effects import OneFactor
@@ -21,6 +22,16 @@ from mixjax.families import Derivatives
 from mixjax.machine import Array, as_laid_out, namespace
 
 Sums = dict[Key, Array]
+
+
+# Longest step of a level's modes, in root mean squares of the predictor: full ones can overshoot for ever.
+LONGEST = 2.0
+
+
+def shortened(effects: Effects, step: Array, longest: Array | float) -> Array:
+    """The part ``(units, L)`` of a step of the modes that is not too long."""
+    length = namespace(step).sqrt(effects.unit_dots(step, step))
+    return longest / namespace(step).maximum(length, longest)
 
 
 class _Moments:
@@ -70,7 +81,9 @@ class _Moments:
         self.sums = new
 
 
-def moment_form(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> tuple[Array, Array, Array, ClosedForm]:
+def moment_form(
+    model: Model, lambdas: list[Array], fixed: Array, v: Array, longest: Any = LONGEST
+) -> tuple[Array, Array, Array, ClosedForm]:
     """One Newton step of the modes from ``b = D v``, and the closed form there: v, b, twice what the step promised
     ``(L,)``, and the form; of the observed curvature."""
     effects, columns = model.effects, model.columns
@@ -95,6 +108,8 @@ def moment_form(model: Model, lambdas: list[Array], fixed: Array, v: Array) -> t
     b = gain.solve(r)
     new_v = r - gain.times_A(b)
     inner = effects.unit_dots(g - v, b - start).sum(0)
+    part = effects.of_units(shortened(effects, b - start, longest))
+    b, new_v = start + part * (b - start), v + part * (new_v - v)
     for M in (S, *P):
         M.moved(b - start)
 

@@ -22,7 +22,7 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor, one_factor
 from mixjax.estimation import search
-from mixjax.estimation.glmm_start import covariance_start, fixed_start
+from mixjax.estimation.glmm_start import FAR, covariance_start, fixed_start
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import Array, silently
 from mixjax.optimise.newton import Solution
@@ -114,7 +114,7 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
                 memory = found.memory
             return found.value, found.gradient, found.Hessian
 
-        solution = search.run(by_x, x0, structures)
+        solution = search.run(by_x, x0, structures, FAR)
         last = evaluate(model, solution.x, memory, INNER_LAST, MIDDLE_LAST)
         return assemble(rows, model, solution, last)
 
@@ -122,7 +122,7 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
 def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated) -> GLMMEstimates:
     """All that follows from the coordinates, on the scale of the original columns."""
     n, p, x = model.n_fixed, model.p, solution.x
-    H, free = joint_Hessian(model, x, last)[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
+    H, free = joint_Hessian(model, x, last.form)[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
     own = own_factors(x[:, 0], rows.Z_bases, rows.layout)
     gradient = np.concatenate([last.form.gradient[:n, 0], last.gradient[:, 0]])
     inverse = solve_where(free, H, np.eye(len(H)))

@@ -13,15 +13,13 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.engine.laplace_fit import INNER, MIDDLE, Evaluated, Memory, evaluate, joint_Hessian, nothing_known
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, model_of, modes_by_term
-from mixjax.estimation.glmm_lanes import Direct, directly
+from mixjax.estimation.glmm_lanes import Direct, Ends, directly, probe, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
-from mixjax.optimise.newton import Solution, where
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
 from mixjax.waiting import Waiting
@@ -32,8 +30,8 @@ FROM_HESSIAN = ("vcov", "vcov_all")
 # Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most.
 TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**16, 512
 LEAST_LANES = 16
-# Lanes of the full search.
-SEARCHED = 64
+# Lanes of the full search, and of one call of a program in it.
+SEARCHED, PROBED = 256, 64
 # Seconds for which NumPy may work before a program, which takes 10 to 40 to compile, is worth it.
 COMPILING = 2.0
 
@@ -176,35 +174,28 @@ class _Lanes:
     # --- the full search
 
     def _search(self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, before: np.ndarray) -> None:
-        count = len(at)
-        if self.compiled and count < SEARCHED:
-            pad = np.minimum(np.arange(SEARCHED), count - 1)
-            at, x, fixed, before = at[pad], x[:, pad], fixed[:, pad], before[pad]
-        model, structures = self.of(at), self.model.layout.structures
-        fixed = np.where(np.isfinite(fixed).all(0), fixed, 0.0)
-        memory = nothing_known(model, fixed)
-        last: Evaluated
-
-        def by_x(x: Array) -> tuple[Array, Array, Array]:
-            nonlocal memory, last
-            last = self._evaluate(model, x, memory)
-            finite = np.stack([np.isfinite(part).all(tuple(range(part.ndim - 1))) for part in last.memory]).all(0)
-            memory = where(finite, last.memory, memory)
-            return last.value, last.gradient, last.Hessian
+        def prober(x: Array, fixed: Array, v: Array, longest: Array, lanes: np.ndarray) -> Any:
+            if not self.compiled:
+                return probe(self.of(at[lanes]), x, fixed, v, longest)
+            parts = []
+            for first in range(0, len(lanes), PROBED):
+                part = np.minimum(np.arange(first, first + PROBED), len(lanes) - 1)
+                mine = (a[..., part] for a in (x, fixed, v, longest))
+                own = self._run(probe, self.of(at[lanes[part]]), *mine)
+                parts.append(jax.tree.map(np.asarray, own))
+            found = jax.tree.map(lambda *a: np.concatenate(a, -1), *parts)
+            return lanes_of(found, np.arange(len(lanes)))
 
         with silently():
+            fixed = np.where(np.isfinite(fixed).all(0), fixed, 0.0)
             # A search that begins at zero finds a stationary point there.
             x = np.where(np.isfinite(x), np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x), 0.5)
-            state = search.begin(x, structures, before)
-            while not state.done.all():
-                state = search.advance(state, by_x, structures)
-            solution = state.best
-            found = self._evaluate(model, solution.x, memory)
-            self._put_searched(at[:count], *lanes_of((solution, found), np.arange(count)))
-
-    def _evaluate(self, model: Model, x: np.ndarray, memory: Memory) -> Evaluated:
-        found: Evaluated = jax.tree.map(np.asarray, self._run(evaluate, model, x, memory, INNER, MIDDLE))
-        return found
+            ends = search_lanes(self.model, x, fixed, before, prober)
+            fine = np.flatnonzero(~ends.lost)
+            if len(fine):
+                self._put_searched(at[fine], lanes_of(ends, fine))
+        for i in at[ends.lost]:
+            self._put_single(int(i))
 
     # --- what is kept
 
@@ -218,17 +209,19 @@ class _Lanes:
         self._put(at, state.x, state.fixed, state.value, state.iterations, state.distance, code, state.Hessian,
                   np.ones(state.x.shape, bool), modes)  # fmt: skip
 
-    def _put_searched(self, at: np.ndarray, solution: Solution, found: Evaluated) -> None:
-        model, n = self.model, self.model.n_fixed
-        with silently():
-            H = joint_Hessian(model, solution.x, found)
-            gradient = np.concatenate([found.form.gradient[:n], found.gradient])
-            own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
-            code = np.asarray(result_code(solution, own))
-            step = -_solve(H, gradient, solution.free, n)
-        code = self._endless(step, solution.x, solution.free, code)
-        self._put(at, solution.x, found.fixed + found.step, found.value, solution.iterations,
-                  solution.scaled_gradient, code, H, solution.free, found.modes.b)  # fmt: skip
+    def _put_searched(self, at: np.ndarray, ends: Ends) -> None:
+        solution = ends.solution
+        own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
+        code = self._endless(ends.step, solution.x, solution.free, np.asarray(result_code(solution, own)))
+        b = self.model.effects.times_D(cov.factors_of(solution.x, self.model.layout.structures), ends.v)
+        self._put(at, solution.x, ends.fixed, ends.value, solution.iterations, solution.scaled_gradient, code,
+                  ends.Hessian, solution.free, b)  # fmt: skip
+
+    def _put_single(self, i: int) -> None:
+        """A replicate that lanes do not serve, by the search of a single fit."""
+        one = fit_rows(replace(self.rows, y=self.Y[i]))
+        self._store(np.array([i]), {name: jax.tree.map(lambda a: np.asarray(a)[..., None], getattr(one, name))
+                                    for name in self.keep})  # fmt: skip
 
     def _endless(self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray) -> np.ndarray:
         """See :func:`mixjax.estimation.glmm._endless`."""
@@ -263,7 +256,7 @@ class _Lanes:
         if self.exact:
             to_user = np.eye(len(H))
             to_user[:p, :p] = rows.X_basis.R_inv
-            inverse = _solve(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+            inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
             covariance = 2.0 * np.einsum("ij,jkl,mk->iml", to_user, inverse, to_user)
             values |= {"vcov": covariance[:p, :p], "vcov_all": covariance}
         if b is not None:
@@ -272,6 +265,10 @@ class _Lanes:
             values["b"] = tuple(np.stack(part, -1) for part in zip(*terms, strict=True))
             eta = self.model.predictor(fixed, b)
             values["eta"] = np.stack([in_order(self.model, eta[..., i : i + 1], rows.n) for i in lanes], -1)
+        self._store(at, values)
+
+    def _store(self, at: np.ndarray, values: dict[str, Any]) -> None:
+        """Values of replicates ``at``, lanes last."""
         for name in self.keep:
             value_ = jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 0), values[name])
             if name not in self.arrays:
@@ -281,28 +278,13 @@ class _Lanes:
 
 
 def _program(fun: Callable[..., Any]) -> Callable[..., Any]:
-    return _directly if fun is directly else _evaluate
+    return _directly if fun is directly else _probe
 
 
 _directly = partial(jit, compiler_options=LANES, static_argnums=(1, 2))(directly)
-_evaluate = partial(jit, compiler_options=LANES)(evaluate)
+_probe = partial(jit, compiler_options=LANES)(probe)
 
 
 def _wide(bases: tuple[Any, ...]) -> tuple[Any, ...]:
     """With an axis for lanes that share them."""
     return tuple(type(basis)(*(np.asarray(part)[..., None] for part in basis)) for basis in bases)
-
-
-def _solve(H: np.ndarray, rhs: np.ndarray, free: np.ndarray, n: int) -> np.ndarray:
-    """``H^{-1} rhs`` among the free coordinates, ``(T, ..., L)``; NaN where H is singular."""
-    among = np.concatenate([np.ones((n, free.shape[1]), bool), free])
-    both = among[:, None] & among[None]
-    H = np.where(both, H, linalg.eye(len(H), H))
-    flat = rhs if rhs.ndim == 3 else rhs[:, None]
-    flat = flat * among[:, None]
-    try:
-        found = np.linalg.solve(np.moveaxis(H, -1, 0), np.moveaxis(flat, -1, 0))
-    except np.linalg.LinAlgError:
-        found = np.moveaxis(np.full_like(flat, np.nan), -1, 0)
-    solved: np.ndarray = np.moveaxis(found, 0, -1) * among[:, None]
-    return solved if rhs.ndim == 3 else np.asarray(solved[:, 0])

@@ -21,6 +21,8 @@ from mixjax.machine import Array, namespace
 STEPS = 2
 LEAST, MOST = 0.2, 2.0
 MOST_CORRELATED = 0.7
+# Standard deviation from which a second search comes down: on the scale of the predictor, where 3 would be far outside.
+FAR = 1.5
 
 
 def fixed_start(model: Model, lanes: int) -> Array:

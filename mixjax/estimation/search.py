@@ -60,12 +60,17 @@ def begin(x0: Array, structures: tuple[Structure, ...], iterations: Array | int 
 
 
 def advance(
-    search: Search, evaluate: Evaluate, structures: tuple[Structure, ...], one_minimum: Array | bool = False
+    search: Search,
+    evaluate: Evaluate,
+    structures: tuple[Structure, ...],
+    one_minimum: Array | bool = False,
+    far: float = FAR,
 ) -> Search:
     """One evaluation in every lane that is not done.
 
     Args:
         one_minimum: ``(B,)`` or one bool: the criterion is known to have no other minimum, so that no end is doubtful.
+        far: standard deviation, in the basis of Z, from which a second search comes down.
     """
     xp = namespace(search.done)
     state = newton.advance(search.state, evaluate, rank_reductions(structures))
@@ -81,8 +86,8 @@ def advance(
     doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
     if is_nowhere(doubtful):
         return Search(state, search.again, best, search.done | ended)
-    far = cov.near([FAR * xp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
-    restart = _begin_at(xp.broadcast_to(far[:, None], state.trial.shape), structures)
+    start = cov.near([far * xp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
+    restart = _begin_at(xp.broadcast_to(start[:, None], state.trial.shape), structures)
     state = newton.where(doubtful, restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
 
@@ -99,10 +104,10 @@ def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZE
     return xp.stack(clear).all(0)
 
 
-def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...]) -> Solution:
+def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...], far: float = FAR) -> Solution:
     """Search until every lane is done."""
     goes_on = lambda search: ~search.done.all()  # noqa: E731
-    step = lambda search: advance(search, evaluate, structures)  # noqa: E731
+    step = lambda search: advance(search, evaluate, structures, far=far)  # noqa: E731
     best: Solution = while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
     return best
 
