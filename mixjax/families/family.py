@@ -157,6 +157,10 @@ class Family(ABC):
         psi = as_array(psi)
         return namespace(psi).exp(psi)
 
+    def natural_slope(self, psi: Sequence[Array]) -> Array:
+        """Derivatives of :meth:`natural` by psi, one for each."""
+        return self.natural(psi)
+
     def integrated_mean(self, eta: Array, variance: Array) -> Array:
         """``E mean(eta + N(0, variance))``: the mean over random effects with that variance on the link's scale.
 
