@@ -195,8 +195,10 @@ class GLMMFit:
 
     @property
     def se(self) -> pd.Series:
-        """Standard errors of the fixed effects (p,), from the Hessian of all parameters."""
-        return self._fixed_series(np.sqrt(np.diag(self.estimates.vcov)), "se")
+        """Standard errors of the fixed effects (p,), from the Hessian of all parameters; NaN where that is not positive
+        definite, as where a response is separated."""
+        with np.errstate(invalid="ignore"):
+            return self._fixed_series(np.sqrt(np.diag(self.estimates.vcov)), "se")
 
     bse = se
 
@@ -338,10 +340,11 @@ class GLMMFit:
         """Residuals at the conditional means, of R's kinds.
 
         Args:
-            kind: ``"response"``: observed less :attr:`fitted`, of a binomial response as proportions. ``"pearson"``:
-                that by the standard deviation that the family gives the row, its parameters (such as a dispersion)
-                included. ``"deviance"``: signed roots of what the row adds to :attr:`deviance`. ``"working"``: the
-                first by the slope of the mean, on the scale of the linear predictor.
+            kind: ``"response"``: observed less :attr:`fitted`, of a binomial response as proportions.
+                ``"pearson"``: that by the root of R's variance function, the standard deviation of the row without the
+                dispersion of a gamma family, or sigma, that all rows share.
+                ``"deviance"``: signed roots of what the row adds to :attr:`deviance`.
+                ``"working"``: the first by the slope of the mean, on the scale of the linear predictor.
         """
         return self._row_series(self._fitted.residuals(kind), "residuals")
 

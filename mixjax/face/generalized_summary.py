@@ -78,7 +78,7 @@ class GeneralizedSummary(Summary):
         return likelihood_statistics(self.fitted)
 
     def _scaled(self) -> np.ndarray:
-        return self.fitted.residuals("pearson")
+        return self.fitted.scaled_residuals
 
     def _scaled_residuals(self) -> str:
         try:

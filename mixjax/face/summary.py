@@ -88,9 +88,9 @@ class VarCorr(Reported):
 
 
 def correlation(Sigma: np.ndarray) -> np.ndarray:
-    """Correlations of a covariance; NaN where a variance is zero."""
-    sd = np.sqrt(np.diag(Sigma))
+    """Correlations of a covariance; NaN where a variance is zero, or negative after a failed fit."""
     with np.errstate(invalid="ignore", divide="ignore"):
+        sd = np.sqrt(np.diag(Sigma))
         cor: np.ndarray = Sigma / np.outer(sd, sd)
         return cor
 

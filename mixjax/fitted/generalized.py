@@ -19,6 +19,8 @@ from mixjax.formula.separation import separation_of
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
 
+# Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
+SCALES = ("dispersion", "sigma")
 RESIDUALS = ("response", "pearson", "deviance", "working")
 
 
@@ -106,12 +108,27 @@ class GeneralizedFitted(FitStatistics):
                 raise ValueError(f"link {self.family.link!r} has no known derivative, which working residuals need")
             working: np.ndarray = raw / np.asarray(mean_derivatives(self.family.link, self.estimates.eta)[0])
             return working
-        size = self.rows.size
-        variance = np.asarray(self.family.variance(self.mean, size, self.estimates.psi))
+        pearson: np.ndarray = raw / self._deviations(of_family=False)
+        return pearson
+
+    @property
+    def scaled_residuals(self) -> np.ndarray:
+        """``(n,)`` response residuals by the standard deviation that the fit gives them, which lme4's summary shows."""
+        scaled: np.ndarray = (self.observed - self.mean) / self._deviations(of_family=True)
+        return scaled
+
+    def _deviations(self, of_family: bool) -> np.ndarray:
+        """``(n,)`` of :attr:`observed` given the random effects; without the family's scale R's variance function."""
+        size, psi = self.rows.size, list(self.estimates.psi)
+        if not of_family:
+            psi = [0.0 if name in SCALES else own for name, own in zip(self.family.psi_names, psi, strict=True)]
+        variance = np.asarray(self.family.variance(self.mean, size, psi))
         if size is not None:
             variance = variance / np.asarray(size) ** 2  # of a proportion
-        scaled: np.ndarray = raw / np.sqrt(variance)
-        return scaled if self.rows.weights is None else scaled * np.sqrt(np.asarray(self.rows.weights))
+        if self.rows.weights is not None:
+            variance = variance / np.asarray(self.rows.weights)
+        deviations: np.ndarray = np.sqrt(variance)
+        return deviations
 
     def conditional_covariances(self) -> dict[str, np.ndarray]:
         """Grouping factor -> ``(levels, q, q)``, given all parameters, all terms of the factor side by side."""
