@@ -39,6 +39,8 @@ FUNCTIONS = {
     "glmm_loglik": "params, data",
     "glmm_criterion": "theta, beta, data, psi=(), curvature='observed'",
     "glmm_estimate": "data, start=None, curvature='observed'",
+    "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
+    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
     "GLMMEstimates": "theta, beta, psi, Sigma, vcov, vcov_all, b, eta, criterion, converged, singular, iterations, "
     "grad_norm, mode_error, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixjax import families
 from mixjax.checks import DataError, check_start
 from mixjax.design import Design, Labels
 from mixjax.estimation.glmm import GLMMEstimates, check_curvature
@@ -20,7 +19,7 @@ from mixjax.face.generalized_summary import (
     generalized_summary,
     generalized_tidy,
 )
-from mixjax.families import Family
+from mixjax.families import Family, family_of
 from mixjax.fitted.batch import with_fixed
 from mixjax.fitted.generalized import GeneralizedFitted, fit_family_rows
 from mixjax.fitted.names import modes_by_group, term_names, values_of_fit
@@ -30,20 +29,6 @@ from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.products.family_rows import rows_in
-
-
-def family_of(family: Any, link: str | None = None) -> Family:
-    """The family that a user means, by name or as :mod:`mixjax.families` makes it."""
-    known = {"binomial": families.binomial, "poisson": families.poisson, "nbinom": families.nbinom}
-    if isinstance(family, Family):
-        if link not in (None, family.link):
-            raise ValueError(f"link is given twice: {family.link!r} by the family, {link!r} by link=; leave one out")
-        return family
-    if family == "gaussian" and link in (None, "identity"):
-        raise ValueError("family 'gaussian' with link 'identity' is a linear mixed model: use mj.lmm")
-    if family not in known:
-        raise ValueError(f"there is no family {family!r} (families: {', '.join(known)})")
-    return known[family]() if link is None else known[family](link)
 
 
 def glmm(
@@ -70,7 +55,8 @@ def glmm(
         formula: as of :func:`mixjax.lmm`. A binomial response is 0 and 1, truth values, or two levels, of which the
             second is success; counts or proportions with ``size``; or ``cbind(successes, failures)``.
         data: pandas, polars or pyarrow table, or a dict of arrays.
-        family: name, such as ``"binomial"``, ``"poisson"``, ``"nbinom"``, or what :mod:`mixjax.families` makes.
+        family: name, ``"binomial"``, ``"poisson"``, ``"nbinom"``, ``"gamma"``, ``"inverse_gaussian"``, ``"beta"``, also
+            as other programs spell it; or what :mod:`mixjax.families` makes, one of your own included.
         link: name, None for the family's own or default.
         size: column name or ``(n,)``, numbers of trials of a binomial response.
         weights: column name or ``(n,)``: they multiply the log density of a row, as if there were so many of it. As in

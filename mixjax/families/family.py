@@ -84,6 +84,8 @@ class Family(ABC):
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]]
     psi_names: ClassVar[tuple[str, ...]] = ()
+    # Whether :meth:`expected` is known.
+    has_expected: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.link not in self.links:
