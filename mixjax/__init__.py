@@ -18,6 +18,8 @@ _HOMES = {
     # formula and data frame
     "lmm": "mixjax.face.linear",
     "LMMFit": "mixjax.face.linear",
+    "glmm": "mixjax.face.generalized",
+    "GLMMFit": "mixjax.face.generalized",
     "BatchFit": "mixjax.fitted.batch",
     "datasets": "mixjax.datasets",
     "families": "mixjax.families",
@@ -42,6 +44,13 @@ _HOMES = {
     "predict": "mixjax.estimation.blup",
     "to_params": "mixjax.estimation.params",
     "from_params": "mixjax.estimation.params",
+    "rows": "mixjax.products.family_rows",
+    "GLMMParams": "mixjax.engine.laplace",
+    "glmm_loglik": "mixjax.engine.laplace",
+    "glmm_criterion": "mixjax.engine.laplace",
+    "glmm_estimate": "mixjax.estimation.glmm",
+    "glmm_estimate_many": "mixjax.estimation.glmm_many",
+    "GLMMEstimates": "mixjax.estimation.glmm",
     "Result": "mixjax.optimise.results",
     # tests and intervals
     "compare": "mixjax.inference.random.likelihood_ratio",
@@ -101,14 +110,22 @@ if TYPE_CHECKING:
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
     from mixjax.engine.criterion import criterion as criterion
+    from mixjax.engine.laplace import GLMMParams as GLMMParams
+    from mixjax.engine.laplace import glmm_criterion as glmm_criterion
+    from mixjax.engine.laplace import glmm_loglik as glmm_loglik
     from mixjax.engine.marginal import MarginalParams as MarginalParams
     from mixjax.engine.marginal import marginal_loglik as marginal_loglik
     from mixjax.estimation.blup import predict as predict
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
+    from mixjax.estimation.glmm import GLMMEstimates as GLMMEstimates
+    from mixjax.estimation.glmm import glmm_estimate as glmm_estimate
+    from mixjax.estimation.glmm_many import glmm_estimate_many as glmm_estimate_many
     from mixjax.estimation.many import estimate_many as estimate_many
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params
+    from mixjax.face.generalized import GLMMFit as GLMMFit
+    from mixjax.face.generalized import glmm as glmm
     from mixjax.face.linear import LMMFit as LMMFit
     from mixjax.face.linear import lmm as lmm
     from mixjax.face.report import table as table
@@ -142,6 +159,7 @@ if TYPE_CHECKING:
     from mixjax.populations.responses import random_effects as random_effects
     from mixjax.populations.responses import response as response
     from mixjax.products.cross_products import cross_products as cross_products
+    from mixjax.products.family_rows import rows as rows
     from mixjax.products.sharding import shard as shard
     from mixjax.products.sums import CrossProducts as CrossProducts
     from mixjax.products.sums import stack as stack

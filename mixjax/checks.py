@@ -116,6 +116,19 @@ def _memory() -> int:
     return min(size for size in found if size > 0)
 
 
+def check_start(start: Any) -> np.ndarray | None:
+    """theta to start from as ``(k,)`` finite numbers, or ValueError; None as it is. Who uses it knows how many."""
+    if start is None:
+        return None
+    try:
+        theta = np.atleast_1d(np.asarray(start, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise ValueError(f"start must be theta as numbers, got {start!r}") from None
+    if not np.isfinite(theta).all():
+        raise ValueError(f"start must be finite, got {theta}")
+    return theta
+
+
 def check_options(reml: Any, optimizer: Any) -> None:
     """Raise ValueError for options that are none."""
     if not isinstance(reml, bool | np.bool_):

@@ -14,6 +14,8 @@ import mixjax as mj
 FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
     "optimizer=None, check_identifiable=True, trusted=None",
+    "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
+    "start=None, curvature='observed', check_identifiable=True, trusted=None",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None",
@@ -32,6 +34,15 @@ FUNCTIONS = {
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
+    "rows": "design, family, y=None",
+    "GLMMParams": "beta, chol, psi=()",
+    "glmm_loglik": "params, data",
+    "glmm_criterion": "theta, beta, data, psi=(), curvature='observed'",
+    "glmm_estimate": "data, start=None, curvature='observed'",
+    "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
+    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
+    "GLMMEstimates": "theta, beta, psi, Sigma, vcov, vcov_all, b, eta, criterion, converged, singular, iterations, "
+    "grad_norm, mode_error, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",
     "exact_lrt": "m, m0=None, key=0, n=100000",
     "exact_rlrt": "m, m0=None, mA=None, key=0, n=100000",
@@ -106,6 +117,22 @@ METHODS = {
     "refit": "y=None, reml=None",
     "refit_many": "Y, reml=None, chunk=None, ranef=False, engine='auto'",
 }
+GLMM_METHODS = {
+    "ranef": "*, condvar=False",
+    "coef": "",
+    "summary": "",
+    "tidy": "",
+    "glance": "",
+    "residuals": "kind='deviance'",
+    "refit": "y",
+}
+GLMM_PROPERTIES = {
+    "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,
+    "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series, "design": mj.Design,
+    "labels": mj.Labels, "estimates": mj.GLMMEstimates, "criterion": float, "loglik": float, "aic": float, "bic": float,
+    "deviance": float, "nobs": int, "npar": int, "nagq": int, "curvature": str, "link": str, "is_singular": bool,
+    "converged": bool, "fitted": pd.Series, "linear_predictor": pd.Series,
+}  # fmt: skip
 # Parts of a population.
 VARIABLES = {
     "factor", "categorical", "occasion", "dirichlet", "normal", "uniform", "bernoulli", "poisson",
@@ -132,7 +159,7 @@ def signature(function) -> str:
 
 
 def test_every_public_function_is_listed():
-    others = {"LMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
+    others = {"LMMFit", "GLMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
               "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
               "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
@@ -159,6 +186,27 @@ def test_methods_of_a_fit(name):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_properties_of_a_fit(name):
     assert type(getattr(fit_of("sleepstudy_slopes", "REML"), name)) is PROPERTIES[name]
+
+
+def test_every_attribute_of_a_generalized_fit_is_listed():
+    public = {name for name in dir(mj.GLMMFit) if not name.startswith("_")}
+    assert public == {*GLMM_METHODS, *GLMM_PROPERTIES, "varcorr", "optimizer", "record", "family"}
+    for name, expected in GLMM_METHODS.items():
+        assert signature(getattr(mj.GLMMFit, name)) == expected
+
+
+def test_attributes_of_a_generalized_fit():
+    data = table("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+    fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+    for name, expected in GLMM_PROPERTIES.items():
+        assert type(getattr(fit, name)) is expected
+    assert fit.optimizer._fields == ("name", "iterations", "gradient_norm", "message")
+    for frame in (fit.varcorr.to_frame(), fit.tidy(), fit.glance(), fit.ranef()["Subject"], fit.coef()["Subject"]):
+        assert isinstance(frame, pd.DataFrame)
+    for kind in ("response", "pearson", "deviance", "working"):
+        assert type(fit.residuals(kind)) is pd.Series
+    assert type(fit.refit(data["slow"])) is mj.GLMMFit
+    assert fit.ranef(condvar=True)[1]["Subject"].shape == (18, 1, 1)
 
 
 def test_what_methods_of_a_fit_give():

@@ -27,16 +27,17 @@ ROOMS = [
 ASKED = {
     "mixjax.engine": {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
-        "covariances_with_slopes", "conditional_covariances", "is_regular", "solve_where",
+        "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "MOST_DENSE_LANES", "has_closed_form",
-        "in_lanes_at_once",
+        "in_lanes_at_once", "FamilyRows", "rows_in",
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
         "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
+        "GLMMEstimates", "fit_rows", "check_curvature", "conditional_covariances",
     },
 }  # fmt: skip
 CORE = (
@@ -141,7 +142,9 @@ def fresh(code):
     [
         ("", ["jax", "numpy", "pandas", "formulaic", "optax", "scipy", "matplotlib"]),
         ("mj.estimate; mj.criterion; mj.marginal_loglik; mj.Design", ["pandas", "formulaic", "optax", "matplotlib"]),
+        ("mj.rows; mj.glmm_estimate; mj.glmm_loglik", ["pandas", "formulaic", "optax", "matplotlib", "scipy.optimize"]),
         ("mj.lmm", ["optax", "matplotlib", "formulaic", "scipy.interpolate", "scipy.optimize", "scipy.stats"]),
+        ("mj.glmm", ["optax", "matplotlib", "formulaic", "scipy.interpolate", "scipy.optimize", "scipy.stats"]),
         ("mj.datasets.NAMES", ["jax", "pandas"]),
     ],
 )

@@ -218,6 +218,16 @@ class Crossed:
             found += (1.0 if c == e else 2.0) * self.Zd[c] * self.Zd[e] * gain.Kd[self.at[c], self.at[e]]
         return found[:, None]
 
+    def covariances(self, gain: BlockGain) -> dict[int, Array]:
+        """Factor -> ``(q, q, m)`` blocks of K of its levels."""
+        q, m, d = gain.H.shape
+        HK = (gain.H.reshape(q * m, d) @ gain.Kd).reshape(q, m, d)
+        found = {self.first: gain.K1 + _levels_product(HK, gain.H)}
+        for f, q, m, start in self.blocks:
+            own = gain.Kd[start : start + q * m, start : start + q * m].reshape(q, m, q, m)
+            found[f] = np.moveaxis(own.diagonal(axis1=1, axis2=3), -1, 2)
+        return found
+
     def moved(self, v: Array) -> Array:
         flat = v[:, 0]
         found = np.zeros((len(self.pairs), len(flat), 1))

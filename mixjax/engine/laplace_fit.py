@@ -238,8 +238,11 @@ def profile(
         fell = fell | (state.count == 0)
         step, decrement = middle_step(form)
         better = _Middle(fixed, modes, form, step, decrement, cut(model, step), decrement <= middle, state.count)
-        worse = state._replace(part=state.part / 3.0, done=state.part < 1e-9)
-        new = where(state.done, state, where(fell, better, worse))
+        # Along a direction in which the likelihood grows for ever the Hessian becomes singular: the point before is the
+        # last that has a step, by which the end is recognised.
+        stuck = fell & ~xp.isfinite(decrement) & (state.count > 0)
+        worse = state._replace(part=state.part / 3.0, done=(state.part < 1e-9) | stuck)
+        new = where(state.done, state, where(fell & ~stuck, better, worse))
         return new._replace(count=state.count + 1)
 
     def goes_on(state: _Middle) -> Array:

@@ -174,6 +174,10 @@ class OneFactor:
         parts = [ZZ * self.at_rows(K[a, b] if a == b else 2.0 * K[a, b]) for (a, b), ZZ in self._ZZ.items()]
         return sum(parts[1:], parts[0])
 
+    def covariances(self, gain: LevelGain) -> dict[int, Array]:
+        """Factor -> ``(q, q, m)`` blocks of K of its levels, in the first lane."""
+        return {0: gain.K[..., 0]}
+
     def moved(self, v: Array) -> Array:
         """``E v`` of every direction."""
         return _moves(v, self.pairs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mixjax import covariance as cov
+from mixjax.checks import check_start
 from mixjax.design import AnyArray
 from mixjax.engine.block_effects import Crossed, crossed
-from mixjax.engine.coordinates import solve_where
+from mixjax.engine.coordinates import coordinates_in, solve_where
 from mixjax.engine.laplace_curvature import Data
 from mixjax.engine.laplace_fit import (
     INNER_LAST,
@@ -24,7 +26,8 @@ from mixjax.engine.level_effects import OneFactor, one_factor
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import FAR, covariance_start, fixed_start
 from mixjax.estimation.search import own_factors, result_code
-from mixjax.machine import Array, silently
+from mixjax.forks import refuse_forked
+from mixjax.machine import Array, is_concrete, silently
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
@@ -43,7 +46,8 @@ class GLMMEstimates(NamedTuple):
         Sigma: per term ``(q, q)``, covariance of its random effects.
         vcov: ``(p, p)`` covariance of beta, from the Hessian of all parameters: those of the covariances are estimated.
         vcov_all: ``(p + s + k, p + s + k)`` of beta, psi and the coordinates of the covariances in the bases of the
-            rows; zero where a coordinate is fixed at zero.
+            rows (those that :func:`mixjax.engine.coordinates.coordinates_in` gives of theta); zero where a coordinate
+            is fixed at zero.
         b: per term ``(n_groups, q)``, conditional modes. eta: ``(n,)`` linear predictor at them.
         criterion: ``()`` -2 log-likelihood by Laplace's approximation or quadrature, all constants kept.
         converged, singular, iterations, grad_norm, result: as in :class:`mixjax.Estimates`.
@@ -70,13 +74,12 @@ class GLMMEstimates(NamedTuple):
 def model_of(rows: FamilyRows, curvature: str = "observed") -> Model:
     """The objective of rows of numbers, for NumPy: one lane."""
     effects = one_factor(rows) if len(rows.levels) == 1 else crossed(rows)
-    index = effects.index if isinstance(effects, OneFactor) else np.arange(rows.n)
-    empty = index < 0
+    empty = _index(effects, rows.n) < 0
 
     def at(values: Any, columns: bool = False) -> Any:
         if values is None:
             return None
-        taken = np.asarray(values, np.float64)[np.where(empty, 0, index)]
+        taken = _placed(effects, np.asarray(values, np.float64))
         if columns:
             return np.where(empty[None, ..., None], 0.0, np.moveaxis(taken, -1, 0)[..., None])
         return taken[..., None]
@@ -86,6 +89,71 @@ def model_of(rows: FamilyRows, curvature: str = "observed") -> Model:
         weights = np.where(empty[..., None], 0.0, 1.0 if weights is None else weights)
     data = Data(at(rows.y), at(rows.size), weights, at(rows.offset), at(rows.Q, columns=True))
     return Model(effects, data, rows.family, curvature == "expected")
+
+
+def _index(effects: OneFactor | Crossed, n: int) -> np.ndarray:
+    """Which row of the data stands where; -1 at empty places."""
+    return np.asarray(effects.index) if isinstance(effects, OneFactor) else np.arange(n)
+
+
+def _placed(effects: OneFactor | Crossed, values: np.ndarray) -> np.ndarray:
+    """Values ``(n, ...)`` in the order of the data -> ``(*rows, ...)``; those of the first row at empty places."""
+    placed: np.ndarray = values[np.maximum(_index(effects, len(values)), 0)]
+    return placed
+
+
+def glmm_estimate(data: FamilyRows, start: AnyArray | None = None, curvature: str = "observed") -> GLMMEstimates:
+    """Estimates of a generalised linear mixed model by Laplace's approximation, in float64, without names.
+
+    Fixed effects, parameters of the family and covariances are searched together, with exact second derivatives;
+    nothing is compiled.
+
+    Args:
+        data: of :func:`mixjax.rows`, concrete: a fit by NumPy, outside of JAX's transformations. Its ``y`` is one
+            response ``(n,)``.
+        start: ``(k,)`` theta to start from, or None.
+        curvature: of the rows in the approximation's determinant: ``"observed"``, as the approximation is defined, or
+            ``"expected"``, which lme4 takes; they differ where the link is not canonical.
+
+    Returns:
+        :class:`GLMMEstimates`, arrays of NumPy; ``result`` says how the search ended.
+
+    Raises:
+        ValueError: many responses, traced arrays, a start of another length or that is not finite, no such curvature.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
+        >>> est = mj.glmm_estimate(mj.rows(design, mj.families.poisson()))
+        >>> print(bool(est.converged), est.beta.round(3), est.theta.round(3))
+        True [1.48] [0.734]
+    """
+    refuse_forked()
+    check_curvature(curvature)
+    if not all(map(is_concrete, jax.tree.leaves(data))):
+        raise ValueError(
+            "glmm_estimate fits by NumPy, outside of jit, grad and vmap, and got traced arrays: inside of them "
+            "mj.glmm_loglik is a function that JAX differentiates"
+        )
+    if np.ndim(data.y) != 1:
+        raise ValueError(
+            f"y has shape {np.shape(data.y)}: glmm_estimate fits one response (n,); many of one design are for "
+            "glmm_estimate_many"
+        )
+    return fit_rows(jax.tree.map(_numbers, data), check_start(start), curvature)
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """As NumPy's array, floating numbers as float64."""
+    array = np.asarray(values)
+    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def check_curvature(curvature: Any) -> None:
+    """Raise ValueError unless it is ``"observed"`` or ``"expected"``."""
+    if not isinstance(curvature, str) or curvature not in ("observed", "expected"):
+        raise ValueError(f"curvature must be 'observed' or 'expected', got {curvature!r}")
 
 
 def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str = "observed") -> GLMMEstimates:
@@ -124,17 +192,22 @@ def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated
     n, p, x = model.n_fixed, model.p, solution.x
     H, free = joint_Hessian(model, x, last.form)[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
     own = own_factors(x[:, 0], rows.Z_bases, rows.layout)
+    theta = cov.theta_of_lambdas(own.lambdas)
     gradient = np.concatenate([last.form.gradient[:n, 0], last.gradient[:, 0]])
     inverse = solve_where(free, H, np.eye(len(H)))
+    # Signs of the search's coordinates are free, so the covariance is that of those which theta has.
+    own_x, own_free = coordinates_in(theta, rows.layout, [Z.R for Z in rows.Z_bases])
+    own_H = joint_Hessian(model, own_x[:, None], last)[..., 0]
+    own_inverse = solve_where(np.concatenate([np.ones(n, bool), own_free]), own_H, np.eye(len(H)))
     to_user = np.eye(len(H))
     to_user[:p, :p] = rows.X_basis.R_inv
-    covariance = to_user @ (2.0 * inverse) @ to_user.T
+    covariance = to_user @ (2.0 * own_inverse) @ to_user.T
     code = int(result_code(Solution(*(part[..., 0] for part in solution)), own))
     if code in (Result.CONVERGED, Result.NONDIFFERENTIABLE):
         code = _endless(model, -inverse @ gradient, x[:, 0], code)
     eta = model.predictor(last.fixed, last.modes.b)
     return GLMMEstimates(
-        theta=cov.theta_of_lambdas(own.lambdas),
+        theta=theta,
         beta=rows.X_basis.R_inv @ last.fixed[:p, 0],
         psi=last.fixed[p:, 0],
         Sigma=tuple(L @ L.T for L in own.lambdas),
@@ -162,6 +235,29 @@ def _endless(model: Model, step: np.ndarray, x: np.ndarray, code: int) -> int:
     if np.abs(step[p:n]).max(initial=0.0) > ENDLESS or (np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))).any():
         return Result.UNBOUNDED
     return code
+
+
+def conditional_covariances(rows: FamilyRows, est: GLMMEstimates) -> list[np.ndarray]:
+    """Covariances ``(levels, q, q)`` of the random effects given the data and all parameters, of every grouping factor:
+    the inverse of the observed curvature at the modes, all terms of a factor side by side."""
+    with silently():
+        model = model_of(rows)
+        effects: Any = model.effects
+        eta = _placed(effects, est.eta)[..., None]
+        psi = np.reshape(est.psi, (-1, 1))
+        lambdas = cov.lambdas_of_theta(est.theta, rows.layout.qs)
+        inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
+        curvature = model.derivatives(eta, psi).by_eta[2]
+        blocks = effects.covariances(effects.gain(inside, effects.normal(curvature)))
+    found = []
+    for f in range(len(rows.levels)):
+        own = [t for t, place in enumerate(rows.layout.terms) if place.factor == f]
+        to_user = np.zeros(blocks[f].shape[:2])
+        for t in own:
+            at = slice(rows.layout.terms[t].start, rows.layout.terms[t].start + rows.layout.terms[t].q)
+            to_user[at, at] = rows.Z_bases[t].R_inv
+        found.append(np.einsum("ab,bcm,dc->mad", to_user, blocks[f], to_user))
+    return found
 
 
 def modes_by_term(rows: FamilyRows, model: Model, b: np.ndarray) -> tuple[np.ndarray, ...]:

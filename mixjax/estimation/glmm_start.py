@@ -41,7 +41,7 @@ def fixed_start(model: Model, lanes: int) -> Array:
     delta = xp.zeros((p, lanes), eta.dtype)
     target = eta if data.offset is None else eta - data.offset
     for i in range(1 + STEPS):
-        w = data.weighted(family.expected(eta, data.size, psi).w)
+        w = _curvature(model, eta, psi)
         weighted = xp.stack([xp.broadcast_to(w * column, shape) for column in data.X])
         XX = dots(weighted, xp.broadcast_to(data.X, (p, *shape)), rows)
         if i == 0:
@@ -58,6 +58,16 @@ def fixed_start(model: Model, lanes: int) -> Array:
         delta = delta + step
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
     return xp.concatenate([delta, _psi(model, eta)]) if family.n_psi else delta
+
+
+def _curvature(model: Model, eta: Array, psi: Array) -> Array:
+    """Expected curvature of every row, or the size of the observed one where the family does not know it."""
+    data, family = model.data, model.family
+    if family.has_expected:
+        found: Array = data.weighted(family.expected(eta, data.size, psi).w)
+    else:
+        found = data.weighted(abs(family.derivatives(eta, data.y, data.size, psi).by_eta[2]))
+    return found
 
 
 def _psi(model: Model, eta: Array) -> Array:
@@ -79,7 +89,7 @@ def covariance_start(model: Model, fixed: Array) -> Array:
     xp = namespace(fixed)
     eta = data.predictor(fixed[:p], xp.zeros(shape, fixed.dtype))
     at = data.weighted(model.family.derivatives(eta, data.y, data.size, fixed[p:]))
-    w = data.weighted(model.family.expected(eta, data.size, fixed[p:]).w)
+    w = _curvature(model, eta, fixed[p:])
     g, A = -effects.effects(at.by_eta[1]), effects.normal(w)
     if isinstance(effects, OneFactor):
         roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms])

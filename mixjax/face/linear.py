@@ -19,9 +19,10 @@ from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
 from mixjax.fitted.batch import BatchFit, with_fixed
-from mixjax.fitted.names import responses_of_rows, term_names, terms_of_group, values_of_rows
+from mixjax.fitted.names import modes_by_group, responses_of_rows, term_names, values_of_fit
 from mixjax.fitted.options import ddf_of
-from mixjax.fitted.record import Fitted, OptimizerInfo, fit_products, fit_rows
+from mixjax.fitted.record import Fitted, fit_products, fit_rows
+from mixjax.fitted.search_end import OptimizerInfo
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.checks import check_number_of_effects
@@ -226,14 +227,7 @@ class LMMFit(Inferring, Diagnosing):
             ``(levels, q, q)``. Terms on one group stand side by side, uncorrelated parts with zeros between them
             unless the data correlate them.
         """
-        frames = {
-            group: pd.DataFrame(
-                np.hstack([self.estimates.b[t] for t in ts]),
-                index=list(self.labels.terms[ts[0]].levels),
-                columns=[effect for t in ts for effect in self.labels.terms[t].effects],
-            )
-            for group, ts in terms_of_group(self.labels).items()
-        }
+        frames = modes_by_group(self.labels, self.estimates.b)
         if not condvar:
             return frames
         return frames, conditional_covariances_by_group(self._fitted)
@@ -396,14 +390,7 @@ class LMMFit(Inferring, Diagnosing):
         if y is None:
             record = self._fitted
             return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
-        y = values_of_rows(self.labels, "y", y)
-        missing = np.flatnonzero(~np.isfinite(y))
-        if len(missing):
-            raise DataError(
-                f"y is missing or infinite in {len(missing)} of the {len(y)} rows of the fit (first: row "
-                f"{self.labels.frame.index[missing[0]]}): fit the table with that column, which leaves such rows out"
-            )
-        return LMMFit(self._fitted.refit(y, reml))
+        return LMMFit(self._fitted.refit(values_of_fit(self.labels, "y", y), reml))
 
     def without(self, term: str) -> LMMFit:
         """The same data fitted without a term, by the same criterion.

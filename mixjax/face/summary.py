@@ -12,6 +12,7 @@ import pandas as pd
 from mixjax.diagnostics.residuals import conditional_residuals
 from mixjax.fitted.names import term_names
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.search_end import FitStatistics
 from mixjax.inference.fixed.contrasts import ddf_note
 from mixjax.markup import Cells, Report, Reported
 from mixjax.numerals import fixed_decimals, p_value
@@ -33,7 +34,8 @@ class VarCorr(Reported):
         """One row per variance and covariance, as ``as.data.frame(VarCorr(m))`` in lme4.
 
         Columns ``group``, ``name1``, ``name2`` (None for a variance), ``vcov`` (variance or covariance), ``sdcor``
-        (standard deviation or correlation; NaN where a variance is zero). The last row is ``Residual``.
+        (standard deviation or correlation; NaN where a variance is zero). The last row is ``Residual``, of a linear
+        model.
         """
         rows: list[tuple[Any, ...]] = []
         for name, labels, Sigma in zip(
@@ -45,16 +47,18 @@ class VarCorr(Reported):
                 for j in range(i + 1, len(sd)):
                     cor = correlation(Sigma)[i, j]
                     rows.append((name, labels.effects[i], labels.effects[j], Sigma[i, j], cor))
-        sigma = float(self.fitted.estimates.sigma)
-        rows.append(("Residual", None, None, sigma**2, sigma))
+        rows += [("Residual", None, None, sigma**2, sigma) for sigma in self._residual()]
         return pd.DataFrame(rows, columns=["group", "name1", "name2", "vcov", "sdcor"])
+
+    def _residual(self) -> list[float]:
+        """The residual standard deviation, if there is one."""
+        return [float(self.fitted.estimates.sigma)]
 
     def table(self) -> pd.DataFrame:
         """The printed table, cells as text."""
         labels, estimates = self.fitted.labels.terms, self.fitted.estimates
-        sigma = float(estimates.sigma)
         sds = [np.sqrt(np.diag(Sigma)) for Sigma in estimates.Sigma]
-        every = np.concatenate([*sds, [sigma]])
+        every = np.concatenate([*sds, self._residual()])
         sd_text, var_text = fixed_decimals(every, 5), fixed_decimals(every**2, 5)
         width = max(len(sd) for sd in sds)
         rows, k = [], 0
@@ -65,24 +69,28 @@ class VarCorr(Reported):
                 cells += [""] * (width - 1 - len(cells))
                 rows.append([name if i == 0 else "", effect, var_text[k], sd_text[k], *cells])
                 k += 1
-        rows.append(["Residual", "", var_text[k], sd_text[k], *[""] * (width - 1)])
+        rows += [["Residual", "", var_text[k], sd_text[k], *[""] * (width - 1)] for _ in self._residual()]
         heads = ["Groups", "Name", "Variance", "Std.Dev.", *(["Corr"] + [""] * (width - 2) if width > 1 else [])]
         return pd.DataFrame(rows, columns=heads)
 
+    def beneath(self) -> list[str]:
+        """Lines under the table."""
+        return []
+
     def __str__(self) -> str:
-        return text_table(self.table(), left=2)
+        return "\n".join([text_table(self.table(), left=2), *self.beneath()])
 
     def __repr__(self) -> str:
         return str(self)
 
     def _report(self) -> Report:
-        return Report([Cells.of(self.table(), left=2)])
+        return Report([Cells.of(self.table(), left=2)], self.beneath())
 
 
 def correlation(Sigma: np.ndarray) -> np.ndarray:
-    """Correlations of a covariance; NaN where a variance is zero."""
-    sd = np.sqrt(np.diag(Sigma))
+    """Correlations of a covariance; NaN where a variance is zero, or negative after a failed fit."""
     with np.errstate(invalid="ignore", divide="ignore"):
+        sd = np.sqrt(np.diag(Sigma))
         cor: np.ndarray = Sigma / np.outer(sd, sd)
         return cor
 
@@ -129,7 +137,7 @@ class Summary(Reported):
             "\n".join(self._head()),
             self._fit_statistics_text(),
             self._scaled_residuals() if self.fitted.kept is not None else "",
-            "Random effects:\n" + str(VarCorr(self.fitted)) + "\n" + self._counts(),
+            "Random effects:\n" + str(self._varcorr()) + "\n" + self._counts(),
             "Fixed effects:\n" + self._fixed_text(),
         ]
         if 1 < len(self.fitted.labels.fixed) <= 20:
@@ -145,37 +153,37 @@ class Summary(Reported):
         parts = [
             *self._head(),
             ", ".join(f"{name} {value}" for name, value in self._fit_statistics().items()),
-            Cells.of(VarCorr(self.fitted).table(), left=2, title="Random effects"),
+            Cells.of(self._varcorr().table(), left=2, title="Random effects"),
+            *self._varcorr().beneath(),
             self._counts(),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
         ]
         how = [] if self.ddf is None or fixed is None else [ddf_note(self.ddf)]
         return Report(parts, [*how, *self._notes()])
 
+    def _varcorr(self) -> VarCorr:
+        return VarCorr(self.fitted)
+
     def _head(self) -> list[str]:
         method = "REML" if self.fitted.reml else "maximum likelihood"
         return [f"Linear mixed model fit by {method}", f"Formula: {self.fitted.labels.formula}"]
 
     def _fit_statistics(self) -> dict[str, str]:
-        criterion = float(self.fitted.estimates.criterion)
         if self.fitted.reml:
-            return {"REML criterion at convergence:": f"{criterion:.1f}"}
-        return {
-            "AIC": f"{self.fitted.aic:.1f}",
-            "BIC": f"{self.fitted.bic:.1f}",
-            "logLik": f"{self.fitted.loglik:.1f}",
-            "-2*log(L)": f"{criterion:.1f}",
-            "df.resid": str(self.fitted.nobs - self.fitted.npar),
-        }
+            return {"REML criterion at convergence:": f"{float(self.fitted.estimates.criterion):.1f}"}
+        return likelihood_statistics(self.fitted)
 
     def _fit_statistics_text(self) -> str:
         cells = self._fit_statistics()
-        if self.fitted.reml:
+        if len(cells) == 1:
             return " ".join([*cells, *cells.values()])
         return text_table(pd.DataFrame([list(cells.values())], columns=list(cells)), left=0)
 
+    def _scaled(self) -> np.ndarray:
+        return conditional_residuals(self.fitted, scale="pearson") / float(self.fitted.estimates.sigma)
+
     def _scaled_residuals(self) -> str:
-        scaled = conditional_residuals(self.fitted, scale="pearson") / float(self.fitted.estimates.sigma)
+        scaled = self._scaled()
         quantiles = [f"{q:.4f}" for q in np.quantile(scaled, [0, 0.25, 0.5, 0.75, 1])]
         table = pd.DataFrame([quantiles], columns=["Min", "1Q", "Median", "3Q", "Max"])
         return "Scaled residuals:\n" + text_table(table, left=0)
@@ -232,6 +240,17 @@ class Summary(Reported):
         return notes
 
 
+def likelihood_statistics(fitted: FitStatistics) -> dict[str, str]:
+    """What stands above a maximum-likelihood fit in lme4's summary."""
+    return {
+        "AIC": f"{fitted.aic:.1f}",
+        "BIC": f"{fitted.bic:.1f}",
+        "logLik": f"{fitted.loglik:.1f}",
+        "-2*log(L)": f"{float(fitted.estimates.criterion):.1f}",
+        "df.resid": str(fitted.nobs - fitted.npar),
+    }
+
+
 def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     """Estimates in rows, as broom.mixed's ``tidy()``.
 
@@ -240,17 +259,24 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     of freedom and p-values need a method for the degrees of freedom and are NaN without one.
     """
     notes = () if tests is None else tests.attrs.get("notes", ())
-    fixed = coefficient_table(fitted, tests).reset_index()
+    return tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes)
+
+
+def tidy_table(
+    fixed: pd.DataFrame, varcorr: VarCorr, notes: tuple[str, ...], more: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The rows of :func:`tidy` from the table of coefficients; ``more`` rows stand beneath."""
+    fixed = fixed.reset_index()
     fixed.insert(0, "effect", "fixed")
     fixed.insert(1, "group", None)
-    frame = VarCorr(fitted).to_frame()
+    frame = varcorr.to_frame()
     kind = np.where(frame["name2"].isna(), "sd__", "cor__")
     first = frame["name1"].fillna("Observation")
     second = ("." + frame["name2"].astype(object)).fillna("")
     random = pd.DataFrame(
         {"effect": "ran_pars", "group": frame["group"], "term": kind + first + second, "estimate": frame["sdcor"]}
     )
-    both = [part for part in (fixed, random) if len(part)]
+    both = [part for part in (fixed, random, more) if part is not None and len(part)]
     columns = ["effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"]
     return NotedTable(pd.concat(both, ignore_index=True).reindex(columns=columns), notes)
 

@@ -38,6 +38,7 @@ class Custom(Family):
     title: str
 
     links = ("custom",)
+    has_expected = False
     # Not those of the base, which compares links.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -142,6 +143,10 @@ class Custom(Family):
     def natural(self, psi: Sequence[Array]) -> Array:
         """psi as it is: the names are those of unconstrained parameters."""
         return as_array(psi)
+
+    def natural_slope(self, psi: Sequence[Array]) -> Array:
+        psi = as_array(psi)
+        return namespace(psi).ones_like(psi)
 
     def integrated_mean(self, eta: Array, variance: Array) -> Array:
         """``E mean(eta + N(0, variance))`` by a trapezoidal rule over 8 standard deviations to each side."""

@@ -84,6 +84,8 @@ class Family(ABC):
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]]
     psi_names: ClassVar[tuple[str, ...]] = ()
+    # Whether :meth:`expected` is known.
+    has_expected: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.link not in self.links:
@@ -156,6 +158,10 @@ class Family(ABC):
         """The parameters as users see them, :attr:`psi_names`: ``exp(psi)``."""
         psi = as_array(psi)
         return namespace(psi).exp(psi)
+
+    def natural_slope(self, psi: Sequence[Array]) -> Array:
+        """Derivatives of :meth:`natural` by psi, one for each."""
+        return self.natural(psi)
 
     def integrated_mean(self, eta: Array, variance: Array) -> Array:
         """``E mean(eta + N(0, variance))``: the mean over random effects with that variance on the link's scale.

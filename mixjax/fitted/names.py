@@ -31,6 +31,18 @@ def terms_of_group(labels: Labels) -> dict[str, list[int]]:
     return terms
 
 
+def modes_by_group(labels: Labels, b: Sequence[np.ndarray]) -> dict[str, pd.DataFrame]:
+    """Grouping factor -> modes ``b``, of every term ``(levels, q)``, as a table, the terms of a factor side by side."""
+    return {
+        group: pd.DataFrame(
+            np.hstack([b[t] for t in ts]),
+            index=list(labels.terms[ts[0]].levels),
+            columns=[effect for t in ts for effect in labels.terms[t].effects],
+        )
+        for group, ts in terms_of_group(labels).items()
+    }
+
+
 class VarianceParameter(NamedTuple):
     """A standard deviation or a correlation of random effects.
 
@@ -90,6 +102,22 @@ def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True)
             f"{name} has shape {np.shape(values)}, but the fit has {len(index)} rows, of {len(used)} of the table"
         )
     column: np.ndarray = row_values(name, values, index, len(index), numbers)
+    return column
+
+
+def values_of_fit(labels: Labels, name: str, values: Any) -> np.ndarray:
+    """:func:`values_of_rows` without missing values.
+
+    Raises:
+        DataError: another length, labels that are not the fit's, or a missing value.
+    """
+    column = values_of_rows(labels, name, values)
+    missing = np.flatnonzero(~np.isfinite(column))
+    if len(missing):
+        raise DataError(
+            f"{name} is missing or infinite in {len(missing)} of the {len(column)} rows of the fit (first: row "
+            f"{labels.frame.index[missing[0]]}): fit the table with that column, which leaves such rows out"
+        )
     return column
 
 

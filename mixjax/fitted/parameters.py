@@ -10,11 +10,15 @@ import numpy as np
 import pandas as pd
 
 from mixjax import covariance as cov
+from mixjax.bases import Basis
 from mixjax.design import Labels
+from mixjax.engine.coordinates import coordinates_in
+from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.fitted.information import Information
-from mixjax.fitted.names import Spellings, names_of_variances
+from mixjax.fitted.names import Spellings, names_apart, names_of_variances
 from mixjax.machine import silently
-from mixjax.products.sums import CrossProducts
+from mixjax.products.family_rows import FamilyRows
+from mixjax.products.sums import CrossProducts, Layout
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,68 @@ def variance_parameters(labels: Labels, stats: CrossProducts, info: Information,
     parameters = names_of_variances(labels, stats.layout.structures)
     kinds = (*(parameter.kind for parameter in parameters), "sigma")
     with silently():
-        values, slopes = _natural_with_slopes(info.x, sigma, stats)
+        relative, by_x = natural_with_slopes(info.x, stats.layout, stats.Z_bases)
+        is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
+        values = np.append(np.where(is_sd, sigma * relative, relative), sigma)
+        slopes = np.zeros((len(values), len(info.x) + 1))
+        slopes[:-1, :-1] = np.where(is_sd[:, None], sigma * by_x, by_x)
+        slopes[:, -1] = np.append(np.where(is_sd, values[:-1], 0.0), sigma)
         covariance = slopes @ info.covariance @ slopes.T
-    is_cor = np.array(kinds) == "cor"
-    free = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0) & np.isfinite(covariance.diagonal())
+    free = _inside(kinds, values, covariance)
     covariance = np.where(free & free[:, None] & info.regular, covariance, np.nan)
     names = (*(parameter.name for parameter in parameters), "sigma")
     return VarianceParameters(names, kinds, values, covariance, free)
 
 
-def _natural_with_slopes(x: np.ndarray, sigma: float, stats: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations, correlations and sigma, and their derivatives by the coordinates and log sigma."""
-    layout = stats.layout
+def _inside(kinds: Sequence[str], values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """``(k,)`` which parameters are not on the boundary."""
+    is_cor = np.array(kinds) == "cor"
+    free: np.ndarray = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0) & np.isfinite(covariance.diagonal())
+    return free
+
+
+def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates) -> AllParameters:
+    """Every parameter of a generalised linear mixed model: standard deviations and correlations, those of the family on
+    the scale that its ``psi_names`` are on, fixed effects. By the delta method from the Hessian of all of them."""
+    p, s, layout = rows.p, rows.family.n_psi, rows.layout
+    variances, family = names_of_variances(labels, layout.structures), rows.family
+    own = names_apart(family.psi_names, [parameter.name for parameter in variances])
+    taken = [*(parameter.name for parameter in variances), *own]
+    x, _ = coordinates_in(est.theta, layout, [Z.R for Z in rows.Z_bases])
+    k = len(variances)
+    with silently():
+        natural, by_x = natural_with_slopes(x, layout, rows.Z_bases)
+        slopes = np.zeros((k + s + p, p + s + len(x)))
+        slopes[:k, p + s :] = by_x
+        slopes[k : k + s, p : p + s] = np.diag(family.natural_slope(est.psi))
+        slopes[k + s :, :p] = np.eye(p)
+        covariance = slopes @ est.vcov_all @ slopes.T
+    kinds = [parameter.kind for parameter in variances]
+    free = np.concatenate([_inside(kinds, natural, covariance[:k, :k]), np.ones(s + p, bool)])
+    regular = _is_covariance(est.vcov_all)
+    covariance = np.where(free & free[:, None] & regular, covariance, np.nan)
+    return AllParameters(
+        (*taken, *names_apart(labels.fixed, taken)), np.concatenate([natural, family.natural(est.psi), est.beta]),
+        covariance, free,
+    )  # fmt: skip
+
+
+def _is_covariance(matrix: np.ndarray) -> bool:
+    """Positive definite among the parameters that are not held."""
+    held = (matrix == 0).all(0)
+    own = matrix[~held][:, ~held]
+    if not np.isfinite(own).all() or not (own.diagonal() > 0).all():
+        return False
+    sd = np.sqrt(own.diagonal())
+    return bool(np.linalg.eigvalsh(own / np.outer(sd, sd)).min(initial=1.0) > 0)
+
+
+def natural_with_slopes(x: np.ndarray, layout: Layout, Z_bases: Sequence[Basis]) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations and correlations of covariances with coordinates ``x (k,)``, and their derivatives by x."""
     n = sum(len(structure.natural) for structure in layout.structures)
-    values, slopes = np.full(n + 1, sigma), np.zeros((n + 1, len(x) + 1))
+    values, slopes = np.zeros(n), np.zeros((n, len(x)))
     row, start = 0, 0
-    for basis, structure, part in zip(stats.Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True):
+    for basis, structure, part in zip(Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True):
         F = basis.R_inv @ structure.factor(part)
         D = F @ F.T
         a, b = np.array(cov.pairs_of(structure.q)).T
@@ -91,15 +141,14 @@ def _natural_with_slopes(x: np.ndarray, sigma: float, stats: CrossProducts) -> t
         for parameter in structure.natural:
             i, j = parameter.i, parameter.j
             if parameter.kind == "sd":
-                values[row] = slopes[row, -1] = sigma * sd[i]
-                slopes[row, here] = sigma * of_sd[:, i]
+                values[row] = sd[i]
+                slopes[row, here] = of_sd[:, i]
             else:
                 values[row] = D[i, j] / (sd[i] * sd[j])
                 relative = of_sd[:, i] / sd[i] + of_sd[:, j] / sd[j]
                 slopes[row, here] = moves[:, i, j] / (sd[i] * sd[j]) - values[row] * relative
             row += 1
         start += structure.k
-    slopes[-1, -1] = sigma
     return values, slopes
 
 

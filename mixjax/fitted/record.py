@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import scipy.linalg
 
 from mixjax.bases import in_span
-from mixjax.checks import ConvergenceWarning, warn
+from mixjax.checks import check_start
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels, refuse_trials
 from mixjax.engine.engine import Engine, engine_of
@@ -23,6 +22,7 @@ from mixjax.estimation.many import estimate_many
 from mixjax.fitted.information import Information, information
 from mixjax.fitted.names import names_apart
 from mixjax.fitted.parameters import AllParameters, VarianceParameters, variance_parameters
+from mixjax.fitted.search_end import FitStatistics, OptimizerInfo, warn_of_convergence
 from mixjax.formula.checks import check_noise, check_varies
 from mixjax.machine import float64
 from mixjax.optimise.results import Result
@@ -32,22 +32,8 @@ from mixjax.products.sums import CrossProducts, pad
 from mixjax.simulation import simulate_responses
 
 
-class OptimizerInfo(NamedTuple):
-    """How the search ended.
-
-    Attributes:
-        name: what searched. iterations: evaluations (Newton) or steps (optax).
-        gradient_norm: scaled gradient at the end, in standard errors. message: how it ended, and what to try.
-    """
-
-    name: str
-    iterations: int
-    gradient_norm: float
-    message: str
-
-
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(FitStatistics):
     """One fitted mixed model. Inference and diagnostics are functions of it; what it can say of itself is kept.
 
     Attributes:
@@ -100,21 +86,6 @@ class Fitted:
     def npar(self) -> int:
         """Fixed effects, covariance parameters and sigma."""
         return len(self.estimates.beta) + self.stats.layout.k + 1
-
-    @property
-    def loglik(self) -> float:
-        """Log-likelihood, restricted after a REML fit, as in lme4."""
-        return -float(self.estimates.criterion) / 2
-
-    @property
-    def aic(self) -> float:
-        """Akaike's criterion."""
-        return 2 * self.npar - 2 * self.loglik
-
-    @property
-    def bic(self) -> float:
-        """Schwarz's criterion, with log(nobs)."""
-        return math.log(self.nobs) * self.npar - 2 * self.loglik
 
     # --- at the estimates -------------------------------------------------------------------------------------------
 
@@ -240,13 +211,7 @@ def fit_products(
     stats: CrossProducts, labels: Labels, reml: bool, start: Any, optimizer: Any, design: Design | None = None
 ) -> Fitted:
     """As :func:`fit_design`, from the cross-products on."""
-    if start is not None:
-        try:
-            start = np.atleast_1d(np.asarray(start, dtype=np.float64))
-        except (TypeError, ValueError):
-            raise ValueError(f"start must be theta as numbers, got {start!r}") from None
-        if not np.isfinite(start).all():
-            raise ValueError(f"start must be finite, got {start}")
+    start = check_start(start)
     if optimizer is None:
         engine = engine_of(stats, reml)
         est = engine.run(fit, start)
@@ -264,11 +229,7 @@ def fit_products(
         result.message,
     )
     if not est.converged:
-        warn(
-            f"the fit of {labels.formula!r} did not converge after {info.iterations} iterations (scaled gradient "
-            f"{info.gradient_norm:.1e}): {result.message}",
-            ConvergenceWarning,
-        )
+        warn_of_convergence(labels.formula, info)
     record = Fitted(labels, stats, est, reml, info, design, optimizer)
     if optimizer is None:
         vars(record)["engine"] = engine  # what was looked up of a large crossed design is not lost

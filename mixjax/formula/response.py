@@ -177,11 +177,19 @@ def read_response(
         y, _ = numbers(parsed.response, frame, context, "response")
         found = Response(y, size, weights, "", None if size is None else "size")
     check_weights(found.weights)
-    _check_values(found, shown, offset, family, frame.index)
+    check_values(found, shown, offset, family, frame.index)
     return found._replace(size=None) if found.size is not None and (found.size == 1).all() else found
 
 
-def _check_values(found: Response, shown: str, offset: np.ndarray | None, family: Any, index: pd.Index) -> None:
+def check_values(found: Response, shown: str, offset: np.ndarray | None, family: Any, index: pd.Index) -> None:
+    """Raise DataError where a response can come from no distribution of the family, or leaves no finite estimate.
+
+    Args:
+        found: the response. shown: as messages call it. offset: ``(n,)`` or None. index: labels of the rows.
+
+    Warns:
+        DataWarning: counts of successes are not whole.
+    """
     y, size = found.y, found.size
     most = np.ones(len(y)) if size is None else size
     if family.name == "binomial":

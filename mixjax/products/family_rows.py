@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixjax.bases import Basis
+from mixjax.bases import Basis, Orthonormal
 from mixjax.design import AnyArray, Design
 from mixjax.families import Family, family_of
 from mixjax.machine import is_concrete
@@ -91,7 +91,13 @@ def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> Fam
     response = design.y if y is None else y
     if np.shape(response)[-1:] != np.shape(design.X)[:1] or np.ndim(response) not in (1, 2):
         raise ValueError(f"y has shape {np.shape(response)}, but X has {np.shape(design.X)[0]} rows: (n,) or (B, n)")
-    in_bases = rows_of(replace(design, y=design.y if y is None else design.X[:, :1].sum(1), weights=None, offset=None))
+    return rows_in(design, known, response)
+
+
+def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orthonormal | None = None) -> FamilyRows:
+    """:func:`rows` of checked responses, with the basis of X where that is known."""
+    some = response if np.ndim(response) == 1 else design.X[:, :1].sum(1)
+    in_bases = rows_of(replace(design, y=some, weights=None, offset=None), basis_of_X)
     scale = float(np.sqrt(in_bases.n))
     basis = in_bases.X_basis
 
@@ -110,5 +116,5 @@ def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> Fam
         groups=in_bases.groups,
         levels=in_bases.levels,
         layout=in_bases.layout,
-        family=known,
+        family=family,
     )

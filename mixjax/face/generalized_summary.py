@@ -1,0 +1,121 @@
+"""A fit of a generalised linear mixed model as tables: text like that of lme4's ``summary()`` of a ``glmer`` fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
+from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.inference.fixed.contrasts import contrast_of
+from mixjax.tables import NotedTable
+
+
+def z_tests(fitted: GeneralizedFitted) -> pd.DataFrame:
+    """Estimate, standard error, z statistic and two-sided p value of every fixed effect; df is infinite."""
+    est = fitted.estimates
+    with np.errstate(invalid="ignore"):
+        se = np.sqrt(np.diag(est.vcov))
+    found = contrast_of(est.beta, se, np.full(len(se), np.inf))
+    columns = {"estimate": est.beta, "std_error": se, "df": found.df, "statistic": found.statistic, "p_value": found.p}
+    return pd.DataFrame(columns, index=pd.Index(fitted.labels.fixed, name="term"))
+
+
+def dispersion(fitted: GeneralizedFitted) -> dict[str, float]:
+    """The family's own parameters by name, as users know them."""
+    values = np.asarray(fitted.family.natural(fitted.estimates.psi))
+    return dict(zip(fitted.family.psi_names, map(float, values), strict=True))
+
+
+@dataclass(frozen=True)
+class GeneralizedVarCorr(VarCorr):
+    """Standard deviations, variances and correlations of the random effects on the scale of the linear predictor.
+    ``str()`` gives lme4's table; parameters of the family stand beneath."""
+
+    fitted: GeneralizedFitted  # type: ignore[assignment]
+
+    def _residual(self) -> list[float]:
+        return []
+
+    def beneath(self) -> list[str]:
+        name = self.fitted.family.name
+        return [f"{own.capitalize()} parameter for {name}: {x:.4g}" for own, x in dispersion(self.fitted).items()]
+
+
+@dataclass(frozen=True)
+class GeneralizedSummary(Summary):
+    """Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``.
+
+    Example:
+        >>> import mixjax as mj
+        >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+        >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+        >>> print("\\n".join(str(fit.summary()).splitlines()[:4]))
+        Generalized linear mixed model fit by maximum likelihood (Laplace approximation)
+        Family: binomial (logit)
+        Formula: slow ~ Days + (1 | Subject)
+        Success: 'slow' is True
+    """
+
+    fitted: GeneralizedFitted  # type: ignore[assignment]
+
+    def _varcorr(self) -> VarCorr:
+        return GeneralizedVarCorr(self.fitted)
+
+    def _head(self) -> list[str]:
+        family, success = self.fitted.family, self.fitted.labels.success
+        expected = ", expected curvature" * (self.fitted.curvature == "expected")
+        return [
+            f"Generalized linear mixed model fit by maximum likelihood (Laplace approximation{expected})",
+            f"Family: {family.name} ({family.link})",
+            f"Formula: {self.fitted.labels.formula}",
+            *[f"Success: {success}"] * bool(success),
+        ]
+
+    def _fit_statistics(self) -> dict[str, str]:
+        return likelihood_statistics(self.fitted)
+
+    def _scaled(self) -> np.ndarray:
+        return self.fitted.scaled_residuals
+
+    def _scaled_residuals(self) -> str:
+        try:
+            return super()._scaled_residuals()
+        except ValueError:  # a family that is given by its density alone has no variance
+            return ""
+
+
+def generalized_summary(fitted: GeneralizedFitted) -> GeneralizedSummary:
+    """The summary of a record, with z tests of the fixed effects."""
+    return GeneralizedSummary(fitted, z_tests(fitted))
+
+
+def generalized_tidy(fitted: GeneralizedFitted) -> pd.DataFrame:
+    """Estimates in rows, as broom.mixed's ``tidy()``: fixed effects with z tests, standard deviations and correlations
+    of the random effects, parameters of the family."""
+    family = fitted.family.name
+    own = [("family", family, name, value) for name, value in dispersion(fitted).items()]
+    more = pd.DataFrame(own, columns=["effect", "group", "term", "estimate"])
+    notes = ("wald tests, covariances of the random effects estimated",)
+    return tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), notes, more)  # type: ignore[arg-type]
+
+
+def generalized_glance(fitted: GeneralizedFitted) -> pd.DataFrame:
+    """One row that describes the fit as a whole."""
+    row = {
+        "nobs": fitted.nobs,
+        "npar": fitted.npar,
+        "family": fitted.family.name,
+        "link": fitted.family.link,
+        "loglik": fitted.loglik,
+        "aic": fitted.aic,
+        "bic": fitted.bic,
+        "criterion": float(fitted.estimates.criterion),
+        "deviance": float(fitted.unit_deviances.sum()),
+        "df_residual": fitted.nobs - fitted.npar,
+        "converged": bool(fitted.estimates.converged),
+        "singular": bool(fitted.estimates.singular),
+    }
+    return NotedTable(pd.DataFrame([row]), ())

@@ -1,0 +1,195 @@
+"""The frozen record of one fit of a generalised linear mixed model, which answers for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mixjax.design import Design, Labels
+from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, fit_rows
+from mixjax.families import Family
+from mixjax.families.links import LINKS, mean_derivatives
+from mixjax.fitted.names import terms_of_group
+from mixjax.fitted.parameters import AllParameters, generalized_parameters
+from mixjax.fitted.search_end import FitStatistics, OptimizerInfo, warn_of_convergence
+from mixjax.formula.response import Response, check_values
+from mixjax.formula.separation import separation_of
+from mixjax.optimise.results import Result
+from mixjax.products.family_rows import FamilyRows
+
+# Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
+SCALES = ("dispersion", "sigma")
+RESIDUALS = ("response", "pearson", "deviance", "working")
+
+
+@dataclass(frozen=True)
+class GeneralizedFitted(FitStatistics):
+    """One fitted generalised linear mixed model.
+
+    Attributes:
+        labels: names. rows: of the design, X and Z in their bases, with the family.
+        estimates: NumPy's arrays.
+        curvature: of the rows in the approximation's determinant, ``"observed"`` or ``"expected"``.
+        optimizer: how the search ended.
+        kept: the design.
+        nagq: nodes an effect; 1 is Laplace's approximation.
+    """
+
+    labels: Labels
+    rows: FamilyRows
+    estimates: GLMMEstimates
+    curvature: str
+    optimizer: OptimizerInfo
+    kept: Design
+    nagq: int = 1
+
+    # --- the data ---------------------------------------------------------------------------------------------------
+
+    @property
+    def design(self) -> Design:
+        """The arrays of the model."""
+        return self.kept
+
+    @property
+    def family(self) -> Family:
+        """The distribution of the response."""
+        return self.rows.family
+
+    @property
+    def nobs(self) -> int:
+        """Number of rows, as in lme4 also of counts of trials."""
+        return self.rows.n
+
+    @property
+    def npar(self) -> int:
+        """Fixed effects, parameters of the family and of the covariances."""
+        return self.rows.p + self.family.n_psi + self.rows.layout.k
+
+    # --- at the estimates -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> AllParameters:
+        """All parameters by name with the joint covariance of their estimates."""
+        return generalized_parameters(self.labels, self.rows, self.estimates)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """``(n,)`` means given the random effects, of a binomial response of the proportion."""
+        return np.asarray(self.family.mean(self.estimates.eta))
+
+    @property
+    def observed(self) -> np.ndarray:
+        """``(n,)`` the response on the scale of :attr:`mean`."""
+        y = np.asarray(self.rows.y)
+        return y if self.rows.size is None else y / np.asarray(self.rows.size)
+
+    @cached_property
+    def unit_deviances(self) -> np.ndarray:
+        """``(n,)`` R's unit deviances at the conditional means, times weights."""
+        rows, est = self.rows, self.estimates
+        own = np.asarray(self.family.deviance(est.eta, rows.y, rows.size, est.psi))
+        weighted: np.ndarray = own if rows.weights is None else own * np.asarray(rows.weights)
+        return weighted
+
+    def residuals(self, kind: str) -> np.ndarray:
+        """``(n,)`` of R's kinds at the conditional means; see :meth:`mixjax.GLMMFit.residuals`."""
+        if kind not in RESIDUALS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, RESIDUALS))}, got {kind!r}")
+        raw: np.ndarray = self.observed - self.mean
+        if kind == "response":
+            return raw
+        if kind == "deviance":
+            roots: np.ndarray = np.sign(raw) * np.sqrt(np.maximum(self.unit_deviances, 0.0))
+            return roots
+        if kind == "working":
+            if self.family.link not in LINKS:
+                raise ValueError(f"link {self.family.link!r} has no known derivative, which working residuals need")
+            working: np.ndarray = raw / np.asarray(mean_derivatives(self.family.link, self.estimates.eta)[0])
+            return working
+        pearson: np.ndarray = raw / self._deviations(of_family=False)
+        return pearson
+
+    @property
+    def scaled_residuals(self) -> np.ndarray:
+        """``(n,)`` response residuals by the standard deviation that the fit gives them, which lme4's summary shows."""
+        scaled: np.ndarray = (self.observed - self.mean) / self._deviations(of_family=True)
+        return scaled
+
+    def _deviations(self, of_family: bool) -> np.ndarray:
+        """``(n,)`` of :attr:`observed` given the random effects; without the family's scale R's variance function."""
+        size, psi = self.rows.size, list(self.estimates.psi)
+        if not of_family:
+            psi = [0.0 if name in SCALES else own for name, own in zip(self.family.psi_names, psi, strict=True)]
+        variance = np.asarray(self.family.variance(self.mean, size, psi))
+        if size is not None:
+            variance = variance / np.asarray(size) ** 2  # of a proportion
+        if self.rows.weights is not None:
+            variance = variance / np.asarray(self.rows.weights)
+        deviations: np.ndarray = np.sqrt(variance)
+        return deviations
+
+    def conditional_covariances(self) -> dict[str, np.ndarray]:
+        """Grouping factor -> ``(levels, q, q)``, given all parameters, all terms of the factor side by side."""
+        blocks = conditional_covariances(self.rows, self.estimates)
+        result = {}
+        for group, ts in terms_of_group(self.labels).items():
+            places = [self.rows.layout.terms[t] for t in ts]
+            own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
+            result[group] = blocks[places[0].factor][:, own[:, None], own]
+        return result
+
+    # --- again ------------------------------------------------------------------------------------------------------
+
+    def refit(self, y: np.ndarray) -> GeneralizedFitted:
+        """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials.
+
+        Raises:
+            DataError: the response is none of the family's, or leaves no finite estimate.
+        """
+        design, labels = self.kept, self.labels
+        y = np.asarray(y, np.float64)
+        check_values(Response(y, design.size, design.weights, labels.success, None), labels.response, design.offset,
+                     self.family, labels.frame.index)  # fmt: skip
+        column = labels.frame.get(labels.response)
+        if column is not None and column.dtype.kind in "iuf" and np.array_equal(column, design.y):
+            labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
+        design = replace(design, y=y)
+        return fit_family_rows(self.rows.with_response(y), design, labels, None, self.curvature)
+
+
+def fit_family_rows(
+    rows: FamilyRows, design: Design, labels: Labels, start: np.ndarray | None, curvature: str
+) -> GeneralizedFitted:
+    """Estimates and names of one model, in float64 whatever JAX's default is.
+
+    Args:
+        rows: of the design, in their bases. design, labels: the model.
+        start: ``(k,)`` theta, or None. curvature: ``"observed"`` or ``"expected"``.
+
+    Warns:
+        ConvergenceWarning: says why and what to try.
+    """
+    est = fit_rows(rows, start, curvature)
+    info = OptimizerInfo(
+        "trust-region Newton", int(est.iterations), float(est.grad_norm),
+        _message(Result(int(est.result)), design, labels, rows.family),
+    )  # fmt: skip
+    if not est.converged:
+        warn_of_convergence(labels.formula, info)
+    return GeneralizedFitted(labels, rows, est, curvature, info, design)
+
+
+def _message(result: Result, design: Design, labels: Labels, family: Family) -> str:
+    """How a search ended; after a failure with the columns that the fixed effects separate.
+
+    Separation is looked for only then: a likelihood that is separated has no maximum, so a fit that converged has
+    nothing to find, and an ordinary fit does not pay for the search.
+    """
+    if result.is_solution:
+        return result.message
+    found = separation_of(design, labels, family.name)
+    if found is None:
+        return result.message
+    return found.sentence if result == Result.SEPARATED else f"{result.message}; {found.sentence}"
