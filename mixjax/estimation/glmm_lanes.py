@@ -217,7 +217,7 @@ MOST_REFINED, MOST_TICKS = 30, 300
 # Twice what the inner and the middle step promise where a point counts as evaluated, and at the end.
 ENOUGH, ENOUGH_LAST = (1e-7, 1e-6), (1e-9, 1e-9)
 # The middle search of a lane is in trouble where the value has risen by this much.
-RISEN = 1e-3
+RISEN = 0.1
 
 Prober = Callable[[Array, Array, Array, Array, np.ndarray], tuple[Array, Array, ClosedForm]]
 
@@ -273,7 +273,7 @@ def search_lanes(model: Model, x: np.ndarray, fixed: np.ndarray, iterations: np.
         finite = finite & np.isfinite(form.Hessian).all((0, 1)) & np.isfinite(v).all(tuple(range(v.ndim - 1)))
         enough = [np.where(lane.last, b, a) for a, b in zip(ENOUGH, ENOUGH_LAST, strict=True)]
         ready = finite & (inner <= enough[0]) & (decrement <= enough[1])
-        risen = (lane.refined > 1) & (form.value > lane.value + RISEN) & (inner < EARLY)
+        risen = (lane.refined > 5) & (form.value > lane.value + RISEN) & (np.maximum(inner, lane.inner) < 1e-3)
         # Far from the modes the closed form says nothing, and need not be finite.
         near = inner < EARLY
         astray = ~np.isfinite(v).all(tuple(range(v.ndim - 1))) | ~np.isfinite(inner) | (near & ~finite)
