@@ -197,7 +197,7 @@ def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated
     inverse = solve_where(free, H, np.eye(len(H)))
     # Signs of the search's coordinates are free, so the covariance is that of those which theta has.
     own_x, own_free = coordinates_in(theta, rows.layout, [Z.R for Z in rows.Z_bases])
-    own_H = joint_Hessian(model, own_x[:, None], last)[..., 0]
+    own_H = joint_Hessian(model, own_x[:, None], last.form)[..., 0]
     own_inverse = solve_where(np.concatenate([np.ones(n, bool), own_free]), own_H, np.eye(len(H)))
     to_user = np.eye(len(H))
     to_user[:p, :p] = rows.X_basis.R_inv

@@ -13,6 +13,7 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
@@ -256,6 +257,10 @@ class _Lanes:
         if self.exact:
             to_user = np.eye(len(H))
             to_user[:p, :p] = rows.X_basis.R_inv
+            # Signs of the search's coordinates are free, so the covariance is that of those which theta has.
+            own_x, _ = coordinates_in(values["theta"], rows.layout, [np.asarray(Z.R)[..., None] for Z in rows.Z_bases])
+            sign = np.concatenate([np.ones((n, len(at))), np.where(own_x * x < 0, -1.0, 1.0)])
+            H = H * sign[:, None] * sign[None]
             inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
             covariance = 2.0 * np.einsum("ij,jkl,mk->iml", to_user, inverse, to_user)
             values |= {"vcov": covariance[:p, :p], "vcov_all": covariance}
