@@ -22,7 +22,7 @@ from mixjax.estimation.glmm_lanes import Direct, Ends, directly, probe, search_l
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
 from mixjax.optimise.results import Result
-from mixjax.products.family_rows import FamilyRows
+from mixjax.products.family_rows import FamilyRows, cells
 from mixjax.waiting import Waiting
 
 KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
@@ -84,14 +84,21 @@ def glmm_estimate_many(
         )
     if len(Y) == 0:
         raise ValueError("there are no responses to fit")
+    whole, together = data, cells(replace(data, y=Y))
+    if together is not None and not {"b", "eta"} & set(keep):
+        data, Y = together.rows, together.rows.y
     one = replace(data, y=Y[0])
     model = model_of(one, curvature)
     model = replace(model, columns=columns_of(model.effects, model.data))
     with Waiting(f"fitting {len(Y)} data sets"):
-        if model.effects.row_axes == 1 and len(data.levels) > 1:
-            return _one_by_one(data, Y, curvature, keep)
-        compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(len(Y), model))
-        return _Lanes(one, model, Y, keep, compiled_).fits()
+        if len(data.levels) > 1:
+            found = _one_by_one(data, Y, curvature, keep)
+        else:
+            compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(len(Y), model))
+            found = _Lanes(one, model, Y, keep, compiled_).fits()
+    if data is not whole and together is not None and found.criterion is not None:
+        found = found._replace(criterion=found.criterion + 2.0 * together.constant)
+    return found
 
 
 def pays_to_compile(fits: int, model: Model) -> bool:
