@@ -3,11 +3,14 @@ dense block; see :mod:`mixjax.engine.effects`. By NumPy, one lane."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
+from scipy import sparse
 
 from mixjax import linalg
 from mixjax.covariance import pairs_of
@@ -16,44 +19,158 @@ from mixjax.machine import Array
 from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import Layout
 
+# Levels of the first factor meet few of the other effects: products are sparse up to this part of all pairs.
+MOST_FULL = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which of the d dense effects each of m levels of the first factor meets.
+
+    Attributes:
+        rows, cols: ``(k,)`` the pairs, level by level. m, d: how many there are.
+    """
+
+    rows: Array
+    cols: Array
+    m: int
+    d: int
+
+    @cached_property
+    def is_sparse(self) -> bool:
+        return len(self.rows) < MOST_FULL * self.m * self.d
+
+    @cached_property
+    def _starts(self) -> Array:
+        return np.searchsorted(self.rows, np.arange(self.m + 1))
+
+    def matrix(self, values: Array) -> Any:
+        """``(m, d)``, sparse or not, of numbers ``(k,)`` of the pairs."""
+        if self.is_sparse:
+            return sparse.csr_array((values, self.cols, self._starts), shape=(self.m, self.d))
+        full = np.zeros((self.m, self.d))
+        full[self.rows, self.cols] = values
+        return full
+
+    def gram(self, left: Array, right: Array) -> Array:
+        """``sum_a U_a'V_a (d, d)`` of matrices by their numbers ``(q, k)``."""
+        found = np.zeros((self.d, self.d))
+        for u, v in zip(left, right, strict=True):
+            product = self.matrix(u).T @ self.matrix(v)
+            found += product.toarray() if self.is_sparse else product
+        return found
+
+    def at_pairs(self, full: Array) -> Array:
+        """Numbers of the pairs, of ``(m, d)``."""
+        return full[self.rows, self.cols]
+
+    def by_level(self, values: Array) -> Array:
+        """Sums over the pairs of every level."""
+        return np.bincount(self.rows, values, self.m)
+
 
 class BlockMatrix(NamedTuple):
-    """Symmetric matrices over all effects: ``first (..., q, q, m)`` by level of the first factor, ``side (..., q, m,
-    d)``, ``dense (..., d, d)``."""
+    """Symmetric matrices over all effects: ``first (..., q, q, m)`` by level of the first factor, ``side (..., q, k)``
+    of the pairs of the pattern, ``dense (..., d, d)``."""
 
     first: Array
     side: Array
     dense: Array
 
 
-class BlockGain(NamedTuple):
-    """Of :class:`Crossed`; see there for the letters."""
+@dataclass(frozen=True, eq=False)
+class BlockGain:
+    """What follows from D and A, of :class:`Crossed`; see there for the letters.
+
+    Attributes:
+        A: the matrix. K1, F1: ``(q, q, m)``. H: ``(q, k)``. S: ``(d, d)``. times_root: ``Lambda V`` or, if the second
+            argument is true, ``Lambda'V`` of dense effects. factor: Cholesky's, of ``I + Lambda'S Lambda``. logdet:
+            ``(1,)``.
+    """
 
     A: BlockMatrix
-    K1: Array  # (q, q, m)
+    pattern: Pattern
+    K1: Array
     F1: Array
-    H: Array  # (q, m, d): K1 A12
-    S: Array  # (d, d)
-    Kd: Array
-    logdet: Array  # (1,)
+    H: Array
+    S: Array
+    times_root: Callable[[Array, bool], Array]
+    factor: Array
+    logdet: Array
+
+    @cached_property
+    def Kd(self) -> Array:
+        """``Lambda (I + Lambda'S Lambda)^{-1} Lambda'``."""
+        half = scipy.linalg.solve_triangular(
+            self.factor, self.times_root(np.eye(self.pattern.d), True), lower=True, check_finite=False
+        )
+        return half.T @ half
+
+    def Kd_times(self, V: Array) -> Array:
+        """``Kd V``, ``V (d, c)``; without the inverse where that is not there yet."""
+        if "Kd" in vars(self):
+            return self.Kd @ V
+        solved = scipy.linalg.cho_solve((self.factor, True), self.times_root(V, True), check_finite=False)
+        return self.times_root(solved, False)
+
+    @cached_property
+    def SK(self) -> Array:
+        return self.S @ self.Kd
+
+    @cached_property
+    def Fd(self) -> Array:
+        return np.eye(self.pattern.d) - self.SK
+
+    @cached_property
+    def N22(self) -> Array:
+        return self.S - self.SK @ self.S
+
+    @cached_property
+    def T(self) -> Array:
+        """``F1 A12 (q, k)``."""
+        return self.levels_times(self.F1, self.A.side)
+
+    @cached_property
+    def TK(self) -> list[Array]:
+        """Per effect ``F1 A12 Kd (m, d)``."""
+        return [self.pattern.matrix(own) @ self.Kd for own in self.T]
+
+    @cached_property
+    def TKT(self) -> Array:
+        """``(q, q, m)``."""
+        return self.products(self.TK, self.T)
+
+    @cached_property
+    def HK(self) -> list[Array]:
+        return [self.pattern.matrix(own) @ self.Kd for own in self.H]
+
+    def levels_times(self, M: Array, values: Array) -> Array:
+        """``M_i V_i`` level by level, ``M (q, q, m)``, V by its numbers ``(q, k)``."""
+        rows = self.pattern.rows
+        return np.stack([sum(M[a, b, rows] * values[b] for b in range(len(values))) for a in range(len(M))])
+
+    def products(self, full: list[Array], values: Array) -> Array:
+        """``U_i V_i'`` level by level ``(q, q, m)``, of full ``(m, d)`` and numbers of the pairs."""
+        at = [self.pattern.at_pairs(u) for u in full]
+        return np.stack([np.stack([self.pattern.by_level(u * v) for v in values]) for u in at])
 
     def times_A(self, b: Array) -> Array:
         """Effects ``(..., N, 1)``."""
-        A, (q, m, d) = self.A, self.A.side.shape
-        first, rest = b[..., : q * m, 0].reshape(-1, q, m), b[..., q * m :, 0].reshape(-1, d)
-        side = A.side.reshape(q * m, d)
-        top = np.einsum("abm,tbm->tam", A.first, first).reshape(len(first), q * m) + rest @ side.T
-        low = first.reshape(-1, q * m) @ side + rest @ A.dense
-        return np.concatenate([top, low], axis=1).reshape(*b.shape)
+        A, (q, m) = self.A, (len(self.H), self.pattern.m)
+        first, rest = b[..., : q * m, 0].reshape(-1, q, m), b[..., q * m :, 0].reshape(-1, self.pattern.d)
+        side = [self.pattern.matrix(own) for own in A.side]
+        top = np.stack([(A.first[a] * first).sum(1) + (side[a] @ rest.T).T for a in range(q)], 1)
+        low = sum(first[:, a] @ side[a] for a in range(q)) + rest @ A.dense
+        return np.concatenate([top.reshape(-1, q * m), low], axis=1).reshape(*b.shape)
 
     def solve(self, r: Array) -> Array:
         """``K r`` of effects ``(..., N, 1)``."""
-        q, m, d = self.A.side.shape
-        first, rest = r[..., : q * m, 0].reshape(-1, q, m), r[..., q * m :, 0].reshape(-1, d)
-        H = self.H.reshape(q * m, d)
-        low = (rest - first.reshape(-1, q * m) @ H) @ self.Kd
-        top = np.einsum("abm,tbm->tam", self.K1, first).reshape(len(first), q * m) - low @ H.T
-        return np.concatenate([top, low], axis=1).reshape(*r.shape)
+        q, m = len(self.H), self.pattern.m
+        first, rest = r[..., : q * m, 0].reshape(-1, q, m), r[..., q * m :, 0].reshape(-1, self.pattern.d)
+        H = [self.pattern.matrix(own) for own in self.H]
+        low = self.Kd_times((rest - sum(first[:, a] @ H[a] for a in range(q))).T).T
+        top = np.stack([(self.K1[a] * first).sum(1) - (H[a] @ low.T).T for a in range(q)], 1)
+        return np.concatenate([top.reshape(-1, q * m), low], axis=1).reshape(*r.shape)
 
 
 @dataclass(frozen=True)
@@ -124,24 +241,34 @@ class Crossed:
 
     def normal(self, w: Array) -> BlockMatrix:
         flat = w[..., 0].reshape(-1, w.shape[-2])
-        q, m, d, T = len(self.Z1), self.m, self.d, len(flat)
-        first, side, dense = np.empty((T, q, q, m)), np.empty((T, q, m, d)), np.empty((T, d, d))
+        q, m, d, k, T = len(self.Z1), self.m, self.d, len(self.pattern.rows), len(flat)
+        first, side, dense = np.empty((T, q, q, m)), np.empty((T, q, k)), np.empty((T, d, d))
         for i, own in enumerate(flat):
             for a, b in pairs_of(q):
                 first[i, a, b] = first[i, b, a] = np.bincount(self.level, own * self.Z1[a] * self.Z1[b], m)
             for a in range(q):
-                values = (own * self.Z1[a] * self.Zd).reshape(-1)
-                side[i, a] = np.bincount(self._side_index, values, m * d).reshape(m, d)
+                side[i, a] = np.bincount(self._side_index, (own * self.Z1[a] * self.Zd).reshape(-1), k)
             values = np.concatenate([own * self.Zd[c] * self.Zd[e] for c, e in pairs_of(len(self.Zd))])
             half = np.bincount(self._dense_index, values, d * d).reshape(d, d)
             dense[i] = half + half.T
             dense[i][np.diag_indices(d)] = half.diagonal()
         shape = w.shape[:-2]
-        return BlockMatrix(first.reshape(*shape, q, q, m), side.reshape(*shape, q, m, d), dense.reshape(*shape, d, d))
+        return BlockMatrix(first.reshape(*shape, q, q, m), side.reshape(*shape, q, k), dense.reshape(*shape, d, d))
 
     @cached_property
+    def _pairs(self) -> tuple[Array, Array]:
+        """Pairs of levels and dense effects that meet, and which of them each column of every row is."""
+        pairs, index = np.unique((self.level * self.d + self.at).reshape(-1), return_inverse=True)
+        return pairs, index.reshape(-1)
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        rows, cols = np.divmod(self._pairs[0], self.d)
+        return Pattern(rows, cols, self.m, self.d)
+
+    @property
     def _side_index(self) -> Array:
-        return (self.level * self.d + self.at).reshape(-1)
+        return self._pairs[1]
 
     @cached_property
     def _dense_index(self) -> Array:
@@ -163,17 +290,6 @@ class Crossed:
 
     # --- equations
 
-    def _dense_factor(self, lambdas: list[Array]) -> Array:
-        """``(d, d)``: of the dense effects, block by block ``Lambda (x) I``."""
-        found = np.zeros((self.d, self.d))
-        for f, q, m, start in self.blocks:
-            Lambda = factor_of(lambdas, self.layout, f)[..., 0]
-            for a in range(q):
-                for b in range(q):
-                    rows, cols = start + a * m + np.arange(m), start + b * m + np.arange(m)
-                    found[rows, cols] = Lambda[a, b]
-        return found
-
     def _times_dense(self, lambdas: list[Array], V: Array, transpose: bool = False) -> Array:
         """``Lambda V`` or ``Lambda' V`` of the dense effects, ``V (d, c)``."""
         parts = []
@@ -192,37 +308,41 @@ class Crossed:
         return np.concatenate([top, low], axis=1).reshape(*v.shape)
 
     def gain(self, lambdas: list[Array], A: BlockMatrix) -> BlockGain:
-        q, m, d = A.side.shape
+        q, d = len(self.Z1), self.d
         L1 = factor_of(lambdas, self.layout, self.first)[..., 0]
         K1, logdets = linalg.gain(L1, A.first)
         F1 = linalg.eye(q, K1) - linalg.matmul(A.first, K1)
-        H = _levels_times(K1, A.side)
-        S = A.dense - A.side.reshape(q * m, d).T @ H.reshape(q * m, d)
+        rows = self.pattern.rows
+        H = np.stack([sum(K1[a, b, rows] * A.side[b] for b in range(q)) for a in range(q)])
+        S = A.dense - self.pattern.gram(A.side, H)
         S = 0.5 * (S + S.T)
-        M = np.eye(d) + self._times_dense(lambdas, self._times_dense(lambdas, S, True).T, True)
-        inverse, logdet = linalg.inverse_logdet(0.5 * (M + M.T))
-        Kd = self._times_dense(lambdas, self._times_dense(lambdas, inverse).T)
-        return BlockGain(A, K1, F1, H, S, 0.5 * (Kd + Kd.T), np.array([logdets.sum() + logdet]))
+
+        def times_root(V: Array, transpose: bool) -> Array:
+            return self._times_dense(lambdas, V, transpose)
+
+        M = np.eye(d) + times_root(times_root(S, True).T, True)
+        factor, failed = scipy.linalg.lapack.dpotrf(0.5 * (M + M.T), lower=1, clean=1)
+        if failed or not np.isfinite(factor[-1, -1]):
+            factor = np.full_like(M, np.nan)
+        logdet = np.array([logdets.sum() + 2.0 * np.log(factor.diagonal()).sum()])
+        return BlockGain(A, self.pattern, K1, F1, H, S, times_root, factor, logdet)
 
     def leverages(self, gain: BlockGain) -> Array:
-        q, m, d = gain.H.shape
-        HK = (gain.H.reshape(q * m, d) @ gain.Kd).reshape(q, m, d)
+        q = len(self.Z1)
+        W = gain.K1 + gain.products(gain.HK, gain.H)
         found = np.zeros(len(self.level))
         for a, b in pairs_of(q):
-            W = gain.K1[a, b] + np.einsum("md,md->m", HK[a], gain.H[b])
-            found += (1.0 if a == b else 2.0) * self.Z1[a] * self.Z1[b] * W[self.level]
+            found += (1.0 if a == b else 2.0) * self.Z1[a] * self.Z1[b] * W[a, b, self.level]
         for c, at in zip(self.Zd, self.at, strict=True):
             for a in range(q):
-                found -= 2.0 * self.Z1[a] * c * HK[a, self.level, at]
+                found -= 2.0 * self.Z1[a] * c * gain.HK[a][self.level, at]
         for c, e in pairs_of(len(self.Zd)):
             found += (1.0 if c == e else 2.0) * self.Zd[c] * self.Zd[e] * gain.Kd[self.at[c], self.at[e]]
         return found[:, None]
 
     def covariances(self, gain: BlockGain) -> dict[int, Array]:
         """Factor -> ``(q, q, m)`` blocks of K of its levels."""
-        q, m, d = gain.H.shape
-        HK = (gain.H.reshape(q * m, d) @ gain.Kd).reshape(q, m, d)
-        found = {self.first: gain.K1 + _levels_product(HK, gain.H)}
+        found = {self.first: gain.K1 + gain.products(gain.HK, gain.H)}
         for f, q, m, start in self.blocks:
             own = gain.Kd[start : start + q * m, start : start + q * m].reshape(q, m, q, m)
             found[f] = np.moveaxis(own.diagonal(axis1=1, axis2=3), -1, 2)
@@ -245,106 +365,92 @@ class Crossed:
         m, start = next((m, start) for g, _, m, start in self.blocks if g == f)
         return len(self.Z1) * self.m + start, m
 
-    def _by_direction(self, M1: Array, Md: Array) -> Array:
-        """``tr(M E) (J, ...)`` from the diagonal blocks ``(..., q, q, m)`` and ``(..., d, d)`` of a symmetric M."""
-        found = []
+    def _dense_at(self, f: int) -> list[Array]:
+        """Per effect of a dense factor, where its levels stand in the dense block."""
+        q, m, start = next((q, m, start) for g, q, m, start in self.blocks if g == f)
+        return [start + a * m + np.arange(m) for a in range(q)]
+
+    def _spots(self) -> list[tuple[bool, list[tuple[Any, Any]]]]:
+        """Of every direction: whether it is the first factor's, and the orders of its effects, of a dense factor as
+        places in the dense block."""
+        found: list[tuple[bool, list[tuple[Any, Any]]]] = []
         for f, (a, b) in self.pairs:
             if f == self.first:
-                total = M1[..., a, b, :].sum(-1)
+                found.append((True, list(orders_of(a, b))))
             else:
-                start, m = self.place_of(f)
-                start -= len(self.Z1) * self.m
-                rows, cols = start + a * m + np.arange(m), start + b * m + np.arange(m)
-                total = Md[..., rows, cols].sum(-1)
-            found.append(total if a == b else 2.0 * total)
-        return np.stack(found)
-
-    def _T(self, gain: BlockGain) -> Array:
-        """``F1 A12 (q, m, d)``."""
-        return _levels_times(gain.F1, gain.A.side)
-
-    def traces_of_N(self, gain: BlockGain) -> Array:
-        q, m, d = gain.H.shape
-        T = self._T(gain)
-        TK = (T.reshape(q * m, d) @ gain.Kd).reshape(q, m, d)
-        N11 = linalg.matmul(gain.F1, gain.A.first) - _levels_product(TK, T)
-        return self._by_direction(N11, gain.S - gain.S @ gain.Kd @ gain.S)[:, None]
-
-    def traces(self, gain: BlockGain, dW: Array) -> Traces:
-        q, m, d = gain.H.shape
-        n_T = len(dW)
-        H, Kd, K1, F1 = gain.H.reshape(q * m, d), gain.Kd, gain.K1, gain.F1
-        T = self._T(gain).reshape(q * m, d)
-        G = (T @ Kd).reshape(q, m, d)
-        Fd = np.eye(d) - gain.S @ Kd
-        KdA1, P, KP, Sd, R1, Rd = [], [], [], [], [], []
-        for i in range(n_T):
-            dA = self.normal(dW[i])
-            own = dA.side - _levels_times(dA.first, gain.H)  # (V'dA)_1 by level, transposed
-            flat = own.reshape(q * m, d)
-            s = dA.dense - dA.side.reshape(q * m, d).T @ H - H.T @ flat
-            s = 0.5 * (s + s.T)
-            P.append(flat @ Kd)
-            KP.append(_levels_times(K1, own).reshape(-1))
-            KdA1.append(linalg.matmul(K1, dA.first))
-            Sd.append(s)
-            cross = _levels_product(_levels_times(F1, own), G)
-            SG = (G.reshape(q * m, d) @ s).reshape(q, m, d)
-            RAR = linalg.matmul(linalg.matmul(F1, dA.first), linalg.transpose(F1))
-            R1.append(RAR - cross - cross.swapaxes(0, 1) + _levels_product(SG, G))
-            Rd.append(Fd @ s @ Fd.T)
-        flat_K = np.stack(KdA1).reshape(n_T, -1)
-        turned = np.stack(KdA1).swapaxes(1, 2).reshape(n_T, -1)
-        KS = [Kd @ s for s in Sd]
-        KK = flat_K @ turned.T + 2.0 * np.stack([p.reshape(-1) for p in P]) @ np.stack(KP).T
-        KK = KK + np.stack([k.reshape(-1) for k in KS]) @ np.stack([k.T.reshape(-1) for k in KS]).T
-        RR = self._by_direction(np.stack(R1), np.stack(Rd)).T
-        return Traces(KK[..., None], RR[..., None], self._NN(gain, T, Fd)[..., None])
-
-    def _NN(self, gain: BlockGain, T: Array, Fd: Array) -> Array:
-        q, m, d = gain.H.shape
-        N1 = linalg.matmul(gain.F1, gain.A.first)
-        T3 = T.reshape(q, m, d)
-        TKT = _levels_product((T @ gain.Kd).reshape(q, m, d), T3)
-        N22 = gain.S - gain.S @ gain.Kd @ gain.S
-        J = len(self.pairs)
-        own = [j for j, (f, _) in enumerate(self.pairs) if f == self.first]
-        spots = {j: orders_of(*self.pairs[j][1]) for j in range(J)}
-        J_E = {j: sum(T3[u].T @ T3[v] for u, v in spots[j]) for j in own}
-        KJ = {j: gain.Kd @ J_E[j] for j in own}
-        nothing = np.zeros((q, q, m))
-        found = np.zeros((J, J))
-        for i in range(J):
-            if i in J_E:
-                found[i] = self._by_direction(nothing, Fd @ J_E[i] @ Fd.T)
-                for j in own:
-                    by_level = sum(
-                        (N1[b, c] * N1[e, a] - 2.0 * N1[b, c] * TKT[e, a]).sum()
-                        for a, b in spots[i]
-                        for c, e in spots[j]
-                    )
-                    found[i, j] = by_level + (KJ[i] * KJ[j].T).sum()
-            else:
-                start, size = self.place_of(self.pairs[i][0])
-                start -= q * m
-                NEN = np.zeros((d, d))
-                for u, v in spots[i]:
-                    left, right = start + u * size, start + v * size
-                    NEN += N22[:, left : left + size] @ N22[right : right + size]
-                found[i] = self._by_direction(nothing, NEN)
-                for j in own:
-                    found[i, j] = self._by_direction(nothing, Fd @ J_E[j] @ Fd.T)[i]
+                at = self._dense_at(f)
+                found.append((False, [(at[u], at[v]) for u, v in orders_of(a, b)]))
         return found
 
+    def traces_of_N(self, gain: BlockGain) -> Array:
+        N11 = linalg.matmul(gain.F1, gain.A.first) - gain.TKT
+        found = [
+            sum(N11[u, v].sum() if first else gain.N22[u, v].sum() for u, v in spot) for first, spot in self._spots()
+        ]
+        return np.array(found)[:, None]
 
-def _levels_product(U: Array, V: Array) -> Array:
-    """``U_i V_i'`` level by level: ``(q, m, d) -> (q, q, m)``."""
-    return np.stack([np.stack([np.einsum("md,md->m", u, v) for v in V]) for u in U])
+    def traces(self, gain: BlockGain, dW: Array) -> Traces:
+        pattern, spots = gain.pattern, self._spots()
+        q, n_T, J = len(self.Z1), len(dW), len(spots)
+        K1, F1, Kd = gain.K1, gain.F1, gain.Kd
+        G = [pattern.at_pairs(own) for own in gain.TK]
+        # tr(R'E R dA) of a change of the dense block alone is its inner product with these.
+        sides = []
+        for first, spot in spots:
+            if first:
+                sides.append(sum(gain.TK[u].T @ gain.TK[v] for u, v in spot))
+            else:
+                sides.append(sum(gain.Fd[u].T @ gain.Fd[v] for u, v in spot))
+        RR, KS, flat_K, turned, P, KP = np.empty((n_T, J)), [], [], [], [], []
+        for i in range(n_T):
+            dA = self.normal(dW[i])
+            own = dA.side - gain.levels_times(dA.first, gain.H)  # (V'dA)_1 by level, transposed
+            s = dA.dense - pattern.gram(dA.side, gain.H) - pattern.gram(gain.H, own)
+            s = 0.5 * (s + s.T)
+            K1dA = linalg.matmul(K1, dA.first)
+            flat_K.append(K1dA.reshape(-1))
+            turned.append(K1dA.swapaxes(0, 1).reshape(-1))
+            P.append(np.concatenate([pattern.at_pairs(pattern.matrix(own[a]) @ Kd) for a in range(q)]))
+            KP.append(gain.levels_times(K1, own).reshape(-1))
+            KS.append(Kd @ s)
+            RAR = linalg.matmul(linalg.matmul(F1, dA.first), linalg.transpose(F1)).sum(-1)
+            Fown = gain.levels_times(F1, own)
+            for j, (first, spot) in enumerate(spots):
+                RR[i, j] = (s * sides[j]).sum()
+                if first:
+                    RR[i, j] += sum(RAR[u, v] - 2.0 * (Fown[u] * G[v]).sum() for u, v in spot)
+        KK = np.stack(flat_K) @ np.stack(turned).T + 2.0 * np.stack(P) @ np.stack(KP).T
+        KK = KK + np.array([[(u * v.T).sum() for v in KS] for u in KS])
+        return Traces(KK[..., None], RR[..., None], self._NN(gain, sides)[..., None])
 
-
-def _levels_times(M: Array, V: Array) -> Array:
-    """``M_i V_i`` level by level: ``(q, q, m), (q, m, d) -> (q, m, d)``."""
-    return np.stack([sum(M[a, b][:, None] * V[b] for b in range(len(V))) for a in range(len(M))])
+    def _NN(self, gain: BlockGain, sides: list[Array]) -> Array:
+        """``tr(N E N E')``; ``sides`` as in :meth:`traces`."""
+        spots, pattern = self._spots(), gain.pattern
+        J = len(spots)
+        N1 = linalg.matmul(gain.F1, gain.A.first)
+        J_E = {
+            j: sum(pattern.gram(gain.T[u][None], gain.T[v][None]) for u, v in spot)
+            for j, (first, spot) in enumerate(spots)
+            if first
+        }
+        KJ = {j: gain.Kd @ own for j, own in J_E.items()}
+        found = np.zeros((J, J))
+        for i, (first, spot) in enumerate(spots):
+            for j, (other, other_spot) in enumerate(spots):
+                if first and other:
+                    by_level = sum(
+                        (N1[b, c] * N1[e, a] - 2.0 * N1[b, c] * gain.TKT[e, a]).sum()
+                        for a, b in spot
+                        for c, e in other_spot
+                    )
+                    found[i, j] = by_level + (KJ[i] * KJ[j].T).sum()
+                elif first:
+                    found[i, j] = found[j, i] = (J_E[i] * sides[j]).sum()
+                elif not other:
+                    found[i, j] = sum(
+                        (gain.N22[np.ix_(b, u)] * gain.N22[np.ix_(a, v)]).sum() for u, v in spot for a, b in other_spot
+                    )
+        return found
 
 
 def crossed(rows: FamilyRows) -> Crossed:

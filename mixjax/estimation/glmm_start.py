@@ -144,7 +144,7 @@ def _reasonable(D: Array) -> Array:
 def _of_diagonals(g: Array, A: Any, effects: Crossed) -> list[Array]:
     """Of several factors, each by itself: standard deviations alone."""
     roots = []
-    q, m, _ = A.side.shape
+    q, m = A.first.shape[1:]
     diagonal = np.concatenate([np.diagonal(A.first).T.reshape(q * m), A.dense.diagonal()])
     for place in effects.layout.terms:
         start, size = effects.place_of(place.factor)
