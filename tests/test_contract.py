@@ -36,8 +36,8 @@ FUNCTIONS = {
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
     "rows": "design, family, y=None",
     "GLMMParams": "beta, chol, psi=()",
-    "glmm_loglik": "params, data",
-    "glmm_criterion": "theta, beta, data, psi=(), curvature='observed'",
+    "glmm_loglik": "params, data, nagq=1",
+    "glmm_criterion": "theta, beta, data, psi=(), curvature='observed', nagq=1",
     "glmm_estimate": "data, start=None, curvature='observed'",
     "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
     "'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",

@@ -10,8 +10,9 @@ differentiable functions of the mode itself, and can be differentiated again.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +27,9 @@ from mixjax.engine.effects import factor_of
 from mixjax.engine.laplace_curvature import Data
 from mixjax.engine.laplace_fit import INNER_LAST, find_modes
 from mixjax.engine.laplace_model import Model
+from mixjax.engine.quadrature import check_nodes, log_sums, lower_root, product_rule, scales
 from mixjax.forks import refuse_forked
-from mixjax.machine import Array, compiled
+from mixjax.machine import Array, jit
 from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import Layout
 
@@ -266,8 +268,13 @@ def _derivatives(model: Model, point: Point, b: Array) -> Any:
     return model.derivatives(model.predictor(fixed, b), fixed[model.p :])
 
 
-def objective(point: Point, rows: FamilyRows, expected: bool = False) -> Array:
-    """-2 log-likelihood by Laplace's approximation, all constants kept: scalar, differentiable to any order."""
+def objective(point: Point, rows: FamilyRows, expected: bool = False, nagq: int = 1) -> Array:
+    """-2 log-likelihood by Laplace's approximation, or by quadrature of ``nagq`` nodes, all constants kept: scalar,
+    differentiable to any order.
+
+    By quadrature of several effects and where a covariance is singular, second derivatives lack what its factor's zero
+    columns would add; first derivatives are right.
+    """
     model = gathered_model(rows, expected)
     b = modes_at(point, rows)
     fixed, lambdas = point.fixed[:, None], [L[..., None] for L in point.lambdas]
@@ -277,7 +284,14 @@ def objective(point: Point, rows: FamilyRows, expected: bool = False) -> Array:
     penalty = (g * model.effects.times_D(lambdas, g)).sum()
     w = model.expected_curvature(eta, fixed[model.p :]).w if expected else at.by_eta[2]
     gain = model.effects.gain(lambdas, model.effects.normal(w))
-    return 2.0 * at.by_eta[0].sum() + penalty + gain.logdet[0]
+    laplace: Array = 2.0 * at.by_eta[0].sum() + penalty + gain.logdet[0]
+    if nagq == 1:
+        return laplace
+    Lambda = factor_of([lower_root(L[..., None]) for L in point.lambdas], model.layout, 0)
+    C = scales(Lambda, model.effects.normal(at.by_eta[2]).first[..., None]).C
+    rule = product_rule(nagq, len(Lambda))
+    found: Array = laplace - 2.0 * log_sums(model, rule, C, eta, at, fixed[model.p :]).sum()
+    return found
 
 
 def in_bases(beta: Array, psi: Array, lambdas: list[Array], rows: FamilyRows) -> Point:
@@ -286,17 +300,22 @@ def in_bases(beta: Array, psi: Array, lambdas: list[Array], rows: FamilyRows) ->
     return Point(jnp.concatenate([jnp.asarray(rows.X_basis.R) @ beta, jnp.asarray(psi, beta.dtype).reshape(-1)]), own)
 
 
-def glmm_loglik(params: GLMMParams, data: FamilyRows) -> Array:
-    """Log-likelihood of a generalised linear mixed model by Laplace's approximation, all constants kept.
+def glmm_loglik(params: GLMMParams, data: FamilyRows, nagq: int = 1) -> Array:
+    """Log-likelihood of a generalised linear mixed model by Laplace's approximation or quadrature, all constants kept.
 
     A pure function of unconstrained parameters: ``jit``, ``grad``, ``hessian`` and ``vmap`` work, with respect to
     ``params`` and to the floating arrays of ``data``, y (as numbers) among them.
 
     Args:
         params: :class:`GLMMParams`. data: of :func:`mixjax.rows`.
+        nagq: nodes of adaptive Gauss-Hermite quadrature, for one grouping factor with up to three effects a level; 1
+            is Laplace's approximation.
 
     Returns:
         scalar.
+
+    Raises:
+        ValueError: parameters of another model, or no quadrature for this one.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -308,16 +327,22 @@ def glmm_loglik(params: GLMMParams, data: FamilyRows) -> Array:
     """
     refuse_forked()
     _check(params, data)
-    found: Array = compiled(_loglik)(params, data)
+    check_nodes(nagq, data)
+    found: Array = _program(int(nagq))(params, data)
     return found
 
 
-def _loglik(params: GLMMParams, data: FamilyRows) -> Array:
+@cache
+def _program(nagq: int) -> Callable[..., Array]:
+    return jit(partial(_loglik, nagq=nagq))
+
+
+def _loglik(params: GLMMParams, data: FamilyRows, nagq: int) -> Array:
     lambdas = [
         structure.factor(structure.exponentials(jnp.asarray(chol)))
         for chol, structure in zip(params.chol, data.layout.structures, strict=True)
     ]
-    return -0.5 * objective(in_bases(jnp.asarray(params.beta), params.psi, lambdas, data), data)
+    return -0.5 * objective(in_bases(jnp.asarray(params.beta), params.psi, lambdas, data), data, nagq=nagq)
 
 
 def _check(params: GLMMParams, data: FamilyRows) -> None:
@@ -329,21 +354,24 @@ def _check(params: GLMMParams, data: FamilyRows) -> None:
             raise ValueError(f"{name} has shape {a}; this model needs {b}")
 
 
-@partial(jax.jit, static_argnames="curvature")
-def _criterion(theta: Array, beta: Array, data: FamilyRows, psi: Array, curvature: str) -> Array:
+@partial(jax.jit, static_argnames=("curvature", "nagq"))
+def _criterion(theta: Array, beta: Array, data: FamilyRows, psi: Array, curvature: str, nagq: int) -> Array:
     lambdas = cov.lambdas_of_theta(theta, data.layout.qs)
-    return objective(in_bases(beta, psi, lambdas, data), data, curvature == "expected")
+    return objective(in_bases(beta, psi, lambdas, data), data, curvature == "expected", nagq)
 
 
 def glmm_criterion(
-    theta: AnyArray, beta: AnyArray, data: FamilyRows, psi: AnyArray = (), curvature: str = "observed"
+    theta: AnyArray, beta: AnyArray, data: FamilyRows, psi: AnyArray = (), curvature: str = "observed", nagq: int = 1
 ) -> Array:
-    """-2 log-likelihood by Laplace's approximation at lme4's parameters: what a fit minimises, all constants kept.
+    """-2 log-likelihood by Laplace's approximation or quadrature at lme4's parameters, all constants kept: what a fit
+    minimises.
 
     Args:
         theta: ``(k,)`` Cholesky factors of the absolute covariances, the lower triangle column by column, term by term.
         beta: ``(p,)``. data: of :func:`mixjax.rows`. psi: ``(s,)`` logarithms of the family's parameters.
         curvature: ``"observed"``, or ``"expected"`` for lme4's numbers where the link is not canonical.
+        nagq: nodes of adaptive Gauss-Hermite quadrature, as in :func:`mixjax.glmm_loglik`; around the observed
+            curvature.
 
     Returns:
         scalar; ``jit``, ``grad``, ``hessian`` and ``vmap`` work.
@@ -358,5 +386,8 @@ def glmm_criterion(
     refuse_forked()
     if curvature not in ("observed", "expected"):
         raise ValueError(f"curvature must be 'observed' or 'expected', got {curvature!r}")
-    found: Array = _criterion(jnp.asarray(theta), jnp.asarray(beta), data, jnp.asarray(psi), curvature)
+    check_nodes(nagq, data)
+    if nagq > 1 and curvature != "observed":
+        raise ValueError("quadrature has the observed curvature; curvature='expected' is for nagq = 1")
+    found: Array = _criterion(jnp.asarray(theta), jnp.asarray(beta), data, jnp.asarray(psi), curvature, int(nagq))
     return found

@@ -17,6 +17,7 @@ from mixjax.engine.laplace_fit import (
     INNER_LAST,
     MIDDLE_LAST,
     Evaluated,
+    Modes,
     evaluate,
     joint_Hessian,
     nothing_known,
@@ -189,15 +190,38 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
 
 def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated) -> GLMMEstimates:
     """All that follows from the coordinates, on the scale of the original columns."""
+    gradient = np.concatenate([last.form.gradient[: model.n_fixed], last.gradient])
+    H = joint_Hessian(model, solution.x, last.form)
+    return estimates_of(rows, model, solution, End(last.value, gradient, H, last.fixed, last.modes))
+
+
+class End(NamedTuple):
+    """The last evaluation of a fit.
+
+    Attributes:
+        value: ``(1,)``. gradient, Hessian: by fixed and x: ``(p + s + k, 1)``, ``(p + s + k, p + s + k, 1)``.
+        fixed: ``(p + s, 1)``. modes: of the random effects.
+    """
+
+    value: Array
+    gradient: Array
+    Hessian: Array
+    fixed: Array
+    modes: Modes
+
+
+def estimates_of(rows: FamilyRows, model: Model, solution: Solution, last: End) -> GLMMEstimates:
+    """All that follows from the end of a search, on the scale of the original columns."""
     n, p, x = model.n_fixed, model.p, solution.x
-    H, free = joint_Hessian(model, x, last.form)[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
+    H, free = last.Hessian[..., 0], np.concatenate([np.ones(n, bool), solution.free[:, 0]])
     own = own_factors(x[:, 0], rows.Z_bases, rows.layout)
     theta = cov.theta_of_lambdas(own.lambdas)
-    gradient = np.concatenate([last.form.gradient[:n, 0], last.gradient[:, 0]])
+    gradient = last.gradient[:, 0]
     inverse = solve_where(free, H, np.eye(len(H)))
     # Signs of the search's coordinates are free, so the covariance is that of those which theta has.
     own_x, own_free = coordinates_in(theta, rows.layout, [Z.R for Z in rows.Z_bases])
-    own_H = joint_Hessian(model, own_x[:, None], last.form)[..., 0]
+    signs = np.concatenate([np.ones(n), np.where(own_x * x[:, 0] < 0.0, -1.0, 1.0)])
+    own_H = signs[:, None] * H * signs
     own_inverse = solve_where(np.concatenate([np.ones(n, bool), own_free]), own_H, np.eye(len(H)))
     to_user = np.eye(len(H))
     to_user[:p, :p] = rows.X_basis.R_inv
