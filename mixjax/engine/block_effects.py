@@ -395,12 +395,16 @@ class Crossed:
         K1, F1, Kd = gain.K1, gain.F1, gain.Kd
         G = [pattern.at_pairs(own) for own in gain.TK]
         # tr(R'E R dA) of a change of the dense block alone is its inner product with these.
-        sides = []
-        for first, spot in spots:
-            if first:
-                sides.append(sum(gain.TK[u].T @ gain.TK[v] for u, v in spot))
-            else:
-                sides.append(sum(gain.Fd[u].T @ gain.Fd[v] for u, v in spot))
+        grams = {
+            j: sum(pattern.gram(gain.T[u][None], gain.T[v][None]) for u, v in spot)
+            for j, (first, spot) in enumerate(spots)
+            if first
+        }
+        KJ = {j: Kd @ own for j, own in grams.items()}
+        sides = [
+            KJ[j] @ Kd if first else sum(gain.Fd[u].T @ gain.Fd[v] for u, v in spot)
+            for j, (first, spot) in enumerate(spots)
+        ]
         RR, KS, flat_K, turned, P, KP = np.empty((n_T, J)), [], [], [], [], []
         for i in range(n_T):
             dA = self.normal(dW[i])
@@ -421,19 +425,13 @@ class Crossed:
                     RR[i, j] += sum(RAR[u, v] - 2.0 * (Fown[u] * G[v]).sum() for u, v in spot)
         KK = np.stack(flat_K) @ np.stack(turned).T + 2.0 * np.stack(P) @ np.stack(KP).T
         KK = KK + np.array([[(u * v.T).sum() for v in KS] for u in KS])
-        return Traces(KK[..., None], RR[..., None], self._NN(gain, sides)[..., None])
+        return Traces(KK[..., None], RR[..., None], self._NN(gain, grams, KJ, sides)[..., None])
 
-    def _NN(self, gain: BlockGain, sides: list[Array]) -> Array:
-        """``tr(N E N E')``; ``sides`` as in :meth:`traces`."""
-        spots, pattern = self._spots(), gain.pattern
+    def _NN(self, gain: BlockGain, grams: dict[int, Array], KJ: dict[int, Array], sides: list[Array]) -> Array:
+        """``tr(N E N E')``; all but gain as in :meth:`traces`."""
+        spots = self._spots()
         J = len(spots)
         N1 = linalg.matmul(gain.F1, gain.A.first)
-        J_E = {
-            j: sum(pattern.gram(gain.T[u][None], gain.T[v][None]) for u, v in spot)
-            for j, (first, spot) in enumerate(spots)
-            if first
-        }
-        KJ = {j: gain.Kd @ own for j, own in J_E.items()}
         found = np.zeros((J, J))
         for i, (first, spot) in enumerate(spots):
             for j, (other, other_spot) in enumerate(spots):
@@ -445,7 +443,7 @@ class Crossed:
                     )
                     found[i, j] = by_level + (KJ[i] * KJ[j].T).sum()
                 elif first:
-                    found[i, j] = found[j, i] = (J_E[i] * sides[j]).sum()
+                    found[i, j] = found[j, i] = (grams[i] * sides[j]).sum()
                 elif not other:
                     found[i, j] = sum(
                         (gain.N22[np.ix_(b, u)] * gain.N22[np.ix_(a, v)]).sum() for u, v in spot for a, b in other_spot

@@ -133,7 +133,9 @@ def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, toler
             part = xp.where(bad, 0.0, part)
         scaled = effects.of_units(part)
         b, v = b + scaled * db, v + scaled * dv
-        return b, v, deviance(b, v), xp.where(part < 1.0, xp.inf, by_unit).sum(0), i + 1
+        # No step at all: rounding, or densities that are not finite, are in the way.
+        left = xp.where(part > 0.0, xp.where(part < 1.0, xp.inf, by_unit), 0.0).sum(0)
+        return b, v, deviance(b, v), left, i + 1
 
     def goes_on(state: tuple[Array, ...]) -> Array:
         return (~(state[3] <= tolerance)).any() & (state[4] < MOST_INNER)
