@@ -29,9 +29,11 @@ from mixjax.products.sums import Layout
 INNER, MIDDLE = 1e-9, 1e-8
 # The same of the last evaluation of a fit.
 INNER_LAST, MIDDLE_LAST = 1e-13, 1e-18
-MOST_INNER, MOST_MIDDLE, MOST_HALVINGS = 60, 60, 30
+MOST_INNER, MOST_MIDDLE, MOST_HALVINGS = 60, 40, 20
 # Longest step of the fixed effects, in root mean squares of the predictor, and of psi.
 LONGEST, LONGEST_PSI = 3.0, 2.0
+# The logarithm of a family's parameter at most, in absolute value.
+MOST_PSI = 20.0
 
 
 class Modes(NamedTuple):
@@ -232,6 +234,8 @@ def profile(
     def advance(state: _Middle) -> _Middle:
         move = state.part * state.step
         fixed, v = state.fixed + move, state.modes.v
+        if n > model.p:  # a parameter that runs to infinity ends here, before its numbers are rounding
+            fixed = xp.concatenate([fixed[: model.p], xp.clip(fixed[model.p :], -MOST_PSI, MOST_PSI)])
         if n:
             v = v + linalg_sum(move, state.form.scores[:n])
         modes, form = at(fixed, v)
@@ -243,7 +247,7 @@ def profile(
         # Along a direction in which the likelihood grows for ever the Hessian becomes singular: the point before is the
         # last that has a step, by which the end is recognised.
         stuck = fell & ~xp.isfinite(decrement) & (state.count > 0)
-        worse = state._replace(part=state.part / 3.0, done=(state.part < 1e-9) | stuck)
+        worse = state._replace(part=state.part / 3.0, done=(state.part < 1e-4) | stuck)
         new = where(state.done, state, where(fell & ~stuck, better, worse))
         return new._replace(count=state.count + 1)
 

@@ -25,7 +25,7 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor, one_factor
 from mixjax.estimation import search
-from mixjax.estimation.glmm_start import FAR, covariance_start, fixed_start
+from mixjax.estimation.glmm_start import FAR, MOST_ITERATIONS, covariance_start, fixed_start
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, is_concrete, silently
@@ -36,6 +36,8 @@ from mixjax.products.family_rows import FamilyRows
 # Change of a row's predictor, of psi, or of a standard deviation, by the last Newton step, from which on it goes on for
 # ever although it promises nothing.
 ENDLESS = 1e-3
+# Evaluations one after the other where that is so, after which the search is given up.
+SURELY = 6
 
 
 class GLMMEstimates(NamedTuple):
@@ -176,15 +178,23 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
             x0 = np.where(np.abs(x0) < 1e-3, 1e-3, x0)
         memory = nothing_known(model, fixed)
 
+        endless = 0
+
         def by_x(x: Array) -> tuple[Array, Array, Array]:
-            nonlocal memory
+            nonlocal memory, endless
+            if endless > SURELY:
+                return tuple(np.full(shape, np.nan) for shape in ((1,), (len(x), 1), (len(x), len(x), 1)))  # type: ignore
             found = evaluate(model, x, memory)
             if all(np.isfinite(part).all() for part in found.memory):
                 memory = found.memory
+            longest = np.abs(found.step).max(initial=0.0)
+            endless = endless + 1 if longest > 10.0 * ENDLESS or not np.isfinite(longest) else 0
             return found.value, found.gradient, found.Hessian
 
-        solution = search.run(by_x, x0, structures, FAR)
+        solution = search.run(by_x, x0, structures, FAR, MOST_ITERATIONS)
         last = evaluate(model, solution.x, memory, INNER_LAST, MIDDLE_LAST)
+        if endless > SURELY and np.isfinite(last.value).all():  # where it stands says why it does not end
+            solution = solution._replace(result=np.array([int(Result.CONVERGED)]))
         return assemble(rows, model, solution, last)
 
 

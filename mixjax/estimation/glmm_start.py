@@ -23,6 +23,8 @@ LEAST, MOST = 0.2, 2.0
 MOST_CORRELATED = 0.7
 # Standard deviation from which a second search comes down: on the scale of the predictor, where 3 would be far outside.
 FAR = 1.5
+# Evaluations of one search at most: they take longer than those of linear models, and who needs more is separated.
+MOST_ITERATIONS = 80
 
 
 def fixed_start(model: Model, lanes: int) -> Array:

@@ -24,6 +24,8 @@ from mixjax.products.sums import Layout
 NEAR_ZERO = 1e-2
 # Standard deviation ratio, in the basis of Z, from which a second search comes down.
 FAR = 3.0
+# Evaluations of one search at most.
+MOST_ITERATIONS = 200
 # First trust region, relative to the length of the start, and its least radius.
 REGION, LEAST_REGION = 0.5, 0.1
 
@@ -65,15 +67,17 @@ def advance(
     structures: tuple[Structure, ...],
     one_minimum: Array | bool = False,
     far: float = FAR,
+    most: int = MOST_ITERATIONS,
 ) -> Search:
     """One evaluation in every lane that is not done.
 
     Args:
         one_minimum: ``(B,)`` or one bool: the criterion is known to have no other minimum, so that no end is doubtful.
         far: standard deviation, in the basis of Z, from which a second search comes down.
+        most: evaluations of each search.
     """
     xp = namespace(search.done)
-    state = newton.advance(search.state, evaluate, rank_reductions(structures))
+    state = newton.advance(search.state, evaluate, rank_reductions(structures), most)
     ended = state.done & ~search.done
     if is_nowhere(ended):
         return search._replace(state=state)
@@ -104,10 +108,16 @@ def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZE
     return xp.stack(clear).all(0)
 
 
-def run(evaluate: Evaluate, x0: Array, structures: tuple[Structure, ...], far: float = FAR) -> Solution:
+def run(
+    evaluate: Evaluate,
+    x0: Array,
+    structures: tuple[Structure, ...],
+    far: float = FAR,
+    most: int = MOST_ITERATIONS,
+) -> Solution:
     """Search until every lane is done."""
     goes_on = lambda search: ~search.done.all()  # noqa: E731
-    step = lambda search: advance(search, evaluate, structures, far=far)  # noqa: E731
+    step = lambda search: advance(search, evaluate, structures, far=far, most=most)  # noqa: E731
     best: Solution = while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
     return best
 
