@@ -11,6 +11,7 @@ import pandas as pd
 from mixjax.checks import DataError, check_start
 from mixjax.design import Design, Labels
 from mixjax.estimation.glmm import GLMMEstimates, check_curvature
+from mixjax.estimation.laplace_check import LaplaceCheck
 from mixjax.face.generalized_summary import (
     GeneralizedSummary,
     GeneralizedVarCorr,
@@ -43,6 +44,7 @@ def glmm(
     contrasts: Mapping[str, str] | None = None,
     start: Any = None,
     curvature: str = "observed",
+    nagq: int = 1,
     check_identifiable: bool = True,
     trusted: bool | None = None,
 ) -> GLMMFit:
@@ -67,6 +69,8 @@ def glmm(
         start: theta to start from, Cholesky factors of absolute covariances.
         curvature: of rows in the approximation's determinant: ``"observed"``, as glmmTMB, or ``"expected"``, as lme4;
             they are the same for canonical links.
+        nagq: nodes of adaptive Gauss-Hermite quadrature for each random effect of a level, of models with one grouping
+            factor and up to three effects; 1 is Laplace's approximation. See :meth:`GLMMFit.laplace_check`.
         check_identifiable: refuse random effects that the data cannot tell.
         trusted: False where the formula comes from a stranger; see :func:`mixjax.build_design`.
 
@@ -99,7 +103,7 @@ def glmm(
     if check_identifiable:
         refuse_unidentified(*built, own)
     rows = rows_in(built.design, own, built.design.y, built.basis)
-    return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature))
+    return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq))
 
 
 class GLMMFit:
@@ -336,6 +340,32 @@ class GLMMFit:
 
     def _row_series(self, values: np.ndarray, name: str) -> pd.Series:
         return pd.Series(values, index=self.labels.frame.index, name=name)
+
+    # --- the approximation --------------------------------------------------------------------------------------------
+
+    def laplace_check(self, key: int = 0, nagq: int | None = None, n: int | None = None) -> LaplaceCheck:
+        """How wrong Laplace's approximation is at this fit: by quadrature where there is one grouping factor with up to
+        three effects, else by importance sampling (Skaug & Fournier 2006, Comput. Stat. Data Anal. 51, section 3).
+
+        Args:
+            key: of the draws. nagq: nodes of the quadrature, None for 25. n: draws, an even number; given, importance
+                sampling is used in any case.
+
+        Returns:
+            :class:`~mixjax.estimation.laplace_check.LaplaceCheck`: the difference of log-likelihoods with its error,
+            and by how many standard errors each estimate would move; ``str()`` says what to do.
+
+        Raises:
+            ValueError: the fit is by quadrature or by the expected curvature; nagq or n are impossible.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: 1.0 * (d["Reaction"] > 300))
+            >>> check = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial").laplace_check()
+            >>> check.method, round(check.difference, 3)
+            ('quadrature', 0.171)
+        """
+        return self._fitted.laplace_check(key, nagq, n)
 
     # --- again --------------------------------------------------------------------------------------------------------
 

@@ -66,9 +66,11 @@ class GeneralizedSummary(Summary):
 
     def _head(self) -> list[str]:
         family, success = self.fitted.family, self.fitted.labels.success
-        expected = ", expected curvature" * (self.fitted.curvature == "expected")
+        how = "Laplace approximation" + ", expected curvature" * (self.fitted.curvature == "expected")
+        if self.fitted.nagq != 1:
+            how = f"adaptive Gauss-Hermite quadrature, nAGQ = {self.fitted.nagq}"
         return [
-            f"Generalized linear mixed model fit by maximum likelihood (Laplace approximation{expected})",
+            f"Generalized linear mixed model fit by maximum likelihood ({how})",
             f"Family: {family.name} ({family.link})",
             f"Formula: {self.fitted.labels.formula}",
             *[f"Success: {success}"] * bool(success),

@@ -9,6 +9,8 @@ import numpy as np
 
 from mixjax.design import Design, Labels
 from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, fit_rows
+from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
+from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
 from mixjax.families import Family
 from mixjax.families.links import LINKS, mean_derivatives
 from mixjax.fitted.names import terms_of_group
@@ -140,6 +142,21 @@ class GeneralizedFitted(FitStatistics):
             result[group] = blocks[places[0].factor][:, own[:, None], own]
         return result
 
+    # --- the approximation ------------------------------------------------------------------------------------------
+
+    def laplace_check(self, key: int, nagq: int | None, n: int | None) -> LaplaceCheck:
+        """See :meth:`mixjax.GLMMFit.laplace_check`."""
+        if self.nagq != 1 or self.curvature != "observed":
+            kind = f"by quadrature, nagq = {self.nagq}" if self.nagq != 1 else "by the expected curvature"
+            raise ValueError(f"what is checked is a fit by Laplace's approximation; this one is {kind}")
+        found = laplace_check(self.rows, self.estimates, key, nagq, n)
+        names = [*self.labels.fixed, *(f"log {name}" for name in self.family.psi_names)]
+        for term, place in zip(self.labels.terms, self.rows.layout.terms, strict=True):
+            natural = [parameter.name(term.effects, term.group) for parameter in place.structure.natural]
+            several = [f"coordinate {j + 1} of the covariance|{term.group}" for j in range(place.structure.k)]
+            names += natural if place.structure.k == 1 else several
+        return found.named(names)
+
     # --- again ------------------------------------------------------------------------------------------------------
 
     def refit(self, y: np.ndarray) -> GeneralizedFitted:
@@ -156,29 +173,32 @@ class GeneralizedFitted(FitStatistics):
         if column is not None and column.dtype.kind in "iuf" and np.array_equal(column, design.y):
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
         design = replace(design, y=y)
-        return fit_family_rows(self.rows.with_response(y), design, labels, None, self.curvature)
+        return fit_family_rows(self.rows.with_response(y), design, labels, None, self.curvature, self.nagq)
 
 
 def fit_family_rows(
-    rows: FamilyRows, design: Design, labels: Labels, start: np.ndarray | None, curvature: str
+    rows: FamilyRows, design: Design, labels: Labels, start: np.ndarray | None, curvature: str, nagq: int = 1
 ) -> GeneralizedFitted:
     """Estimates and names of one model, in float64 whatever JAX's default is.
 
     Args:
         rows: of the design, in their bases. design, labels: the model.
-        start: ``(k,)`` theta, or None. curvature: ``"observed"`` or ``"expected"``.
+        start: ``(k,)`` theta, or None. curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect.
 
     Warns:
         ConvergenceWarning: says why and what to try.
     """
-    est = fit_rows(rows, start, curvature)
+    if curvature != "observed" and nagq != 1:
+        raise ValueError("quadrature has its nodes by the observed curvature: curvature='expected' goes with nagq=1")
+    laplace = isinstance(nagq, int) and nagq == 1 and not isinstance(nagq, bool)
+    est = fit_rows(rows, start, curvature) if laplace else fit_rows_by_quadrature(rows, nagq, start)
     info = OptimizerInfo(
         "trust-region Newton", int(est.iterations), float(est.grad_norm),
         _message(Result(int(est.result)), design, labels, rows.family),
     )  # fmt: skip
     if not est.converged:
         warn_of_convergence(labels.formula, info)
-    return GeneralizedFitted(labels, rows, est, curvature, info, design)
+    return GeneralizedFitted(labels, rows, est, curvature, info, design, nagq)
 
 
 def _message(result: Result, design: Design, labels: Labels, family: Family) -> str:
