@@ -177,11 +177,10 @@ class _Middle(NamedTuple):
     count: Any
 
 
-def newton_step(model: Model, form: ClosedForm) -> tuple[Array, Array]:
-    """Newton's step of ``fixed``, and twice what it promises."""
+def inverse_among_fixed(model: Model, form: ClosedForm) -> Array:
+    """``(p + s, p + s, L)``: of the Hessian by ``fixed``, or of what stands for it where it is not positive."""
     xp, n, p = namespace(form.value), model.n_fixed, model.p
-    g, H = form.gradient[:n], form.Hessian[:n, :n]
-    fisher = form.fisher
+    H, fisher = form.Hessian[:n, :n], form.fisher
     if n > p:  # of psi it need not be positive: its own curvature then, in absolute value
         own = xp.abs(H[p:, p:]) * linalg.eye(n - p, H) + linalg.eye(n - p, H)
         fisher = xp.concatenate([
@@ -190,8 +189,14 @@ def newton_step(model: Model, form: ClosedForm) -> tuple[Array, Array]:
         ])  # fmt: skip
     diagonal = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(n)])))
     definite = decompositions.is_positive(H - 1e-12 * diagonal[:, None] * diagonal[None] * linalg.eye(n, H))
-    used = xp.where(definite, H, fisher)
-    step = -linalg.matmul(linalg.inverse_logdet(used)[0], g[:, None])[:, 0]
+    inverse: Array = linalg.inverse_logdet(xp.where(definite, H, fisher))[0]
+    return inverse
+
+
+def newton_step(model: Model, form: ClosedForm) -> tuple[Array, Array]:
+    """Newton's step of ``fixed``, and twice what it promises."""
+    g = form.gradient[: model.n_fixed]
+    step = -linalg.matmul(inverse_among_fixed(model, form), g[:, None])[:, 0]
     return step, -(g * step).sum(0)
 
 
@@ -303,7 +308,7 @@ def reduced(model: Model, form: ClosedForm, step: Array) -> tuple[Array, Array, 
     n, g, H = model.n_fixed, form.gradient, form.Hessian
     if not n:
         return g, H, H[:0]
-    slopes = -linalg.matmul(linalg.inverse_logdet(H[:n, :n])[0], H[:n, n:])
+    slopes = -linalg.matmul(inverse_among_fixed(model, form), H[:n, n:])
     back = H[n:, :n]
     return g[n:] + linalg.matmul(back, step[:, None])[:, 0], H[n:, n:] + linalg.matmul(back, slopes), slopes
 

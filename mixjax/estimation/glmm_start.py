@@ -21,6 +21,8 @@ from mixjax.machine import Array, namespace
 STEPS = 2
 LEAST, MOST = 0.2, 2.0
 MOST_CORRELATED = 0.7
+# Limits of the family's parameters, logarithms: a size that is infinite by moments is begun where it still matters.
+PSI = -8.0, 5.0
 # Standard deviation from which a second search comes down: on the scale of the predictor, where 3 would be far outside.
 FAR = 1.5
 # Evaluations of one search at most: they take longer than those of linear models, and who needs more is separated.
@@ -79,7 +81,7 @@ def _psi(model: Model, eta: Array) -> Array:
     n = int(np.prod(mu.shape[:-1]))
     flat = [None if a is None else xp.broadcast_to(a, mu.shape).reshape(n, -1) for a in (data.y, mu, data.size)]
     found = [model.family.psi_start(*(None if a is None else a[:, lane] for a in flat)) for lane in range(mu.shape[-1])]
-    return xp.stack([xp.asarray(one) for one in found], axis=-1)
+    return xp.clip(xp.stack([xp.asarray(one) for one in found], axis=-1), *PSI)
 
 
 def covariance_start(model: Model, fixed: Array) -> Array:
