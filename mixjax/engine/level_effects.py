@@ -97,8 +97,16 @@ class OneFactor:
     def pairs(self) -> list[tuple[int, int]]:
         return [pair for _, pair in directions_of(self.layout)]
 
-    @cached_property
+    @property
     def _ZZ(self) -> dict[tuple[int, int], Array]:
+        # Kept of numbers only: what one part of a program has traced, such as a loop, no other can use.
+        return self._kept_ZZ if isinstance(self.Z, np.ndarray) else self._products_of_Z()
+
+    @cached_property
+    def _kept_ZZ(self) -> dict[tuple[int, int], Array]:
+        return self._products_of_Z()
+
+    def _products_of_Z(self) -> dict[tuple[int, int], Array]:
         return {(a, b): self.Z[a] * self.Z[b] for a, b in pairs_of(len(self.Z))}
 
     # --- rows <-> effects

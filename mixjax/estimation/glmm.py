@@ -26,6 +26,7 @@ from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor, one_factor
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import FAR, MOST_ITERATIONS, covariance_start, fixed_start
+from mixjax.estimation.glmm_traced import estimate_traced
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.forks import refuse_forked
 from mixjax.machine import Array, is_concrete, silently
@@ -112,8 +113,7 @@ def glmm_estimate(data: FamilyRows, start: AnyArray | None = None, curvature: st
     nothing is compiled.
 
     Args:
-        data: of :func:`mixjax.rows`, concrete: a fit by NumPy, outside of JAX's transformations. Its ``y`` is one
-            response ``(n,)``.
+        data: of :func:`mixjax.rows`. Its ``y`` is one response ``(n,)``.
         start: ``(k,)`` theta to start from, or None.
         curvature: of the rows in the approximation's determinant: ``"observed"``, as the approximation is defined, or
             ``"expected"``, which lme4 takes; they differ where the link is not canonical.
@@ -122,7 +122,16 @@ def glmm_estimate(data: FamilyRows, start: AnyArray | None = None, curvature: st
         :class:`GLMMEstimates`, arrays of NumPy; ``result`` says how the search ended.
 
     Raises:
-        ValueError: many responses, traced arrays, a start of another length or that is not finite, no such curvature.
+        ValueError: many responses, a start of another length or that is not finite, no such curvature, traced arrays
+            while 64 bits are off.
+
+    Inside ``jit``, ``vmap``, ``grad`` and ``jvp``, where arrays of ``data`` are traced, the program calls NumPy for the
+    optimum, lane by lane, and needs ``jax.enable_x64``; results are JAX's arrays. Derivatives of any order with respect
+    to y (taken as real numbers), X, Z, weights and offset, in forward and reverse mode, follow from the implicit
+    function theorem (:mod:`mixjax.estimation.implicit`); those of ``vcov`` are third derivatives of the likelihood,
+    which inside ``jit`` are compiled only where they are asked for. At a singular fit the entries of theta that are
+    zero have derivative zero and everything else moves. Where ``result`` is not ``CONVERGED`` there are no derivatives:
+    on the very edge of singularity (``NONDIFFERENTIABLE``), of separated data, of a search that failed; they are NaN.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -134,17 +143,15 @@ def glmm_estimate(data: FamilyRows, start: AnyArray | None = None, curvature: st
     """
     refuse_forked()
     check_curvature(curvature)
-    if not all(map(is_concrete, jax.tree.leaves(data))):
-        raise ValueError(
-            "glmm_estimate fits by NumPy, outside of jit, grad and vmap, and got traced arrays: inside of them "
-            "mj.glmm_loglik is a function that JAX differentiates"
-        )
     if np.ndim(data.y) != 1:
         raise ValueError(
             f"y has shape {np.shape(data.y)}: glmm_estimate fits one response (n,); many of one design are for "
             "glmm_estimate_many"
         )
-    return fit_rows(jax.tree.map(_numbers, data), check_start(start), curvature)
+    x0 = check_start(start)
+    if not all(map(is_concrete, jax.tree.leaves(data))):
+        return GLMMEstimates(**estimate_traced(data, lambda rows: fit_rows(rows, x0, curvature), curvature))
+    return fit_rows(jax.tree.map(_numbers, data), x0, curvature)
 
 
 def _numbers(values: Any) -> np.ndarray:
