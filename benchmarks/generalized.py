@@ -53,9 +53,10 @@ def many(name: str, fits: int | None) -> None:
     fine = found.converged[: len(theirs)]
     above = (found.criterion[: len(theirs)] - theirs)[fine].max()
     codes = {mj.Result(code).name: int(n) for code, n in enumerate(np.bincount(found.result)) if n}
+    codes |= {"singular": int(found.singular.sum())}
     print(
         f"| {name} | {size} | {in_words(taken[1] / size)} | {size / taken[1]:.0f} | {taken[0]:.1f} s | "
-        f"{in_words(each)} | {each * size / taken[1]:.1f} | {above:.0e} | {codes}, {int(found.singular.sum())} singular |",
+        f"{in_words(each)} | {each * size / taken[1]:.1f} | {above:.0e} | {codes} |",
         flush=True,
     )
 
