@@ -216,6 +216,8 @@ class Ends(NamedTuple):
 MOST_REFINED, MOST_TICKS = 30, 300
 # Twice what the inner and the middle step promise where a point counts as evaluated, and at the end.
 ENOUGH, ENOUGH_LAST = (1e-7, 1e-6), (1e-9, 1e-9)
+# A lane whose modes overflow although their steps are shorter than this is lost.
+LEAST_LONGEST = 0.1
 # The middle search of a lane is in trouble where the value has risen by this much.
 RISEN = 0.1
 
@@ -276,13 +278,17 @@ def search_lanes(model: Model, x: np.ndarray, fixed: np.ndarray, iterations: np.
         risen = (lane.refined > 5) & (form.value > lane.value + RISEN) & (np.maximum(inner, lane.inner) < 1e-3)
         # Far from the modes the closed form says nothing, and need not be finite.
         near = inner < EARLY
-        astray = ~np.isfinite(v).all(tuple(range(v.ndim - 1))) | ~np.isfinite(inner) | (near & ~finite)
-        lost = ~ready & (astray | risen | (lane.refined >= MOST_REFINED))
+        astray = ~np.isfinite(v).all(tuple(range(v.ndim - 1))) | ~np.isfinite(inner)
+        hopeless = (near & ~finite) | (astray & (lane.longest < LEAST_LONGEST))
+        lost = ~ready & (hopeless | risen | (lane.refined >= MOST_REFINED))
 
         # Lanes that stay at their point.
         move = np.where(near, cut(model, step) * step, 0.0) if n else step
         next_v = np.where(near, v + linalg_sum(move, form.scores[:n]), v) if n else v
-        longest = np.where((inner > EARLY) & (inner > 0.7 * lane.inner), 0.5 * lane.longest, lane.longest)
+        # Where densities overflow modes are sought from zero again, in shorter steps.
+        next_v = np.where(astray, 0.0, next_v)
+        swings = astray | ((inner > EARLY) & (inner > 0.7 * lane.inner))
+        longest = np.where(swings, 0.5 * lane.longest, lane.longest)
         stay = _Lane(lane.x, lane.fixed + move, next_v, lane.refined + 1, form.value, longest, inner, lane.last)
 
         # Lanes that are evaluated.
