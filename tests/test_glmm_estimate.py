@@ -32,3 +32,17 @@ def test_reference_optima(model, name):
     np.testing.assert_allclose(est.psi, family_parameter(model, name), rtol=1e-6)
     for Sigma, Lambda in zip(est.Sigma, factors(model, name), strict=True):
         np.testing.assert_allclose(Sigma, Lambda @ Lambda.T, rtol=1e-6, atol=1e-6 * (Lambda**2).sum())
+
+
+@pytest.mark.parametrize("family", ["binomial", "poisson", "nbinom"])
+def test_levels_without_events_are_separated(family):
+    """A covariate of levels that have no event at all, where Newton's steps end in rounding."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(8), 5)
+    x = (group < 2) * 1.0
+    y = (rng.random(40) < 0.5 if family == "binomial" else rng.poisson(2.0, 40)) * (1.0 - x)
+    term = mj.RandomTerm(Z=np.ones((40, 1)), group=group, n_groups=8)
+    design = mj.Design(y=y, X=np.column_stack([np.ones(40), x]), terms=(term,))
+    assert mj.glmm_estimate(mj.rows(design, family)).result == mj.Result.SEPARATED
+    many = mj.glmm_estimate_many(mj.rows(design, family, np.stack([y, y])), engine="numpy")
+    assert (many.result == mj.Result.SEPARATED).all()

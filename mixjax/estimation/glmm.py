@@ -37,6 +37,10 @@ from mixjax.products.family_rows import FamilyRows
 # Change of a row's predictor, of psi, or of a standard deviation, by the last Newton step, from which on it goes on for
 # ever although it promises nothing.
 ENDLESS = 1e-3
+# Standard error of a fixed effect, in the basis of X, that no data with an estimate have, and the links of which that
+# is true.
+FLAT = 100.0
+RELATIVE = ("logit", "probit", "cloglog", "cauchit", "log")
 # Evaluations one after the other where that is so, after which the search is given up.
 SURELY = 6
 
@@ -246,6 +250,8 @@ def estimates_of(rows: FamilyRows, model: Model, solution: Solution, last: End) 
     code = int(result_code(Solution(*(part[..., 0] for part in solution)), own))
     if code in (Result.CONVERGED, Result.NONDIFFERENTIABLE):
         code = _endless(model, -inverse @ gradient, x[:, 0], code)
+        if code in (Result.CONVERGED, Result.NONDIFFERENTIABLE) and is_flat(model, inverse[..., None])[0]:
+            code = Result.SEPARATED
     eta = model.predictor(last.fixed, last.modes.b)
     return GLMMEstimates(
         theta=theta,
@@ -264,6 +270,20 @@ def estimates_of(rows: FamilyRows, model: Model, solution: Solution, last: End) 
         mode_error=np.sqrt(np.maximum(last.modes.decrement[0], 0.0)),
         result=np.int64(code),
     )
+
+
+def is_flat(model: Model, inverse: np.ndarray) -> np.ndarray:
+    """``(L,)``: a combination of the fixed effects, of root mean square 1 in the predictor, has a standard error of
+    more than :data:`FLAT`: the search has run so far along a separating direction that its steps are rounding.
+
+    Args:
+        inverse: ``(T, T, L)`` of the joint Hessian. Of links whose scale is that of the response nothing is said.
+    """
+    if model.family.link not in RELATIVE:
+        return np.zeros(inverse.shape[-1], bool)
+    variances = 2.0 * np.stack([inverse[i, i] for i in range(model.p)] or [np.zeros(inverse.shape[-1])])
+    fine: np.ndarray = ((variances >= 0.0) & (variances < FLAT**2)).all(axis=0)
+    return ~fine
 
 
 def _endless(model: Model, step: np.ndarray, x: np.ndarray, code: int) -> int:

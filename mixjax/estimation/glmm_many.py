@@ -17,7 +17,7 @@ from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
-from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, model_of, modes_by_term
+from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, is_flat, model_of, modes_by_term
 from mixjax.estimation.glmm_lanes import Direct, Ends, directly, probe, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
@@ -209,7 +209,7 @@ class _Lanes:
 
     def _put_direct(self, at: np.ndarray, state: Direct) -> None:
         code = np.full(len(at), int(Result.CONVERGED))
-        code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code)
+        code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code, state.Hessian)
         modes = None
         if "b" in self.keep or "eta" in self.keep:
             lambdas = cov.factors_of(state.x, self.model.layout.structures)
@@ -220,7 +220,7 @@ class _Lanes:
     def _put_searched(self, at: np.ndarray, ends: Ends) -> None:
         solution = ends.solution
         own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
-        code = self._endless(ends.step, solution.x, solution.free, np.asarray(result_code(solution, own)))
+        code = self._endless(ends.step, solution.x, solution.free, np.asarray(result_code(solution, own)), ends.Hessian)
         b = self.model.effects.times_D(cov.factors_of(solution.x, self.model.layout.structures), ends.v)
         self._put(at, solution.x, ends.fixed, ends.value, solution.iterations, solution.scaled_gradient, code,
                   ends.Hessian, solution.free, b)  # fmt: skip
@@ -231,7 +231,9 @@ class _Lanes:
         self._store(np.array([i]), {name: jax.tree.map(lambda a: np.asarray(a)[..., None], getattr(one, name))
                                     for name in self.keep})  # fmt: skip
 
-    def _endless(self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray) -> np.ndarray:
+    def _endless(
+        self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
+    ) -> np.ndarray:
         """See :func:`mixjax.estimation.glmm._endless`."""
         n, p = self.model.n_fixed, self.model.p
         eta = np.abs(self.rows.Q @ step[:p]).max(0, initial=0.0)
@@ -239,7 +241,8 @@ class _Lanes:
         far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
         solved = np.isin(code, [int(one) for one in Result if one.is_solution])
         code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
-        return np.where(solved & (eta > ENDLESS), int(Result.SEPARATED), code)
+        inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+        return np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
 
     def _put(
         self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,
