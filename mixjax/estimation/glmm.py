@@ -282,7 +282,7 @@ def is_flat(model: Model, inverse: np.ndarray) -> np.ndarray:
     if model.family.link not in RELATIVE:
         return np.zeros(inverse.shape[-1], bool)
     variances = 2.0 * np.stack([inverse[i, i] for i in range(model.p)] or [np.zeros(inverse.shape[-1])])
-    fine: np.ndarray = ((variances >= 0.0) & (variances < FLAT**2)).all(axis=0)
+    fine = np.asarray(((variances >= 0.0) & (variances < FLAT**2)).all(axis=0))
     return ~fine
 
 
