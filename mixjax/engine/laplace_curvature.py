@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mixjax.engine.effects import CurvedEffects, dots
 from mixjax.families import Derivatives, Expected
 from mixjax.machine import Array, namespace
@@ -215,8 +217,13 @@ def _explicit(xp: Any, data: Data, at: Derivatives, total: Any, p: int, s: int) 
 
 def _in_corner(xp: Any, M: Array, before: int) -> Array:
     """``M (J, J, L)`` behind so many rows and columns of zeros."""
-    return xp.pad(M, ((before, 0), (before, 0), (0, 0)))
+    return _in_middle(xp, M, before, 0)
 
 
 def _in_middle(xp: Any, M: Array, before: int, after: int) -> Array:
-    return xp.pad(M, ((before, after), (before, after), (0, 0)))
+    if xp is not np:
+        return xp.pad(M, ((before, after), (before, after), (0, 0)))
+    inside = slice(before, before + len(M))
+    found = np.zeros((before + len(M) + after,) * 2 + M.shape[2:], M.dtype)
+    found[inside, inside] = M
+    return found
