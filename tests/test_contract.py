@@ -15,7 +15,7 @@ FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
     "optimizer=None, check_identifiable=True, trusted=None",
     "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
-    "start=None, curvature='observed', check_identifiable=True, trusted=None",
+    "start=None, curvature='observed', nagq=1, check_identifiable=True, trusted=None",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None",
@@ -124,6 +124,7 @@ GLMM_METHODS = {
     "tidy": "",
     "glance": "",
     "residuals": "kind='deviance'",
+    "laplace_check": "key=0, nagq=None, n=None",
     "refit": "y",
 }
 GLMM_PROPERTIES = {

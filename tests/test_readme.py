@@ -165,18 +165,19 @@ def test_numbers_printed_in_the_analyses_are_those_of_the_code(analyses):
         (cell,) = (cell for head, cell in rows.items() if head.startswith(start))
         return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-\d+)?", cell)]
 
-    def near(start, *values):
+    def near(start, *values, error=0.0):
         found = shown(start)
         for number, value in zip(found, values, strict=True):
             digits = len(f"{number!r}".partition(".")[2]) if "e" not in f"{number!r}" else 8
-            assert abs(number - value) <= 0.51 * 10.0**-digits, (start, number, value)
+            assert abs(number - value) <= 0.51 * 10.0**-digits + error, (start, number, value)
 
     f = names["fit"].anova(ddf="KR").loc["arm:visit"]
     near("`arm:visit`", f["statistic"], f["num_df"], f["den_df"], f["p_value"])
     one, all_of = names["each_visit"].iloc[-1], names["simultaneous"].iloc[-1]
     near("high against placebo at v4", one["estimate"], one["std_error"], one["df"])
     near("p and interval, family of the visit", one["p_value"], one["lower"], one["upper"])
-    near("p and interval, family of all eight", all_of["p_value"], all_of["lower"], all_of["upper"])
+    # Probabilities of eight dimensions are by lattices, good to 1e-3: of the limits, 1e-3 of their length (17.4).
+    near("p and interval, family of all eight", all_of["p_value"], all_of["lower"], all_of["upper"], error=0.0174)
     f = names["field"].anova(ddf="KR").loc["irrigation:variety"]
     near("`irrigation:variety`", f["statistic"], f["num_df"], f["den_df"], f["p_value"])
     within = names["within"]
