@@ -158,7 +158,7 @@ def test_coding_names_and_weights_do_not_matter():
     assert coded.to_frame()["chisq"].iloc[1] == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore::mixjax.fitted.record.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::mixjax.checks.ConvergenceWarning")
 def test_several_ways_to_write_one_covariance():
     """An intercept beside one effect per machine: nested, but where in the larger model is not defined."""
     small = fit("score ~ Machine + (1 | Worker)", "Machines")
