@@ -36,7 +36,7 @@ class Scenario:
 
     Attributes:
         formula: as given. table: the predictors.
-        design, labels: as :func:`mixjax.build_design` makes them; the response is none.
+        design: as :func:`mixjax.build_design` makes it; the response is none. labels: names beside it.
         beta: ``(p,)``. sigma: residual standard deviation. Sigma: per term ``(q, q)``, absolute.
         options: ``weights``, ``offset`` and ``contrasts`` as given; models are fitted with the same.
     """
