@@ -34,6 +34,18 @@ def shortened(effects: Effects, step: Array, longest: Array | float) -> Array:
     return longest / namespace(step).maximum(length, longest)
 
 
+def step_of_modes(
+    effects: Effects, gain: Any, g: Array, b: Array, v: Array, longest: Any
+) -> tuple[Array, Array, Array]:
+    """Newton's step of the modes from ``b = D v``, with scores g: v, b, and twice what it promised ``(L,)``."""
+    r = gain.times_A(b) + g
+    new = gain.solve(r)
+    new_v = r - gain.times_A(new)
+    inner = effects.unit_dots(g - v, new - b).sum(0)
+    part = effects.of_units(shortened(effects, new - b, longest))
+    return v + part * (new_v - v), b + part * (new - b), inner
+
+
 class _Moments:
     """Sums by level of row functions ``c1, c2, ...`` times products of columns: ``sums[i][key] (m, L)``."""
 
@@ -104,12 +116,7 @@ def moment_form(
     # The modes.
     gain = effects.gain(lambdas, matrix(S, 2))
     g = -xp.stack([S(1, a) for a in z])
-    r = gain.times_A(start) + g
-    b = gain.solve(r)
-    new_v = r - gain.times_A(b)
-    inner = effects.unit_dots(g - v, b - start).sum(0)
-    part = effects.of_units(shortened(effects, b - start, longest))
-    b, new_v = start + part * (b - start), v + part * (new_v - v)
+    new_v, b, inner = step_of_modes(effects, gain, g, start, v, longest)
     for M in (S, *P):
         M.moved(b - start)
 

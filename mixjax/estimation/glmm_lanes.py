@@ -29,7 +29,7 @@ from mixjax.engine.laplace_fit import (
     reduced,
 )
 from mixjax.engine.laplace_model import Model
-from mixjax.engine.level_moments import LONGEST, moment_form, shortened
+from mixjax.engine.level_moments import LONGEST, moment_form, step_of_modes
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import FAR, covariance_start, fixed_start
 from mixjax.machine import Array, lanes_of, namespace, while_loop
@@ -98,12 +98,7 @@ def at_modes(
     at = model.derivatives(model.predictor(fixed, b), psi)
     gain = effects.gain(lambdas, effects.normal(at.by_eta[2]))
     g = -effects.effects(at.by_eta[1])
-    r = gain.times_A(b) + g
-    new = gain.solve(r)
-    new_v = r - gain.times_A(new)
-    inner = effects.unit_dots(g - v, new - b).sum(0)
-    part = effects.of_units(shortened(effects, new - b, longest))
-    new, new_v = b + part * (new - b), v + part * (new_v - v)
+    new_v, new, inner = step_of_modes(effects, gain, g, b, v, longest)
     return new_v, new, inner, moved(at, effects.rows(new - b))
 
 
