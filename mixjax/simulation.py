@@ -19,6 +19,7 @@ import scipy.sparse
 
 from mixjax.checks import MOST, check_count, check_memory
 from mixjax.design import Design, check_design
+from mixjax.families import Family
 from mixjax.machine import LANES, float64, jit, n_cores
 
 # Random numbers of one block of replicates, so that what is made of them stays in the cache.
@@ -95,6 +96,87 @@ def simulate_responses(
         return responses
 
     return draw_responses(respond, nobs, nobs + columns.shape[1], key, n, first)
+
+
+def simulate_family(
+    design: Design,
+    family: Family,
+    beta: Any,
+    Sigma: Sequence[Any],
+    psi: Sequence[Any],
+    key: Any,
+    n: int,
+    first: int = 0,
+    random: Literal["new", "fitted"] = "new",
+    b: Sequence[Any] | None = None,
+) -> np.ndarray:
+    """Responses of a generalised linear mixed model, drawn anew: of a binomial family counts of successes.
+
+    The response of a row is drawn once, whatever its case weight. Nothing is compiled but what draws the random
+    effects.
+
+    Args:
+        design, beta, key, n, first, random, b: as of :func:`simulate_responses`; ``size`` of the design are trials.
+        family: of the response given ``eta = offset + X beta + Z b``. psi: logarithms of its parameters.
+        Sigma: per term ``(q, q)``, absolute covariance on the scale of eta.
+
+    Returns:
+        ``(n, nobs)`` numpy float64.
+
+    Raises:
+        ValueError: an argument does not fit the design, a covariance is none, or the family cannot draw.
+
+    Example:
+        >>> import numpy as np, mixjax as mj
+        >>> from mixjax.simulation import simulate_family
+        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
+        >>> design = mj.Design(y=np.zeros(12), X=np.ones((12, 1)), terms=(term,))
+        >>> Y = simulate_family(design, mj.families.poisson(), beta=[1.0], Sigma=[[[0.25]]], psi=[], key=1, n=1000)
+        >>> Y.shape, bool(abs(Y.mean() - np.exp(1.125)) < 0.2)
+        ((1000, 12), True)
+    """
+    check_design(replace(design, y=np.zeros(np.shape(design.X)[0])))
+    X, psi = np.asarray(design.X, np.float64), [float(one) for one in psi]
+    nobs, p = X.shape
+    beta = np.asarray(beta, np.float64)
+    if beta.shape != (p,):
+        raise ValueError(f"beta has shape {beta.shape}; this design has {p} fixed effects")
+    if len(psi) != family.n_psi:
+        raise ValueError(f"psi has {len(psi)} numbers; family {family.name!r} has {family.n_psi} parameters")
+    fixed = X @ beta if design.offset is None else X @ beta + np.asarray(design.offset, np.float64)
+    size = None if design.size is None else np.asarray(design.size, np.float64)
+    columns = random_columns(design)
+    words = key_words(key)
+
+    def drawn(eta: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        def one(own: np.ndarray, number: int) -> np.ndarray:
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([*words, int(number)])))
+            return family.sample(rng, own, size, psi)
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            Y = np.stack([one(own, number) for own, number in zip(eta, numbers, strict=True)])
+        if np.isnan(Y).any():
+            raise ValueError(
+                f"link {family.link!r} of the {family.name} family gives no mean to {int(np.isnan(Y).sum())} of "
+                f"{Y.size} drawn linear predictors, because they are 0 or less; use link='log'"
+            )
+        return Y
+
+    n, first = check_count("n", n, 1), check_count("first", first, 0)
+    if random == "fitted":
+        eta = fixed + columns @ np.concatenate([effect.ravel() for effect in _checked_modes(design, b)])
+        check_memory(f"{n} responses of {nobs} rows", n * nobs * 8, "draw fewer at a time: first= goes on after them")
+        return drawn(np.broadcast_to(eta, (n, nobs)), np.arange(first, first + n))
+    if random != "new":
+        raise ValueError(f"random must be 'new' (random effects are drawn) or 'fitted' (they are b), got {random!r}")
+    root = columns @ _block_diagonal(design, _checked_roots(design, Sigma))
+
+    def predictors(draws: np.ndarray) -> np.ndarray:
+        eta: np.ndarray = fixed + (root @ np.ascontiguousarray(draws.T)).T
+        return eta
+
+    etas = draw_responses(predictors, nobs, columns.shape[1], key, n, first)
+    return drawn(etas, np.arange(first, first + n))
 
 
 # --- random numbers, replicate by replicate ------------------------------------------------------------------------

@@ -161,3 +161,10 @@ def _response(
         size = table[arguments["weights"]].to_numpy(float)
         return np.round(y * size), size
     return y, one
+
+
+@cache
+def fit_of(model: str) -> mj.GLMMFit:
+    """The model by Laplace's approximation. Do not change it: it is shared."""
+    formula, table, family, link, arguments, _ = case(model)
+    return mj.glmm(formula, table, family, link, **arguments)

@@ -126,6 +126,14 @@ GLMM_METHODS = {
     "residuals": "kind='deviance'",
     "laplace_check": "key=0, nagq=None, n=None",
     "refit": "y",
+    "test": "L, joint=None, adjust='none', level=0.95",
+    "anova": "type='III'",
+    "joint_tests": "by=None",
+    "emmeans": "spec, by=None, at=None, level=0.95",
+    "emtrends": "spec, var, by=None, at=None, level=0.95",
+    "confint": "parm=None, level=0.95, method='wald'",
+    "simulate": "key, n, random='new'",
+    "variance_parameters": "",
 }
 GLMM_PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,

@@ -12,6 +12,7 @@ from mixjax.checks import DataError, check_start
 from mixjax.design import Design, Labels
 from mixjax.estimation.glmm import GLMMEstimates, check_curvature
 from mixjax.estimation.laplace_check import LaplaceCheck
+from mixjax.face.generalized_inference import GeneralizedInferring
 from mixjax.face.generalized_summary import (
     GeneralizedSummary,
     GeneralizedVarCorr,
@@ -106,7 +107,7 @@ def glmm(
     return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq))
 
 
-class GLMMFit:
+class GLMMFit(GeneralizedInferring):
     """A fitted generalised linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
 
     Everything about random effects is on the scale of the linear predictor and absolute, ``theta`` too: no residual
@@ -120,7 +121,7 @@ class GLMMFit:
     # --- the record ---------------------------------------------------------------------------------------------------
 
     @property
-    def record(self) -> GeneralizedFitted:
+    def record(self) -> GeneralizedFitted:  # type: ignore[override]
         """The frozen record of the fit."""
         return self._fitted
 

@@ -74,6 +74,14 @@ class Binomial(Family):
         p, size = jnp.broadcast_arrays(p, jnp.asarray(size, p.dtype))
         return sampling.binomial(key, size, p)
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any] = ()
+    ) -> np.ndarray:
+        p = np.asarray(self.mean(eta))
+        if size is None:
+            return (rng.random(p.shape) < p).astype(np.float64)
+        return rng.binomial(np.asarray(size).astype(np.int64), p).astype(np.float64)
+
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         values = check_numbers(y, name)
         if size is None:

@@ -101,6 +101,11 @@ class Poisson(Counts):
     def draw(self, key: Any, eta: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> Array:
         return sampling.poisson(key, self.mean(jnp.asarray(eta)))
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None = None, psi: Sequence[Any] = ()
+    ) -> np.ndarray:
+        return sampling.poisson_at_once(rng, np.asarray(self.mean(eta)))
+
 
 class NegativeBinomial(Counts):
     """Negative binomial counts with quadratic variance, NB2: ``mu + mu^2 / k``, size ``k = exp(psi)``.
@@ -201,3 +206,10 @@ class NegativeBinomial(Counts):
         mu, k = jnp.broadcast_arrays(self.mean(jnp.asarray(eta)), jnp.exp(jnp.asarray(psi[0])))
         mixing, counts = jax.random.split(key)
         return sampling.poisson(counts, mu * jnp.exp(sampling.log_gamma(mixing, k, mu.shape) - jnp.log(k)))
+
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        k = np.exp(psi[0])
+        mu = np.asarray(self.mean(eta))
+        return sampling.poisson_at_once(rng, mu * (rng.standard_gamma(k, mu.shape) / k))

@@ -137,6 +137,13 @@ class Custom(Family):
             self._unknown("how to draw", "give draw=, a function (key, mean, size, psi) -> responses, to custom()")
         return self.drawing(key, self.mean(jnp.asarray(eta)), size, psi)
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        with float64():
+            key = jax.random.key(int(rng.integers(2**63)))
+            return np.asarray(self.draw(key, jnp.asarray(eta), size, psi), np.float64)
+
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         check_numbers(y, name)
 

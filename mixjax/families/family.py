@@ -151,6 +151,12 @@ class Family(ABC):
         """Responses drawn by a JAX key, float64 in the scope of 64 bits."""
 
     @abstractmethod
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        """Responses drawn by a generator of NumPy's, which compiles nothing; as many as there are ``eta``."""
+
+    @abstractmethod
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         """Raise :class:`mixjax.DataError`, with the column's name and a cure, where y cannot be such a response."""
 

@@ -84,5 +84,12 @@ class Gaussian(Family):
         mu, sigma = jnp.broadcast_arrays(self.mean(jnp.asarray(eta)), jnp.exp(jnp.asarray(psi[0])))
         return mu + sigma * sampling.standard_normal(key, mu.shape)
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        mu = np.asarray(self.mean(eta))
+        drawn: np.ndarray = mu + np.exp(psi[0]) * rng.standard_normal(mu.shape)
+        return drawn
+
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         check_numbers(y, name)

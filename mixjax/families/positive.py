@@ -127,6 +127,13 @@ class Gamma(Positive):
         mu, phi = jnp.broadcast_arrays(self.mean(jnp.asarray(eta)), jnp.exp(jnp.asarray(psi[0])))
         return jnp.maximum(mu * jnp.exp(sampling.log_gamma(key, 1 / phi, mu.shape) + jnp.log(phi)), TINY)
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        mu, phi = np.asarray(self.mean(eta)), np.exp(psi[0])
+        drawn: np.ndarray = np.maximum(mu * phi * rng.standard_gamma(1.0 / phi, mu.shape), TINY)
+        return np.where(mu > 0, drawn, np.nan)
+
 
 class InverseGaussian(Positive):
     """Inverse Gaussian: mean mu, variance ``phi mu^3``. With ``m = 1 / mu`` half the unit deviance is
@@ -183,6 +190,13 @@ class InverseGaussian(Positive):
         ratio = 1 + q + jnp.sqrt(q * (2 + q))  # mu over the smaller root
         smaller = sampling.standard_uniform(which, mu.shape) * (1 + 1 / ratio) <= 1
         return jnp.maximum(mu * jnp.where(smaller, 1 / ratio, ratio), TINY)
+
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        mu = np.asarray(self.mean(eta))
+        drawn: np.ndarray = np.maximum(rng.wald(np.where(mu > 0, mu, 1.0), np.exp(-psi[0])), TINY)
+        return np.where(mu > 0, drawn, np.nan)
 
 
 def _exp_remainder(t: Array) -> Array:

@@ -121,6 +121,15 @@ class Beta(Family):
         odds = sampling.log_gamma(one, k * jnp.exp(-A), A.shape) - sampling.log_gamma(other, k * jnp.exp(-B), A.shape)
         return jnp.clip(jax.nn.sigmoid(odds), 1e-300, 1 - 2.0**-53)
 
+    def sample(
+        self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]
+    ) -> np.ndarray:
+        A, B = minus_logs(self.link, np.asarray(eta))
+        k = np.exp(psi[0])
+        a, b = (np.maximum(k * np.exp(-own), 1e-300) for own in (A, B))
+        drawn: np.ndarray = np.clip(rng.beta(a, b), 1e-300, 1 - 2.0**-53)
+        return drawn
+
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         values = check_numbers(y, name)
         if ((values < 0) | (values > 1)).any():

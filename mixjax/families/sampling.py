@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Poisson means from here on are drawn by transformed rejection, smaller ones by inversion.
 REJECTION = 10.0
+# Means from here on NumPy does not take.
+LARGEST = 1e18
 # Random numbers come in multiples of this.
 VECTOR = 16
 
@@ -93,6 +96,20 @@ def poisson(key: Any, mean: Any) -> Any:
         _by_rejection(many, jnp.where(small, 2 * REJECTION, mean)),
     )
     return jnp.where(possible, counts, jnp.nan)
+
+
+def poisson_at_once(rng: np.random.Generator, mean: np.ndarray) -> np.ndarray:
+    """Poisson counts by a generator of NumPy's, float64; NaN where the mean is none. From means on that NumPy refuses
+    rounded normal numbers, whose distribution differs by less than their rounding."""
+    possible = (mean >= 0) & np.isfinite(mean)
+    exact = possible & (mean < LARGEST)
+    counts = rng.poisson(np.where(exact, mean, 0.0)).astype(np.float64)
+    if exact.all():
+        return counts
+    own = np.where(possible, mean, np.nan)
+    large = np.round(own + np.sqrt(own) * rng.standard_normal(mean.shape))
+    found: np.ndarray = np.where(exact, counts, large)
+    return found
 
 
 def _by_inversion(key: Any, mean: Any) -> Any:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
 from mixjax.design import Design, Labels
+from mixjax.estimation.choice import EngineName
 from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, fit_rows
+from mixjax.estimation.glmm_many import glmm_estimate_many
 from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
 from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
 from mixjax.families import Family
 from mixjax.families.links import LINKS, mean_derivatives
 from mixjax.fitted.names import terms_of_group
-from mixjax.fitted.parameters import AllParameters, generalized_parameters
+from mixjax.fitted.parameters import AllParameters, VarianceParameters, generalized_parameters, of_variances
 from mixjax.fitted.search_end import FitStatistics, OptimizerInfo, warn_of_convergence
 from mixjax.formula.response import Response, check_values
 from mixjax.formula.separation import separation_of
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
+from mixjax.products.sums import Layout
+from mixjax.simulation import simulate_family
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
 SCALES = ("dispersion", "sigma")
@@ -60,6 +65,11 @@ class GeneralizedFitted(FitStatistics):
         return self.rows.family
 
     @property
+    def layout(self) -> Layout:
+        """Structure of the random effects."""
+        return self.rows.layout
+
+    @property
     def nobs(self) -> int:
         """Number of rows, as in lme4 also of counts of trials."""
         return self.rows.n
@@ -75,6 +85,15 @@ class GeneralizedFitted(FitStatistics):
     def parameters(self) -> AllParameters:
         """All parameters by name with the joint covariance of their estimates."""
         return generalized_parameters(self.labels, self.rows, self.estimates)
+
+    @cached_property
+    def variance_parameters(self) -> VarianceParameters:
+        """Standard deviations and correlations by name, then parameters of the family."""
+        return of_variances(self.parameters, self.labels, self.rows)
+
+    def covariance_of_all(self) -> AllParameters:
+        """Variance parameters, those of the family, and fixed effects together."""
+        return self.parameters
 
     @cached_property
     def mean(self) -> np.ndarray:
@@ -158,6 +177,19 @@ class GeneralizedFitted(FitStatistics):
         return found.named(names)
 
     # --- again ------------------------------------------------------------------------------------------------------
+
+    def simulate(self, key: Any, n: int, first: int = 0, random: Literal["new", "fitted"] = "new") -> np.ndarray:
+        """Responses ``(n, nobs)`` drawn from the fit, of a binomial family counts of successes; see
+        :func:`~mixjax.simulation.simulate_family`."""
+        est = self.estimates
+        b = est.b if random == "fitted" else None
+        return simulate_family(
+            self.design, self.family, est.beta, est.Sigma, est.psi, key, n, first, random=random, b=b
+        )
+
+    def fit_many(self, Y: np.ndarray, keep: tuple[str, ...], engine: EngineName = "auto") -> GLMMEstimates:
+        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`."""
+        return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine)
 
     def refit(self, y: np.ndarray) -> GeneralizedFitted:
         """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials.

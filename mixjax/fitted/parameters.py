@@ -23,12 +23,12 @@ from mixjax.products.sums import CrossProducts, Layout
 
 @dataclass(frozen=True)
 class VarianceParameters:
-    """Standard deviations and correlations of the random effects, then sigma.
+    """Standard deviations and correlations of the random effects, then sigma, or the parameters of a family.
 
     Attributes:
         names: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``; of every term column by column of
             the lower triangle, as in lme4.
-        kinds: ``"sd"``, ``"cor"`` or ``"sigma"`` of each.
+        kinds: ``"sd"``, ``"cor"``, ``"sigma"`` of each; of a family's parameters ``"positive"`` or ``"real"``.
         estimate: ``(k,)`` absolute. covariance: ``(k, k)`` of them, asymptotic; NaN on the boundary, and where the
             Hessian is not positive definite.
         free: ``(k,)`` False on the boundary.
@@ -111,6 +111,16 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
         (*taken, *names_apart(labels.fixed, taken)), np.concatenate([natural, family.natural(est.psi), est.beta]),
         covariance, free,
     )  # fmt: skip
+
+
+def of_variances(every: AllParameters, labels: Labels, rows: FamilyRows) -> VarianceParameters:
+    """The part of all parameters of a generalised linear mixed model that is not fixed effects."""
+    variances, family = names_of_variances(labels, rows.layout.structures), rows.family
+    # Those of a family of the user's own are as they are estimated.
+    own = "positive" if np.array_equal(family.natural([0.0] * family.n_psi), np.ones(family.n_psi)) else "real"
+    kinds = (*(parameter.kind for parameter in variances), *(own,) * family.n_psi)
+    k = len(kinds)
+    return VarianceParameters(every.names[:k], kinds, every.estimate[:k], every.covariance[:k, :k], every.free[:k])
 
 
 def _is_covariance(matrix: np.ndarray) -> bool:

@@ -28,7 +28,7 @@ from mixjax.machine import float64
 from mixjax.optimise.results import Result
 from mixjax.products.responses import Responses
 from mixjax.products.rows import Rows, rows_of
-from mixjax.products.sums import CrossProducts, pad
+from mixjax.products.sums import CrossProducts, Layout, pad
 from mixjax.simulation import simulate_responses
 
 
@@ -79,6 +79,11 @@ class Fitted(FitStatistics):
     def nobs(self) -> int:
         """Number of rows."""
         return int(self.stats.n)
+
+    @property
+    def layout(self) -> Layout:
+        """Structure of the random effects."""
+        return self.stats.layout
 
     # --- the fit as a whole -----------------------------------------------------------------------------------------
 
@@ -180,6 +185,11 @@ class Fitted(FitStatistics):
 def record_of(fit: Any) -> Fitted:
     """The record of a fit: of a Fitted itself, or of an object that carries one as ``record``, as LMMFit does."""
     record = getattr(fit, "record", fit)
+    if hasattr(record, "family"):
+        raise TypeError(
+            f"this is for linear mixed models, as mixjax.lmm fits them; the fit is of a generalised one "
+            f"({record.family.name})"
+        )
     if not isinstance(record, Fitted):
         raise TypeError(f"a fit is needed, as mixjax.lmm returns it; got {type(fit).__name__}")
     return record

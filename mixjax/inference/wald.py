@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.distributions import normal_quantile, t_quantile
 from mixjax.fitted.names import names_apart
-from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import FixedEffects
 
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
-def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:
+
+def wald_intervals(fitted: AnyFitted, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:
     """Wald intervals of all parameters.
 
-    Of the fixed effects: estimate -+ quantile times standard error. Of standard deviations, sigma among them, on the
-    scale of their logarithms, of correlations on that of Fisher's z, with delta-method standard errors.
+    Of the fixed effects: estimate -+ quantile times standard error. Of standard deviations, sigma among them, and of
+    parameters of a family on the scale of their logarithms, of correlations on that of Fisher's z, with delta-method
+    standard errors.
 
     Args:
         level: coverage.
@@ -30,11 +35,12 @@ def wald_intervals(fitted: Fitted, level: float = 0.95, ddf: str = "wald") -> pd
     variance = fitted.variance_parameters
     z = normal_quantile(0.5 + level / 2)
     estimate, se = variance.estimate, variance.std_error
-    is_cor = np.array(variance.kinds) == "cor"
+    kinds = np.array(variance.kinds, str)
     with np.errstate(invalid="ignore", divide="ignore"):
         on_log = np.exp(np.log(estimate) + np.outer([-z, z], se / estimate))
         on_z = np.tanh(np.arctanh(estimate) + np.outer([-z, z], se / (1 - estimate**2)))
-    ends = np.where(is_cor, on_z, on_log)
+        as_it_is = estimate + np.outer([-z, z], se)
+    ends = np.where(kinds == "cor", on_z, np.where(kinds == "real", as_it_is, on_log))
     if np.isnan(ends).any():
         missing = [name for name, row in zip(variance.names, ends.T, strict=True) if np.isnan(row).any()]
         warn(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from mixjax.inference.fixed.families import Combinations, adjustment_named, fami
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.machine import Array, compiled, float64, is_concrete, jit, namespace, silently
 from mixjax.products.sums import CrossProducts, check_products
+
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 
@@ -240,7 +243,7 @@ class FTest(NamedTuple):
 
 
 def t_tests(
-    fitted: Fitted,
+    fitted: AnyFitted,
     L: AnyArray,
     ddf: str = "satterthwaite",
     rhs: AnyArray = 0.0,
@@ -266,7 +269,7 @@ def t_tests(
     return table if names is None else table.set_axis(list(names), axis=0)
 
 
-def combinations(fitted: Fitted, L: AnyArray, ddf: str) -> Combinations:
+def combinations(fitted: AnyFitted, L: AnyArray, ddf: str) -> Combinations:
     """Linear combinations ``(r, p)`` of the fixed effects under one method."""
     L = _checked(fitted, L)
     method = FixedEffects.of(fitted, ddf)
@@ -277,7 +280,7 @@ def combinations(fitted: Fitted, L: AnyArray, ddf: str) -> Combinations:
 
 
 def f_test(
-    fitted: Fitted,
+    fitted: AnyFitted,
     L: AnyArray,
     ddf: str = "satterthwaite",
     rhs: AnyArray = 0.0,
@@ -323,9 +326,21 @@ class FixedEffects(NamedTuple):
     joint: Callable[[np.ndarray, np.ndarray], tuple[float, float]]
 
     @staticmethod
-    def of(fitted: Fitted, ddf: str) -> FixedEffects:
+    def of(fitted: AnyFitted, ddf: str) -> FixedEffects:
         check_ddf(ddf)
-        if ddf == "wald" or not fitted.labels.fixed:
+        if not isinstance(fitted, Fitted):
+            if ddf != "wald":
+                raise ValueError(
+                    f"ddf={ddf!r} is for linear mixed models; of a generalised one there are tests by the normal and "
+                    "the chi-square distribution, ddf='wald'"
+                )
+            if not np.isfinite(fitted.estimates.vcov).all():
+                warn(
+                    "the Hessian is not positive definite at these estimates, so there are no standard errors: "
+                    f"{fitted.optimizer.message}",
+                    InferenceWarning,
+                )
+        if ddf == "wald" or not isinstance(fitted, Fitted) or not fitted.labels.fixed:
             beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
             return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda *_: (math.inf, 1.0))
         return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
@@ -408,7 +423,7 @@ def refuse_kenward_roger(stats: CrossProducts) -> None:
         raise ValueError(f"no Kenward-Roger degrees of freedom: {reason}; use ddf='satterthwaite'")
 
 
-def _checked(fitted: Fitted, L: AnyArray) -> np.ndarray:
+def _checked(fitted: AnyFitted, L: AnyArray) -> np.ndarray:
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     p = len(fitted.labels.fixed)
     if L.ndim != 2 or L.shape[1] != p:

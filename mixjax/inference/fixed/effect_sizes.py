@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mixjax.fitted.record import Fitted
+
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
+
+
+def residual_deviation(fitted: AnyFitted, with_degrees: bool) -> tuple[float, float]:
+    """Sigma of a fit, and the degrees of freedom that it is estimated with, or NaN.
+
+    Raises:
+        ValueError: the model has no sigma.
+    """
+    if not isinstance(fitted, Fitted):
+        raise ValueError(
+            "a generalised linear mixed model has no residual standard deviation to measure differences by: give "
+            "sigma=, or read contrasts() on the scale of the linear predictor"
+        )
+    return float(fitted.estimates.sigma), degrees_of_sigma(fitted) if with_degrees else float("nan")
 
 
 def degrees_of_sigma(fitted: Fitted) -> float:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, FormulaError
-from mixjax.fitted.record import Fitted
 from mixjax.formula.evaluate import evaluate
 from mixjax.formula.state import FormulaState
 from mixjax.formula.syntax import Expression
 from mixjax.formula.table import level_name, refuse_unknown
+
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
 MOST_ROWS = 100_000
 
@@ -41,7 +43,7 @@ class FixedPart:
         frame: the rows of the fit. dependence: see :meth:`FormulaState.dependence`.
     """
 
-    def __init__(self, fitted: Fitted):
+    def __init__(self, fitted: AnyFitted):
         self.labels = fitted.labels
         self.state: FormulaState = self.labels.state
         if self.labels.frame is None:

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, combinatio
 from mixjax.inference.fixed.families import adjustment_named, family_note, family_tests
 from mixjax.inference.fixed.terms import TYPES, type_contrasts
 from mixjax.tables import NotedTable
+
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
 # --- what a user writes -------------------------------------------------------------------------------------------
 
@@ -38,7 +41,7 @@ class Hypotheses(NamedTuple):
     names: list[str]
 
 
-def contrast_matrix(fitted: Fitted, spec: Any) -> Hypotheses:
+def contrast_matrix(fitted: AnyFitted, spec: Any) -> Hypotheses:
     """Read hypotheses about the fixed effects.
 
     Args:
@@ -246,8 +249,9 @@ class _Expression:
 # --- tests --------------------------------------------------------------------------------------------------------
 
 
-def anova(fitted: Fitted, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
-    """F tests of the terms of the fixed effects, as ``lmerTest::anova``.
+def anova(fitted: AnyFitted, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
+    """F tests of the terms of the fixed effects, as ``lmerTest::anova``; of a generalised model chi-square tests, as
+    ``car::Anova``.
 
     Args:
         fitted: the fit.
@@ -273,14 +277,13 @@ def anova(fitted: Fitted, type: str = "III", ddf: str = "satterthwaite") -> pd.D
     found = type_contrasts(fitted, type)
     table = _f_table(fitted, {name: (L, 0.0) for name, L in found.items()}, ddf)
     notes = [f"type {'I' * TYPES[str(type).upper()]} tests, {ddf_note(ddf)}"]
-    notes += ["num_df 0: other terms determine this one, so there is nothing to test"] * bool(
-        (table["num_df"] == 0).any()
-    )
+    df = "num_df" if "num_df" in table else "df"
+    notes += [f"{df} 0: other terms determine this one, so there is nothing to test"] * bool((table[df] == 0).any())
     return NotedTable(table, notes)
 
 
 def test(
-    fitted: Fitted,
+    fitted: AnyFitted,
     L: Any,
     ddf: str = "satterthwaite",  # noqa: PT028
     joint: bool | None = None,  # noqa: PT028
@@ -332,7 +335,9 @@ def test(
     return NotedTable(found.table.set_axis(names, axis=0), notes)
 
 
-def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+def _f_table(fitted: AnyFitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+    if not isinstance(fitted, Fitted):
+        return _chi_square_table(fitted, hypotheses, ddf)
     columns = ["sum_sq", "mean_sq", "num_df", "den_df", "statistic", "p_value"]
     if ddf == "kenward-roger" and not fitted.reml:  # once, not for every term; and sigma is then REML's as well
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning)
@@ -347,3 +352,11 @@ def _f_table(fitted: Fitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], d
         rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
     frame = pd.DataFrame(rows, index=list(hypotheses), columns=columns)
     return frame.astype(dict.fromkeys(columns, float) | {"num_df": int})
+
+
+def _chi_square_table(fitted: AnyFitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+    """Of models without a residual variance, to which sums of squares would belong."""
+    method = FixedEffects.of(fitted, ddf) if any(len(L) for L, _ in hypotheses.values()) else None
+    found = [f_test(fitted, L, ddf, rhs, method) for L, rhs in hypotheses.values()]
+    rows = [(F.statistic * F.num_df, int(F.num_df), float(F.p_value)) for F in found]
+    return pd.DataFrame(rows, index=list(hypotheses), columns=["statistic", "df", "p_value"])

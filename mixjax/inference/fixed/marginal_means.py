@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import check_level
-from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrast_methods import (
     PAIRWISE,
     contrast_weights,
@@ -18,7 +17,7 @@ from mixjax.inference.fixed.contrast_methods import (
     method_named,
 )
 from mixjax.inference.fixed.contrasts import combinations, ddf_note
-from mixjax.inference.fixed.effect_sizes import degrees_of_sigma
+from mixjax.inference.fixed.effect_sizes import residual_deviation
 from mixjax.inference.fixed.families import (
     COLUMNS,
     Combinations,
@@ -31,6 +30,9 @@ from mixjax.inference.fixed.grid import as_text
 from mixjax.inference.fixed.letters import letters_of
 from mixjax.markup import Report, Reported
 from mixjax.tables import NotedTable, frame_report
+
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
 NOT_ESTIMABLE = "NaN: not estimable, because columns of X were left out of the fit"
 SAME = "df NaN: the model makes these equal, whatever the data"
@@ -62,7 +64,7 @@ class MarginalMeans(Reported):
         cautions: notes on interactions that the means average over.
     """
 
-    fitted: Fitted
+    fitted: AnyFitted
     cells: pd.DataFrame
     by: tuple[str, ...]
     W: np.ndarray
@@ -227,9 +229,8 @@ class MarginalMeans(Reported):
         for name, value in (("sigma", sigma), ("edf", edf)):
             if value is not None and (isinstance(value, bool | str) or not np.ndim(value) == 0 or not value > 0):
                 raise ValueError(f"{name} must be a positive number or None, got {value!r}")
-        scale = float(self.fitted.estimates.sigma) if sigma is None else float(sigma)
-        if edf is None:
-            edf = np.inf if given else degrees_of_sigma(self.fitted)
+        scale, own_edf = (float(sigma), np.inf) if sigma is not None else residual_deviation(self.fitted, edf is None)
+        edf = own_edf if edf is None else edf
         rows = self.contrast_rows(method)
         found = self.combinations(rows.weights)
         d, se = found.estimate / scale, found.std_error / scale

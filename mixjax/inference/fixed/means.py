@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, check_level
-from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.grid import FixedPart, Grid, ModelRows, check_names, reference_grid
 from mixjax.inference.fixed.marginal_means import MarginalMeans
 from mixjax.inference.fixed.specs import read_spec
 from mixjax.inference.fixed.terms import terms_of
 
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
+
 # --- means and slopes ---------------------------------------------------------------------------------------------
 
 
 def emmeans(
-    fitted: Fitted,
+    fitted: AnyFitted,
     spec: Any,
     by: Any = None,
     at: Mapping[str, Any] | None = None,
@@ -70,7 +72,7 @@ def emmeans(
 
 
 def emtrends(
-    fitted: Fitted,
+    fitted: AnyFitted,
     spec: Any,
     var: str,
     by: Any = None,
@@ -114,7 +116,7 @@ def emtrends(
 
 
 def marginal_means(
-    fitted: Fitted,
+    fitted: AnyFitted,
     model: FixedPart,
     spec: Any,
     by: Any,
