@@ -103,7 +103,7 @@ def simulate_family(
     family: Family,
     beta: Any,
     Sigma: Sequence[Any],
-    psi: Sequence[Any],
+    psi: Any,
     key: Any,
     n: int,
     first: int = 0,

@@ -32,7 +32,7 @@ FUNCTIONS = {
     "from_params": "p, design=None",
     "estimate": "stats, reml=True, start=None",
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
-    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
+    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
     "rows": "design, family, y=None",
     "GLMMParams": "beta, chol, psi=()",
@@ -40,7 +40,7 @@ FUNCTIONS = {
     "glmm_criterion": "theta, beta, data, psi=(), curvature='observed', nagq=1",
     "glmm_estimate": "data, start=None, curvature='observed'",
     "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
-    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
+    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None",
     "GLMMEstimates": "theta, beta, psi, Sigma, vcov, vcov_all, b, eta, criterion, converged, singular, iterations, "
     "grad_norm, mode_error, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",
@@ -52,14 +52,14 @@ FUNCTIONS = {
     "predict": "est, design",
     "lineup": "fit, plot, n=20, key=0",
     "table": "fits, stat='std_error', names=None, ddf=None, level=0.95, digits=3, stars=False",
-    "simulate": "formula, data, *, beta, sigma=1.0, sd=None, cor=None, theta=None, key=0, n=1, weights=None, "
-    "offset=None, contrasts=None",
-    "scenario": "formula, data, beta, sigma=1.0, sd=None, cor=None, theta=None, weights=None, offset=None, "
-    "contrasts=None",
+    "simulate": "formula, data, *, beta, sigma=None, sd=None, cor=None, theta=None, key=0, n=1, weights=None, "
+    "offset=None, contrasts=None, family=None, link=None, size=None, dispersion=None",
+    "scenario": "formula, data, beta, sigma=None, sd=None, cor=None, theta=None, weights=None, offset=None, "
+    "contrasts=None, family=None, link=None, size=None, dispersion=None",
     "scenario_of": "fit",
-    "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf='satterthwaite', "
+    "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
-    "progress=None, engine='auto'",
+    "progress=None, engine='auto', family=None, link=None, size=None",
     "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
     "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
     "population": "*, functions=None, **variables",

@@ -17,8 +17,10 @@ from mixjax.studies.measures import bias, empirical_se, model_se, relative_error
 from mixjax.studies.outcomes import BLOCK, outcomes
 from mixjax.studies.scenario import scenario_of
 from mixjax.studies.study import _cells
+from mixjax.studies.task import Task
 
 FORMULA = "y ~ x + (x | g)"
+WALD = Task(None, {}, None, ddf="wald")
 PARAMETERS = {"beta": [1.0, 0.5], "sd": [1.0, 0.5], "cor": 0.3, "sigma": 1.0}
 
 
@@ -313,7 +315,7 @@ def test_correlations_that_cannot_be_together():
 
 def test_replicates_are_the_fits_of_the_simulated_responses(both):
     truth = source(0.5)
-    cells = _cells(lambda slope: source(slope), FORMULA, {"slope": [0.5]}, 5, None, True, "wald", None, (), None, False)
+    cells = _cells(lambda slope: source(slope), FORMULA, {"slope": [0.5]}, 5, None, (), False, WALD)
     key = cells[0][0].task.key
     Y = truth.simulate(key, 3)
     raw = both.raw(1)
@@ -652,6 +654,6 @@ def test_descriptions_tell_apart_what_gives_other_numbers():
 
 
 def test_outcomes_begin_at_blocks():
-    task = _cells(source, FORMULA, [{"slope": 0.5}], 0, None, True, "wald", None, (), None, False)[0][0].task
+    task = _cells(source, FORMULA, [{"slope": 0.5}], 0, None, (), False, WALD)[0][0].task
     with pytest.raises(ValueError, match="does not begin one"):
         outcomes(task, 100, 5)

@@ -42,6 +42,7 @@ def glmm_estimate_many(
     curvature: str = "observed",
     keep: Sequence[str] = KEEP,
     engine: EngineName = "auto",
+    fits: int | None = None,
 ) -> GLMMEstimates:
     """Fit many responses of one design by Laplace's approximation.
 
@@ -54,6 +55,7 @@ def glmm_estimate_many(
         engine: ``"numpy"`` compiles nothing; ``"jax"`` compiles programs for the structure, which then are several
             times as fast, and uses all cores. ``"auto"`` compiles where the fits would take longer than compiling does,
             by the sizes of the model and of the batch alone.
+        fits: number of fits that ``"auto"`` goes by, where a batch comes in parts; None for those of this one.
 
     Returns:
         :class:`~mixjax.GLMMEstimates` of numpy arrays with a leading axis B. A fit that fails carries its code in
@@ -67,8 +69,8 @@ def glmm_estimate_many(
         >>> term = mj.RandomTerm(Z=np.ones((40, 1)), group=np.repeat(np.arange(8), 5), n_groups=8)
         >>> design = mj.Design(y=np.zeros(40), X=np.ones((40, 1)), terms=(term,))
         >>> Y = np.random.default_rng(0).poisson(3.0, size=(20, 40))
-        >>> fits = mj.glmm_estimate_many(mj.rows(design, "poisson", Y))
-        >>> fits.beta.shape, bool(fits.converged.all())
+        >>> found = mj.glmm_estimate_many(mj.rows(design, "poisson", Y))
+        >>> found.beta.shape, bool(found.converged.all())
         ((20, 1), True)
     """
     unknown = set(keep) - set(GLMMEstimates._fields)
@@ -94,7 +96,7 @@ def glmm_estimate_many(
         if len(data.levels) > 1:
             found = _one_by_one(data, Y, curvature, keep)
         else:
-            compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(len(Y), model))
+            compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(fits or len(Y), model))
             found = _Lanes(one, model, Y, keep, compiled_).fits()
     if data is not whole and together is not None and found.criterion is not None:
         found = found._replace(criterion=found.criterion + 2.0 * together.constant)

@@ -151,6 +151,12 @@ class Custom(Family):
         """psi as it is: the names are those of unconstrained parameters."""
         return as_array(psi)
 
+    def unconstrained(self, values: Sequence[float]) -> np.ndarray:
+        psi = np.asarray(values, np.float64)
+        if not np.isfinite(psi).all():
+            raise ValueError(f"parameters of family {self.name!r} must be finite numbers, got {psi.tolist()}")
+        return psi
+
     def natural_slope(self, psi: Sequence[Array]) -> Array:
         psi = as_array(psi)
         return namespace(psi).ones_like(psi)

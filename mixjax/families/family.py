@@ -165,6 +165,18 @@ class Family(ABC):
         psi = as_array(psi)
         return namespace(psi).exp(psi)
 
+    def unconstrained(self, values: Sequence[float]) -> np.ndarray:
+        """psi of parameters as users see them.
+
+        Raises:
+            ValueError: a value that the parameter cannot have.
+        """
+        for name, value in zip(self.psi_names, values, strict=True):
+            if not (np.isfinite(value) and value > 0):
+                raise ValueError(f"{name} of the {self.name} family must be a positive number, got {value!r}")
+        psi: np.ndarray = np.log(np.asarray(values, np.float64))
+        return psi
+
     def natural_slope(self, psi: Sequence[Array]) -> Array:
         """Derivatives of :meth:`natural` by psi, one for each."""
         return self.natural(psi)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mixjax.checks import check_list, warn
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.studies.describe import describe
 from mixjax.studies.scenario import scenario_of
@@ -123,4 +124,4 @@ def warn_of_ignored(cells: list[dict[str, Any]], data: list[Any], unseen: list[s
 
 
 def is_fit(source: Any) -> bool:
-    return isinstance(getattr(source, "record", source), Fitted)
+    return isinstance(getattr(source, "record", source), Fitted | GeneralizedFitted)

@@ -7,8 +7,8 @@ the replicates are split over calls, chunks and workers of one kind of machine, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ import pandas as pd
 from scipy import stats
 
 from mixjax.checks import some_of
-from mixjax.design import Design, Labels
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
@@ -34,7 +33,9 @@ from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad, stack
 from mixjax.resampling.replicates import fit_drawn
 from mixjax.resampling.statistic import Statistic
+from mixjax.studies.family_fits import family_fits
 from mixjax.studies.scenario import design_of
+from mixjax.studies.task import Fits, Model, Task, named_apart
 
 # Replicates whose tests are computed in one call: every call has this shape.
 BLOCK = 2**10
@@ -43,61 +44,6 @@ TESTS: dict[str, Callable[..., Contrast]] = {
     "satterthwaite": satterthwaite,
     "kenward-roger": kenward_roger,
 }
-
-
-class Source(Protocol):
-    """Where responses come from: :class:`~mixjax.studies.scenario.Scenario`, or a population with a number of rows."""
-
-    @property
-    def truth(self) -> Mapping[str, float]:
-        """Parameter -> value, as far as it is known."""
-        ...
-
-    @property
-    def nobs(self) -> int:
-        """Rows of a data set."""
-        ...
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """``weights``, ``offset``, ``contrasts`` of the fits."""
-        ...
-
-    def tables(self, key: Any, first: int, count: int) -> tuple[list[pd.DataFrame], np.ndarray]:
-        """Predictors of replicates ``first .. first + count - 1``, one table if all share it, and responses
-        ``(count, n)``."""
-        ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """The computation of every replicate of a cell.
-
-    Attributes:
-        source: responses. models: name -> formula to fit. compared: pairs (smaller, larger) of names.
-        key: of the cell. reml: criterion of the fits; likelihood ratios are always by ML.
-        ddf: test of the fixed effects. null: their values under the hypothesis, 0 where not named.
-        statistic: JAX function of one :class:`~mixjax.Estimates` -> number, array or dict of those; or None.
-        engine: of the fits, as for :func:`mixjax.estimate_many`. fits: number of replicates that ``"auto"`` goes by.
-    """
-
-    source: Any
-    models: Mapping[str, str]
-    key: Any
-    compared: tuple[tuple[str, str], ...] = ()
-    reml: bool = True
-    ddf: str = "satterthwaite"
-    null: Mapping[str, float] = field(default_factory=dict)
-    statistic: Callable[[Estimates], Any] | None = None
-    engine: EngineName = "auto"
-    fits: int = 0
-
-
-class _Model(NamedTuple):
-    """Designs of one model for some replicates: one for all, or one each."""
-
-    designs: list[Design]
-    labels: Labels
 
 
 def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, np.ndarray]:
@@ -117,7 +63,7 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     several = len(task.models) > 1
     columns: dict[str, np.ndarray] = {}
     fits = {}
-    models = {name: _model(formula, tables, task.source.options) for name, formula in task.models.items()}
+    models = {name: _model(formula, tables, task.options) for name, formula in task.models.items()}
     effects = list(dict.fromkeys(name for model in models.values() for name in model.labels.fixed))
     known = Spellings(effects)
     if nothing := [name for name in task.null if name not in known]:
@@ -125,26 +71,20 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     task = replace(task, null={effects[known[name]]: value for name, value in task.null.items()})
     for name, model in models.items():
         prefix = f"{name}::" if several else ""
-        own, products, est = _fitted(task, model, Y, mesh)
-        fits[name] = (model, products, est)
-        columns |= {prefix + column: values for column, values in own.items()}
+        fits[name] = (_linear_fits if model.family is None else family_fits)(task, model, Y, mesh)
+        columns |= {prefix + column: values for column, values in _columns_of(task, model, fits[name]).items()}
     deviances: dict[str, np.ndarray] = {}
     for smaller, larger in task.compared:
         for name in (smaller, larger):
             if name not in deviances:
-                _, products, est = fits[name]
-                ml = est
-                if task.reml:
-                    keep = ("criterion", "converged")
-                    ml = fit_drawn(products, _fits(task, products), keep, False, task.engine, mesh)
-                deviances[name] = np.where(ml.converged, ml.criterion, np.nan)
+                deviances[name] = fits[name].deviances()
         statistic = deviances[smaller] - deviances[larger]
         pair = f"{larger}|{smaller}"
-        columns |= _ratio_tests(pair, statistic, deviances[smaller], fits[smaller][0], fits[larger][0])
+        columns |= _ratio_tests(pair, statistic, deviances[smaller], models[smaller], models[larger])
     return columns
 
 
-def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any]) -> _Model:
+def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any]) -> Model:
     found = [design_of(formula, table, **options) for table in tables]
     for _, labels in found[1:]:
         if labels.fixed != found[0][1].fixed:
@@ -153,25 +93,34 @@ def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any])
                 f"{formula!r} has other fixed effects in other draws of the predictors ({', '.join(different)}): use "
                 "predictors whose categories are all there in every draw, or x='fixed'"
             )
-    return _Model([design for design, _ in found], found[0][1])
+    return Model([design for design, _ in found], found[0][1], options.get("family"))
 
 
-def _fitted(
-    task: Task, model: _Model, Y: np.ndarray, mesh: Any
-) -> tuple[dict[str, np.ndarray], CrossProducts, Estimates]:
-    labels = model.labels
+def _linear_fits(task: Task, model: Model, Y: np.ndarray, mesh: Any) -> Fits:
     if len(model.designs) == 1:
         products = cross_products(model.designs[0], Y)
     else:
         products = stack([cross_products(replace(d, y=y)) for d, y in zip(model.designs, Y, strict=True)])
-    est = fit_drawn(products, _fits(task, products), (*KEEP, "Sigma"), task.reml, task.engine, mesh)
-    batch = BatchFit(est, labels, products.layout.structures)
+    fits = task.fits or len(Y)
+    est = fit_drawn(products, fits, (*KEEP, "Sigma"), task.reml, task.engine, mesh)
+    batch = BatchFit(est, model.labels, products.layout.structures)
+    engine = chosen_engine(products, fits, task.engine, mesh)
+    se, df = _errors(task, est, products, engine)
+
+    def deviances() -> np.ndarray:
+        keep = ("criterion", "converged")
+        ml = fit_drawn(products, fits, keep, False, task.engine, mesh) if task.reml else est
+        return np.where(ml.converged, ml.criterion, np.nan)
+
+    return Fits(est, named_apart(batch.fixef, batch.sdcor), se, df, deviances)
+
+
+def _columns_of(task: Task, model: Model, fits: Fits) -> dict[str, np.ndarray]:
+    """Of one model; see :func:`outcomes`."""
+    labels, (est, parameters, se, df, _) = model.labels, fits
     lost = failed(est.result)
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
-    parameters = {**batch.fixef, **batch.sdcor}
-    columns |= {str(name): np.where(lost, np.nan, values) for name, values in parameters.items()}
-    engine = chosen_engine(products, _fits(task, products), task.engine, mesh)
-    se, df = _errors(task, est, products, engine)
+    columns |= {name: np.where(lost, np.nan, values) for name, values in parameters.items()}
     null = np.array([float(task.null.get(name, 0.0)) for name in labels.fixed])
     for j, name in enumerate(labels.fixed):
         # Not the p value of a compiled program: its iterations depend on the other replicates of a block.
@@ -185,23 +134,20 @@ def _fitted(
         if twice := [name for name in own if name in columns]:
             raise ValueError(f"the statistic's {some_of(twice)} is also the name of an estimate: give it another name")
         columns |= {name: np.where(lost, np.nan, values) for name, values in own.items()}
-    return columns, products, est
-
-
-def _fits(task: Task, products: CrossProducts) -> int:
-    return task.fits or len(products.yy)
+    return columns
 
 
 def _errors(task: Task, est: Estimates, products: CrossProducts, engine: EngineName) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors and degrees of freedom of all fixed effects ``(B, p)``."""
-    if in_lanes(task.ddf, products, engine):
+    ddf = "satterthwaite" if task.ddf is None else task.ddf
+    if in_lanes(ddf, products, engine):
         with float64():
-            return errors_of_many(task.ddf, est, products, np.eye(est.beta.shape[1]), task.reml, engine)
+            return errors_of_many(ddf, est, products, np.eye(est.beta.shape[1]), task.reml, engine)
     # Block by block, the last one filled up.
     padded = pad(replace(products, classes=None))
     axes, B, p = batch_axes(padded), len(est.result), est.beta.shape[1]
-    test = TESTS[task.ddf]
-    kwargs = {"reml": task.reml} if task.ddf == "satterthwaite" else {}
+    test = TESTS[ddf]
+    kwargs = {"reml": task.reml} if ddf == "satterthwaite" else {}
     parts = []
     for begin in range(0, B, BLOCK):
         at = np.minimum(np.arange(begin, begin + BLOCK), B - 1)
@@ -218,7 +164,7 @@ def _errors(task: Task, est: Estimates, products: CrossProducts, engine: EngineN
 
 
 def _ratio_tests(
-    pair: str, statistic: np.ndarray, deviance: np.ndarray, small: _Model, large: _Model
+    pair: str, statistic: np.ndarray, deviance: np.ndarray, small: Model, large: Model
 ) -> dict[str, np.ndarray]:
     df, zeros = _difference(small, large)
     rounding = np.maximum(1e-8, 1e-12 * np.abs(deviance))
@@ -233,13 +179,13 @@ def _ratio_tests(
     return {f"lrt({pair})": statistic, f"p({pair})": chi2, f"p_mixture({pair})": mixture}
 
 
-def _difference(small: _Model, large: _Model) -> tuple[int, int | None]:
+def _difference(small: Model, large: Model) -> tuple[int, int | None]:
     """Parameters more, and how many standard deviations the smaller model puts to 0 (None: not known).
 
     Raises:
         ValueError: the models are not nested.
     """
-    rows = [rows_of(model.designs[0]) for model in (small, large)]
+    rows = [rows_of(replace(model.designs[0], size=None)) for model in (small, large)]
     npar = [own.design.X.shape[1] + own.stats.layout.k for own in rows]
     place = place_of(*rows)
     if npar[1] <= npar[0] or not place.nested or not is_within(*rows):

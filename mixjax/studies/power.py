@@ -23,7 +23,9 @@ from mixjax.tables import frame_report
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
 # Columns of the table beside the grid's.
-COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed")
+COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed", "separated")
+# Failures of which no search is to blame: the likelihood has no maximum.
+ENDLESS = ("failed: SEPARATED", "failed: UNBOUNDED")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,8 @@ class Power(Reported):
 
     Attributes:
         table: the cell's values, ``power``, its Monte Carlo standard error ``mcse``, Wilson's interval ``lower`` and
-            ``upper``, the ``replicates`` with a test, ``singular`` and ``failed`` ones.
+            ``upper``, the ``replicates`` with a test, ``singular`` and ``failed`` ones, and of these the ``separated``
+            ones, whose estimates have no finite value, where there are such.
         test: what was tested. alpha: its level. study: everything else that was found.
     """
 
@@ -105,11 +108,16 @@ def power(
             raise ValueError(f"test={test!r} compares two models: pass model={{'small': ..., 'large': ...}}")
         options["compared"] = [tuple(models)]
     elif models:  # before a simulation that may take hours
-        test = _effect(test, names_of_effects(source, list(models.values())[-1], grid))
+        named = {name: options.get(name) for name in ("family", "link", "size")}
+        test = _effect(test, names_of_effects(source, list(models.values())[-1], grid, **named))
     done = study(source, model, grid, replicates, key, **options)
     column = _column(test, models)
-    names = ["singular", "failed"]
-    counts = done.counts[names].to_numpy().reshape(len(done.cells), len(models), 2).max(axis=1)
+    counted = done.counts
+    endless = [name for name in ENDLESS if name in counted]
+    if endless:
+        counted = counted.assign(separated=counted[endless].sum(axis=1))
+    names = ["singular", "failed", *["separated"] * bool(endless)]
+    counts = counted[names].to_numpy().reshape(len(done.cells), len(models), len(names)).max(axis=1)
     rows = []
     for i in range(len(done.cells)):
         p = done.raw(i, [column])[column].to_numpy()
@@ -323,6 +331,8 @@ def _search(
         if not wanted:
             break
         table = pd.concat([table, at(wanted)], ignore_index=True).sort_values(name, ignore_index=True)
+        if "separated" in table:
+            table["separated"] = table["separated"].fillna(0).astype(int)
     curve = _curve(table, name, target)
     smallest = _smallest(curve, table, name, sizes, target)
     crossing, interval = np.nan, (np.nan, np.nan)
@@ -395,4 +405,7 @@ def _power_report(head: str, table: pd.DataFrame, notes: Sequence[str]) -> Repor
 def _failures(table: pd.DataFrame) -> list[str]:
     if not table["failed"].any():
         return []
-    return [f"{int(table['failed'].sum())} fits failed; they have no test and are not counted as acceptances"]
+    which = ""
+    if "separated" in table:
+        which = f" ({int(table['separated'].sum())} because some estimate is infinite)"
+    return [f"{int(table['failed'].sum())} fits failed{which}; they have no test and are not counted as acceptances"]

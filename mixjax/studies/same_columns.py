@@ -17,6 +17,7 @@ def same_columns(design: Design, labels: Labels, again: Design, own: Labels) -> 
     if labels.fixed != own.fixed or labels.terms != own.terms:
         return False
     pairs = [(design.X, again.X), (design.weights, again.weights), (design.offset, again.offset)]
+    pairs += [(design.size, again.size)]
     for mine, other in zip(design.terms, again.terms, strict=True):
         pairs += [(mine.Z, other.Z), (mine.group, other.group)]
     return all(_agree(mine, other) for mine, other in pairs)

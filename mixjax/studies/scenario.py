@@ -14,13 +14,15 @@ import pandas as pd
 from mixjax.checks import DataError, DataWarning
 from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
+from mixjax.families import Family, family_of
+from mixjax.fitted.either import any_record_of
 from mixjax.fitted.names import known_names, names_of_variances, term_names
-from mixjax.fitted.record import record_of
+from mixjax.fitted.record import Fitted
 from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
-from mixjax.simulation import simulate_responses, symmetric_root
+from mixjax.simulation import simulate_family, simulate_responses, symmetric_root
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
 from mixjax.studies.variances import changed_variances
 
@@ -32,13 +34,16 @@ SHOWN = 20
 
 @dataclass(frozen=True, repr=False)
 class Scenario:
-    """A linear mixed model with known parameters.
+    """A linear or generalised linear mixed model with known parameters.
 
     Attributes:
         formula: as given. table: the predictors.
         design: as :func:`mixjax.build_design` makes it; the response is none. labels: names beside it.
-        beta: ``(p,)``. sigma: residual standard deviation. Sigma: per term ``(q, q)``, absolute.
-        options: ``weights``, ``offset`` and ``contrasts`` as given; models are fitted with the same.
+        beta: ``(p,)``. Sigma: per term ``(q, q)``, absolute.
+        dispersion: parameters of the response's distribution: ``sigma``, the residual standard deviation of a linear
+            model, or those of the family.
+        options: ``weights``, ``offset``, ``contrasts``, and of a generalised model ``family`` and ``size``; models are
+            fitted with the same.
     """
 
     formula: str
@@ -46,13 +51,32 @@ class Scenario:
     design: Design
     labels: Labels
     beta: np.ndarray
-    sigma: float
     Sigma: tuple[np.ndarray, ...]
+    dispersion: Mapping[str, float]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def family(self) -> Family | None:
+        """The distribution of the response; None of a linear mixed model."""
+        return self.options.get("family")
+
+    @property
+    def sigma(self) -> float:
+        """Residual standard deviation of a linear mixed model.
+
+        Raises:
+            AttributeError: of a generalised one, which has none.
+        """
+        if self.family is not None:
+            raise AttributeError(f"a {self.family.name} response has no sigma; see .dispersion")
+        return self.dispersion["sigma"]
+
     def simulate(self, key: Any, n: int, first: int = 0) -> np.ndarray:
-        """Responses ``(n, nobs)``; see :func:`mixjax.simulate`."""
-        return simulate_responses(self.design, self.beta, self.sigma, self.Sigma, key, n, first)
+        """Responses ``(n, nobs)``, of a binomial family counts of successes; see :func:`mixjax.simulate`."""
+        if self.family is None:
+            return simulate_responses(self.design, self.beta, self.sigma, self.Sigma, key, n, first)
+        psi = self.family.unconstrained(list(self.dispersion.values()))
+        return simulate_family(self.design, self.family, self.beta, self.Sigma, psi, key, n, first)
 
     @property
     def nobs(self) -> int:
@@ -71,13 +95,14 @@ class Scenario:
             value = float(parameter.value(self.Sigma))
             if not np.isnan(value):
                 values[parameter.name] = value
-        return values | {"sigma": self.sigma}
+        return values | dict(self.dispersion)
 
     def on(self, data: Any) -> Scenario:
         """The same parameters on another table of predictors, such as that of twice as many participants.
 
         Args:
-            data: table with the predictors, the grouping factors, and the columns of ``weights=`` and ``offset=``.
+            data: table with the predictors, the grouping factors, and the columns of ``weights=``, ``offset=`` and
+                ``size=``.
                 Levels of grouping factors are free; categories of fixed effects must be those of these parameters.
 
         Raises:
@@ -92,9 +117,9 @@ class Scenario:
             >>> small.on(layout(20)).nobs
             80
         """
-        for name in ("weights", "offset"):
+        for name in ("weights", "offset", "size"):
             given = self.options.get(name)
-            if given is not None and not isinstance(given, str):
+            if given is not None and not isinstance(given, str) and np.ndim(given):
                 raise DataError(
                     f"{name}= was given as numbers, one for each of the {self.nobs} rows, and another table has other "
                     f"rows: make a column of it and name the column, {name}='...', when fitting or describing the model"
@@ -137,9 +162,9 @@ class Scenario:
         """The same with other standard deviations or correlations, to see how much hangs on them.
 
         Args:
-            values: name -> value of standard deviations and correlations of random effects and of ``"sigma"``, named
-                as ``print()`` of the scenario and ``fit.confint()`` name them, or as lme4 does. The others stay;
-                a correlation beside a standard deviation that was 0 is 0.
+            values: name -> value of standard deviations and correlations of random effects and of ``"sigma"``, or the
+                parameters of the family, named as ``print()`` of the scenario and ``fit.confint()`` name them, or as
+                lme4 does. The others stay; a correlation beside a standard deviation that was 0 is 0.
 
         Raises:
             ValueError: a name of nothing, a negative standard deviation, or correlations that cannot be together.
@@ -151,18 +176,23 @@ class Scenario:
             >>> round(wider.truth["sd_Days|Subject"], 6), wider.truth["sigma"]
             (9.0, 20.0)
         """
-        Sigma, sigma = changed_variances(values, self.labels, self.design.structures, self.Sigma, self.sigma)
-        return replace(self, Sigma=Sigma, sigma=sigma)
+        Sigma, own = changed_variances(values, self.labels, self.design.structures, self.Sigma, self.dispersion)
+        if self.family is not None:
+            self.family.unconstrained(list(own.values()))
+        return replace(self, Sigma=Sigma, dispersion=own)
 
     def __repr__(self) -> str:
         sizes = {term.group: len(term.levels) for term in self.labels.terms}
         p = len(self.labels.fixed)
         values = [f"{name} {value:.5g}" for name, value in self.truth.items()]
+        kind = "" if self.family is None else f"{self.family.name} ({self.family.link}), "
+        rest = "random effects" + (" and residual" if self.family is None else "")
         return "\n".join(
             [
-                f"<Scenario {self.formula!r}: {self.nobs} rows; " + ", ".join(f"{m} {g}" for g, m in sizes.items()),
+                f"<Scenario {self.formula!r}: {kind}{self.nobs} rows; "
+                + ", ".join(f"{m} {g}" for g, m in sizes.items()),
                 f" fixed effects: {_shortened(values[:p])}",
-                f" random effects and residual: {_shortened(values[p:])}>",
+                f" {rest}: {_shortened(values[p:])}>",
             ]
         )
 
@@ -176,27 +206,38 @@ def scenario(
     formula: str,
     data: Any,
     beta: Any,
-    sigma: float = 1.0,
+    sigma: float | None = None,
     sd: Any = None,
     cor: Any = None,
     theta: Any = None,
     weights: Any = None,
     offset: Any = None,
     contrasts: Mapping[str, str] | None = None,
+    family: Any = None,
+    link: str | None = None,
+    size: Any = None,
+    dispersion: Any = None,
 ) -> Scenario:
-    """Describe a linear mixed model by its parameters, to simulate from it and to study how it is estimated.
+    """Describe a linear or generalised linear mixed model by its parameters, to simulate from it and to study how it is
+    estimated.
 
     Args:
         formula: as for :func:`mixjax.lmm`; the response need not be in the table.
         data: table with the predictors and grouping factors.
         beta: fixed effects: ``(p,)`` in the order of the columns, or dict name -> value with every name.
-        sigma: residual standard deviation, absolute.
+        sigma: residual standard deviation of a linear mixed model, absolute; None for 1.
         sd: standard deviations of the random effects, absolute: ``(number of effects,)`` term by term (terms by
             decreasing number of levels, as a fit shows them), or dict group -> number or ``(q,)``.
         cor: their correlations, 0 by default: dict group -> number (of two effects) or ``(q, q)``; or a number where
             only one term has two effects.
-        theta: relative Cholesky factors ``(k,)`` in place of ``sd`` and ``cor``, as ``fit.theta``.
+        theta: Cholesky factors ``(k,)`` in place of ``sd`` and ``cor``, as ``fit.theta``: relative to sigma, of a
+            generalised model absolute.
         weights, offset, contrasts: as for :func:`mixjax.lmm`.
+        family, link: as for :func:`mixjax.glmm`: beta and sd are then on the scale of the linear predictor. None for a
+            linear mixed model.
+        size: trials of a binomial response: a number, ``(n,)``, or the name of a column.
+        dispersion: the family's parameter, such as the size of a negative binomial one; a dict name -> value where it
+            has several.
 
     Returns:
         :class:`Scenario`.
@@ -214,18 +255,25 @@ def scenario(
         0.5
     """
     table = to_pandas(data, column_names(data)).reset_index(drop=True)
-    design, labels = design_of(formula, table, weights, offset, contrasts, context=caller_context())
-    sigma = float(sigma)
-    if not (np.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma must be a standard deviation, 0 or more, got {sigma}")
+    options = {"weights": weights, "offset": offset, "contrasts": contrasts}
+    if family is None:
+        if beside := [name for name, given in (("link", link), ("size", size), ("dispersion", dispersion))
+                      if given is not None]:  # fmt: skip
+            raise ValueError(f"{', '.join(beside)} belong to a family: name it, family='binomial'")
+        own, sigma = {"sigma": _deviation(sigma)}, _deviation(sigma)
+    else:
+        if sigma is not None:
+            raise ValueError("sigma belongs to linear mixed models; a family's own parameter is dispersion=")
+        options |= {"family": family_of(family, link), "size": size}
+        own, sigma = _dispersion(dispersion, options["family"]), 1.0
+    design, labels = design_of(formula, table, **options, context=caller_context())
     if theta is not None:
         if sd is not None or cor is not None:
             raise ValueError("give either theta, or sd and cor")
         Sigma = _from_theta(theta, labels, sigma)
     else:
         Sigma = _from_sd(sd, cor, labels)
-    options = {"weights": weights, "offset": offset, "contrasts": contrasts}
-    return Scenario(formula, table, design, labels, _coefficients(beta, labels), sigma, Sigma, options)
+    return Scenario(formula, table, design, labels, _coefficients(beta, labels), Sigma, own, options)
 
 
 def simulate(
@@ -233,7 +281,7 @@ def simulate(
     data: Any,
     *,
     beta: Any,
-    sigma: float = 1.0,
+    sigma: float | None = None,
     sd: Any = None,
     cor: Any = None,
     theta: Any = None,
@@ -242,6 +290,10 @@ def simulate(
     weights: Any = None,
     offset: Any = None,
     contrasts: Mapping[str, str] | None = None,
+    family: Any = None,
+    link: str | None = None,
+    size: Any = None,
+    dispersion: Any = None,
 ) -> np.ndarray:
     """Responses of a mixed model without a fit; see :func:`mixjax.scenario` for the parameters.
 
@@ -249,7 +301,7 @@ def simulate(
         key: int or JAX key; response i depends on it and on i alone. n: number of responses.
 
     Returns:
-        ``(n, rows)`` numpy float64.
+        ``(n, rows)`` numpy float64, of a binomial family counts of successes.
 
     Example:
         >>> import mixjax as mj
@@ -259,7 +311,9 @@ def simulate(
         >>> Y.shape
         (100, 180)
     """
-    truth = scenario(formula, data, beta, sigma, sd, cor, theta, weights, offset, contrasts)
+    truth = scenario(
+        formula, data, beta, sigma, sd, cor, theta, weights, offset, contrasts, family, link, size, dispersion
+    )
     return truth.simulate(key, n)
 
 
@@ -269,22 +323,34 @@ def design_of(
     weights: Any = None,
     offset: Any = None,
     contrasts: Mapping[str, str] | None = None,
+    family: Family | None = None,
+    size: Any = None,
     context: Mapping[str, Any] | None = None,
     trusted: bool | None = None,
 ) -> tuple[Design, Labels]:
     """Design and labels of a formula whose response is yet to come.
+
+    Args:
+        size: trials: a number for all rows, ``(n,)``, or the name of a column.
 
     Raises:
         DataError: rows with missing values.
     """
     right = formula.partition("~")[2] if "~" in formula else formula
     written = f"{RESPONSE} ~ {right}" if formula.partition("~")[0].strip() == "" else formula
-    response = parse(written, column_names(table)).response.shown
     # Any numbers that no fixed effects reproduce: not those of a seed that a user may have drawn predictors with.
-    stand_in = np.random.default_rng(0x6D69786A6178).standard_normal(len(table))
+    rng = np.random.default_rng(0x6D69786A6178)
+    if family is None:
+        response = parse(written, column_names(table)).response.shown
+        stand_in = rng.standard_normal(len(table))
+    else:
+        response = written.partition("~")[0].strip()
+        size = np.full(len(table), size, np.float64) if size is not None and np.ndim(size) == 0 and not isinstance(
+            size, str) else size  # fmt: skip
+        stand_in = _stand_in(family, size, table, rng)
     design, labels = build_design(
         f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context,
-        trusted,
+        trusted, family, size,
     )  # fmt: skip
     if labels.n_missing:
         raise DataError(
@@ -292,6 +358,21 @@ def design_of(
             "fill or drop them first"
         )
     return design, replace(labels, formula=formula, response=response)
+
+
+def _stand_in(family: Family, size: Any, table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
+    """Responses that the family can have, neither all alike nor at an end."""
+    n = len(table)
+    if family.name == "binomial":
+        if size is None:
+            return rng.permutation(np.arange(n) % 2).astype(np.float64)
+        most = np.asarray(table[size] if isinstance(size, str) and size in table else size)
+        # What is no number is refused where sizes are read, with its name.
+        return rng.permutation(np.arange(n) % 2) * (most if most.dtype.kind in "iuf" and most.shape == (n,) else 1)
+    if family.name == "beta":
+        return rng.uniform(0.2, 0.8, n)
+    counts: np.ndarray = rng.permutation(1.0 + np.arange(n) % 7)
+    return counts
 
 
 # --- from a fit ------------------------------------------------------------------------------------------------------
@@ -318,9 +399,10 @@ def scenario_of(fit: Any) -> Scenario:
          fixed effects: Intercept 251.41, Days 10.467
          random effects and residual: sd_Intercept|Subject 37.124, sigma 30.991>
     """
-    record = record_of(fit)
+    record = any_record_of(fit)
     labels, design, est = record.labels, record.kept, record.estimates
-    cure = "describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, sigma=fit.sigma)"
+    given = "sigma=fit.sigma" if isinstance(record, Fitted) else "family=fit.family, dispersion=fit.dispersion"
+    cure = f"describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, {given})"
     if design is None or labels.frame is None or labels.state is None:
         raise DataError(f"the fit of {labels.formula!r} has no table, because its rows were not kept: {cure}")
     if not est.converged:
@@ -333,6 +415,13 @@ def scenario_of(fit: Any) -> Scenario:
     known = labels.state.context
     surroundings: dict[str, Any] = {"context": {**caller_context(), **known.own}, "trusted": known.trusted}
     options: dict[str, Any] = {"weights": None, "offset": None, "contrasts": dict(labels.state.contrasts) or None}
+    if isinstance(record, Fitted):
+        own = {"sigma": float(record.estimates.sigma)}
+    else:
+        own = dict(zip(record.family.psi_names, map(float, record.family.natural(record.estimates.psi)), strict=True))
+        options |= {"family": record.family, "size": None}
+        if design.size is not None:
+            options["size"] = _as_column(table, labels.state.size, design.size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the fit has told of the columns that it left out
         if design.weights is not None:
@@ -342,17 +431,16 @@ def scenario_of(fit: Any) -> Scenario:
             rest = design.offset - (0.0 if part is None else part)
             if part is None or rest.any():
                 options["offset"] = _as_column(table, labels.state.offset, rest)
-        again, own = design_of(labels.formula, table, **options, **surroundings)
-    if not same_columns(design, labels, again, own):
+        again, read = design_of(labels.formula, table, **options, **surroundings)
+    if not same_columns(design, labels, again, read):
         raise DataError(
             f"the formula {labels.formula!r} gives other columns now than when it was fitted, perhaps by a function or "
             f"a variable that has changed since, so its estimates are not those of the model as it is now: {cure}"
         )
-    kept = {*own.frame, options["weights"] if isinstance(options["weights"], str) else None}
-    kept |= {options["offset"] if isinstance(options["offset"], str) else None}
+    kept = {*read.frame, *(name for name in options.values() if isinstance(name, str))}
     table = table[[name for name in table if name in kept]]  # without the response, which is to be simulated
     Sigma = tuple(np.asarray(S) for S in est.Sigma)
-    return Scenario(labels.formula, table, again, own, np.asarray(est.beta), float(est.sigma), Sigma, options)
+    return Scenario(labels.formula, table, again, read, np.asarray(est.beta), Sigma, own, options)
 
 
 def _as_column(table: pd.DataFrame, name: str | None, values: Any) -> Any:
@@ -365,6 +453,36 @@ def _as_column(table: pd.DataFrame, name: str | None, values: Any) -> Any:
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _deviation(sigma: float | None) -> float:
+    sigma = 1.0 if sigma is None else float(sigma)
+    if not (np.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a standard deviation, 0 or more, got {sigma}")
+    return sigma
+
+
+def _dispersion(given: Any, family: Family) -> dict[str, float]:
+    """The family's parameters by name."""
+    names = family.psi_names
+    listed = f"{', '.join(names)} of the {family.name} family"
+    if not names:
+        if given is not None and np.size(given):
+            raise ValueError(f"the {family.name} family has no parameter of its own: leave dispersion= out")
+        return {}
+    if given is None:
+        raise ValueError(f"dispersion= is needed: {listed}")
+    if isinstance(given, Mapping | pd.Series):
+        values = {str(name): float(value) for name, value in dict(given).items()}
+        if set(values) != set(names):
+            raise ValueError(f"dispersion must name {listed}, got {', '.join(values)}")
+        own = [values[name] for name in names]
+    else:
+        own = [float(value) for value in np.atleast_1d(np.asarray(given, np.float64))]
+        if len(own) != len(names):
+            raise ValueError(f"dispersion has {len(own)} numbers; {listed} is wanted")
+    family.unconstrained(own)
+    return dict(zip(names, own, strict=True))
 
 
 def _coefficients(beta: Any, labels: Labels) -> np.ndarray:

@@ -21,6 +21,7 @@ import pandas as pd
 from mixjax.checks import DataWarning, check_count, check_level, check_memory, some_of, warn
 from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName, check_engine
+from mixjax.families import family_of
 from mixjax.fitted.names import Spellings
 from mixjax.fitted.options import ddf_of
 from mixjax.inference.fixed.contrasts import check_ddf
@@ -32,9 +33,10 @@ from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
-from mixjax.studies.outcomes import BLOCK, Task, outcomes
+from mixjax.studies.outcomes import BLOCK, outcomes
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
+from mixjax.studies.task import Task
 from mixjax.tables import frame_report
 from mixjax.waiting import Waiting
 
@@ -172,7 +174,7 @@ def study(
     *,
     truth: Mapping[str, float] | Callable[..., Mapping[str, float]] | None = None,
     reml: bool = True,
-    ddf: str = "satterthwaite",
+    ddf: str | None = None,
     null: Mapping[str, float] | None = None,
     compared: Sequence[tuple[str, str]] = (),
     statistic: Callable[..., Any] | None = None,
@@ -183,6 +185,9 @@ def study(
     chunk: int | None = None,
     progress: bool | None = None,
     engine: EngineName = "auto",
+    family: Any = None,
+    link: str | None = None,
+    size: Any = None,
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
 
@@ -197,13 +202,14 @@ def study(
         key: int or JAX key. A replicate depends on the key, the values of its cell and its number, and on nothing else.
         truth: parameter -> value, for bias and coverage; or a function of the cell's values. None: what the source
             knows.
-        reml: criterion of the fits.
+        reml: criterion of linear fits; generalised ones are by maximum likelihood.
         ddf: of the tests and intervals of the fixed effects: ``"wald"``, ``"satterthwaite"`` or ``"kenward-roger"``.
+            None: Satterthwaite's, of generalised models Wald's.
         null: fixed effect -> value under the tested hypothesis, 0 where not named.
         compared: pairs ``(smaller, larger)`` of models, tested by likelihood ratio: chi-square, and the mixture of
             chi-squares where its weights are known.
-        statistic: JAX function of one :class:`~mixjax.Estimates` -> number, array or dict of those, for measures of
-            your own.
+        statistic: JAX function of one :class:`~mixjax.Estimates` (of generalised models :class:`~mixjax.GLMMEstimates`)
+            -> number, array or dict of those, for measures of your own.
         common: the same random numbers in every cell.
         store: directory where finished chunks are kept as parquet files. Called again with the same arguments, the
             study does what is missing; with more replicates it goes on.
@@ -214,9 +220,12 @@ def study(
         progress: whether to show it; None for :func:`mixjax.show_progress`'s choice.
         engine: ``"numpy"`` or ``"jax"``, as for :func:`mixjax.estimate_many`; ``"auto"`` goes by the sizes of the model
             and the number of replicates. A store goes on by what it began with.
+        family, link: of the response, as for :func:`mixjax.glmm`, where the models are generalised linear ones. None:
+            what the source says, as a scenario or a fit of such a model does; otherwise models are linear.
+        size: trials of a binomial response: a number, or the name of a column; with ``family``.
 
     Returns:
-        :class:`Study`.
+        :class:`Study`. Fits that failed, separated responses among them, are counted and never taken for acceptances.
 
     Raises:
         ValueError: an argument makes no sense, or a name of the grid would be read by nothing, or twice.
@@ -237,10 +246,15 @@ def study(
         [0.1, 0.9]
     """
     replicates = check_count("replicates", replicates, 1)
-    ddf = ddf_of(ddf)
-    check_ddf(ddf)
+    if ddf is not None:
+        ddf = ddf_of(ddf)
+        check_ddf(ddf)
     check_engine(engine)
-    cells = _cells(source, models, grid, key, truth, reml, ddf, null, compared, statistic, common, engine)
+    if family is None and (link is not None or size is not None):
+        raise ValueError("link= and size= belong to a family: name it, family='binomial'")
+    own_family = None if family is None else family_of(family, link)
+    common_to_all = Task(None, {}, None, (), reml, ddf, dict(null or {}), statistic, engine, 0, own_family, size)
+    cells = _cells(source, models, grid, key, truth, compared, common, common_to_all)
     if mesh is not None and executor is not None:
         raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")
     if store is None:
@@ -344,13 +358,9 @@ def _cells(
     grid: Any,
     key: Any,
     truth: Any,
-    reml: bool,
-    ddf: str,
-    null: Mapping[str, float] | None,
     compared: Sequence[tuple[str, str]],
-    statistic: Callable[..., Any] | None,
     common: bool,
-    engine: EngineName = "auto",
+    task: Task,
 ) -> list[tuple[Cell, dict[str, float]]]:
     models = {"": models} if isinstance(models, str) else dict(models)
     if not models:
@@ -366,17 +376,17 @@ def _cells(
         for values in combinations(grid, COLUMNS):
             own = source_of(source, values, OPTIONS)
             if not cells:
-                _refuse_names_of_formulas(models, own, values)
+                _refuse_names_of_formulas(models, replace(task, source=own), values)
             code = np.uint32(zlib.crc32(json.dumps(describe(values), sort_keys=True).encode()))
             cell_key = np.asarray(jax.random.key_data(root if common else jax.random.fold_in(root, code)))
             pairs = tuple((smaller, larger) for smaller, larger in compared)
-            task = Task(own, models, cell_key, pairs, reml, ddf, dict(null or {}), statistic, engine)
+            mine = replace(task, source=own, models=models, key=cell_key, compared=pairs)
             known = truth(**values) if callable(truth) else own.truth if truth is None else truth
-            cells.append((Cell(values, task), {str(name): float(value) for name, value in known.items()}))
+            cells.append((Cell(values, mine), {str(name): float(value) for name, value in known.items()}))
     return cells
 
 
-def _refuse_names_of_formulas(models: Mapping[str, str], own: Any, values: Mapping[str, Any]) -> None:
+def _refuse_names_of_formulas(models: Mapping[str, str], own: Task, values: Mapping[str, Any]) -> None:
     """A formula that is fitted reads columns and the caller's variables; a grid's value does not get there."""
     for formula in models.values():
         if not any(name in formula for name in values):
@@ -393,19 +403,23 @@ def _estimates(names: set[str]) -> list[str]:
     return sorted(name for name in names if name not in OTHERS and not TEST.fullmatch(name))
 
 
-def names_of_effects(source: Any, formula: str, grid: Any) -> tuple[str, ...]:
+def names_of_effects(
+    source: Any, formula: str, grid: Any, family: Any = None, link: str | None = None, size: Any = None
+) -> tuple[str, ...]:
     """Fixed effects of a model in the first cell of a grid, from its predictors alone: nothing is fitted."""
     values = combinations(grid)[0]
-    own = source_of(source, values, OPTIONS)
+    own_family = None if family is None else family_of(family, link)
+    own = Task(source_of(source, values, OPTIONS), {}, None, family=own_family, size=size)
     with _Named(values):
         return _labels_of(formula, own).fixed
 
 
-def _labels_of(formula: str, own: Any) -> Labels:
+def _labels_of(formula: str, task: Task) -> Labels:
+    own = task.source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the study itself tells of columns left out
         table = own.table if hasattr(own, "table") else own.tables(0, 0, 1)[0][0]
-        return design_of(formula, table, **own.options)[1]
+        return design_of(formula, table, **task.options)[1]
 
 
 def _chunk(chunk: int | None, cells: list[tuple[Cell, dict[str, float]]]) -> int:

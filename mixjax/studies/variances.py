@@ -19,13 +19,14 @@ def changed_variances(
     labels: Labels,
     structures: Sequence[Structure],
     Sigma: Sequence[np.ndarray],
-    sigma: float,
-) -> tuple[tuple[np.ndarray, ...], float]:
-    """Covariances and sigma with other values of some parameters.
+    own: Mapping[str, float],
+) -> tuple[tuple[np.ndarray, ...], dict[str, float]]:
+    """Covariances, and parameters of the response's distribution, with other values of some parameters.
 
     Args:
         values: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ``sigma``, also as in lme4 -> value.
-        labels, structures: of the terms. Sigma: per term ``(q, q)``, absolute. sigma: residual standard deviation.
+        labels, structures: of the terms. Sigma: per term ``(q, q)``, absolute.
+        own: those of the distribution, as ``sigma``.
 
     Raises:
         ValueError: a name of none, a value that its parameter cannot have, or an impossible covariance.
@@ -33,21 +34,21 @@ def changed_variances(
     if not isinstance(values, Mapping):
         raise ValueError(f"a dict name -> value is needed, such as {{'sigma': 2.0}}, got {values!r}")
     parameters = names_of_variances(labels, structures)
-    names = [*(parameter.name for parameter in parameters), "sigma"]
+    names = [*(parameter.name for parameter in parameters), *own]
     wanted: dict[str, float] = {}
     for name, value in values.items():
-        own = select([name], names, 0)
-        if len(own) != 1:
-            raise ValueError(f"{name!r} stands for {len(own)} parameters; name one: {', '.join(own)}")
-        if own[0] in wanted:
-            raise ValueError(f"{own[0]!r} is given twice")
-        wanted[own[0]] = _checked(own[0], value)
+        found = select([name], names, 0)
+        if len(found) != 1:
+            raise ValueError(f"{name!r} stands for {len(found)} parameters; name one: {', '.join(found)}")
+        if found[0] in wanted:
+            raise ValueError(f"{found[0]!r} is given twice")
+        wanted[found[0]] = _checked(found[0], value)
     changed = list(map(np.asarray, Sigma))
     for t, name in enumerate(term_names(labels)):
         of_term = [parameter for parameter in parameters if parameter.term == t and parameter.name in wanted]
         if of_term:
             changed[t] = _changed(changed[t], of_term, wanted, name)
-    return tuple(changed), wanted.get("sigma", sigma)
+    return tuple(changed), {name: wanted.get(name, value) for name, value in own.items()}
 
 
 def _checked(name: str, value: Any) -> float:

@@ -1,0 +1,49 @@
+"""Generalised linear mixed models fitted to replicates."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pandas as pd
+
+from mixjax.estimation.choice import EngineName
+from mixjax.estimation.glmm import GLMMEstimates
+from mixjax.estimation.glmm_many import KEEP, glmm_estimate_many
+from mixjax.families import Family
+from mixjax.fitted.names import names_of_variances
+from mixjax.optimise.results import failed
+from mixjax.products.family_rows import FamilyRows, rows_in
+from mixjax.studies.task import Fits, Model, Task, named_apart
+
+
+def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
+    """Fits by Laplace's approximation, with Wald tests.
+
+    Where every replicate has predictors of its own they are fitted one by one.
+    """
+    if task.ddf not in (None, "wald"):
+        raise ValueError(f"ddf={task.ddf!r} is for linear models: the tests of generalised ones are ddf='wald'")
+    if mesh is not None:
+        raise ValueError("mesh= is for linear mixed models; generalised ones use the cores of this machine")
+    family = model.family
+    assert isinstance(family, Family)
+    keep, fits = (*KEEP, "Sigma", "vcov"), task.fits or len(Y)
+
+    def fitted(rows: FamilyRows, engine: EngineName) -> GLMMEstimates:
+        return glmm_estimate_many(rows, keep=keep, engine=engine, fits=fits)
+
+    if len(model.designs) == 1:
+        est = fitted(rows_in(model.designs[0], family, Y), task.engine)
+    else:
+        every = [fitted(rows_in(design, family, y[None]), "numpy") for design, y in zip(model.designs, Y, strict=True)]
+        est = jax.tree.map(lambda *parts: np.concatenate(parts), *every)
+    layout = rows_in(model.designs[0], family, Y[:1]).layout
+    fixed = pd.DataFrame(est.beta, columns=list(model.labels.fixed))
+    variances = names_of_variances(model.labels, layout.structures)
+    natural = np.stack([family.natural(list(psi)) for psi in est.psi]) if family.n_psi else np.empty((len(Y), 0))
+    others = pd.DataFrame({parameter.name: parameter.value(est.Sigma) for parameter in variances})
+    others = others.assign(**dict(zip(family.psi_names, natural.T, strict=True)))
+    with np.errstate(invalid="ignore"):
+        se = np.sqrt(np.diagonal(est.vcov, axis1=1, axis2=2))
+    criterion = np.where(failed(est.result), np.nan, est.criterion)
+    return Fits(est, named_apart(fixed, others), se, np.full(se.shape, np.inf), lambda: criterion)

@@ -1,0 +1,113 @@
+"""What is computed of every replicate of a cell, and what the fits of a model to some of them give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+
+from mixjax.checks import DataError, some_of
+from mixjax.design import Design, Labels
+from mixjax.estimation.choice import EngineName
+from mixjax.estimation.estimate import Estimates
+from mixjax.families import Family
+
+
+class Source(Protocol):
+    """Where responses come from: :class:`~mixjax.studies.scenario.Scenario`, or a population with a number of rows."""
+
+    @property
+    def truth(self) -> Mapping[str, float]:
+        """Parameter -> value, as far as it is known."""
+        ...
+
+    @property
+    def nobs(self) -> int:
+        """Rows of a data set."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """``weights``, ``offset``, ``contrasts`` of the fits."""
+        ...
+
+    def tables(self, key: Any, first: int, count: int) -> tuple[list[pd.DataFrame], np.ndarray]:
+        """Predictors of replicates ``first .. first + count - 1``, one table if all share it, and responses
+        ``(count, n)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """The computation of every replicate of a cell.
+
+    Attributes:
+        source: responses. models: name -> formula to fit. compared: pairs (smaller, larger) of names.
+        key: of the cell. reml: criterion of linear fits; likelihood ratios are always by ML.
+        ddf: test of the fixed effects; None: Satterthwaite's of linear models, Wald's of generalised ones.
+        null: their values under the hypothesis, 0 where not named.
+        statistic: JAX function of one :class:`~mixjax.Estimates` (or :class:`~mixjax.GLMMEstimates`) -> number, array
+            or dict of those; or None.
+        engine: of the fits, as for :func:`mixjax.estimate_many`. fits: number of replicates that ``"auto"`` goes by.
+        family, size: of generalised models to fit; None: what the source says.
+    """
+
+    source: Any
+    models: Mapping[str, str]
+    key: Any
+    compared: tuple[tuple[str, str], ...] = ()
+    reml: bool = True
+    ddf: str | None = None
+    null: Mapping[str, float] = field(default_factory=dict)
+    statistic: Callable[[Estimates], Any] | None = None
+    engine: EngineName = "auto"
+    fits: int = 0
+    family: Family | None = None
+    size: Any = None
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Of the models that are fitted."""
+        own = {} if self.family is None else {"family": self.family, "size": self.size}
+        return {**self.source.options, **own}
+
+
+class Model(NamedTuple):
+    """Designs of one model for some replicates: one for all, or one each; the family, None of a linear one."""
+
+    designs: list[Design]
+    labels: Labels
+    family: Family | None
+
+
+class Fits(NamedTuple):
+    """Fits of one model to some replicates.
+
+    Attributes:
+        estimates: with a leading axis. parameters: name -> estimates ``(B,)``, those of variances after the fixed
+            effects. se, df: of the fixed effects ``(B, p)``. deviances: computes those by ML ``(B,)``, NaN where a fit
+            failed.
+    """
+
+    estimates: Any
+    parameters: dict[str, np.ndarray]
+    se: np.ndarray
+    df: np.ndarray
+    deviances: Callable[[], np.ndarray]
+
+
+def named_apart(fixed: pd.DataFrame, others: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Estimates by name.
+
+    Raises:
+        DataError: a fixed effect has the name of another parameter.
+    """
+    if twice := [str(name) for name in fixed if name in others]:
+        raise DataError(
+            f"the fixed effect {some_of(twice)} has the name of another parameter, and the columns of a study go by "
+            "name: rename the predictor"
+        )
+    return {str(name): values.to_numpy() for name, values in {**fixed, **others}.items()}

@@ -1,0 +1,171 @@
+"""Scenarios, studies and power of generalised linear mixed models."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from glmm_cases import fit_of
+
+import mixjax as mj
+from mixjax.optimise.results import Result
+from mixjax.studies.scenario import design_of
+
+FORMULA = "y ~ x + (1 | g)"
+
+
+def layout(groups, rows=8):
+    return pd.DataFrame({"g": np.repeat(np.arange(groups), rows), "x": np.tile(np.linspace(-1, 1, rows), groups)})
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return mj.scenario(FORMULA, layout(25), beta=[-0.5, 0.8], sd=1.0, family="binomial")
+
+
+@pytest.fixture(scope="module")
+def studied(truth):
+    models = {"small": "y ~ 1 + (1 | g)", "large": FORMULA}
+    return mj.study(truth, models, compared=[("small", "large")], replicates=60, key=2, progress=False)
+
+
+def test_a_scenario_says_what_it_is(truth):
+    assert truth.truth == {"Intercept": -0.5, "x": 0.8, "sd_Intercept|g": 1.0}
+    assert "binomial (logit), 200 rows; 25 g" in repr(truth)
+    assert truth.family.name == "binomial"
+    with pytest.raises(AttributeError, match="a binomial response has no sigma"):
+        _ = truth.sigma
+    Y = truth.simulate(key=1, n=2000)
+    assert set(np.unique(Y)) == {0.0, 1.0}
+    mean = truth.family.integrated_mean(-0.5 + 0.8 * truth.table["x"].to_numpy(), 1.0)
+    assert np.abs(Y.mean(0) - mean).max() < 5 * 0.5 / np.sqrt(2000)
+
+
+def test_replicates_are_the_fits_of_their_responses(truth, studied):
+    raw = studied.raw(0)
+    Y = truth.tables(studied_key(truth), 0, 3)[1]
+    for i in range(3):
+        fit = mj.glmm(FORMULA, truth.table.assign(y=Y[i]), "binomial")
+        small = mj.glmm("y ~ 1 + (1 | g)", truth.table.assign(y=Y[i]), "binomial")
+        assert raw["large::x"][i] == pytest.approx(fit.fixef["x"], abs=1e-6)
+        assert raw["large::se(x)"][i] == pytest.approx(fit.se["x"], rel=1e-5)
+        assert raw["large::sd_Intercept|g"][i] == pytest.approx(fit.theta[0], abs=1e-5)
+        assert raw["lrt(large|small)"][i] == pytest.approx(small.criterion - fit.criterion, abs=1e-7)
+    assert np.isinf(raw["large::df(x)"]).all()
+    assert studied.counts["converged"].tolist() == [60, 60]
+
+
+def studied_key(truth):
+    """The key of the only cell of a study with key 2."""
+    from mixjax.studies.study import _cells
+    from mixjax.studies.task import Task
+
+    return _cells(truth, FORMULA, None, 2, None, (), False, Task(None, {}, None))[0][0].task.key
+
+
+def test_measures_know_the_truth(studied):
+    frame = studied.to_frame(("bias", "coverage", "rejection")).set_index(["model", "term", "measure"])["value"]
+    assert abs(frame["large", "x", "bias"]) < 0.2
+    assert frame["large", "x", "coverage"] > 0.85
+    assert frame["", "large|small", "rejection"] == pytest.approx(frame["large", "x", "rejection"], abs=0.1)
+
+
+def test_chunks_do_not_change_a_number(truth):
+    from mixjax.studies.outcomes import outcomes
+    from mixjax.studies.task import Task
+
+    task = Task(truth, {"": FORMULA}, np.array([0, 5], np.uint32), fits=1030)
+    whole, part = outcomes(task, 0, 40), outcomes(task, 0, 16)
+    for name, values in part.items():
+        np.testing.assert_allclose(values, whole[name][:16], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_power_counts_separated_replicates_apart():
+    rare = mj.scenario(FORMULA, layout(8, 4), beta=[-4.0, 0.5], sd=0.5, family="binomial")
+    found = mj.power(rare, FORMULA, "x", replicates=60, key=1, progress=False)
+    codes = found.study.raw(0)["result"]
+    endless = np.isin(codes, [int(Result.SEPARATED), int(Result.UNBOUNDED)]).sum()
+    assert endless > 10
+    assert found.table["separated"].iloc[0] == endless
+    assert found.table["replicates"].iloc[0] == 60 - found.table["failed"].iloc[0]
+    assert f"({endless} because some estimate is infinite)" in str(found)
+
+
+def test_populations_are_fitted_by_a_family():
+    population = mj.population(
+        g=mj.factor(15), x=mj.normal(), a=mj.random_effects("g", sd=0.5), y=mj.response("0.5 * x + a", family="poisson")
+    )
+    study = mj.study(population.rows(90), FORMULA, family="poisson", truth={"x": 0.5}, replicates=20, progress=False)
+    raw = study.raw(0)
+    assert abs(raw["x"].mean() - 0.5) < 0.15
+    assert "sigma" not in raw
+
+
+def test_a_fit_is_a_scenario_on_its_own_table():
+    fit = fit_of("cbpp")
+    again = mj.scenario_of(fit)
+    assert again.truth["sd_Intercept|herd"] == pytest.approx(fit.theta[0])
+    assert np.array_equal(again.design.size, fit.design.size)
+    assert np.array_equal(again.simulate(3, 5), fit.simulate(3, 5))
+    counts = fit_of("epil_nbinom2")
+    own = mj.scenario_of(counts)
+    assert own.dispersion["size"] == pytest.approx(counts.dispersion["size"])
+    assert np.array_equal(own.simulate(3, 5), counts.simulate(3, 5))
+
+
+def test_parameters_are_changed_by_name():
+    truth = mj.scenario(FORMULA, layout(6), beta=[1, 0.3], sd=0.5, family="nbinom", dispersion={"size": 2.0})
+    assert truth.with_variances({"size": 5.0, "sd_Intercept|g": 0.1}).truth["size"] == 5.0
+    assert truth.with_effects({"x": 0.0}).truth["x"] == 0.0
+    assert truth.on(layout(9)).nobs == 72
+    with pytest.raises(ValueError, match="size of the nbinom family must be a positive number"):
+        truth.with_variances({"size": 0.0})
+
+
+def test_trials_are_a_number_or_a_column():
+    table = layout(6).assign(n=5)
+    one = mj.scenario(FORMULA, table, beta=[0, 1], sd=1, family="binomial", size=5)
+    other = mj.scenario(FORMULA, table, beta=[0, 1], sd=1, family="binomial", size="n")
+    assert np.array_equal(one.simulate(1, 4), other.simulate(1, 4))
+    assert one.simulate(1, 50).max() > 1
+    assert other.on(layout(3).assign(n=2)).design.size.tolist() == [2.0] * 24
+    given = mj.simulate(FORMULA, table, beta=[0, 1], sd=1, family="binomial", size=5, key=1, n=4)
+    assert np.array_equal(given, one.simulate(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"family": "binomial", "sigma": 1.0}, "sigma belongs to linear mixed models"),
+        ({"size": 3}, "size belong to a family"),
+        ({"family": "nbinom"}, "dispersion= is needed: size of the nbinom family"),
+        ({"family": "nbinom", "dispersion": -1}, "size of the nbinom family must be a positive number"),
+        ({"family": "nbinom", "dispersion": {"shape": 1}}, "dispersion must name size"),
+        ({"family": "nbinom", "dispersion": [1, 2]}, "dispersion has 2 numbers"),
+        ({"family": "poisson", "dispersion": 1.0}, "the poisson family has no parameter of its own"),
+        ({"family": "poisson", "size": 3}, "size= are numbers of trials"),
+    ],
+)
+def test_what_a_scenario_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mj.scenario(FORMULA, layout(4), beta=[1, 0.3], sd=0.5, **arguments)
+
+
+def test_what_a_study_cannot_do(truth):
+    with pytest.raises(ValueError, match="ddf='kenward-roger' is for linear models"):
+        mj.study(truth, FORMULA, ddf="kenward-roger", replicates=2, progress=False)
+    with pytest.raises(ValueError, match="belong to a family"):
+        mj.study(truth, FORMULA, size=3, replicates=2, progress=False)
+
+
+def test_a_predictor_with_the_name_of_a_parameter_is_named():
+    linear = mj.scenario("y ~ sigma + (1 | g)", layout(6).rename(columns={"x": "sigma"}), beta=[0, 1], sd=1)
+    with pytest.raises(mj.DataError, match="the fixed effect sigma has the name of another parameter"):
+        mj.study(linear, "y ~ sigma + (1 | g)", replicates=2, progress=False)
+
+
+def test_designs_without_a_response_are_of_the_family():
+    from mixjax.families import family_of
+
+    for family, size in [("binomial", None), ("binomial", 4), ("gamma", None), ("beta", None), ("nbinom", None)]:
+        design, labels = design_of("s / n ~ x + (1 | g)", layout(5), family=family_of(family), size=size)
+        assert labels.response == "s / n"
+        assert (design.size is None) == (size is None)
