@@ -32,7 +32,7 @@ FUNCTIONS = {
     "from_params": "p, design=None",
     "estimate": "stats, reml=True, start=None",
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
-    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None",
+    "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
     "rows": "design, family, y=None",
     "GLMMParams": "beta, chol, psi=()",
