@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import glmm_cases
 import numpy as np
 import pandas as pd
 import pytest
@@ -470,3 +471,68 @@ def test_coefficients_that_cannot_be(beta, message, capsys):
     with contextlib.suppress(SystemExit):
         assert main([*QUADRATIC, "--beta", beta, "--test", "poly(x, 2)[1]"]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- generalised models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cbpp_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cbpp") / "cbpp.csv"
+    glmm_cases.case("cbpp").table.to_csv(path, index=False)
+    return str(path)
+
+
+COUNTS = "incidence / size ~ period + (1 | herd)"
+
+
+def test_a_family_is_fitted(cbpp_file, capsys):
+    arguments = ["fit", COUNTS, cbpp_file, "--family", "binomial", "--size", "size", "--ref", "period=1", "--no-cache"]
+    assert main([*arguments, "--confint", "wald", "--exponentiate"]) == 0
+    out = capsys.readouterr().out
+    fit = glmm_cases.fit_of("cbpp")
+    assert "Family: binomial (logit)" in out
+    ratios = out.partition("Odds ratios with 95 % intervals (Wald):")[2].splitlines()
+    row = next(line.split() for line in ratios if line.startswith("period[T.2]"))
+    ends = np.exp(fit.confint("period[T.2]", method="wald").to_numpy()[0])
+    assert [float(x) for x in row[1:]] == pytest.approx([np.exp(fit.fixef["period[T.2]"]), *ends], rel=1e-4)
+    assert main([*arguments, "--json", "--link", "probit"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["link"], found["dispersion"]) == ("binomial", "probit", {})
+    assert found["p_value"]["period[T.2]"] < 0.01
+    assert "sigma" not in found
+
+
+def test_power_of_a_family(capsys):
+    arguments = ["power", "y ~ x + (1 | g)", "--beta", "0,0.8", "--sd", "0.5", "--groups", "12", "--per-group", "6"]
+    arguments += ["--x", "normal", "--test", "x", "--family", "nbinom", "--dispersion", "2", "--replicates", "20"]
+    assert main([*arguments, "--no-cache"]) == 0
+    assert "power of x at level 0.05, by groups" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "size"], "--size: for generalised models; name the --family"),
+        (["--nagq", "3", "--exponentiate"], "--nagq, --exponentiate: for generalised models"),
+        (["--family", "poisson", "--ddf", "wald", "--ml"], "--ml, --ddf: for linear models"),
+        (["--family", "gama"], "did you mean 'gamma'?"),
+        (
+            ["--family", "gamma", "--link", "inverse", "--exponentiate"],
+            "effects are ratios for the links logit and log",
+        ),
+    ],
+)
+def test_options_of_the_other_kind_of_model(cbpp_file, capsys, options, message):
+    formula = "size ~ period + (1 | herd)"
+    assert main(["fit", formula, cbpp_file, "--no-cache", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_power_options_of_the_other_kind_of_model(capsys):
+    arguments = ["power", "y ~ x + (1 | g)", "--beta", "0,0.8", "--sd", "0.5", "--groups", "12", "--per-group", "6"]
+    arguments += ["--x", "normal", "--test", "x", "--no-cache"]
+    assert main([*arguments, "--trials", "3"]) == 2
+    assert "--trials: for generalised models" in capsys.readouterr().err
+    assert main([*arguments, "--family", "poisson", "--sigma", "1"]) == 2
+    assert "--sigma: for linear models" in capsys.readouterr().err

@@ -51,7 +51,7 @@ FUNCTIONS = {
     "kenward_roger": "est, stats, L",
     "predict": "est, design",
     "lineup": "fit, plot, n=20, key=0",
-    "table": "fits, stat='std_error', names=None, ddf=None, level=0.95, digits=3, stars=False",
+    "table": "fits, stat='std_error', names=None, ddf=None, level=0.95, digits=3, stars=False, exponentiate=False",
     "simulate": "formula, data, *, beta, sigma=None, sd=None, cor=None, theta=None, key=0, n=1, weights=None, "
     "offset=None, contrasts=None, family=None, link=None, size=None, dispersion=None",
     "scenario": "formula, data, beta, sigma=None, sd=None, cor=None, theta=None, weights=None, offset=None, "

@@ -587,3 +587,37 @@ def test_covariances_belong_to_the_coordinates_of_theta():
         scale = np.sqrt(np.diag(expected.vcov_all))
         difference = (found.vcov_all - expected.vcov_all) / np.outer(scale, scale)
         assert np.abs(difference).max() < 1e-6
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+UNITS = [
+    ("gamma", "inverse"),
+    ("inverse_gaussian", "1/mu^2"),
+    ("inverse_gaussian", "inverse"),
+    ("gamma", "log"),
+]
+
+
+@pytest.mark.parametrize(("family", "link"), UNITS)
+def test_units_of_the_response_change_nothing(family, link):
+    """A response in other units is the same fit, also where the predictor has its scale: with levels of unequal size,
+    whose empty places in the rectangle have no predictor of their own."""
+    data = case("cbpp").table
+    fit = mj.glmm("size ~ period + (1 | herd)", data, family, link)
+    assert fit.converged
+    power = {"log": 0.0, "inverse": 1.0, "1/mu^2": 2.0}[link]
+    for unit in (1e-3, 1e3):
+        other = mj.glmm("size ~ period + (1 | herd)", data.assign(size=data["size"] * unit), family, link)
+        assert other.converged
+        assert other.criterion - 2 * len(data) * np.log(unit) == pytest.approx(fit.criterion, abs=1e-8)
+        assert other.theta == pytest.approx(fit.theta / unit**power, rel=1e-6)
+        assert other.fixef.to_numpy()[1:] == pytest.approx(fit.fixef.to_numpy()[1:] / unit**power, rel=1e-6)
+
+
+def test_gamma_with_an_inverse_link_against_glmmtmb():
+    """glmmTMB 1.1.5: -2 log-likelihood 372.1039226, sd 0.028152, dispersion 0.1753804."""
+    fit = mj.glmm("size ~ period + (1 | herd)", case("cbpp").table, "gamma", "inverse")
+    assert fit.criterion == pytest.approx(372.1039226, abs=1e-6)
+    assert fit.theta[0] == pytest.approx(0.028152, rel=2e-5)
+    assert fit.dispersion["dispersion"] == pytest.approx(0.1753804, rel=1e-5)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import glmm_cases
 import numpy as np
 import pandas as pd
 import pytest
@@ -395,10 +396,45 @@ def test_what_is_wrong_is_named(three):
         with pytest.raises(ValueError, match=re.escape(words)):
             call()
     for fits in (["no fit"], "no fit", 3, [three]):
-        with pytest.raises(TypeError, match=r"a fit is needed, as mixjax\.lmm returns it; got (str|int|list)"):
+        with pytest.raises(
+            TypeError, match=r"a fit is needed, as mixjax\.lmm or mixjax\.glmm returns it; got (str|int|list)"
+        ):
             mj.table(fits)
 
 
 def test_words_for_degrees_of_freedom_are_those_of_all_methods(three):
     reml = three[0].refit(reml=True)
     assert str(mj.table(reml, "ci", ddf="KR")) == str(mj.table(reml, "ci", ddf="kenward-roger"))
+
+
+# --- generalised models ----------------------------------------------------------------------------------------------
+
+
+def test_a_generalised_fit_has_its_family_and_its_parameters():
+    fit = glmm_cases.fit_of("epil_nbinom2")
+    cells = cells_of(mj.table(fit, "p"))
+    assert float(cells["size"][0]) == pytest.approx(fit.dispersion["size"], rel=1e-2)
+    assert cells["Family"] == ["nbinom (log)"]
+    assert cells["Estimated by"] == ["Laplace"]
+    assert "sigma" not in cells
+    assert any("z tests of generalised models" in note for note in mj.table(fit, "p").notes)
+
+
+def test_ratios_are_exponentials():
+    fit = glmm_cases.fit_of("cbpp")
+    frame = mj.table({"m": fit}, "ci", exponentiate=True).to_frame()["m"]
+    name = fit.fixef.index[1]
+    assert frame["fixed", name, "estimate"] == pytest.approx(np.exp(fit.fixef[name]))
+    assert frame["fixed", name, "lower"] == pytest.approx(np.exp(fit.confint(name, method="wald")["lower"].iloc[0]))
+    with pytest.raises(ValueError, match=r"exponentiate=True is for links logit and log.*\(2\) is binomial \(probit\)"):
+        mj.table([fit, glmm_cases.fit_of("cbpp_probit")], exponentiate=True)
+    with pytest.raises(ValueError, match="is gaussian"):
+        mj.table(fit_of("penicillin", "REML"), exponentiate=True)
+
+
+def test_linear_and_generalised_fits_stand_side_by_side():
+    both = mj.table([fit_of("penicillin", "REML"), glmm_cases.fit_of("cbpp")])
+    cells = cells_of(both)
+    assert cells["Family"] == ["gaussian", "binomial (logit)"]
+    assert cells["Estimated by"] == ["REML", "Laplace"]
+    assert any("cannot be compared" in note for note in both.notes)

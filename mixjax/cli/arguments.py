@@ -18,12 +18,12 @@ MOST_SIZES = 10_000
 
 
 def parser_of_commands() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mixjax", description="Linear mixed models.")
+    parser = argparse.ArgumentParser(prog="mixjax", description="Linear and generalised linear mixed models.")
     parser.add_argument("--version", action="version", version=f"mixjax {mixjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser(
         "fit",
-        help="fit a linear mixed model and print its summary",
+        help="fit a linear or generalised linear mixed model and print its summary",
         epilog="A csv file has a header, which is row 1 in messages, and as many cells in every row. Cells that are "
         "empty, NA, NaN or nan are missing, and their rows are left out if the formula uses the column. Names of "
         "columns and levels are those of the file: also of levels that look like numbers, in grouping factors and in "
@@ -32,7 +32,20 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument("formula", help="for example 'Reaction ~ Days + (Days | Subject)'")
     fit.add_argument("data", help=f"a csv or parquet file, or one of: {', '.join(datasets.NAMES)}")
     fit.add_argument("--ml", action="store_true", help="maximum likelihood instead of REML")
-    fit.add_argument("--weights", metavar="COLUMN", help="column with precision weights")
+    _add_family(fit)
+    fit.add_argument("--size", metavar="COLUMN", help="column with numbers of trials of a binomial response")
+    fit.add_argument(
+        "--nagq",
+        type=_integer(1, 99),
+        metavar="N",
+        help="with --family: quadrature nodes an effect (default: 1, Laplace)",
+    )
+    fit.add_argument(
+        "--exponentiate", action="store_true", help="with --family: also odds or rate ratios with 95 %% intervals"
+    )
+    fit.add_argument(
+        "--weights", metavar="COLUMN", help="column with precision weights; with --family case weights, or trials"
+    )
     fit.add_argument("--offset", metavar="COLUMN", help="column with a known part of the mean")
     fit.add_argument(
         "--ddf",
@@ -87,7 +100,10 @@ def parser_of_commands() -> argparse.ArgumentParser:
     )
     power.add_argument("--sd", required=True, type=_numbers(0), help="standard deviations of the random effects: 1,0.5")
     power.add_argument("--cor", type=_number(-1, 1), help="correlation of two random effects (default: 0)")
-    power.add_argument("--sigma", type=_number(0), default=1.0, help="residual standard deviation (default: 1)")
+    power.add_argument("--sigma", type=_number(0), help="residual standard deviation of a linear model (default: 1)")
+    _add_family(power)
+    power.add_argument("--trials", type=_integer(1), help="trials of every binomial row (default: 1)")
+    power.add_argument("--dispersion", type=_number(0), help="the family's parameter, such as the size of nbinom")
     power.add_argument(
         "--groups", required=True, type=_sizes, help="numbers of groups: 10:60:10 (both ends), or 10,20,40"
     )
@@ -103,8 +119,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
         "--ddf",
         type=ddf_of,
         choices=("satterthwaite", "kenward-roger", "wald"),
-        default="satterthwaite",
-        help="degrees of freedom (default: satterthwaite)",
+        help="degrees of freedom of linear models (default: satterthwaite)",
     )
     power.add_argument("--target", type=_share, help="search the smallest number of groups with this power")
     power.add_argument("--alpha", type=_share, default=0.05, help="level of the test (default: 0.05)")
@@ -120,6 +135,15 @@ def parser_of_commands() -> argparse.ArgumentParser:
         )
         command.add_argument("--debug", action="store_true", help="show where in the program an error came up")
     return parser
+
+
+def _add_family(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--family",
+        metavar="NAME",
+        help="a generalised linear mixed model: binomial, poisson, nbinom, gamma, inverse_gaussian or beta",
+    )
+    command.add_argument("--link", metavar="NAME", help="with --family: its link (default: the family's own)")
 
 
 # --- their types -----------------------------------------------------------------------------------------------------

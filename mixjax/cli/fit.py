@@ -21,6 +21,7 @@ LEVEL = 0.95
 
 def fit_command(arguments: argparse.Namespace) -> int:
     """Fit, and print the summary or JSON; returns the exit status."""
+    _check_family(arguments)
     data = reading.read(
         arguments.data,
         lambda columns: _names_only(arguments, columns),
@@ -34,26 +35,47 @@ def fit_command(arguments: argparse.Namespace) -> int:
         raise ValueError("--contrasts names a column more than once")
     keep_programs(arguments)
     with Held() as held:
-        fit = mixjax.lmm(
-            arguments.formula, data, reml=not arguments.ml, weights=arguments.weights, offset=arguments.offset,
-            contrasts=contrasts,
-        )  # fmt: skip
+        fit: Any
+        beside = {"weights": arguments.weights, "offset": arguments.offset, "contrasts": contrasts}
+        if arguments.family is None:
+            fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, **beside)
+        else:
+            fit = mixjax.glmm(
+                arguments.formula, data, arguments.family, arguments.link, arguments.size, nagq=arguments.nagq or 1,
+                **beside,
+            )  # fmt: skip
         held.known = not arguments.json
     for column, level in arguments.ref:
         if fit.labels.frame[column].cat.categories[0] != level:
             raise ValueError(f"--ref {column}={level}: all rows of this level miss some value and are left out")
-    summary = fit.summary(arguments.ddf)
+    linear = arguments.family is None
+    summary = fit.summary(arguments.ddf) if linear else fit.summary()
     intervals = None
     if arguments.confint is not None:
-        intervals = fit.confint(level=LEVEL, method=arguments.confint, ddf=arguments.ddf or "wald")
+        ddf = {"ddf": arguments.ddf or "wald"} if linear else {}
+        intervals = fit.confint(level=LEVEL, method=arguments.confint, **ddf)
     if arguments.json:
-        found = _as_json(fit, arguments.ddf, summary.tests, arguments.confint, intervals)
+        found = _as_json(fit, arguments.ddf if linear else "wald", summary.tests, arguments.confint, intervals)
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
         print(summary)
+        if arguments.exponentiate:
+            print(f"\n{_ratio_text(fit)}")
         if intervals is not None:
             print(f"\n{_interval_text(arguments.confint, intervals)}")
     return OK if fit.converged else NOT_CONVERGED
+
+
+def _check_family(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options of the other kind of model."""
+    if arguments.family is None:
+        names = ("link", "size", "nagq", "exponentiate")
+        if given := [f"--{name}" for name in names if getattr(arguments, name)]:
+            raise ValueError(f"{', '.join(given)}: for generalised models; name the --family")
+    elif given := [f"--{name}" for name in ("ml", "ddf") if getattr(arguments, name)]:
+        raise ValueError(
+            f"{', '.join(given)}: for linear models; generalised ones are fitted by maximum likelihood and have z tests"
+        )
 
 
 class _Roles(NamedTuple):
@@ -76,7 +98,7 @@ def _roles(formula: str, columns: list[str]) -> _Roles:
 def _names_only(arguments: argparse.Namespace, columns: list[str]) -> set[str]:
     """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
     roles = _roles(arguments.formula, columns)
-    numbers = roles.effects | roles.others | {arguments.weights, arguments.offset}
+    numbers = roles.effects | roles.others | {arguments.weights, arguments.offset, arguments.size}
     return (roles.groups - numbers) | {column for column, _ in arguments.ref}
 
 
@@ -121,7 +143,7 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
     frame = fit.varcorr.to_frame()
     found = {
         "formula": fit.labels.formula,
-        "method": "REML" if fit.reml else "ML",
+        **_kind(fit),
         "criterion": fit.criterion,
         "loglik": fit.loglik,
         "aic": fit.aic,
@@ -135,8 +157,9 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
     if tests is not None:
         found |= {"ddf": ddf, "se": _plain(tests["std_error"])}
         found |= {name: _plain(tests[name]) for name in ("df", "statistic", "p_value")}
+    own = {"sigma": fit.sigma} if isinstance(fit, mixjax.LMMFit) else {"dispersion": fit.dispersion.to_dict()}
     found |= {
-        "sigma": fit.sigma,
+        **own,
         "theta": fit.theta.tolist(),
         "varcorr": json.loads(frame.to_json(orient="records", double_precision=15)),
     }
@@ -144,6 +167,29 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
         found["confint"] = {"method": method, "level": LEVEL}
         found["confint"] |= {name: _plain(intervals[name]) for name in ("lower", "upper")}
     return found | {"converged": fit.converged, "singular": fit.is_singular}
+
+
+def _kind(fit: Any) -> dict[str, Any]:
+    """How a model was fitted."""
+    if isinstance(fit, mixjax.LMMFit):
+        return {"method": "REML" if fit.reml else "ML"}
+    success = {"success": fit.labels.success} if fit.labels.success else {}
+    return {"method": "ML", "family": fit.family.name, "link": fit.link, "nagq": fit.nagq, **success}
+
+
+def _ratio_text(fit: Any) -> str:
+    """Odds or rate ratios with Wald intervals."""
+    import numpy as np
+
+    from mixjax.tables import text_table
+
+    if fit.link not in ("logit", "log"):
+        raise ValueError(f"--exponentiate: effects are ratios for the links logit and log; this one is {fit.link}")
+    ends = fit.confint("beta_", level=LEVEL, method="wald")
+    table = ends.assign(ratio=fit.fixef.to_numpy())[["ratio", "lower", "upper"]].map(np.exp)
+    what = "Odds ratios" if fit.link == "logit" else "Rate ratios"
+    shown = table.map(lambda x: f"{x:#.5g}").rename_axis("").reset_index()
+    return f"{what} with {100 * LEVEL:g} % intervals (Wald):\n{text_table(shown, left=1)}"
 
 
 def _plain(column: Any) -> dict[str, float | None]:

@@ -48,7 +48,10 @@ def power_command(arguments: argparse.Namespace) -> int:
             name: made[kind](np.random.default_rng([arguments.key, i])) for i, (name, kind) in enumerate(kinds.items())
         }
         table = pd.DataFrame({factors[0]: group, **columns})
-        return mixjax.scenario(arguments.formula, table, arguments.beta, arguments.sigma, arguments.sd, cor)
+        own = {name: getattr(arguments, name) for name in ("sigma", "family", "link", "dispersion")}
+        return mixjax.scenario(
+            arguments.formula, table, arguments.beta, sd=arguments.sd, cor=cor, size=arguments.trials, **own
+        )
 
     keep_programs(arguments)
     found = power_curve(
@@ -70,6 +73,11 @@ def _check_power(arguments: argparse.Namespace) -> None:
     rows = max(arguments.groups) * arguments.per_group
     if rows > MOST_ROWS:
         raise ValueError(f"--groups and --per-group make {rows} rows, more than {MOST_ROWS}: take fewer")
+    if arguments.family is None:
+        if given := [f"--{name}" for name in ("link", "trials", "dispersion") if getattr(arguments, name) is not None]:
+            raise ValueError(f"{', '.join(given)}: for generalised models; name the --family")
+    elif given := [f"--{name}" for name in ("sigma", "ddf") if getattr(arguments, name) is not None]:
+        raise ValueError(f"{', '.join(given)}: for linear models; generalised ones have z tests and no sigma")
     if arguments.sigma == 0:
         raise ValueError("--sigma 0 leaves no residual variance, and every fit would fail: take a small one")
     if arguments.cor and len(arguments.sd) < 2:

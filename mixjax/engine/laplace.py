@@ -233,7 +233,7 @@ def gathered_model(rows: FamilyRows, expected: bool = False) -> Model:
     data = Data(
         column(rows.y), column(rows.size), column(rows.weights), column(rows.offset), jnp.asarray(rows.Q).T[..., None]
     )
-    return Model(effects, data, rows.family, expected)
+    return Model(effects, data, rows.family, expected, unit=rows.unit)
 
 
 @jax.custom_jvp

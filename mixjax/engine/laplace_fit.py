@@ -221,7 +221,8 @@ def cut(model: Model, step: Array) -> Array:
     part = xp.ones(step.shape[1:], step.dtype)
     if p:
         length = xp.sqrt((step[:p] ** 2).sum(0))
-        part = xp.minimum(part, LONGEST / xp.maximum(length, LONGEST))
+        most = LONGEST * model.unit
+        part = xp.minimum(part, most / xp.maximum(length, most))
     if len(step) > p:
         length = xp.abs(step[p:]).max(0)
         part = xp.minimum(part, LONGEST_PSI / xp.maximum(length, LONGEST_PSI))

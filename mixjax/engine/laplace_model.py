@@ -91,6 +91,7 @@ class Model:
     Attributes:
         effects, data: of the rows. family: static. expected: the determinant has the expected curvature.
         columns: of X and Z, where sums by level serve (:mod:`mixjax.engine.level_moments`), else None.
+        unit: as of the rows; static.
     """
 
     effects: CurvedEffects
@@ -98,6 +99,7 @@ class Model:
     family: Family
     expected: bool
     columns: Columns | None = None
+    unit: float = 1.0
 
     @property
     def layout(self) -> Layout:
@@ -130,4 +132,6 @@ class Model:
         return self.data.predictor(fixed[: self.p], self.effects.rows(b))
 
 
-jax.tree_util.register_dataclass(Model, data_fields=["effects", "data", "columns"], meta_fields=["family", "expected"])
+jax.tree_util.register_dataclass(
+    Model, data_fields=["effects", "data", "columns"], meta_fields=["family", "expected", "unit"]
+)

@@ -241,7 +241,14 @@ def one_factor(rows: FamilyRows) -> OneFactor:
 
 
 def _columns(columns: Array, index: np.ndarray) -> Array:
-    """``(n, c) -> (c, *rows, 1)``; zero at empty places."""
-    xp = namespace(columns)
-    taken = xp.moveaxis(columns[index], -1, 0)[..., None]
-    return xp.where(index[None, ..., None] >= 0, taken, 0.0) if (index < 0).any() else taken
+    """``(n, c) -> (c, *rows, 1)``."""
+    return namespace(columns).moveaxis(columns[filled(index)], -1, 0)[..., None]
+
+
+def filled(index: np.ndarray) -> np.ndarray:
+    """Which row of the data stands where; at empty places one of the same level, of a level without rows the first of
+    all. It has no weight, but a predictor that its family takes, where zero may have no mean."""
+    if index.ndim == 1:
+        return index
+    found: np.ndarray = np.maximum(np.where(index < 0, index[:, :1], index), 0)
+    return found

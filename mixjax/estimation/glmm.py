@@ -23,9 +23,9 @@ from mixjax.engine.laplace_fit import (
     nothing_known,
 )
 from mixjax.engine.laplace_model import Model
-from mixjax.engine.level_effects import OneFactor, one_factor
+from mixjax.engine.level_effects import OneFactor, filled, one_factor
 from mixjax.estimation import search
-from mixjax.estimation.glmm_start import FAR, MOST_ITERATIONS, covariance_start, fixed_start
+from mixjax.estimation.glmm_start import MOST_ITERATIONS, covariance_start, far_of, fixed_start
 from mixjax.estimation.glmm_traced import estimate_traced
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.forks import refuse_forked
@@ -88,15 +88,13 @@ def model_of(rows: FamilyRows, curvature: str = "observed") -> Model:
         if values is None:
             return None
         taken = _placed(effects, np.asarray(values, np.float64))
-        if columns:
-            return np.where(empty[None, ..., None], 0.0, np.moveaxis(taken, -1, 0)[..., None])
-        return taken[..., None]
+        return np.moveaxis(taken, -1, 0)[..., None] if columns else taken[..., None]
 
     weights = at(rows.weights)
     if empty.any():
         weights = np.where(empty[..., None], 0.0, 1.0 if weights is None else weights)
     data = Data(at(rows.y), at(rows.size), weights, at(rows.offset), at(rows.Q, columns=True))
-    return Model(effects, data, rows.family, curvature == "expected")
+    return Model(effects, data, rows.family, curvature == "expected", unit=rows.unit)
 
 
 def _index(effects: OneFactor | Crossed, n: int) -> np.ndarray:
@@ -105,8 +103,8 @@ def _index(effects: OneFactor | Crossed, n: int) -> np.ndarray:
 
 
 def _placed(effects: OneFactor | Crossed, values: np.ndarray) -> np.ndarray:
-    """Values ``(n, ...)`` in the order of the data -> ``(*rows, ...)``; those of the first row at empty places."""
-    placed: np.ndarray = values[np.maximum(_index(effects, len(values)), 0)]
+    """Values ``(n, ...)`` in the order of the data -> ``(*rows, ...)``; see :func:`filled` for empty places."""
+    placed: np.ndarray = values[filled(_index(effects, len(values)))]
     return placed
 
 
@@ -189,7 +187,7 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
             x0 = np.where(np.abs(x0) < 1e-3, 1e-3, x0)
         memory = nothing_known(model, fixed)
 
-        endless = 0
+        endless, units = 0, np.where(np.arange(model.n_fixed) < model.p, model.unit, 1.0)
 
         def by_x(x: Array) -> tuple[Array, Array, Array]:
             nonlocal memory, endless
@@ -198,11 +196,11 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
             found = evaluate(model, x, memory)
             if all(np.isfinite(part).all() for part in found.memory):
                 memory = found.memory
-            longest = np.abs(found.step).max(initial=0.0)
+            longest = (np.abs(found.step[:, 0]) / units).max(initial=0.0)
             endless = endless + 1 if longest > 10.0 * ENDLESS or not np.isfinite(longest) else 0
             return found.value, found.gradient, found.Hessian
 
-        solution = search.run(by_x, x0, structures, FAR, MOST_ITERATIONS)
+        solution = search.run(by_x, x0, structures, far_of(model), MOST_ITERATIONS)
         last = evaluate(model, solution.x, memory, INNER_LAST, MIDDLE_LAST)
         if endless > SURELY and np.isfinite(last.value).all():  # where it stands says why it does not end
             solution = solution._replace(result=np.array([int(Result.CONVERGED)]))
@@ -291,7 +289,7 @@ def _endless(model: Model, step: np.ndarray, x: np.ndarray, code: int) -> int:
     which the likelihood grows for ever it approaches its bound like ``exp(-t)``."""
     n, p = model.n_fixed, model.p
     eta = sum((column * own for column, own in zip(model.data.X, step[:p], strict=True)), np.zeros(1))
-    if np.abs(eta).max(initial=0.0) > ENDLESS:
+    if np.abs(eta).max(initial=0.0) > ENDLESS * model.unit:
         return Result.SEPARATED
     if np.abs(step[p:n]).max(initial=0.0) > ENDLESS or (np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))).any():
         return Result.UNBOUNDED

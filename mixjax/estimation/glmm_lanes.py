@@ -31,7 +31,7 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_moments import LONGEST, moment_form, step_of_modes
 from mixjax.estimation import search
-from mixjax.estimation.glmm_start import FAR, covariance_start, fixed_start
+from mixjax.estimation.glmm_start import covariance_start, far_of, fixed_start
 from mixjax.machine import Array, lanes_of, namespace, while_loop
 from mixjax.optimise.newton import (
     Solution,
@@ -296,7 +296,9 @@ def search_lanes(model: Model, x: np.ndarray, fixed: np.ndarray, iterations: np.
             linalg.matmul(back, linalg.matmul(H, jacobian)) + curvature,
         )
         again = outer.again
-        outer = where(ready & ~lane.last, search.advance(outer, partial(_known, evaluated), structures, far=FAR), outer)
+        outer = where(
+            ready & ~lane.last, search.advance(outer, partial(_known, evaluated), structures, far=far_of(model)), outer
+        )
         restarted = outer.again & ~again
         next_x = np.where(outer.done, outer.best.x, outer.state.trial)
         D, next_D = (free_entries(covariances(own, model.layout)) for own in (lane.x, next_x))

@@ -15,6 +15,7 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.laplace_model import Model, columns_of
+from mixjax.engine.level_effects import filled
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, is_flat, model_of, modes_by_term
@@ -131,8 +132,7 @@ class _Lanes:
         self.rows, self.model, self.Y, self.keep, self.compiled = rows, model, Y, keep, compiled_
         self.B, self.exact = len(Y), any(name in keep for name in FROM_HESSIAN)
         self.arrays: dict[str, Any] = {}
-        index = model.effects.index  # type: ignore[attr-defined]
-        self.index = np.where(index < 0, 0, index)
+        self.index = filled(np.asarray(model.effects.index))  # type: ignore[attr-defined]
         numbers = TILE_NUMBERS if compiled_ else TILE_NUMBERS_AT_ONCE
         lanes = int(max(LEAST_LANES, min(MOST_LANES, numbers // self.index.size)))
         self.lanes = 1 << (lanes.bit_length() - 1)
@@ -246,7 +246,9 @@ class _Lanes:
         solved = np.isin(code, [int(one) for one in Result if one.is_solution])
         code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
         inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        return np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
+        return np.where(
+            solved & ((eta > ENDLESS * self.model.unit) | is_flat(self.model, inverse)), int(Result.SEPARATED), code
+        )
 
     def _put(
         self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,

@@ -33,7 +33,7 @@ from mixjax.engine.laplace_model import Model
 from mixjax.engine.quadrature import Rule, check_nodes, correction, lower_root_slopes, product_rule
 from mixjax.estimation import search
 from mixjax.estimation.glmm import End, GLMMEstimates, estimates_of, fit_rows, model_of
-from mixjax.estimation.glmm_start import FAR
+from mixjax.estimation.glmm_start import far_of
 from mixjax.machine import silently
 from mixjax.optimise.newton import Solution
 from mixjax.products.family_rows import FamilyRows
@@ -249,7 +249,7 @@ def fit_rows_by_quadrature(rows: FamilyRows, nagq: int, start: np.ndarray | None
             gradient = g[n:] + H[n:, :n] @ step[:, 0]
             return np.array([value]), gradient[:, None], (H[n:, n:] + H[n:, :n] @ slopes)[..., None]
 
-        solution: Solution = search.run(by_x, x0, structures, FAR)
+        solution: Solution = search.run(by_x, x0, structures, far_of(model))
         before = (fixed, nowhere) if memory is None else memory.foretell(model, solution.x)
         last = profile(model, rule, before[0], solution.x, before[1], MIDDLE_LAST)
         end = End(np.array([last.value]), last.gradient[:, None], last.Hessian[..., None], last.fixed, last.modes)

@@ -15,15 +15,22 @@ from mixjax.engine.laplace_fit import LONGEST
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.machine import Array, namespace
+from mixjax.products.family_rows import POSITIVE
 
-# Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, on the scale
-# of the predictor.
+# Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, in units of
+# the predictor's scale.
 STEPS = 2
 LEAST, MOST = 0.2, 2.0
+# Links on whose scale 1 is a change that one sees, whatever the response is measured in, or nobody knows of another.
+OWN_SCALE = ("logit", "probit", "cloglog", "cauchit", "log", "custom")
+# Where the predictor must be positive, the largest standard deviation to begin with, as a part of the predictor.
+INSIDE = 0.15
 MOST_CORRELATED = 0.7
-# Limits of the family's parameters, logarithms: a size that is infinite by moments is begun where it still matters.
+# Limits of a size or a precision, logarithms: one that is infinite by moments is begun where it still matters. A
+# dispersion has the scale of the response.
 PSI = -8.0, 5.0
-# Standard deviation from which a second search comes down: on the scale of the predictor, where 3 would be far outside.
+SCALED = ("inverse_gaussian", "gaussian")
+# See far_of: on the scale of the predictor, where 3 would be far outside.
 FAR = 1.5
 # Evaluations of one search at most: they take longer than those of linear models, and who needs more is separated.
 MOST_ITERATIONS = 80
@@ -58,7 +65,8 @@ def fixed_start(model: Model, lanes: int) -> Array:
         step = xp.where(xp.isfinite(step).all(0), step, 0.0)
         if i:
             length = xp.sqrt((step**2).sum(0))
-            step = step * LONGEST / xp.maximum(length, LONGEST)
+            most = LONGEST * model.unit
+            step = step * most / xp.maximum(length, most)
         delta = delta + step
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
     return xp.concatenate([delta, _psi(model, eta)]) if family.n_psi else delta
@@ -81,7 +89,29 @@ def _psi(model: Model, eta: Array) -> Array:
     n = int(np.prod(mu.shape[:-1]))
     flat = [None if a is None else xp.broadcast_to(a, mu.shape).reshape(n, -1) for a in (data.y, mu, data.size)]
     found = [model.family.psi_start(*(None if a is None else a[:, lane] for a in flat)) for lane in range(mu.shape[-1])]
-    return xp.clip(xp.stack([xp.asarray(one) for one in found], axis=-1), *PSI)
+    psi = xp.stack([xp.asarray(one) for one in found], axis=-1)
+    return psi if model.family.name in SCALED else xp.clip(psi, *PSI)
+
+
+def scale_of(model: Model, fixed: Array) -> Array | float:
+    """How large a random effect counts, ``(L,)``, in the bases of Z: 1, or where the scale is that of the response what
+    one row tells of the predictor; and less where that must stay above 0."""
+    link, data = model.family.link, model.data
+    if link in OWN_SCALE:
+        return 1.0
+    xp = namespace(fixed)
+    rows = tuple(range(model.effects.row_axes))
+    eta = data.predictor(fixed[: model.p], xp.zeros((*data.y.shape[:-1], fixed.shape[-1]), fixed.dtype))
+    w = _curvature(model, eta, fixed[model.p :])
+    found = 1.0 / xp.sqrt(xp.mean(w, rows))
+    if link in POSITIVE:
+        found = xp.minimum(found, INSIDE * xp.sqrt(xp.mean(eta**2, rows)))
+    return xp.where(xp.isfinite(found), found / model.unit, 1.0)
+
+
+def far_of(model: Model) -> float:
+    """Standard deviation, in the bases of Z, from which a second search comes down."""
+    return FAR * INSIDE if model.family.link in POSITIVE else FAR
 
 
 def covariance_start(model: Model, fixed: Array) -> Array:
@@ -94,18 +124,19 @@ def covariance_start(model: Model, fixed: Array) -> Array:
     eta = data.predictor(fixed[:p], xp.zeros(shape, fixed.dtype))
     at = data.weighted(model.family.derivatives(eta, data.y, data.size, fixed[p:]))
     w = _curvature(model, eta, fixed[p:])
+    scale = scale_of(model, fixed)
     g, A = -effects.effects(at.by_eta[1]), effects.normal(w)
     if isinstance(effects, OneFactor):
-        roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms])
+        roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms], scale)
     else:
         assert isinstance(effects, Crossed)
-        roots = _of_diagonals(g, A, effects)
+        roots = _of_diagonals(g, A, effects, float(np.min(scale)))
     x = cov.near(roots, structures)
     fallback = cov.near([0.5 * xp.eye(s.q, dtype=fixed.dtype) for s in structures], structures)
-    return xp.where(xp.isfinite(x).all(0), x, fallback[:, None])
+    return xp.where(xp.isfinite(x).all(0), x, scale * fallback[:, None])
 
 
-def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]]) -> list[Array]:
+def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]], unit: Array | float) -> list[Array]:
     xp, q = namespace(g), len(g)
     spots = pairs_of(q)
     excess = xp.stack([(g[a] * g[b] - A[a, b]).sum(0) for a, b in spots])
@@ -127,14 +158,15 @@ def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]]) -> list[Ar
         D = stack_of([
             [values[start + min(a, b), start + max(a, b)] for b in range(size)] for a in range(size)
         ])  # fmt: skip
-        roots.append(_reasonable(D))
+        roots.append(_reasonable(D, unit))
     return roots
 
 
-def _reasonable(D: Array) -> Array:
+def _reasonable(D: Array, unit: Array | float) -> Array:
     """A root ``(q, q, L)`` of a covariance near ``D (q, q, L)``, with limits to its deviations and correlations."""
     xp, q = namespace(D), len(D)
-    deviations = xp.sqrt(xp.clip(xp.stack([D[a, a] for a in range(q)]), LEAST**2, MOST**2))
+    variances = xp.stack([D[a, a] for a in range(q)])
+    deviations = xp.sqrt(xp.clip(variances, (LEAST * unit) ** 2, (MOST * unit) ** 2))
     if q == 1:
         return deviations[:, None]
     correlations = xp.clip(D / deviations[:, None] / deviations[None], -MOST_CORRELATED, MOST_CORRELATED)
@@ -145,7 +177,7 @@ def _reasonable(D: Array) -> Array:
     return deviations[:, None] * root
 
 
-def _of_diagonals(g: Array, A: Any, effects: Crossed) -> list[Array]:
+def _of_diagonals(g: Array, A: Any, effects: Crossed, unit: float) -> list[Array]:
     """Of several factors, each by itself: standard deviations alone."""
     roots = []
     q, m = A.first.shape[1:]
@@ -156,6 +188,6 @@ def _of_diagonals(g: Array, A: Any, effects: Crossed) -> list[Array]:
         for a in range(place.start, place.start + place.q):
             at = start + a * size + np.arange(size)
             variance = (g[at, 0] ** 2 - diagonal[at]).sum() / max((diagonal[at] ** 2).sum(), np.finfo(float).tiny)
-            sds.append(np.sqrt(np.clip(variance, LEAST**2, MOST**2)))
+            sds.append(np.sqrt(np.clip(variance, (LEAST * unit) ** 2, (MOST * unit) ** 2)))
         roots.append(np.diag(sds)[..., None])
     return roots

@@ -101,7 +101,7 @@ def generalized_tidy(fitted: GeneralizedFitted) -> pd.DataFrame:
     own = [("family", family, name, value) for name, value in dispersion(fitted).items()]
     more = pd.DataFrame(own, columns=["effect", "group", "term", "estimate"])
     notes = ("wald tests, covariances of the random effects estimated",)
-    return tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), notes, more)  # type: ignore[arg-type]
+    return tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), notes, more)
 
 
 def generalized_glance(fitted: GeneralizedFitted) -> pd.DataFrame:

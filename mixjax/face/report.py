@@ -12,10 +12,13 @@ import pandas as pd
 from mixjax import numerals
 from mixjax.checks import check_count, check_level, listed, some_of
 from mixjax.distributions import t_quantile
+from mixjax.face.generalized_summary import dispersion
 from mixjax.face.summary import coefficient_table
+from mixjax.fitted.either import AnyFitted, any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import interaction_key, names_of_variances
 from mixjax.fitted.options import ddf_of
-from mixjax.fitted.record import Fitted, record_of
+from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.random import variance
 from mixjax.markup import Cells, Report, Reported
@@ -27,6 +30,8 @@ STATISTICS = {
     "p": (("p_value",), "p values in parentheses", "({})"),
     "statistic": (("statistic",), "test statistics in parentheses", "({})"),
 }
+# Links whose effects are ratios.
+RATIOS = ("logit", "log")
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 # Numbers of a fit as a whole and their decimals; likelihoods as lme4 shows them.
 _WHOLE = {
@@ -76,14 +81,16 @@ def table(
     level: float = 0.95,
     digits: int = 3,
     stars: bool = False,
+    exponentiate: bool = False,
 ) -> ModelTable:
-    """Set fits side by side, as R's modelsummary, stargazer and ``sjPlot::tab_model`` do.
+    """Set fits side by side, as R's modelsummary, stargazer and ``sjPlot::tab_model`` do; linear and generalised ones.
 
     Rows are the fixed effects, with a statistic below each; standard deviations and correlations of the random effects;
-    sigma; adjusted ICC and R2 of Nakagawa & Schielzeth (:meth:`LMMFit.icc`, :meth:`LMMFit.r2`); numbers of rows and
-    groups; likelihood, AIC and BIC, the criterion that was minimised, and which it is. Terms stand in the order in
-    which they appear, and a cell is empty where a fit has no such term. Notes below say how the numbers came about, and
-    warn of fits that are singular, did not converge, or whose likelihoods cannot be compared.
+    sigma, or the parameters of the family; adjusted ICC and R2 of Nakagawa & Schielzeth (:meth:`LMMFit.icc`,
+    :meth:`LMMFit.r2`); numbers of rows and groups; likelihood, AIC and BIC, the criterion that was minimised, and which
+    it is. Terms stand in the order in which they appear, and a cell is empty where a fit has no such term. Notes below
+    say how the numbers came about, and warn of fits that are singular, did not converge, or whose likelihoods cannot be
+    compared.
 
     Args:
         fits: a fit, a list of fits, or a dict name -> fit.
@@ -92,10 +99,13 @@ def table(
         names: of the fits, instead of (1), (2), ...
         ddf: ``"satterthwaite"``, ``"kenward-roger"`` (which has standard errors of its own, and refits an ML fit by
             REML) or ``"wald"``. None: Satterthwaite's where p values, intervals or stars need degrees of freedom.
+            Generalised models have z tests.
         level: of the intervals.
         digits: significant digits of the standard errors, with as many decimals for the estimates; of standard
             deviations; decimals of p values and shares, one less of correlations and test statistics.
         stars: mark p values below 0.05, 0.01 and 0.001.
+        exponentiate: odds or rate ratios instead of the fixed effects of generalised models with a logit or log link,
+            with standard errors by the delta method and the exponentials of the intervals' ends.
 
     Returns:
         :class:`~mixjax.face.report.ModelTable`: ``str()``, ``to_latex()``, ``to_html()``, ``to_markdown()``, and
@@ -140,6 +150,8 @@ def table(
         raise ValueError(f"stat must be one of {', '.join(map(repr, STATISTICS))} or None, got {stat!r}")
     if not isinstance(stars, bool | np.bool_):
         raise ValueError(f"stars must be True or False, got {stars!r}")
+    if exponentiate:
+        _check_ratios(records, names)
     ddf = ddf_of(ddf)
     if ddf is not None:
         check_ddf(ddf)
@@ -147,7 +159,7 @@ def table(
     digits = check_count("digits", digits, 1, 12)
     needs_df = stat in ("ci", "p") or bool(stars)
     method = "satterthwaite" if ddf is None and needs_df else ddf
-    fixed = _side_by_side([_fixed(record, method, level) for record in records])
+    fixed = _side_by_side([_fixed(record, method, level, exponentiate) for record in records])
     random = _side_by_side([_random(record) for record in records])
     groups = _side_by_side([_groups(record) for record in records])
     whole = [_whole(record) for record in records]
@@ -167,10 +179,14 @@ def table(
         numbers["fit", label, ""] = counts
     for label, decimals in _WHOLE.items():
         values = [own.get(label) for own in whole]
+        if all(value is None for value in values):
+            continue
         rows.append([label, *_shown(values, digits, digits if decimals is None else decimals)])
         numbers["fit", label, ""] = values
-    rows.append(["Estimated by", *("REML" if record.reml else "ML" for record in records)])
-    numbers["fit", "REML", ""] = [record.reml for record in records]
+    rows.append(["Estimated by", *map(_method, records)])
+    if not all(isinstance(record, Fitted) for record in records):
+        rows.append(["Family", *map(_family, records)])
+    numbers["fit", "REML", ""] = [_is_restricted(record) for record in records]
     for label, flags, usual in (
         ("Singular", [bool(record.estimates.singular) for record in records], False),
         ("Converged", [bool(record.estimates.converged) for record in records], True),
@@ -180,21 +196,50 @@ def table(
             rows.append([label, *("yes" if flag else "no" for flag in flags)])
     index = pd.MultiIndex.from_tuples(list(numbers), names=["part", "row", "value"])
     frame = pd.DataFrame(np.array(list(numbers.values()), dtype=float), index=index, columns=list(names))
-    notes = [*_how(stat, method, level, bool(stars)), *_warnings(records, names, method)]
+    notes = [*_how(stat, method, level, bool(stars), records), *_warnings(records, names, method)]
+    if exponentiate:
+        notes.insert(0, "fixed effects are ratios of odds (logit) or of means (log)")
     return ModelTable(Cells(["", *names], rows, rules=rules), tuple(notes), frame)
 
 
-def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[Fitted], list[str]]:
+def _method(record: AnyFitted) -> str:
+    """By what a model was estimated."""
+    if isinstance(record, Fitted):
+        return "REML" if record.reml else "ML"
+    if record.nagq > 1:
+        return f"quadrature ({record.nagq})"
+    return "Laplace" + ", expected" * (record.curvature == "expected")
+
+
+def _is_restricted(record: AnyFitted) -> bool:
+    return isinstance(record, Fitted) and record.reml
+
+
+def _family(record: AnyFitted) -> str:
+    return "gaussian" if isinstance(record, Fitted) else f"{record.family.name} ({record.family.link})"
+
+
+def _check_ratios(records: Sequence[AnyFitted], names: Sequence[str]) -> None:
+    """Raise ValueError where exponentials of the fixed effects say nothing."""
+    for record, name in zip(records, names, strict=True):
+        if isinstance(record, Fitted) or record.family.link not in RATIOS:
+            raise ValueError(
+                f"exponentiate=True is for links {' and '.join(RATIOS)}, whose effects are ratios; {name} is "
+                f"{_family(record)}"
+            )
+
+
+def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyFitted], list[str]]:
     """Records and names of one fit, some, or a dict."""
     if isinstance(fits, Mapping):
         if names is not None:
             raise ValueError("names= is for a list of fits; the keys of a dict are their names")
         names, fits = list(fits), list(fits.values())
-    elif isinstance(fits, Fitted) or hasattr(fits, "record") or not isinstance(fits, Sequence):
+    elif isinstance(fits, Fitted | GeneralizedFitted) or hasattr(fits, "record") or not isinstance(fits, Sequence):
         fits = [fits]
-    records = [record_of(fit) for fit in fits]
+    records = [any_record_of(fit) for fit in fits]
     if not records:
-        raise ValueError("there are no fits; give one or more, as mixjax.lmm returns them")
+        raise ValueError("there are no fits; give one or more, as mixjax.lmm or mixjax.glmm returns them")
     if names is None:
         return records, [f"({i + 1})" for i in range(len(records))]
     names = [names] if isinstance(names, str) else list(map(str, names))
@@ -208,25 +253,34 @@ def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[Fitted], list[
 # --- numbers of one fit ---------------------------------------------------------------------------------------------
 
 
-def _fixed(record: Fitted, ddf: str | None, level: float) -> dict[Key, tuple[str, dict[str, float]]]:
+def _fixed(
+    record: AnyFitted, ddf: str | None, level: float, exponentiate: bool
+) -> dict[Key, tuple[str, dict[str, float]]]:
     """Key of a fixed effect -> its name and numbers. Factors of an interaction may stand in another order elsewhere."""
     names = record.labels.fixed
+    if ddf is not None and not isinstance(record, Fitted):
+        ddf = "wald"
     frame = coefficient_table(record, None if ddf is None else t_tests(record, np.eye(len(names)), ddf, names=names))
     if ddf is not None:
         half = t_quantile(0.5 + level / 2, frame["df"]) * frame["std_error"]
         frame = frame.assign(lower=frame["estimate"] - half, upper=frame["estimate"] + half)
+    if exponentiate:
+        ratio = np.exp(frame["estimate"])
+        ends = {name: np.exp(frame[name]) for name in ("lower", "upper") if name in frame}
+        frame = frame.assign(estimate=ratio, std_error=ratio * frame["std_error"], **ends)
     rows = [dict(zip(frame.columns, map(float, row), strict=True)) for row in frame.to_numpy()]
     return {interaction_key(name): (name, row) for name, row in zip(names, rows, strict=True)}
 
 
-def _random(record: Fitted) -> dict[Key, tuple[str, float]]:
-    """(group, kind, effects) -> label and estimate of standard deviations, correlations and sigma.
+def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
+    """(group, kind, effects) -> label and estimate of standard deviations, correlations and sigma, or the parameters of
+    the family.
 
     Effects are called by their group, whichever term they stand in, so that correlated and uncorrelated ones of several
     fits share a row. A parameter that all effects of a term share names none of them.
     """
     found: dict[Key, tuple[str, float]] = {}
-    for parameter in names_of_variances(record.labels, record.stats.layout.structures):
+    for parameter in names_of_variances(record.labels, record.layout.structures):
         term, natural = record.labels.terms[parameter.term], parameter.natural
         places = [natural.i] if parameter.kind == "sd" else sorted([natural.i, natural.j])
         effects = [] if natural.shared else [term.effects[place] for place in places]
@@ -234,16 +288,17 @@ def _random(record: Fitted) -> dict[Key, tuple[str, float]]:
         again = sum(other[:3] == key for other in found)
         label = f"{parameter.kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
-    found[(), "sigma", (), 0] = ("sigma", float(record.estimates.sigma))
-    return found
+    if isinstance(record, Fitted):
+        return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
+    return found | {((), "sigma", (name,), 0): (name, value) for name, value in dispersion(record).items()}
 
 
-def _groups(record: Fitted) -> dict[Key, tuple[str, int]]:
+def _groups(record: AnyFitted) -> dict[Key, tuple[str, int]]:
     """Numbers of levels of the grouping factors."""
     return {(term.group,): (f"Groups: {term.group}", len(term.levels)) for term in record.labels.terms}
 
 
-def _whole(record: Fitted) -> dict[str, float]:
+def _whole(record: AnyFitted) -> dict[str, float]:
     """Numbers of the fit as a whole; without its rows no shares of variance."""
     found = {
         "logLik": record.loglik,
@@ -251,7 +306,7 @@ def _whole(record: Fitted) -> dict[str, float]:
         "BIC": record.bic,
         "Criterion": float(record.estimates.criterion),
     }
-    if record.kept is not None:
+    if isinstance(record, Fitted) and record.kept is not None:
         r2 = variance.r2(record)
         found |= {"ICC (adjusted)": float(variance.icc(record)["adjusted"])}
         found |= {f"R2 {kind}": float(r2[kind]) for kind in ("marginal", "conditional")}
@@ -323,18 +378,19 @@ def _placed(texts: Sequence[str], found: Sequence[Any]) -> list[str]:
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 
-def _how(stat: str | None, ddf: str | None, level: float, stars: bool) -> list[str]:
+def _how(stat: str | None, ddf: str | None, level: float, stars: bool, records: Sequence[AnyFitted]) -> list[str]:
     """The statistics below the estimates, and their method."""
     parts = []
     if stat is not None:
         what = STATISTICS[stat][1]
         parts.append(f"{100 * level:g} % {what}" if stat == "ci" else what)
     if ddf is not None:
-        parts.append(ddf_note(ddf))
+        linear = [isinstance(record, Fitted) for record in records]
+        parts += [ddf_note(ddf)] * any(linear) + ["z tests of generalised models"] * (not all(linear))
     return [", ".join(parts)] * bool(parts) + ["* p < 0.05, ** p < 0.01, *** p < 0.001"] * stars
 
 
-def _warnings(records: Sequence[Fitted], names: Sequence[str], ddf: str | None) -> list[str]:
+def _warnings(records: Sequence[AnyFitted], names: Sequence[str], ddf: str | None) -> list[str]:
     """Notes on the fits, one by one and beside each other."""
     notes = []
     for record, name in zip(records, names, strict=True):
@@ -346,12 +402,14 @@ def _warnings(records: Sequence[Fitted], names: Sequence[str], ddf: str | None) 
             notes.append(f"{name}: redundant columns left out: {some_of(record.labels.dropped_columns)}")
         if record.kept is None:
             notes.append(f"{name} kept no rows, which ICC and R2 need")
-        if ddf == "kenward-roger" and not record.reml:
+        if ddf == "kenward-roger" and isinstance(record, Fitted) and not record.reml:
             notes.append(f"{name}: fixed effects and their standard errors are those of its REML refit")
     if len({(record.labels.response, record.nobs) for record in records}) > 1:
         notes.append("responses or numbers of rows differ: logLik, AIC, BIC and criteria cannot be compared")
-    elif len({record.reml for record in records}) > 1:
+    elif len(set(map(_is_restricted, records))) > 1:
         notes.append("REML beside ML: their logLik, AIC, BIC and criteria cannot be compared")
-    elif records[0].reml and len({frozenset(map(interaction_key, record.labels.fixed)) for record in records}) > 1:
+    elif len({_method(record) for record in records if not isinstance(record, Fitted)}) > 1:
+        notes.append("the integrals are approximated in several ways: logLik, AIC, BIC and criteria compare badly")
+    elif _is_restricted(records[0]) and len({frozenset(map(interaction_key, r.labels.fixed)) for r in records}) > 1:
         notes.append("REML fits of different fixed effects: their logLik, AIC, BIC and criteria cannot be compared")
     return notes

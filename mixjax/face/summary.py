@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.diagnostics.residuals import conditional_residuals
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import term_names
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.search_end import FitStatistics
@@ -95,7 +96,7 @@ def correlation(Sigma: np.ndarray) -> np.ndarray:
         return cor
 
 
-def coefficient_table(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+def coefficient_table(fitted: Fitted | GeneralizedFitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     """Estimate, standard error and their ratio per fixed effect; with ``tests`` also df and p_value, and the standard
     errors of that method."""
     if tests is not None:

@@ -53,7 +53,7 @@ class Expected(NamedTuple):
 
 
 # Bounds of psi where moments of a response give none.
-LEAST, MOST = -12.0, 12.0
+LEAST, MOST = -19.0, 19.0
 # Trapezoidal nodes of the mean over a normal linear predictor reach so many standard deviations to each side.
 REACH = 8.0
 # Their number. The rule's error is exp(-2 pi d / h) for a function without singularities within d of the real line, in

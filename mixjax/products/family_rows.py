@@ -18,6 +18,9 @@ from mixjax.machine import is_concrete
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout
 
+# Links without a mean below 0, whose predictor has the scale of the response.
+POSITIVE = ("inverse", "1/mu^2", "sqrt")
+
 
 @dataclass(frozen=True)
 class FamilyRows:
@@ -30,6 +33,8 @@ class FamilyRows:
         Z: per grouping factor ``(n, q)``, its terms side by side. Z_bases: one per term.
         groups: per grouping factor ``(n,)`` levels. levels: how many; static.
         layout: structure; static. family: static.
+        unit: root mean square of Z's columns, a power of two; static. 1 but for links whose predictor must be positive
+            and has the scale of the response: there it is that of the predictor.
     """
 
     y: AnyArray
@@ -44,6 +49,7 @@ class FamilyRows:
     levels: tuple[int, ...]
     layout: Layout
     family: Family
+    unit: float = 1.0
 
     @property
     def n(self) -> int:
@@ -65,7 +71,7 @@ class FamilyRows:
 jax.tree_util.register_dataclass(
     FamilyRows,
     data_fields=["y", "size", "weights", "offset", "Q", "X_basis", "Z", "Z_bases", "groups"],
-    meta_fields=["levels", "layout", "family"],
+    meta_fields=["levels", "layout", "family", "unit"],
 )
 
 
@@ -99,7 +105,7 @@ def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orth
     some = response if np.ndim(response) == 1 else design.X[:, :1].sum(1)
     in_bases = rows_of(replace(design, y=some, weights=None, offset=None), basis_of_X)
     scale = float(np.sqrt(in_bases.n))
-    basis = in_bases.X_basis
+    basis, unit = in_bases.X_basis, _unit(family, response, design.size)
 
     def numbers(values: Any) -> Any:
         return np.asarray(values, np.float64) if values is not None and is_concrete(values) else values
@@ -111,13 +117,28 @@ def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orth
         offset=numbers(design.offset),
         Q=in_bases.Q * scale,
         X_basis=Basis(basis.R / scale, basis.R_inv * scale, basis.logdet - basis.R.shape[0] * np.log(scale)),
-        Z=in_bases.Z,
-        Z_bases=in_bases.Z_bases,
+        Z=in_bases.Z if unit == 1 else tuple(Z * unit for Z in in_bases.Z),
+        Z_bases=in_bases.Z_bases if unit == 1 else tuple(_scaled(own, unit) for own in in_bases.Z_bases),
         groups=in_bases.groups,
         levels=in_bases.levels,
         layout=in_bases.layout,
         family=family,
+        unit=unit,
     )
+
+
+def _unit(family: Family, response: AnyArray, size: AnyArray | None) -> float:
+    """See :class:`FamilyRows`. The search takes what is small beside 1 for zero."""
+    if family.link not in POSITIVE or not is_concrete(response) or not (size is None or is_concrete(size)):
+        return 1.0
+    eta = np.asarray(family.eta_start(np.asarray(response, np.float64), size))
+    root = float(np.sqrt(np.mean(eta[np.isfinite(eta)] ** 2))) if np.isfinite(eta).any() else 1.0
+    return float(2.0 ** np.round(np.log2(root))) if 0.0 < root < np.inf else 1.0
+
+
+def _scaled(basis: Basis, unit: float) -> Basis:
+    """The basis of columns that are ``unit`` times as long."""
+    return Basis(basis.R / unit, basis.R_inv * unit, basis.logdet - basis.R.shape[0] * np.log(unit))
 
 
 class Cells(NamedTuple):
