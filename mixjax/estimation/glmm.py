@@ -108,60 +108,6 @@ def _placed(effects: OneFactor | Crossed, values: np.ndarray) -> np.ndarray:
     return placed
 
 
-def glmm_estimate(data: FamilyRows, start: AnyArray | None = None, curvature: str = "observed") -> GLMMEstimates:
-    """Estimates of a generalised linear mixed model by Laplace's approximation, in float64, without names.
-
-    Fixed effects, parameters of the family and covariances are searched together, with exact second derivatives;
-    nothing is compiled.
-
-    Args:
-        data: of :func:`mixjax.rows`. Its ``y`` is one response ``(n,)``.
-        start: ``(k,)`` theta to start from, or None.
-        curvature: of the rows in the approximation's determinant: ``"observed"``, as the approximation is defined, or
-            ``"expected"``, which lme4 takes; they differ where the link is not canonical.
-
-    Returns:
-        :class:`GLMMEstimates`, arrays of NumPy; ``result`` says how the search ended.
-
-    Raises:
-        ValueError: many responses, a start of another length or that is not finite, no such curvature, traced arrays
-            while 64 bits are off.
-
-    Inside ``jit``, ``vmap``, ``grad`` and ``jvp``, where arrays of ``data`` are traced, the program calls NumPy for the
-    optimum, lane by lane, and needs ``jax.enable_x64``; results are JAX's arrays. Derivatives of any order with respect
-    to y (taken as real numbers), X, Z, weights and offset, in forward and reverse mode, follow from the implicit
-    function theorem (:mod:`mixjax.estimation.implicit`); those of ``vcov`` are third derivatives of the likelihood,
-    which inside ``jit`` are compiled only where they are asked for. At a singular fit the entries of theta that are
-    zero have derivative zero and everything else moves. Where ``result`` is not ``CONVERGED`` there are no derivatives:
-    on the very edge of singularity (``NONDIFFERENTIABLE``), of separated data, of a search that failed; they are NaN.
-
-    Example:
-        >>> import mixjax as mj, numpy as np
-        >>> term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
-        >>> design = mj.Design(y=np.arange(12.0), X=np.ones((12, 1)), terms=(term,))
-        >>> est = mj.glmm_estimate(mj.rows(design, mj.families.poisson()))
-        >>> print(bool(est.converged), est.beta.round(3), est.theta.round(3))
-        True [1.48] [0.734]
-    """
-    refuse_forked()
-    check_curvature(curvature)
-    if np.ndim(data.y) != 1:
-        raise ValueError(
-            f"y has shape {np.shape(data.y)}: glmm_estimate fits one response (n,); many of one design are for "
-            "glmm_estimate_many"
-        )
-    x0 = check_start(start)
-    if not all(map(is_concrete, jax.tree.leaves(data))):
-        return GLMMEstimates(**estimate_traced(data, lambda rows: fit_rows(rows, x0, curvature), curvature))
-    return fit_rows(jax.tree.map(_numbers, data), x0, curvature)
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """As NumPy's array, floating numbers as float64."""
-    array = np.asarray(values)
-    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
-
-
 def check_curvature(curvature: Any) -> None:
     """Raise ValueError unless it is ``"observed"`` or ``"expected"``."""
     if not isinstance(curvature, str) or curvature not in ("observed", "expected"):
@@ -177,17 +123,9 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
     with silently():
         model = model_of(rows, curvature)
         structures = rows.layout.structures
-        fixed = fixed_start(model, 1)
-        if start is None:
-            x0 = covariance_start(model, fixed)
-        else:
-            lambdas = cov.lambdas_of_theta(np.asarray(start, np.float64), rows.layout.qs)
-            inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
-            x0 = cov.near(inside, structures)
-            x0 = np.where(np.abs(x0) < 1e-3, 1e-3, x0)
-        memory = nothing_known(model, fixed)
-
-        endless, units = 0, np.where(np.arange(model.n_fixed) < model.p, model.unit, 1.0)
+        fixed, x0 = start_of(rows, model, start)
+        memory, endless = nothing_known(model, fixed), 0
+        units = np.where(np.arange(model.n_fixed) < model.p, model.unit, 1.0)
 
         def by_x(x: Array) -> tuple[Array, Array, Array]:
             nonlocal memory, endless
@@ -205,6 +143,18 @@ def fit_rows(rows: FamilyRows, start: np.ndarray | None = None, curvature: str =
         if endless > SURELY and np.isfinite(last.value).all():  # where it stands says why it does not end
             solution = solution._replace(result=np.array([int(Result.CONVERGED)]))
         return assemble(rows, model, solution, last)
+
+
+def start_of(rows: FamilyRows, model: Model, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where a search begins, ``fixed (p + s, 1)`` and coordinates ``(k, 1)``: at theta ``(k,)`` or, of None, by the
+    data."""
+    fixed = fixed_start(model, 1)
+    if start is None:
+        return fixed, covariance_start(model, fixed)
+    lambdas = cov.lambdas_of_theta(np.asarray(start, np.float64), rows.layout.qs)
+    inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
+    x0 = cov.near(inside, rows.layout.structures)
+    return fixed, np.where(np.abs(x0) < 1e-3, 1e-3, x0)
 
 
 def assemble(rows: FamilyRows, model: Model, solution: Solution, last: Evaluated) -> GLMMEstimates:
