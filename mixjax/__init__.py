@@ -48,7 +48,7 @@ _HOMES = {
     "GLMMParams": "mixjax.engine.laplace",
     "glmm_loglik": "mixjax.engine.laplace",
     "glmm_criterion": "mixjax.engine.laplace",
-    "glmm_estimate": "mixjax.estimation.glmm",
+    "glmm_estimate": "mixjax.estimation.glmm_one",
     "glmm_estimate_many": "mixjax.estimation.glmm_many",
     "GLMMEstimates": "mixjax.estimation.glmm",
     "Result": "mixjax.optimise.results",
@@ -119,8 +119,8 @@ if TYPE_CHECKING:
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
     from mixjax.estimation.glmm import GLMMEstimates as GLMMEstimates
-    from mixjax.estimation.glmm import glmm_estimate as glmm_estimate
     from mixjax.estimation.glmm_many import glmm_estimate_many as glmm_estimate_many
+    from mixjax.estimation.glmm_one import glmm_estimate as glmm_estimate
     from mixjax.estimation.many import estimate_many as estimate_many
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params

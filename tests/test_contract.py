@@ -15,7 +15,7 @@ FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
     "optimizer=None, check_identifiable=True, trusted=None",
     "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
-    "start=None, curvature='observed', nagq=1, check_identifiable=True, trusted=None",
+    "start=None, curvature='observed', nagq=1, reml=False, check_identifiable=True, trusted=None",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None",
@@ -38,7 +38,7 @@ FUNCTIONS = {
     "GLMMParams": "beta, chol, psi=()",
     "glmm_loglik": "params, data, nagq=1",
     "glmm_criterion": "theta, beta, data, psi=(), curvature='observed', nagq=1",
-    "glmm_estimate": "data, start=None, curvature='observed'",
+    "glmm_estimate": "data, start=None, curvature='observed', nagq=1, reml=False",
     "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
     "'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None",
     "GLMMEstimates": "theta, beta, psi, Sigma, vcov, vcov_all, b, eta, criterion, converged, singular, iterations, "
@@ -125,7 +125,7 @@ GLMM_METHODS = {
     "glance": "",
     "residuals": "kind='deviance'",
     "laplace_check": "key=0, nagq=None, n=None",
-    "refit": "y",
+    "refit": "y=None, reml=None",
     "test": "L, joint=None, adjust='none', level=0.95",
     "anova": "type='III'",
     "joint_tests": "by=None",
@@ -139,7 +139,7 @@ GLMM_PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,
     "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series, "design": mj.Design,
     "labels": mj.Labels, "estimates": mj.GLMMEstimates, "criterion": float, "loglik": float, "aic": float, "bic": float,
-    "deviance": float, "nobs": int, "npar": int, "nagq": int, "curvature": str, "link": str, "is_singular": bool,
+    "deviance": float, "nobs": int, "npar": int, "nagq": int, "reml": bool, "curvature": str, "link": str, "is_singular": bool,
     "converged": bool, "fitted": pd.Series, "linear_predictor": pd.Series,
 }  # fmt: skip
 # Parts of a population.

@@ -36,9 +36,9 @@ ASKED = {
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
-        "fit_rows_by_quadrature", "LaplaceCheck", "laplace_check",
+        "fit_one", "check_likelihood", "LaplaceCheck", "laplace_check",
         "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
-        "GLMMEstimates", "fit_rows", "check_curvature", "glmm_estimate_many", "conditional_covariances",
+        "GLMMEstimates", "glmm_estimate_many", "conditional_covariances",
     },
 }  # fmt: skip
 CORE = (

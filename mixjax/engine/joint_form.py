@@ -2,19 +2,20 @@
 c + b'D^{-1}b]``, in closed form by psi and D: lme4's with ``nAGQ = 0``, and the restricted one.
 
 The first is Laplace's approximation F at ``delta(psi, D)``, where ``P_delta = 0``. The second, Laplace's approximation
-of an integral over delta as well, adds ``E = log det S - p log(2 pi)`` with ``S = P_delta,delta / 2`` (in a linear mixed
-model it is REML's). With a direction's move of delta taken along, ``tau = (d delta, d psi, dD)``, their gradient is
-``F_tau + E_tau`` and their Hessian
+of an integral over delta as well, adds ``E = log det S - p log(2 pi)`` with ``S = P_delta,delta / 2``; of a linear
+mixed model it is REML's criterion. With a direction's move of delta taken along, ``tau = (d delta, d psi, dD)``, their
+gradient is ``F_tau + E_tau`` and their Hessian
 
     ``(F + E)_tau,tau' + P_lambda,tau,tau'`` with ``lambda = -P_delta,delta^{-1} (F + E)_delta``,
 
 for ``P_delta,delta delta'' = -P_delta,tau,tau'`` where delta'' are second derivatives. In the letters of
 :mod:`mixjax.engine.laplace_curvature`, moves t of the predictor and dg of the scores, third derivatives of P are
 
-    ``P_abc = 2 sum[c3 t_a t_b t_c + a_c2 t_b t_c + a_b_c1 t_c + ...] - 2 (dg_a dB dg_c + ...)``, one term each direction,
+    ``P_abc = 2 sum[c3 t_a t_b t_c + a_c2 t_b t_c + a_b_c1 t_c + ...] - 2 (dg_b aD dg_c + ...)``,
 
-second ones of the modes not being needed. So with q the columns of a root of ``S^{-1}``, ``w = c3 t + d_c2``, ``m = sum
-t_q^2``, ``e = Z'(m c3)``, ``kappa_j = z_j'K e``, ``y_q = Z'(w t_q)`` and ``G_q = dD dg_q``:
+each in turn with the part of its own direction; second derivatives of the modes are not needed. So with q the columns
+of a root of ``S^{-1}``, ``w = c3 t + d_c2``, ``m = sum t_q^2``, ``e = Z'(m c3)``, ``kappa_j = z_j'K e``, ``y_q =
+Z'(w t_q)`` and ``G_q = dD dg_q``:
 
     ``M_qr = sum w t_q t_r - dg_q dD dg_r``, the move of S, and ``E_d = tr M``
     ``E_de = sum m [c4 t t^e + d_c3 t^e + e_c3 t + d_e_c2] - sum kappa [c3 t t^e + d_c2 t^e + e_c2 t + d_e_c1]
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax.engine.effects import dots
+from mixjax.engine.joint_modes import eliminated
 from mixjax.engine.laplace_fit import Modes, form_at
 from mixjax.engine.laplace_model import Model
 from mixjax.families import Derivatives
@@ -103,6 +105,13 @@ def joint_form(model: Model, lambdas: list[Array], fixed: Array, modes: Modes, r
     bent = _third(model, moves, -np.linalg.solve(information, by_fixed))
     score = 2.0 * (at.by_eta[1] * X).sum(tuple(range(1, 1 + rows)))[:, 0]
     return JointForm(value, gradient, Hessian + bent, slopes, score, information, scores)
+
+
+def expected_information(model: Model, lambdas: list[Array], fixed: Array, modes: Modes) -> np.ndarray:
+    """``(p, p)``: as :attr:`JointForm.information`, with the expected curvature of rows."""
+    w = model.expected_curvature(model.predictor(fixed, modes.b), fixed[model.p :]).w
+    gain = model.effects.gain(lambdas, model.effects.normal(w))
+    return np.asarray(2.0 * eliminated(model, gain, w)[2][..., 0])
 
 
 def _third(model: Model, moves: _Moves, direction: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ There is no inverse of D.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,9 @@ class _Step(NamedTuple):
     decrement: float
 
 
-def find_joint_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, tolerance: float = INNER) -> JointModes:
+def find_joint_modes(
+    model: Model, lambdas: list[Array], fixed: Array, v: Array, tolerance: float = INNER
+) -> JointModes:
     """Minimum of the penalised deviance over fixed effects and ``b = D v``, by Newton's steps that are halved where it
     would rise.
 
@@ -85,6 +87,15 @@ def find_joint_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array,
     return JointModes(np.concatenate([delta, psi]), modes, step)
 
 
+def eliminated(model: Model, gain: Any, weights: Array) -> tuple[Array, Array, Array]:
+    """``h = Z'WX (p, *effects, 1)``, ``K h``, and ``X'WX - h'K h (p, p, 1)``, of gain by the same weights."""
+    effects, X = model.effects, model.data.X
+    push = weights * X
+    h = effects.effects(push)
+    Kh = gain.solve(h)
+    return h, Kh, dots(push, X, effects.row_axes) - dots(h, Kh, len(effects.effect_shape))
+
+
 def _newton(model: Model, lambdas: list[Array], delta: Array, psi: Array, b: Array, v: Array) -> _Step:
     effects, X = model.effects, model.data.X
     own, rows = len(effects.effect_shape), effects.row_axes
@@ -92,10 +103,7 @@ def _newton(model: Model, lambdas: list[Array], delta: Array, psi: Array, b: Arr
     c1, c2 = at.by_eta[1], at.by_eta[2]
     for weights in (c2, np.maximum(c2, 0.0)):  # the second where densities are not log-concave
         gain = effects.gain(lambdas, effects.normal(weights))
-        push = weights * X
-        h = effects.effects(push)
-        Kh = gain.solve(h)
-        S = dots(push, np.broadcast_to(X, push.shape), rows) - dots(h, Kh, own)
+        h, Kh, S = eliminated(model, gain, weights)
         if np.isfinite(gain.logdet).all() and decompositions.is_positive(S)[0]:
             break
     g = -effects.effects(c1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax.checks import check_start
 from mixjax.design import AnyArray
 from mixjax.engine.block_effects import Crossed, crossed
 from mixjax.engine.coordinates import coordinates_in, solve_where
@@ -26,10 +24,8 @@ from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor, filled, one_factor
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import MOST_ITERATIONS, covariance_start, far_of, fixed_start
-from mixjax.estimation.glmm_traced import estimate_traced
 from mixjax.estimation.search import own_factors, result_code
-from mixjax.forks import refuse_forked
-from mixjax.machine import Array, is_concrete, silently
+from mixjax.machine import Array, silently
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
@@ -52,12 +48,14 @@ class GLMMEstimates(NamedTuple):
         theta: ``(k,)`` Cholesky factors of the *absolute* covariances, lower triangle column by column, term by term.
         beta: ``(p,)`` fixed effects. psi: ``(s,)`` logarithms of the family's parameters.
         Sigma: per term ``(q, q)``, covariance of its random effects.
-        vcov: ``(p, p)`` covariance of beta, from the Hessian of all parameters: those of the covariances are estimated.
+        vcov: ``(p, p)`` covariance of beta, from the Hessian of all parameters: those of the covariances are estimated;
+            with ``nagq=0`` given the others.
         vcov_all: ``(p + s + k, p + s + k)`` of beta, psi and the coordinates of the covariances in the bases of the
             rows (those that :func:`mixjax.engine.coordinates.coordinates_in` gives of theta); zero where a coordinate
             is fixed at zero.
         b: per term ``(n_groups, q)``, conditional modes. eta: ``(n,)`` linear predictor at them.
-        criterion: ``()`` -2 log-likelihood by Laplace's approximation or quadrature, all constants kept.
+        criterion: ``()`` -2 log-likelihood by Laplace's approximation or quadrature, restricted with ``reml=True``, all
+            constants kept.
         converged, singular, iterations, grad_norm, result: as in :class:`mixjax.Estimates`.
         mode_error: ``()`` how far the modes are from where one more step would take them, at most.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import decompositions
 from mixjax.engine.effects import free_entries
-from mixjax.engine.joint_form import JointForm, joint_form
+from mixjax.engine.joint_form import JointForm, expected_information, joint_form
 from mixjax.engine.joint_modes import JointModes, find_joint_modes
 from mixjax.engine.laplace_fit import (
     INNER,
@@ -120,7 +120,7 @@ def evaluate(
     """Args:
     x: ``(k, 1)``. memory: of the point before.
     """
-    p, s, layout = model.p, model.n_fixed - model.p, model.layout
+    s, layout = model.n_fixed - model.p, model.layout
     D = free_entries(covariances(x, layout))
     at = profile(model, x, *foretold(model, memory, D), restricted, inner, middle)
     form = at.form
@@ -150,7 +150,7 @@ def fit_rows_jointly(
     ``vcov_all`` is after a restricted fit the inverse of the Hessian of the joint log-likelihood of fixed effects, psi
     and covariances, of which the latter's Schur complement is the restricted one's, as TMB's joint precision: the
     fixed effects' uncertainty given the others, and what theirs adds. Else the fixed effects' is that given the
-    others, and they are uncorrelated with them, as in lme4.
+    others, by the curvature of rows that the determinant has, and they are uncorrelated with them, as in lme4.
 
     Args:
         rows: of one response. restricted: by the restricted likelihood, else as lme4's ``nAGQ = 0``.
@@ -158,7 +158,7 @@ def fit_rows_jointly(
     """
     with silently():
         model = model_of(rows, curvature)
-        structures, p, s = rows.layout.structures, model.p, model.n_fixed - model.p
+        structures = rows.layout.structures
         fixed, x0 = start_of(rows, model, start)
         memory, endless = nothing_known(model, fixed), 0
 
@@ -182,11 +182,15 @@ def fit_rows_jointly(
         last = evaluate(model, solution.x, memory, restricted, INNER_LAST, MIDDLE_LAST)
         if endless > SURELY and np.isfinite(last.value):  # where it stands says why it does not end
             solution = solution._replace(result=np.array([int(Result.CONVERGED)]))
-        form = last.at.form
-        side = -form.information @ last.slopes if restricted else np.zeros_like(last.slopes)
-        H = np.block([[form.information, side], [side.T, last.joint - side.T @ last.slopes]])
+        form, found = last.at.form, last.at.found
+        information, side = form.information, np.zeros_like(last.slopes)
+        if restricted:
+            side = -information @ last.slopes
+        elif model.expected and model.p:
+            lambdas = cov.factors_of(solution.x, structures)
+            information = expected_information(model, lambdas, found.fixed, found.modes)
+        H = np.block([[information, side], [side.T, last.joint - side.T @ last.slopes]])
         gradient = np.concatenate([form.score, last.joint_gradient])[:, None]
-        found = last.at.found
         end = End(np.array([last.value]), gradient, H[..., None], found.fixed, found.modes)
         estimates = estimates_of(rows, model, solution, end)
         if restricted:  # in the user's columns

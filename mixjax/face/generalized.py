@@ -10,7 +10,8 @@ import pandas as pd
 
 from mixjax.checks import DataError, check_start
 from mixjax.design import Design, Labels
-from mixjax.estimation.glmm import GLMMEstimates, check_curvature
+from mixjax.estimation.glmm import GLMMEstimates
+from mixjax.estimation.glmm_one import check_likelihood
 from mixjax.estimation.laplace_check import LaplaceCheck
 from mixjax.face.generalized_inference import GeneralizedInferring
 from mixjax.face.generalized_summary import (
@@ -46,6 +47,7 @@ def glmm(
     start: Any = None,
     curvature: str = "observed",
     nagq: int = 1,
+    reml: bool = False,
     check_identifiable: bool = True,
     trusted: bool | None = None,
 ) -> GLMMFit:
@@ -72,6 +74,11 @@ def glmm(
             they are the same for canonical links.
         nagq: nodes of adaptive Gauss-Hermite quadrature for each random effect of a level, of models with one grouping
             factor and up to three effects; 1 is Laplace's approximation. See :meth:`GLMMFit.laplace_check`.
+            0, as in lme4: fixed effects minimise the penalised deviance together with the random effects, and only
+            covariances and parameters of the family the criterion. Quick for very large models, biased; standard errors
+            of the fixed effects take the others as known.
+        reml: by the restricted likelihood, as glmmTMB's ``REML = TRUE``: Laplace's approximation of the integral over
+            the random and the fixed effects, of these with a flat prior; variances of few levels are less biased.
         check_identifiable: refuse random effects that the data cannot tell.
         trusted: False where the formula comes from a stranger; see :func:`mixjax.build_design`.
 
@@ -93,7 +100,7 @@ def glmm(
         {'Intercept': -3.195, 'Days': 0.585}
     """
     own = family_of(family, link)
-    check_curvature(curvature)
+    check_likelihood(curvature, nagq, reml)
     theta = check_start(start)
     if is_stream(data):
         raise DataError(
@@ -104,7 +111,7 @@ def glmm(
     if check_identifiable:
         refuse_unidentified(*built, own)
     rows = rows_in(built.design, own, built.design.y, built.basis)
-    return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq))
+    return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq, reml))
 
 
 class GLMMFit(GeneralizedInferring):
@@ -152,8 +159,14 @@ class GLMMFit(GeneralizedInferring):
 
     @property
     def nagq(self) -> int:
-        """Quadrature nodes an effect: 1 is Laplace's approximation."""
+        """Quadrature nodes an effect: 1 is Laplace's approximation, 0 that with fixed effects found with the random
+        ones."""
         return self._fitted.nagq
+
+    @property
+    def reml(self) -> bool:
+        """By the restricted likelihood."""
+        return self._fitted.reml
 
     @property
     def curvature(self) -> str:
@@ -196,7 +209,8 @@ class GLMMFit(GeneralizedInferring):
     @property
     def vcov(self) -> pd.DataFrame:
         """Covariance of the fixed effects (p, p), the other parameters estimated: part of the inverse of the exact
-        Hessian of all of them. (That of :class:`mixjax.LMMFit` takes theta as known.)"""
+        Hessian of all of them. (That of :class:`mixjax.LMMFit` takes theta as known.) After ``nagq=0`` that given the
+        others, as in lme4; after ``reml=True`` as glmmTMB's: that given the others, and what theirs adds."""
         names = list(self.labels.fixed)
         return pd.DataFrame(self.estimates.vcov, index=names, columns=names)
 
@@ -261,12 +275,14 @@ class GLMMFit(GeneralizedInferring):
 
     @property
     def criterion(self) -> float:
-        """-2 log-likelihood by Laplace's approximation, which the fit minimised; all constants kept."""
+        """-2 log-likelihood, by Laplace's approximation or quadrature, restricted after ``reml=True``, which the fit
+        minimised; all constants kept."""
         return float(self.estimates.criterion)
 
     @property
     def loglik(self) -> float:
-        """Log-likelihood by Laplace's approximation."""
+        """Log-likelihood by Laplace's approximation or quadrature, restricted after ``reml=True``: then of fits with
+        other fixed effects not comparable."""
         return self._fitted.loglik
 
     @property
@@ -309,7 +325,7 @@ class GLMMFit(GeneralizedInferring):
 
     def __repr__(self) -> str:
         notes = ["singular"] * self.is_singular + ["NOT CONVERGED"] * (not self.converged)
-        kind = f"{self.family.name} ({self.link}), -2 log-likelihood {self.criterion:.4f}"
+        kind = f"{self.family.name} ({self.link}), {'restricted ' * self.reml}-2 log-likelihood {self.criterion:.4f}"
         return f"<GLMMFit {self.labels.formula!r}: {kind}{''.join(', ' + n for n in notes)}>"
 
     def _repr_html_(self) -> str:
@@ -357,7 +373,8 @@ class GLMMFit(GeneralizedInferring):
             and by how many standard errors each estimate would move; ``str()`` says what to do.
 
         Raises:
-            ValueError: the fit is by quadrature or by the expected curvature; nagq or n are impossible.
+            ValueError: the fit is by another likelihood than Laplace's approximation with the observed curvature; nagq
+                or n are impossible.
 
         Example:
             >>> import mixjax as mj
@@ -370,13 +387,14 @@ class GLMMFit(GeneralizedInferring):
 
     # --- again --------------------------------------------------------------------------------------------------------
 
-    def refit(self, y: Any) -> GLMMFit:
-        """The same model fitted to another response.
+    def refit(self, y: Any = None, reml: bool | None = None) -> GLMMFit:
+        """The same model fitted to another response, or by the other likelihood.
 
         Args:
             y: ``(nobs,)`` for the used rows, or as long as the table of the fit, of which the rows are taken that are
                 in the fit. A Series is lined up by its index. Of a binomial response 0 and 1, or counts of successes;
-                the numbers of trials stay.
+                the numbers of trials stay. None for the same.
+            reml: None for the same.
 
         Raises:
             DataError: y has another length, missing values in rows of the fit, labels that are not the fit's, or values
@@ -389,4 +407,5 @@ class GLMMFit(GeneralizedInferring):
             >>> fit.refit(1 - data["slow"]).fixef.round(3).to_dict()
             {'Intercept': 3.195, 'Days': -0.585}
         """
-        return GLMMFit(self._fitted.refit(values_of_fit(self.labels, "y", y)))
+        own = self.design.y if y is None else values_of_fit(self.labels, "y", y)
+        return GLMMFit(self._fitted.refit(own, reml))

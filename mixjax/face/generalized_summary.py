@@ -67,10 +67,13 @@ class GeneralizedSummary(Summary):
     def _head(self) -> list[str]:
         family, success = self.fitted.family, self.fitted.labels.success
         how = "Laplace approximation" + ", expected curvature" * (self.fitted.curvature == "expected")
-        if self.fitted.nagq != 1:
+        if not self.fitted.nagq:
+            how = "nAGQ = 0" + ", expected curvature" * (self.fitted.curvature == "expected")
+        elif self.fitted.nagq != 1:
             how = f"adaptive Gauss-Hermite quadrature, nAGQ = {self.fitted.nagq}"
+        likelihood = "restricted maximum likelihood" if self.fitted.reml else "maximum likelihood"
         return [
-            f"Generalized linear mixed model fit by maximum likelihood ({how})",
+            f"Generalized linear mixed model fit by {likelihood} ({how})",
             f"Family: {family.name} ({family.link})",
             f"Formula: {self.fitted.labels.formula}",
             *[f"Success: {success}"] * bool(success),
@@ -111,6 +114,8 @@ def generalized_glance(fitted: GeneralizedFitted) -> pd.DataFrame:
         "npar": fitted.npar,
         "family": fitted.family.name,
         "link": fitted.family.link,
+        "nagq": fitted.nagq,
+        "reml": fitted.reml,
         "loglik": fitted.loglik,
         "aic": fitted.aic,
         "bic": fitted.bic,

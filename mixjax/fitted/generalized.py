@@ -10,9 +10,9 @@ import numpy as np
 
 from mixjax.design import Design, Labels
 from mixjax.estimation.choice import EngineName
-from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, fit_rows
+from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances
 from mixjax.estimation.glmm_many import glmm_estimate_many
-from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
+from mixjax.estimation.glmm_one import fit_one
 from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
 from mixjax.families import Family
 from mixjax.families.links import LINKS, mean_derivatives
@@ -41,7 +41,8 @@ class GeneralizedFitted(FitStatistics):
         curvature: of the rows in the approximation's determinant, ``"observed"`` or ``"expected"``.
         optimizer: how the search ended.
         kept: the design.
-        nagq: nodes an effect; 1 is Laplace's approximation.
+        nagq: nodes an effect; 1 is Laplace's approximation, 0 the same with fixed effects found with the random ones.
+        reml: by the restricted likelihood.
     """
 
     labels: Labels
@@ -51,6 +52,7 @@ class GeneralizedFitted(FitStatistics):
     optimizer: OptimizerInfo
     kept: Design
     nagq: int = 1
+    reml: bool = False
 
     # --- the data ---------------------------------------------------------------------------------------------------
 
@@ -165,8 +167,14 @@ class GeneralizedFitted(FitStatistics):
 
     def laplace_check(self, key: int, nagq: int | None, n: int | None) -> LaplaceCheck:
         """See :meth:`mixjax.GLMMFit.laplace_check`."""
-        if self.nagq != 1 or self.curvature != "observed":
-            kind = f"by quadrature, nagq = {self.nagq}" if self.nagq != 1 else "by the expected curvature"
+        other = {
+            "by the restricted likelihood: look at fit.refit(reml=False)": self.reml,
+            "with nagq = 0: look at the fit with nagq=1": self.nagq == 0,
+            f"by quadrature, nagq = {self.nagq}": self.nagq > 1,
+            "by the expected curvature": self.curvature != "observed",
+        }
+        if any(other.values()):
+            kind = next(kind for kind, own in other.items() if own)
             raise ValueError(f"what is checked is a fit by Laplace's approximation; this one is {kind}")
         found = laplace_check(self.rows, self.estimates, key, nagq, n)
         names = [*self.labels.fixed, *(f"log {name}" for name in self.family.psi_names)]
@@ -191,8 +199,9 @@ class GeneralizedFitted(FitStatistics):
         """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`."""
         return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine)
 
-    def refit(self, y: np.ndarray) -> GeneralizedFitted:
-        """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials.
+    def refit(self, y: np.ndarray, reml: bool | None = None) -> GeneralizedFitted:
+        """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials; by the
+        restricted likelihood or not, None for the same.
 
         Raises:
             DataError: the response is none of the family's, or leaves no finite estimate.
@@ -205,32 +214,39 @@ class GeneralizedFitted(FitStatistics):
         if column is not None and column.dtype.kind in "iuf" and np.array_equal(column, design.y):
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
         design = replace(design, y=y)
-        return fit_family_rows(self.rows.with_response(y), design, labels, None, self.curvature, self.nagq)
+        reml = self.reml if reml is None else reml
+        return fit_family_rows(self.rows.with_response(y), design, labels, None, self.curvature, self.nagq, reml)
 
 
 def fit_family_rows(
-    rows: FamilyRows, design: Design, labels: Labels, start: np.ndarray | None, curvature: str, nagq: int = 1
+    rows: FamilyRows,
+    design: Design,
+    labels: Labels,
+    start: np.ndarray | None,
+    curvature: str,
+    nagq: int = 1,
+    reml: bool = False,
 ) -> GeneralizedFitted:
     """Estimates and names of one model, in float64 whatever JAX's default is.
 
     Args:
         rows: of the design, in their bases. design, labels: the model.
-        start: ``(k,)`` theta, or None. curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect.
+        start: ``(k,)`` theta, or None. curvature, nagq, reml: which likelihood, as of :func:`mixjax.glmm`.
+
+    Raises:
+        ValueError: options that are none, or do not go together.
 
     Warns:
         ConvergenceWarning: says why and what to try.
     """
-    if curvature != "observed" and nagq != 1:
-        raise ValueError("quadrature has its nodes by the observed curvature: curvature='expected' goes with nagq=1")
-    laplace = isinstance(nagq, int) and nagq == 1 and not isinstance(nagq, bool)
-    est = fit_rows(rows, start, curvature) if laplace else fit_rows_by_quadrature(rows, nagq, start)
+    est = fit_one(rows, start, curvature, nagq, reml)
     info = OptimizerInfo(
         "trust-region Newton", int(est.iterations), float(est.grad_norm),
         _message(Result(int(est.result)), design, labels, rows.family),
     )  # fmt: skip
     if not est.converged:
         warn_of_convergence(labels.formula, info)
-    return GeneralizedFitted(labels, rows, est, curvature, info, design, nagq)
+    return GeneralizedFitted(labels, rows, est, curvature, info, design, nagq, reml)
 
 
 def _message(result: Result, design: Design, labels: Labels, family: Family) -> str:
