@@ -139,7 +139,8 @@ GLMM_PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,
     "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series, "design": mj.Design,
     "labels": mj.Labels, "estimates": mj.GLMMEstimates, "criterion": float, "loglik": float, "aic": float, "bic": float,
-    "deviance": float, "nobs": int, "npar": int, "nagq": int, "reml": bool, "curvature": str, "link": str, "is_singular": bool,
+    "deviance": float, "nobs": int, "npar": int, "nagq": int, "reml": bool, "curvature": str, "link": str,
+    "is_singular": bool,
     "converged": bool, "fitted": pd.Series, "linear_predictor": pd.Series,
 }  # fmt: skip
 # Parts of a population.

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax.engine.effects import dots
-from mixjax.engine.joint_modes import eliminated
+from mixjax.engine.joint_modes import eliminated, is_information
 from mixjax.engine.laplace_fit import Modes, form_at
 from mixjax.engine.laplace_model import Model
 from mixjax.families import Derivatives
@@ -75,10 +75,12 @@ class _Moves(NamedTuple):
 
 
 def joint_form(model: Model, lambdas: list[Array], fixed: Array, modes: Modes, restricted: bool) -> JointForm:
-    """Args:
-    lambdas: per term ``(q, q, 1)``, any factor of its covariance.
-    fixed: ``(p + s, 1)``, of which the fixed effects and ``modes`` are joint modes.
-    restricted: with the determinant of the fixed effects.
+    """All NaN where the information of the fixed effects is not positive definite.
+
+    Args:
+        lambdas: per term ``(q, q, 1)``, any factor of its covariance.
+        fixed: ``(p + s, 1)``, of which the fixed effects and ``modes`` are joint modes.
+        restricted: with the determinant of the fixed effects.
     """
     effects, X, p, n = model.effects, model.data.X, model.p, model.n_fixed
     form = form_at(model, lambdas, fixed, modes)
@@ -93,6 +95,10 @@ def joint_form(model: Model, lambdas: list[Array], fixed: Array, modes: Modes, r
     t = np.concatenate([t[:p] + X, t[p:]])
     information = form.fisher[:p, :p, 0]
     mixed = np.concatenate([form.fisher[:p, p:, 0], -2.0 * dots(scores[:p], moved, own)[..., 0]], 1)
+    if not is_information(information[..., None]):
+        nothing = np.full_like(mixed, np.nan)
+        score, Z = np.full(p, np.nan), np.full((mixed.shape[1],) * 2, np.nan)
+        return JointForm(np.nan, Z[0], Z, nothing, score, information, scores)
     slopes = -np.linalg.solve(information, mixed)
     along = np.concatenate([slopes, np.eye(slopes.shape[1])])
     moves = _Moves(at, t[:p], scores[:p], over_first(along, t), over_first(along, scores))

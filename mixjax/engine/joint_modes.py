@@ -66,9 +66,13 @@ def find_joint_modes(
     if not at_zero >= P:  # also where that is not finite
         b, v, P = nothing, nothing, at_zero
     decrement = np.inf
+    before = delta, b, v
     for _ in range(MOST_INNER):
         found = _newton(model, lambdas, delta, psi, b, v)
         if not np.isfinite(found.decrement):
+            # Along a direction in which the likelihood grows for ever the information vanishes: the point before is the
+            # last that has a step, by which the end is recognised.
+            delta, b, v = before
             break
         step, decrement = found.delta, found.decrement
         part = float(cut(model, step)[0])
@@ -80,7 +84,7 @@ def find_joint_modes(
             part *= 0.5
         else:  # rounding, or densities that are not finite, are in the way
             break
-        (delta, b, v), P = new, value
+        before, (delta, b, v), P = (delta, b, v), new, value
         if part == 1.0 and decrement <= tolerance:
             break
     modes = Modes(v, b, effects.unit_dots(v, b).sum(0), np.array([decrement]))
@@ -96,6 +100,12 @@ def eliminated(model: Model, gain: Any, weights: Array) -> tuple[Array, Array, A
     return h, Kh, dots(push, X, effects.row_axes) - dots(h, Kh, len(effects.effect_shape))
 
 
+def is_information(S: Array) -> bool:
+    """Whether a matrix ``(p, p, 1)`` is positive definite by more than rounding."""
+    least = 1e-12 * np.diag(np.abs(S[..., 0].diagonal()))
+    return bool(np.isfinite(S).all() and decompositions.is_positive(S - least[..., None])[0])
+
+
 def _newton(model: Model, lambdas: list[Array], delta: Array, psi: Array, b: Array, v: Array) -> _Step:
     effects, X = model.effects, model.data.X
     own, rows = len(effects.effect_shape), effects.row_axes
@@ -104,16 +114,16 @@ def _newton(model: Model, lambdas: list[Array], delta: Array, psi: Array, b: Arr
     for weights in (c2, np.maximum(c2, 0.0)):  # the second where densities are not log-concave
         gain = effects.gain(lambdas, effects.normal(weights))
         h, Kh, S = eliminated(model, gain, weights)
-        if np.isfinite(gain.logdet).all() and decompositions.is_positive(S)[0]:
+        if np.isfinite(gain.logdet).all() and is_information(S):
             break
+    else:
+        nothing = np.full_like(b, np.nan)
+        return _Step(np.full_like(delta, np.nan), nothing, nothing, np.nan)
     g = -effects.effects(c1)
     r = gain.times_A(b) + g
     alone = gain.solve(r) - b
     score = (c1 * X).sum(tuple(range(1, 1 + rows)))
-    try:
-        step = -np.linalg.solve(S[..., 0], score + dots(h, alone[None], own)[:, 0])
-    except np.linalg.LinAlgError:
-        step = np.full_like(score, np.nan)
+    step = -np.linalg.solve(S[..., 0], score + dots(h, alone[None], own)[:, 0])
     db = alone - linalg_sum(step, Kh)
     dv = r - linalg_sum(step, h) - gain.times_A(b + db) - v
     decrement = float(effects.unit_dots(g - v, db).sum() - (score * step).sum())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax import decompositions
+from mixjax import decompositions, linalg
 from mixjax.engine.effects import free_entries
 from mixjax.engine.joint_form import JointForm, expected_information, joint_form
 from mixjax.engine.joint_modes import JointModes, find_joint_modes
@@ -60,7 +60,7 @@ def _step(form: JointForm, s: int) -> np.ndarray:
     H = form.Hessian[:s, :s]
     if s and not decompositions.is_positive(H[..., None])[0]:
         H = np.diag(np.abs(H.diagonal()) + 1.0)
-    step: np.ndarray = -np.linalg.solve(H, form.gradient[:s])
+    step: np.ndarray = -linalg.inverse_small(H) @ form.gradient[:s]
     return step
 
 
@@ -126,7 +126,7 @@ def evaluate(
     form = at.form
     # How psi and with it the fixed effects move with D.
     H = form.Hessian
-    psi_slopes = -np.linalg.solve(H[:s, :s], H[:s, s:]) if s else H[:0, s:]
+    psi_slopes = -linalg.inverse_small(H[:s, :s]) @ H[:s, s:]
     by_D = np.concatenate([form.slopes[:, s:] + form.slopes[:, :s] @ psi_slopes, psi_slopes])
     jacobian, bend = chain(x, form.gradient[s:, None], layout)
     to_x = np.zeros((len(H), s + len(x)))
@@ -140,6 +140,18 @@ def evaluate(
     step = np.concatenate([form.slopes[:, :s] @ at.step, at.step])[:, None]
     new = Memory(D, at.found.fixed, at.found.modes.v, step, by_D[..., None], form.scores)
     return Evaluated(value, by_x, Hessian, joint, gradient, form.slopes @ to_x, at, new)
+
+
+def _reason(model: Model, x: np.ndarray, fixed: np.ndarray, code: int) -> int:
+    """Why a search has failed: ``SEPARATED`` where fixed effects have no minimum of the penalised deviance, of whatever
+    covariances; where they have, they follow covariances that run to infinity."""
+    found = find_joint_modes(
+        model, cov.factors_of(x, model.layout.structures), fixed, np.zeros((*model.effects.effect_shape, 1))
+    )
+    eta = sum((column * own for column, own in zip(model.data.X, found.step, strict=True)), np.zeros(1))
+    if np.abs(eta).max(initial=0.0) > ENDLESS:
+        return Result.SEPARATED
+    return Result.UNBOUNDED if code == Result.SEPARATED else code
 
 
 def fit_rows_jointly(
@@ -160,18 +172,21 @@ def fit_rows_jointly(
         model = model_of(rows, curvature)
         structures = rows.layout.structures
         fixed, x0 = start_of(rows, model, start)
-        memory, endless = nothing_known(model, fixed), 0
+        unknown = nothing_known(model, fixed)
+        memory, endless = unknown, 0
+
+        def at(x: np.ndarray, inner: float, middle: float) -> Evaluated:
+            found = evaluate(model, x, memory, restricted, inner, middle)
+            if not np.isfinite(found.value) and memory is not unknown:
+                return evaluate(model, x, unknown, restricted, inner, middle)
+            return found
 
         def by_x(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             nonlocal memory, endless
             k = len(x)
-            nothing = np.array([np.nan]), np.full((k, 1), np.nan), np.full((k, k, 1), np.nan)
             if endless > SURELY:
-                return nothing
-            try:
-                found = evaluate(model, x, memory, restricted)
-            except np.linalg.LinAlgError:
-                return nothing
+                return np.array([np.nan]), np.full((k, 1), np.nan), np.full((k, k, 1), np.nan)
+            found = at(x, INNER, MIDDLE)
             if all(np.isfinite(part).all() for part in found.memory):
                 memory = found.memory
             longest = np.abs(np.concatenate([found.at.found.step[:, 0], found.at.step])).max(initial=0.0)
@@ -179,7 +194,7 @@ def fit_rows_jointly(
             return np.array([found.value]), found.gradient[:, None], found.Hessian[..., None]
 
         solution = search.run(by_x, x0, structures, FAR, MOST_ITERATIONS)
-        last = evaluate(model, solution.x, memory, restricted, INNER_LAST, MIDDLE_LAST)
+        last = at(solution.x, INNER_LAST, MIDDLE_LAST)
         if endless > SURELY and np.isfinite(last.value):  # where it stands says why it does not end
             solution = solution._replace(result=np.array([int(Result.CONVERGED)]))
         form, found = last.at.form, last.at.found
@@ -193,6 +208,8 @@ def fit_rows_jointly(
         gradient = np.concatenate([form.score, last.joint_gradient])[:, None]
         end = End(np.array([last.value]), gradient, H[..., None], found.fixed, found.modes)
         estimates = estimates_of(rows, model, solution, end)
+        if not estimates.converged:
+            estimates = estimates._replace(result=np.int64(_reason(model, x0, fixed, int(estimates.result))))
         if restricted:  # in the user's columns
             criterion = last.value + 2.0 * float(np.linalg.slogdet(rows.X_basis.R)[1])
             estimates = estimates._replace(criterion=np.float64(criterion))
