@@ -13,6 +13,7 @@ from glmm_cases import arrays, case
 from glmm_dense import modes
 from scipy import stats
 from test_glmm_estimate import rows_of
+from test_nothing_compiles import compiled
 from test_quadrature import random_design
 
 import mixjax as mj
@@ -318,6 +319,15 @@ def test_refits_keep_the_likelihood(ticks, restricted):
     assert not plain.reml
     np.testing.assert_allclose(plain.criterion, mj.glmm("slow ~ Days + (1 | Subject)", ticks, "binomial").criterion)
     assert mj.glmm("slow ~ Days + (1 | Subject)", ticks, "binomial", nagq=0).refit(ticks["slow"]).nagq == 0
+
+
+def test_they_compile_nothing(ticks):
+    jax.clear_caches()
+    with compiled() as names:
+        for options in ({"reml": True}, {"nagq": 0}):
+            fit = mj.glmm("slow ~ Days + (Days | Subject)", ticks, "binomial", **options)
+            str(fit.summary()), fit.vcov_all, fit.ranef(condvar=True), fit.refit(reml=False)
+    assert not names
 
 
 def test_what_is_not_checked(ticks, restricted):

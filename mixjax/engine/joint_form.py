@@ -93,7 +93,9 @@ def joint_form(model: Model, lambdas: list[Array], fixed: Array, modes: Modes, r
     db = effects.times_D(lambdas, scores)
     t = effects.rows(np.concatenate([db[:n], db[n:] + moved]))
     t = np.concatenate([t[:p] + X, t[p:]])
-    information = form.fisher[:p, :p, 0]
+    # As S is in :func:`eliminated`.
+    information = dots(at.by_eta[2] * t[:p], t[:p], rows)[..., 0] + dots(scores[:p], db[:p], own)[..., 0]
+    information = information + information.T
     mixed = np.concatenate([form.fisher[:p, p:, 0], -2.0 * dots(scores[:p], moved, own)[..., 0]], 1)
     if not is_information(information[..., None]):
         nothing = np.full_like(mixed, np.nan)

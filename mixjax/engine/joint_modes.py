@@ -92,12 +92,17 @@ def find_joint_modes(
 
 
 def eliminated(model: Model, gain: Any, weights: Array) -> tuple[Array, Array, Array]:
-    """``h = Z'WX (p, *effects, 1)``, ``K h``, and ``X'WX - h'K h (p, p, 1)``, of gain by the same weights."""
+    """``h = Z'WX (p, *effects, 1)``, ``K h``, and ``S = X'WX - h'K h (p, p, 1)``, of gain by the same weights.
+
+    S is written as ``t'Wt + h'R'K h`` with ``t = X - Z K h``, for that keeps digits where variances are large.
+    """
     effects, X = model.effects, model.data.X
     push = weights * X
     h = effects.effects(push)
     Kh = gain.solve(h)
-    return h, Kh, dots(push, X, effects.row_axes) - dots(h, Kh, len(effects.effect_shape))
+    t = X - effects.rows(Kh)
+    S = dots(weights * t, t, effects.row_axes) + dots(h - gain.times_A(Kh), Kh, len(effects.effect_shape))
+    return h, Kh, 0.5 * (S + np.swapaxes(S, 0, 1))
 
 
 def is_information(S: Array) -> bool:

@@ -35,7 +35,7 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.estimation import search
 from mixjax.estimation.glmm import ENDLESS, SURELY, End, GLMMEstimates, estimates_of, model_of, start_of
-from mixjax.estimation.glmm_start import FAR, MOST_ITERATIONS
+from mixjax.estimation.glmm_start import MOST_ITERATIONS, far_of
 from mixjax.machine import silently
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
@@ -81,8 +81,10 @@ def profile(
     for _ in range(MOST_MIDDLE):
         if not s or not np.isfinite(best.decrement) or best.decrement <= middle:
             break
+        if np.abs(best.found.step).max(initial=0.0) > 10.0 * ENDLESS:  # fixed effects run to infinity
+            break
         part = min(1.0, LONGEST_PSI / np.abs(best.step).max())
-        while part > 1e-9:
+        while part > 1e-4:
             move = best.form.along[: p + s, :s] @ (part * best.step)
             new = at(
                 # A parameter that runs to infinity ends here, before its numbers are rounding.
@@ -193,7 +195,7 @@ def fit_rows_jointly(
             endless = endless + 1 if longest > 10.0 * ENDLESS or not np.isfinite(longest) else 0
             return np.array([found.value]), found.gradient[:, None], found.Hessian[..., None]
 
-        solution = search.run(by_x, x0, structures, FAR, MOST_ITERATIONS)
+        solution = search.run(by_x, x0, structures, far_of(model), MOST_ITERATIONS)
         last = at(solution.x, INNER_LAST, MIDDLE_LAST)
         if endless > SURELY and np.isfinite(last.value):  # where it stands says why it does not end
             solution = solution._replace(result=np.array([int(Result.CONVERGED)]))

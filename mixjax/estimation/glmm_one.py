@@ -108,7 +108,7 @@ def glmm_estimate(
         >>> print(bool(est.converged), est.beta.round(3), est.theta.round(3))
         True [1.48] [0.734]
         >>> print(mj.glmm_estimate(mj.rows(design, mj.families.poisson()), reml=True).theta.round(3))
-        [0.866]
+        [0.902]
     """
     refuse_forked()
     check_likelihood(curvature, nagq, reml)

@@ -75,8 +75,8 @@ def glmm(
         nagq: nodes of adaptive Gauss-Hermite quadrature for each random effect of a level, of models with one grouping
             factor and up to three effects; 1 is Laplace's approximation. See :meth:`GLMMFit.laplace_check`.
             0, as in lme4: fixed effects minimise the penalised deviance together with the random effects, and only
-            covariances and parameters of the family the criterion. Quick for very large models, biased; standard errors
-            of the fixed effects take the others as known.
+            covariances and parameters of the family the criterion; standard errors of the fixed effects take the others
+            as known. Laplace's approximation costs about the same here and is nearer to maximum likelihood.
         reml: by the restricted likelihood, as glmmTMB's ``REML = TRUE``: Laplace's approximation of the integral over
             the random and the fixed effects, of these with a flat prior; variances of few levels are less biased.
         check_identifiable: refuse random effects that the data cannot tell.
