@@ -117,11 +117,9 @@ def test_the_optimum_by_dense_matrices(model, restricted, curvature):
     """The value to rounding, the gradient there by differences of it, and twice the inverse of their Hessian."""
     stored, (design, size) = case(model), arrays(model)
     est, (q,) = fit_of(model, restricted, curvature), {t.Z.shape[1] for t in design.terms}
-    lower = np.tril_indices(q)
 
     def value(z):
         Lambda = np.zeros((q, q))
-        Lambda[lower[1], lower[0]] = 0.0
         Lambda.T[np.triu_indices(q)] = z[len(est.psi) :]
         return dense(design, size, stored.family, stored.link, [Lambda], z[: len(est.psi)], restricted, curvature)
 
@@ -319,6 +317,11 @@ def test_refits_keep_the_likelihood(ticks, restricted):
     assert not plain.reml
     np.testing.assert_allclose(plain.criterion, mj.glmm("slow ~ Days + (1 | Subject)", ticks, "binomial").criterion)
     assert mj.glmm("slow ~ Days + (1 | Subject)", ticks, "binomial", nagq=0).refit(ticks["slow"]).nagq == 0
+
+
+def test_many_responses_have_another_likelihood(restricted):
+    with pytest.raises(ValueError, match="this fit has reml=True"):
+        restricted.record.fit_many(np.tile(restricted.design.y, (2, 1)), ("beta",))
 
 
 def test_they_compile_nothing(ticks):

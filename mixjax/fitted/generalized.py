@@ -196,7 +196,14 @@ class GeneralizedFitted(FitStatistics):
         )
 
     def fit_many(self, Y: np.ndarray, keep: tuple[str, ...], engine: EngineName = "auto") -> GLMMEstimates:
-        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`."""
+        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`.
+
+        Raises:
+            ValueError: the fit is not by Laplace's approximation, which those are.
+        """
+        if self.reml or self.nagq != 1:
+            own = "reml=True" if self.reml else f"nagq={self.nagq}"
+            raise ValueError(f"many responses are fitted by Laplace's approximation, this fit has {own}: refit each")
         return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine)
 
     def refit(self, y: np.ndarray, reml: bool | None = None) -> GeneralizedFitted:
