@@ -81,7 +81,7 @@ def profile(
     for _ in range(MOST_MIDDLE):
         if not s or not np.isfinite(best.decrement) or best.decrement <= middle:
             break
-        if np.abs(best.found.step).max(initial=0.0) > 10.0 * ENDLESS:  # fixed effects run to infinity
+        if np.abs(best.found.step).max(initial=0.0) > 10.0 * ENDLESS * model.unit:  # fixed effects run to infinity
             break
         part = min(1.0, LONGEST_PSI / np.abs(best.step).max())
         while part > 1e-4:
@@ -151,7 +151,7 @@ def _reason(model: Model, x: np.ndarray, fixed: np.ndarray, code: int) -> int:
         model, cov.factors_of(x, model.layout.structures), fixed, np.zeros((*model.effects.effect_shape, 1))
     )
     eta = sum((column * own for column, own in zip(model.data.X, found.step, strict=True)), np.zeros(1))
-    if np.abs(eta).max(initial=0.0) > ENDLESS:
+    if np.abs(eta).max(initial=0.0) > ENDLESS * model.unit:
         return Result.SEPARATED
     return Result.UNBOUNDED if code == Result.SEPARATED else code
 
@@ -191,7 +191,8 @@ def fit_rows_jointly(
             found = at(x, INNER, MIDDLE)
             if all(np.isfinite(part).all() for part in found.memory):
                 memory = found.memory
-            longest = np.abs(np.concatenate([found.at.found.step[:, 0], found.at.step])).max(initial=0.0)
+            steps = np.concatenate([found.at.found.step[:, 0] / model.unit, found.at.step])
+            longest = np.abs(steps).max(initial=0.0)
             endless = endless + 1 if longest > 10.0 * ENDLESS or not np.isfinite(longest) else 0
             return np.array([found.value]), found.gradient[:, None], found.Hessian[..., None]
 
