@@ -103,7 +103,8 @@ def _read(model: str) -> dict[str, Any]:
 def _table(model: str) -> pd.DataFrame:
     stored = _read(model)
     if stored["data"] in mj.datasets.NAMES:
-        return mj.datasets.load(stored["data"])
+        frame = mj.datasets.load(stored["data"])
+        return frame.assign(HEIGHT_c=frame["cHEIGHT"]) if stored["data"] == "grouseticks" else frame
     # Levels of large grouping factors are listed with the random effects only.
     levels = {g: list(e["levels"]) for g, e in stored["fits"]["nAGQ1"]["ranef"].items()}
     levels |= {f: names for f, names in stored["factor_levels"].items() if names}

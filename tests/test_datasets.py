@@ -8,6 +8,7 @@ import mixjax as mj
 SHAPES = {
     "sleepstudy": (180, 3), "Dyestuff": (30, 2), "Dyestuff2": (30, 2), "Penicillin": (144, 3), "Pastes": (60, 4),
     "cake": (270, 5), "Orthodont": (108, 4), "Machines": (54, 3), "InstEval": (73421, 7),
+    "cbpp": (56, 4), "grouseticks": (403, 7), "bacteria": (220, 7),
 }  # fmt: skip
 
 

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-NAMES = ("sleepstudy", "Dyestuff", "Dyestuff2", "Penicillin", "Pastes", "cake", "Orthodont", "Machines", "InstEval")
+NAMES = (
+    "sleepstudy",
+    "Dyestuff",
+    "Dyestuff2",
+    "Penicillin",
+    "Pastes",
+    "cake",
+    "Orthodont",
+    "Machines",
+    "InstEval",
+    "cbpp",
+    "grouseticks",
+    "bacteria",
+)
 
 
 def load(name: str) -> pd.DataFrame:
