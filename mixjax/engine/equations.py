@@ -20,6 +20,7 @@ from scipy.sparse.linalg import splu
 
 from mixjax import covariance as cov
 from mixjax import linalg
+from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import CrossProducts, Layout, PairProducts
 
 # Effects beside the first factor's up to which their matrix is inverted; more are factorised.
@@ -92,8 +93,15 @@ class Equations:
 
     def variance(self, rows: EffectRows) -> np.ndarray:
         """``(m,)`` variance of the error of ``x'beta_hat + z'b_hat``, relative to sigma^2."""
+        return self._in_chunks(rows, True)
+
+    def conditional_variance(self, rows: EffectRows) -> np.ndarray:
+        """``(m,)`` variance ``z'K z`` of ``z'b`` given y and beta, relative to sigma^2."""
+        return self._in_chunks(rows, False)
+
+    def _in_chunks(self, rows: EffectRows, fixed: bool) -> np.ndarray:
         step = max(1, CHUNK // max(self._r * self._widths[self._first], 64))
-        parts = [self._variance(rows, slice(i, i + step)) for i in range(0, len(rows.X), step)]
+        parts = [self._variance(rows, slice(i, i + step), fixed) for i in range(0, len(rows.X), step)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def covariances(self) -> list[np.ndarray]:
@@ -107,7 +115,7 @@ class Equations:
             found |= {f: self._own_blocks(f) for f in self._others}
         return [found[f] for f in range(len(found))]
 
-    def _variance(self, rows: EffectRows, at: slice) -> np.ndarray:
+    def _variance(self, rows: EffectRows, at: slice, fixed: bool) -> np.ndarray:
         x, z, level = rows.X[at], rows.Z[self._first][at], rows.level[self._first][at]
         Kz = np.einsum("mab,mb->ma", self._K[level], z)
         total = np.einsum("ma,ma->m", z, Kz)
@@ -116,7 +124,9 @@ class Equations:
             g, rest = self._of_others(rows, at)
             total = total + self._inner(g, 1)[:, 0, 0]
             d = d - rest @ self._KU_rest
-        variances: np.ndarray = total + np.einsum("mp,pq,mq->m", d, self._S_inverse, d)
+        variances: np.ndarray = total
+        if fixed:
+            variances = total + np.einsum("mp,pq,mq->m", d, self._S_inverse, d)
         return variances
 
     def _of_others(self, rows: EffectRows, at: slice) -> tuple[Any, Any]:
@@ -263,7 +273,7 @@ def factors_in_bases(lambdas: list[np.ndarray], stats: CrossProducts) -> list[np
 
 
 def covariances_with_slopes(
-    x: np.ndarray, stats: CrossProducts
+    x: np.ndarray, stats: CrossProducts | FamilyRows
 ) -> tuple[list[np.ndarray], list[np.ndarray], tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Covariances at coordinates ``x (..., k)``, and their derivatives by these.
 

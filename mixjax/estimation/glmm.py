@@ -10,12 +10,14 @@ from mixjax import covariance as cov
 from mixjax.design import AnyArray
 from mixjax.engine.block_effects import Crossed, crossed
 from mixjax.engine.coordinates import coordinates_in, solve_where
+from mixjax.engine.effects import directions_of
 from mixjax.engine.laplace_curvature import Data
 from mixjax.engine.laplace_fit import (
     INNER_LAST,
     MIDDLE_LAST,
     Evaluated,
     Modes,
+    chain,
     evaluate,
     joint_Hessian,
     nothing_known,
@@ -265,6 +267,33 @@ def conditional_covariances(rows: FamilyRows, est: GLMMEstimates) -> list[np.nda
             to_user[at, at] = rows.Z_bases[t].R_inv
         found.append(np.einsum("ab,bcm,dc->mad", to_user, blocks[f], to_user))
     return found
+
+
+def mode_slopes(rows: FamilyRows, est: GLMMEstimates) -> tuple[np.ndarray, ...]:
+    """Per term ``(p + s + k, n_groups, q)``: derivatives of the conditional modes by beta, psi and the coordinates of
+    the covariances, those of ``vcov_all``.
+
+    With ``b = -D Z'c'`` at the modes, ``A = Z' diag(c'') Z``, ``K = D (I + A D)^{-1}``: by a fixed effect ``-K Z'(c''
+    x)``, by psi ``-K Z'(dc'/dpsi)``, by a covariance ``(I - K A) dD g``, ``g = -Z'c'``. D may be singular.
+    """
+    with silently():
+        model = model_of(rows)
+        effects: Any = model.effects
+        at = model.derivatives(_placed(effects, est.eta)[..., None], np.reshape(est.psi, (-1, 1)))
+        lambdas = cov.lambdas_of_theta(est.theta, rows.layout.qs)
+        inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
+        _, c1, c2, *_ = at.by_eta
+        gain = effects.gain(inside, effects.normal(c2))
+        # Coefficients of X in its basis are R beta.
+        columns = np.einsum("a...,ab->b...", np.asarray(model.data.X), rows.X_basis.R)
+        pushes = [c2 * column for column in columns] + [np.broadcast_to(own[1], c1.shape) for own in at.by_psi]
+        x, _ = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
+        jacobian = chain(x[:, None], np.zeros((len(directions_of(rows.layout)), 1)), rows.layout)[0][..., 0]
+        moved = effects.moved(-effects.effects(c1))
+        by_x = np.einsum("j...,jk->k...", moved - gain.solve(gain.times_A(moved)), jacobian)
+        parts = [by_x] if not pushes else [-gain.solve(effects.effects(np.stack(pushes))), by_x]
+        found = [modes_by_term(rows, model, own) for own in np.concatenate(parts)]
+    return tuple(np.stack(term) for term in zip(*found, strict=True))
 
 
 def modes_by_term(rows: FamilyRows, model: Model, b: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -14,6 +14,7 @@ from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_one import check_likelihood
 from mixjax.estimation.laplace_check import LaplaceCheck
 from mixjax.face.generalized_inference import GeneralizedInferring
+from mixjax.face.generalized_predictions import GeneralizedPredicting
 from mixjax.face.generalized_summary import (
     GeneralizedSummary,
     GeneralizedVarCorr,
@@ -114,7 +115,7 @@ def glmm(
     return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq, reml))
 
 
-class GLMMFit(GeneralizedInferring):
+class GLMMFit(GeneralizedInferring, GeneralizedPredicting):
     """A fitted generalised linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
 
     Everything about random effects is on the scale of the linear predictor and absolute, ``theta`` too: no residual

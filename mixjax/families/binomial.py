@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from mixjax.checks import DataError, warn
 from mixjax.families import sampling
@@ -26,6 +27,7 @@ class Binomial(Family):
 
     name = "binomial"
     links = ("logit", "probit", "cloglog", "cauchit")
+    support = "trials"
 
     @property
     def log_concave(self) -> bool:
@@ -81,6 +83,15 @@ class Binomial(Family):
         if size is None:
             return (rng.random(p.shape) < p).astype(np.float64)
         return rng.binomial(np.asarray(size).astype(np.int64), p).astype(np.float64)
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any] = ()) -> np.ndarray:
+        _, eta, y, n = as_floats(eta, y, 1.0 if size is None else size)
+        k = np.floor(y)
+        within = (k >= 0) & (k < n)
+        inside = np.where(within, k, 0.0)
+        q = np.exp(-minus_logs(self.link, eta)[1])
+        found = special.betainc(np.where(within, n - inside, 1.0), inside + 1.0, q)
+        return np.where(within, found, np.where(k < 0, 0.0, 1.0))
 
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         values = check_numbers(y, name)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from mixjax.checks import DataError, warn
 from mixjax.families import sampling
@@ -29,6 +30,7 @@ class Counts(Family):
     """Counts without an upper bound; a base of families."""
 
     links = ("log", "sqrt")
+    support = "counts"
 
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         values = check_numbers(y, name)
@@ -105,6 +107,10 @@ class Poisson(Counts):
         self, rng: np.random.Generator, eta: np.ndarray, size: np.ndarray | None = None, psi: Sequence[Any] = ()
     ) -> np.ndarray:
         return sampling.poisson_at_once(rng, np.asarray(self.mean(eta)))
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any] = ()) -> np.ndarray:
+        k, mu = np.floor(y), np.asarray(self.mean(eta))
+        return np.where(k < 0, 0.0, special.gammaincc(np.maximum(k, 0.0) + 1.0, mu))
 
 
 class NegativeBinomial(Counts):
@@ -213,3 +219,7 @@ class NegativeBinomial(Counts):
         k = np.exp(psi[0])
         mu = np.asarray(self.mean(eta))
         return sampling.poisson_at_once(rng, mu * (rng.standard_gamma(k, mu.shape) / k))
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]) -> np.ndarray:
+        k, mu, own = np.floor(y), np.asarray(self.mean(eta)), np.exp(psi[0])
+        return np.where(k < 0, 0.0, special.betainc(own, np.maximum(k, 0.0) + 1.0, 1.0 / (1.0 + mu / own)))

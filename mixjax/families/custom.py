@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import jax
@@ -112,6 +112,23 @@ class Custom(Family):
         with float64(eta.dtype == np.float64):
             return np.asarray(self.mean_of(jnp.asarray(eta)))
 
+    def mean_slope(self, eta: Array) -> Array:
+        return self._mean_derivative(1, eta)
+
+    def mean_interval(self, mean: np.ndarray, error: np.ndarray, z: float) -> tuple[np.ndarray, np.ndarray]:
+        """As far to each side, the link being unknown."""
+        return mean - z * error, mean + z * error
+
+    def _mean_derivative(self, order: int, eta: Array) -> Array:
+        fun = self.mean_of
+        for _ in range(order):
+            fun = _slope_of(fun)
+        eta = as_array(eta)
+        if namespace(eta) is not np:
+            return fun(eta)
+        with float64(eta.dtype == np.float64):
+            return np.asarray(fun(jnp.asarray(eta)))
+
     def variance(self, mu: Array, size: Array | None, psi: Sequence[Array]) -> Array:
         self._unknown("the variance", "use quantile residuals, which need draws only")
 
@@ -165,3 +182,14 @@ class Custom(Family):
         """``E mean(eta + N(0, variance))`` by a trapezoidal rule over 8 standard deviations to each side."""
         xp = namespace(eta, variance)
         return over_normal(self.mean, xp.asarray(eta), xp.asarray(variance), NODES)
+
+    def integrated_slopes(self, eta: Array, variance: Array) -> tuple[Array, Array]:
+        xp = namespace(eta, variance)
+        eta, variance = xp.asarray(eta), xp.asarray(variance)
+        by_eta, bend = (over_normal(partial(self._mean_derivative, i), eta, variance, NODES) for i in (1, 2))
+        return by_eta, 0.5 * bend
+
+
+def _slope_of(fun: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The derivative of an elementwise function."""
+    return lambda x: jax.jvp(fun, (x,), (jnp.ones_like(x),))[1]

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from mixjax.checks import DataError
-from mixjax.families.links import LINEAR, LINKS
-from mixjax.families.special import ndtr
+from mixjax.families.links import LINEAR, LINKS, mean_derivatives
+from mixjax.families.special import HALF_LOG_2PI, ndtr
 from mixjax.machine import Array, fori_loop, namespace
 
 
@@ -86,6 +86,8 @@ class Family(ABC):
     psi_names: ClassVar[tuple[str, ...]] = ()
     # Whether :meth:`expected` is known.
     has_expected: ClassVar[bool] = True
+    # Where responses lie: ``"real"``, ``"positive"``, ``"unit"``, or whole numbers: ``"counts"``, ``"trials"``.
+    support: ClassVar[str] = "real"
 
     def __post_init__(self) -> None:
         if self.link not in self.links:
@@ -124,6 +126,30 @@ class Family(ABC):
         """Mean of y, of a binomial family of ``y / size``."""
         return LINKS[self.link](as_array(eta))
 
+    def mean_slope(self, eta: Array) -> Array:
+        """Derivative of :meth:`mean`."""
+        return mean_derivatives(self.link, as_array(eta))[0]
+
+    def mean_between(self, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the largest mean of predictors between ``lower`` and ``upper``."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ends = np.sort([np.asarray(self.mean(lower)), np.asarray(self.mean(upper))], axis=0)
+        if self.link == "sqrt":
+            ends[0] = np.where((lower < 0) & (upper > 0), 0.0, ends[0])
+        if self.link in ("inverse", "1/mu^2"):  # the mean grows without bound as eta goes to 0
+            ends = np.where(
+                (lower <= 0) & (upper > 0), [np.asarray(self.mean(upper)), np.full_like(upper, np.inf)], ends
+            )
+        return ends[0], ends[1]
+
+    def mean_interval(self, mean: np.ndarray, error: np.ndarray, z: float) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of an interval for a mean with standard error ``error``: ``z`` of it to each side on the scale of the
+        link, which keeps to the possible means."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            eta = np.asarray(LINEAR[self.link](as_array(mean)))
+            width = z * error / np.abs(np.asarray(self.mean_slope(eta)))
+        return self.mean_between(eta - width, eta + width)
+
     @abstractmethod
     def variance(self, mu: Array, size: Array | None, psi: Sequence[Array]) -> Array:
         """Variance of y, of a binomial family of the counts, where the mean is ``mu``."""
@@ -145,6 +171,17 @@ class Family(ABC):
     @abstractmethod
     def deviance(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> Array:
         """R's unit deviance of every row (``dev.resids``), times size for a binomial family."""
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]) -> np.ndarray:
+        """Probability of a response up to ``y``, of a binomial family of a count; by NumPy only.
+
+        Raises:
+            ValueError: the family does not know it.
+        """
+        raise ValueError(
+            f"family {self.name!r} has no distribution function, which intervals of new responses need; use "
+            "interval='confidence', or quantiles of simulate()"
+        )
 
     @abstractmethod
     def draw(self, key: Any, eta: Array, size: Array | None, psi: Sequence[Array]) -> Array:
@@ -206,6 +243,28 @@ class Family(ABC):
                 "infinite where the linear predictor passes 0. Use link 'log'"
             )
         return over_normal(self.mean, eta, variance, NODES[self.link])
+
+    def integrated_slopes(self, eta: Array, variance: Array) -> tuple[Array, Array]:
+        """Derivatives of :meth:`integrated_mean` by eta, ``E mean'``, and by the variance, ``E mean'' / 2``: under the
+        integral, as a normal density's derivative by its variance is half its second one by its mean."""
+        xp = namespace(eta, variance)
+        eta, variance = xp.asarray(eta), xp.asarray(variance)
+        mean = self.integrated_mean(eta, variance)
+        if self.link == "identity":
+            return xp.ones_like(mean), xp.zeros_like(mean)
+        if self.link == "log":
+            return mean, mean / 2
+        if self.link == "sqrt":
+            return 2 * eta + 0 * variance, xp.ones_like(mean)
+        if self.link == "probit":
+            spread = xp.sqrt(1 + variance)
+            slope = xp.exp(-0.5 * (eta / spread) ** 2 - HALF_LOG_2PI) / spread
+            return slope, -0.5 * eta * slope / (1 + variance)
+
+        def derivative(order: int) -> Array:
+            return over_normal(lambda x: mean_derivatives(self.link, x)[order], eta, variance, NODES[self.link])
+
+        return derivative(0), 0.5 * derivative(1)
 
 
 def link_list(links: Sequence[str]) -> str:

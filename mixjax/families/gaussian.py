@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from mixjax.families import sampling
 from mixjax.families.family import Derivatives, Expected, Family, as_array, check_numbers, clipped_log
@@ -90,6 +91,10 @@ class Gaussian(Family):
         mu = np.asarray(self.mean(eta))
         drawn: np.ndarray = mu + np.exp(psi[0]) * rng.standard_normal(mu.shape)
         return drawn
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]) -> np.ndarray:
+        found: np.ndarray = special.ndtr((y - np.asarray(self.mean(eta))) * np.exp(-psi[0]))
+        return found
 
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         check_numbers(y, name)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from mixjax.checks import DataError
 from mixjax.families import sampling
@@ -31,6 +32,7 @@ class Beta(Family):
     name = "beta"
     links = ("logit", "probit", "cloglog", "cauchit")
     psi_names = ("precision",)
+    support = "unit"
 
     @property
     def log_concave(self) -> bool:
@@ -129,6 +131,12 @@ class Beta(Family):
         a, b = (np.maximum(k * np.exp(-own), 1e-300) for own in (A, B))
         drawn: np.ndarray = np.clip(rng.beta(a, b), 1e-300, 1 - 2.0**-53)
         return drawn
+
+    def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any]) -> np.ndarray:
+        A, B = minus_logs(self.link, np.asarray(eta))
+        a, b = (np.maximum(np.exp(psi[0] - own), 1e-300) for own in (A, B))
+        found: np.ndarray = special.betainc(a, b, np.clip(y, 0.0, 1.0))
+        return found
 
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         values = check_numbers(y, name)

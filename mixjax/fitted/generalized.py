@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
+from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import EngineName
-from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances
+from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, mode_slopes
 from mixjax.estimation.glmm_many import glmm_estimate_many
 from mixjax.estimation.glmm_one import fit_one
 from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
@@ -19,11 +21,12 @@ from mixjax.families.links import LINKS, mean_derivatives
 from mixjax.fitted.names import terms_of_group
 from mixjax.fitted.parameters import AllParameters, VarianceParameters, generalized_parameters, of_variances
 from mixjax.fitted.search_end import FitStatistics, OptimizerInfo, warn_of_convergence
+from mixjax.fitted.working import working_products
 from mixjax.formula.response import Response, check_values
 from mixjax.formula.separation import separation_of
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
-from mixjax.products.sums import Layout
+from mixjax.products.sums import CrossProducts, Layout
 from mixjax.simulation import simulate_family
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
@@ -152,6 +155,23 @@ class GeneralizedFitted(FitStatistics):
             variance = variance / np.asarray(self.rows.weights)
         deviations: np.ndarray = np.sqrt(variance)
         return deviations
+
+    @cached_property
+    def working(self) -> CrossProducts:
+        """Cross-products of the linear mixed model, sigma = 1, that this one is at its modes; see
+        :func:`~mixjax.fitted.working.working_products`."""
+        return working_products(self.design, self.rows, self.estimates)
+
+    @cached_property
+    def equations(self) -> Equations:
+        """The mixed-model equations at the modes, absolute: conditional covariances of the random effects."""
+        lambdas = lambdas_of_theta(np.asarray(self.estimates.theta), self.rows.layout.qs)
+        return Equations(self.working, factors_in_bases(lambdas, self.working))
+
+    @cached_property
+    def mode_slopes(self) -> tuple[np.ndarray, ...]:
+        """Per term ``(p + s + k, n_groups, q)``: how the modes move with the parameters of ``vcov_all``."""
+        return mode_slopes(self.rows, self.estimates)
 
     def conditional_covariances(self) -> dict[str, np.ndarray]:
         """Grouping factor -> ``(levels, q, q)``, given all parameters, all terms of the factor side by side."""

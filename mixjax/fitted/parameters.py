@@ -105,7 +105,7 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
         covariance = slopes @ est.vcov_all @ slopes.T
     kinds = [parameter.kind for parameter in variances]
     free = np.concatenate([_inside(kinds, natural, covariance[:k, :k]), np.ones(s + p, bool)])
-    regular = _is_covariance(est.vcov_all)
+    regular = is_covariance(est.vcov_all)
     covariance = np.where(free & free[:, None] & regular, covariance, np.nan)
     return AllParameters(
         (*taken, *names_apart(labels.fixed, taken)), np.concatenate([natural, family.natural(est.psi), est.beta]),
@@ -123,7 +123,7 @@ def of_variances(every: AllParameters, labels: Labels, rows: FamilyRows) -> Vari
     return VarianceParameters(every.names[:k], kinds, every.estimate[:k], every.covariance[:k, :k], every.free[:k])
 
 
-def _is_covariance(matrix: np.ndarray) -> bool:
+def is_covariance(matrix: np.ndarray) -> bool:
     """Positive definite among the parameters that are not held."""
     held = (matrix == 0).all(0)
     own = matrix[~held][:, ~held]

@@ -123,7 +123,8 @@ class NewRows:
             the fit would matter.
         Z: per random term ``(m, q)``, or None where it was not asked for. level: per random term ``(m,)`` numbers of
             the fit's levels, -1 for a new one, or None.
-        offset: ``(m,)``. weights: ``(m,)`` precision weights, or None where they are not known.
+        offset: ``(m,)``. weights: ``(m,)`` precision weights, or None where they are not known. size: ``(m,)`` numbers
+            of trials, or None where they are not known or there are none.
         index: labels of all rows of the table. complete: ``(rows,)``.
     """
 
@@ -135,6 +136,7 @@ class NewRows:
     weights: np.ndarray | None
     index: pd.Index
     complete: np.ndarray
+    size: np.ndarray | None = None
 
 
 def new_rows(
@@ -144,6 +146,7 @@ def new_rows(
     levels: Sequence[bool],
     allow_new_levels: bool = False,
     weights: bool = False,
+    trials: bool = False,
 ) -> NewRows:
     """The rows of a new table in the terms of a fit.
 
@@ -154,7 +157,8 @@ def new_rows(
         effects: per random term, whether its columns are needed. levels: whether its levels are.
         allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused. A row
             without a value that the effects read too is not complete.
-        weights: whether precision weights are needed.
+        weights: whether precision weights are needed. trials: whether numbers of trials are: the column that the fit
+            had as ``size=``; those of ``cbind()`` where newdata have them.
 
     Raises:
         DataError: a column is missing or of the wrong kind; a category, or a level that is not allowed, is unknown;
@@ -166,7 +170,7 @@ def new_rows(
     state: FormulaState = labels.state
     random = [columns for columns, wanted in zip(state.random, effects, strict=True) if wanted]
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
-    table, index = _table(state, newdata, [state.fixed, *random], list(groups), weights)
+    table, index = _table(state, newdata, [state.fixed, *random], list(groups), weights, trials)
     missing = missing_in(table)
     columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
     read = {name for part in (state.fixed, *random) for name in part.effects.columns}
@@ -200,6 +204,7 @@ def new_rows(
         _weights(state, frame) if weights else None,
         index,
         complete,
+        _trials(state, frame) if trials else None,
     )
 
 
@@ -221,7 +226,7 @@ def _dependence(labels: Labels) -> np.ndarray | None:
 
 
 def _table(
-    state: FormulaState, newdata: Any, parts: Sequence[Columns], groups: Sequence[str], weights: bool
+    state: FormulaState, newdata: Any, parts: Sequence[Columns], groups: Sequence[str], weights: bool, trials: bool
 ) -> tuple[dict[str, pd.Series], pd.Index]:
     """The columns needed, as in the fit numbers or not; and the labels of the rows."""
     available = column_names(newdata)
@@ -235,10 +240,15 @@ def _table(
     for group in groups:
         own = [name for name in columns_of[group] if name not in needed]
         needed |= dict.fromkeys(own, f"grouping factor '{group}'")
-    for what, name, wanted in (("offset", state.offset, True), ("weights", state.weights, weights)):
+    beside = (("offset", state.offset, True), ("weights", state.weights, weights), ("size", state.size, trials))
+    for what, name, wanted in beside:
         if wanted and name is not None:
             needed.setdefault(name, f"the fit had {what}={name!r}")
             computed.add(name)
+    pair = _pair_columns(state) if trials else []
+    if all(name in available for name in pair):
+        needed = dict.fromkeys(pair, f"the response is '{state.parsed.response}'") | needed
+        computed |= set(pair)
     for name, where in needed.items():
         if name not in available:
             refuse_unknown(name, available, f"needed in newdata: {where}", newdata)
@@ -316,6 +326,27 @@ def _weights(state: FormulaState, table: pd.DataFrame) -> np.ndarray | None:
     if not (w > 0).all():
         raise DataError(f"weights must be positive, but {int((w <= 0).sum())} of newdata's '{state.weights}' are not")
     return w
+
+
+def _pair_columns(state: FormulaState) -> list[str]:
+    """The columns of ``cbind(successes, failures)``."""
+    return list(dict.fromkeys(name for e in state.parsed.pair for name in e.columns))
+
+
+def _trials(state: FormulaState, table: pd.DataFrame) -> np.ndarray | None:
+    if state.size is not None:
+        n, name = numbers(column(state.size), table, state.context, "size")[0], f"'{state.size}'"
+    elif state.parsed.pair and all(one in table for one in _pair_columns(state)):
+        n = np.sum([numbers(e, table, state.context, "response")[0] for e in state.parsed.pair], axis=0)
+        name = f"the sum of {' and '.join(repr(str(e)) for e in state.parsed.pair)}"
+    else:
+        return None
+    bad = ~((n > 0) & (n == np.round(n)))
+    if bad.any():
+        raise DataError(
+            f"numbers of trials are whole and above 0, but {name} of newdata is not in {int(bad.sum())} rows"
+        )
+    return n
 
 
 # --- levels ----------------------------------------------------------------------------------------------------------

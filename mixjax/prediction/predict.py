@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import FormulaError, InferenceWarning, check_count, check_level, warn
-from mixjax.design import Labels, TermLabels
+from mixjax.checks import InferenceWarning, check_count, check_level, warn
 from mixjax.distributions import normal_quantile, t_quantile
-from mixjax.fitted.names import interaction_key, term_names
 from mixjax.fitted.record import Fitted
-from mixjax.formula.algebra import Effects
-from mixjax.formula.coding import scoped_terms
-from mixjax.formula.evaluate import Columns
-from mixjax.formula.parse import parse
-from mixjax.formula.state import FormulaState, new_rows
-from mixjax.formula.syntax import read
+from mixjax.prediction.asked import Interval, check_asked, effects_included, on_rows, rows_asked
 from mixjax.prediction.bootstrap import bootstrap_errors, quantile_of_size
 from mixjax.prediction.second_order import second_order
 from mixjax.prediction.targets import Targets, effect_rows
 
-Interval = Literal["confidence", "prediction"]
 Method = Literal["henderson", "second-order", "bootstrap"]
-INTERVALS, METHODS = ("confidence", "prediction"), ("henderson", "second-order", "bootstrap")
+METHODS = ("henderson", "second-order", "bootstrap")
 # Degrees of freedom below this one say only that nothing is known of the variance; t's quantiles would be astronomic.
 LEAST_DF = 1.0
 
@@ -97,28 +88,21 @@ def predict(
         1     356.1       72.3  214.4  497.7
     """
     _check_arguments(allow_new_levels, interval, level, method, key, n)
-    included = _included(fitted, random)
-    targets, index, complete = _targets(fitted, newdata, included, allow_new_levels, interval)
+    included = effects_included(fitted.labels, random)
+    whole = "interval of a new response" if interval == "prediction" else None
+    asked = rows_asked(fitted, newdata, included, allow_new_levels, whole)
+    targets, index, complete = asked.targets, asked.index, asked.complete
     fitted_mean = targets.mean(np.asarray(fitted.estimates.beta), fitted.estimates.b)
-    estimate = _on(index, complete, fitted_mean)
+    estimate = on_rows(index, complete, fitted_mean)
     if interval is None:
         return pd.Series(estimate, index=index, name="fitted")
     se, width = errors_of(fitted, targets, level, method, key, n)
     columns = {"estimate": fitted_mean, "std_error": se, "lower": fitted_mean - width, "upper": fitted_mean + width}
-    return pd.DataFrame({name: _on(index, complete, values) for name, values in columns.items()}, index=index)
-
-
-def _on(index: pd.Index, complete: np.ndarray, values: np.ndarray) -> np.ndarray:
-    out = np.full(len(index), np.nan)
-    out[complete] = values
-    return out
+    return pd.DataFrame({name: on_rows(index, complete, values) for name, values in columns.items()}, index=index)
 
 
 def _check_arguments(allow_new_levels: Any, interval: Any, level: float, method: Any, key: Any, n: Any) -> None:
-    if not isinstance(allow_new_levels, bool | np.bool_):
-        raise ValueError(f"allow_new_levels must be True or False, got {allow_new_levels!r}")
-    if interval is not None and interval not in INTERVALS:
-        raise ValueError(f"interval must be None or one of {', '.join(map(repr, INTERVALS))}, got {interval!r}")
+    check_asked(allow_new_levels, interval)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if interval is None:
@@ -128,148 +112,6 @@ def _check_arguments(allow_new_levels: Any, interval: Any, level: float, method:
         check_count("n", n, 2)
         if key is None:
             raise ValueError("method='bootstrap' draws random numbers: pass key=, an int or a JAX key")
-
-
-# --- which random effects ------------------------------------------------------------------------------------------
-
-
-def _included(fitted: Fitted, random: Any) -> list[np.ndarray]:
-    """Per random term ``(q,)``, which of its effects ``random`` asks for."""
-    terms = fitted.labels.terms
-    if isinstance(random, bool | np.bool_):
-        return [np.full(len(term.effects), bool(random)) for term in terms]
-    names = [random] if isinstance(random, str) else random
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"random must be True, False, or names of grouping factors or terms, got {random!r}")
-    own = term_names(fitted.labels)
-    wanted = [np.zeros(len(term.effects), bool) for term in terms]
-    for name in names:
-        matches = [t for t, term in enumerate(terms) if term.group == name]
-        matches = matches or [t for t, one in enumerate(own) if one == name]
-        found = {t: np.ones(len(terms[t].effects), bool) for t in matches} or _effects_written(name, fitted.labels)
-        if not found:
-            texts = [f"{one!r} ({' + '.join(t.effects)} | {t.group})" for one, t in zip(own, terms, strict=True)]
-            raise ValueError(f"there is no random term {name!r}; there are {', '.join(texts)}")
-        for t, which in found.items():
-            wanted[t] |= which
-    return wanted
-
-
-def _effects_written(name: str, labels: Labels) -> dict[int, np.ndarray]:
-    """Terms, and which of their effects, that ``(0 + Days | Subject)`` or ``Days | Subject`` stands for; none where the
-    fit does not have all of them."""
-    return _columns_written(name, labels.terms) or _terms_written(name, labels)
-
-
-def _columns_written(name: str, terms: Sequence[TermLabels]) -> dict[int, np.ndarray]:
-    """Effects by the names of their columns. A factor stands for its columns where the term is asked for as a whole."""
-    text = re.sub(r"\s", "", name)
-    written = re.fullmatch(r"(?:\w*\((.*)\)|(.*))", text)
-    effects, bar, group = (written[1] or written[2] or "").partition("|") if written else ("", "", "")
-    parts = effects.split("+")
-    if not bar:
-        return {}
-    parts = parts[1:] if parts[0] in ("0", "-1") else ["Intercept", *(p for p in parts if p not in ("1", "Intercept"))]
-    keys = {interaction_key(part) for part in parts}
-    of_group = [t for t, term in enumerate(terms) if term.group.replace(" ", "") == group.lstrip("|")]
-    for t in of_group:
-        factors = [re.sub(r"\[[^\[\]]*\]", "", effect.replace(" ", "")) for effect in terms[t].effects]
-        if set(map(interaction_key, factors)) == keys:
-            return {t: np.ones(len(factors), bool)}
-    own = {t: [interaction_key(effect.replace(" ", "")) for effect in terms[t].effects] for t in of_group}
-    if not keys <= {key for every in own.values() for key in every}:
-        return {}
-    found = {t: np.array([key in keys for key in every]) for t, every in own.items()}
-    return {t: which for t, which in found.items() if which.any()}
-
-
-def _terms_written(name: str, labels: Labels) -> dict[int, np.ndarray]:
-    """Effects by the terms of a formula, one or a sum of random terms, factors coded as the fit has them."""
-    state: FormulaState | None = labels.state
-    text = name.strip().removeprefix("~").strip()
-    if state is None or "|" not in text:
-        return {}
-    try:
-        text = f"({text})" if read(text).outer("|", "||") else text
-        asked = parse(f"y ~ {text}", [*state.kinds, *(c for part in state.parsed.random for c in part.group.columns)])
-    except FormulaError:
-        return {}
-    columns_of = {part.group.name: frozenset(part.group.columns) for part in state.parsed.random}
-    found: dict[int, np.ndarray] = {}
-    for part in asked.random:
-        of_group = [t for t, own in enumerate(labels.terms) if columns_of[own.group] == frozenset(part.group.columns)]
-        for effects in part.blocks():
-            places = [place for t in of_group for place in _coded_alike(effects, state.random[t], t)]
-            if len(places) != len(effects.terms):
-                return {}
-            for t, at in places:
-                which = found.setdefault(t, np.zeros(len(labels.terms[t].effects), bool))
-                which[at] = True
-    return found
-
-
-def _coded_alike(effects: Effects, own: Columns, t: int) -> list[tuple[int, slice]]:
-    """The terms that a random term of the fit has with the same columns: its number and where they stand."""
-    if not {e.shown for e in effects.expressions} <= set(own.spec.coders):
-        return []
-    spans = {name: coder.spans_intercept for name, coder in own.spec.coders.items()}
-    asked = dict(zip(map(frozenset, effects.terms), scoped_terms(effects.terms, spans), strict=True))
-    found, at = [], 0
-    for term, part in zip(own.effects.terms, own.spec.structure, strict=True):
-        scoped = asked.get(frozenset(term))
-        if scoped is not None and set(map(frozenset, scoped)) == set(map(frozenset, part.scoped)):
-            found.append((t, slice(at, at + len(part.columns))))
-        at += len(part.columns)
-    return found
-
-
-# --- the rows ------------------------------------------------------------------------------------------------------
-
-
-def _targets(
-    fitted: Fitted, newdata: Any, effects: list[np.ndarray], allow_new_levels: bool, interval: str | None
-) -> tuple[Targets, pd.Index, np.ndarray]:
-    """The targets; the index of all rows, and which of them are predicted."""
-    whole = interval == "prediction"
-    included = [bool(which.any()) for which in effects]
-    if whole and any(which.any() and not which.all() for which in effects):
-        raise ValueError(
-            "random= asks for some effects of a term: the others of the same level are correlated with these, so that "
-            "there is no interval of a new response; name whole terms, or take interval='confidence'"
-        )
-    if newdata is None:
-        design = fitted.design
-        m = len(np.asarray(design.X))
-        offset = np.zeros(m) if design.offset is None else np.asarray(design.offset)
-        weights = np.ones(m) if design.weights is None else np.asarray(design.weights)
-        Z = tuple(np.asarray(t.Z) if own or whole else None for t, own in zip(design.terms, included, strict=True))
-        level = tuple(np.asarray(t.group) if own else None for t, own in zip(design.terms, included, strict=True))
-        targets = Targets(np.asarray(design.X), offset, Z, level, 1.0 / weights if whole else np.zeros(m))
-        targets = targets.with_effects(effects)
-        return targets, fitted.labels.frame.index, np.ones(m, bool)
-
-    labels = fitted.labels
-    rows = new_rows(labels, newdata, [own or whole for own in included], included, allow_new_levels, weights=whole)
-    weighted = np.asarray(fitted.stats.sum_log_weights) != 0
-    if whole and rows.weights is None and weighted:
-        warn(
-            "the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1",
-            InferenceWarning,
-        )
-    m = len(rows.X)
-    noise = np.zeros(m) if not whole else np.ones(m) if rows.weights is None else 1.0 / rows.weights
-    targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise).with_effects(effects)
-    complete = rows.complete.copy()
-    if not rows.estimable.all():
-        bad = int((~rows.estimable).sum())
-        warn(
-            f"{bad} rows of newdata cannot be estimated, because they need columns that were left out of the fit "
-            f"({', '.join(labels.dropped_columns)}): NaN there",
-            InferenceWarning,
-        )
-        complete[np.flatnonzero(complete)[~rows.estimable]] = False
-        targets = targets.take(rows.estimable)
-    return targets, rows.index, complete
 
 
 # --- their errors --------------------------------------------------------------------------------------------------
