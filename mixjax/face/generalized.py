@@ -316,9 +316,24 @@ class GLMMFit(GeneralizedInferring, GeneralizedPredicting):
         """Tables to read, with z tests: ``print(fit.summary())``; HTML in notebooks."""
         return generalized_summary(self._fitted)
 
-    def tidy(self) -> pd.DataFrame:
-        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value."""
-        return generalized_tidy(self._fitted)
+    def tidy(self, exponentiate: bool = False, conf_int: bool = False, level: float = 0.95) -> pd.DataFrame:
+        """Estimates in rows, as broom.mixed's ``tidy()``: effect, group, term, estimate, std_error, statistic, df,
+        p_value.
+
+        Args:
+            exponentiate: fixed effects as ratios, of odds (logit), of rates (log) or of hazards (cloglog), with
+                delta-method standard errors; statistics and p values stay those of the coefficients.
+            conf_int: also Wald intervals of the fixed effects, ``lower`` and ``upper``, exponentiated like these; of
+                other rows see :meth:`confint`. level: their coverage.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.tidy(exponentiate=True, conf_int=True).loc[1, ["term", "estimate", "lower", "upper"]].tolist()[0]
+            'Days'
+        """
+        return generalized_tidy(self._fitted, exponentiate, level if conf_int else None)
 
     def glance(self) -> pd.DataFrame:
         """One row: nobs, npar, family, link, loglik, aic, bic, criterion, deviance, ..."""

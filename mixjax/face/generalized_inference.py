@@ -85,16 +85,25 @@ class GeneralizedInferring:
         return joint_tests(self.record, by, "wald")
 
     def emmeans(
-        self, spec: Any, by: Any = None, at: Mapping[str, Any] | None = None, level: float = 0.95
+        self,
+        spec: Any,
+        by: Any = None,
+        at: Mapping[str, Any] | None = None,
+        scale: Literal["link", "response"] | None = None,
+        integrate: bool = False,
+        level: float = 0.95,
     ) -> MarginalMeans:
-        """Marginal means of factors on the scale of the linear predictor, as R's ``emmeans``: of a grid of all levels,
-        with covariates at their means and random effects zero.
+        """Marginal means of factors, as R's ``emmeans``: of a grid of all levels, with covariates at their means and
+        random effects zero, or averaged over these; see :func:`mixjax.inference.fixed.generalized_means.emmeans`.
 
         Args:
             spec: a factor, a list of factors, ``"arm * visit"`` for the cells of both, ``"arm | visit"`` for arms
                 within the levels of visit, ``"1"`` for the overall mean. What is not named is averaged over.
             by: factors within whose levels contrasts are made, as behind the bar.
             at: variable -> value or values to use instead of the mean, or of all levels.
+            scale: ``"link"``: of the linear predictor. ``"response"``: means of the median subject; contrasts are odds
+                ratios (logit), ratios (log) or differences. None: the first, or the second with ``integrate=True``.
+            integrate: average means over the random effects: the population's means; contrasts are differences.
             level: coverage of the intervals.
 
         Returns:
@@ -102,10 +111,19 @@ class GeneralizedInferring:
 
         Raises:
             DataError: unknown variables or levels, the response, a covariate without values.
-        """
-        from mixjax.inference.fixed.means import emmeans
 
-        return emmeans(self.record, spec, by, at, "wald", level)
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> means = fit.emmeans("Days", at={"Days": [1, 0]}, scale="response")
+            >>> means.contrasts()[["contrast", "odds_ratio", "lower", "upper"]].round(2)
+              contrast  odds_ratio  lower  upper
+            0    1 / 0         1.8   1.48   2.18
+        """
+        from mixjax.inference.fixed.generalized_means import emmeans
+
+        return emmeans(self.record, spec, by, at, scale, integrate, level)
 
     def emtrends(
         self, spec: Any, var: str, by: Any = None, at: Mapping[str, Any] | None = None, level: float = 0.95

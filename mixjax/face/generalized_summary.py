@@ -7,10 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import check_level
+from mixjax.distributions import normal_quantile
 from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.inference.fixed.contrasts import contrast_of
 from mixjax.tables import NotedTable
+
+# Links whose coefficients are logarithms of ratios.
+EXPONENTIATED = {"logit": "odds ratios", "log": "ratios of means", "cloglog": "hazard ratios"}
 
 
 def z_tests(fitted: GeneralizedFitted) -> pd.DataFrame:
@@ -97,14 +102,42 @@ def generalized_summary(fitted: GeneralizedFitted) -> GeneralizedSummary:
     return GeneralizedSummary(fitted, z_tests(fitted))
 
 
-def generalized_tidy(fitted: GeneralizedFitted) -> pd.DataFrame:
+def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, level: float | None = None) -> pd.DataFrame:
     """Estimates in rows, as broom.mixed's ``tidy()``: fixed effects with z tests, standard deviations and correlations
-    of the random effects, parameters of the family."""
+    of the random effects, parameters of the family.
+
+    Args:
+        exponentiate: fixed effects as ratios. level: of Wald intervals of the fixed effects, or None for none.
+
+    Raises:
+        ValueError: exponentials of the coefficients mean nothing with the fit's link.
+    """
+    if not isinstance(exponentiate, bool | np.bool_):
+        raise ValueError(f"exponentiate must be True or False, got {exponentiate!r}")
+    if exponentiate and fitted.family.link not in EXPONENTIATED:
+        raise ValueError(
+            f"exponentials of coefficients are ratios with links {', '.join(map(repr, EXPONENTIATED))}; of link "
+            f"{fitted.family.link!r} they mean nothing"
+        )
     family = fitted.family.name
     own = [("family", family, name, value) for name, value in dispersion(fitted).items()]
     more = pd.DataFrame(own, columns=["effect", "group", "term", "estimate"])
-    notes = ("wald tests, covariances of the random effects estimated",)
-    return tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), notes, more)
+    notes = ["wald tests, covariances of the random effects estimated"]
+    table = tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), (), more)  # type: ignore[arg-type]
+    table = pd.DataFrame(table)
+    fixed = (table["effect"] == "fixed").to_numpy()
+    if level is not None:
+        check_level(level)
+        width = normal_quantile(0.5 + level / 2) * table["std_error"].where(fixed)
+        table = table.assign(lower=table["estimate"] - width, upper=table["estimate"] + width)
+        notes.append(f"{100 * level:g} % intervals of the fixed effects")
+    if exponentiate:
+        ratio = np.exp(table["estimate"].where(fixed))
+        table["std_error"] = (ratio * table["std_error"]).where(fixed, table["std_error"])
+        for name in [own for own in ("estimate", "lower", "upper") if own in table]:
+            table[name] = np.exp(table[name].where(fixed)).where(fixed, table[name])
+        notes.append(f"fixed effects are {EXPONENTIATED[fitted.family.link]}")
+    return NotedTable(table, tuple(notes))
 
 
 def generalized_glance(fitted: GeneralizedFitted) -> pd.DataFrame:

@@ -60,6 +60,11 @@ def means(
     if not isinstance(m, MarginalMeans):
         raise TypeError(f"means() draws what fit.emmeans(...) returns, got {type(m).__name__}")
     check_level_named("alpha", alpha)
+    if arrows and m.ratio:
+        raise ValueError(
+            "arrows show which differences are significant, and these means are compared by ratios: arrows=False, or "
+            "means with scale='link'"
+        )
     frame = pd.DataFrame(m.to_frame())
     panels = _panels(frame, list(m.by))
     others = [name for name in m.cells.columns if name not in m.by]

@@ -55,7 +55,7 @@ def default_adjustment(method: Any) -> str:
     return METHODS[method_named(method)] if isinstance(method, str) else "none"
 
 
-def contrast_weights(method: Any, names: list[str], ref: Any = None) -> dict[str, np.ndarray]:
+def contrast_weights(method: Any, names: list[str], ref: Any = None, between: str = " - ") -> dict[str, np.ndarray]:
     """Contrasts of k means.
 
     Args:
@@ -64,6 +64,7 @@ def contrast_weights(method: Any, names: list[str], ref: Any = None) -> dict[str
             columns.
         names: of the k means.
         ref: the control of ``"trt.vs.ctrl"``, by name or position.
+        between: what stands between the names of two means.
 
     Returns:
         dict name -> ``(k,)``.
@@ -84,15 +85,15 @@ def contrast_weights(method: Any, names: list[str], ref: Any = None) -> dict[str
     method = method_named(method)
     if method in CONTROLLED:
         at = _control(method, names, ref)
-        return {f"{names[i]} - {names[at]}": eye[i] - eye[at] for i in range(k) if i != at}
+        return {f"{names[i]}{between}{names[at]}": eye[i] - eye[at] for i in range(k) if i != at}
     if ref is not None:
         raise ValueError(f"ref= is the control of method='trt.vs.ctrl'; method={method!r} has none")
     if method == "pairwise":
-        return {f"{names[i]} - {names[j]}": eye[i] - eye[j] for i, j in itertools.combinations(range(k), 2)}
+        return {f"{names[i]}{between}{names[j]}": eye[i] - eye[j] for i, j in itertools.combinations(range(k), 2)}
     if method == "revpairwise":
-        return {f"{names[j]} - {names[i]}": eye[j] - eye[i] for j in range(k) for i in range(j)}
+        return {f"{names[j]}{between}{names[i]}": eye[j] - eye[i] for j in range(k) for i in range(j)}
     if method == "consec":
-        return {f"{names[i + 1]} - {names[i]}": eye[i + 1] - eye[i] for i in range(k - 1)}
+        return {f"{names[i + 1]}{between}{names[i]}": eye[i + 1] - eye[i] for i in range(k - 1)}
     if method == "mean_chg":
         return {f"{names[i - 1]}|{names[i]}": np.repeat([-1.0 / i, 1.0 / (k - i)], [i, k - i]) for i in range(1, k)}
     if method == "poly":
@@ -211,7 +212,7 @@ def written(weights: np.ndarray, names: Sequence[str]) -> str:
 
 
 def interaction_weights(
-    method: Any, interaction: Any, levels: Mapping[str, list[str]], ref: Any
+    method: Any, interaction: Any, levels: Mapping[str, list[str]], ref: Any, between: str = " - "
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Products of contrasts over factors.
 
@@ -219,6 +220,7 @@ def interaction_weights(
         method: of every factor where ``interaction`` is True. levels: factor -> names of its levels.
         interaction: see :meth:`~mixjax.inference.fixed.marginal_means.MarginalMeans.contrasts`.
         ref: the control of ``"trt.vs.ctrl"``, for every factor that has that method; or a dict factor -> control.
+        between: as of :func:`contrast_weights`.
 
     Returns:
         names of the contrasts, a column for every factor, and weights ``(r, k)`` of the cells, the last factor varying
@@ -240,7 +242,7 @@ def interaction_weights(
     names: list[tuple[str, ...]] = [()]
     for factor, one in chosen.items():
         own = (ref.get(factor) if isinstance(ref, Mapping) else ref) if one in CONTROLLED else None
-        found = contrast_weights(one, levels[factor], own)
+        found = contrast_weights(one, levels[factor], own, between)
         weights = np.kron(weights, np.reshape(list(found.values()), (-1, len(levels[factor]))))
         names = [(*before, name) for before in names for name in found]
     columns = [f"{factor}_{one}" for factor, one in chosen.items()]

@@ -126,6 +126,33 @@ class FixedPart:
                 f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"
             ) from error
 
+    def effects(self, grid: pd.DataFrame) -> list[np.ndarray]:
+        """Columns ``(g, q)`` of every random term in the rows of a grid; numbers that only these read are held at their
+        means.
+
+        Raises:
+            DataError: they read a factor that is not among the fixed effects.
+        """
+        table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
+        for name in dict.fromkeys(name for part in self.state.random for name in part.effects.columns):
+            column = self.frame[name]
+            if name in self.variables:
+                dtype: Any = float if self.is_number(name) else column.dtype
+                table[name] = pd.Series(list(grid[name]), dtype=dtype)
+            elif pd.api.types.is_numeric_dtype(column.dtype) and column.dtype != np.bool_:
+                table[name] = float(column.mean())
+            else:
+                raise DataError(
+                    f"the random effects read '{name}', a factor that is not among the fixed effects, so a mean over "
+                    "them has no value of it; add it to the fixed effects, or use predict(integrate=True)"
+                )
+        try:
+            return [part.of(table) for part in self.state.random]
+        except (FormulaError, DataError) as error:
+            raise DataError(
+                f"the random effects cannot be evaluated at {described(grid)} (change it with at=): {error}"
+            ) from error
+
     def weights(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Averaged rows ``(k, f)`` -> weights ``(k, p)`` of the fixed effects, and what those leave open ``(k, d)``."""
         return self.state.split(X, self.dependence)

@@ -118,7 +118,8 @@ class MarginalMeans(Reported):
 
         Returns:
             DataFrame: the columns of ``by``, contrast (with ``interaction`` one column for each factor, such as
-            recipe_pairwise), estimate, std_error, df, lower, upper, statistic, p_value. When printed it says how its
+            recipe_pairwise), estimate, std_error, df, lower, upper, statistic, p_value; of ratios ``odds_ratio`` or
+            ``ratio`` in place of estimate, and ``null``, which is 1. When printed it says how its
             numbers came about (``attrs["notes"]``). Holm's and fdr's p values have no intervals: these are
             Bonferroni's.
 
@@ -250,10 +251,10 @@ class MarginalMeans(Reported):
         first = others.iloc[self._groups[0]]
         if _given(interaction):
             levels = {name: list(dict.fromkeys(map(as_text, first[name]))) for name in others.columns}
-            labels, weights = interaction_weights(method, interaction, levels, ref)
+            labels, weights = interaction_weights(method, interaction, levels, ref, self._between)
         else:
             names = [" ".join(map(as_text, row)) for row in first.itertuples(index=False)]
-            found = contrast_weights(method, names, ref)
+            found = contrast_weights(method, names, ref, self._between)
             labels = pd.DataFrame({"contrast": list(found)}, dtype=object)
             weights = np.reshape(list(found.values()), (-1, len(names)))
         n, k = len(self._groups), len(self.W)
@@ -286,6 +287,16 @@ class MarginalMeans(Reported):
         """``(r,)``: do combinations depend on nothing that was left out of the fit?"""
         met: np.ndarray = (np.abs(weights @ self.open) <= 1e-8 * (np.abs(weights) @ np.abs(self.open))).all(axis=1)
         return met
+
+    @property
+    def ratio(self) -> str:
+        """What contrasts are called where they are ratios; empty where they are differences."""
+        return ""
+
+    @property
+    def _between(self) -> str:
+        """What stands between the names of two means that are compared."""
+        return " / " if self.ratio else " - "
 
     @property
     def _groups(self) -> np.ndarray:

@@ -128,6 +128,22 @@ def marginal_means(
     var: str | None = None,
 ) -> MarginalMeans:
     """Averages over a reference grid of what ``rows_of`` makes of its rows."""
+    return means_over_grid(fitted, model, spec, by, at, ddf, level, what, rows_of, var)[0]
+
+
+def means_over_grid(
+    fitted: AnyFitted,
+    model: FixedPart,
+    spec: Any,
+    by: Any,
+    at: Mapping[str, Any] | None,
+    ddf: str,
+    level: float,
+    what: str,
+    rows_of: Callable[[pd.DataFrame], ModelRows],
+    var: str | None = None,
+) -> tuple[MarginalMeans, Grid, ModelRows]:
+    """:func:`marginal_means`, with the grid and what was made of its rows."""
     check_level(level)
     at = {} if at is None else at
     if not isinstance(at, Mapping):
@@ -147,7 +163,8 @@ def marginal_means(
     W, free = model.weights(rows.X.reshape(k, -1, rows.X.shape[1]).mean(axis=1))
     offset = rows.offset.reshape(k, -1).mean(axis=1)
     cautions = _cautions(model, [*shown, *([var] if var else [])], grid)
-    return MarginalMeans(fitted, grid.cells, tuple(groups), W, offset, free, title, ddf, level, cautions)
+    means = MarginalMeans(fitted, grid.cells, tuple(groups), W, offset, free, title, ddf, level, cautions)
+    return means, grid, rows
 
 
 def _cautions(model: FixedPart, shown: list[str], grid: Grid) -> tuple[str, ...]:
