@@ -92,6 +92,8 @@ def predict(
     """
     random = _checked(fitted, random, scale, integrate, allow_new_levels, interval, level)
     new_response = interval == "prediction"
+    if size is not None and not (new_response and fitted.family.support == "trials"):
+        raise ValueError("size= are numbers of trials of new binomial responses, interval='prediction'")
     what = "interval of a new response" if new_response else "average over new levels" if integrate else None
     effects = effects_included(fitted.labels, random)
     trials = new_response and fitted.family.support == "trials"
@@ -289,8 +291,6 @@ def _trials(fitted: GeneralizedFitted, asked: Asked, size: Any, newdata: Any, tr
                 InferenceWarning,
             )
         return asked.size if trials else None
-    if not trials:
-        raise ValueError("size= are numbers of trials of new binomial responses, interval='prediction'")
     try:
         n: np.ndarray = np.broadcast_to(np.asarray(size, np.float64), (len(asked.index),))[asked.complete]
     except ValueError:

@@ -16,6 +16,8 @@ REACH = 8.0
 # They stand as close as the distribution function is wide in eta, one over the root of the information on eta: there
 # the rule is exact to 1e-9. Never fewer than the first number, never more than the second.
 LEAST, MOST = 64, 4096
+# Where the information is looked at, in standard deviations of the predictor.
+WHERE = (-3.0, -1.5, 0.0, 1.5, 3.0)
 # Numbers worked on at the same time.
 CHUNK = 2**20
 # Cumulative probabilities are equal up to this.
@@ -66,9 +68,7 @@ class Mixture(NamedTuple):
 
     def _parts(self) -> Iterator[tuple[Mixture, Nodes]]:
         """Some targets at a time, with as many nodes as the sharpest of all asks for."""
-        information = np.asarray(self.family.expected(self.eta, self.size, self.psi).w)
-        sharpness = np.sqrt(self.variance * np.where(np.isfinite(information), information, 0.0))
-        n = int(np.clip(np.ceil(2.0 * REACH * sharpness.max(initial=0.0)), LEAST, MOST))
+        n = int(np.clip(np.ceil(2.0 * REACH * self._sharpness()), LEAST, MOST))
         z = np.linspace(-REACH, REACH, n + 1)
         weights = np.exp(-0.5 * z**2)
         weights /= weights.sum()
@@ -83,6 +83,17 @@ class Mixture(NamedTuple):
                 own = np.where(np.asarray(self.family.mean(eta)) > 0, own, 0.0)
             total = own.sum(1, keepdims=True)
             yield part, Nodes(eta, np.where(total > 1.0 - LOST, own / total, np.nan))
+
+    def _sharpness(self) -> float:
+        """The standard deviation of predictors in widths of the distribution function, where it is largest."""
+        if not self.family.has_expected:
+            return 0.0
+        deviation = np.sqrt(np.maximum(self.variance, 0.0))
+        found = 0.0
+        for z in WHERE:
+            information = np.asarray(self.family.expected(self.eta + z * deviation, self.size, self.psi).w)
+            found = max(found, float(np.nanmax(deviation * np.sqrt(information), initial=0.0)))
+        return found
 
     @staticmethod
     def _joined(parts: list[np.ndarray]) -> np.ndarray:
