@@ -262,3 +262,16 @@ def test_tidy_has_ratios_and_intervals(cbpp):
         with_link(cbpp, "probit").tidy(exponentiate=True)
     with pytest.raises(ValueError, match="True or False"):
         cbpp.tidy(exponentiate="odds")
+
+
+def test_marginaleffects_takes_a_fit(cbpp):
+    me = pytest.importorskip("marginaleffects")
+    from mixjax.inference.fixed.marginaleffects import to_marginaleffects
+
+    for scale in ("link", "response"):
+        found = me.predictions(to_marginaleffects(cbpp.record, scale), by="period").sort("period")
+        means = cbpp.emmeans("period", scale=scale).to_frame()
+        np.testing.assert_allclose(found["estimate"], means["estimate"], rtol=1e-10)
+        np.testing.assert_allclose(found["std_error"], means["std_error"], rtol=1e-4)
+    with pytest.raises(ValueError, match="scale must be"):
+        to_marginaleffects(cbpp.record, "odds")

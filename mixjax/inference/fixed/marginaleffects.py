@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,11 @@ from mixjax.fitted.record import Fitted
 from mixjax.formula.table import level_name
 from mixjax.inference.fixed.grid import FixedPart
 
+if TYPE_CHECKING:
+    from mixjax.fitted.either import AnyFitted
 
-def to_marginaleffects(fitted: Fitted) -> Any:
+
+def to_marginaleffects(fitted: AnyFitted, scale: str = "link") -> Any:
     """A model for ``marginaleffects.predictions``, ``comparisons``, ``slopes`` and the like.
 
     Predictions are population means, random effects zero, with the covariance of the fixed effects that takes theta as
@@ -22,16 +25,24 @@ def to_marginaleffects(fitted: Fitted) -> Any:
 
         marginaleffects.slopes(to_marginaleffects(fit.record), variables="temp", by="recipe", eps_vcov=1.0)
 
+    Of a generalised linear mixed model predictions are linear predictors, or means of the response of the median
+    subject, with a covariance that takes account of theta being estimated. Means on ``scale="response"`` are not
+    linear: leave ``eps_vcov`` at its default.
+
     Args:
         fitted: the fit. Not one whose columns were left out, for there nobody checks which means can be estimated.
+        scale: ``"link"`` or ``"response"``; of a linear mixed model they are one.
 
     Returns:
         A ``marginaleffects`` model. Needs ``pip install marginaleffects`` (0.6, whose comparisons of categories need
         polars < 2).
 
     Raises:
-        ImportError: marginaleffects is missing. ValueError: columns of X were left out.
+        ImportError: marginaleffects is missing. ValueError: columns of X were left out; no such scale.
     """
+    if scale not in ("link", "response"):
+        raise ValueError(f"scale must be 'link' or 'response', got {scale!r}")
+    transformed = scale == "response" and not isinstance(fitted, Fitted)
     try:
         from marginaleffects.classes import ModelAbstract, ModelVault
         from marginaleffects.utils import ingest
@@ -75,6 +86,8 @@ def to_marginaleffects(fitted: Fitted) -> Any:
 
             rows = newdata if isinstance(newdata, np.ndarray) else self.get_exog(newdata)
             estimate = rows[:, :-1] @ np.asarray(params) + rows[:, -1]
+            if transformed:
+                estimate = np.asarray(fitted.family.mean(estimate))  # type: ignore[union-attr]
             return pl.DataFrame({"rowid": np.arange(len(estimate), dtype=np.int32), "estimate": estimate})
 
         def get_df(self) -> float:
