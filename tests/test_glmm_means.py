@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from glmm_cases import fit_of
 
 import mixjax as mj
@@ -95,7 +96,13 @@ def test_tests_of_ratios_are_those_of_the_link(cbpp):
 
 
 def test_other_links_have_differences_of_means(cbpp):
-    found = with_link(cbpp, "probit").emmeans("period", scale="response").contrasts()
+    probit = with_link(cbpp, "probit")
+    means, link = (probit.emmeans("period", scale=scale).to_frame() for scale in ("response", "link"))
+    for name in ("estimate", "lower", "upper"):
+        np.testing.assert_allclose(means[name], scipy.stats.norm.cdf(link[name]), rtol=1e-12)
+    slope = scipy.stats.norm.pdf(link["estimate"])
+    np.testing.assert_allclose(means["std_error"], slope * link["std_error"], rtol=1e-12)
+    found = probit.emmeans("period", scale="response").contrasts()
     assert found["contrast"].tolist()[0] == "1 - 2"
     np.testing.assert_allclose(found[DIFFERENCES.columns], DIFFERENCES, rtol=2e-6, atol=1e-9)
 

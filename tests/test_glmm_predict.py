@@ -526,6 +526,10 @@ def test_without_a_hessian_there_are_means_but_no_errors(crossed):
         found = fit.predict(interval="confidence")
     assert np.isfinite(found["estimate"]).all()
     assert found[["std_error", "lower", "upper"]].isna().all(axis=None)
+    with pytest.warns(mj.InferenceWarning, match="no standard errors"):
+        found = fit.predict(interval="prediction")
+    assert np.isfinite(found["estimate"]).all()
+    assert found[["std_error", "lower", "upper"]].isna().all(axis=None)
 
 
 def test_effects_without_variance_have_no_error():
@@ -534,3 +538,33 @@ def test_effects_without_variance_have_no_error():
     assert fit.is_singular
     found = fit.predict(interval="confidence", scale="link")
     assert np.isfinite(found).all(axis=None)
+
+
+def test_weighted_rows_are_rows_repeated():
+    data = trials(9, 10, 6)
+    weight = np.random.default_rng(0).integers(1, 4, len(data))
+    weighted = mj.glmm("s ~ x + (1 | g)", data.assign(w=weight), "binomial", size="n", weights="w")
+    repeated = mj.glmm("s ~ x + (1 | g)", data.loc[data.index.repeat(weight)], "binomial", size="n")
+    new = data.iloc[[3, 20, 41]]
+    for arguments in (
+        {"interval": "confidence"},
+        {"interval": "prediction"},
+        {"interval": "confidence", "integrate": True},
+    ):
+        found = weighted.predict(new, **arguments)
+        np.testing.assert_allclose(found, repeated.predict(new, **arguments), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"nagq": 5}, {"curvature": "expected"}])
+def test_other_approximations_are_predicted_from_too(options):
+    """Estimates differ; errors are those of their own Hessian and of the observed curvature at their modes."""
+    fit = mj.glmm("s ~ x + (1 | g)", trials(9, 10, 6), "binomial", link="probit", size="n", **options)
+    record = fit.record
+    link = fit.predict(scale="link", interval="confidence")
+    K = conditional_covariances(record.rows, record.estimates)[0][:, 0, 0]
+    group = np.asarray(fit.design.terms[0].group)
+    slopes = record.mode_slopes[0][:, group, 0].T.copy()
+    slopes[:, :2] += np.asarray(fit.design.X)
+    want = K[group] + np.einsum("mi,ij,mj->m", slopes, record.estimates.vcov_all, slopes)
+    np.testing.assert_allclose(link["std_error"], np.sqrt(want), rtol=1e-9)
+    np.testing.assert_allclose(link["estimate"], fit.linear_predictor, rtol=1e-10)

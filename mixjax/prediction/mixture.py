@@ -117,7 +117,8 @@ class Mixture(NamedTuple):
         else:
             scale, back = SCALES[self.family.support]
             found = back(_root(lambda t: excess(back(t)), scale(center)))
-        return np.where(np.isfinite(nodes.weights).all(1), found, np.nan)
+        known = np.isfinite(nodes.weights).all(1) & np.isfinite(self.eta + self.variance)
+        return np.where(known, found, np.nan)
 
 
 class Nodes(NamedTuple):

@@ -15,7 +15,8 @@ from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.equations import covariances_with_slopes
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.parameters import is_covariance
-from mixjax.inference.fixed.families import Combinations
+from mixjax.inference.fixed.contrasts import ddf_note
+from mixjax.inference.fixed.families import COLUMNS, Combinations, family_tests
 from mixjax.inference.fixed.grid import FixedPart
 from mixjax.inference.fixed.marginal_means import Contrasts, MarginalMeans
 from mixjax.inference.fixed.means import means_over_grid
@@ -148,19 +149,21 @@ class ResponseMeans(MarginalMeans):
 
     def to_frame(self) -> pd.DataFrame:
         """The cells with estimate, std_error, df, lower, upper on the scale of the response; printed with notes."""
-        frame, family = super().to_frame(), self.fitted.family  # type: ignore[union-attr]
-        notes = frame.attrs["notes"]
-        exists = self.estimable(np.eye(len(self.W)))
-        found = self._delta(np.eye(len(self.W)))
+        every, family = np.eye(len(self.W)), self.fitted.family  # type: ignore[union-attr]
+        found = self._delta(every)
         if self.averaged:
             lower, upper = family.mean_interval(found.estimate, found.std_error, normal_quantile(0.5 + self.level / 2))
-            about = f"averaged over random effects; intervals by way of the {family.link} of the means"
+            known = family.link != "custom"
+            about = f"intervals by way of the {family.link} of the means" if known else "intervals, symmetric"
         else:
-            lower, upper = family.mean_between(frame["lower"].to_numpy(float), frame["upper"].to_numpy(float))
-            about = f"intervals transformed from the scale of the {family.link}; {MEDIAN}"
-        columns = {"estimate": found.estimate, "std_error": found.std_error, "lower": lower, "upper": upper}
-        frame = pd.DataFrame(frame).assign(**{name: np.where(exists, own, np.nan) for name, own in columns.items()})
-        return NotedTable(frame, (f"{notes[0]}, {about}", *self._notes(frame)))
+            link = family_tests(super().combinations(every), level=self.level).table
+            lower, upper = family.mean_between(link["lower"].to_numpy(float), link["upper"].to_numpy(float))
+            about = f"intervals transformed from the scale of the {family.link} link; {MEDIAN}"
+        own = (found.estimate, found.std_error, found.df, lower, upper)
+        missing = np.isnan(found.estimate)
+        columns = {name: np.where(missing, np.nan, one) for name, one in zip(COLUMNS[:5], own, strict=True)}
+        frame = pd.concat([self.cells, pd.DataFrame(columns)], axis=1)
+        return NotedTable(frame, (f"{ddf_note(self.ddf)}, {100 * self.level:g} % {about}", *self._notes(frame)))
 
     def combinations(self, weights: np.ndarray) -> Combinations:
         """Linear combinations ``(r, k)`` of the means; of the predictors where contrasts are ratios."""
