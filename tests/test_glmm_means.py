@@ -141,6 +141,13 @@ def test_pictures_of_means(cbpp):
         plots.means(cbpp.emmeans("period", scale="response"))
     plots.means(cbpp.emmeans("period", scale="response"), arrows=False)
     plots.means(cbpp.emmeans("period", integrate=True))
+    ax = plots.contrasts(cbpp.emmeans("period", scale="response").contrasts())
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "odds ratio"
+    shown = sorted(x for line in ax.lines if line.get_marker() == "o" for x in line.get_xdata())
+    np.testing.assert_allclose(shown, np.sort(PAIRS["odds_ratio"]), rtol=1e-8)
+    filled = [line for line in ax.lines if line.get_marker() == "o" and line.get_markerfacecolor() != "none"]
+    assert sum(len(line.get_xdata()) for line in filled) == 3
 
 
 # --- averaged over random effects -----------------------------------------------------------------------------------

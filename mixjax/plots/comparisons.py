@@ -9,6 +9,7 @@ import pandas as pd
 
 from mixjax.checks import DataError
 from mixjax.inference.fixed.grid import as_text
+from mixjax.inference.fixed.generalized_means import RATIOS
 from mixjax.inference.fixed.marginal_means import MarginalMeans, check_level_named
 from mixjax.plots.arrows import Arrows, comparison_arrows
 from mixjax.plots.canvas import (
@@ -125,7 +126,8 @@ def _draw(ax: Axes, estimate: np.ndarray, place: np.ndarray, found: Arrows) -> N
 
 
 def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
-    """Estimates with their intervals and a line at zero; filled where the interval leaves zero out.
+    """Estimates with their intervals and a line at zero; filled where the interval leaves zero out. Ratios stand on a
+    logarithmic axis, with a line at 1.
 
     Args:
         table: of ``MarginalMeans.contrasts()`` or ``eff_size()``, or of ``fit.test(..., joint=False)``; a panel for
@@ -146,12 +148,15 @@ def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['B - C', 'A - C', 'A - B']
     """
-    if not isinstance(table, pd.DataFrame) or any(name not in table.columns for name in NEEDED):
+    columns = table.columns if isinstance(table, pd.DataFrame) else []
+    value = next((name for name in RATIOS.values() if name in columns and "null" in columns), "estimate")
+    ratio = value != "estimate"
+    if any(name not in columns for name in (value, *NEEDED[1:])):
         raise DataError(
             "contrasts() draws a table with the columns estimate, lower and upper, as contrasts() returns it"
         )
     frame = pd.DataFrame(table).reset_index(drop="contrast" in table.columns)
-    labels = list(frame.columns[: list(frame.columns).index("estimate")])
+    labels = list(frame.columns[: list(frame.columns).index(value)])
     by = labels[: labels.index("contrast")] if "contrast" in labels else []
     shown = [name for name in labels if name not in by]
     names = [" ".join(map(as_text, row)) for row in frame[shown].itertuples(index=False)]
@@ -161,14 +166,17 @@ def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
     axes = many(len(panels), ax, f"contrasts of {len(panels)} cells", 3, size, sharex=True)
     for each, (where, rows) in zip(axes, panels, strict=True):
         place = np.arange(len(rows))[::-1]
-        estimate, lower, upper = (frame[name].to_numpy(float)[rows] for name in NEEDED)
-        reference(each, axis="x")
+        estimate, lower, upper = (frame[name].to_numpy(float)[rows] for name in (value, *NEEDED[1:]))
+        null = 1.0 if ratio else 0.0
+        if ratio:
+            each.set_xscale("log")
+        reference(each, null, axis="x")
         each.hlines(place, lower, upper, color=palette().data, lw=1.6)
-        outside = (lower > 0) | (upper < 0)
+        outside = (lower > null) | (upper < null)
         for which, fill in ((outside, palette().data), (~outside, "none")):
             each.plot(estimate[which], place[which], "o", ms=6, color=palette().data, mfc=fill, ls="none")
         each.set_ylim(-0.7, len(rows) - 0.3)
-        each.set_xlabel("estimate")
+        each.set_xlabel(value.replace("_", " "))
         if outer(each, "left") or ax is not None:
             category_ticks(each, [names[i] for i in rows[::-1]], "", "y")
         else:
