@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError
-from mixjax.inference.fixed.grid import as_text
 from mixjax.inference.fixed.generalized_means import RATIOS
+from mixjax.inference.fixed.grid import as_text
 from mixjax.inference.fixed.marginal_means import MarginalMeans, check_level_named
 from mixjax.plots.arrows import Arrows, comparison_arrows
 from mixjax.plots.canvas import (
