@@ -568,3 +568,16 @@ def test_other_approximations_are_predicted_from_too(options):
     want = K[group] + np.einsum("mi,ij,mj->m", slopes, record.estimates.vcov_all, slopes)
     np.testing.assert_allclose(link["std_error"], np.sqrt(want), rtol=1e-9)
     np.testing.assert_allclose(link["estimate"], fit.linear_predictor, rtol=1e-10)
+
+
+def test_errors_after_a_restricted_fit_are_those_of_tmb():
+    """glmmTMB with REML = TRUE, levels known. (Its predictions with re.form = NA are not those of its own fixef.)"""
+    fit = mj.glmm(case("cbpp").formula, case("cbpp").table, "binomial", reml=True)
+    new = case("cbpp").table.iloc[[0, 6, 10, 19, 29]]
+    found = fit.predict(new, scale="link", interval="confidence")
+    estimate = [-0.7886484009, -2.8109983174, -2.5384087167, -1.8141866488, -2.6107727679]
+    error = [0.3796418161, 0.4532986756, 0.4696307797, 0.4243231457, 0.5441050004]
+    np.testing.assert_allclose(found["estimate"], estimate, rtol=1e-7)
+    np.testing.assert_allclose(found["std_error"], error, rtol=1e-7)
+    median = fit.predict(new.iloc[:1], random=False, scale="link", interval="confidence")
+    assert median.iloc[0, :2].tolist() == pytest.approx([fit.fixef.iloc[0], fit.se.iloc[0]], rel=1e-10)

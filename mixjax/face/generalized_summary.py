@@ -123,7 +123,7 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
     own = [("family", family, name, value) for name, value in dispersion(fitted).items()]
     more = pd.DataFrame(own, columns=["effect", "group", "term", "estimate"])
     notes = ["wald tests, covariances of the random effects estimated"]
-    table = tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), (), more)  # type: ignore[arg-type]
+    table = tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), (), more)
     table = pd.DataFrame(table)
     fixed = (table["effect"] == "fixed").to_numpy()
     if level is not None:
