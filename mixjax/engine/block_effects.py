@@ -21,6 +21,8 @@ from mixjax.products.sums import Layout
 
 # Levels of the first factor meet few of the other effects: products are sparse up to this part of all pairs.
 MOST_FULL = 0.2
+# Matrices of no more numbers than this are full always: to make a sparse one takes as long as to multiply them.
+LEAST_SPARSE = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,8 @@ class Pattern:
 
     @cached_property
     def is_sparse(self) -> bool:
-        return len(self.rows) < MOST_FULL * self.m * self.d
+        pairs = self.m * self.d
+        return pairs > LEAST_SPARSE and len(self.rows) < MOST_FULL * pairs
 
     @cached_property
     def _starts(self) -> Array:

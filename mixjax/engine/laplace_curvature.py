@@ -22,6 +22,7 @@ what moves the mode stays as it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,6 +198,61 @@ def closed_form(
     Hessian = Hessian + fg + xp.swapaxes(fg, 0, 1)
     value = 2.0 * total(c) + penalty + of_det.logdet
     return ClosedForm(value, gradient, Hessian, fisher, scores)
+
+
+class Slope(NamedTuple):
+    """F at the modes without its Hessian, by T directions as in :class:`ClosedForm`.
+
+    Attributes:
+        value: ``(L,)``. gradient: ``(T, L)``. scores: ``(directions (T, L)) -> (*effects, L)``, how g moves along a sum
+            of directions.
+    """
+
+    value: Array
+    gradient: Array
+    scores: Callable[[Array], Array]
+
+
+def slope_at(
+    effects: CurvedEffects, lambdas: list[Array], data: Data, at: Derivatives, expected: Expected | None, penalty: Array
+) -> Slope:
+    """:func:`closed_form` as far as the gradient, in a small part of the time: the mode's move is met once, in its
+    adjoint, and not in every direction. Arguments as there."""
+    xp, rows, own = namespace(at.by_eta[0]), effects.row_axes, len(effects.effect_shape)
+    c, c1, c2, c3, _ = at.by_eta
+    gain = effects.gain(lambdas, effects.normal(c2))
+    w1, of_det = (
+        (c3, gain) if expected is None else (expected.by_eta[0], effects.gain(lambdas, effects.normal(expected.w)))
+    )
+
+    def total(values: Array) -> Array:
+        return values.sum(tuple(range(-1 - rows, -1)))
+
+    g = -effects.effects(c1)
+    k = effects.leverages(of_det)
+    e = effects.effects(w1 * k)
+    Ke = gain.solve(e)
+    kappa = effects.rows(Ke)
+    by_eta = 2.0 * c1 + k * w1 - kappa * c2
+    gradient = [total(by_eta * column) for column in data.X]
+    for i, part in enumerate(at.by_psi):
+        of_weight = part[2] if expected is None else expected.by_psi[i][0]
+        gradient.append(total(2.0 * part[0] + k * of_weight - kappa * part[1]))
+    Eg = effects.moved(g)
+    of_D = effects.traces_of_N(of_det) - _inner(Eg, g, own) + _inner(Eg, e - gain.times_A(Ke), own)
+    pushes = [c2 * column for column in data.X] + [part[1] for part in at.by_psi]
+    n = len(pushes)
+
+    def scores(change: Array) -> Array:
+        push = sum((own * step for own, step in zip(pushes, change[:n], strict=True)), xp.zeros_like(c1))
+        h = effects.effects(push)
+        shape = (len(Eg), *(1,) * own, change.shape[-1])
+        moved = (Eg * change[n:].reshape(shape)).sum(0)
+        db = moved - gain.solve(h + gain.times_A(moved))
+        return -(h + gain.times_A(db))
+
+    value = 2.0 * total(c) + penalty + of_det.logdet
+    return Slope(value, xp.concatenate([xp.stack(gradient), of_D]) if gradient else of_D, scores)
 
 
 def _inner(a: Array, b: Array, axes: int) -> Array:

@@ -124,6 +124,17 @@ class Model:
         found: Derivatives = data.weighted(self.family.derivatives(eta, data.y, data.size, psi))
         return found
 
+    def kernel(self, eta: Array, psi: Array) -> tuple[Array, Array]:
+        """Minus log density but for what eta does not change, and its slope by eta."""
+        data = self.data
+        found: tuple[Array, Array] = data.weighted(self.family.kernel(eta, data.y, data.size, psi))
+        return found
+
+    def factored(self, eta: Array, psi: Array) -> tuple[Array, Array, Array] | None:
+        """:meth:`mixjax.families.Family.factored` where rows have no weights."""
+        data = self.data
+        return self.family.factored(eta, data.y, data.size, psi) if data.weights is None else None
+
     def expected_curvature(self, eta: Array, psi: Array) -> Expected:
         found: Expected = self.data.weighted(self.family.expected(eta, self.data.size, psi))
         return found

@@ -96,8 +96,8 @@ class _Moments:
 def moment_form(
     model: Model, lambdas: list[Array], fixed: Array, v: Array, longest: Any = LONGEST
 ) -> tuple[Array, Array, Array, ClosedForm]:
-    """One Newton step of the modes from ``b = D v``, and the closed form there: v, b, twice what the step promised
-    ``(L,)``, and the form; of the observed curvature."""
+    """Newton's step of the modes from ``b = D v``, a second one by Taylor's series, and the closed form there: v, b,
+    twice what the second step promised ``(L,)``, and the form; of the observed curvature."""
     effects, columns = model.effects, model.columns
     assert isinstance(effects, OneFactor)
     assert columns is not None
@@ -119,6 +119,17 @@ def moment_form(
     new_v, b, inner = step_of_modes(effects, gain, g, start, v, longest)
     for M in (S, *P):
         M.moved(b - start)
+    # The sums are known there too, so that a second step takes no row.
+    again_v, again, left = step_of_modes(
+        effects, effects.gain(lambdas, matrix(S, 2)), -xp.stack([S(1, a) for a in z]), b, new_v, longest
+    )
+    small = inner < 1.0
+    # Taylor's series leaves the fourth power of the first step.
+    left = xp.where(small, left + inner * inner, inner)
+    new_v, again = xp.where(small, again_v, new_v), xp.where(small, again, b)
+    for M in (S, *P):
+        M.moved(again - b)
+    b, inner = again, left
 
     gain = effects.gain(lambdas, matrix(S, 2))
     K = gain.K

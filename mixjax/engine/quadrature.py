@@ -40,7 +40,7 @@ from mixjax import decompositions, linalg
 from mixjax.covariance import rank_tolerance, stack_of
 from mixjax.engine.laplace_model import Model
 from mixjax.families import Derivatives
-from mixjax.machine import Array, fori_loop, namespace
+from mixjax.machine import Array, as_laid_out, fori_loop, namespace
 from mixjax.products.family_rows import FamilyRows
 
 MOST_NODES, MOST_EFFECTS, MOST_PRODUCTS = 100, 3, 15625
@@ -92,28 +92,28 @@ def lower_root(Lambda: Array) -> Array:
     return Lambda if len(Lambda) == 1 else decompositions.lower_factor(Lambda, rank_tolerance(Lambda.dtype))
 
 
-def lower_root_slopes(F: np.ndarray, dF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def lower_root_slopes(F: Array, dF: Array) -> tuple[Array, Array]:
     """:func:`lower_root` of ``F (q, q, ...)``, and its derivatives where F moves by ``dF (T, q, q, ...)``.
 
     A zero column has none; what is even in it needs none.
     """
-    q, rtol = len(F), rank_tolerance(F.dtype)
+    xp, q, rtol = namespace(F, dF), len(F), rank_tolerance(F.dtype)
     rest, moved, columns, slopes = F, dF, [], []
     for j in range(q):
         row, d_row = rest[j], moved[:, j]
         square = (row * row).sum(0)
         independent = square > rtol**2 * (F[j] * F[j]).sum(0)
-        length = np.sqrt(np.where(independent, square, 1.0))
-        unit = np.where(independent, row / length, 0.0)
-        d_unit = np.where(independent, (d_row - unit * (unit * d_row).sum(1)[:, None]) / length, 0.0)
+        length = xp.sqrt(xp.where(independent, square, 1.0))
+        unit = xp.where(independent, row / length, 0.0)
+        d_unit = xp.where(independent, (d_row - unit * (unit * d_row).sum(1)[:, None]) / length, 0.0)
         below = (np.arange(q) >= j).reshape(q, *(1,) * (F.ndim - 2))
-        column = np.where(below, (rest * unit).sum(1), 0.0)
-        d_column = np.where(below, (moved * unit).sum(2) + (rest * d_unit[:, None]).sum(2), 0.0)
+        column = xp.where(below, (rest * unit).sum(1), 0.0)
+        d_column = xp.where(below, (moved * unit).sum(2) + (rest * d_unit[:, None]).sum(2), 0.0)
         columns.append(column)
         slopes.append(d_column)
         rest = rest - column[:, None] * unit
         moved = moved - d_column[:, :, None] * unit - column[:, None] * d_unit[:, None]
-    return np.stack(columns, 1), np.stack(slopes, 2)
+    return xp.stack(columns, 1), xp.stack(slopes, 2)
 
 
 def inverse_root(H: Array) -> Array:
@@ -201,8 +201,28 @@ class Correction(NamedTuple):
     by_factor: Array
 
 
+def of_covariances(
+    effects: Any, Lambda: Array, scaled: Scales, A: Array, g: Array, f: Array, M: Array, V: Array
+) -> tuple[Array, Array]:
+    """``by_D`` and ``by_factor`` of :class:`Correction`; letters as above, f as in the closed form."""
+    SV = linalg.matmul(scaled.S, V)
+    Y = linalg.matmul(SV, linalg.transpose(scaled.S))
+    AL = linalg.matmul(A, Lambda[:, :, None])
+    by_factor = 2.0 * (linalg.matmul(M, linalg.transpose(scaled.S)) - linalg.matmul(AL, Y)).sum(2)
+    return (effects.moved(g) * f[None]).sum((1, 2)), by_factor
+
+
+def without_middle(rule: Rule) -> tuple[float, np.ndarray, np.ndarray]:
+    """Weight of the mode itself, where nothing is left; nodes and logarithms of weights of the others."""
+    middle = ~rule.nodes.any(1)
+    return float(np.exp(rule.log_weights[middle]).sum()), rule.nodes[~middle], rule.log_weights[~middle]
+
+
 def correction(model: Model, rule: Rule, lambdas: list[Array], Lambda: Array, fixed: Array, b: Array) -> Correction:
     """The correction at the modes ``b (q, m, L)``, for effects level by level.
+
+    A node costs a density with its slope and three sums over rows; what Taylor's formula takes away is known by level,
+    and is taken away at the end.
 
     Args:
         lambdas: per term a factor of its covariance. Lambda: ``(q, q, L)`` the lower triangular factor of all.
@@ -211,43 +231,62 @@ def correction(model: Model, rule: Rule, lambdas: list[Array], Lambda: Array, fi
     xp, p, q = namespace(fixed, b), model.p, len(Lambda)
     eta, psi = model.predictor(fixed, b), fixed[p:]
     at = model.derivatives(eta, psi)
-    c, c1, c2, c3, _ = at.by_eta
-    A = effects.normal(c2)
+    _, c1, c2, c3, _ = at.by_eta
+    A, g = effects.normal(c2), -effects.effects(c1)
     S, C = scales(Lambda, A)
     columns = _row_columns(model, C)
-    nodes, logs = xp.asarray(rule.nodes), xp.asarray(rule.log_weights)
+    begin = effects.units(model.kernel(eta, psi)[0])
+    gC = linalg.matmul(g[None], C)[0]  # (q, m, L)
+    CAC = linalg.matmul(linalg.transpose(C), linalg.matmul(A, C))
+    weight, *others = without_middle(rule)
+    nodes, logs = map(xp.asarray, others)
 
     def add(k: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-        total, P, Q, by_psi = sums
-        t = sum(column * nodes[k, b] for b, column in enumerate(columns))
-        there = model.derivatives(eta + t, psi)
-        left = there.by_eta[1] - c1 - c2 * t
-        part = xp.exp(logs[k] - effects.units(there.by_eta[0] - c - t * (c1 + 0.5 * t * c2)))
-        weight = effects.at_rows(part)
-        counts = weight > 0.0
-        weight = xp.where(counts, weight, 0.0)
+        total, P, Q, first, second, by_psi = sums
+        zeta = [nodes[k, a] for a in range(q)]
+        t = sum(column * own for own, column in zip(zeta, columns, strict=True))
+        new = model.derivatives(eta + t, psi) if at.by_psi else None
+        c, slope = _in_memory(new.by_eta[:2] if new is not None else model.kernel(eta + t, psi))
+        taken = sum(own * gC[a] for a, own in enumerate(zeta))
+        taken = taken - 0.5 * sum(u * v * CAC[a, e] for a, u in enumerate(zeta) for e, v in enumerate(zeta))
+        part = xp.exp(logs[k] + begin - taken - effects.units(c))
+        counts = part > 0.0
+        if not (xp is np and counts.all()):  # densities of nodes that count for nothing need not be finite
+            slope = xp.where(effects.at_rows(counts), slope, 0.0)
+        share = effects.at_rows(part)
+        P = P + share * slope
+        pulled = effects.effects(slope)
+        Q = [own + zeta[a] * part * pulled for a, own in enumerate(Q)]
+        first = [own + zeta[a] * part for a, own in enumerate(first)]
+        second = {(a, e): own + zeta[a] * zeta[e] * part for (a, e), own in second.items()}
+        if new is not None:
+            seen = share > 0.0
+            by_psi = [
+                own + share * xp.where(seen, there[0] - old[0] - t * (old[1] + 0.5 * t * old[2]), 0.0)
+                for own, there, old in zip(by_psi, new.by_psi, at.by_psi, strict=True)
+            ]
+        return total + part, P, Q, first, second, by_psi
 
-        def weighted(values: Array) -> Array:
-            return weight * xp.where(counts, values, 0.0)
-
-        pulled = weighted(left)
-        explicit = [
-            of_psi + weighted(new[0] - old[0] - t * (old[1] + 0.5 * t * old[2]))
-            for of_psi, new, old in zip(by_psi, there.by_psi, at.by_psi, strict=True)
-        ]
-        P = P + pulled - 0.5 * c3 * t**2 * weight
-        return total + part, P, [own + nodes[k, b] * pulled for b, own in enumerate(Q)], explicit
-
-    zero = xp.zeros_like(c)
-    start = (xp.zeros(C.shape[2:], c.dtype), zero, [zero] * q, [zero] * len(at.by_psi))
-    total, P, Q, by_psi = fori_loop(len(rule.nodes), add, start, xp)
-    inverse = effects.at_rows(1.0 / total)
-    M = xp.stack([effects.effects(own * inverse) for own in Q], 1)
+    zero, none = xp.zeros_like(c1), xp.zeros(C.shape[2:], c1.dtype)
+    some = {(a, e): none for a in range(q) for e in range(a, q)}
+    start = (none + weight, weight * c1, [xp.zeros_like(g)] * q, [none] * q, some, [zero] * len(at.by_psi))
+    total, P, Q, first, second, by_psi = fori_loop(len(nodes), add, start, xp)
+    inverse = 1.0 / total
+    first = xp.stack([own * inverse for own in first])
+    moments = stack_of([[second[min(a, e), max(a, e)] * inverse for e in range(q)] for a in range(q)])
+    # What is left of the slopes: c1 + c2 t + c3 t^2 / 2 taken away.
+    squares = sum(
+        columns[a] * columns[e] * effects.at_rows(moments[a, e] if a == e else 2.0 * moments[a, e]) for a, e in some
+    )
+    along_first = sum(column * effects.at_rows(own) for column, own in zip(columns, first, strict=True))
+    P = P * effects.at_rows(inverse) - c1 - c2 * along_first - 0.5 * c3 * squares
+    taken = g[:, None] * first[None] - linalg.matmul(linalg.matmul(A, C), moments)
+    M = xp.stack([own * inverse for own in Q], 1) + taken
     MC = linalg.matmul(linalg.transpose(M), C)
     V = stack_of([[MC[max(a, b), min(a, b)] for b in range(q)] for a in range(q)])
     CV = linalg.matmul(C, V)
     kappa = sum(u * v for u, v in zip(_row_columns(model, CV), columns, strict=True))
-    omega = 2.0 * P * inverse - kappa * c3
+    omega = 2.0 * P - kappa * c3
 
     gain = effects.gain(lambdas, A)
     h = effects.effects(omega)
@@ -258,14 +297,16 @@ def correction(model: Model, rule: Rule, lambdas: list[Array], Lambda: Array, fi
     def over_rows(values: Array) -> Array:
         return values.sum(tuple(range(-1 - effects.row_axes, -1)))
 
-    by_fixed = [over_rows((omega - c2 * along) * column) for column in model.data.X]
+    left = omega - c2 * along
+    by_fixed = [over_rows(left * column) for column in model.data.X]
     for own, old in zip(by_psi, at.by_psi, strict=True):
-        by_fixed.append(over_rows(2.0 * own * inverse - kappa * old[2] - along * old[1]))
-    g = -effects.effects(c1)
-    by_D = (effects.moved(g) * f[None]).sum((1, 2))
-    SV = linalg.matmul(S, V)
-    L = Lambda[:, :, None]
-    Y = linalg.matmul(SV, linalg.transpose(S))
-    by_factor = 2.0 * (linalg.matmul(M, linalg.transpose(S)) - linalg.matmul(linalg.matmul(A, L), Y)).sum(2)
-    none = xp.zeros((0, c.shape[-1]), c.dtype)
-    return Correction(-2.0 * xp.log(total).sum(0), xp.stack(by_fixed) if by_fixed else none, by_D, by_factor)
+        by_fixed.append(over_rows(2.0 * own * effects.at_rows(inverse) - kappa * old[2] - along * old[1]))
+    by_D, by_factor = of_covariances(effects, Lambda, Scales(S, C), A, g, f, M, V)
+    nothing = xp.zeros((0, c1.shape[-1]), c1.dtype)
+    by_fixed_ = xp.stack(by_fixed) if by_fixed else nothing
+    return Correction(-2.0 * xp.log(total).sum(0), by_fixed_, by_D, by_factor)
+
+
+def _in_memory(values: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Row functions, each once: XLA would compute them anew for every sum."""
+    return values if namespace(values[0]) is np else tuple(as_laid_out(own) for own in values)

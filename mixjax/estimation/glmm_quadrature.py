@@ -13,7 +13,7 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import decompositions
-from mixjax.engine.effects import factor_of, free_entries
+from mixjax.engine.effects import free_entries
 from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_fit import (
     INNER_LAST,
@@ -30,7 +30,8 @@ from mixjax.engine.laplace_fit import (
     linalg_sum,
 )
 from mixjax.engine.laplace_model import Model
-from mixjax.engine.quadrature import Rule, check_nodes, correction, lower_root_slopes, product_rule
+from mixjax.engine.quadrature import Rule, check_nodes, product_rule
+from mixjax.engine.quadrature_moments import added
 from mixjax.estimation import search
 from mixjax.estimation.glmm import End, GLMMEstimates, estimates_of, fit_rows, model_of
 from mixjax.estimation.glmm_start import far_of
@@ -64,29 +65,6 @@ class Joint(NamedTuple):
     x: np.ndarray
     modes: Modes
     form: ClosedForm
-
-
-def added(model: Model, rule: Rule, fixed: np.ndarray, x: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What quadrature adds at the modes b: value ``(L,)`` and gradient ``(p + s + k, L)`` by fixed and x."""
-    layout = model.layout
-    lambdas = cov.factors_of(x, layout.structures)
-    lower, slopes, at = [], [], 0
-    for structure, Lambda in zip(layout.structures, lambdas, strict=True):
-        units = np.stack([structure.factor(unit) for unit in np.eye(structure.k)])[..., None]  # it is linear in x
-        if structure.is_lower:
-            own, own_slopes = Lambda, units
-        else:
-            own, own_slopes = lower_root_slopes(Lambda, np.broadcast_to(units, (*units.shape[:3], x.shape[-1])))
-        lower.append(own)
-        slopes.append(own_slopes)
-    found = correction(model, rule, lambdas, factor_of(lower, layout, 0), fixed, b)
-    jacobian, _ = chain(x, np.zeros_like(found.by_D), layout)
-    by_x = (jacobian * found.by_D[:, None]).sum(0)
-    for place, own in zip(layout.terms, slopes, strict=True):
-        block = found.by_factor[place.start : place.start + place.q, place.start : place.start + place.q]
-        by_x[at : at + len(own)] += (own * block[None]).sum((1, 2))
-        at += len(own)
-    return found.value, np.concatenate([found.by_fixed, by_x])
 
 
 class Laplace(NamedTuple):
@@ -136,27 +114,28 @@ def joint_at(model: Model, rule: Rule, fixed: np.ndarray, x: np.ndarray, v: np.n
     by = np.concatenate(slopes, axis=1)
     extra = (by[:, 1 : T + 1] - by[:, T + 1 :]) / (2.0 * lengths)
     gradient, H = gradient + by[:, 0], H + 0.5 * (extra + extra.T)
-    even = np.concatenate([np.zeros(n, bool), zero_roots(x, layout)])
+    even = np.concatenate([np.zeros(n, bool), zero_roots(x, layout)[:, 0]])
     gradient[even] = 0.0
     H[np.ix_(even, ~even)] = H[np.ix_(~even, even)] = 0.0
     return Joint(float(form.value[0] + values[0][0]), gradient, H, fixed, x, modes, form)
 
 
 def zero_roots(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """``(k,)`` coordinates of zero columns of a factor, or roots that are zero: nothing changes with their sign, so
+    """``(k, L)`` coordinates of zero columns of a factor, or roots that are zero: nothing changes with their sign, so
     that their slopes are zero, whatever rounding says."""
     found = []
     for structure, part in zip(layout.structures, cov.cut(x, layout.structures), strict=True):
         if structure.is_lower:
-            zero = ~(structure.factor(part)[..., 0] != 0).any(0)
-            found.append(np.array([zero[structure.factor(unit).any(0)].all() for unit in np.eye(structure.k)]))
+            zero = ~(structure.factor(part) != 0).any(0)  # (q, L)
+            found.append(np.stack([zero[structure.factor(unit).any(0)].all(0) for unit in np.eye(structure.k)]))
         else:
-            found.append(part[:, 0] == 0)
+            found.append(part == 0)
     return np.concatenate(found)
 
 
 def _step(model: Model, at: Joint) -> np.ndarray:
-    """Newton's step ``(p + s, 1)`` of fixed; where the Hessian is not positive definite, by scoring."""
+    """Newton's step ``(p + s, 1)`` of fixed; where the Hessian is not positive definite, by scoring; NaN where modes
+    are so far away that this has no full rank either."""
     n, p = model.n_fixed, model.p
     H = at.Hessian[:n, :n]
     if n and not decompositions.is_positive(H[..., None])[0]:
@@ -164,7 +143,10 @@ def _step(model: Model, at: Joint) -> np.ndarray:
         H[:p, :p] = at.form.fisher[:p, :p, 0]
         own = np.arange(p, n)
         H[own, own] = np.abs(at.Hessian[own, own]) + 1.0
-    return -np.linalg.solve(H, at.gradient[:n, None])
+    try:
+        return -np.linalg.solve(H, at.gradient[:n, None])
+    except np.linalg.LinAlgError:
+        return np.full((n, 1), np.nan)
 
 
 def profile(model: Model, rule: Rule, fixed: np.ndarray, x: np.ndarray, v: np.ndarray, tolerance: float) -> Joint:
@@ -243,6 +225,8 @@ def fit_rows_by_quadrature(rows: FamilyRows, nagq: int, start: np.ndarray | None
             if not (np.isfinite(at.value) and np.isfinite(g).all() and np.isfinite(H).all()):
                 return np.array([np.nan]), g[n:, None], H[n:, n:, None]
             step = _step(model, at)
+            if not np.isfinite(step).all():
+                return np.array([np.nan]), g[n:, None], H[n:, n:, None]
             slopes = -np.linalg.solve(H[:n, :n], H[:n, n:])
             memory = Memory(at, slopes, step)
             value = at.value + 0.5 * float(g[:n] @ step[:, 0])

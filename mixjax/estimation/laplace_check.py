@@ -28,8 +28,9 @@ from mixjax.engine.effects import factor_of
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.engine.quadrature import MOST_EFFECTS, check_nodes, product_rule
+from mixjax.engine.quadrature_moments import added
 from mixjax.estimation.glmm import GLMMEstimates, model_of
-from mixjax.estimation.glmm_quadrature import Laplace, added, laplace_at, zero_roots
+from mixjax.estimation.glmm_quadrature import Laplace, laplace_at, zero_roots
 from mixjax.machine import silently
 from mixjax.products.family_rows import FamilyRows
 
@@ -155,7 +156,7 @@ def _shifts(
     """A Newton step with the gradient that Laplace's approximation lacks, in standard errors, for the user's columns;
     and its standard errors, of independent ones of the gradient."""
     n, p = model.n_fixed, model.p
-    free = ~np.concatenate([np.zeros(n, bool), zero_roots(x, model.layout)])
+    free = ~np.concatenate([np.zeros(n, bool), zero_roots(x, model.layout)[:, 0]])
     to_user = np.eye(len(gradient))
     to_user[:p, :p] = rows.X_basis.R_inv
     inverse = np.zeros_like(at.Hessian)

@@ -12,7 +12,7 @@ from scipy import special
 from mixjax.checks import DataError, warn
 from mixjax.families import sampling
 from mixjax.families.family import Derivatives, Expected, Family, check_numbers
-from mixjax.families.links import minus_logs, minus_logs_derivatives
+from mixjax.families.links import logit_failure, minus_logs, minus_logs_derivatives
 from mixjax.families.special import as_floats, gammaln, xlogy
 from mixjax.machine import Array
 
@@ -48,6 +48,26 @@ class Binomial(Family):
         failures = _failures(y, size)
         c, *others = (y * one + failures * other for one, other in zip(a, b, strict=True))
         return Derivatives((c - _log_choose(y, size), *others))
+
+    def kernel(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()) -> tuple[Array, Array]:
+        _, eta, y, size = as_floats(eta, y, size)
+        if self.link != "logit":
+            a, b = minus_logs_derivatives(self.link, eta)
+            failures = _failures(y, size)
+            return y * a[0] + failures * b[0], y * a[1] + failures * b[1]
+        value, slope = logit_failure(eta)
+        n = 1.0 if size is None else size
+        return n * value - y * eta, n * slope - y
+
+    def factored(
+        self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()
+    ) -> tuple[Array, Array, Array] | None:
+        if self.link != "logit" or size is not None:
+            return None
+        xp, eta, y = as_floats(eta, y)
+        e = xp.exp(-xp.abs(eta))
+        large = 1.0 / (1.0 + e)
+        return xp.maximum(eta, 0.0) - y * eta, 1.0 + e, xp.where(eta >= 0, large, e * large) - y
 
     def expected(self, eta: Array, size: Array | None, psi: Sequence[Array] = ()) -> Expected:
         _, eta, size = as_floats(eta, size)

@@ -69,6 +69,13 @@ class Poisson(Counts):
         mu, product = self._log_mean(eta, y)
         return mu - product + gammaln(y + 1)
 
+    def kernel(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> tuple[Array, Array]:
+        if self.link != "log":
+            return super().kernel(eta, y, size, psi)
+        _, eta, y = as_floats(eta, y)
+        mu = bounded_exp(eta)
+        return mu - y * eta, mu - y
+
     def derivatives(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> Derivatives:
         xp, eta, y = as_floats(eta, y)
         c = self.density(eta, y)

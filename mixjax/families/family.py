@@ -118,6 +118,18 @@ class Family(ABC):
     def derivatives(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> Derivatives:
         """``c`` and its derivatives in closed form; arguments as in :meth:`density`."""
 
+    def kernel(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> tuple[Array, Array]:
+        """``c`` but for what eta does not change, and its slope by eta: what quadrature asks at every node."""
+        c, slope, *_ = self.derivatives(eta, y, size, psi).by_eta
+        return c, slope
+
+    def factored(
+        self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]
+    ) -> tuple[Array, Array, Array] | None:
+        """:meth:`kernel` as ``value + log factor`` with a factor from 1 to 2, and the slope, where a sum over rows is
+        so had with one logarithm of their product; else None."""
+        return None
+
     @abstractmethod
     def expected(self, eta: Array, size: Array | None, psi: Sequence[Array]) -> Expected:
         """Expected curvature and its derivatives."""

@@ -152,6 +152,14 @@ def _logit(eta: Array) -> tuple[Five, Five]:
     return (a, -f, v, third, fourth), (b, s, v, third, fourth)
 
 
+def logit_failure(eta: Array) -> tuple[Array, Array]:
+    """``-log(1 - F(eta))`` of the logistic function and its slope, ``F``."""
+    xp = namespace(eta)
+    e = xp.exp(-xp.abs(eta))
+    large = 1 / (1 + e)
+    return log1p_of_part(e) + xp.maximum(eta, 0.0), xp.where(eta >= 0, large, e * large)
+
+
 def _mills(x: Array) -> Four:
     """``m = phi(x) / Phi(-x) - x`` and three derivatives, x >= 3: Laplace's continued fraction ``1/(x + 2/(x + ...))``
     (Abramowitz & Stegun 26.2.14), differentiated step by step."""
