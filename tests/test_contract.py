@@ -40,7 +40,7 @@ FUNCTIONS = {
     "glmm_criterion": "theta, beta, data, psi=(), curvature='observed', nagq=1",
     "glmm_estimate": "data, start=None, curvature='observed', nagq=1, reml=False",
     "glmm_estimate_many": "data, curvature='observed', keep=('theta', 'beta', 'psi', 'criterion', 'converged', "
-    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None",
+    "'singular', 'iterations', 'grad_norm', 'result'), engine='auto', fits=None, nagq=1",
     "GLMMEstimates": "theta, beta, psi, Sigma, vcov, vcov_all, b, eta, criterion, converged, singular, iterations, "
     "grad_norm, mode_error, result",
     "compare": "*fits, refit='ml', method='chi2', names=None, key=0, n=1000",

@@ -118,16 +118,6 @@ def test_no_cells_where_nothing_is_alike():
     assert cells(mj.rows(design(), "nbinom")) is None
 
 
-def test_crossed_models_are_fitted_one_by_one():
-    group, other = np.repeat(np.arange(8), 6), np.tile(np.arange(6), 8)
-    terms = tuple(mj.RandomTerm(Z=np.ones((48, 1)), group=g, n_groups=int(g.max()) + 1) for g in (group, other))
-    d = mj.Design(y=np.zeros(48), X=np.ones((48, 1)), terms=terms)
-    Y = np.random.default_rng(3).poisson(3.0, size=(3, 48)).astype(float)
-    fits = mj.glmm_estimate_many(mj.rows(d, "poisson", Y))
-    for i, y in enumerate(Y):
-        assert fits.criterion[i] == fit_rows(mj.rows(d, "poisson", y)).criterion
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -16,12 +16,27 @@ from mixjax import linalg
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.engine.level_effects import filled
+from mixjax.engine.quadrature import check_nodes
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
-from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, fit_rows, in_order, is_flat, model_of, modes_by_term
-from mixjax.estimation.glmm_lanes import Direct, Ends, directly, probe, search_lanes, solve_free
+from mixjax.estimation.glmm import (
+    ENDLESS,
+    GLMMEstimates,
+    check_curvature,
+    fit_rows,
+    in_order,
+    is_flat,
+    model_of,
+    modes_by_term,
+)
+from mixjax.estimation.glmm_chords import fit_by_chords, reference_of
+from mixjax.estimation.glmm_lanes import INSIDE, ROUNDS, Direct, begin_directly, go_on, probe, probe_by_quadrature
+from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature, zero_roots
+from mixjax.estimation.glmm_quadrature_lanes import falls_to_zero, joint_of
+from mixjax.estimation.glmm_search import Ends, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
+from mixjax.optimise.newton import gradient_tolerance, is_semidefinite
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows, cells
 from mixjax.waiting import Waiting
@@ -32,6 +47,8 @@ FROM_HESSIAN = ("vcov", "vcov_all")
 # Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most.
 TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**16, 512
 LEAST_LANES = 16
+# Distance from the minimum, in standard errors, from which one exact Newton step is enough.
+NEAR = 1e-4
 # Lanes of the full search, and of one call of a program in it.
 SEARCHED, PROBED = 256, 64
 # Seconds for which NumPy may work before a program, which takes 10 to 40 to compile, is worth it.
@@ -44,8 +61,9 @@ def glmm_estimate_many(
     keep: Sequence[str] = KEEP,
     engine: EngineName = "auto",
     fits: int | None = None,
+    nagq: int = 1,
 ) -> GLMMEstimates:
-    """Fit many responses of one design by Laplace's approximation.
+    """Fit many responses of one design by Laplace's approximation, or by adaptive Gauss-Hermite quadrature.
 
     The same optima as :func:`mixjax.glmm_estimate` finds, to rounding. Models with one grouping factor are fitted side
     by side; others one after the other.
@@ -57,13 +75,16 @@ def glmm_estimate_many(
             times as fast, and uses all cores. ``"auto"`` compiles where the fits would take longer than compiling does,
             by the sizes of the model and of the batch alone.
         fits: number of fits that ``"auto"`` goes by, where a batch comes in parts; None for those of this one.
+        nagq: nodes of quadrature an effect, of models with one grouping factor and up to three effects a level; 1 is
+            Laplace's approximation.
 
     Returns:
         :class:`~mixjax.GLMMEstimates` of numpy arrays with a leading axis B. A fit that fails carries its code in
         ``result`` (:class:`mixjax.Result`; ``SEPARATED``, ``UNBOUNDED`` among them) and touches no other.
 
     Raises:
-        ValueError: the rows are of one response; a name in ``keep`` or the engine is unknown.
+        ValueError: the rows are of one response; a name in ``keep`` or the engine is unknown; there is no quadrature of
+            so many nodes for the model, or none with that curvature.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -78,6 +99,8 @@ def glmm_estimate_many(
     if unknown:
         raise ValueError(f"keep names {sorted(unknown)}; there are {list(GLMMEstimates._fields)}")
     check_engine(engine)
+    check_curvature(curvature)
+    _check_nagq(nagq, curvature, data)
     if not all(map(is_concrete, jax.tree.leaves(data))):
         raise TypeError("glmm_estimate_many runs outside jit, on arrays of numbers")
     Y = np.asarray(data.y, np.float64)
@@ -95,29 +118,50 @@ def glmm_estimate_many(
     model = replace(model, columns=columns_of(model.effects, model.data))
     with Waiting(f"fitting {len(Y)} data sets"):
         if len(data.levels) > 1:
-            found = _one_by_one(data, Y, curvature, keep)
+            found = _one_by_one(data, model, Y, curvature, keep)
         else:
-            compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(fits or len(Y), model))
-            found = _Lanes(one, model, Y, keep, compiled_).fits()
+            compiled_ = engine == "jax" or (engine == "auto" and pays_to_compile(fits or len(Y), model, nagq))
+            found = _Lanes(one, model, Y, keep, compiled_, int(nagq)).fits()
     if data is not whole and together is not None and found.criterion is not None:
         found = found._replace(criterion=found.criterion + 2.0 * together.constant)
     return found
 
 
-def pays_to_compile(fits: int, model: Model) -> bool:
+def _check_nagq(nagq: Any, curvature: str, data: FamilyRows) -> None:
+    """Raise ValueError where many fits have no such quadrature."""
+    if isinstance(nagq, int | np.integer) and not isinstance(nagq, bool) and nagq == 0:
+        raise ValueError(
+            "many fits side by side are by Laplace's approximation, nagq = 1, or by more nodes: not nagq = 0"
+        )
+    check_nodes(nagq, data)
+    if nagq > 1 and curvature != "observed":
+        raise ValueError("quadrature has its nodes by the observed curvature: curvature='expected' goes with nagq=1")
+
+
+def pays_to_compile(fits: int, model: Model, nagq: int = 1) -> bool:
     """Whether so many fits take NumPy longer than :data:`COMPILING`.
 
-    Microseconds of a fit, measured on one core: ``500 + 3 n T`` for n rows and T directions, within a factor of three.
+    Microseconds of a fit, measured on one core: ``500 + 3 n T`` for n rows and T directions, within a factor of three;
+    of quadrature a quarter for every row and node.
     """
     if model.family.n_psi:  # their functions are slower compiled than by SciPy: 236 and 70 ms for 4 000 rows of nbinom
         return False
     n = int(np.prod(model.data.X.shape[1:])) if model.p else int(np.prod(np.shape(model.data.y)))
     T = model.n_fixed + model.layout.k
-    return fits * (500.0 + 3.0 * n * T) > 1e6 * COMPILING
+    nodes = nagq ** len(model.effects.Z) if nagq > 1 else 0  # type: ignore[attr-defined]
+    return fits * (500.0 + 3.0 * n * T + 0.25 * n * nodes) > 1e6 * COMPILING
 
 
-def _one_by_one(data: FamilyRows, Y: np.ndarray, curvature: str, keep: Sequence[str]) -> GLMMEstimates:
-    found = [fit_rows(replace(data, y=y), curvature=curvature) for y in Y]
+def _one_by_one(data: FamilyRows, model: Model, Y: np.ndarray, curvature: str, keep: Sequence[str]) -> GLMMEstimates:
+    """The first by itself; the others begin at its covariances and its Hessian, and share what the design alone tells:
+    who meets whom, bases, where sums go. None depends on which others there are, but for the first."""
+    found = [fit_rows(replace(data, y=Y[0]), curvature=curvature)]
+    with silently():
+        reference = reference_of(data, replace(model, data=model.data._replace(y=Y[0][:, None])), found[0])
+        for y in Y[1:]:
+            rows, one = replace(data, y=y), replace(model, data=model.data._replace(y=y[:, None]))
+            fit = fit_by_chords(rows, one, reference) if reference is not None else None
+            found.append(fit_rows(rows, curvature=curvature) if fit is None else fit)
 
     def together(name: str) -> Any:
         return jax.tree.map(lambda *a: np.stack(a), *(getattr(one, name) for one in found)) if name in keep else None
@@ -128,8 +172,9 @@ def _one_by_one(data: FamilyRows, Y: np.ndarray, curvature: str, keep: Sequence[
 class _Lanes:
     """The fits of one call, filled part by part."""
 
-    def __init__(self, rows: FamilyRows, model: Model, Y: np.ndarray, keep: Sequence[str], compiled_: bool):
-        self.rows, self.model, self.Y, self.keep, self.compiled = rows, model, Y, keep, compiled_
+    def __init__(self, rows: FamilyRows, model: Model, Y: np.ndarray, keep: Sequence[str], compiled_: bool,
+                 nagq: int):  # fmt: skip
+        self.rows, self.model, self.Y, self.keep, self.compiled, self.nagq = rows, model, Y, keep, compiled_, nagq
         self.B, self.exact = len(Y), any(name in keep for name in FROM_HESSIAN)
         self.arrays: dict[str, Any] = {}
         self.index = filled(np.asarray(model.effects.index))  # type: ignore[attr-defined]
@@ -143,27 +188,63 @@ class _Lanes:
         return replace(self.model, data=self.model.data._replace(y=np.ascontiguousarray(y)))
 
     def fits(self) -> GLMMEstimates:
-        left: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        left: list[tuple[np.ndarray, Direct]] = []
 
-        def work(first: int) -> None:
-            at = np.arange(first, min(first + self.lanes, self.B))
-            padded = np.concatenate([at, np.full(self.lanes - len(at), at[-1])]) if self.compiled else at
-            state: Direct = jax.tree.map(np.asarray, self._run(directly, self.of(padded), len(padded), self.exact))
-            state = lanes_of(state, np.arange(len(at)))
+        def put(at: np.ndarray, state: Direct) -> None:
+            """What has converged is stored, the others wait."""
             done = np.flatnonzero(state.converged)
             if len(done):
                 self._put_direct(at[done], lanes_of(state, done))
             rest = np.flatnonzero(~state.converged)
-            left.append((at[rest], state.x[:, rest], state.fixed[:, rest], state.iterations[rest]))
+            if len(rest):
+                left.append((at[rest], lanes_of(state, rest)))
+
+        def work(first: int) -> None:
+            at = np.arange(first, min(first + self.lanes, self.B))
+            put(at, self._directly(at, None, None, ROUNDS[0]))
 
         self._over(work, range(0, self.B, self.lanes))
-        queue = [np.concatenate(parts, axis=-1) for parts in zip(*left, strict=True)]
+        for steps in ROUNDS[1:]:
+            if not left:
+                break
+            at, state = _side_by_side(left)
+            going = np.flatnonzero(state.going)
+            stopped = np.flatnonzero(~state.going)
+            left = [(at[stopped], lanes_of(state, stopped))] if len(stopped) else []
+            # In the order of the data: whichever thread came first.
+            going = going[np.argsort(at[going])]
+
+            def work_on(first: int, at: Any = at, state: Any = state, going: Any = going, steps: int = steps) -> None:
+                own = going[first : first + self.lanes]
+                put(at[own], self._directly(at[own], lanes_of(state, own), None, steps))
+
+            self._over(work_on, range(0, len(going), self.lanes))
+        if left:
+            at, state = _side_by_side(left)
+            order = np.argsort(at)
+            queue = list(lanes_of((at, state.x, state.fixed, state.iterations), order))
+        else:
+            queue = [np.zeros(0, int)]
 
         def look(first: int) -> None:
             self._search(*(part[..., first : first + SEARCHED] for part in queue))
 
         self._over(look, range(0, len(queue[0]), SEARCHED))
         return GLMMEstimates._make(self.arrays.get(name) for name in GLMMEstimates._fields)
+
+    def _directly(self, at: np.ndarray, state: Direct | None, start: Any, steps: int, least: float = INSIDE) -> Direct:
+        """Direct steps of replicates ``at``, from a state or from the beginning."""
+        # A single lane would be summed in another order than several are.
+        lanes = self.lanes if self.compiled else max(len(at), 2)
+        padded = np.resize(np.arange(len(at)), lanes)
+        model = self.of(at[padded])
+        if state is None:
+            begun = None if start is None else lanes_of(start, padded)
+            state = self._run(begin_directly, model, lanes, self.nagq, begun)
+        else:
+            state = lanes_of(state, padded)
+        found = jax.tree.map(np.asarray, self._run(go_on, model, state, steps, self.exact, self.nagq, least))
+        return lanes_of(found, np.arange(len(at)))  # type: ignore[no-any-return]
 
     def _run(self, fun: Callable[..., Any], *args: Any) -> Any:
         if self.compiled:
@@ -186,14 +267,17 @@ class _Lanes:
     # --- the full search
 
     def _search(self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, before: np.ndarray) -> None:
+        several = self.nagq > 1 and len(x) > 1
+        fun, more = (probe_by_quadrature, (self.nagq,)) if several else (probe, ())
+
         def prober(x: Array, fixed: Array, v: Array, longest: Array, lanes: np.ndarray) -> Any:
             if not self.compiled:
-                return probe(self.of(at[lanes]), x, fixed, v, longest)
+                return fun(self.of(at[lanes]), x, fixed, v, longest, *more)
             parts = []
             for first in range(0, len(lanes), PROBED):
                 part = np.minimum(np.arange(first, first + PROBED), len(lanes) - 1)
                 mine = (a[..., part] for a in (x, fixed, v, longest))
-                own = self._run(probe, self.of(at[lanes[part]]), *mine)
+                own = self._run(fun, self.of(at[lanes[part]]), *mine, *more)
                 parts.append(jax.tree.map(np.asarray, own))
             found = jax.tree.map(lambda *a: np.concatenate(a, -1), *parts)
             return lanes_of(found, np.arange(len(lanes)))
@@ -202,16 +286,70 @@ class _Lanes:
             fixed = np.where(np.isfinite(fixed).all(0), fixed, 0.0)
             # A search that begins at zero finds a stationary point there.
             x = np.where(np.isfinite(x), np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x), 0.5)
-            ends = search_lanes(self.model, x, fixed, before, prober)
-            fine = np.flatnonzero(~ends.lost)
+            ends = search_lanes(self.model, x, fixed, before, prober, several)
+            if several:
+                ends = self._confirmed(at, ends)
+            lost = self._by_quadrature(at, ends) if self.nagq > 1 and not several else ends.lost
+            stays = self.nagq == 1 or several
+            fine = np.flatnonzero(~lost if stays else ~lost & (ends.solution.x == 0).all(0))
             if len(fine):
                 self._put_searched(at[fine], lanes_of(ends, fine))
-        for i in at[ends.lost]:
+        for i in at[lost]:
             self._put_single(int(i))
+
+    def _confirmed(self, at: np.ndarray, ends: Ends) -> Ends:
+        """Ends of searches by secants, with the Hessian and a last step by it; lost where these say otherwise."""
+        solution, n = ends.solution, self.model.n_fixed
+        lost = ends.lost | (solution.result != int(Result.CONVERGED))
+        g, H = self._joint(at, ends.fixed, solution.x, ends.v)
+        even = np.concatenate([np.zeros((n, len(at)), bool), zero_roots(solution.x, self.model.layout)])
+        g, H = np.where(even, 0.0, g), np.where(even[:, None] != even[None], 0.0, H)
+        step = -solve_free(H, g[:, None], solution.free, n)[:, 0]
+        squared = -(g * step).sum(0)
+        finite = np.isfinite(H).all((0, 1)) & np.isfinite(step).all(0)
+        eigenvalues = np.linalg.eigvalsh(np.moveaxis(np.where(finite, H, 0.0), -1, 0)).T
+        structures = self.model.layout.structures
+        parts = zip(structures, cov.cut(solution.x, structures), strict=True)
+        sizes = np.concatenate([s.sizes(part) for s, part in parts])
+        small = ((sizes > 0) & (sizes < search.NEAR_ZERO)).any(0)
+        # One step by the exact Hessian squares what is left.
+        lost = lost | ~finite | ~is_semidefinite(eigenvalues) | ~(np.abs(squared) <= NEAR**2) | small
+        distance = np.sqrt(np.abs(squared))
+        distance = np.where(distance <= gradient_tolerance(float), distance, squared)
+        moved = np.where(lost, 0.0, step)
+        solution = solution._replace(x=solution.x + moved[n:], scaled_gradient=distance)
+        value = ends.value - 0.5 * np.where(lost, 0.0, squared)
+        return ends._replace(
+            solution=solution, fixed=ends.fixed + moved[:n], value=value, Hessian=H, step=step, lost=lost
+        )
+
+    def _by_quadrature(self, at: np.ndarray, ends: Ends) -> np.ndarray:
+        """From Laplace's ends of models with one standard deviation: regular ends are stored, zeros left as they are;
+        ``(L,)`` replicates that need a search by themselves."""
+        lost: np.ndarray = ends.lost | (ends.solution.result != int(Result.CONVERGED))
+        zero = (ends.solution.x == 0).all(0)
+        for some, singular in ((np.flatnonzero(~lost & ~zero), False), (np.flatnonzero(~lost & zero), True)):
+            for first in range(0, len(some), PROBED):
+                part = some[first : first + PROBED]
+                padded = np.resize(part, PROBED) if self.compiled else part
+                model, fixed = self.of(at[padded]), ends.fixed[:, padded]
+                if singular:
+                    lost[part] = ~np.asarray(self._run(falls_to_zero, model, fixed, self.nagq))[: len(part)]
+                    continue
+                begun = np.abs(ends.solution.x[:, part]), ends.fixed[:, part]
+                state = self._directly(at[part], None, begun, sum(ROUNDS), search.NEAR_ZERO)
+                done = np.flatnonzero(state.converged)
+                lost[part[~state.converged]] = True
+                if len(done):
+                    iterations = state.iterations + ends.solution.iterations[part]
+                    self._put_direct(at[part[done]], lanes_of(state._replace(iterations=iterations), done))
+        return lost
 
     # --- what is kept
 
     def _put_direct(self, at: np.ndarray, state: Direct) -> None:
+        if self.nagq > 1 and self.exact:
+            state = state._replace(Hessian=self._joint(at, state.fixed, state.x, state.v)[1])
         code = np.full(len(at), int(Result.CONVERGED))
         code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code, state.Hessian)
         modes = None
@@ -220,6 +358,18 @@ class _Lanes:
             modes = self.model.effects.times_D(lambdas, state.v)
         self._put(at, state.x, state.fixed, state.value, state.iterations, state.distance, code, state.Hessian,
                   np.ones(state.x.shape, bool), modes)  # fmt: skip
+
+    def _joint(self, at: np.ndarray, *end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradients and Hessians at ends by quadrature: fixed, x, v."""
+        found = []
+        for first in range(0, len(at), PROBED):
+            part = np.arange(first, min(first + PROBED, len(at)))
+            padded = np.resize(part, PROBED) if self.compiled else part
+            model, own = self.of(at[padded]), lanes_of(end, padded)
+            both = self._run(joint_of, model, *own, self.nagq)
+            found.append(tuple(np.asarray(one)[..., : len(part)] for one in both))
+        gradient, H = (np.concatenate(parts, -1) for parts in zip(*found, strict=True))
+        return gradient, H
 
     def _put_searched(self, at: np.ndarray, ends: Ends) -> None:
         solution = ends.solution
@@ -231,7 +381,8 @@ class _Lanes:
 
     def _put_single(self, i: int) -> None:
         """A replicate that lanes do not serve, by the search of a single fit."""
-        one = fit_rows(replace(self.rows, y=self.Y[i]))
+        rows = replace(self.rows, y=self.Y[i])
+        one = fit_rows(rows) if self.nagq == 1 else fit_rows_by_quadrature(rows, self.nagq)
         self._store(np.array([i]), {name: jax.tree.map(lambda a: np.asarray(a)[..., None], getattr(one, name))
                                     for name in self.keep})  # fmt: skip
 
@@ -299,11 +450,24 @@ class _Lanes:
 
 
 def _program(fun: Callable[..., Any]) -> Callable[..., Any]:
-    return _directly if fun is directly else _probe
+    return _PROGRAMS[fun]
 
 
-_directly = partial(jit, compiler_options=LANES, static_argnums=(1, 2))(directly)
-_probe = partial(jit, compiler_options=LANES)(probe)
+_PROGRAMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    begin_directly: partial(jit, compiler_options=LANES, static_argnums=(1, 2))(begin_directly),
+    go_on: partial(jit, compiler_options=LANES, static_argnums=(3, 4, 5))(go_on),
+    probe: partial(jit, compiler_options=LANES)(probe),
+    probe_by_quadrature: partial(jit, compiler_options=LANES, static_argnums=(5,))(probe_by_quadrature),
+    joint_of: partial(jit, compiler_options=LANES, static_argnums=(4,))(joint_of),
+    falls_to_zero: partial(jit, compiler_options=LANES, static_argnums=(2,))(falls_to_zero),
+}
+
+
+def _side_by_side(parts: list[tuple[np.ndarray, Direct]]) -> tuple[np.ndarray, Direct]:
+    """Replicates and their states, joined."""
+    at, states = zip(*parts, strict=True)
+    joined: Direct = jax.tree.map(lambda *a: np.concatenate(a, -1), *states)
+    return np.concatenate(at), joined
 
 
 def _wide(bases: tuple[Any, ...]) -> tuple[Any, ...]:
