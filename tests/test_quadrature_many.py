@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from test_glmm_many import LEVELS, ROWS, design, responses
 
@@ -158,7 +159,7 @@ def test_engines_agree():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nagq": 0}, "not nagq = 0"),
+        ({"nagq": 0}, "not with nagq = 0"),
         ({"nagq": 2.5}, "nagq must be a whole number"),
         ({"nagq": True}, "nagq must be a whole number"),
         ({"nagq": 5, "curvature": "expected"}, "curvature='expected' goes with nagq=1"),
@@ -207,3 +208,14 @@ def test_moments_by_level_say_what_rows_say(q, family):
     for one, other in zip(moment_correction(model, rule, [Lambda], Lambda, fixed, b),
                           correction(model, rule, [Lambda], Lambda, fixed, b), strict=True):  # fmt: skip
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_fit_by_quadrature_has_many_responses():
+    d = design(1)
+    rng = np.random.default_rng(4)
+    table = pd.DataFrame({"x": d.X[:, 1], "g": np.asarray(d.terms[0].group).astype(str)})
+    Y = responses(d, POISSON, 3)[:, rng.permutation(ROWS * LEVELS)]
+    fit = mj.glmm("y ~ x + (1 | g)", table.assign(y=Y[0]), family="poisson", nagq=5)
+    many = fit.record.fit_many(Y, ("criterion",))
+    for i, y in enumerate(Y):
+        np.testing.assert_allclose(many.criterion[i], fit.record.refit(y).estimates.criterion, rtol=0, atol=1e-9)

@@ -65,8 +65,9 @@ def glmm_estimate_many(
 ) -> GLMMEstimates:
     """Fit many responses of one design by Laplace's approximation, or by adaptive Gauss-Hermite quadrature.
 
-    The same optima as :func:`mixjax.glmm_estimate` finds, to rounding. Models with one grouping factor are fitted side
-    by side; others one after the other.
+    The same optima as :func:`mixjax.glmm_estimate` finds, to 1e-6 standard errors. Models with one grouping factor are
+    fitted side by side; others one after the other, from the first one's covariances and Hessian: which response comes
+    first moves their estimates within that.
 
     Args:
         data: ``mj.rows(design, family, Y)`` with ``Y (B, n)``. curvature: as in :func:`mixjax.glmm_estimate`.
@@ -131,7 +132,8 @@ def _check_nagq(nagq: Any, curvature: str, data: FamilyRows) -> None:
     """Raise ValueError where many fits have no such quadrature."""
     if isinstance(nagq, int | np.integer) and not isinstance(nagq, bool) and nagq == 0:
         raise ValueError(
-            "many fits side by side are by Laplace's approximation, nagq = 1, or by more nodes: not nagq = 0"
+            "many responses are fitted with nagq = 1, Laplace's approximation, or more nodes, not with nagq = 0: "
+            "mixjax.glmm_estimate fits each"
         )
     check_nodes(nagq, data)
     if nagq > 1 and curvature != "observed":

@@ -219,12 +219,14 @@ class GeneralizedFitted(FitStatistics):
         """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`.
 
         Raises:
-            ValueError: the fit is not by Laplace's approximation, which those are.
+            ValueError: the fit is neither by Laplace's approximation nor by quadrature, as those are.
         """
-        if self.reml or self.nagq != 1:
+        if self.reml or self.nagq == 0:
             own = "reml=True" if self.reml else f"nagq={self.nagq}"
-            raise ValueError(f"many responses are fitted by Laplace's approximation, this fit has {own}: refit each")
-        return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine)
+            raise ValueError(
+                f"many responses are fitted by Laplace's approximation or quadrature, this fit has {own}: refit each"
+            )
+        return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine, nagq=self.nagq)
 
     def refit(self, y: np.ndarray, reml: bool | None = None) -> GeneralizedFitted:
         """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials; by the
