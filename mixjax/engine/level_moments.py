@@ -67,30 +67,25 @@ class _Moments:
 
     def moved(self, delta: Array) -> None:
         """At predictors moved by ``z'delta``, ``delta (q, m, L)``, as far as the sums reach."""
-        z = self.columns.z
-        new: list[Sums] = []
-        for i, own in enumerate(self.sums):
-            found = {}
-            for key, value in own.items():
-                total, factor = value, 1.0
-                for step in range(1, len(self.sums) - i):
-                    factor = factor * step
-                    term: Any = None
-                    for places in np.ndindex(*(len(z),) * step):
-                        more = self.columns.key(*key, *(z[a] for a in places))
-                        if more not in self.sums[i + step]:
-                            term = None
-                            break
-                        part = self.sums[i + step][more]
-                        for a in places:
-                            part = part * delta[a]
-                        term = part if term is None else term + part
-                    if term is None:
-                        break
-                    total = total + term / factor
-                found[key] = total
-            new.append(found)
-        self.sums = new
+        self.sums = [{key: self.foretold(i, key, delta) for key in own} for i, own in enumerate(self.sums)]
+
+    def foretold(self, i: int, key: Key, delta: Array) -> Array:
+        """One of the sums where predictors have moved."""
+        z, own = self.columns.z, self.sums[i][key]
+        total, factor = own, 1.0
+        for step in range(1, len(self.sums) - i):
+            factor = factor * step
+            term: Any = None
+            for places in np.ndindex(*(len(z),) * step):
+                more = self.columns.key(*key, *(z[a] for a in places))
+                if more not in self.sums[i + step]:
+                    return total
+                part = self.sums[i + step][more]
+                for a in places:
+                    part = part * delta[a]
+                term = part if term is None else term + part
+            total = total + term / factor
+        return total
 
 
 def moment_form(
@@ -117,18 +112,17 @@ def moment_form(
     gain = effects.gain(lambdas, matrix(S, 2))
     g = -xp.stack([S(1, a) for a in z])
     new_v, b, inner = step_of_modes(effects, gain, g, start, v, longest)
-    for M in (S, *P):
-        M.moved(b - start)
     # The sums are known there too, so that a second step takes no row.
-    again_v, again, left = step_of_modes(
-        effects, effects.gain(lambdas, matrix(S, 2)), -xp.stack([S(1, a) for a in z]), b, new_v, longest
-    )
+    step = b - start
+    A = stack_of([[S.foretold(2, columns.key(u, w), step) for w in z] for u in z])
+    slope = -xp.stack([S.foretold(1, (a,), step) for a in z])
+    again_v, again, left = step_of_modes(effects, effects.gain(lambdas, A), slope, b, new_v, longest)
     small = inner < 1.0
     # Taylor's series leaves the fourth power of the first step.
     left = xp.where(small, left + inner * inner, inner)
     new_v, again = xp.where(small, again_v, new_v), xp.where(small, again, b)
     for M in (S, *P):
-        M.moved(again - b)
+        M.moved(again - start)
     b, inner = again, left
 
     gain = effects.gain(lambdas, matrix(S, 2))
