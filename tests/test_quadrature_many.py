@@ -219,3 +219,30 @@ def test_a_fit_by_quadrature_has_many_responses():
     many = fit.record.fit_many(Y, ("criterion",))
     for i, y in enumerate(Y):
         np.testing.assert_allclose(many.criterion[i], fit.record.refit(y).estimates.criterion, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [mj.families.binomial(link) for link in ("logit", "probit", "cloglog")]
+    + [POISSON, mj.families.poisson("sqrt"), NBINOM, GAMMA],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [None, 5.0])
+def test_kernels_are_densities_but_for_a_constant(family, size):
+    eta, y = np.linspace(0.1, 3.0, 7), np.array([1.0])
+    if family.name == "binomial":
+        eta = np.linspace(-30.0, 5.0, 9)
+    elif size is not None:
+        pytest.skip("no trials")
+    size = None if size is None else np.array([size])
+    psi = [0.3] * family.n_psi
+    c, slope, *_ = family.derivatives(eta, y, size, psi).by_eta
+    value, own = family.kernel(eta, y, size, psi)
+    np.testing.assert_allclose(own, slope, rtol=1e-13, atol=1e-300)
+    np.testing.assert_allclose((value - c) - (value - c)[0], 0.0, atol=1e-12)
+    factored = family.factored(eta, y, size, psi)
+    assert (factored is None) == (family.name != "binomial" or family.link != "logit" or size is not None)
+    if factored is not None:
+        assert ((factored[1] >= 1) & (factored[1] <= 2)).all()
+        np.testing.assert_allclose(factored[0] + np.log(factored[1]), value, rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(factored[2], slope, rtol=1e-13, atol=1e-300)
