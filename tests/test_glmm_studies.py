@@ -169,3 +169,15 @@ def test_designs_without_a_response_are_of_the_family():
         design, labels = design_of("s / n ~ x + (1 | g)", layout(5), family=family_of(family), size=size)
         assert labels.response == "s / n"
         assert (design.size is None) == (size is None)
+
+
+def test_replicates_by_quadrature():
+    truth = mj.scenario(FORMULA, layout(12, 3), beta=[0.0, 1.0], sd=1.5, family="binomial")
+    study = mj.study(truth, FORMULA, replicates=6, key=2, nagq=7, progress=False)
+    Y = truth.tables(studied_key(truth), 0, 2)[1]
+    fit = mj.glmm(FORMULA, truth.table.assign(y=Y[1]), "binomial", nagq=7)
+    assert study.raw(0)["x"][1] == pytest.approx(fit.fixef["x"], abs=1e-5)
+    assert study.raw(0)["sd_Intercept|g"][1] == pytest.approx(fit.theta[0], abs=1e-5)
+    linear = mj.scenario(FORMULA, layout(6), beta=[0, 1], sd=1)
+    with pytest.raises(ValueError, match=r"nagq=3 is for generalised models"):
+        mj.study(linear, FORMULA, replicates=2, nagq=3, progress=False)

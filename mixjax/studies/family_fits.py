@@ -17,7 +17,7 @@ from mixjax.studies.task import Fits, Model, Task, named_apart
 
 
 def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
-    """Fits by Laplace's approximation, with Wald tests.
+    """Fits by Laplace's approximation or by quadrature, with Wald tests.
 
     Where every replicate has predictors of its own they are fitted one by one.
     """
@@ -30,7 +30,7 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
     keep, fits = (*KEEP, "Sigma", "vcov"), task.fits or len(Y)
 
     def fitted(rows: FamilyRows, engine: EngineName) -> GLMMEstimates:
-        return glmm_estimate_many(rows, keep=keep, engine=engine, fits=fits)
+        return glmm_estimate_many(rows, keep=keep, engine=engine, fits=fits, nagq=task.nagq)
 
     if len(model.designs) == 1:
         est = fitted(rows_in(model.designs[0], family, Y), task.engine)

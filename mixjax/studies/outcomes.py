@@ -69,6 +69,8 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     if nothing := [name for name in task.null if name not in known]:
         raise ValueError(f"null names {some_of(nothing)}, and the fixed effects are {some_of(effects)}")
     task = replace(task, null={effects[known[name]]: value for name, value in task.null.items()})
+    if task.nagq != 1 and any(model.family is None for model in models.values()):
+        raise ValueError(f"nagq={task.nagq!r} is for generalised models: name the family=")
     for name, model in models.items():
         prefix = f"{name}::" if several else ""
         fits[name] = (_linear_fits if model.family is None else family_fits)(task, model, Y, mesh)

@@ -188,6 +188,7 @@ def study(
     family: Any = None,
     link: str | None = None,
     size: Any = None,
+    nagq: int = 1,
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
 
@@ -223,6 +224,7 @@ def study(
         family, link: of the response, as for :func:`mixjax.glmm`, where the models are generalised linear ones. None:
             what the source says, as a scenario or a fit of such a model does; otherwise models are linear.
         size: trials of a binomial response: a number, or the name of a column; with ``family``.
+        nagq: of generalised models, as for :func:`mixjax.glmm`; 1 is Laplace's approximation.
 
     Returns:
         :class:`Study`. Fits that failed, separated responses among them, are counted and never taken for acceptances.
@@ -253,7 +255,7 @@ def study(
     if family is None and (link is not None or size is not None):
         raise ValueError("link= and size= belong to a family: name it, family='binomial'")
     own_family = None if family is None else family_of(family, link)
-    common_to_all = Task(None, {}, None, (), reml, ddf, dict(null or {}), statistic, engine, 0, own_family, size)
+    common_to_all = Task(None, {}, None, (), reml, ddf, dict(null or {}), statistic, engine, 0, own_family, size, nagq)
     cells = _cells(source, models, grid, key, truth, compared, common, common_to_all)
     if mesh is not None and executor is not None:
         raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")

@@ -52,7 +52,7 @@ class Task:
         statistic: JAX function of one :class:`~mixjax.Estimates` (or :class:`~mixjax.GLMMEstimates`) -> number, array
             or dict of those; or None.
         engine: of the fits, as for :func:`mixjax.estimate_many`. fits: number of replicates that ``"auto"`` goes by.
-        family, size: of generalised models to fit; None: what the source says.
+        family, size: of generalised models to fit; None: what the source says. nagq: quadrature nodes an effect.
     """
 
     source: Any
@@ -67,6 +67,7 @@ class Task:
     fits: int = 0
     family: Family | None = None
     size: Any = None
+    nagq: int = 1
 
     @property
     def options(self) -> Mapping[str, Any]:
