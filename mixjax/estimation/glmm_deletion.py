@@ -1,0 +1,320 @@
+"""A generalised linear mixed model without each of some rows: the fit of all rows with their case weights put to zero.
+
+Fits without one unit each stand in lanes beside each other. They begin at the estimates of all rows, so that most of
+them need three evaluations: direct Newton steps over all parameters, as of many responses
+(:mod:`mixjax.estimation.glmm_lanes`). What meets a boundary goes to the full search, and what that loses is fitted
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import decompositions, linalg
+from mixjax.engine.coordinates import coordinates_in
+from mixjax.engine.dense_effects import MOST_TOGETHER, together
+from mixjax.engine.laplace_curvature import ClosedForm
+from mixjax.engine.laplace_fit import INNER_LAST, chain, cut, find_modes, joint_Hessian
+from mixjax.engine.laplace_model import Model, columns_of
+from mixjax.engine.level_effects import OneFactor
+from mixjax.engine.quadrature import product_rule
+from mixjax.estimation import search
+from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, is_flat, model_of
+from mixjax.estimation.glmm_lanes import DIRECT_STEPS, Direct, advance, probe, search_lanes, solve_free
+from mixjax.estimation.glmm_quadrature import joint_at
+from mixjax.estimation.search import own_factors, result_code
+from mixjax.machine import lanes_of, silently
+from mixjax.optimise.newton import curvature_tolerance
+from mixjax.optimise.results import Result
+from mixjax.products.family_rows import FamilyRows
+
+# Numbers of a row function of a tile of lanes: it should stay in the cache.
+TILE_NUMBERS, LEAST_LANES, MOST_LANES = 2**15, 8, 256
+# Longest one step of the coordinates of the covariances, relative to their length and at least.
+REGION, LEAST_LENGTH = 0.5, 0.2
+
+SOLUTIONS = tuple(int(code) for code in Result if code.is_solution)
+
+
+class Deleted(NamedTuple):
+    """Estimates without each of U units; NaN where there are none.
+
+    Attributes:
+        fixed: ``(U, p)`` fixed effects, covariance: ``(U, p, p)`` of them, both in the basis of X of all rows.
+        psi: ``(U, s)``. theta: ``(U, k)``. Sigma: per term ``(U, q, q)``. criterion: ``(U,)``, of one step the value
+            where it begins. singular: ``(U,)``. iterations: ``(U,)`` evaluations.
+        result: ``(U,)`` codes of :class:`mixjax.Result`; of one step ``CONVERGED`` where there is one, else ``STALLED``.
+    """
+
+    fixed: np.ndarray
+    covariance: np.ndarray
+    psi: np.ndarray
+    theta: np.ndarray
+    Sigma: tuple[np.ndarray, ...]
+    criterion: np.ndarray
+    singular: np.ndarray
+    iterations: np.ndarray
+    result: np.ndarray
+
+
+Refit = Callable[[FamilyRows], GLMMEstimates]
+
+
+def fits_without(
+    rows: FamilyRows, est: GLMMEstimates, unit: np.ndarray, curvature: str, nagq: int, refit: Refit | None
+) -> Deleted:
+    """The fit's own criterion minimised anew without each unit, from the estimates of all rows.
+
+    Args:
+        rows: of one response. est: of all rows. unit: ``(n,)`` codes ``0 .. U - 1``.
+        curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect.
+        refit: fits rows with other case weights alone. None: one Newton step instead, over all parameters at once, the
+            standard deviations that are zero held there.
+    """
+    with silently():
+        work = _Deletions(rows, est, unit, curvature)
+        if nagq > 1:
+            work.by_quadrature(nagq, refit)
+        elif refit is None:
+            work.one_step()
+        else:
+            work.exactly(refit)
+        return work.found
+
+
+class _Deletions:
+    """The deletions of one call, filled part by part."""
+
+    def __init__(self, rows: FamilyRows, est: GLMMEstimates, unit: np.ndarray, curvature: str):
+        self.rows, self.unit, self.U = rows, unit, int(unit.max()) + 1
+        model, lanes = model_of(rows, curvature), True
+        if isinstance(model.effects, OneFactor):
+            index = np.maximum(model.effects.index, 0)
+            if not model.expected:
+                model = replace(model, columns=columns_of(model.effects, model.data))
+        else:
+            index = np.arange(rows.n)
+            count = sum(Z.shape[1] * m for Z, m in zip(rows.Z, rows.levels, strict=True))
+            lanes = count <= MOST_TOGETHER and rows.family.log_concave
+            if lanes:
+                model = replace(model, effects=together(rows))
+        self.model, self.code = model, unit[index][..., None]
+        wide = max(LEAST_LANES, min(MOST_LANES, TILE_NUMBERS // index.size))
+        self.lanes = wide if lanes else 1
+        # Where all rows end: coordinates, which of them are free, fixed effects and psi, modes.
+        x, self.free = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
+        self.x, self.fixed = x[:, None], np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+        nowhere = np.zeros((*model.effects.effect_shape, 1))
+        lambdas = cov.factors_of(self.x, rows.layout.structures)
+        self.v = find_modes(model, lambdas, self.fixed, nowhere, INNER_LAST).v
+        self.found = self._nothing(est)
+
+    def _nothing(self, est: GLMMEstimates) -> Deleted:
+        def nan(*shape: int) -> np.ndarray:
+            return np.full((self.U, *shape), np.nan)
+
+        p, count = self.rows.p, np.zeros(self.U, int)
+        Sigma = tuple(nan(q, q) for q in self.rows.layout.qs)
+        none = np.full(self.U, int(Result.STALLED))
+        psi = nan(self.rows.family.n_psi)
+        return Deleted(nan(p), nan(p, p), psi, nan(len(est.theta)), Sigma, nan(), count > 0, count.copy(), none)
+
+    def without(self, at: np.ndarray) -> Model:
+        """The model without each of units ``at``, in lanes."""
+        base = self.model.data.weights
+        weights = np.where(self.code == at, 0.0, 1.0 if base is None else base)
+        return replace(self.model, data=self.model.data._replace(weights=weights))
+
+    def weighted(self, u: int) -> FamilyRows:
+        own = np.ones(self.rows.n) if self.rows.weights is None else np.asarray(self.rows.weights, np.float64)
+        return replace(self.rows, weights=np.where(self.unit == u, 0.0, own))
+
+    def tiles(self) -> list[np.ndarray]:
+        return [np.arange(first, min(first + self.lanes, self.U)) for first in range(0, self.U, self.lanes)]
+
+    def _wide(self, values: np.ndarray, lanes: int) -> np.ndarray:
+        return np.repeat(values, lanes, axis=-1)
+
+    # --- one step
+
+    def one_step(self) -> None:
+        n = self.model.n_fixed
+        for at in self.tiles():
+            model, L = self.without(at), len(at)
+            x, fixed, v = (self._wide(own, L) for own in (self.x, self.fixed, self.v))
+            # Modes first: those of all rows are far for whoever loses most of a level.
+            lambdas = cov.factors_of(x, model.layout.structures)
+            v = find_modes(model, lambdas, fixed, v, INNER_LAST).v
+            _, _, form = probe(model, x, fixed, v)
+            gradient, H = by_x(model, x, form)
+            self._put_step(at, gradient, H, form.value, n)
+
+    def _put_step(self, at: np.ndarray, gradient: np.ndarray, H: np.ndarray, value: np.ndarray, n: int) -> None:
+        L = len(at)
+        free = np.repeat(self.free[:, None], L, axis=1)
+        x, fixed = self._wide(self.x, L), self._wide(self.fixed, L)
+        step = -solve_free(H, gradient[:, None], free, n)[:, 0]
+        step = step * np.minimum(1.0, shortest(self.model, x, step))
+        sound = is_convex(H, free, n) & np.isfinite(step).all(0)
+        code = np.where(sound, int(Result.CONVERGED), int(Result.STALLED))
+        self._put(at, x + step[n:], fixed + step[:n], value, np.ones(L, int), code, H, free)
+
+    # --- all the way
+
+    def exactly(self, refit: Refit) -> None:
+        left = []
+        for at in self.tiles():
+            state, lanes = self._begin(len(at)), at
+            model = self.without(lanes)
+            for _ in range(DIRECT_STEPS):
+                state = advance(model, state, exact=True)
+                ended = ~state.going
+                if not ended.any() or (2 * ended.sum() < len(lanes) and not ended.all()):
+                    continue
+                left.append(self._put_direct(lanes[ended], lanes_of(state, np.flatnonzero(ended))))
+                if ended.all():
+                    break
+                lanes, state = lanes[~ended], lanes_of(state, np.flatnonzero(~ended))
+                model = self.without(lanes)
+            else:
+                left.append(self._put_direct(lanes, state))
+        queue = np.concatenate(left)
+        for first in range(0, len(queue), self.lanes):
+            self._search(queue[first : first + self.lanes], refit)
+
+    def _begin(self, lanes: int) -> Direct:
+        x, fixed, v = (self._wide(own, lanes) for own in (self.x, self.fixed, self.v))
+        zero, no, size = np.zeros(lanes), np.zeros(lanes, bool), len(fixed) + len(x)
+        return Direct(
+            x, fixed, v, zero + np.inf, zero, zero, zero + np.inf, np.zeros(lanes, int), ~no, no,
+            np.zeros((size, lanes)), np.zeros((size, size, lanes)),
+        )  # fmt: skip
+
+    def _put_direct(self, at: np.ndarray, state: Direct) -> np.ndarray:
+        """Keeps what converged; which units did not."""
+        done = np.flatnonzero(state.converged)
+        if len(done):
+            own: Direct = lanes_of(state, done)
+            free = np.ones(own.x.shape, bool)
+            code = np.full(len(done), int(Result.CONVERGED))
+            code = self._endless(own.step, own.x, free, code, own.Hessian)
+            self._put(at[done], own.x, own.fixed, own.value, own.iterations, code, own.Hessian, free)
+        return at[~state.converged]
+
+    def _search(self, at: np.ndarray, refit: Refit) -> None:
+        def prober(x: Any, fixed: Any, v: Any, longest: Any, lanes: np.ndarray) -> Any:
+            return probe(self.without(at[lanes]), x, fixed, v, longest)
+
+        x, fixed = self._wide(self.x, len(at)), self._wide(self.fixed, len(at))
+        # A search that begins at zero finds a stationary point there.
+        x = np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x)
+        ends = search_lanes(self.model, x, fixed, np.zeros(len(at), int), prober)
+        fine = np.flatnonzero(~ends.lost)
+        if len(fine):
+            own = lanes_of(ends, fine)
+            solution = own.solution
+            factors = own_factors(solution.x, _wide_bases(self.rows), self.rows.layout)
+            code = np.asarray(result_code(solution, factors))
+            code = self._endless(own.step, solution.x, solution.free, code, own.Hessian)
+            self._put(
+                at[fine], solution.x, own.fixed, own.value, solution.iterations, code, own.Hessian, solution.free
+            )
+        for u in at[ends.lost]:
+            self._put_alone(int(u), refit)
+
+    def _endless(
+        self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
+    ) -> np.ndarray:
+        """See :func:`mixjax.estimation.glmm._endless`."""
+        n, p = self.model.n_fixed, self.model.p
+        eta = np.abs(self.rows.Q @ step[:p]).max(0, initial=0.0)
+        psi = np.abs(step[p:n]).max(0, initial=0.0)
+        far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
+        solved = np.isin(code, SOLUTIONS)
+        code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
+        inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+        return np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
+
+    # --- by quadrature, one after the other
+
+    def by_quadrature(self, nagq: int, refit: Refit | None) -> None:
+        n, model = self.model.n_fixed, replace(self.model, columns=None)
+        rule = product_rule(nagq, self.rows.Z[0].shape[1])
+        for u in range(self.U):
+            own = replace(model, data=self.without(np.array([u])).data)
+            at = joint_at(own, rule, self.fixed, self.x, self.v)
+            if refit is None:
+                H = np.asarray(at.Hessian)[..., None]
+                self._put_step(np.array([u]), at.gradient[:, None], H, np.array([at.value]), n)
+            else:
+                self._put_alone(u, refit)
+
+    # --- what is kept
+
+    def _put_alone(self, u: int, refit: Refit) -> None:
+        """A unit that lanes do not serve, by the search of a single fit."""
+        est, found, R = refit(self.weighted(u)), self.found, self.rows.X_basis.R
+        found.result[u], found.iterations[u] = int(est.result), int(est.iterations)
+        if int(est.result) not in SOLUTIONS:
+            return
+        found.fixed[u], found.covariance[u] = R @ est.beta, R @ est.vcov @ R.T
+        found.psi[u], found.theta[u], found.criterion[u] = est.psi, est.theta, est.criterion
+        found.singular[u] = bool(est.singular)
+        for whole, part in zip(found.Sigma, est.Sigma, strict=True):
+            whole[u] = part
+
+    def _put(
+        self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,
+        code: np.ndarray, H: np.ndarray, free: np.ndarray,
+    ) -> None:  # fmt: skip
+        found, p, n = self.found, self.model.p, self.model.n_fixed
+        found.result[at], found.iterations[at] = code, iterations
+        fine = np.flatnonzero(np.isin(code, SOLUTIONS))
+        if not len(fine):
+            return
+        at, x, fixed, value, H, free = at[fine], *lanes_of((x, fixed, value, H, free), fine)
+        own = own_factors(x, _wide_bases(self.rows), self.rows.layout)
+        inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+        found.fixed[at], found.psi[at] = fixed[:p].T, fixed[p:].T
+        found.covariance[at] = np.moveaxis(2.0 * inverse[:p, :p], -1, 0)
+        found.theta[at], found.criterion[at] = cov.theta_of_lambdas(own.lambdas).T, value
+        found.singular[at] = own.deficient
+        for whole, L in zip(found.Sigma, own.lambdas, strict=True):
+            whole[at] = np.moveaxis(linalg.matmul(L, linalg.transpose(L)), -1, 0)
+
+
+def by_x(model: Model, x: np.ndarray, form: ClosedForm) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient and Hessian by fixed and x, ``(T, L)`` and ``(T, T, L)``."""
+    n = model.n_fixed
+    jacobian, _ = chain(x, form.gradient[n:], model.layout)
+    own = linalg.matmul(linalg.transpose(jacobian), form.gradient[n:, None])[:, 0]
+    return np.concatenate([form.gradient[:n], own]), joint_Hessian(model, x, form)
+
+
+def shortest(model: Model, x: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The part ``(L,)`` of a step of fixed and x that is not too long, as the search has it."""
+    n = model.n_fixed
+    length = np.sqrt((step[n:] ** 2).sum(0))
+    most = REGION * np.maximum(np.sqrt((x * x).sum(0)), LEAST_LENGTH)
+    part = most / np.maximum(length, most)
+    shorter: np.ndarray = np.minimum(part, cut(model, step[:n])) if n else part
+    return shorter
+
+
+def is_convex(H: np.ndarray, free: np.ndarray, n: int) -> np.ndarray:
+    """``(L,)`` the Hessian is positive definite among fixed and the coordinates that are free."""
+    among = np.concatenate([np.ones((n, free.shape[1]), bool), free])
+    H = np.where(among[:, None] & among[None], H, linalg.eye(len(H), H))
+    least = np.sqrt(curvature_tolerance(H.dtype)) * np.stack([H[i, i] for i in range(len(H))])
+    positive: np.ndarray = decompositions.is_positive(H - linalg.eye(len(H), H) * least)
+    return positive
+
+
+def _wide_bases(rows: FamilyRows) -> tuple[Any, ...]:
+    """With an axis for lanes that share them."""
+    return tuple(type(basis)(*(np.asarray(part)[..., None] for part in basis)) for basis in rows.Z_bases)
