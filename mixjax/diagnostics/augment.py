@@ -10,9 +10,11 @@ import pandas as pd
 from mixjax.diagnostics.decorrelation import MOST_ROWS, decorrelated, largest_block
 from mixjax.diagnostics.hat import parts_of, whiten
 from mixjax.diagnostics.least_squares import least_squares
-from mixjax.diagnostics.leverage import leverage_of
+from mixjax.diagnostics.leverage import leverage, leverage_of
 from mixjax.diagnostics.residuals import fixed_part, random_part, scaled
-from mixjax.fitted.record import record_of
+from mixjax.families.links import LINKS
+from mixjax.fitted.either import any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
 
 # A row whose own regression keeps less than this part of its variance has no residual that says anything.
 NOTHING = 1e-10
@@ -35,6 +37,16 @@ def augmented(fitted: Any) -> pd.DataFrame:
 
     See :func:`mixjax.diagnostics.residuals.residuals` for what each shows.
 
+    Of a generalised linear mixed model:
+
+    * ``.fitted``: mean given the random effects, of trials the proportion. ``.linear_predictor``: on the link's scale,
+      the sum of ``.fixed``, with the offset, and ``.random``, what the random effects add.
+    * ``.resid``: deviance residuals. ``.pearson_resid``, ``.response_resid``, ``.working_resid``: R's other kinds;
+      the last is left out of families whose link has no known derivative.
+    * ``.std_resid``, ``.student_resid``: Pearson residuals over all of the standard deviation that the family gives,
+      its dispersion too, and that over the root of one minus the leverage.
+    * ``.leverage``, ``.cooksd``: as above, of the linear model at the modes; ``.cooksd`` is lme4's again.
+
     Example:
         >>> import mixjax as mj
         >>> from mixjax.diagnostics.augment import augmented
@@ -42,7 +54,9 @@ def augmented(fitted: Any) -> pd.DataFrame:
         >>> augmented(fit)[[".fitted", ".resid", ".std_ls_resid"]].iloc[0].round(3).tolist()
         [253.664, -4.104, 0.139]
     """
-    fitted = record_of(fitted)
+    fitted = any_record_of(fitted)
+    if isinstance(fitted, GeneralizedFitted):
+        return _generalized(fitted)
     y, fixed, random = np.asarray(fitted.design.y, float), fixed_part(fitted), random_part(fitted)
     whitened, sigma = whiten(fitted), float(fitted.estimates.sigma)
     parts = parts_of(whitened.Q, whitened.effects)
@@ -73,6 +87,27 @@ def augmented(fitted: Any) -> pd.DataFrame:
                 ".semi_ls_resid": ls / root,
                 ".std_ls_resid": ls * whitened.root_w / (root * own.sigma[codes]),
             }
+    return pd.DataFrame(columns, index=fitted.labels.frame.index)
+
+
+def _generalized(fitted: GeneralizedFitted) -> pd.DataFrame:
+    own, scaled_ = leverage(fitted).overall, fitted.scaled_residuals
+    left = 1 - own
+    columns = {
+        ".fitted": fitted.mean,
+        ".linear_predictor": np.asarray(fitted.estimates.eta),
+        ".fixed": fixed_part(fitted),
+        ".random": random_part(fitted),
+        ".resid": fitted.residuals("deviance"),
+        ".pearson_resid": fitted.residuals("pearson"),
+        ".response_resid": fitted.residuals("response"),
+    }
+    if fitted.family.link in LINKS:
+        columns[".working_resid"] = fitted.residuals("working")
+    columns[".std_resid"] = scaled_
+    columns[".student_resid"] = np.where(left > NOTHING, scaled_ / np.sqrt(np.maximum(left, NOTHING)), np.nan)
+    columns[".leverage"] = own
+    columns[".cooksd"] = _cooks(scaled_, own, len(fitted.labels.fixed))
     return pd.DataFrame(columns, index=fitted.labels.frame.index)
 
 

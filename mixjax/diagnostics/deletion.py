@@ -35,21 +35,26 @@ def dominant(rows: Rows, unit: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(Z.T @ Z)
         kept = values > RANK * values[-1]
         blocks.append(Z @ (vectors[:, kept] / np.sqrt(values[kept])))
-    found: set[int] = set()
-    for block in blocks:
-        # A unit's share of a direction is at most the sum of its shares of all: few have to be looked at.
-        shares = np.bincount(unit, weights=(block * block).sum(1))
-        for u in np.flatnonzero(shares > DOMINANT):
-            own = block[unit == u]
-            if np.linalg.eigvalsh(own.T @ own)[-1] > DOMINANT:
-                found.add(int(u))
+    found = set().union(*(dominant_in(block, unit) for block in blocks))
     return np.array(sorted(found), np.intp)
 
 
-def estimable(rows: Rows, unit: np.ndarray, u: int) -> bool:
+def dominant_in(block: np.ndarray, unit: np.ndarray) -> set[int]:
+    """Units that carry nearly all of some direction of orthonormal columns ``(n, c)``."""
+    # A unit's share of a direction is at most the sum of its shares of all: few have to be looked at.
+    shares = np.bincount(unit, weights=(block * block).sum(1))
+    found = set()
+    for u in np.flatnonzero(shares > DOMINANT):
+        own = block[unit == u]
+        if np.linalg.eigvalsh(own.T @ own)[-1] > DOMINANT:
+            found.add(int(u))
+    return found
+
+
+def estimable(design: Design, unit: np.ndarray, u: int) -> bool:
     """X keeps its rank without unit u, by the rule that a fit of the other rows goes by."""
     left = unit != u
-    X, weights = np.asarray(rows.design.X)[left], rows.design.weights
+    X, weights = np.asarray(design.X)[left], design.weights
     return bool(orthonormal_columns(X, None if weights is None else np.sqrt(np.asarray(weights)[left]))[2].all())
 
 
@@ -69,7 +74,7 @@ def batches(rows: Rows, unit: np.ndarray, most: int | None = None) -> Iterator[t
     for first in range(0, len(plain), chunk):
         deleted = plain[first : first + chunk]
         yield deleted, rows.without(unit, deleted)
-    plain = np.array([u for u in dominating if estimable(rows, unit, u)], np.intp)
+    plain = np.array([u for u in dominating if estimable(rows.design, unit, u)], np.intp)
     for first in range(0, len(plain), chunk):
         deleted = plain[first : first + chunk]
         yield deleted, stack([pad(rows_of(_subset(rows.design, unit != u)).stats) for u in deleted])

@@ -81,7 +81,7 @@ def delete_at_theta(rows: Rows, unit: np.ndarray, fixed: Fixed, leverages: np.nd
         loss = (both[:, :p, None] * both[:, None] / A[:, None, None])[order]
     else:
         loss = _losses(unit, fixed, both)
-    lost = [u for u in dominant(rows, unit) if not estimable(rows, unit, u)]
+    lost = [u for u in dominant(rows, unit) if not estimable(rows.design, unit, u)]
     left = fixed.information - loss[:, :, :p]
     left[lost] = np.eye(p)
     covariance = np.linalg.inv(left)

@@ -3,6 +3,9 @@
 Rows are multiplied by the roots of their weights. With ``U = Z Lambda``, ``H = I + U U'``, ``G = H^{-1} = I - U S^{-1}
 U'``, ``S = I + U'U`` and ``M = (X'GX)^{-1}``, fitted values are ``(H1 + H2) y``: ``H1 = X M X'G`` of the fixed effects,
 ``H2 = U U' G (I - H1)`` of the random effects. S is inverted by eliminating one grouping factor after the other.
+
+Of a generalised linear mixed model rows are those of the linear one that it is at its modes: weights are the curvatures
+of the rows' log densities by the linear predictor, and sigma is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from mixjax.fitted.record import Fitted
+from mixjax.bases import orthonormal_columns
+from mixjax.covariance import lambdas_of_theta
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
 
 # A variance below this part of the one that it is left of is rounding.
 NOTHING = 1e-10
@@ -50,7 +56,7 @@ class Whitened(NamedTuple):
 
     @property
     def random_variance(self) -> np.ndarray:
-        """``w_i z_i' Sigma z_i / sigma^2``, ``(n,)``."""
+        """``w_i z_i' Sigma z_i / sigma^2``, ``(n,)``; sigma is 1 in generalised models."""
         return sum(((factor.U**2).sum(1) for factor in self.effects), np.zeros(len(self.root_w)))
 
 
@@ -82,19 +88,41 @@ class HatDiagonals(NamedTuple):
         return variances
 
 
-def whiten(fitted: Fitted) -> Whitened:
+def whiten(fitted: AnyFitted) -> Whitened:
     """The fit's rows as the hat matrix needs them."""
-    design, layout = fitted.design, fitted.stats.layout
-    rows = fitted.rows
-    root_w = np.ones(rows.n) if rows.sqrt_w is None else rows.sqrt_w
-    lambdas, effects = fitted.relative_factors, []
-    for f in range(len(fitted.stats.factors)):
+    design, layout = fitted.design, fitted.layout
+    if isinstance(fitted, GeneralizedFitted):
+        root_w = np.sqrt(working_weights(fitted))
+        Q = orthonormal_columns(np.asarray(design.X), root_w).Q
+        lambdas = lambdas_of_theta(np.asarray(fitted.estimates.theta), layout.qs)
+    else:
+        root_w = np.ones(fitted.nobs) if fitted.rows.sqrt_w is None else fitted.rows.sqrt_w
+        Q, lambdas = fitted.rows.Q, fitted.relative_factors
+    effects = []
+    for f in range(1 + max(place.factor for place in layout.terms)):
         ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
         Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
         Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
         term = design.terms[ts[0]]
         effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts))
-    return Whitened(root_w, rows.Q, effects)
+    return Whitened(root_w, Q, effects)
+
+
+def working_weights(fitted: GeneralizedFitted) -> np.ndarray:
+    """``(n,)`` curvature of the rows' minus log densities by the linear predictor at the modes, times case weights: the
+    observed one, or the expected one where some row's is negative, as happens to families that are not log-concave."""
+    family, est, rows = fitted.family, fitted.estimates, fitted.rows
+    psi = list(est.psi)
+    found = np.asarray(family.derivatives(est.eta, rows.y, rows.size, psi).by_eta[2])
+    if (found < 0).any():
+        if not family.has_expected:
+            raise ValueError(
+                f"the log density of family {family.name} is not concave at {int((found < 0).sum())} of the rows, so "
+                "that the fit has no linear model with positive weights at its modes, which leverages are those of"
+            )
+        found = np.asarray(family.expected(est.eta, rows.size, psi).w)
+    weights: np.ndarray = found if rows.weights is None else found * np.asarray(rows.weights)
+    return weights
 
 
 def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> HatDiagonals:

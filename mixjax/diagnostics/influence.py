@@ -11,6 +11,7 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
 from mixjax.diagnostics.fixed_theta import delete_at_theta, fixed_part
+from mixjax.diagnostics.generalized_refits import generalized_without
 from mixjax.diagnostics.leverage import leverage
 from mixjax.diagnostics.refits import (
     COMPUTED,
@@ -22,8 +23,11 @@ from mixjax.diagnostics.refits import (
     step_without,
 )
 from mixjax.diagnostics.units import units_of
+from mixjax.estimation.glmm import GLMMEstimates
+from mixjax.fitted.either import AnyFitted, any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import known_names, term_names
-from mixjax.fitted.record import Fitted, record_of
+from mixjax.fitted.record import Fitted
 from mixjax.markup import Report, Reported
 from mixjax.tables import frame_report
 
@@ -33,31 +37,33 @@ MEASURES = ("cooks", "mdffits", "covtrace", "covratio")
 LEVERAGES = ("leverage_overall", "leverage_fixed", "leverage_random", "leverage_random_unconfounded")
 
 
-def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influence:
+def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influence:
     """Leave out every row, or every group of rows, and see what changes.
 
     Args:
-        fitted: the fit, with its rows.
+        fitted: the fit, with its rows; of a linear or a generalised linear mixed model.
         by: what is left out at a time. None: single rows. The name of a grouping factor of the model, of a column that
             the model uses, or a list of such columns, whose combinations then are the groups: all rows of a level. Or
             labels ``(n,)`` of the rows, as ``data["clinic"]`` of a column that the model does not use.
         method: what happens to the variance parameters.
 
             * ``"exact"``: the model is fitted anew without each unit, by the criterion of the fit, all as one batch;
-              designs whose crossed factors are large one after another.
+              designs whose crossed factors are large one after another. Fits of generalised models begin at the
+              estimates of all rows.
             * ``"one-step"``: one Newton step from the estimates of all rows, with the exact gradient and Hessian of
               the criterion without the unit, no longer than half the optimiser's coordinates; fixed effects and sigma
               are then exact for the theta reached. The pattern of "exact", for models that are large or have many
-              units. A variance of zero stays zero.
+              units. A variance of zero stays zero. Of generalised models it is one step of all parameters together,
+              fixed effects and those of the family too.
             * ``"fixed-theta"``: theta and sigma stay, and the fixed effects change by a closed form, as HLMdiag does
-              with ``approx = TRUE``. What the unit does to the variances is not seen.
+              with ``approx = TRUE``. What the unit does to the variances is not seen. Linear models only.
 
     Returns:
         :class:`Influence`.
 
     Raises:
         DataError: ``by`` names no column, or its labels do not fit the rows.
-        ValueError: the method is unknown; there is one unit only; the fit kept no rows.
+        ValueError: the method is unknown; there is one unit only; the fit kept no rows, or has no finite estimates.
 
     Warns:
         InferenceWarning: without some units there are no estimates. Their rows are NaN, and they are counted.
@@ -69,7 +75,9 @@ def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influ
     * ``covtrace``: ``|tr(C^{-1} C_(u)) - p|``; ``covratio``: ``det C_(u) / det C``. What precision the unit brings:
       near 0 and 1 where it brings little; above 1 the fixed effects are less certain without the unit.
 
-    These are the definitions of HLMdiag (Loy & Hofmann 2014, J. Stat. Softw. 56(5)).
+    These are the definitions of HLMdiag (Loy & Hofmann 2014, J. Stat. Softw. 56(5)). C of a linear model takes theta as
+    known; that of a generalised one is part of the covariance of all estimates, as ``fit.vcov``. Without a unit whose
+    rows alone keep a response from being separated there are no estimates: its ``result`` is ``SEPARATED``.
 
     Example:
         >>> import mixjax as mj
@@ -81,18 +89,14 @@ def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influ
         >>> round(float(subjects.cooks["309"]), 4)
         0.1485
     """
-    fitted = record_of(fitted)
+    fitted = any_record_of(fitted)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    rows, units = fitted.rows, units_of(fitted, by)
-    own, fixed = leverage(fitted), fixed_part(fitted, rows)
-    if method == "exact":
-        without = refit_without(fitted, rows, units.code, fixed.delta)
-    elif method == "one-step":
-        without = step_without(fitted, rows, units.code, fixed.delta)
+    units, own = units_of(fitted, by), leverage(fitted)
+    if isinstance(fitted, GeneralizedFitted):
+        without, root = _of_generalized(fitted, units.code, method)
     else:
-        change, covariance = delete_at_theta(rows, units.code, fixed, own.overall)
-        without = _at_theta(fitted, change, fitted.estimates.sigma**2 * covariance)
+        without, root = _of_linear(fitted, units.code, method, own.overall)
     if not without.found.all():
         lost = units.names[~without.found]
         shown = ", ".join(str(u) for u in lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -109,10 +113,41 @@ def influence(fitted: Fitted, by: Any = None, method: Method = "exact") -> Influ
         method,
         units.names,
         pd.Series(count, units.names, name="rows"),
-        pd.DataFrame(_measures(fitted, fixed.information, without), units.names, list(MEASURES)),
+        pd.DataFrame(_measures(root, without), units.names, list(MEASURES)),
         pd.DataFrame(means / count[:, None], units.names, list(LEVERAGES)),
         without,
     )
+
+
+def _of_linear(fitted: Fitted, unit: np.ndarray, method: Method, leverages: np.ndarray) -> tuple[Without, np.ndarray]:
+    """Estimates without each unit, and ``(p, p)`` T with ``T'T = C^{-1}`` of all rows, in the basis of X."""
+    rows, sigma = fitted.rows, float(fitted.estimates.sigma)
+    fixed = fixed_part(fitted, rows)
+    if method == "exact":
+        without = refit_without(fitted, rows, unit, fixed.delta)
+    elif method == "one-step":
+        without = step_without(fitted, rows, unit, fixed.delta)
+    else:
+        change, covariance = delete_at_theta(rows, unit, fixed, leverages)
+        without = _at_theta(fitted, change, sigma**2 * covariance)
+    return without, np.linalg.cholesky(fixed.information).T / sigma
+
+
+def _of_generalized(fitted: GeneralizedFitted, unit: np.ndarray, method: Method) -> tuple[Without, np.ndarray]:
+    """As :func:`_of_linear`."""
+    if method == "fixed-theta":
+        raise ValueError(
+            "method='fixed-theta' is a closed form of linear mixed models; of a generalised one method='one-step' is "
+            "the quick way"
+        )
+    R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
+    if not (fitted.estimates.converged and np.isfinite(vcov).all()):
+        raise ValueError(
+            f"the fit of all rows has no finite estimates that could change: {fitted.optimizer.message.rstrip('.')}"
+        )
+    covariance = R @ vcov @ R.T
+    root = np.linalg.inv(np.linalg.cholesky(covariance)) if len(R) else covariance
+    return generalized_without(fitted, unit, method == "exact"), root
 
 
 def _at_theta(fitted: Fitted, change: np.ndarray, covariance: np.ndarray) -> Without:
@@ -129,25 +164,25 @@ def _at_theta(fitted: Fitted, change: np.ndarray, covariance: np.ndarray) -> Wit
         sigma=same(est.sigma),
         theta=same(est.theta),
         Sigma=tuple(map(same, est.Sigma)),
+        psi=np.zeros((len(found), 0)),
         singular=found & bool(est.singular),
         result=np.where(found, COMPUTED, RANK_DEFICIENT).astype(object),
     )
 
 
-def _measures(fitted: Fitted, information: np.ndarray, without: Without) -> np.ndarray:
+def _measures(root: np.ndarray, without: Without) -> np.ndarray:
     """``(U, 4)`` in the order of MEASURES; NaN without estimates, and where there are no fixed effects.
 
     Args:
-        information: ``(p, p)`` inverse covariance of the fixed effects of all rows in the basis of X, times sigma^2.
+        root: ``(p, p)`` T with ``T'T`` the inverse covariance of the fixed effects of all rows in the basis of X: in
+            coordinates T that covariance is I.
     """
-    p, found = len(information), without.found
+    p, found = len(root), without.found
     values = np.full((len(found), len(MEASURES)), np.nan)
     if not p or not found.any():
         return values
-    # In coordinates where the covariance of all rows is I.
-    turn = np.linalg.cholesky(information).T / fitted.estimates.sigma
-    change = without.change[found] @ turn.T
-    C = turn @ without.covariance[found] @ turn.T
+    change = without.change[found] @ root.T
+    C = root @ without.covariance[found] @ root.T
     values[found, 0] = (change**2).sum(1) / p
     values[found, 1] = np.einsum("up,up->u", change, np.linalg.solve(C, change[:, :, None])[:, :, 0]) / p
     values[found, 2] = np.abs(np.trace(C, axis1=1, axis2=2) - p)
@@ -173,7 +208,7 @@ class Influence(Reported):
             means over the rows of a unit.
     """
 
-    fitted: Fitted
+    fitted: AnyFitted
     method: str
     units: pd.Index
     rows: pd.Series
@@ -224,32 +259,47 @@ class Influence(Reported):
     @property
     def vcov(self) -> np.ndarray:
         """``(U, p, p)`` covariance of the fixed effects without each unit."""
-        R_inv = np.asarray(self.fitted.stats.X_basis.R_inv)
-        covariances: np.ndarray = R_inv @ self._without.covariance @ R_inv.T
+        covariances: np.ndarray = self._R_inv @ self._without.covariance @ self._R_inv.T
         return covariances
 
     @property
+    def _R_inv(self) -> np.ndarray:
+        """From the basis of X to its columns."""
+        own = self.fitted
+        return np.asarray((own.rows if isinstance(own, GeneralizedFitted) else own.stats).X_basis.R_inv)
+
+    @property
     def sigma(self) -> pd.Series:
-        """Residual standard deviation without each unit."""
+        """Residual standard deviation without each unit, of a linear model."""
+        if isinstance(self.fitted, GeneralizedFitted):
+            raise ValueError(
+                "a generalised linear mixed model has no sigma; its family's parameters are in .dispersion"
+            )
         return pd.Series(self._without.sigma, self.units, name="sigma")
 
     @property
+    def dispersion(self) -> pd.DataFrame:
+        """Parameters of the family without each unit, as ``fit.dispersion``; no columns where it has none."""
+        return pd.DataFrame(self._scale(self._without.sigma, self._without.psi), self.units).drop(
+            columns="sigma2", errors="ignore"
+        )
+
+    @property
     def theta(self) -> pd.DataFrame:
-        """Relative Cholesky factors without each unit, as ``fit.theta``."""
+        """Cholesky factors without each unit, as ``fit.theta``: relative of a linear, absolute of a generalised model."""
         names, _ = entry_names(self.fitted, term_names(self.fitted.labels), "theta", "theta")
         return pd.DataFrame(self._without.theta, self.units, names)
 
     @property
     def variances(self) -> pd.DataFrame:
-        """``sigma2`` and the entries of every Sigma without each unit: ``var_Days|Subject``,
-        ``cov_Days.Intercept|Subject``; entries that a structure holds at zero are left out."""
-        return self._variances(self._without.sigma, self._without.Sigma)
+        """``sigma2``, of generalised models the family's parameters, and the entries of every Sigma without each unit:
+        ``var_Days|Subject``, ``cov_Days.Intercept|Subject``; entries that a structure holds at zero are left out."""
+        return self._variances(self._without.sigma, self._without.psi, self._without.Sigma)
 
     @property
     def dfbeta(self) -> pd.DataFrame:
         """Fixed effects of all rows less those without the unit."""
-        R_inv = np.asarray(self.fitted.stats.X_basis.R_inv)
-        return pd.DataFrame(-self._without.change @ R_inv.T, self.units, list(self.fitted.labels.fixed))
+        return pd.DataFrame(-self._without.change @ self._R_inv.T, self.units, list(self.fitted.labels.fixed))
 
     @property
     def dfbetas(self) -> pd.DataFrame:
@@ -270,15 +320,26 @@ class Influence(Reported):
         An entry that is zero in the fit of all rows has NaN, or an infinite change where it is not zero without the
         unit. All zero with ``method="fixed-theta"``, which holds the variances."""
         est = self.fitted.estimates
-        own = self._variances(np.atleast_1d(est.sigma), [np.asarray(S)[None] for S in est.Sigma]).to_numpy()[0]
+        sigma, psi = (
+            (np.ones(1), est.psi) if isinstance(est, GLMMEstimates) else (np.atleast_1d(est.sigma), np.zeros(0))
+        )
+        own = self._variances(sigma, psi[None], [np.asarray(S)[None] for S in est.Sigma]).to_numpy()[0]
         with np.errstate(invalid="ignore", divide="ignore"):
             change: pd.DataFrame = self.variances / own - 1
             return change
 
-    def _variances(self, sigma: np.ndarray, Sigma: Sequence[np.ndarray]) -> pd.DataFrame:
+    def _scale(self, sigma: np.ndarray, psi: np.ndarray) -> dict[str, np.ndarray]:
+        """The residual variance, or the family's parameters, by name."""
+        own = self.fitted
+        if not isinstance(own, GeneralizedFitted):
+            return {"sigma2": sigma**2}
+        values = np.asarray(own.family.natural(psi.T)).reshape(-1, len(psi))
+        return dict(zip(own.family.psi_names, values, strict=True))
+
+    def _variances(self, sigma: np.ndarray, psi: np.ndarray, Sigma: Sequence[np.ndarray]) -> pd.DataFrame:
         names, varies = entry_names(self.fitted, term_names(self.fitted.labels), "var", "cov")
         lower = [S[:, c, r] for S in Sigma for r, c in zip(*np.triu_indices(S.shape[1]), strict=True)]
-        columns = {"sigma2": sigma**2}
+        columns = self._scale(sigma, psi)
         columns |= {name: entry for name, entry, own in zip(names, lower, varies, strict=True) if own}
         return pd.DataFrame(columns, self.units if len(sigma) == len(self.units) else None)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax.diagnostics.hat import NOTHING, HatDiagonals, Whitened, parts_of, whiten
+from mixjax.fitted.either import any_record_of
 from mixjax.fitted.record import record_of
 
 # The imaginary step of a derivative: its square is nothing beside 1, so no digits are lost.
@@ -39,7 +40,9 @@ def leverage(fitted: Any) -> Leverage:
     (2011, J. Appl. Statist. 38, 1063), over the residual variance.
 
     Args:
-        fitted: fit with rows.
+        fitted: fit with rows. Of a generalised linear mixed model leverages are those of the linear one that it is at
+            its modes, with the curvatures of the rows' log densities as weights and residual variance 1: how much of
+            its own linear predictor a row's working response makes.
 
     Returns:
         :class:`Leverage`.
@@ -51,7 +54,7 @@ def leverage(fitted: Any) -> Leverage:
         >>> leverage(fit).overall[:3].round(4).tolist(), leverage(fit).fixed.sum().round(6).item()
         ([0.2293, 0.1697, 0.1268], 2.0)
     """
-    whitened = whiten(record_of(fitted))
+    whitened = whiten(any_record_of(fitted))
     return leverage_of(whitened, parts_of(whitened.Q, whitened.effects))
 
 

@@ -12,12 +12,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from mixjax.checks import DataError, check_count
-from mixjax.fitted.record import Fitted, record_of
+from mixjax.fitted.either import any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
-from mixjax.simulation import raw_key, simulate_responses
+from mixjax.simulation import raw_key
 from mixjax.tables import frame_report
 
 # Numbers in all simulated responses together.
@@ -26,7 +28,10 @@ CHECKS = {
     "uniformity": "Kolmogorov-Smirnov distance of the residuals from uniformity: is the whole shape right?",
     "dispersion": "variance around the simulated means, relative to the model's: too much or too little spread?",
     "outliers": "share of responses outside all simulated ones: are there more extremes than the model gives?",
+    "zeros": "share of zeros: are there more or fewer than the model gives?",
 }
+# Families of counts, of which zeros are looked at.
+COUNTS = ("poisson", "nbinom")
 
 
 def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.ndarray:
@@ -60,12 +65,13 @@ def scaled_residuals(y: np.ndarray, simulated: np.ndarray, key: Any = 0) -> np.n
 
 
 def quantile_residuals(
-    fitted: Fitted, key: Any = 0, n: int = 250, random: Literal["new", "fitted"] = "new"
+    fitted: Any, key: Any = 0, n: int = 250, random: Literal["new", "fitted"] = "new"
 ) -> QuantileResiduals:
-    """Residuals of a fit by simulation from it, as R's DHARMa makes them.
+    """Residuals of a fit by simulation from it, as R's DHARMa makes them; of counts and outcomes too, where no other
+    residual has a known distribution.
 
     Args:
-        fitted: the fit, with its rows.
+        fitted: the fit, with its rows, of a linear or a generalised linear mixed model.
         key: int or JAX key.
         n: simulated data sets.
         random: ``"new"``: random effects are drawn anew, so that all of the model is checked, its random effects too;
@@ -85,19 +91,19 @@ def quantile_residuals(
         >>> found.tests().index.tolist()
         ['uniformity', 'dispersion', 'outliers']
     """
-    fitted, n = record_of(fitted), check_count("n", n, 1)
-    design, est = fitted.design, fitted.estimates
+    fitted, n = any_record_of(fitted), check_count("n", n, 1)
+    if random not in ("new", "fitted"):
+        raise ValueError(f"random must be 'new' or 'fitted', got {random!r}")
+    y = np.asarray(fitted.design.y, np.float64)
     if n * fitted.nobs > MOST_NUMBERS:
         raise ValueError(
             f"{n} simulations of {fitted.nobs} rows take too much memory: use n={MOST_NUMBERS // fitted.nobs}"
         )
-    b = est.b if random == "fitted" else None
     with float64():
         own, places = jax.random.split(raw_key(key))
-    Y = simulate_responses(design, est.beta, est.sigma, est.Sigma, own, n, random=random, b=b)
-    return QuantileResiduals(
-        np.asarray(design.y, np.float64), Y, places, fitted.labels.frame, f"random effects {random}"
-    )
+    Y = fitted.simulate(own, n, random=random)
+    zeros = isinstance(fitted, GeneralizedFitted) and fitted.family.name in COUNTS
+    return QuantileResiduals(y, Y, places, fitted.labels.frame, f"random effects {random}", zeros)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +112,7 @@ class QuantileResiduals(Reported):
 
     Attributes:
         y: ``(n,)``. simulated: ``(B, n)``. key: of the places among ties.
-        frame: table of the rows. what: how they were simulated.
+        frame: table of the rows. what: how they were simulated. zeros: responses are counts, whose zeros are tested.
     """
 
     y: np.ndarray = field(repr=False)
@@ -114,12 +120,18 @@ class QuantileResiduals(Reported):
     key: Any = field(repr=False)
     frame: pd.DataFrame | None = field(repr=False)
     what: str
+    zeros: bool = False
 
     @cached_property
     def values(self) -> pd.Series:
         """Residuals ``(n,)`` between 0 and 1; see :func:`scaled_residuals`."""
         index = None if self.frame is None else self.frame.index
         return pd.Series(scaled_residuals(self.y, self.simulated, self.key), index, name="quantile_residual")
+
+    @property
+    def normal(self) -> pd.Series:
+        """The same as standard normal quantiles ``(n,)``: normal where the model is right (Dunn & Smyth 1996)."""
+        return pd.Series(ndtri(self.values.to_numpy()), self.values.index, name="quantile_residual")
 
     def to_frame(self) -> pd.DataFrame:
         """The rows with ``.quantile_resid`` beside them."""
@@ -139,6 +151,8 @@ class QuantileResiduals(Reported):
         one level do, and where n is small (Barnard's Monte Carlo test; Davison & Hinkley 1997, section 4.2); they are
         no smaller than ``1 / (B + 1)``.
 
+        Of counts there is a fourth, of the share of zeros.
+
         Returns:
             DataFrame: ``statistic``, ``expected`` (mean over simulated responses), ``p_value`` (two-sided, of
             uniformity one-sided) and ``check``, which says what it looks at.
@@ -148,8 +162,12 @@ class QuantileResiduals(Reported):
             "dispersion": _dispersion(self.y, self.simulated),
             "outliers": _outliers(self._ranks),
         }
+        if self.zeros:
+            statistics["zeros"] = np.concatenate([[(self.y == 0).mean()], (self.simulated == 0).mean(1)])
+        sides = {"uniformity": "above"}
         rows = {
-            name: _row(values, name != "uniformity") | {"check": CHECKS[name]} for name, values in statistics.items()
+            name: row_of(values, sides.get(name, "both")) | {"check": CHECKS[name]}
+            for name, values in statistics.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -167,7 +185,9 @@ class QuantileResiduals(Reported):
         rows = []
         for g in range(len(names)):
             ranks = self._ranks[:, codes == g]
-            rows.append({"n": ranks.shape[1], "mean": self.values[codes == g].mean()} | _row(_distance(ranks), False))
+            rows.append(
+                {"n": ranks.shape[1], "mean": self.values[codes == g].mean()} | row_of(_distance(ranks), "above")
+            )
         frame = pd.DataFrame(rows, index=names)
         order = np.argsort(frame["p_value"].to_numpy(), kind="stable")
         steps = np.maximum.accumulate((len(order) - np.arange(len(order))) * frame["p_value"].to_numpy()[order])
@@ -203,20 +223,19 @@ class QuantileResiduals(Reported):
 
     def __str__(self) -> str:
         frame = self.tests().drop(columns="check")
-        return "\n".join([self._head(), frame.to_string(float_format=lambda x: f"{x:.4g}"), *_check_notes()])
+        return "\n".join([self._head(), frame.to_string(float_format=lambda x: f"{x:.4g}"), *self._check_notes()])
 
     def _report(self) -> Report:
         formats = dict.fromkeys(("statistic", "expected"), "{:.4g}")
-        return frame_report(self.tests().drop(columns="check"), [self._head()], _check_notes(), formats=formats)
+        return frame_report(self.tests().drop(columns="check"), [self._head()], self._check_notes(), formats=formats)
 
     def _head(self) -> str:
         return f"simulated residuals of {len(self.y)} responses, {len(self.simulated)} simulations, {self.what}"
 
+    def _check_notes(self) -> list[str]:
+        return [f"{name}: {text}" for name, text in CHECKS.items() if name != "zeros" or self.zeros]
+
     __repr__ = __str__
-
-
-def _check_notes() -> list[str]:
-    return [f"{name}: {text}" for name, text in CHECKS.items()]
 
 
 # --- statistics of all data sets, the observed one first ------------------------------------------------------------
@@ -264,11 +283,13 @@ def _outliers(ranks: np.ndarray) -> np.ndarray:
     return share
 
 
-def _row(values: np.ndarray, two_sided: bool) -> dict[str, float]:
+def row_of(values: np.ndarray, side: str) -> dict[str, float]:
+    """A statistic of the response, first, and of every simulated one: ``statistic``, ``expected``, and the Monte Carlo
+    ``p_value`` of how far above the others it lies, or on either side."""
     observed, others = values[0], values[1:]
     rounding = 1e-12 * max(1.0, abs(observed))
     m = len(values)
     above = (1 + (others >= observed - rounding).sum()) / m
     below = (1 + (others <= observed + rounding).sum()) / m
-    p = min(1.0, 2 * min(above, below)) if two_sided else above
+    p = min(1.0, 2 * min(above, below)) if side == "both" else above
     return {"statistic": float(observed), "expected": float(others.mean()), "p_value": float(p)}

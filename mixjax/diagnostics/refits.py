@@ -13,6 +13,8 @@ from mixjax.estimation.choice import chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP, estimate_many
 from mixjax.estimation.steps import newton_steps
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows
@@ -29,7 +31,8 @@ class Without(NamedTuple):
     Attributes:
         change: ``(U, p)`` fixed effects less those of all rows; covariance: ``(U, p, p)`` of the fixed effects. Both in
             the basis of X: that of raw columns, as calendar years, has lost digits that the measures need.
-        sigma: ``(U,)``. theta: ``(U, k)``. Sigma: per term ``(U, q, q)``.
+        sigma: ``(U,)``. theta: ``(U, k)``. Sigma: per term ``(U, q, q)``. psi: ``(U, s)`` parameters of a family, their
+            logarithms; generalised models have these and no sigma (NaN).
         singular: ``(U,)`` some Sigma has less than full rank.
         result: ``(U,)`` names: of :class:`mixjax.Result`; ``COMPUTED`` where nothing was searched; ``RANK_DEFICIENT``
             where X lost rank; ``NO_STEP`` where the Hessian was not positive definite.
@@ -40,6 +43,7 @@ class Without(NamedTuple):
     sigma: np.ndarray
     theta: np.ndarray
     Sigma: tuple[np.ndarray, ...]
+    psi: np.ndarray
     singular: np.ndarray
     result: np.ndarray
 
@@ -49,16 +53,19 @@ class Without(NamedTuple):
         return np.isin(self.result, SOLUTIONS)
 
 
-def nowhere(fitted: Fitted, U: int) -> Without:
+def nowhere(fitted: AnyFitted, U: int) -> Without:
     """NaN for all units, as if each left X without full rank."""
     est, p = fitted.estimates, len(fitted.labels.fixed)
+    n_psi = fitted.family.n_psi if isinstance(fitted, GeneralizedFitted) else 0
 
     def nan(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan)
 
-    Sigma = tuple(nan(U, q, q) for q in fitted.stats.layout.qs)
+    Sigma = tuple(nan(U, q, q) for q in fitted.layout.qs)
     result = np.full(U, RANK_DEFICIENT, dtype=object)
-    return Without(nan(U, p), nan(U, p, p), nan(U), nan(U, len(est.theta)), Sigma, np.zeros(U, bool), result)
+    return Without(
+        nan(U, p), nan(U, p, p), nan(U), nan(U, len(est.theta)), Sigma, nan(U, n_psi), np.zeros(U, bool), result
+    )
 
 
 def refit_without(fitted: Fitted, rows: Rows, unit: np.ndarray, delta: np.ndarray) -> Without:
@@ -125,7 +132,7 @@ def _put(out: Without, units: np.ndarray, est: Estimates, delta: np.ndarray, res
     out.result[units] = result
 
 
-def entry_names(fitted: Fitted, names: list[str], diagonal: str, below: str) -> tuple[list[str], np.ndarray]:
+def entry_names(fitted: AnyFitted, names: list[str], diagonal: str, below: str) -> tuple[list[str], np.ndarray]:
     """Names of the entries of all terms' lower triangles, column by column, such as ``var_Days|Subject`` and
     ``cov_Days.Intercept|Subject``; and which of them a structure does not hold at zero.
 
@@ -133,7 +140,7 @@ def entry_names(fitted: Fitted, names: list[str], diagonal: str, below: str) -> 
         names: of the terms. diagonal, below: what the names begin with.
     """
     entries, varies = [], []
-    for group, term, structure in zip(names, fitted.labels.terms, fitted.stats.layout.structures, strict=True):
+    for group, term, structure in zip(names, fitted.labels.terms, fitted.layout.structures, strict=True):
         for row, column in zip(*cov.triangle(structure.q), strict=True):
             own = row == column
             pair = term.effects[row] if own else f"{term.effects[row]}.{term.effects[column]}"

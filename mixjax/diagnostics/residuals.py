@@ -9,6 +9,7 @@ import numpy as np
 from mixjax.diagnostics.decorrelation import decorrelated
 from mixjax.diagnostics.hat import NOTHING, HatDiagonals, Whitened, parts_of, whiten
 from mixjax.diagnostics.leverage import leverage_of
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.record import Fitted, record_of
 
 SCALES = {
@@ -18,15 +19,15 @@ SCALES = {
 }
 
 
-def fixed_part(fitted: Fitted) -> np.ndarray:
-    """``offset + X beta``: the mean over the population, ``(n,)``."""
+def fixed_part(fitted: AnyFitted) -> np.ndarray:
+    """``offset + X beta``: the mean over the population, ``(n,)``; of a generalised model on the link's scale."""
     mean = np.asarray(fitted.design.X) @ fitted.estimates.beta
     fixed: np.ndarray = mean if fitted.design.offset is None else mean + fitted.design.offset
     return fixed
 
 
-def random_part(fitted: Fitted) -> np.ndarray:
-    """``Z b``: what the predicted random effects of a row's own levels add to it, ``(n,)``."""
+def random_part(fitted: AnyFitted) -> np.ndarray:
+    """``Z b``: what the predicted random effects of a row's own levels add to that, ``(n,)``."""
     total = np.zeros(len(fitted.design.y))
     for term, b in zip(fitted.design.terms, fitted.estimates.b, strict=True):
         total = total + (np.asarray(term.Z) * b[term.group]).sum(axis=1)

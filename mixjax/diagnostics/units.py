@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.names import values_of_rows
-from mixjax.fitted.record import Fitted
 from mixjax.formula.table import factor_codes, level_name
 
 
@@ -21,7 +21,7 @@ class Units(NamedTuple):
     names: pd.Index
 
 
-def units_of(fitted: Fitted, by: Any) -> Units:
+def units_of(fitted: AnyFitted, by: Any) -> Units:
     """The units that ``by`` stands for; see :func:`~mixjax.diagnostics.influence.influence`.
 
     Raises:
@@ -56,7 +56,7 @@ def units_of(fitted: Fitted, by: Any) -> Units:
     return Units(code, pd.Index([levels[level] for level in order], name=name))
 
 
-def _labels_given(name: str, labels: Any, fitted: Fitted) -> tuple[str, np.ndarray, list[str]]:
+def _labels_given(name: str, labels: Any, fitted: AnyFitted) -> tuple[str, np.ndarray, list[str]]:
     code, levels = pd.factorize(values_of_rows(fitted.labels, name, labels, numbers=False))
     if (code < 0).any():
         raise DataError(f"the labels '{name}' are missing in {int((code < 0).sum())} of the used rows")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from mixjax.engine.effects import Traces, directions_of, factor_of, orders_of
+from mixjax.engine.effects import Traces, directions_of, factor_of
 from mixjax.machine import Array
 from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import Layout

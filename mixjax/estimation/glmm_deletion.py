@@ -22,14 +22,14 @@ from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_fit import INNER_LAST, chain, cut, find_modes, joint_Hessian
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.engine.level_effects import OneFactor
-from mixjax.engine.quadrature import product_rule
+from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.estimation import search
 from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, is_flat, model_of
 from mixjax.estimation.glmm_lanes import DIRECT_STEPS, Direct, advance, probe, search_lanes, solve_free
-from mixjax.estimation.glmm_quadrature import joint_at
+from mixjax.estimation.glmm_quadrature import Joint, joint_at
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import lanes_of, silently
-from mixjax.optimise.newton import curvature_tolerance
+from mixjax.optimise.newton import curvature_tolerance, gradient_tolerance
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
 
@@ -66,18 +66,25 @@ Refit = Callable[[FamilyRows], GLMMEstimates]
 
 
 def fits_without(
-    rows: FamilyRows, est: GLMMEstimates, unit: np.ndarray, curvature: str, nagq: int, refit: Refit | None
+    rows: FamilyRows,
+    est: GLMMEstimates,
+    unit: np.ndarray,
+    deleted: np.ndarray,
+    curvature: str,
+    nagq: int,
+    refit: Refit | None,
 ) -> Deleted:
     """The fit's own criterion minimised anew without each unit, from the estimates of all rows.
 
     Args:
-        rows: of one response. est: of all rows. unit: ``(n,)`` codes ``0 .. U - 1``.
+        rows: of one response. est: of all rows.
+        unit: ``(n,)`` the unit of every row. deleted: ``(U,)`` units to leave out, one at a time.
         curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect.
         refit: fits rows with other case weights alone. None: one Newton step instead, over all parameters at once, the
             standard deviations that are zero held there.
     """
     with silently():
-        work = _Deletions(rows, est, unit, curvature)
+        work = _Deletions(rows, est, unit, deleted, curvature)
         if nagq > 1:
             work.by_quadrature(nagq, refit)
         elif refit is None:
@@ -90,8 +97,10 @@ def fits_without(
 class _Deletions:
     """The deletions of one call, filled part by part."""
 
-    def __init__(self, rows: FamilyRows, est: GLMMEstimates, unit: np.ndarray, curvature: str):
-        self.rows, self.unit, self.U = rows, unit, int(unit.max()) + 1
+    def __init__(
+        self, rows: FamilyRows, est: GLMMEstimates, unit: np.ndarray, deleted: np.ndarray, curvature: str
+    ) -> None:
+        self.rows, self.unit, self.deleted, self.U = rows, unit, deleted, len(deleted)
         model, lanes = model_of(rows, curvature), True
         if isinstance(model.effects, OneFactor):
             index = np.maximum(model.effects.index, 0)
@@ -125,14 +134,14 @@ class _Deletions:
         return Deleted(nan(p), nan(p, p), psi, nan(len(est.theta)), Sigma, nan(), count > 0, count.copy(), none)
 
     def without(self, at: np.ndarray) -> Model:
-        """The model without each of units ``at``, in lanes."""
+        """The model without each of units ``deleted[at]``, in lanes."""
         base = self.model.data.weights
-        weights = np.where(self.code == at, 0.0, 1.0 if base is None else base)
+        weights = np.where(self.code == self.deleted[at], 0.0, 1.0 if base is None else base)
         return replace(self.model, data=self.model.data._replace(weights=weights))
 
     def weighted(self, u: int) -> FamilyRows:
         own = np.ones(self.rows.n) if self.rows.weights is None else np.asarray(self.rows.weights, np.float64)
-        return replace(self.rows, weights=np.where(self.unit == u, 0.0, own))
+        return replace(self.rows, weights=np.where(self.unit == self.deleted[u], 0.0, own))
 
     def tiles(self) -> list[np.ndarray]:
         return [np.arange(first, min(first + self.lanes, self.U)) for first in range(0, self.U, self.lanes)]
@@ -221,9 +230,7 @@ class _Deletions:
             factors = own_factors(solution.x, _wide_bases(self.rows), self.rows.layout)
             code = np.asarray(result_code(solution, factors))
             code = self._endless(own.step, solution.x, solution.free, code, own.Hessian)
-            self._put(
-                at[fine], solution.x, own.fixed, own.value, solution.iterations, code, own.Hessian, solution.free
-            )
+            self._put(at[fine], solution.x, own.fixed, own.value, solution.iterations, code, own.Hessian, solution.free)
         for u in at[ends.lost]:
             self._put_alone(int(u), refit)
 
@@ -249,10 +256,30 @@ class _Deletions:
             own = replace(model, data=self.without(np.array([u])).data)
             at = joint_at(own, rule, self.fixed, self.x, self.v)
             if refit is None:
-                H = np.asarray(at.Hessian)[..., None]
-                self._put_step(np.array([u]), at.gradient[:, None], H, np.array([at.value]), n)
-            else:
+                self._put_step(np.array([u]), at.gradient[:, None], at.Hessian[..., None], np.array([at.value]), n)
+            elif not self._newton(u, own, rule, at):
                 self._put_alone(u, refit)
+
+    def _newton(self, u: int, model: Model, rule: Rule, at: Joint) -> bool:
+        """Newton's steps over all parameters, to the end; False where that is not enough."""
+        n, structures = model.n_fixed, model.layout.structures
+        for count in range(1, DIRECT_STEPS):
+            gradient, H = at.gradient[:, None], at.Hessian[..., None]
+            free = np.ones(at.x.shape, bool)
+            if not (np.isfinite(H).all() and is_convex(H, free, n)[0] and search.is_plain(at.x, structures)[0]):
+                return False
+            step = -solve_free(H, gradient[:, None], free, n)[:, 0]
+            if np.sqrt(max(-float((gradient * step).sum()), 0.0)) <= gradient_tolerance(H.dtype):
+                value, code = np.array([at.value]), np.array([int(Result.CONVERGED)])
+                code = self._endless(step, at.x, free, code, H)
+                self._put(np.array([u]), at.x + step[n:], at.fixed + step[:n], value, np.array([count]), code, H, free)
+                return True
+            step = step * shortest(model, at.x, step)
+            new = joint_at(model, rule, at.fixed + step[:n], at.x + step[n:], at.modes.v)
+            if not new.value < at.value + 1e-9:
+                return False
+            at = new
+        return False
 
     # --- what is kept
 

@@ -13,6 +13,7 @@ from mixjax.design import Design, Labels
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_one import check_likelihood
 from mixjax.estimation.laplace_check import LaplaceCheck
+from mixjax.face.generalized_diagnostics import GeneralizedDiagnosing
 from mixjax.face.generalized_inference import GeneralizedInferring
 from mixjax.face.generalized_predictions import GeneralizedPredicting
 from mixjax.face.generalized_summary import (
@@ -115,7 +116,7 @@ def glmm(
     return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq, reml))
 
 
-class GLMMFit(GeneralizedInferring, GeneralizedPredicting):
+class GLMMFit(GeneralizedInferring, GeneralizedPredicting, GeneralizedDiagnosing):
     """A fitted generalised linear mixed model. Attributes and methods read a frozen record; nothing here changes it.
 
     Everything about random effects is on the scale of the linear predictor and absolute, ``theta`` too: no residual
@@ -368,7 +369,13 @@ class GLMMFit(GeneralizedInferring, GeneralizedPredicting):
                 dispersion of a gamma family, or sigma, that all rows share.
                 ``"deviance"``: signed roots of what the row adds to :attr:`deviance`.
                 ``"working"``: the first by the slope of the mean, on the scale of the linear predictor.
+                ``"quantile"``: where the response stands among 250 simulated ones, as standard normal quantiles: the
+                only kind whose distribution is known, normal where the model is right, of counts and outcomes too.
+                See :meth:`quantile_residuals` for the same as numbers between 0 and 1, with tests, another key, or the
+                random effects as they are predicted.
         """
+        if kind == "quantile":
+            return self.quantile_residuals().normal.rename("residuals")
         return self._row_series(self._fitted.residuals(kind), "residuals")
 
     def _row_series(self, values: np.ndarray, name: str) -> pd.Series:

@@ -122,7 +122,7 @@ class GeneralizedFitted(FitStatistics):
     def residuals(self, kind: str) -> np.ndarray:
         """``(n,)`` of R's kinds at the conditional means; see :meth:`mixjax.GLMMFit.residuals`."""
         if kind not in RESIDUALS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, RESIDUALS))}, got {kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(map(repr, RESIDUALS))} or 'quantile', got {kind!r}")
         raw: np.ndarray = self.observed - self.mean
         if kind == "response":
             return raw

@@ -1,0 +1,48 @@
+"""Estimates of a generalised linear mixed model without each unit: every one refitted, or one Newton step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mixjax.diagnostics.deletion import dominant_in, estimable
+from mixjax.diagnostics.refits import COMPUTED, NO_STEP, Without, nowhere
+from mixjax.estimation.glmm import GLMMEstimates, fit_rows
+from mixjax.estimation.glmm_deletion import fits_without
+from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
+from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.optimise.results import Result
+from mixjax.products.family_rows import FamilyRows
+
+
+def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, exact: bool) -> Without:
+    """The fit's own criterion minimised anew without each unit, or one Newton step of it over all parameters at once
+    from the estimates of all rows.
+
+    Args:
+        unit: ``(n,)`` codes ``0 .. U - 1``.
+    """
+    rows, est, nagq = fitted.rows, fitted.estimates, fitted.nagq
+    U = int(unit.max()) + 1
+    out = nowhere(fitted, U)
+    lost = [u for u in dominant_in(rows.Q / np.sqrt(rows.n), unit) if not estimable(fitted.design, unit, u)]
+    deleted = np.setdiff1d(np.arange(U), lost)
+
+    def refit(weighted: FamilyRows) -> GLMMEstimates:
+        if nagq > 1:
+            return fit_rows_by_quadrature(weighted, nagq, est.theta)
+        return fit_rows(weighted, est.theta, fitted.curvature)
+
+    if not len(deleted):
+        return out
+    found = fits_without(rows, est, unit, deleted, fitted.curvature, nagq, refit if exact else None)
+    delta = rows.X_basis.R @ est.beta
+    out.change[deleted], out.covariance[deleted] = found.fixed - delta, found.covariance
+    for name in ("theta", "psi", "singular"):
+        getattr(out, name)[deleted] = getattr(found, name)
+    for whole, part in zip(out.Sigma, found.Sigma, strict=True):
+        whole[deleted] = part
+    names = [Result(code).name for code in found.result]
+    if not exact:
+        names = [COMPUTED if code == Result.CONVERGED else NO_STEP for code in found.result]
+    out.result[deleted] = names
+    return out

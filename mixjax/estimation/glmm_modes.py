@@ -1,0 +1,49 @@
+"""Random effects of other responses at the estimates of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax.engine.dense_effects import MOST_TOGETHER, together
+from mixjax.engine.laplace_fit import INNER, find_modes
+from mixjax.engine.level_effects import OneFactor
+from mixjax.estimation.glmm import GLMMEstimates, in_order, model_of
+from mixjax.machine import silently
+from mixjax.products.family_rows import FamilyRows
+
+# Numbers of a row function of a tile of responses.
+TILE_NUMBERS, MOST_LANES = 2**16, 256
+
+
+def predictors_at_modes(rows: FamilyRows, est: GLMMEstimates, Y: np.ndarray) -> np.ndarray:
+    """``(B, n)`` linear predictors with the random effects at their modes given each response ``Y (B, n)`` and all
+    parameters of the fit."""
+    with silently():
+        model = model_of(rows)
+        one_factor = isinstance(model.effects, OneFactor)
+        index = np.maximum(model.effects.index, 0) if isinstance(model.effects, OneFactor) else np.arange(rows.n)
+        effects = sum(Z.shape[1] * m for Z, m in zip(rows.Z, rows.levels, strict=True))
+        lanes = max(1, min(MOST_LANES, TILE_NUMBERS // index.size))
+        if not one_factor:
+            if effects <= MOST_TOGETHER and rows.family.log_concave:
+                model = replace(model, effects=together(rows))
+            else:
+                lanes = 1
+        lambdas = cov.lambdas_of_theta(np.asarray(est.theta), rows.layout.qs)
+        inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
+        fixed = np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+        found = np.empty(Y.shape)
+        for first in range(0, len(Y), lanes):
+            own = np.asarray(Y[first : first + lanes], np.float64)
+            y = np.ascontiguousarray(np.moveaxis(own[:, index], 0, -1))
+            here = replace(model, data=model.data._replace(y=y))
+            L = len(own)
+            wide, at = [np.repeat(F, L, -1) for F in inside], np.repeat(fixed, L, -1)
+            modes = find_modes(here, wide, at, np.zeros((*model.effects.effect_shape, L)), INNER)
+            eta = here.predictor(at, modes.b)
+            for i in range(L):
+                found[first + i] = in_order(here, eta[..., i : i + 1], rows.n)
+        return found
