@@ -58,7 +58,7 @@ def lineup(fit: Any, plot: str | Callable[..., Any], n: int = 20, key: Any = 0) 
     Hofmann & Cook 2017, J. Comput. Graph. Stat. 26, 478). Look before you have seen the real plot.
 
     Args:
-        fit: as :func:`mixjax.lmm` returns it.
+        fit: as :func:`mixjax.lmm` or :func:`mixjax.glmm` returns it.
         plot: ``plot(fit, ax=ax)`` draws one; or the name of a function of ``mixjax.plots``, such as ``"residuals"``,
             ``"qq"``, ``"qq_ranef"``.
         n: number of plots, the real one among them.

@@ -127,6 +127,13 @@ GLMM_METHODS = {
     "predict": "newdata=None, random=None, scale='response', integrate=False, allow_new_levels=False, interval=None, "
     "level=0.95, size=None",
     "laplace_check": "key=0, nagq=None, n=None",
+    "quantile_residuals": "key=0, n=250, random='new'",
+    "overdispersion": "key=0, n=250",
+    "zero_inflation": "key=0, n=250",
+    "augment": "",
+    "influence": "by=None, method='exact'",
+    "leverage": "",
+    "plot": "group=None",
     "refit": "y=None, reml=None",
     "test": "L, joint=None, adjust='none', level=0.95",
     "anova": "type='III'",

@@ -605,6 +605,7 @@ DRAWN = {
     "residuals": lambda fit, ax: plots.residuals(fit, ax=ax),
     "residuals by group": lambda fit, ax: plots.residuals(fit, "Subject", ax=ax),
     "scale_location": lambda fit, ax: plots.scale_location(fit, ax=ax),
+    "observed": lambda fit, ax: plots.observed(fit, ax=ax),
     "qq": lambda fit, ax: plots.qq(fit, ax=ax),
     "qq_ranef": lambda fit, ax: plots.qq_ranef(fit, ax=ax),
     "caterpillar": lambda fit, ax: plots.caterpillar(fit, effect="Days", ax=ax),

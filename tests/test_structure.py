@@ -39,6 +39,7 @@ ASKED = {
         "fit_one", "check_likelihood", "LaplaceCheck", "laplace_check",
         "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
         "GLMMEstimates", "glmm_estimate_many", "conditional_covariances", "mode_slopes",
+        "fits_without", "predictors_at_modes",
     },
 }  # fmt: skip
 CORE = (

@@ -14,13 +14,33 @@ from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
 
 
-def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, exact: bool) -> Without:
+def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str) -> tuple[Without, np.ndarray]:
     """The fit's own criterion minimised anew without each unit, or one Newton step of it over all parameters at once
     from the estimates of all rows.
 
     Args:
-        unit: ``(n,)`` codes ``0 .. U - 1``.
+        unit: ``(n,)`` codes ``0 .. U - 1``. method: ``"exact"`` or ``"one-step"``.
+
+    Returns:
+        The estimates; and ``(p, p)`` T with ``T'T`` the inverse of the covariance of all rows, in the basis of X.
+
+    Raises:
+        ValueError: another method; the fit of all rows has no estimates.
     """
+    if method not in ("exact", "one-step"):
+        raise ValueError(
+            f"method={method!r} is a closed form of linear mixed models; of a generalised one method='one-step' is the "
+            "quick way"
+        )
+    R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
+    if not (fitted.estimates.converged and np.isfinite(vcov).all()):
+        message = fitted.optimizer.message.rstrip(".")
+        raise ValueError(f"the fit of all rows has no finite estimates that could change: {message}")
+    root = np.linalg.inv(np.linalg.cholesky(R @ vcov @ R.T))
+    return _without(fitted, unit, method == "exact"), root
+
+
+def _without(fitted: GeneralizedFitted, unit: np.ndarray, exact: bool) -> Without:
     rows, est, nagq = fitted.rows, fitted.estimates, fitted.nagq
     U = int(unit.max()) + 1
     out = nowhere(fitted, U)

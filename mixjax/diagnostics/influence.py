@@ -10,24 +10,14 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
-from mixjax.diagnostics.fixed_theta import delete_at_theta, fixed_part
 from mixjax.diagnostics.generalized_refits import generalized_without
 from mixjax.diagnostics.leverage import leverage
-from mixjax.diagnostics.refits import (
-    COMPUTED,
-    NO_STEP,
-    RANK_DEFICIENT,
-    Without,
-    entry_names,
-    refit_without,
-    step_without,
-)
+from mixjax.diagnostics.linear_refits import linear_without
+from mixjax.diagnostics.refits import NO_STEP, RANK_DEFICIENT, Without, entry_names
 from mixjax.diagnostics.units import units_of
-from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import known_names, term_names
-from mixjax.fitted.record import Fitted
 from mixjax.markup import Report, Reported
 from mixjax.tables import frame_report
 
@@ -92,11 +82,12 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
     fitted = any_record_of(fitted)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    _ = fitted.design  # the error says why there is none
     units, own = units_of(fitted, by), leverage(fitted)
     if isinstance(fitted, GeneralizedFitted):
-        without, root = _of_generalized(fitted, units.code, method)
+        without, root = generalized_without(fitted, units.code, method)
     else:
-        without, root = _of_linear(fitted, units.code, method, own.overall)
+        without, root = linear_without(fitted, units.code, method, own.overall)
     if not without.found.all():
         lost = units.names[~without.found]
         shown = ", ".join(str(u) for u in lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -116,57 +107,6 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
         pd.DataFrame(_measures(root, without), units.names, list(MEASURES)),
         pd.DataFrame(means / count[:, None], units.names, list(LEVERAGES)),
         without,
-    )
-
-
-def _of_linear(fitted: Fitted, unit: np.ndarray, method: Method, leverages: np.ndarray) -> tuple[Without, np.ndarray]:
-    """Estimates without each unit, and ``(p, p)`` T with ``T'T = C^{-1}`` of all rows, in the basis of X."""
-    rows, sigma = fitted.rows, float(fitted.estimates.sigma)
-    fixed = fixed_part(fitted, rows)
-    if method == "exact":
-        without = refit_without(fitted, rows, unit, fixed.delta)
-    elif method == "one-step":
-        without = step_without(fitted, rows, unit, fixed.delta)
-    else:
-        change, covariance = delete_at_theta(rows, unit, fixed, leverages)
-        without = _at_theta(fitted, change, sigma**2 * covariance)
-    return without, np.linalg.cholesky(fixed.information).T / sigma
-
-
-def _of_generalized(fitted: GeneralizedFitted, unit: np.ndarray, method: Method) -> tuple[Without, np.ndarray]:
-    """As :func:`_of_linear`."""
-    if method == "fixed-theta":
-        raise ValueError(
-            "method='fixed-theta' is a closed form of linear mixed models; of a generalised one method='one-step' is "
-            "the quick way"
-        )
-    R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
-    if not (fitted.estimates.converged and np.isfinite(vcov).all()):
-        raise ValueError(
-            f"the fit of all rows has no finite estimates that could change: {fitted.optimizer.message.rstrip('.')}"
-        )
-    covariance = R @ vcov @ R.T
-    root = np.linalg.inv(np.linalg.cholesky(covariance)) if len(R) else covariance
-    return generalized_without(fitted, unit, method == "exact"), root
-
-
-def _at_theta(fitted: Fitted, change: np.ndarray, covariance: np.ndarray) -> Without:
-    """The variances of all rows for every unit without which there are fixed effects."""
-    est, found = fitted.estimates, ~np.isnan(covariance).any(axis=(1, 2))
-
-    def same(value: Any) -> np.ndarray:
-        value = np.asarray(value)
-        return np.where(found.reshape(-1, *[1] * value.ndim), value, np.nan)
-
-    return Without(
-        change,
-        covariance,
-        sigma=same(est.sigma),
-        theta=same(est.theta),
-        Sigma=tuple(map(same, est.Sigma)),
-        psi=np.zeros((len(found), 0)),
-        singular=found & bool(est.singular),
-        result=np.where(found, COMPUTED, RANK_DEFICIENT).astype(object),
     )
 
 
@@ -280,13 +220,12 @@ class Influence(Reported):
     @property
     def dispersion(self) -> pd.DataFrame:
         """Parameters of the family without each unit, as ``fit.dispersion``; no columns where it has none."""
-        return pd.DataFrame(self._scale(self._without.sigma, self._without.psi), self.units).drop(
-            columns="sigma2", errors="ignore"
-        )
+        own = self._scale(self._without.sigma, self._without.psi)
+        return pd.DataFrame({name: values for name, values in own.items() if name != "sigma2"}, self.units)
 
     @property
     def theta(self) -> pd.DataFrame:
-        """Cholesky factors without each unit, as ``fit.theta``: relative of a linear, absolute of a generalised model."""
+        """Cholesky factors without each unit, as ``fit.theta``: relative of a linear model, else absolute."""
         names, _ = entry_names(self.fitted, term_names(self.fitted.labels), "theta", "theta")
         return pd.DataFrame(self._without.theta, self.units, names)
 
@@ -320,10 +259,9 @@ class Influence(Reported):
         An entry that is zero in the fit of all rows has NaN, or an infinite change where it is not zero without the
         unit. All zero with ``method="fixed-theta"``, which holds the variances."""
         est = self.fitted.estimates
-        sigma, psi = (
-            (np.ones(1), est.psi) if isinstance(est, GLMMEstimates) else (np.atleast_1d(est.sigma), np.zeros(0))
-        )
-        own = self._variances(sigma, psi[None], [np.asarray(S)[None] for S in est.Sigma]).to_numpy()[0]
+        sigma = np.atleast_1d(getattr(est, "sigma", np.nan))
+        psi = np.atleast_2d(getattr(est, "psi", np.zeros((1, 0))))
+        own = self._variances(sigma, psi, [np.asarray(S)[None] for S in est.Sigma]).to_numpy()[0]
         with np.errstate(invalid="ignore", divide="ignore"):
             change: pd.DataFrame = self.variances / own - 1
             return change
@@ -333,7 +271,7 @@ class Influence(Reported):
         own = self.fitted
         if not isinstance(own, GeneralizedFitted):
             return {"sigma2": sigma**2}
-        values = np.asarray(own.family.natural(psi.T)).reshape(-1, len(psi))
+        values = np.asarray(own.family.natural(list(psi.T))).reshape(-1, len(psi))
         return dict(zip(own.family.psi_names, values, strict=True))
 
     def _variances(self, sigma: np.ndarray, psi: np.ndarray, Sigma: Sequence[np.ndarray]) -> pd.DataFrame:

@@ -48,7 +48,7 @@ class Deleted(NamedTuple):
         fixed: ``(U, p)`` fixed effects, covariance: ``(U, p, p)`` of them, both in the basis of X of all rows.
         psi: ``(U, s)``. theta: ``(U, k)``. Sigma: per term ``(U, q, q)``. criterion: ``(U,)``, of one step the value
             where it begins. singular: ``(U,)``. iterations: ``(U,)`` evaluations.
-        result: ``(U,)`` codes of :class:`mixjax.Result`; of one step ``CONVERGED`` where there is one, else ``STALLED``.
+        result: ``(U,)`` codes of :class:`mixjax.Result`; of one step ``CONVERGED``, or ``STALLED`` where there is none.
     """
 
     fixed: np.ndarray
@@ -213,7 +213,8 @@ class _Deletions:
             code = np.full(len(done), int(Result.CONVERGED))
             code = self._endless(own.step, own.x, free, code, own.Hessian)
             self._put(at[done], own.x, own.fixed, own.value, own.iterations, code, own.Hessian, free)
-        return at[~state.converged]
+        left: np.ndarray = at[~state.converged]
+        return left
 
     def _search(self, at: np.ndarray, refit: Refit) -> None:
         def prober(x: Any, fixed: Any, v: Any, longest: Any, lanes: np.ndarray) -> Any:
@@ -245,7 +246,8 @@ class _Deletions:
         solved = np.isin(code, SOLUTIONS)
         code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
         inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        return np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
+        code = np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
+        return np.asarray(code)
 
     # --- by quadrature, one after the other
 
@@ -304,7 +306,8 @@ class _Deletions:
         fine = np.flatnonzero(np.isin(code, SOLUTIONS))
         if not len(fine):
             return
-        at, x, fixed, value, H, free = at[fine], *lanes_of((x, fixed, value, H, free), fine)
+        at = at[fine]
+        x, fixed, value, H, free = (lanes_of(part, fine) for part in (x, fixed, value, H, free))
         own = own_factors(x, _wide_bases(self.rows), self.rows.layout)
         inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
         found.fixed[at], found.psi[at] = fixed[:p].T, fixed[p:].T

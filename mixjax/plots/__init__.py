@@ -11,7 +11,7 @@ from mixjax.plots.lines import trellis
 from mixjax.plots.panel import overview
 from mixjax.plots.power import power_curve
 from mixjax.plots.quantiles import qq, qq_ranef
-from mixjax.plots.scatter import residuals, scale_location
+from mixjax.plots.scatter import observed, residuals, scale_location
 from mixjax.plots.uncertainty import bootstrap, profile_density, profile_zeta
 from mixjax.plots.units import influence, variance_components
 
@@ -21,6 +21,7 @@ __all__ = [
     "contrasts",
     "influence",
     "means",
+    "observed",
     "overview",
     "power_curve",
     "profile_density",

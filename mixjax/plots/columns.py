@@ -10,6 +10,8 @@ import pandas as pd
 
 from mixjax.checks import DataError
 from mixjax.design import Labels
+from mixjax.fitted.either import AnyFitted, any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import Spellings, values_of_rows
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.formula.table import factor_codes
@@ -27,22 +29,50 @@ class Column(NamedTuple):
     levels: list[str] | None
 
 
-def known(fit: Any) -> Fitted:
+def known(fit: Any) -> AnyFitted:
     """The record of a fit that has methods too."""
-    record = record_of(fit)
+    record = any_record_of(fit)
     if record is fit:
-        raise TypeError("plots need a fit as mixjax.lmm returns it, not its record")
+        raise TypeError("plots need a fit as mixjax.lmm or mixjax.glmm returns it, not its record")
     return record
 
 
-def rows_of(fit: Any) -> Fitted:
+def linear(fit: Any, plot: str, instead: str) -> Fitted:
+    """The record of a fit of a linear mixed model; of a generalised one an error that says what to use."""
+    record = known(fit)
+    if isinstance(record, GeneralizedFitted):
+        raise TypeError(f"plots.{plot} is of linear mixed models; of a generalised one use {instead}")
+    return record_of(record)
+
+
+def rows_of(fit: Any) -> AnyFitted:
     """The record of a fit whose rows were kept."""
     record = known(fit)
     _ = record.design  # the error says why there are none
     return record
 
 
-def column(record: Fitted, x: Any, where: str) -> Column:
+def residuals_of(
+    fit: Any, record: AnyFitted, kind: str | None, scale: str | None, usual: str
+) -> tuple[np.ndarray, str]:
+    """Residuals of a fit of either kind ``(n,)``, and what to call them.
+
+    Args:
+        kind, scale: as of ``fit.residuals``; None for conditional ones on the scale ``usual``, of generalised models
+            for quantile residuals.
+    """
+    response = record.labels.response
+    if isinstance(record, GeneralizedFitted):
+        if scale is not None:
+            raise ValueError(f"residuals of a generalised model have kinds and no scales; got scale={scale!r}")
+        kind = "quantile" if kind is None else kind
+        return np.asarray(fit.residuals(kind), np.float64), f"{kind} residual of {response}"
+    kind, scale = kind or "conditional", scale or usual
+    shown = "raw" if scale == "pearson" and record.design.weights is None else scale
+    return np.asarray(fit.residuals(kind, scale), np.float64), f"{kind} residual of {response} ({shown})"
+
+
+def column(record: AnyFitted, x: Any, where: str) -> Column:
     """A column of the table by name, a grouping factor by name, or values for the rows.
 
     Args:
@@ -129,8 +159,11 @@ def refuse(what: str, name: Any, available: list[str], where: str) -> NoReturn:
     raise DataError(f"there is no {what} '{name}' ({where}); {hint}")
 
 
-def effect_label(record: Fitted, effect: str) -> str:
-    """An effect and its units: those of the response, per unit of a covariate."""
+def effect_label(record: AnyFitted, effect: str) -> str:
+    """An effect and its units: those of the response, per unit of a covariate; of a generalised model those of the
+    linear predictor."""
     response, frame = record.labels.response, record.labels.frame
+    if isinstance(record, GeneralizedFitted):
+        response = f"{record.family.link} scale"
     numeric = frame is not None and effect in frame.columns and pd.api.types.is_numeric_dtype(frame[effect])
     return f"{effect} ({response} per unit of {effect})" if numeric else f"{effect} ({response})"

@@ -23,7 +23,7 @@ from mixjax.plots.canvas import (
     single,
     title,
 )
-from mixjax.plots.columns import effect_label, effect_names, group_name, known, refuse
+from mixjax.plots.columns import effect_label, effect_names, group_name, known, linear, refuse
 
 # Heads of more arrows than these hide each other.
 MOST_HEADS = 200
@@ -38,7 +38,7 @@ def caterpillar(
     comparing levels with 0, one at a time. Two levels may differ although their intervals overlap.
 
     Args:
-        fit: of :func:`mixjax.lmm`.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`, whose modes are on the scale of the linear predictor.
         group: grouping factor; None for the first.
         level: of the intervals.
         effect: one effect or several by name; None for all of the group.
@@ -117,7 +117,7 @@ def shrinkage(fit: Any, group: str | None = None, effects: Any = None, *, ax: An
             refuse("grouping factor", group, groups, "shrinkage(group=)")
         group = groups[0] if group is None else group
     else:
-        record = known(fit)
+        record = linear(fit, "shrinkage", "plots.caterpillar, or plots.observed")
         group = group_name(record.labels, group, "shrinkage(group=)")
         if not hasattr(fit, "shrinkage"):
             raise TypeError("this fit has no method shrinkage(): pass the table of own and mixed estimates itself")

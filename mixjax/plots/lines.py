@@ -10,7 +10,7 @@ import pandas as pd
 from mixjax.diagnostics.residuals import fixed_part
 from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import MaxNLocator, category_ticks, many, palette, thousands
-from mixjax.plots.columns import Column, column, group_name, level_names, rows_of
+from mixjax.plots.columns import Column, column, group_name, level_names, linear
 
 MOST_PANELS = 25
 
@@ -54,7 +54,8 @@ def trellis(
         >>> [ax.get_title() for ax in axes]
         ['308', '309']
     """
-    record = rows_of(fit)
+    record = linear(fit, "trellis", "plots.observed, or plots.residuals against the variable")
+    _ = record.design  # the error says why there is none
     across = column(record, x, "trellis(x=)")
     group = group_name(record.labels, group, "trellis(group=)")
     t = [term.group for term in record.labels.terms].index(group)

@@ -16,10 +16,10 @@ def overview(fit: Any, group: str | None = None, *, ax: Any = None) -> np.ndarra
     """Four pictures: is the mean right, is the variance constant, are errors and random effects normal?
 
     Residuals against fitted values, their normal quantiles, the roots of their sizes against fitted values, and normal
-    quantiles of the random effects of one grouping factor.
+    quantiles of the random effects of one grouping factor. Of generalised models residuals are quantile residuals.
 
     Args:
-        fit: of :func:`mixjax.lmm`.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`.
         group: grouping factor; None for the first.
         ax: None for a new figure, or four axes.
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax.checks import check_level
-from mixjax.fitted.record import Fitted
+from mixjax.fitted.either import AnyFitted
 from mixjax.plots.canvas import Axes, name_points, note, one, palette, percent, thousands, title
-from mixjax.plots.columns import effect_names, group_name, known, rows_of
+from mixjax.plots.columns import effect_names, group_name, known, residuals_of, rows_of
 from mixjax.plots.order import KINDS, bands, line, scores
 
 # Of the points outside the bands so many are named.
@@ -29,8 +29,8 @@ class _Sample(NamedTuple):
 
 def qq(
     fit: Any,
-    kind: str = "conditional",
-    scale: str = "pearson",
+    kind: str | None = None,
+    scale: str | None = None,
     *,
     band: str | None = "simultaneous",
     level: float = 0.95,
@@ -43,8 +43,10 @@ def qq(
     effects, and marginal ones are correlated within groups. A lineup compares with data simulated from the fit itself.
 
     Args:
-        fit: of :func:`mixjax.lmm`.
-        kind, scale: of the residuals, see ``fit.residuals``; ``"pearson"`` is raw without weights.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`.
+        kind, scale: of the residuals, see ``fit.residuals``; None for conditional Pearson residuals, which are raw
+            without weights, and of generalised models for quantile residuals, the only ones that are normal in a right
+            model; they have no scales.
         band: ``"simultaneous"``: all ordered values of a normal sample lie inside with probability ``level``;
             ``"pointwise"``: each of them; None for none. See :func:`mixjax.plots.order.bands`.
         level: of the bands.
@@ -66,12 +68,11 @@ def qq(
     """
     _check(band, level)
     record = rows_of(fit)
-    residual = fit.residuals(kind, scale)
+    residual, name = residuals_of(fit, record, kind, scale, "pearson")
     ax = one(ax, (4.8, 4.6))
     sample = _Sample("", np.asarray(residual, np.float64), np.asarray(record.labels.frame.index))
     _draw(ax, [sample], band, level)
-    shown = "raw" if scale == "pearson" and record.design.weights is None else scale
-    ax.set_ylabel(f"{kind} residual of {record.labels.response} ({shown})")
+    ax.set_ylabel(name)
     return ax
 
 
@@ -91,7 +92,7 @@ def qq_ranef(
     the effects are not; outlying levels are what this plot finds.
 
     Args:
-        fit: of :func:`mixjax.lmm`.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`; of the latter variances of modes are approximate.
         group: grouping factor; None for the first.
         effect: one effect or several by name; None for all of the group, which are drawn together.
         band, level, ax: as in :func:`qq`.
@@ -139,7 +140,7 @@ def qq_ranef(
     return ax
 
 
-def marginal_variances(record: Fitted, group: str) -> np.ndarray:
+def marginal_variances(record: AnyFitted, group: str) -> np.ndarray:
     """Estimated variances of a group's effects, all its terms side by side, ``(q,)``."""
     pairs = zip(record.labels.terms, record.estimates.Sigma, strict=True)
     return np.concatenate([np.diag(Sigma) for term, Sigma in pairs if term.group == group])

@@ -8,7 +8,8 @@ import numpy as np
 
 from mixjax.checks import InferenceWarning, warn
 from mixjax.diagnostics.residuals import conditional_mean, fixed_part
-from mixjax.fitted.record import Fitted
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,
@@ -21,18 +22,20 @@ from mixjax.plots.canvas import (
     thousands,
     title,
 )
-from mixjax.plots.columns import Column, column, rows_of
+from mixjax.plots.columns import Column, column, group_name, residuals_of, rows_of
 from mixjax.plots.smooth import local_linear
 
 # Above this number of rows single points cannot be told apart: their density is drawn.
 MOST_POINTS = 5_000
+# Groups that a variable of numbers is cut into.
+N_CUTS = 10
 
 
 def residuals(
     fit: Any,
     x: Any = None,
-    kind: str = "conditional",
-    scale: str = "raw",
+    kind: str | None = None,
+    scale: str | None = None,
     *,
     smooth: bool = True,
     span: float = 2 / 3,
@@ -44,12 +47,16 @@ def residuals(
     A funnel says that the variance is not constant. Conditional residuals against conditional means may show a trend in
     a correct model, because random effects are shrunk: ``kind="marginal"`` against a covariate is free of that.
 
+    Of generalised models quantile residuals are drawn, against the mean where random effects are zero: they are
+    standard normal whatever that is, and free of what shrinkage does.
+
     Args:
-        fit: of :func:`mixjax.lmm`.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`.
         x: None for fitted values, of the mean that the residuals are from; a column of the model or a grouping factor
             by name; or ``(nobs,)`` values, which may be a column that the model does not use. Categories are drawn as
             boxes with their points; of more than 60 medians and quartiles are.
-        kind, scale: of the residuals, see ``fit.residuals``.
+        kind, scale: of the residuals, see ``fit.residuals``; None for conditional raw ones, of generalised models for
+            quantile residuals, which have no scales.
         smooth: draw a robust local linear curve (lowess); of numbers only.
         span: share of the rows that the curve looks at around each place.
         ax: axes to draw on; None for a new figure.
@@ -68,23 +75,24 @@ def residuals(
         'conditional residual of Reaction (raw)'
     """
     record = rows_of(fit)
+    values, name = residuals_of(fit, record, kind, scale, "raw")
     across = _fitted(record, kind) if x is None else column(record, x, "residuals(x=)")
-    values = np.asarray(fit.residuals(kind, scale), np.float64)
     ax = one(ax, _size(across))
     _draw(ax, across, values, smooth, span)
     reference(ax)
-    ax.set_ylabel(f"{kind} residual of {record.labels.response} ({scale})")
+    ax.set_ylabel(name)
     return ax
 
 
 def scale_location(fit: Any, x: Any = None, *, span: float = 2 / 3, ax: Axes | None = None) -> Axes:
     """Roots of absolute residuals against fitted values or any variable: does the spread change?
 
-    Residuals are conditional, times the root of the weights, over sigma. The root makes their distribution less skew,
+    Residuals are conditional, times the root of the weights, over sigma; of generalised models quantile residuals, over
+    the mean where random effects are zero. The root makes their distribution less skew,
     so that a level curve means constant variance (as in R's ``plot.lm``).
 
     Args:
-        fit: of :func:`mixjax.lmm`.
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`.
         x, span, ax: as in :func:`residuals`.
 
     Returns:
@@ -97,19 +105,80 @@ def scale_location(fit: Any, x: Any = None, *, span: float = 2 / 3, ax: Axes | N
         >>> ax = plots.scale_location(fit)
     """
     record = rows_of(fit)
-    across = _fitted(record, "conditional") if x is None else column(record, x, "scale_location(x=)")
-    scaled = np.asarray(fit.residuals("conditional", "pearson"), np.float64) / float(record.estimates.sigma)
+    across = _fitted(record, None) if x is None else column(record, x, "scale_location(x=)")
+    if isinstance(record, GeneralizedFitted):
+        scaled, name = np.asarray(fit.residuals("quantile"), np.float64), "√|quantile residual|"
+    else:
+        scaled = np.asarray(fit.residuals("conditional", "pearson"), np.float64) / float(record.estimates.sigma)
+        name = "√|conditional residual / σ|"
     ax = one(ax, _size(across))
     _draw(ax, across, np.sqrt(np.abs(scaled)), True, span)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("√|conditional residual / σ|")
+    ax.set_ylabel(name)
     return ax
 
 
-def _fitted(record: Fitted, kind: str) -> Column:
+def observed(fit: Any, group: Any = None, *, ax: Axes | None = None) -> Axes:
+    """Mean responses against mean fitted values, group by group: does the mean hold everywhere?
+
+    Points on the diagonal say yes. The groups that a factor of random effects makes lie near it by themselves, drawn to
+    the population a little; those of a variable that the model does not use are the test.
+
+    Args:
+        fit: of :func:`mixjax.lmm` or :func:`mixjax.glmm`; of trials proportions are drawn, every trial counting.
+        group: None for the first grouping factor; a column of the model or a grouping factor by name; or ``(nobs,)``
+            values, which may be a column that the model does not use. Numbers are cut into ten groups of equal size.
+        ax: axes to draw on; None for a new figure.
+
+    Returns:
+        The axes; larger points have more rows, or trials.
+
+    Raises:
+        DataError: no such column.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax import plots
+        >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> plots.observed(fit).get_xlabel()
+        'mean fitted Reaction by Subject'
+    """
+    record = rows_of(fit)
+    name = group_name(record.labels, None, "observed(group=)") if group is None else group
+    by = column(record, name, "observed(group=)")
+    values = np.asarray(by.values)
+    if by.levels is None and len(np.unique(values)) > N_CUTS:
+        values = np.searchsorted(np.quantile(values, np.arange(1, N_CUTS) / N_CUTS), values)
+    codes = np.unique(values, return_inverse=True)[1].reshape(-1)
+    generalised = isinstance(record, GeneralizedFitted)
+    y = record.observed if isinstance(record, GeneralizedFitted) else np.asarray(record.design.y, np.float64)
+    means = record.mean if isinstance(record, GeneralizedFitted) else conditional_mean(record)
+    size = record.design.size if generalised else None
+    weights = np.ones(len(y)) if size is None else np.asarray(size, np.float64)
+    if record.design.weights is not None:
+        weights = weights * np.asarray(record.design.weights)
+    counts = np.bincount(codes, weights)
+    own, fitted = (np.bincount(codes, weights * part) / np.where(counts > 0, counts, np.nan) for part in (y, means))
+    ax = one(ax, (4.8, 4.6))
+    ends = np.nanmin([own, fitted]), np.nanmax([own, fitted])
+    colours = palette()
+    ax.plot(ends, ends, color=colours.ink, lw=1, alpha=0.8)
+    area = 12 + 60 * counts / counts.max()
+    ax.scatter(fitted, own, s=area, color=colours.data, alpha=0.7, edgecolors="none", label="groups")
+    ax.set_xlabel(f"mean fitted {record.labels.response} by {by.name}")
+    ax.set_ylabel(f"mean {record.labels.response}")
+    return ax
+
+
+def _fitted(record: AnyFitted, kind: str | None) -> Column:
     """The mean that residuals of this kind are from."""
     response = record.labels.response
-    if kind == "conditional":
+    if isinstance(record, GeneralizedFitted):
+        if kind in (None, "quantile"):
+            mean = np.asarray(record.family.mean(fixed_part(record)))
+            return Column(f"fitted {response} (random effects zero)", mean, None)
+        return Column(f"fitted {response} (conditional mean)", record.mean, None)
+    if kind in (None, "conditional"):
         return Column(f"fitted {response} (conditional mean)", conditional_mean(record), None)
     return Column(f"fitted {response} (population mean)", fixed_part(record), None)
 

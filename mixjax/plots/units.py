@@ -8,7 +8,6 @@ import numpy as np
 
 from mixjax.diagnostics.influence import Influence
 from mixjax.diagnostics.influence import influence as leave_out
-from mixjax.fitted.record import record_of
 from mixjax.plots.canvas import (
     MOST_NAMES,
     Axes,
@@ -21,7 +20,7 @@ from mixjax.plots.canvas import (
     thousands,
     title,
 )
-from mixjax.plots.columns import known, refuse
+from mixjax.plots.columns import known, linear, refuse
 
 LABELS = {"cooks": "Cook's distance", "mdffits": "MDFFITS", "covtrace": "COVTRACE", "covratio": "COVRATIO"}
 # Of flagged units so many are named; of more units than MANY stems are thin.
@@ -48,7 +47,7 @@ def variance_components(fit: Any, *, ax: Axes | None = None) -> Axes:
         >>> ax.texts[-1].get_text().strip()
         '0.678 (6.3 %)'
     """
-    record = known(fit)
+    record = linear(fit, "variance_components", "fit.varcorr: shares of a variance need a residual one")
     shares = fit.variance_shares()
     if shares["variance"].iloc[-1] <= 1e-12 * shares["variance"].sum():  # an intercept alone explains nothing
         shares = shares.iloc[:-1]
@@ -116,7 +115,7 @@ def influence(
         "Cook's distance"
     """
     if not isinstance(fit, Influence):
-        fit = leave_out(record_of(fit), by)
+        fit = leave_out(known(fit), by)
     elif by is not None:
         raise ValueError("by= says which units of a fit to leave out; an Influence has its units already")
     frame = fit.to_frame()
