@@ -97,6 +97,20 @@ def test_groups_are_left_out_as_if_they_were_not_there(model, by, name, options)
         np.testing.assert_allclose(R_inv @ found.covariance[i] @ R_inv.T, one.vcov, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"nagq": 0}, {"reml": True}])
+def test_fits_by_other_criteria_are_fitted_again_one_by_one(options):
+    formula, table, family, link, arguments, _ = case("cbpp")
+    fit = mj.glmm(formula, table, family, link, **arguments, **options)
+    found = fit.influence("herd")
+    for herd in ("1", "8"):
+        one = refitted("cbpp", (table["herd"].astype(str) != herd).to_numpy(), **options)
+        np.testing.assert_allclose(found.beta.loc[herd], one.fixef, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.theta.loc[herd], one.theta, rtol=1e-5)
+        np.testing.assert_allclose(found.se.loc[herd], one.se, rtol=1e-4)
+    with pytest.raises(ValueError, match="one step is of the likelihood of all parameters together"):
+        fit.influence("herd", "one-step")
+
+
 def test_many_crossed_effects_are_left_out_one_by_one():
     """Beyond what lanes take: 584 random effects, an observation-level effect among them."""
     fit = fit_of("grouseticks")

@@ -6,9 +6,9 @@ import numpy as np
 
 from mixjax.diagnostics.deletion import dominant_in, estimable
 from mixjax.diagnostics.refits import COMPUTED, NO_STEP, Without, nowhere
-from mixjax.estimation.glmm import GLMMEstimates, fit_rows
+from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_deletion import fits_without
-from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
+from mixjax.estimation.glmm_one import fit_one
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
@@ -32,6 +32,9 @@ def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str
             f"method={method!r} is a closed form of linear mixed models; of a generalised one method='one-step' is the "
             "quick way"
         )
+    if method == "one-step" and (fitted.reml or fitted.nagq == 0):
+        own = "reml=True" if fitted.reml else "nagq=0"
+        raise ValueError(f"one step is of the likelihood of all parameters together, this fit has {own}: use 'exact'")
     R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
     if not (fitted.estimates.converged and np.isfinite(vcov).all()):
         message = fitted.optimizer.message.rstrip(".")
@@ -41,16 +44,17 @@ def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str
 
 
 def _without(fitted: GeneralizedFitted, unit: np.ndarray, exact: bool) -> Without:
-    rows, est, nagq = fitted.rows, fitted.estimates, fitted.nagq
+    rows, est = fitted.rows, fitted.estimates
+    nagq = 0 if fitted.reml else fitted.nagq
     U = int(unit.max()) + 1
     out = nowhere(fitted, U)
-    lost = [u for u in dominant_in(rows.Q / np.sqrt(rows.n), unit) if not estimable(fitted.design, unit, u)]
+    lost = [
+        u for u in dominant_in(rows.Q / np.linalg.norm(rows.Q, axis=0), unit) if not estimable(fitted.design, unit, u)
+    ]
     deleted = np.setdiff1d(np.arange(U), lost)
 
     def refit(weighted: FamilyRows) -> GLMMEstimates:
-        if nagq > 1:
-            return fit_rows_by_quadrature(weighted, nagq, est.theta)
-        return fit_rows(weighted, est.theta, fitted.curvature)
+        return fit_one(weighted, est.theta, fitted.curvature, fitted.nagq, fitted.reml)
 
     if not len(deleted):
         return out

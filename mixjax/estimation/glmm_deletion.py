@@ -79,13 +79,17 @@ def fits_without(
     Args:
         rows: of one response. est: of all rows.
         unit: ``(n,)`` the unit of every row. deleted: ``(U,)`` units to leave out, one at a time.
-        curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect.
+        curvature: ``"observed"`` or ``"expected"``. nagq: nodes an effect; 0: ``refit`` does it all, unit by unit,
+            which is for criteria that are neither Laplace's approximation nor quadrature.
         refit: fits rows with other case weights alone. None: one Newton step instead, over all parameters at once, the
             standard deviations that are zero held there.
     """
     with silently():
         work = _Deletions(rows, est, unit, deleted, curvature)
-        if nagq > 1:
+        if nagq == 0 and refit is not None:
+            for u in range(len(deleted)):
+                work.alone(u, refit)
+        elif nagq > 1:
             work.by_quadrature(nagq, refit)
         elif refit is None:
             work.one_step()
@@ -233,7 +237,7 @@ class _Deletions:
             code = self._endless(own.step, solution.x, solution.free, code, own.Hessian)
             self._put(at[fine], solution.x, own.fixed, own.value, solution.iterations, code, own.Hessian, solution.free)
         for u in at[ends.lost]:
-            self._put_alone(int(u), refit)
+            self.alone(int(u), refit)
 
     def _endless(
         self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
@@ -246,8 +250,8 @@ class _Deletions:
         solved = np.isin(code, SOLUTIONS)
         code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
         inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        code = np.where(solved & ((eta > ENDLESS) | is_flat(self.model, inverse)), int(Result.SEPARATED), code)
-        return np.asarray(code)
+        separated = (eta > ENDLESS * self.model.unit) | is_flat(self.model, inverse)
+        return np.asarray(np.where(solved & separated, int(Result.SEPARATED), code))
 
     # --- by quadrature, one after the other
 
@@ -260,7 +264,7 @@ class _Deletions:
             if refit is None:
                 self._put_step(np.array([u]), at.gradient[:, None], at.Hessian[..., None], np.array([at.value]), n)
             elif not self._newton(u, own, rule, at):
-                self._put_alone(u, refit)
+                self.alone(u, refit)
 
     def _newton(self, u: int, model: Model, rule: Rule, at: Joint) -> bool:
         """Newton's steps over all parameters, to the end; False where that is not enough."""
@@ -285,7 +289,7 @@ class _Deletions:
 
     # --- what is kept
 
-    def _put_alone(self, u: int, refit: Refit) -> None:
+    def alone(self, u: int, refit: Refit) -> None:
         """A unit that lanes do not serve, by the search of a single fit."""
         est, found, R = refit(self.weighted(u)), self.found, self.rows.X_basis.R
         found.result[u], found.iterations[u] = int(est.result), int(est.iterations)
