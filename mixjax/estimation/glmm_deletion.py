@@ -18,14 +18,24 @@ from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.dense_effects import MOST_TOGETHER, together
+from mixjax.engine.effects import free_entries
 from mixjax.engine.laplace_curvature import ClosedForm
-from mixjax.engine.laplace_fit import INNER_LAST, chain, cut, find_modes, joint_Hessian
+from mixjax.engine.laplace_fit import (
+    INNER,
+    INNER_LAST,
+    chain,
+    covariances,
+    cut,
+    find_modes,
+    joint_Hessian,
+    linalg_sum,
+)
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.engine.level_effects import OneFactor
 from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.estimation import search
 from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, is_flat, model_of
-from mixjax.estimation.glmm_lanes import DIRECT_STEPS, Direct, advance, probe, search_lanes, solve_free
+from mixjax.estimation.glmm_lanes import probe, search_lanes, solve_free
 from mixjax.estimation.glmm_quadrature import Joint, joint_at
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import lanes_of, silently
@@ -35,6 +45,9 @@ from mixjax.products.family_rows import FamilyRows
 
 # Numbers of a row function of a tile of lanes: it should stay in the cache.
 TILE_NUMBERS, LEAST_LANES, MOST_LANES = 2**15, 8, 256
+# Evaluations of direct Newton steps at most. What an inner step may promise where the value is one, and how much that
+# may rise.
+DIRECT_STEPS, SURE, RISEN = 12, 1e-4, 1e-7
 # Longest one step of the coordinates of the covariances, relative to their length and at least.
 REGION, LEAST_LENGTH = 0.5, 0.2
 
@@ -116,6 +129,7 @@ class _Deletions:
             lanes = count <= MOST_TOGETHER and rows.family.log_concave
             if lanes:
                 model = replace(model, effects=together(rows))
+        self.worthwhile = search.rank_reductions(rows.layout.structures).worthwhile
         self.model, self.code = model, unit[index][..., None]
         wide = max(LEAST_LANES, min(MOST_LANES, TILE_NUMBERS // index.size))
         self.lanes = wide if lanes else 1
@@ -180,45 +194,51 @@ class _Deletions:
     # --- all the way
 
     def exactly(self, refit: Refit) -> None:
-        left = []
-        for at in self.tiles():
-            state, lanes = self._begin(len(at)), at
-            model = self.without(lanes)
-            for _ in range(DIRECT_STEPS):
-                state = advance(model, state, exact=True)
-                ended = ~state.going
-                if not ended.any() or (2 * ended.sum() < len(lanes) and not ended.all()):
-                    continue
-                left.append(self._put_direct(lanes[ended], lanes_of(state, np.flatnonzero(ended))))
-                if ended.all():
-                    break
-                lanes, state = lanes[~ended], lanes_of(state, np.flatnonzero(~ended))
-                model = self.without(lanes)
-            else:
-                left.append(self._put_direct(lanes, state))
-        queue = np.concatenate(left)
-        for first in range(0, len(queue), self.lanes):
-            self._search(queue[first : first + self.lanes], refit)
+        left = np.concatenate([self._directly(at) for at in self.tiles()])
+        for first in range(0, len(left), self.lanes):
+            self._search(left[first : first + self.lanes], refit)
 
-    def _begin(self, lanes: int) -> Direct:
-        x, fixed, v = (self._wide(own, lanes) for own in (self.x, self.fixed, self.v))
-        zero, no, size = np.zeros(lanes), np.zeros(lanes, bool), len(fixed) + len(x)
-        return Direct(
-            x, fixed, v, zero + np.inf, zero, zero, zero + np.inf, np.zeros(lanes, int), ~no, no,
-            np.zeros((size, lanes)), np.zeros((size, size, lanes)),
-        )  # fmt: skip
-
-    def _put_direct(self, at: np.ndarray, state: Direct) -> np.ndarray:
-        """Keeps what converged; which units did not."""
-        done = np.flatnonzero(state.converged)
-        if len(done):
-            own: Direct = lanes_of(state, done)
-            free = np.ones(own.x.shape, bool)
-            code = np.full(len(done), int(Result.CONVERGED))
-            code = self._endless(own.step, own.x, free, code, own.Hessian)
-            self._put(at[done], own.x, own.fixed, own.value, own.iterations, code, own.Hessian, free)
-        left: np.ndarray = at[~state.converged]
-        return left
+    def _directly(self, at: np.ndarray) -> np.ndarray:
+        """Newton's steps over all parameters but standard deviations that are zero in the fit of all rows, where that
+        is enough; which units are left."""
+        n, layout, everyone = self.model.n_fixed, self.model.layout, at
+        done = np.zeros(len(at), bool)
+        model, place = self.without(at), np.arange(len(at))
+        x, fixed, v = (self._wide(own, len(at)) for own in (self.x, self.fixed, self.v))
+        before = np.full(len(at), np.inf)
+        for count in range(1, DIRECT_STEPS + 1):
+            free = np.repeat(self.free[:, None], len(place), axis=1)
+            v, inner, form = probe(model, x, fixed, v)
+            gradient, H = by_x(model, x, form)
+            step = -solve_free(H, gradient[:, None], free, n)[:, 0]
+            decrement = -(gradient * step).sum(0)
+            value = np.where(inner <= SURE, form.value, np.inf)
+            sound = is_convex(H, free, n) & np.isfinite(step).all(0) & np.isfinite(v).all(tuple(range(v.ndim - 1)))
+            sound &= (form.value <= before + RISEN) & ~self.worthwhile(x).any(0)
+            reached = sound & (decrement <= gradient_tolerance(x.dtype) ** 2) & (inner <= INNER)
+            if reached.any():
+                ends = (x + step[n:], fixed + step[:n], form.value, H, free, step, v)
+                new_x, new_fixed, values, own_H, own_free, last, _ = lanes_of(ends, np.flatnonzero(reached))
+                # A minimum, where coordinates that are held at zero have curvature too.
+                fine = is_convex(own_H, np.ones_like(own_free), n)
+                code = self._endless(last, new_x, own_free, np.full(len(fine), int(Result.CONVERGED)), own_H)
+                kept, counts = np.flatnonzero(fine), np.full(int(fine.sum()), count)
+                if len(kept):
+                    parts = lanes_of((new_x, new_fixed, values, own_H, own_free), kept)
+                    units = everyone[place[reached][fine]]
+                    self._put(units, parts[0], parts[1], parts[2], counts, code[fine], parts[3], parts[4])
+                done[place[reached][fine]] = True
+            goes = np.flatnonzero(sound & ~reached)
+            if not len(goes):
+                break
+            part = shortest(model, x, step)
+            next_x, next_fixed = x + part * step[n:], fixed + part * step[:n]
+            D, next_D = (free_entries(covariances(own, layout)) for own in (x, next_x))
+            v = v + linalg_sum(np.concatenate([part * step[:n], next_D - D]), form.scores)
+            x, fixed, v, before, place = lanes_of((next_x, next_fixed, v, value, place), goes)
+            if len(goes) < len(sound):
+                model = self.without(everyone[place])
+        return everyone[~done]
 
     def _search(self, at: np.ndarray, refit: Refit) -> None:
         def prober(x: Any, fixed: Any, v: Any, longest: Any, lanes: np.ndarray) -> Any:
