@@ -16,8 +16,8 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import decompositions, linalg
+from mixjax.engine.component_effects import in_lanes
 from mixjax.engine.coordinates import coordinates_in
-from mixjax.engine.dense_effects import MOST_TOGETHER, together
 from mixjax.engine.effects import free_entries
 from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_fit import (
@@ -125,10 +125,10 @@ class _Deletions:
                 model = replace(model, columns=columns_of(model.effects, model.data))
         else:
             index = np.arange(rows.n)
-            count = sum(Z.shape[1] * m for Z, m in zip(rows.Z, rows.levels, strict=True))
-            lanes = count <= MOST_TOGETHER and rows.family.log_concave
-            if lanes:
-                model = replace(model, effects=together(rows))
+            beside = in_lanes(rows)
+            lanes = beside is not None
+            if beside is not None:
+                model = replace(model, effects=beside)
         self.worthwhile = search.rank_reductions(rows.layout.structures).worthwhile
         self.model, self.code = model, unit[index][..., None]
         wide = max(LEAST_LANES, min(MOST_LANES, TILE_NUMBERS // index.size))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax.engine.dense_effects import MOST_TOGETHER, together
+from mixjax.engine.component_effects import in_lanes
 from mixjax.engine.laplace_fit import INNER, find_modes
 from mixjax.engine.level_effects import OneFactor
 from mixjax.estimation.glmm import GLMMEstimates, in_order, model_of
@@ -25,13 +25,10 @@ def predictors_at_modes(rows: FamilyRows, est: GLMMEstimates, Y: np.ndarray) -> 
         model = model_of(rows)
         one_factor = isinstance(model.effects, OneFactor)
         index = np.maximum(model.effects.index, 0) if isinstance(model.effects, OneFactor) else np.arange(rows.n)
-        effects = sum(Z.shape[1] * m for Z, m in zip(rows.Z, rows.levels, strict=True))
         lanes = max(1, min(MOST_LANES, TILE_NUMBERS // index.size))
         if not one_factor:
-            if effects <= MOST_TOGETHER and rows.family.log_concave:
-                model = replace(model, effects=together(rows))
-            else:
-                lanes = 1
+            beside = in_lanes(rows)
+            model, lanes = (model, 1) if beside is None else (replace(model, effects=beside), lanes)
         lambdas = cov.lambdas_of_theta(np.asarray(est.theta), rows.layout.qs)
         inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
         fixed = np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
