@@ -12,6 +12,7 @@ from mixjax import covariance as cov
 from mixjax.checks import InferenceWarning
 from mixjax.diagnostics.influence import influence
 from mixjax.engine.block_effects import crossed
+from mixjax.engine.component_effects import Components, in_lanes
 from mixjax.engine.dense_effects import together
 from mixjax.engine.laplace_fit import find_modes, form_at
 from mixjax.engine.laplace_model import Model
@@ -111,15 +112,27 @@ def test_fits_by_other_criteria_are_fitted_again_one_by_one(options):
         fit.influence("herd", "one-step")
 
 
-def test_many_crossed_effects_are_left_out_one_by_one():
-    """Beyond what lanes take: 584 random effects, an observation-level effect among them."""
+def test_rows_with_effects_of_their_own_are_left_out():
+    """Tick counts: 403 rows, each an effect beside those of its brood and its place."""
     fit = fit_of("grouseticks")
-    unit = case("grouseticks").table["LOCATION"].cat.codes.to_numpy(int)
-    found = deleted(fit, unit, [3])
-    one = refitted("grouseticks", unit != 3)
-    assert abs(found.criterion[0] - one.criterion) <= 1e-8
-    np.testing.assert_allclose(found.theta[0], one.theta, rtol=1e-6)
-    assert found.iterations[0] <= 6
+    units = [0, 200, 402]
+    found = deleted(fit, np.arange(403), units)
+    for i, u in enumerate(units[:2]):
+        one = refitted("grouseticks", np.arange(403) != u)
+        assert abs(found.criterion[i] - one.criterion) <= 1e-8
+        np.testing.assert_allclose(found.theta[i], one.theta, rtol=1e-6)
+    assert found.iterations.max() <= 5
+
+
+def test_many_crossed_effects_are_left_out_one_by_one(monkeypatch):
+    """Beyond what lanes take."""
+    fit = fit_of("salamanders_presence")
+    side_by_side = deleted(fit, np.arange(644), [5, 6])
+    monkeypatch.setattr(glmm_deletion, "in_lanes", lambda rows: None)
+    found = deleted(fit, np.arange(644), [5, 6])
+    np.testing.assert_allclose(found.fixed, side_by_side.fixed, rtol=1e-9)
+    np.testing.assert_allclose(found.covariance, side_by_side.covariance, rtol=1e-7, atol=1e-9)
+    np.testing.assert_array_equal(found.iterations, side_by_side.iterations)
 
 
 def test_units_do_not_depend_on_their_neighbours(monkeypatch):
@@ -250,36 +263,45 @@ def test_what_is_not_there_says_so():
         separated.influence()
 
 
-@pytest.mark.parametrize("terms", ["(1 | a) + (1 | b)", "(1 + x | a) + (1 | b)", "(1 | a/b)", "(x || a) + (1 | b)"])
-def test_effects_side_by_side_are_those_that_are_eliminated(terms):
+@pytest.mark.parametrize(
+    ("terms", "make"),
+    [
+        ("(1 | a) + (1 | b)", together),
+        ("(1 + x | a) + (1 | b)", together),
+        ("(x || a) + (1 | b)", together),
+        ("(1 | a/b)", together),
+        ("(1 | a/b)", in_lanes),
+        ("(1 + x | a) + (1 | a:b) + (1 | row)", in_lanes),
+    ],
+)
+def test_effects_side_by_side_are_those_that_are_eliminated(terms, make):
     """Value, gradient, Hessian and modes of several lanes, against the other way, lane by lane."""
     rng = np.random.default_rng(4)
     n = 120
     data = {"y": rng.poisson(2.0, n), "x": rng.normal(size=n), "a": rng.integers(0, 9, n), "b": rng.integers(0, 4, n)}
-    fit = mj.glmm(f"y ~ x + {terms}", data, "poisson", check_identifiable=False)
+    fit = mj.glmm(f"y ~ x + {terms}", data | {"row": np.arange(n)}, "poisson", check_identifiable=False)
     rows = fit.record.rows
     model = model_of(rows)
     effects = crossed(rows)
     L = 3
-    weights = rng.uniform(0.2, 1.0, (n, L))
+    weights = rng.uniform(0.2, 1.0, (n, L)) * (np.arange(n)[:, None] != [3, 77, 11])
     x = np.stack([rng.uniform(0.3, 0.9, rows.layout.k) for _ in range(L)], 1)
+    x[0, 2] = 0.0  # nothing is divided by a standard deviation
     fixed = np.repeat((rows.X_basis.R @ fit.estimates.beta)[:, None], L, 1) + 0.1 * rng.normal(size=(2, L))
-    side = together(rows)
+    side = make(rows)
+    assert isinstance(side, Components) == (make is in_lanes)
     wide = Model(side, model.data._replace(weights=weights), rows.family, False)
-    # Modes from zero, in as many steps; effects stand in different orders.
-    v = np.zeros((side.N, L))
-    for _ in range(8):
-        v, inner, form = probe(wide, x, fixed, v)
-    assert inner.max() < 1e-12
-    b = side.times_D(cov.factors_of(x, rows.layout.structures), v)
+    lambdas = cov.factors_of(x, rows.layout.structures)
+    modes = find_modes(wide, lambdas, fixed, np.zeros((side.N, L)), 1e-13)
+    assert modes.decrement.max() <= 1e-13
+    _, _, form = probe(wide, x, fixed, modes.v)
     for i in range(L):
         lane = slice(i, i + 1)
         alone = Model(effects, model.data._replace(weights=weights[:, lane]), rows.family, False)
-        u = np.zeros((effects.n_effects, 1))
-        for _ in range(8):
-            u, _, own = probe(alone, x[:, lane], fixed[:, lane], u)
+        nowhere = np.zeros((effects.n_effects, 1))
+        own_modes = find_modes(alone, [F[..., lane] for F in lambdas], fixed[:, lane], nowhere, 1e-13)
+        _, _, own = probe(alone, x[:, lane], fixed[:, lane], own_modes.v)
         for name in ("value", "gradient", "Hessian", "fisher"):
             one, other = getattr(own, name), getattr(form, name)[..., lane]
             np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9 * np.abs(one).max())
-        b_alone = effects.times_D(cov.factors_of(x[:, lane], rows.layout.structures), u)
-        np.testing.assert_allclose(side.rows(b)[:, lane], effects.rows(b_alone), rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(side.rows(modes.b)[:, lane], effects.rows(own_modes.b), rtol=1e-7, atol=1e-8)

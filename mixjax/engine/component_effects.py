@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from scipy import sparse
 from scipy.sparse import csgraph
 
-from mixjax.engine.dense_effects import MOST_TOGETHER, Together, together
+from mixjax.engine.dense_effects import MOST_TOGETHER, Together, times_each, together
 from mixjax.engine.effects import Traces, directions_of, free_entries
 from mixjax.machine import Array
 from mixjax.products.family_rows import FamilyRows
@@ -88,9 +90,25 @@ class ComponentGain:
 
 @dataclass(frozen=True, eq=False)
 class Components(Together):
-    """All effects of all factors, whose rows fall into ``stacks`` of components."""
+    """All effects of all factors, whose rows fall into ``stacks`` of components; ``of_rows (components, n)`` and
+    ``of_effects (components, N)`` are sparse, one where they belong together."""
 
     stacks: tuple[Stack, ...] = ()
+    of_rows: Any = None
+    of_effects: Any = None
+
+    # --- units: components move by themselves
+
+    def units(self, w: Array) -> Array:
+        found: Array = self.of_rows @ w
+        return found
+
+    def unit_dots(self, a: Array, b: Array) -> Array:
+        return times_each(self.of_effects, a * b)
+
+    def of_units(self, values: Array) -> Array:
+        found: Array = values[self.of_effects.tocsc().indices]
+        return found
 
     def normal(self, w: Array) -> Array:
         """A is known by its weights."""
@@ -150,10 +168,17 @@ def in_lanes(rows: FamilyRows) -> Together | None:
     whole = together(rows)
     _, component = csgraph.connected_components(whole.Z.T @ whole.Z, directed=False)
     of_row = component[whole.Z.indices[whole.Z.indptr[:-1]]]
-    sizes = np.bincount(of_row)
+    sizes = np.bincount(of_row, minlength=component.max() + 1)
     if sizes.max() <= SIZES[-1] and (sizes.astype(float) ** 3).sum() < float(min(whole.N, MOST_TOGETHER)) ** 3:
-        return Components(whole.Z, whole.blocks, whole.layout, _stacks(rows, of_row, sizes))
+        members = (_membership(own, len(sizes)) for own in (of_row, component))
+        return Components(whole.Z, whole.blocks, whole.layout, _stacks(rows, of_row, sizes), *members)
     return whole if whole.N <= MOST_TOGETHER else None
+
+
+def _membership(component: np.ndarray, count: int) -> Any:
+    """``(count, k)``, sparse."""
+    k = len(component)
+    return sparse.csr_array((np.ones(k), (component, np.arange(k))), shape=(count, k))
 
 
 def _stacks(rows: FamilyRows, of_row: np.ndarray, sizes: np.ndarray) -> tuple[Stack, ...]:

@@ -112,10 +112,10 @@ class Together:
     # --- rows <-> effects
 
     def rows(self, b: Array) -> Array:
-        return _each(self.Z, b)
+        return times_each(self.Z, b)
 
     def effects(self, w: Array) -> Array:
-        return _each(self._ZT, w)
+        return times_each(self._ZT, w)
 
     def normal(self, w: Array) -> Array:
         """``A (..., L, N, N)``."""
@@ -205,7 +205,7 @@ class Together:
         return Traces(np.moveaxis(KK, 0, -1), np.moveaxis(RR, 0, -1), np.array(NN))
 
 
-def _each(M: Any, values: Array) -> Array:
+def times_each(M: Any, values: Array) -> Array:
     """``M (r, c)`` sparse, times ``(..., c, L)``."""
     if values.ndim == 2:
         found: Array = M @ values

@@ -132,10 +132,12 @@ def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, toler
         b, v, P, _, i = state
         db, dv, by_unit = newton(b, v)
         noise = 1e-12 * (1.0 + xp.abs(P))
+        # A step that promises nothing is taken: all that can rise is rounding.
+        matters = ~(by_unit <= tolerance)
 
         def rises(part: Array) -> Array:
             scaled = effects.of_units(part)
-            return ~(deviance(b + scaled * db, v + scaled * dv) <= P + noise)
+            return ~(deviance(b + scaled * db, v + scaled * dv) <= P + noise) & matters
 
         part = xp.ones_like(P)
         bad = rises(part)
