@@ -543,7 +543,9 @@ def test_parameters_of_ones_own_family_are_as_they_are():
 
 
 def test_kinds_of_residuals_are_listed():
-    with pytest.raises(ValueError, match="kind must be one of 'response', 'pearson', 'deviance', 'working', got 'raw'"):
+    with pytest.raises(
+        ValueError, match="kind must be one of 'response', 'pearson', 'deviance', 'working' or 'quantile', got 'raw'"
+    ):
         fit_of("cbpp").residuals("raw")
 
 
