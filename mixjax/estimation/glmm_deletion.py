@@ -35,8 +35,9 @@ from mixjax.engine.level_effects import OneFactor
 from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.estimation import search
 from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, is_flat, model_of
-from mixjax.estimation.glmm_lanes import probe, search_lanes, solve_free
+from mixjax.estimation.glmm_lanes import probe
 from mixjax.estimation.glmm_quadrature import Joint, joint_at
+from mixjax.estimation.glmm_search import search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import lanes_of, silently
 from mixjax.optimise.newton import curvature_tolerance, gradient_tolerance
