@@ -126,20 +126,20 @@ def test_terms_that_others_determine_have_no_test():
 
 def test_wald_intervals_on_their_scales(cbpp):
     z = scipy.stats.norm.ppf(0.975)
-    found, own = cbpp.confint(), cbpp.variance_parameters()
+    found, own = cbpp.confint(method="wald"), cbpp.variance_parameters()
     sd, se = own.loc["sd_Intercept|herd"]
     assert found.loc["sd_Intercept|herd"].tolist() == pytest.approx([sd * np.exp(s * z * se / sd) for s in (-1, 1)])
     assert found.loc["Intercept", "lower"] == pytest.approx(cbpp.fixef["Intercept"] - z * cbpp.se["Intercept"])
-    assert cbpp.confint("beta_").index.tolist() == cbpp.fixef.index.tolist()
-    assert cbpp.confint(".sig01").index.tolist() == ["sd_Intercept|herd"]
+    assert cbpp.confint("beta_", method="wald").index.tolist() == cbpp.fixef.index.tolist()
+    assert cbpp.confint(".sig01", method="wald").index.tolist() == ["sd_Intercept|herd"]
     with pytest.raises(ValueError, match="there is no parameter 'nothing'"):
-        cbpp.confint("nothing")
+        cbpp.confint("nothing", method="wald")
 
 
 def test_intervals_of_a_family_s_parameter():
     fit = fit_of("epil_nbinom2")
     size = fit.dispersion["size"]
-    lower, upper = fit.confint("size").iloc[0]
+    lower, upper = fit.confint("size", method="wald").iloc[0]
     assert lower * upper == pytest.approx(size**2)
     assert lower < size < upper
     assert fit.variance_parameters().loc["size", "estimate"] == pytest.approx(size)

@@ -432,3 +432,24 @@ class GLMMFit(GeneralizedInferring, GeneralizedPredicting, GeneralizedDiagnosing
         """
         own = self.design.y if y is None else values_of_fit(self.labels, "y", y)
         return GLMMFit(self._fitted.refit(own, reml))
+
+    def without(self, term: str) -> GLMMFit:
+        """The same data fitted without a term, by the same likelihood.
+
+        Args:
+            term: as :meth:`ranova` and :meth:`drop1` name it: ``"Days in (Days | Subject)"``, ``"(1 | Subject)"``,
+                ``"recipe"``; or a whole random term as the formula has it.
+
+        Raises:
+            ValueError: there is no such term, another contains it, or it is the only random one.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.without("Days").fixef.round(2).to_dict()
+            {'Intercept': -0.34}
+        """
+        from mixjax.inference.random.ranova import without
+
+        return GLMMFit(without(self._fitted, term))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import InferenceWarning, warn
+from mixjax.estimation.glmm_many import KEEP
 from mixjax.fitted import parameters
+from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.names import responses_of_rows
+from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, RATIOS, option
+from mixjax.formula.response import check_many
 from mixjax.inference.fixed import hypotheses
+from mixjax.inference.random import variance
+from mixjax.inference.random.variance import Approximation
 from mixjax.inference.wald import wald_intervals
+from mixjax.resampling.bootstrap import Bootstrap
+from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
 
 if TYPE_CHECKING:
     from mixjax.inference.fixed.marginal_means import MarginalMeans
+    from mixjax.inference.random.profile import Profile
 
 
 class GeneralizedInferring:
@@ -68,6 +79,58 @@ class GeneralizedInferring:
             Days      35.62   1      0.0
         """
         return hypotheses.anova(self.record, type, "wald")
+
+    def drop1(self, test: Literal["lrt"] = "lrt") -> pd.DataFrame:
+        """Test the terms of the fixed effects that no other term contains, each left out by itself, as ``lme4``'s
+        ``drop1(test = "Chisq")``; see :func:`mixjax.inference.fixed.drop1.drop1`.
+
+        Args:
+            test: ``"lrt"``, also called ``"chisq"``: likelihood ratios.
+
+        Returns:
+            DataFrame: npar, loglik, aic, lrt, df, p_value; ``<none>`` and one row per term.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.drop1()["lrt"].round(2).to_dict()
+            {'<none>': nan, 'Days': 60.27}
+        """
+        from mixjax.inference.fixed.drop1 import drop1
+
+        return drop1(self.record, option(test, DROP1))
+
+    def ranova(
+        self,
+        method: Literal["mixture", "chi2", "bootstrap"] = "mixture",
+        reduce: bool = True,
+        key: Any = 0,
+        n: int = 1000,
+    ) -> pd.DataFrame:
+        """Likelihood ratio tests of the random effects, each left out by itself, the last one against a generalised
+        linear model; see :func:`mixjax.inference.random.ranova.ranova`.
+
+        Args:
+            method: ``"chi2"``: chi-square p-values. ``"mixture"``: also of the mixture of chi-squares that holds where
+                one variance is 0. ``"bootstrap"``: also by simulation.
+            reduce: ``(x | g)`` becomes ``(1 | g)``; False: whole terms are left out.
+            key, n: of the bootstrap.
+
+        Returns:
+            DataFrame: npar, loglik, aic, lrt, df, p_value, p_mixture, ...; ``<none>`` and one row per smaller model,
+            which :meth:`without` fits.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.ranova()["lrt"].round(2).to_dict()
+            {'<none>': nan, '(1 | Subject)': 25.46}
+        """
+        from mixjax.inference.random.ranova import ranova
+
+        return ranova(self.record, option(method, RATIOS), reduce, key, n)
 
     def joint_tests(self, by: Any = None) -> pd.DataFrame:
         """Tests of every factor and interaction by its marginal means on the scale of the linear predictor, also within
@@ -143,34 +206,146 @@ class GeneralizedInferring:
 
     # --- intervals and resampling -------------------------------------------------------------------------------------
 
-    def confint(self, parm: Any = None, level: float = 0.95, method: Literal["wald"] = "wald") -> pd.DataFrame:
+    def confint(
+        self,
+        parm: Any = None,
+        level: float = 0.95,
+        method: Literal["profile", "wald", "bootstrap"] = "profile",
+        key: Any = 0,
+        n: int = 1000,
+        kind: Literal["percentile", "basic", "normal", "bca"] = "percentile",
+    ) -> pd.DataFrame:
         """Confidence intervals of all parameters.
 
         Args:
             parm: names of rows, also as in lme4 (``.sig01``, ``(Intercept)``), ``"theta_"`` or ``"beta_"``; None for
                 all.
             level: coverage.
-            method: ``"wald"``: fixed effects on the scale of the linear predictor; standard deviations and parameters
-                of the family on the log scale, correlations on Fisher's.
+            method: ``"profile"``: all values that a likelihood ratio test does not reject, see :meth:`profile`; of fits
+                by Laplace's approximation. ``"wald"``: standard deviations and parameters of the family on the log
+                scale, correlations on Fisher's. ``"bootstrap"``: parametric; for cases, statistics or many intervals
+                from one sample see :meth:`bootstrap`. Fixed effects are on the scale of the linear predictor.
+            key, n, kind: of the bootstrap: random key, replicates, how its interval is made.
 
         Returns:
             DataFrame with columns ``lower``, ``upper``; rows ``sd_Intercept|Subject``, ...,
-            ``cor_Days.Intercept|Subject``, parameters of the family, then the fixed effects.
+            ``cor_Days.Intercept|Subject``, parameters of the family, then the fixed effects. ``attrs["notes"]`` of
+            profile intervals says what there is to say.
+
+        Raises:
+            ValueError: no such method or parameter; there are no profiles of the model.
 
         Warns:
-            InferenceWarning: there is no interval, because a parameter is on its boundary.
+            InferenceWarning: an interval ends on the boundary, or there is none; refits failed.
 
         Example:
             >>> import mixjax as mj
             >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
             >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
             >>> fit.confint("Days").round(2).loc["Days"].tolist()
+            [0.41, 0.8]
+            >>> fit.confint("Days", method="wald").round(2).loc["Days"].tolist()
             [0.39, 0.78]
         """
-        if method != "wald":
-            raise ValueError(f"method must be 'wald', got {method!r}")
-        frame = wald_intervals(self.record, level)
+        method = option(method, INTERVALS)
+        if method == "profile":
+            found = self.profile(parm).confint(level)
+            for note in found.attrs["notes"]:
+                warn(note, InferenceWarning)
+            return found
+        if method == "wald":
+            frame = wald_intervals(self.record, level)
+        elif method == "bootstrap":
+            frame = run_bootstrap(self.record, key, n).confint(level, option(kind, BOOTSTRAPS))
+        else:
+            raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
         return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
+
+    def profile(self, parm: Any = None) -> Profile:
+        """Profile the -2 log-likelihood, by Laplace's approximation, along parameters; see
+        :class:`mixjax.inference.random.profile.Profile`.
+
+        Args:
+            parm: names, also as in lme4; None for all: standard deviations, correlations, parameters of the family,
+                fixed effects.
+
+        Returns:
+            Profile: ``.confint(level)``, ``.to_frame()`` (parameter, value, zeta), ``.zeta(name, values)``.
+
+        Raises:
+            ValueError: a fit by quadrature, or one that did not converge; a covariance structure other than
+                unstructured or diagonal.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.profile().confint().round(2).loc["sd_Intercept|Subject"].tolist()
+            [0.98, 3.03]
+        """
+        from mixjax.inference.random.profile import profile  # splines of scipy.interpolate, which takes long to load
+
+        return profile(self.record, parm)
+
+    def bootstrap(
+        self,
+        key: Any,
+        n: int,
+        kind: Literal["parametric", "cases"] = "parametric",
+        statistic: Callable[[Any], Any] | None = None,
+        chunk: int | None = None,
+        progress: bool | None = None,
+        modes: bool = False,
+        engine: Literal["auto", "numpy", "jax"] = "auto",
+    ) -> Bootstrap:
+        """Draw n data sets from the fit and refit each; see :func:`mixjax.resampling.bootstrap.bootstrap`.
+
+        Args:
+            key, n, kind, chunk, progress, modes, engine: as there; of the ``statistic``, a function of one
+                :class:`~mixjax.GLMMEstimates`.
+
+        Returns:
+            Bootstrap: ``.replicates``, ``.std_error``, ``.bias``, ``.confint(level, kind)``, ``.counts``, in which
+            separated replicates and those with an unbounded estimate stand by name.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.bootstrap(key=1, n=50).replicates.shape
+            (50, 3)
+        """
+        return run_bootstrap(self.record, key, n, kind, statistic, chunk, progress, modes=modes, engine=engine)
+
+    def refit_many(self, Y: Any, ranef: bool = False, engine: Literal["auto", "numpy", "jax"] = "auto") -> BatchFit:
+        """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.glmm_estimate_many`.
+
+        Args:
+            Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
+                the fit has rows; columns of a data frame that are the table's labels are lined up. Of a binomial
+                response 0 and 1, or counts of successes; the numbers of trials stay. Missing values make that one fit
+                fail, and no other; so does a response without finite estimates (``SEPARATED``, ``UNBOUNDED``).
+            ranef: keep the random effects of all fits, for the result's ``ranef()`` and ``coef()``.
+            engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where that pays.
+
+        Returns:
+            :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
+
+        Raises:
+            DataError: another shape, or values that are none of the family's.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.refit_many(fit.simulate(key=0, n=3)).fixef.shape
+            (3, 2)
+        """
+        labels, record = self.record.labels, self.record
+        Y = responses_of_rows(labels, Y)
+        check_many(Y, record.design.size, labels.response, record.family)
+        est = record.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), engine)
+        return BatchFit(est, labels, record.layout.structures, record.family)
 
     def simulate(self, key: Any, n: int, random: Literal["new", "fitted"] = "new") -> np.ndarray:
         """Responses ``(n, nobs)`` drawn from the fit, of a binomial family counts of successes.
@@ -181,6 +356,39 @@ class GeneralizedInferring:
             random: random effects drawn anew for every response, or those predicted for these data.
         """
         return self.record.simulate(key, n, random=random)
+
+    # --- where the variance lies --------------------------------------------------------------------------------------
+
+    def icc(self, by_group: bool = False, approximation: Approximation | None = None) -> pd.Series:
+        """Intraclass correlation on the scale of the linear predictor, ``adjusted`` and ``unadjusted``, or one for
+        every grouping factor; see :func:`mixjax.inference.random.variance.icc`.
+
+        Args:
+            by_group: one for every grouping factor.
+            approximation: how the variance of a row on that scale is got (Nakagawa, Johnson & Schielzeth 2017): None
+                for pi^2/3, 1 or pi^2/6 of binomial responses with link logit, probit or cloglog, the trigamma function
+                of counts and gamma responses with link log, the delta method of others; ``"trigamma"``,
+                ``"lognormal"``, ``"delta"``.
+
+        Example:
+            >>> import mixjax as mj
+            >>> data = mj.datasets.load("sleepstudy").assign(slow=lambda d: d["Reaction"] > 300)
+            >>> fit = mj.glmm("slow ~ Days + (1 | Subject)", data, family="binomial")
+            >>> fit.icc().round(2).to_dict()
+            {'adjusted': 0.48, 'unadjusted': 0.33}
+        """
+        return variance.icc(self.record, by_group, approximation)
+
+    def r2(self, approximation: Approximation | None = None) -> pd.Series:
+        """Shares of explained variance on the scale of the linear predictor: ``marginal``, by the fixed effects, and
+        ``conditional``, by random ones too. ``approximation`` as of :meth:`icc`."""
+        return variance.r2(self.record, approximation)
+
+    def variance_shares(self, approximation: Approximation | None = None) -> pd.DataFrame:
+        """Variance and its share by component, on the scale of the linear predictor: columns ``component``
+        (``"random"``, ``"residual"``, ``"fixed"``), group, effects, variance, share; ``approximation`` as of
+        :meth:`icc`."""
+        return variance.shares(self.record, approximation)
 
     def variance_parameters(self) -> pd.DataFrame:
         """Standard deviations and correlations on the scale of the linear predictor, and parameters of the family, with

@@ -12,6 +12,8 @@ import pandas as pd
 from mixjax.covariance import Structure
 from mixjax.design import Labels
 from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.glmm import GLMMEstimates
+from mixjax.families import Family
 from mixjax.fitted.names import by_effect, names_apart, names_of_variances, terms_of_group
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, counts_of
@@ -28,13 +30,14 @@ class BatchFit(Reported):
     Rows of fits that failed hold whatever the search ended with: look at ``converged``, or use ``ok``.
 
     Attributes:
-        estimates: arrays with a leading axis B, see :class:`mixjax.Estimates`.
-        labels: names. structures: of the covariances, one per term.
+        estimates: arrays with a leading axis B, see :class:`mixjax.Estimates` and :class:`mixjax.GLMMEstimates`.
+        labels: names. structures: of the covariances, one per term. family: of a generalised model, else None.
     """
 
-    estimates: Estimates
+    estimates: Estimates | GLMMEstimates
     labels: Labels
     structures: tuple[Structure, ...]
+    family: Family | None = None
 
     def __len__(self) -> int:
         return len(self.estimates.result)
@@ -46,25 +49,44 @@ class BatchFit(Reported):
 
     @property
     def se(self) -> pd.DataFrame:
-        """Standard errors of the fixed effects ``(B, p)``, the covariances of the random effects taken as known."""
+        """Standard errors of the fixed effects ``(B, p)``: of linear models with the covariances of the random effects
+        taken as known, of generalised ones from the Hessian of all parameters."""
         diagonal = np.diagonal(self.estimates.vcov, axis1=1, axis2=2)
-        return pd.DataFrame(np.sqrt(diagonal), columns=list(self.labels.fixed))
+        with np.errstate(invalid="ignore"):
+            return pd.DataFrame(np.sqrt(diagonal), columns=list(self.labels.fixed))
 
     @property
     def sigma(self) -> pd.Series:
-        """Residual standard deviations ``(B,)``."""
-        return pd.Series(self.estimates.sigma, name="sigma")
+        """Residual standard deviations ``(B,)``.
+
+        Raises:
+            AttributeError: the family has none.
+        """
+        own = self._family_parameters()
+        if "sigma" not in own:
+            assert self.family is not None
+            raise AttributeError(f"a {self.family.name} response has no sigma; sdcor has the family's parameters")
+        return pd.Series(own["sigma"], name="sigma")
+
+    def _family_parameters(self) -> dict[str, np.ndarray]:
+        """``(B,)`` of the distribution of the response, by name: sigma, or those of a family."""
+        if self.family is None:
+            return {"sigma": self.estimates.sigma}  # type: ignore[union-attr]
+        own = self.family.natural(list(self.estimates.psi.T))  # type: ignore[union-attr]
+        return dict(zip(self.family.psi_names, np.asarray(own), strict=True))
 
     @property
     def sdcor(self) -> pd.DataFrame:
-        """Standard deviations and correlations of the random effects, then sigma.
+        """Standard deviations and correlations of the random effects, then sigma, or the parameters of the family.
 
         Columns ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``. A correlation with an effect of
         zero variance is NaN.
         """
         variances = names_of_variances(self.labels, self.structures)
         columns = {parameter.name: parameter.value(self.estimates.Sigma) for parameter in variances}
-        return pd.DataFrame({**columns, "sigma": self.estimates.sigma})
+        others = self._family_parameters()
+        columns |= dict(zip(names_apart(list(others), columns), others.values(), strict=True))
+        return pd.DataFrame(columns, index=range(len(self)))
 
     def ranef(self) -> dict[str, pd.DataFrame]:
         """Conditional modes (BLUPs) of all fits, kept by ``refit_many(Y, ranef=True)``.

@@ -13,6 +13,7 @@ from mixjax.design import Design, Labels
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.glmm import GLMMEstimates, conditional_covariances, mode_slopes
+from mixjax.estimation.glmm_each import fit_each
 from mixjax.estimation.glmm_many import glmm_estimate_many
 from mixjax.estimation.glmm_one import fit_one
 from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
@@ -25,7 +26,7 @@ from mixjax.fitted.working import working_products
 from mixjax.formula.response import Response, check_values
 from mixjax.formula.separation import separation_of
 from mixjax.optimise.results import Result
-from mixjax.products.family_rows import FamilyRows
+from mixjax.products.family_rows import FamilyRows, rows_in
 from mixjax.products.sums import CrossProducts, Layout
 from mixjax.simulation import simulate_family
 
@@ -215,18 +216,33 @@ class GeneralizedFitted(FitStatistics):
             self.design, self.family, est.beta, est.Sigma, est.psi, key, n, first, random=random, b=b
         )
 
-    def fit_many(self, Y: np.ndarray, keep: tuple[str, ...], engine: EngineName = "auto") -> GLMMEstimates:
-        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`.
+    def fit_many(
+        self, Y: np.ndarray, keep: tuple[str, ...], engine: EngineName = "auto", fits: int | None = None
+    ) -> GLMMEstimates:
+        """The same model fitted to many responses ``(B, nobs)``; see :func:`mixjax.glmm_estimate_many`. Fits by
+        the restricted likelihood and with ``nagq=0`` are made one after another.
 
-        Raises:
-            ValueError: the fit is neither by Laplace's approximation nor by quadrature, as those are.
+        Args:
+            fits: how many there are in all, where these are some of them: one engine serves them all.
         """
         if self.reml or self.nagq == 0:
-            own = "reml=True" if self.reml else f"nagq={self.nagq}"
-            raise ValueError(
-                f"many responses are fitted by Laplace's approximation or quadrature, this fit has {own}: refit each"
-            )
-        return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine, nagq=self.nagq)
+            return fit_each((self.rows.with_response(y) for y in Y), self.estimates_of, keep, self.estimates)
+        return glmm_estimate_many(self.rows.with_response(Y), self.curvature, keep, engine, fits, self.nagq)
+
+    def estimates_of(self, rows: FamilyRows) -> GLMMEstimates:
+        """Of other rows by the same likelihood."""
+        return fit_one(rows, None, self.curvature, self.nagq, self.reml)
+
+    def refitted(self, reml: bool) -> GeneralizedFitted:
+        """The same data fitted by the restricted likelihood or not; itself where that is its own."""
+        if reml == self.reml:
+            return self
+        return fit_family_rows(self.rows, self.design, self.labels, None, self.curvature, self.nagq, reml)
+
+    def with_design(self, design: Design, labels: Labels) -> GeneralizedFitted:
+        """Another model of the same response, fitted by the same likelihood."""
+        rows = rows_in(design, self.family, design.y)
+        return fit_family_rows(rows, design, labels, None, self.curvature, self.nagq, self.reml)
 
     def refit(self, y: np.ndarray, reml: bool | None = None) -> GeneralizedFitted:
         """The same model fitted to another response ``(nobs,)``, counts of successes where it has trials; by the

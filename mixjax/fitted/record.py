@@ -159,6 +159,10 @@ class Fitted(FitStatistics):
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
         return fit_rows(rows, labels, self.reml if reml is None else reml, None, self.search)
 
+    def with_design(self, design: Design, labels: Labels) -> Fitted:
+        """Another model of the same response, fitted by the same criterion."""
+        return fit_rows(rows_of(design), labels, self.reml, None, self.search)
+
     def fit_many(
         self,
         Y: np.ndarray,

@@ -220,6 +220,21 @@ def check_values(found: Response, shown: str, offset: np.ndarray | None, family:
         check_varies(y, shown)
 
 
+def check_many(Y: np.ndarray, size: np.ndarray | None, shown: str, family: Any) -> None:
+    """Raise DataError, naming the response, where one of many ``(B, n)`` can come from no distribution of the family.
+
+    Missing values, and responses that leave no finite estimate, are for each fit's result code to tell.
+    """
+    sound = np.flatnonzero(np.isfinite(Y).all(1) & (Y != 0).any(1))
+    sizes = None if size is None else np.tile(size, len(sound))
+    try:
+        family.check(Y[sound].reshape(-1), sizes, shown)
+    except DataError:
+        for i in sound:
+            family.check(Y[i], size, f"response {i + 1} of Y")
+        raise
+
+
 def _no_estimate(what: str, besides: str = "what counts as success") -> str:
     return f"{what}, so the intercept has no finite estimate: look at subset=, at missing values and at {besides}"
 

@@ -12,27 +12,27 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_count, check_level, warn
 from mixjax.estimation.choice import EngineName, check_engine
-from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.glmm_many import KEEP as KEEP_FAMILY
 from mixjax.estimation.many import KEEP
 from mixjax.fitted.batch import BatchFit
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.names import names_apart
 from mixjax.fitted.record import Fitted
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import counts_of, failed, note_of_failures
-from mixjax.products.sums import CrossProducts
 from mixjax.resampling import intervals
 from mixjax.resampling.kinds import Kind, resampler
-from mixjax.resampling.replicates import fit_drawn, refits
+from mixjax.resampling.replicates import Data, fit_drawn, refits
 from mixjax.resampling.statistic import Statistic
 from mixjax.tables import frame_report
 
 
 def bootstrap(
-    fitted: Fitted,
+    fitted: AnyFitted,
     key: Any,
     n: int,
     kind: Kind = "parametric",
-    statistic: Callable[[Estimates], Any] | None = None,
+    statistic: Callable[[Any], Any] | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
     weights: Literal["mammen", "rademacher"] = "mammen",
@@ -42,30 +42,33 @@ def bootstrap(
     """Draw n data sets from a fit, refit each by the same criterion, and collect a statistic of them.
 
     Args:
-        fitted: the fit; its rows are needed.
+        fitted: the fit, linear or generalised; its rows are needed.
         key: int or JAX key. Replicate i depends on the key and on i, to the last bit, and not on chunk, nor on n but
             for the engine that it takes.
         n: number of replicates.
         kind: how data sets are drawn.
 
-            * ``"parametric"``: random effects and residuals from their estimated normal distributions.
+            * ``"parametric"``: random effects and residuals from their estimated normal distributions; responses of
+              generalised models from their family.
             * ``"residual"``: predicted random effects, by level, and residuals, by row, drawn with replacement after
               they were centred and rescaled to the estimated variances (Carpenter, Goldstein & Rasbash 2003, Appl.
-              Statist. 52, 431). No normal distribution is assumed.
+              Statist. 52, 431). No normal distribution is assumed. Of linear models.
             * ``"cases"``: levels of the outermost grouping factor with all their rows. Nothing is assumed but that they
-              are independent; other factors must be nested in it. A level drawn twice becomes two levels.
+              are independent; other factors must be nested in it. A level drawn twice becomes two levels. Data sets of
+              generalised models are fitted one after another, by NumPy.
             * ``"wild"``: marginal residuals of every outermost level, adjusted for leverage (HC2), times one random
               number (Modugno & Giannerini 2015, Commun. Stat. Theory Methods 44, 4812). For the fixed effects under
-              residual covariances that are not those of the model.
-        statistic: JAX function of one :class:`~mixjax.Estimates` -> scalar, array, or dict of those. None: all
-            parameters of the model, standard deviations and correlations of the random effects first, then sigma, then
-            the fixed effects.
+              residual covariances that are not those of the model. Of linear models.
+        statistic: JAX function of one :class:`~mixjax.Estimates`, or :class:`~mixjax.GLMMEstimates`, -> scalar, array,
+            or dict of those. None: all parameters of the model, standard deviations and correlations of the random
+            effects first, then sigma, or the family's parameters, then the fixed effects.
         chunk: so many data sets are in memory at the same time; None for as many as fit into about 100 MB.
         engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where n fits pay for it. Engines differ by
             rounding.
         progress: whether to show it; None for :func:`mixjax.show_progress`'s choice.
         weights: of the wild bootstrap: Mammen's two points, which keep the skewness, or Rademacher's signs.
-        modes: the statistic needs the random effects ``b`` too. With cases, of the levels in the order drawn.
+        modes: the statistic needs the random effects ``b`` too. With cases, of the levels in the order drawn; not of
+            generalised models.
 
     Returns:
         :class:`Bootstrap`.
@@ -89,9 +92,11 @@ def bootstrap(
     n = check_count("n", n, 1)
     resample = resampler(fitted, kind, key, weights)
     check_engine(engine)
+    if modes and kind == "cases" and not isinstance(fitted, Fitted):
+        raise ValueError("modes=True: samples of cases of a generalised model have other levels each; use 'parametric'")
     compute = _Kept(fitted, statistic, modes, engine)
     chunk = None if chunk is None else check_count("chunk", chunk, 1)
-    found = refits(resample, n, compute.fields, fitted.reml, engine, chunk, progress, "bootstrap: refitting")
+    found = refits(resample, n, compute.fields, compute.reml, engine, chunk, progress, "bootstrap: refitting")
     parts = [compute.values_of(est) for _, (est,) in found]
     values, singular, result = (np.concatenate(part) for part in zip(*parts, strict=True))
     replicates = pd.DataFrame(values, columns=list(compute.names))
@@ -121,7 +126,7 @@ class Bootstrap(Reported):
     kind: str
     singular: np.ndarray = field(repr=False)
     result: np.ndarray = field(repr=False)
-    _fitted: Fitted = field(repr=False)
+    _fitted: AnyFitted = field(repr=False)
     _compute: _Kept = field(repr=False)
 
     @property
@@ -237,34 +242,46 @@ class _Kept:
     """The statistic of every refit, with its value and names in the fit itself.
 
     Attributes:
-        fields: of :class:`~mixjax.Estimates`, that a refit is asked for.
+        fields: of the estimates, that a refit is asked for. reml: by what criterion, of linear models.
     """
 
-    def __init__(self, fitted: Fitted, function: Callable[[Estimates], Any] | None, modes: bool, engine: EngineName):
-        self._reml, self._engine = fitted.reml, engine
-        self.fields = (*KEEP, "Sigma", "vcov", "b") if modes else (*KEEP, "Sigma", "vcov")
-        self._labels, self._structures = fitted.labels, fitted.stats.layout.structures
-        own = Estimates._make(getattr(fitted.estimates, f) if f in self.fields else None for f in Estimates._fields)
-        self._statistic = None if function is None else Statistic(function, own)
-        if self._statistic is None:
+    def __init__(self, fitted: AnyFitted, function: Callable[[Any], Any] | None, modes: bool, engine: EngineName):
+        linear = isinstance(fitted, Fitted)
+        self.reml = fitted.reml if isinstance(fitted, Fitted) else False
+        self._family = None if isinstance(fitted, Fitted) else fitted.family
+        self._engine: EngineName = engine
+        self._labels, self._structures = fitted.labels, fitted.layout.structures
+        own = fitted.estimates
+        # The covariance of a generalised model's estimates takes an evaluation more, which parameters alone need not.
+        kept = {
+            *(KEEP if linear else KEEP_FAMILY),
+            "Sigma",
+            *["vcov"] * (linear or function is not None),
+            *["b"] * modes,
+        }
+        self.fields = tuple(name for name in own._fields if name in kept)
+        self._statistic = None
+        own = type(own)._make(getattr(own, f) if f in kept else None for f in own._fields)
+        if function is None:
             frame = self._parameters(jax.tree.map(lambda a: np.asarray(a)[None], own))
             self.names, values = tuple(frame), frame.to_numpy()[0]
         else:
+            self._statistic = Statistic(function, own)
             self.names, values = self._statistic.names, self._statistic.estimate
         self.estimate = pd.Series(values, index=pd.Index(self.names, name="term"), name="estimate")
 
-    def refitted(self, stats: CrossProducts, n: int) -> _Values:
+    def refitted(self, data: Data, n: int) -> _Values:
         """Of the fits of B data sets, of n in all."""
-        return self.values_of(fit_drawn(stats, n, self.fields, self._reml, self._engine))
+        return self.values_of(fit_drawn(data, n, self.fields, self.reml, self._engine))
 
-    def values_of(self, est: Estimates) -> _Values:
+    def values_of(self, est: Any) -> _Values:
         """Of B fits."""
         values = self._parameters(est).to_numpy() if self._statistic is None else self._statistic.of_many(est)
         values = np.where(failed(est.result)[:, None], np.nan, values)
         return _Values(values, est.singular, est.result)
 
-    def _parameters(self, est: Estimates) -> pd.DataFrame:
-        batch = BatchFit(est, self._labels, self._structures)
+    def _parameters(self, est: Any) -> pd.DataFrame:
+        batch = BatchFit(est, self._labels, self._structures, self._family)
         frame = batch.sdcor
         fixed = batch.fixef.set_axis(names_apart(self._labels.fixed, frame.columns), axis=1)
         return pd.concat([frame, fixed], axis=1)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from mixjax.fitted.record import Fitted
+from mixjax.fitted.either import AnyFitted
 from mixjax.optimise.results import failed
-from mixjax.products.sums import CrossProducts
 from mixjax.resampling.kinds import cluster_products, outermost_term
-from mixjax.resampling.replicates import chunk_size
+from mixjax.resampling.replicates import Data, chunk_size
 
 KINDS = ("percentile", "basic", "normal", "bca")
 
@@ -85,11 +84,11 @@ def acceleration(jackknife: np.ndarray) -> np.ndarray:
     return skewness
 
 
-def jackknife(fitted: Fitted, refit: Callable[[CrossProducts, int], tuple[Any, Any, Any]]) -> np.ndarray:
+def jackknife(fitted: AnyFitted, refit: Callable[[Data, int], tuple[Any, Any, Any]]) -> np.ndarray:
     """A statistic without each level of the outermost grouping factor, one level after the other: ``(levels, k)``.
 
     Args:
-        refit: products of B data sets, of so many in all -> values ``(B, k)``, anything, and codes of ``mixjax.Result``
+        refit: B data sets, of so many in all -> values ``(B, k)``, anything, and codes of ``mixjax.Result``
             ``(B,)``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Data sets drawn from a fit, as the cross-products that a refit needs: four kinds of bootstrap."""
+"""Data sets drawn from a fit, as what a refit needs of them: four kinds of bootstrap."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.record import Fitted
 from mixjax.products.clusters import ClusterProducts, by_cluster
-from mixjax.products.responses import Responses
-from mixjax.resampling.replicates import Drawn, Source
+from mixjax.resampling.family_data import FamilyClusters
+from mixjax.resampling.replicates import Drawn, Source, data_of_responses
 from mixjax.simulation import draw_responses, random_columns
 
 Kind = Literal["parametric", "residual", "cases", "wild"]
@@ -22,7 +23,7 @@ RANK = 1e-12
 LEVERAGE_LEFT = 1e-10
 
 
-def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> Source:
+def resampler(fitted: AnyFitted, kind: Kind, key: Any, weights: str = "mammen") -> Source:
     """The source of replicates of one kind; see :func:`mixjax.resampling.bootstrap.bootstrap`.
 
     Raises:
@@ -41,17 +42,23 @@ def resampler(fitted: Fitted, kind: Kind, key: Any, weights: str = "mammen") -> 
             return Drawn((clusters.gather(index.astype(np.intp)),))
 
         return Source(drawn, clusters.numbers(clusters.M))
-    if kind == "residual":
-        respond = _residual_responses(fitted, key)
-    elif kind == "wild":
-        respond = _wild_responses(fitted, key, *TWO_POINTS[weights])
-    else:
+    respond: Callable[[int, int], np.ndarray]
+    if kind == "parametric":
         respond = partial(_parametric_responses, fitted, key)
-    responses = Responses(fitted.rows)
-    return Source(lambda first, count: Drawn((responses.products(respond(first, count)),)), fitted.nobs)
+    elif not isinstance(fitted, Fitted):
+        raise ValueError(
+            f"kind={kind!r} rests on residuals that are exchangeable, which those of a {fitted.family.name} response "
+            "are not; use kind='parametric' or 'cases'"
+        )
+    elif kind == "residual":
+        respond = _residual_responses(fitted, key)
+    else:
+        respond = _wild_responses(fitted, key, *TWO_POINTS[weights])
+    data = data_of_responses(fitted)
+    return Source(lambda first, count: Drawn((data(respond(first, count)),)), fitted.nobs)
 
 
-def _parametric_responses(fitted: Fitted, key: Any, first: int, count: int) -> np.ndarray:
+def _parametric_responses(fitted: AnyFitted, key: Any, first: int, count: int) -> np.ndarray:
     return fitted.simulate(key, count, first)
 
 
@@ -179,7 +186,7 @@ def _marginal_residuals(fitted: Fitted) -> np.ndarray:
 # --- clusters ------------------------------------------------------------------------------------------------------
 
 
-def outermost_term(fitted: Fitted) -> int:
+def outermost_term(fitted: AnyFitted) -> int:
     """The first of the terms in whose grouping factor all others are nested.
 
     Raises:
@@ -191,8 +198,8 @@ def outermost_term(fitted: Fitted) -> int:
             return t
     raise ValueError(
         f"the grouping factors {', '.join(map(repr, dict.fromkeys(names)))} are crossed: no levels are independent of "
-        "each other, so there are no clusters to draw or to leave out; kind='parametric' and kind='residual' with "
-        "percentile, basic or normal intervals need none"
+        "each other, so there are no clusters to draw or to leave out; kind='parametric' and, of linear models, "
+        "kind='residual' with percentile, basic or normal intervals need none"
     )
 
 
@@ -202,7 +209,7 @@ def _is_nested(inner: Any, outer: Any) -> bool:
     return bool((parent[inner.group] == outer.group).all())
 
 
-def outermost_clusters(fitted: Fitted) -> tuple[np.ndarray, int]:
+def outermost_clusters(fitted: AnyFitted) -> tuple[np.ndarray, int]:
     """``(n,)`` cluster of every row, and how many clusters: the levels of :func:`outermost_term` that have rows."""
     present, cluster = np.unique(fitted.design.terms[outermost_term(fitted)].group, return_inverse=True)
     if len(present) < 2:
@@ -210,6 +217,8 @@ def outermost_clusters(fitted: Fitted) -> tuple[np.ndarray, int]:
     return cluster.reshape(-1), len(present)
 
 
-def cluster_products(fitted: Fitted) -> ClusterProducts:
-    """The fit's cross-products by levels of the outermost grouping factor; see :func:`outermost_term`."""
-    return by_cluster(fitted.rows, *outermost_clusters(fitted))
+def cluster_products(fitted: AnyFitted) -> ClusterProducts | FamilyClusters:
+    """The fit's cross-products, or rows of a generalised model, by levels of the outermost grouping factor; see
+    :func:`outermost_term`."""
+    clusters = outermost_clusters(fitted)
+    return by_cluster(fitted.rows, *clusters) if isinstance(fitted, Fitted) else FamilyClusters(fitted, *clusters)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.estimation.estimate import Estimates
+from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.machine import float64
 from mixjax.resampling.replicates import NUMBERS
 
@@ -19,7 +20,7 @@ BLOCK = 2**10
 
 
 class Statistic:
-    """A JAX function of one :class:`~mixjax.Estimates`.
+    """A JAX function of one :class:`~mixjax.Estimates`, or :class:`~mixjax.GLMMEstimates`.
 
     Attributes:
         names: of its numbers. estimate: ``(k,)`` at ``own``.
@@ -28,7 +29,7 @@ class Statistic:
         function: the user's. own: one fit, arrays of numbers, None where estimates of many will have nothing.
     """
 
-    def __init__(self, function: Callable[[Estimates], Any], own: Estimates):
+    def __init__(self, function: Callable[[Any], Any], own: Estimates | GLMMEstimates):
         self._function = function
         with float64():
             own = jax.tree.map(jnp.asarray, own)
@@ -40,7 +41,7 @@ class Statistic:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_many"}  # programs cannot be pickled
 
-    def of_many(self, est: Estimates) -> np.ndarray:
+    def of_many(self, est: Any) -> np.ndarray:
         """``(B, k)`` of B fits, by blocks of one size: the function is compiled once, and its last bits do not depend
         on how many fits there are."""
         leaves, B = jax.tree.leaves(est), len(est.result)
@@ -58,7 +59,7 @@ class Statistic:
     def _many(self) -> Any:
         return jax.jit(jax.vmap(self._flat))
 
-    def _flat(self, est: Estimates) -> jax.Array:
+    def _flat(self, est: Any) -> jax.Array:
         leaves = named(self._function, self._function(est))
         return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float64) for _, leaf in leaves])
 

@@ -9,23 +9,24 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
 from mixjax.distributions import chi2_tail
-from mixjax.fitted.record import Fitted, fit_rows
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.record import Fitted
 from mixjax.formula.deletion import Deletion, design_without, fixed_deletions
 from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, ddf_note, f_test
 from mixjax.inference.fixed.terms import terms_of
-from mixjax.products.rows import rows_of
 from mixjax.tables import NotedTable
 
 TESTS = ("F", "lrt")
 
 
-def drop1(fitted: Fitted, test: Literal["F", "lrt"] = "F", ddf: str = "satterthwaite") -> pd.DataFrame:
+def drop1(fitted: AnyFitted, test: Literal["F", "lrt"] = "F", ddf: str = "satterthwaite") -> pd.DataFrame:
     """Test the terms of the fixed effects that can be left out: those that no other term contains.
 
     Args:
-        fitted: the fit, with its rows.
-        test: ``"F"``: F test that all coefficients of the term are zero, as R's ``lmerTest``. Where columns were left
-            out of the fit because others determine them: that the mean lies in the span of the smaller model.
+        fitted: the fit, linear or generalised, with its rows.
+        test: ``"F"``, of linear models: F test that all coefficients of the term are zero, as R's ``lmerTest``. Where
+            columns were left out of the fit because others determine them: that the mean lies in the span of the
+            smaller model.
             ``"lrt"``: likelihood ratio test of maximum likelihood fits with and without the term, as ``drop1`` of
             ``lme4`` with ``test = "Chisq"``; a fit by REML is refitted.
         ddf: of the F tests: ``"satterthwaite"``, ``"kenward-roger"`` or ``"wald"``.
@@ -36,7 +37,7 @@ def drop1(fitted: Fitted, test: Literal["F", "lrt"] = "F", ddf: str = "satterthw
         smaller model, ``lrt``, ``df`` and ``p_value``, after a first row ``<none>`` of the fit itself.
 
     Raises:
-        ValueError: no such test or method; the fit kept no rows.
+        ValueError: no such test or method; the fit kept no rows; F tests of a generalised model.
 
     Example:
         >>> import mixjax as mj
@@ -50,7 +51,11 @@ def drop1(fitted: Fitted, test: Literal["F", "lrt"] = "F", ddf: str = "satterthw
     if test not in TESTS:
         raise ValueError(f"test must be one of {', '.join(map(repr, TESTS))}, got {test!r}")
     deletions = fixed_deletions(fitted.labels)
-    return _f_tests(fitted, deletions, ddf) if test == "F" else _ratio_tests(fitted, deletions)
+    if test == "lrt":
+        return _ratio_tests(fitted, deletions)
+    if not isinstance(fitted, Fitted):
+        raise ValueError("F tests are of linear mixed models; use test='lrt', or anova() for Wald chi-squares")
+    return _f_tests(fitted, deletions, ddf)
 
 
 def _f_tests(fitted: Fitted, deletions: list[Deletion], ddf: str) -> pd.DataFrame:
@@ -94,18 +99,19 @@ def _hypothesis(fitted: Fitted, deletion: Deletion) -> np.ndarray:
     return rows
 
 
-def _ratio_tests(fitted: Fitted, deletions: list[Deletion]) -> pd.DataFrame:
+def _ratio_tests(fitted: AnyFitted, deletions: list[Deletion]) -> pd.DataFrame:
     _ = fitted.design  # the error says why there are no rows
     notes = [
         "maximum likelihood; p_value: chi-square with df degrees of freedom; terms that others contain are not tested"
     ]
-    if fitted.reml:
+    large = fitted
+    if isinstance(fitted, Fitted) and fitted.reml:
         notes.append("the fit by REML was refitted by maximum likelihood")
-    large = fitted.refitted(False)
+        large = fitted.refitted(False)
     rows: dict[str, dict[str, Any]] = {"<none>": _statistics(large)}
     for deletion in deletions:
         design, labels = design_without(fitted.design, fitted.labels, deletion)
-        small = fit_rows(rows_of(design), labels, False, None, fitted.search)
+        small = large.with_design(design, labels)
         df = large.npar - small.npar
         lrt = max(0.0, float(small.estimates.criterion - large.estimates.criterion))
         p = float(chi2_tail(lrt, df)) if df else np.nan
@@ -118,5 +124,5 @@ def _ratio_tests(fitted: Fitted, deletions: list[Deletion]) -> pd.DataFrame:
     )
 
 
-def _statistics(fitted: Fitted) -> dict[str, Any]:
+def _statistics(fitted: AnyFitted) -> dict[str, Any]:
     return {"npar": fitted.npar, "loglik": fitted.loglik, "aic": fitted.aic}

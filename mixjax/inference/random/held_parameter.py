@@ -19,11 +19,13 @@ import numpy as np
 
 from mixjax.covariance import diagonal_positions
 from mixjax.design import AnyArray
+from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import CrossProducts
 
 
 class Held(NamedTuple):
-    """A parameter: ``kind`` "sd", "cor", "sigma" or "fixed"; its term; effects i (and j), or the column of X."""
+    """A parameter: ``kind`` "sd", "cor", "sigma" or "fixed", of a family "positive" or "real"; its term; effects i (and
+    j), or the column of X, or the number among the family's."""
 
     kind: str
     term: int = -1
@@ -43,7 +45,7 @@ class Start(NamedTuple):
 ZERO = 1e-6
 
 
-def value_of(held: Held, stats: CrossProducts, at: Start, beta: np.ndarray) -> np.ndarray:
+def value_of(held: Held, stats: CrossProducts | FamilyRows, at: Start, beta: np.ndarray) -> np.ndarray:
     """The parameter's value ``(B,)`` at B estimates: absolute sd, correlation (NaN beside an sd of zero), ..."""
     if held.kind == "sigma":
         return np.array(at.sigma)

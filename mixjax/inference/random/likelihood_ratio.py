@@ -11,12 +11,21 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, check_count, warn
 from mixjax.distributions import chi2_tail
-from mixjax.fitted.record import Fitted, record_of
-from mixjax.inference.random.nesting import Place, check_same_data, is_within, logdet_X, place_of
+from mixjax.fitted.either import AnyFitted, any_record_of
+from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.record import Fitted
+from mixjax.inference.random.nesting import (
+    Place,
+    check_same_data,
+    check_same_likelihood,
+    is_limit,
+    is_within,
+    logdet_X,
+    place_of,
+)
 from mixjax.markup import Report, Reported
-from mixjax.optimise.results import failed, note_of_failures
-from mixjax.products.responses import Responses
-from mixjax.resampling.replicates import Drawn, Source, refits
+from mixjax.optimise.results import Result, failed, note_of_failures
+from mixjax.resampling.replicates import Drawn, Source, data_of_responses, refits
 from mixjax.tables import frame_report
 
 METHODS = ("chi2", "mixture", "bootstrap")
@@ -85,17 +94,20 @@ def compare(
     key: Any = 0,
     n: int = 1000,
 ) -> Comparison:
-    """Likelihood ratio tests between models of the same data, like R's ``anova()`` of lme4 fits.
+    """Likelihood ratio tests between models of the same data, linear or generalised, like R's ``anova()`` of lme4 fits.
 
     Models are ordered by number of parameters and each is tested against the one before. Where the smaller model puts
     variances to zero, the bound of what they can be, chi-square p-values are too large. If that is one standard
     deviation (of an effect, or of a combination of effects), ``1/2 chi2(df - 1) + 1/2 chi2(df)`` holds for many levels
     (Self & Liang 1987, J. Am. Stat. Assoc. 82, 605; Stram & Lee 1994, Biometrics 50, 1171) and is shown as
     ``p_mixture``. If it is more than one, or the smaller model's fit is singular, use ``method="bootstrap"``; for one
-    variance alone in a model :func:`mixjax.exact_rlrt` is exact.
+    variance alone in a linear model :func:`mixjax.exact_rlrt` is exact.
+
+    Generalised models are compared by the same approximation of their log-likelihoods. Poisson counts are the limit of
+    negative binomial ones, 1/size = 0, which is a bound like that of a variance.
 
     Args:
-        fits: two or more.
+        fits: two or more, all linear or all generalised.
         refit: ``"ml"``: fits by REML are refitted by maximum likelihood, because REML criteria of different fixed
             effects cannot be compared. False: criteria as they are.
         method: ``"chi2"``: as in R, ``p_mixture`` beside it where it holds. ``"mixture"``: ``p_mixture`` in every row,
@@ -111,7 +123,8 @@ def compare(
         :class:`Comparison`.
 
     Raises:
-        DataError: fits of different data. ValueError: criteria that cannot be compared.
+        DataError: fits of different data. ValueError: criteria that cannot be compared: of different approximations
+            (``nagq``, ``curvature``), of families of counts and of numbers.
 
     Warns:
         InferenceWarning: models that are not nested; ``method="mixture"`` without a known mixture.
@@ -136,15 +149,16 @@ def compare(
         raise ValueError("fits are given one by one, compare(m0, m1), not as a list; their names are names=['A', 'B']")
     if len(fits) < 2:
         raise ValueError(f"two fits or more are compared, got {len(fits)}")
-    records = [record_of(fit) for fit in fits]
+    records = [any_record_of(fit) for fit in fits]
     names = [f"m{i}" for i in range(len(fits))] if names is None else [str(name) for name in names]
     if len(names) != len(fits) or len(set(names)) < len(names):
         raise ValueError(f"names must be {len(fits)} different ones, got {names}")
+    check_same_likelihood(records, names)
     check_same_data(records, names)
-    notes = []
+    notes: list[str] = []
     if refit == "ml":
-        restricted = [name for name, fit in zip(names, records, strict=True) if fit.reml]
-        records = [f.refitted(False) if f.reml else f for f in records]
+        restricted = [name for name, fit in zip(names, records, strict=True) if by_reml(fit)]
+        records = [f.refitted(False) if isinstance(f, Fitted) else f for f in records]
         if restricted:
             notes.append(f"{', '.join(restricted)} fitted by REML: refitted by maximum likelihood")
     failed = [name for name, fit in zip(names, records, strict=True) if not fit.estimates.converged]
@@ -160,8 +174,7 @@ def compare(
         test, nested = _test(pair, method, notes)
         if method == "bootstrap" and nested:
             draws, codes = bootstrap_null(pair.small, pair.large, key, n)
-            if note := note_of_failures(codes):
-                notes.append(f"{pair}: {note}")
+            notes += [f"{pair}: {note}" for note in notes_of_null(pair.small, pair.large, codes)]
             p = (1 + np.count_nonzero(draws >= pair.statistic - pair.rounding)) / (1 + len(draws))
             test |= {"p_bootstrap": p, "mc_error": float(np.sqrt(p * (1 - p) / max(1, len(draws))))}
             null_draws[pair.larger] = draws
@@ -172,17 +185,33 @@ def compare(
     if method == "bootstrap":
         columns += ["p_bootstrap", "mc_error"]
     table = table.join(pd.DataFrame(tests, index=names[1:]).reindex(columns=columns))
-    criterion = "REML criteria" if records[0].reml else "maximum likelihood"
-    title = f"Data: {records[0].nobs} rows, response {records[0].labels.response}; {criterion}"
-    formulas = {name: fit.labels.formula for name, fit in zip(names, records, strict=True)}
+    title = f"Data: {records[0].nobs} rows, response {records[0].labels.response}; {criterion_of(records[0])}"
+    families = [f"{fit.family.name} ({fit.family.link})" for fit in records if isinstance(fit, GeneralizedFitted)]
+    if len(set(families)) == 1:
+        title, families = f"{title}; family {families[0]}", []
+    shown = [f", family {family}" for family in families] or [""] * len(records)
+    formulas = {name: fit.labels.formula + own for name, fit, own in zip(names, records, shown, strict=True)}
     return Comparison(title, formulas, table, tuple(notes), null_draws)
+
+
+def by_reml(fit: AnyFitted) -> bool:
+    """Whether the criterion of a fit is the restricted one."""
+    return isinstance(fit, Fitted) and fit.reml
+
+
+def criterion_of(fit: AnyFitted) -> str:
+    """In words."""
+    if isinstance(fit, Fitted):
+        return "REML criteria" if fit.reml else "maximum likelihood"
+    by = "Laplace's approximation" if fit.nagq == 1 else f"quadrature, nagq = {fit.nagq}"
+    return f"maximum likelihood by {by}{', expected curvature' * (fit.curvature == 'expected')}"
 
 
 class _Pair(NamedTuple):
     """Two neighbours: records, names, and the difference of their criteria."""
 
-    small: Fitted
-    large: Fitted
+    small: AnyFitted
+    large: AnyFitted
     smaller: str
     larger: str
     difference: float
@@ -210,20 +239,21 @@ def _has_rows(pair: _Pair) -> bool:
     return pair.small.kept is not None and pair.large.kept is not None
 
 
-def _comparable_criteria(records: list[Fitted], names: list[str], notes: list[str]) -> list[float]:
+def _comparable_criteria(records: Sequence[AnyFitted], names: list[str], notes: list[str]) -> list[float]:
     """ML deviances; or REML criteria, all for the first model's columns where fixed effects are coded differently."""
     criteria = [float(fit.estimates.criterion) for fit in records]
-    by_reml = [fit.reml for fit in records]
-    if not any(by_reml):
+    restricted = [by_reml(fit) for fit in records]
+    linear = [fit for fit in records if isinstance(fit, Fitted)]
+    if not any(restricted):
         return criteria
-    if not all(by_reml):
+    if not all(restricted):
         raise ValueError(
             "these are fits by REML and by maximum likelihood, whose criteria cannot be compared: "
-            + ", ".join(f"{name} {'REML' if reml else 'ML'}" for name, reml in zip(names, by_reml, strict=True))
+            + ", ".join(f"{name} {'REML' if reml else 'ML'}" for name, reml in zip(names, restricted, strict=True))
             + "; use refit='ml', or fit all by the same criterion"
         )
-    first = records[0]
-    for fit, name in zip(records[1:], names[1:], strict=True):
+    first = linear[0]
+    for fit, name in zip(linear[1:], names[1:], strict=True):
         if fit.kept is None or first.kept is None:
             same = fit.labels.fixed == first.labels.fixed
         else:
@@ -233,7 +263,7 @@ def _comparable_criteria(records: list[Fitted], names: list[str], notes: list[st
                 f"{names[0]} and {name} have different fixed effects, so their REML criteria cannot be compared: use "
                 "refit='ml', which compares the models by maximum likelihood"
             )
-    offsets = [logdet_X(first) - logdet_X(fit) for fit in records]
+    offsets = [logdet_X(first) - logdet_X(fit) for fit in linear]
     if max(map(abs, offsets)) <= 1e-9 * max(1.0, abs(logdet_X(first))):
         return criteria
     notes.append(
@@ -243,7 +273,7 @@ def _comparable_criteria(records: list[Fitted], names: list[str], notes: list[st
     return [criterion + offset for criterion, offset in zip(criteria, offsets, strict=True)]
 
 
-def _fit_statistics(records: list[Fitted], names: list[str], criteria: list[float]) -> pd.DataFrame:
+def _fit_statistics(records: Sequence[AnyFitted], names: list[str], criteria: list[float]) -> pd.DataFrame:
     npar, criterion = np.array([fit.npar for fit in records]), np.array(criteria)
     columns = {
         "npar": npar,
@@ -272,6 +302,10 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     faults = [] if pair.df > 0 else ["one has no parameter more than the other"]
     faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
     faults += [] if place.nested else ["random effects"]
+    at_limit = False
+    if isinstance(pair.small, GeneralizedFitted) and isinstance(pair.large, GeneralizedFitted):
+        at_limit = is_limit(pair.small.family, pair.large.family)
+        faults += [] if pair.small.family == pair.large.family or at_limit else ["family"]
     if faults:
         warn(
             f"{pair.smaller} is not a special case of {pair.larger} ({', '.join(faults)}): a likelihood ratio test "
@@ -282,6 +316,10 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
         return test, False
     if pair.difference < -1e-6:
         notes.append(f"{pair}: the larger model has the larger deviance; a search ended in a local minimum")
+    bound = "a variance to 0, its bound"
+    if at_limit and place.zeros is not None:
+        bound = "1/size of a negative binomial response to 0, its bound"
+        place = place._replace(zeros=place.zeros + 1)
     reason = _no_mixture(pair, place)
     if reason:
         instead = "trust p_bootstrap" if method == "bootstrap" else "method='bootstrap' gives a p-value"
@@ -290,7 +328,7 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
             warn(f"{pair}: no mixture of chi-squares is known: {reason}", InferenceWarning)
     elif place.zeros:
         notes.append(
-            f"{pair}: {pair.smaller} puts a variance to 0, its bound, so p_value is too large; p_mixture is that of "
+            f"{pair}: {pair.smaller} puts {bound}, so p_value is too large; p_mixture is that of "
             f"1/2 chi2({pair.df - 1}) + 1/2 chi2({pair.df})"
         )
         test["p_mixture"] = mixture_p(pair.statistic, pair.df)
@@ -305,8 +343,10 @@ def _no_mixture(pair: _Pair, place: Place) -> str | None:
         return "the larger model can write the same covariance in several ways"
     if place.zeros > 1:
         return f"{pair.smaller} puts {place.zeros} standard deviations to 0, their bound"
-    # For fixed effects alone it does not matter: the information on them and on variances is orthogonal.
-    if pair.small.estimates.singular and pair.large.stats.layout.k > pair.small.stats.layout.k:
+    # For fixed effects alone it does not matter in a linear model: the information on them and on variances is
+    # orthogonal.
+    other = pair.large.layout.k > pair.small.layout.k or isinstance(pair.small, GeneralizedFitted)
+    if pair.small.estimates.singular and other:
         return f"the fit of {pair.smaller} is singular"
     return None
 
@@ -323,29 +363,55 @@ def mixture_p(statistic: float, df: int) -> float:
     return 0.5 * below + 0.5 * float(chi2_tail(statistic, df))
 
 
-def bootstrap_null(small: Fitted, large: Fitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap_null(small: AnyFitted, large: AnyFitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Statistics under the smaller fit: responses are drawn from it and both models refitted by its criterion.
+
+    Of Poisson counts a negative binomial size is at infinity in about every second sample. Its likelihood is the
+    Poisson one there, so such replicates count; their code remains ``UNBOUNDED``.
 
     Args:
         small, large: fits by the same criterion, with rows.
         key: int or JAX key. n: replicates.
 
     Returns:
-        Statistics of the replicates where both fits converged, 0 or more; and ``(n,)`` codes of ``mixjax.Result``, of
-        the larger model's fit where the smaller's converged.
+        Statistics of the replicates where both fits ended, 0 or more; and ``(n,)`` codes of ``mixjax.Result``, of the
+        larger model's fit where the smaller's converged. :func:`notes_of_null` puts these into words.
     """
-    constant = logdet_X(small) - logdet_X(large) if small.reml else 0.0
-    responses = [Responses(fit.rows) for fit in (small, large)]
+    constant = 0.0
+    if isinstance(small, Fitted) and isinstance(large, Fitted) and small.reml:
+        constant = logdet_X(small) - logdet_X(large)
+    data = [data_of_responses(fit) for fit in (small, large)]
 
     def draw(first: int, count: int) -> Drawn:
         Y = small.simulate(key, count, first)
-        return Drawn(tuple(own.products(Y) for own in responses))
+        return Drawn(tuple(own(Y) for own in data))
 
     found: list[np.ndarray] = []
     codes: list[np.ndarray] = []
     what = "likelihood ratios: refitting both models to"
-    for _, (a, b) in refits(Source(draw, 2 * small.nobs), n, ("criterion", "result"), small.reml, what=what):
-        codes.append(np.asarray(np.where(failed(a.result), a.result, b.result)))
+    for _, (a, b) in refits(Source(draw, 2 * small.nobs), n, ("criterion", "result"), by_reml(small), what=what):
+        ended = at_limit(small, large, b.result)
+        # What the smaller model's fit says of its own response is no limit.
+        lost = np.where(a.result == Result.UNBOUNDED, int(Result.STALLED), a.result)
+        codes.append(np.asarray(np.where(failed(a.result), lost, b.result)))
         difference = a.criterion - b.criterion - constant
-        found.append(np.maximum(difference, 0.0)[~failed(codes[-1])])
+        found.append(np.maximum(difference, 0.0)[~failed(a.result) & (~failed(b.result) | ended)])
     return np.concatenate(found), np.concatenate(codes)
+
+
+def at_limit(small: AnyFitted, large: AnyFitted, codes: np.ndarray) -> np.ndarray:
+    """``(n,)`` whether the larger model's fits with these codes ended at the smaller one's family."""
+    generalised = isinstance(small, GeneralizedFitted) and isinstance(large, GeneralizedFitted)
+    limit = generalised and is_limit(small.family, large.family)  # type: ignore[union-attr]
+    return np.asarray((codes == int(Result.UNBOUNDED)) & limit)
+
+
+def notes_of_null(small: AnyFitted, large: AnyFitted, codes: np.ndarray) -> list[str]:
+    """What there is to say of the replicates of :func:`bootstrap_null`."""
+    ended = at_limit(small, large, codes)
+    notes = []
+    if ended.any():
+        notes.append(f"in {int(ended.sum())} of {len(codes)} replicates size is infinite, where counts are Poisson's")
+    if failures := note_of_failures(np.where(ended, int(Result.CONVERGED), codes)):
+        notes.append(failures)
+    return notes

@@ -13,6 +13,9 @@ import numpy as np
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
 from mixjax.covariance import Structure
+from mixjax.families import Family
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.products.rows import Rows
 
@@ -20,6 +23,9 @@ from mixjax.products.rows import Rows
 ROUNDING = 1e-8
 # Random covariances of the smaller model that are looked for in the larger one, and random vectors that stand for rows.
 POINTS, PROBES = 6, 3
+# Families whose densities are probabilities of counts, and those of numbers: within one of these rows the same response
+# has the same measure, and log-likelihoods compare.
+MEASURES = (("binomial", "poisson", "nbinom"), ("gamma", "inverse_gaussian", "beta", "gaussian"))
 
 
 class Place(NamedTuple):
@@ -35,8 +41,8 @@ class Place(NamedTuple):
     zeros: int | None
 
 
-def check_same_data(fits: Sequence[Fitted], names: Sequence[str]) -> None:
-    """Raise DataError, saying what differs, unless all fits are of the same response, rows, weights and offset.
+def check_same_data(fits: Sequence[AnyFitted], names: Sequence[str]) -> None:
+    """Raise DataError, saying what differs, unless all fits are of the same response, rows, trials, weights and offset.
 
     Of fits whose rows were not kept only the name of the response and the sums that remain are compared.
     """
@@ -49,10 +55,10 @@ def check_same_data(fits: Sequence[Fitted], names: Sequence[str]) -> None:
             )
 
 
-def _difference(a: Fitted, b: Fitted) -> str | None:
+def _difference(a: AnyFitted, b: AnyFitted) -> str | None:
     if a.nobs != b.nobs:
         return f"they have {a.nobs} and {b.nobs} rows"
-    if a.kept is None or b.kept is None:
+    if isinstance(a, Fitted) and isinstance(b, Fitted) and (a.kept is None or b.kept is None):
         if a.labels.response != b.labels.response:
             return f"the responses are {a.labels.response!r} and {b.labels.response!r}"
         return None if np.isclose(a.stats.sum_log_weights, b.stats.sum_log_weights) else "the weights differ"
@@ -63,14 +69,54 @@ def _difference(a: Fitted, b: Fitted) -> str | None:
         return "the weights differ"
     if not np.array_equal(_or(a.design.offset, 0.0, n), _or(b.design.offset, 0.0, n)):
         return "the offset differs"
+    if not np.array_equal(_or(a.design.size, 1.0, n), _or(b.design.size, 1.0, n)):
+        return "the numbers of trials differ"
     return None
+
+
+def check_same_likelihood(fits: Sequence[AnyFitted], names: Sequence[str]) -> None:
+    """Raise ValueError, saying why, where log-likelihoods of the same data are not of one kind: of linear and of
+    generalised models, by different approximations, of counts and of numbers."""
+    first = fits[0]
+    for fit, name in zip(fits[1:], names[1:], strict=True):
+        pair = f"{names[0]} and {name} cannot be compared"
+        if not isinstance(first, GeneralizedFitted) or not isinstance(fit, GeneralizedFitted):
+            if isinstance(first, GeneralizedFitted) or isinstance(fit, GeneralizedFitted):
+                raise ValueError(f"{pair}: one is a linear mixed model, the other a generalised one")
+            continue
+        if first.nagq != fit.nagq:
+            raise ValueError(
+                f"{pair}: their log-likelihoods are approximated with nagq={first.nagq} and nagq={fit.nagq}; fit all "
+                "with the same nagq="
+            )
+        if first.curvature != fit.curvature:
+            raise ValueError(
+                f"{pair}: their log-likelihoods are approximated by the {first.curvature} and by the {fit.curvature} "
+                "curvature; fit all with the same curvature="
+            )
+        if not _one_measure(first.family, fit.family):
+            raise ValueError(
+                f"{pair}: the families {first.family.name} and {fit.family.name} give the response densities with "
+                "respect to different measures, so that their log-likelihoods have different constants"
+            )
+
+
+def _one_measure(a: Family, b: Family) -> bool:
+    same = a == b or (a.name == b.name and any(a.name in names for names in MEASURES))
+    return same or any(a.name in names and b.name in names for names in MEASURES)
+
+
+def is_limit(small: Family, large: Family) -> bool:
+    """Whether one family is another's limit at the bound of its parameter: Poisson counts are negative binomial ones
+    with 1/size = 0."""
+    return (small.name, large.name) == ("poisson", "nbinom") and small.link == large.link
 
 
 def _or(values: np.ndarray | None, default: float, n: int) -> np.ndarray:
     return np.full(n, default) if values is None else np.asarray(values)
 
 
-def is_within(small: Fitted | Rows, large: Fitted | Rows) -> bool:
+def is_within(small: AnyFitted | Rows, large: AnyFitted | Rows) -> bool:
     """Whether the fixed-effects columns of the one lie in the span of those of the other, both with rows."""
     return in_span(np.asarray(small.design.X, np.float64), np.asarray(large.design.X, np.float64))
 
@@ -93,10 +139,11 @@ def logdet_X(fit: Fitted) -> float:
 # --- random effects --------------------------------------------------------------------------------------------------
 
 
-def place_of(small: Fitted | Rows, large: Fitted | Rows) -> Place:
+def place_of(small: AnyFitted | Rows, large: AnyFitted | Rows) -> Place:
     """Where the covariances of one model lie among those of another, both with rows.
 
-    A covariance of the responses is a sum of ``Z_t D_t Z_t'`` over pairs of rows in one level, and of ``1 / weights``.
+    A covariance of the responses is a sum of ``Z_t D_t Z_t'`` over pairs of rows in one level, and of ``1 / weights``;
+    of generalised models that of the linear predictors is the sum without the last part, and weights have none in it.
     Random covariances of the smaller model are applied to random vectors, and least squares finds the covariances
     ``D_t`` of the larger model that do the same. Vectors agree with probability one only where the covariances do,
     so that no matrix of rows by rows is needed. What was found must then be a covariance of the structure of each term.
@@ -106,7 +153,8 @@ def place_of(small: Fitted | Rows, large: Fitted | Rows) -> Place:
     terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
     spans = [_span(term.structure, rng) for term in terms1]
     kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
-    A = np.stack([*kernels, probes.ravel()], axis=1)
+    residual = [] if isinstance(small, GeneralizedFitted) else [probes.ravel()]
+    A = np.stack([*kernels, *residual], axis=1)
     lengths = np.linalg.norm(A, axis=0)
     left, singular, right = np.linalg.svd(A / lengths, full_matrices=False)
     kept = singular > ROUNDING * singular[0]
@@ -119,7 +167,7 @@ def place_of(small: Fitted | Rows, large: Fitted | Rows) -> Place:
         if not kept.all():
             continue
         coefficients = right.T @ (in_span / singular) / lengths
-        found = _zeros(coefficients, terms1, spans)
+        found = _zeros(coefficients if residual else np.append(coefficients, 0.0), terms1, spans)
         if found is None:
             return Place(False, None)
         zeros.append(found)
@@ -127,7 +175,8 @@ def place_of(small: Fitted | Rows, large: Fitted | Rows) -> Place:
 
 
 class _WeightedTerm(NamedTuple):
-    """A random term in the basis that its fit used: ``Z (n, q)`` times the root of the weights, mean squares 1."""
+    """A random term in the basis that its fit used: ``Z (n, q)``, of a linear model times the root of the weights, mean
+    squares 1."""
 
     Z: np.ndarray
     group: np.ndarray
@@ -148,9 +197,10 @@ class _WeightedTerm(NamedTuple):
         return products
 
 
-def _weighted_terms(fit: Fitted | Rows) -> list[_WeightedTerm]:
-    design = fit.design
-    scale = np.sqrt(_or(design.weights, 1.0, len(design.X)))[:, None]
+def _weighted_terms(fit: AnyFitted | Rows) -> list[_WeightedTerm]:
+    design, generalised = fit.design, isinstance(fit, GeneralizedFitted)
+    scale = np.sqrt(_or(None if generalised else design.weights, 1.0, len(design.X)))[:, None]
+    bases = fit.rows.Z_bases if isinstance(fit, GeneralizedFitted) else fit.stats.Z_bases
     return [
         _WeightedTerm(
             scale * (np.asarray(term.Z, np.float64) @ np.asarray(basis.R_inv)),
@@ -158,7 +208,7 @@ def _weighted_terms(fit: Fitted | Rows) -> list[_WeightedTerm]:
             term.n_groups,
             place.structure,
         )
-        for term, basis, place in zip(design.terms, fit.stats.Z_bases, fit.stats.layout.terms, strict=True)
+        for term, basis, place in zip(design.terms, bases, fit.layout.terms, strict=True)
     ]
 
 

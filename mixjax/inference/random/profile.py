@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import PchipInterpolator
 
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.distributions import normal_quantile
 from mixjax.estimation.estimate import Estimates
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.names import names_apart, names_of_variances
 from mixjax.fitted.parameters import select
 from mixjax.fitted.record import Fitted
-from mixjax.inference.random import profile_search
+from mixjax.inference.random import profile_of_family, profile_search
 from mixjax.inference.random.held_parameter import Held, value_of
+from mixjax.inference.random.profile_curve import Curve
+from mixjax.inference.random.profile_of_family import FamilyProfiles, end_of
 from mixjax.inference.random.profile_search import OneDataSet
 from mixjax.markup import Report, Reported
 from mixjax.products.sums import CrossProducts
@@ -29,101 +30,32 @@ TOLERANCE = 1e-7
 MOST_ROUNDS = 60
 
 
-@dataclass(eq=False)
-class _Curve:
-    """The curve of one parameter: values, ascending, and zeta there.
-
-    Attributes:
-        low, high: bounds of the parameter. step: a first distance from the estimate, about one standard error.
-        conditional: the estimates of all parameters at every value.
-    """
-
-    name: str
-    held: Held
-    estimate: float
-    low: float
-    high: float
-    step: float
-    values: list[float] = field(default_factory=list)
-    zetas: list[float] = field(default_factory=list)
-    conditional: list[np.ndarray] = field(default_factory=list)
-    # Per target: how near the last guess came, and whether it was a halving.
-    _before: dict[float, tuple[float, bool]] = field(default_factory=dict)
-
-    def add(self, value: float, zeta: float, conditional: np.ndarray) -> None:
-        at = int(np.searchsorted(self.values, value))
-        if at < len(self.values) and self.values[at] == value:
-            return
-        self.values.insert(at, value)
-        self.zetas.insert(at, zeta)
-        self.conditional.insert(at, conditional)
-
-    def guess(self, target: float) -> float | None:
-        """Where zeta may be ``target``; None where the parameter's range ends before that."""
-        v, z = np.array(self.values), np.array(self.zetas)
-        side = 1.0 if target > 0 else -1.0
-        beyond = np.flatnonzero(side * (z - target) >= 0)
-        if not len(beyond):
-            last = v[-1] if side > 0 else v[0]
-            bound = self.high if side > 0 else self.low
-            if last == bound:
-                return None
-            return self._further(last, side)
-        hi = beyond[0] if side > 0 else beyond[-1]
-        lo = hi - 1 if side > 0 else hi + 1
-        a, b = v[lo], v[hi]
-        near = slice(max(0, min(lo, hi) - 1), max(lo, hi) + 2)
-        middle = 0.5 * (a + b)
-        # Where zeta is almost level, as beside the end of a correlation's range, interpolation creeps up from one end
-        # of the bracket: halve it whenever a step has not paid, and interpolate again after that.
-        error = self.error(target)
-        last, halved = self._before.get(target, (np.inf, False))
-        halves = error > 0.25 * last and not halved
-        inside = None
-        if not halves and (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
-            inside = float(PchipInterpolator(z[near], v[near])(target))
-            if not min(a, b) < inside < max(a, b):
-                inside = None
-        self._before[target] = (error, inside is None)
-        return middle if inside is None else inside
-
-    def _further(self, last: float, side: float) -> float:
-        if self.held.kind in ("sd", "sigma") and self.estimate > 0:
-            ratio = max(1.3, min(3.0, 1.0 + 2.5 * self.step / self.estimate))
-            return last * ratio if side > 0 else last / ratio
-        distance = max(abs(last - self.estimate), self.step)
-        return last + side * distance * 1.5
-
-    def error(self, target: float) -> float:
-        return min(abs(z - target) for z in self.zetas)
-
-    def at(self, target: float) -> float:
-        return self.values[int(np.argmin([abs(z - target) for z in self.zetas]))]
-
-
 class Profile(Reported):
-    """Profiles of the ML deviance along every parameter.
+    """Profiles of the ML deviance, or of a generalised model's -2 log-likelihood, along every parameter.
 
     ``zeta(x) = sign(x - estimate) sqrt(deviance(x) - least deviance)``, the deviance minimised over all other
     parameters with this one at x; standard normal in large samples (Bates et al. 2015, J. Stat. Softw. 67(1), section
-    5.1). Values are standard deviations, absolute, and correlations.
+    5.1). Values are standard deviations, absolute, and correlations; fixed effects of a generalised model are on the
+    scale of the linear predictor.
 
     Attributes:
         estimate: Series, ML estimates of all parameters.
         notes: what there is to say.
     """
 
-    def __init__(self, fitted: Fitted, parm: Any = None):
-        reason = profile_search.refusal(fitted.stats)
+    def __init__(self, fitted: AnyFitted, parm: Any = None):
+        if isinstance(fitted, Fitted):
+            reason = profile_search.refusal(fitted.stats)
+        else:
+            reason = profile_of_family.refusal(fitted)
         if reason:
             raise ValueError(f"no profiles for this model: {reason}; use method='wald' or 'bootstrap'")
         notes = []
-        if fitted.reml:
+        if isinstance(fitted, Fitted) and fitted.reml:
             notes.append("profiles are of the ML deviance: the REML fit was refitted by maximum likelihood")
             fitted = fitted.refitted(False)
-        self._est = fitted.estimates
-        self._data = OneDataSet(fitted.stats, self._est.theta, self._est.sigma)
-        self._all = _curves(fitted)
+        self._searched = _LinearProfiles(fitted) if isinstance(fitted, Fitted) else FamilyProfiles(fitted)
+        self._all = self._searched.curves
         self._curves = {curve.name: curve for curve in self._all}
         self._chosen = select(parm, list(self._curves), len(fitted.labels.fixed))
         self.estimate = pd.Series({name: self._curves[name].estimate for name in self._chosen}, name="estimate")
@@ -153,16 +85,12 @@ class Profile(Reported):
         chosen = [self._curves[name] for name in self._chosen if name in self._curves]
         self._evaluate([(c, end) for c in chosen if c.held.kind == "cor" for end in (-1.0, 1.0)])
 
-    def _evaluate(self, points: Sequence[tuple[_Curve, float]]) -> None:
+    def _evaluate(self, points: Sequence[tuple[Curve, float]]) -> None:
         points = [(curve, value) for curve, value in points if value not in curve.values]
         if not points:
             return
-        found = self._data.minimise([(curve.held, value) for curve, value in points])
-        conditional = np.stack([value_of(c.held, self._data.stats, found.start(), found.beta) for c in self._all], 1)
-        least = float(self._est.criterion)
-        for (curve, value), deviance, good, others in zip(
-            points, found.deviance, found.converged, conditional, strict=True
-        ):
+        least = self._searched.least
+        for (curve, value), deviance, good, others in zip(points, *self._searched.minimise(points), strict=True):
             rise = deviance - least
             if curve.held.kind == "cor":
                 # As one of the two variances vanishes its correlation may be anything.
@@ -181,7 +109,7 @@ class Profile(Reported):
                 )
             curve.add(value, float(np.sign(value - curve.estimate) * np.sqrt(max(rise, 0.0))), others)
 
-    def _solve(self, targets: Sequence[tuple[_Curve, float]]) -> None:
+    def _solve(self, targets: Sequence[tuple[Curve, float]]) -> None:
         """Evaluate until each curve has a point where zeta is the target, or its range has ended."""
         for _ in range(MOST_ROUNDS):
             points = []
@@ -200,7 +128,9 @@ class Profile(Reported):
         """Intervals of all values that a likelihood ratio test does not reject.
 
         Where zeta does not reach the quantile before the parameter's range ends (a standard deviation of 0, a
-        correlation of -1 or 1), the interval ends there, and ``attrs["boundary"]`` names the parameter.
+        correlation of -1 or 1), the interval ends there, and ``attrs["boundary"]`` names the parameter. Of a
+        generalised model it is infinite where the likelihood stays flat, as that of the size of counts that may be
+        Poisson's.
 
         Returns:
             DataFrame with columns ``lower``, ``upper``.
@@ -221,6 +151,8 @@ class Profile(Reported):
                 at_bound = curve.values[0 if side < 0 else -1] == bound
                 if not reached and at_bound:
                     boundary.append(name)
+                if not reached and at_bound and isinstance(self._searched, FamilyProfiles):
+                    bound = end_of(curve, bound)
                 ends.append(curve.at(side * z) if reached else bound if at_bound else np.nan)
             rows[name] = ends
         frame = pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
@@ -346,7 +278,22 @@ def zeta_of_many(
     return zeta, converged & np.asarray(est.converged) & np.isfinite(rise)
 
 
-def _curves(fitted: Fitted) -> list[_Curve]:
+class _LinearProfiles:
+    """What :class:`Profile` asks of a linear model: its curves, the least deviance, conditional minima."""
+
+    def __init__(self, fitted: Fitted):
+        est = fitted.estimates
+        self._data = OneDataSet(fitted.stats, est.theta, est.sigma)
+        self.least, self.curves = float(est.criterion), _curves(fitted)
+
+    def minimise(self, points: Sequence[tuple[Curve, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Least deviances ``(B,)``, whether they were found ``(B,)``, and all parameters there ``(B, parameters)``."""
+        found = self._data.minimise([(curve.held, value) for curve, value in points])
+        conditional = np.stack([value_of(c.held, self._data.stats, found.start(), found.beta) for c in self.curves], 1)
+        return found.deviance, found.converged, conditional
+
+
+def _curves(fitted: Fitted) -> list[Curve]:
     variance = fitted.variance_parameters
     curves = []
     sigma = float(fitted.estimates.sigma)
@@ -357,24 +304,24 @@ def _curves(fitted: Fitted) -> list[_Curve]:
         held = Held(natural.kind, parameter.term, natural.i, natural.j)
         if natural.kind == "sd":
             step = se if known else 0.1 * units[parameter.term][natural.i]
-            curves.append(_Curve(parameter.name, held, float(estimate), 0.0, np.inf, float(step)))
+            curves.append(Curve(parameter.name, held, float(estimate), 0.0, np.inf, float(step)))
         else:
             value = float(np.clip(estimate, -1, 1))
-            curves.append(_Curve(parameter.name, held, value, -1.0, 1.0, se if known else 0.1))
+            curves.append(Curve(parameter.name, held, value, -1.0, 1.0, se if known else 0.1))
     se = variance.std_error[-1]
-    curves.append(_Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
+    curves.append(Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
     errors = np.sqrt(np.diag(fitted.estimates.vcov))
     for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):
         value = float(fitted.estimates.beta[j])
-        curves.append(_Curve(name, Held("fixed", i=j), value, -np.inf, np.inf, float(errors[j])))
+        curves.append(Curve(name, Held("fixed", i=j), value, -np.inf, np.inf, float(errors[j])))
     return curves
 
 
-def profile(fitted: Fitted, parm: Any = None) -> Profile:
-    """Profile the ML deviance; see :class:`Profile`.
+def profile(fitted: AnyFitted, parm: Any = None) -> Profile:
+    """Profile the ML deviance, or the -2 log-likelihood of a generalised model; see :class:`Profile`.
 
     Args:
-        fitted: a REML fit is refitted by maximum likelihood, and ``notes`` says so.
+        fitted: a linear fit by REML is refitted by maximum likelihood, and ``notes`` says so.
         parm: parameters by name, also as in lme4 (``.sig01``); None for all.
 
     Raises:

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import check_count
+from mixjax.design import Design, Labels
 from mixjax.distributions import chi2_tail
-from mixjax.fitted.record import Fitted, fit_rows
+from mixjax.estimation.glmm_plain import Plain, fit_plain
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.record import Fitted
 from mixjax.formula.deletion import Deletion, design_without, find_deletion, random_deletions
-from mixjax.inference.random.likelihood_ratio import bootstrap_null, mixture_p
+from mixjax.inference.random.likelihood_ratio import bootstrap_null, by_reml, criterion_of, mixture_p
 from mixjax.inference.random.nesting import logdet_X, place_of
-from mixjax.optimise.results import failed, note_of_failures
+from mixjax.optimise.results import Result, failed, note_of_failures
 from mixjax.products.responses import Responses
-from mixjax.products.rows import rows_of
-from mixjax.resampling.replicates import Drawn, Source, refits
-from mixjax.simulation import simulate_responses
+from mixjax.resampling.replicates import Drawn, Source, data_of_responses, refits
+from mixjax.simulation import simulate_family, simulate_responses
 from mixjax.tables import NotedTable
 
 METHODS = ("mixture", "chi2", "bootstrap")
+F = TypeVar("F", Fitted, GeneralizedFitted)
 Method = Literal["mixture", "chi2", "bootstrap"]
 
 
 def ranova(
-    fitted: Fitted, method: Method = "mixture", reduce: bool = True, key: Any = 0, n: int = 1000
+    fitted: AnyFitted, method: Method = "mixture", reduce: bool = True, key: Any = 0, n: int = 1000
 ) -> pd.DataFrame:
     """Likelihood ratio tests of the random effects, each left out by itself, as R's ``lmerTest::ranova``.
 
     The smaller models are fitted by the criterion of the fit: REML criteria can be compared because the fixed effects
-    are the same. Where nothing random is left, the smaller model is a linear one.
+    are the same. Where nothing random is left, the smaller model is a linear, or generalised linear, one.
 
     Args:
-        fitted: the fit, with its rows.
+        fitted: the fit, linear or generalised, with its rows.
         method: ``"chi2"``: the p-value of lmerTest, chi-square with df degrees of freedom, which is too large because
             a variance of 0 is the bound of what it can be. ``"mixture"``: also ``1/2 chi2(df - 1) + 1/2 chi2(df)``
             where it is known to hold, see :func:`mixjax.compare`. ``"bootstrap"``: also a p-value by simulation from
@@ -91,10 +95,12 @@ def ranova(
         if small.record is not None and not small.record.estimates.converged:
             notes.append(f"NOT CONVERGED: without {deletion.name}")
         if method == "bootstrap":
-            null = (
-                _linear_null(fitted, key, n) if small.record is None else bootstrap_null(small.record, fitted, key, n)
-            )
-            draws, codes = null
+            if small.record is not None:
+                draws, codes = bootstrap_null(small.record, fitted, key, n)
+            elif isinstance(fitted, Fitted):
+                draws, codes = _linear_null(fitted, key, n)
+            else:
+                draws, codes = _plain_null(fitted, key, n)
             failures = note_of_failures(codes)
             if failures:
                 notes.append(f"{deletion.name}: {failures}")
@@ -107,8 +113,8 @@ def ranova(
     return NotedTable(table, [*_explained(fitted, method, unknown), *notes])
 
 
-def _explained(fitted: Fitted, method: str, unknown: list[str]) -> Iterator[str]:
-    yield f"criterion: {'REML' if fitted.reml else 'maximum likelihood'}"
+def _explained(fitted: AnyFitted, method: str, unknown: list[str]) -> Iterator[str]:
+    yield f"criterion: {'REML' if by_reml(fitted) else criterion_of(fitted)}"
     yield ("p_value: chi-square with df degrees of freedom, too large where a variance is put to 0, its bound")
     if method != "chi2":
         yield "p_mixture: 1/2 chi2(df - 1) + 1/2 chi2(df)" + "; not known for " * bool(unknown) + "; ".join(unknown)
@@ -116,7 +122,7 @@ def _explained(fitted: Fitted, method: str, unknown: list[str]) -> Iterator[str]
             yield "method='bootstrap' gives a p-value for every row"
 
 
-def without(fitted: Fitted, term: str) -> Fitted:
+def without(fitted: F, term: str) -> F:
     """The fit without a term, by the same criterion.
 
     Args:
@@ -128,31 +134,35 @@ def without(fitted: Fitted, term: str) -> Fitted:
         ValueError: there is no such term, or it is the only random one.
     """
     _ = fitted.design  # the error says why there are no rows
-    return _reduced(fitted, find_deletion(term, fitted.labels))
+    return fitted.with_design(*_reduced(fitted, find_deletion(term, fitted.labels)))
 
 
-def _reduced(fitted: Fitted, deletion: Deletion) -> Fitted:
+def _reduced(fitted: AnyFitted, deletion: Deletion) -> tuple[Design, Labels]:
     design, labels = design_without(fitted.design, fitted.labels, deletion)
     if not design.terms:
+        others = "ordinary regression, statsmodels.formula.api.ols or numpy.linalg.lstsq"
+        if not isinstance(fitted, Fitted):
+            others = "a generalised linear model, statsmodels.formula.api.glm"
         raise ValueError(
-            f"without '{deletion.name}' no random term is left: that is ordinary regression, "
-            "statsmodels.formula.api.ols or numpy.linalg.lstsq; ranova() compares the fit with it"
+            f"without '{deletion.name}' no random term is left: that is {others}; ranova() compares the fit with it"
         )
-    return fit_rows(rows_of(design), labels, fitted.reml, None, fitted.search)
+    return design, labels
 
 
 class _Smaller(NamedTuple):
-    """A smaller model: its record, or None of a linear model."""
+    """A smaller model: its record, or None of one without random effects."""
 
     npar: int
     criterion: float
-    record: Fitted | None
+    record: AnyFitted | None
 
 
-def _smaller(fitted: Fitted, deletion: Deletion) -> _Smaller:
+def _smaller(fitted: AnyFitted, deletion: Deletion) -> _Smaller:
     if deletion.effects is None and len(fitted.design.terms) == 1:
-        return _Smaller(len(fitted.estimates.beta) + 1, linear_criterion(fitted), None)
-    small = _reduced(fitted, deletion)
+        if isinstance(fitted, Fitted):
+            return _Smaller(len(fitted.estimates.beta) + 1, linear_criterion(fitted), None)
+        return _Smaller(fitted.npar - fitted.layout.k, float(_plain(fitted).criterion[0]), None)
+    small = fitted.with_design(*_reduced(fitted, deletion))
     return _Smaller(small.npar, float(small.estimates.criterion), small)
 
 
@@ -160,10 +170,10 @@ def _statistics(npar: int, criterion: float) -> dict[str, float]:
     return {"npar": npar, "loglik": -criterion / 2, "aic": criterion + 2 * npar}
 
 
-def _no_mixture(small: _Smaller, large: Fitted) -> str | None:
+def _no_mixture(small: _Smaller, large: AnyFitted) -> str | None:
     """Why the weights of a mixture are not known, or None."""
     if small.record is None:
-        deviations = sum(len(structure.deviations) for structure in large.stats.layout.structures)
+        deviations = sum(len(structure.deviations) for structure in large.layout.structures)
         return None if deviations == 1 else f"{deviations} standard deviations are 0"
     place = place_of(small.record, large)
     if not place.nested or place.zeros is None:
@@ -211,4 +221,27 @@ def _linear_null(large: Fitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarra
     for drawn, (est,) in refits(Source(draw, large.nobs), n, ("criterion", "result"), large.reml, what=what):
         codes.append(np.asarray(est.result))
         found.append(np.maximum(linear_criterion(large, drawn.beside) - est.criterion, 0.0)[~failed(codes[-1])])
+    return np.concatenate(found), np.concatenate(codes)
+
+
+def _plain(fitted: GeneralizedFitted) -> Plain:
+    """The model without random effects."""
+    return fit_plain(fitted.rows.with_response(np.asarray(fitted.rows.y)[None]))
+
+
+def _plain_null(large: GeneralizedFitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Statistics under the generalised linear model, as :func:`bootstrap_null` gives them."""
+    null, none = _plain(large), [np.zeros_like(S) for S in large.estimates.Sigma]
+    data = data_of_responses(large)
+
+    def draw(first: int, count: int) -> Drawn:
+        Y = simulate_family(large.design, large.family, null.beta[0], none, null.psi[0], key, count, first)
+        return Drawn((data(Y),), fit_plain(large.rows.with_response(Y)).criterion)
+
+    found: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
+    what = "likelihood ratios: refitting to"
+    for drawn, (est,) in refits(Source(draw, 2 * large.nobs), n, ("criterion", "result"), False, what=what):
+        codes.append(np.where(np.isfinite(drawn.beside), est.result, int(Result.NOT_FINITE)))
+        found.append(np.maximum(drawn.beside - est.criterion, 0.0)[~failed(codes[-1])])
     return np.concatenate(found), np.concatenate(codes)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.linalg import block_diag
+from scipy.special import polygamma
 
 from mixjax.covariance import rank_tolerance, split_theta, triangle
+from mixjax.families.links import LINEAR, LINKS, mean_derivatives
+from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.tables import NotedTable
+
+Approximation = Literal["trigamma", "delta", "lognormal"]
+APPROXIMATIONS = ("trigamma", "delta", "lognormal")
+# Of a binomial response's links: the variance of the latent variable that passes a threshold.
+LATENT = {"logit": np.pi**2 / 3, "probit": 1.0, "cloglog": np.pi**2 / 6}
 
 
 class Components(NamedTuple):
@@ -18,7 +27,7 @@ class Components(NamedTuple):
 
     Attributes:
         fixed: of the fixed effects' predictions over the rows. random: per random term its mean over the rows.
-        residual: ``sigma^2``.
+        residual: ``sigma^2``, of a generalised model :func:`latent_variance`.
     """
 
     fixed: float
@@ -26,8 +35,8 @@ class Components(NamedTuple):
     residual: float
 
 
-def components(fitted: Fitted) -> Components:
-    """Where the variance lies.
+def components(fitted: AnyFitted, approximation: Approximation | None = None) -> Components:
+    """Where the variance lies, of a generalised model on the scale of the linear predictor.
 
     That of a random term is its mean over the rows, ``mean_i z_i' Sigma z_i`` (Johnson 2014, Methods Ecol. Evol. 5,
     944, eq. 10); for random intercepts that is the intercept variance itself. That of the fixed effects is the variance
@@ -40,20 +49,76 @@ def components(fitted: Fitted) -> Components:
     ]
     # Differences from a row: of a constant column nothing is left, not its rounding.
     fixed = float(np.var((X - X[0]) @ fitted.estimates.beta, ddof=1)) if X.shape[1] else 0.0
+    if isinstance(fitted, GeneralizedFitted):
+        return Components(fixed, np.array(random), latent_variance(fitted, approximation))
+    if approximation is not None:
+        raise ValueError("the residual variance of a linear model is no approximation")
     return Components(fixed, np.array(random), float(fitted.estimates.sigma) ** 2)
 
 
-def icc(fitted: Fitted, by_group: bool = False) -> pd.Series:
+def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | None = None) -> float:
+    """The variance of a row given its linear predictor, on the scale of that: the distribution-specific variance of
+    Nakagawa, Johnson & Schielzeth (2017, J. R. Soc. Interface 14, 20170213).
+
+    Args:
+        approximation: None: of a binomial response pi^2/3 (logit), 1 (probit) or pi^2/6 (cloglog), the variance of the
+            latent variable, whatever the numbers of trials; of Poisson, negative binomial and gamma responses with a
+            log link as ``"trigamma"``; of others as ``"delta"``.
+            ``"trigamma"``: the variance of the logarithm of a gamma variable with the same mean and variance,
+            ``psi'(mean^2 / variance)``. ``"lognormal"``: of a log-normal one, ``log(1 + variance / mean^2)``; both of a
+            log link. ``"delta"``: variance over the squared slope of the mean; of one trial of a binomial response.
+
+    The mean is that of the rows' means over their random effects, which is what the mean of the response estimates.
+
+    Raises:
+        ValueError: there is no such approximation for the family, or it has no variance, as cauchit's has none.
+    """
+    if approximation is not None and approximation not in APPROXIMATIONS:
+        raise ValueError(f"approximation must be None or one of {', '.join(map(repr, APPROXIMATIONS))}, got "
+                         f"{approximation!r}")  # fmt: skip
+    family = fitted.family
+    if family.link not in LINKS:
+        raise ValueError(f"link {family.link!r} has no known derivative: there is no variance on its scale")
+    if approximation is None:
+        if family.name == "binomial":
+            if family.link not in LATENT:
+                raise ValueError(
+                    f"link {family.link!r} has a latent variable without a variance; approximation='delta'"
+                )
+            return float(LATENT[family.link])
+        known = family.name in ("poisson", "nbinom", "gamma") and family.link == "log"
+        approximation = "trigamma" if known else "delta"
+    if approximation != "delta" and (family.link != "log" or family.name == "binomial"):
+        raise ValueError(f"approximation={approximation!r} is of log links; use 'delta'")
+    design, est = fitted.design, fitted.estimates
+    eta = np.asarray(design.X) @ est.beta + (0.0 if design.offset is None else np.asarray(design.offset))
+    random = sum(
+        (np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z) for term, Sigma in zip(design.terms, est.Sigma, strict=True)),
+        np.zeros(len(eta)),
+    )
+    mean = float(np.mean(family.integrated_mean(eta, random)))
+    one = None if design.size is None else 1.0
+    variance = float(family.variance(mean, one, list(est.psi)))
+    if approximation == "trigamma":
+        return float(polygamma(1, mean**2 / variance))
+    if approximation == "lognormal":
+        return float(np.log1p(variance / mean**2))
+    slope = float(mean_derivatives(family.link, LINEAR[family.link](np.array(mean)))[0])
+    return variance / slope**2
+
+
+def icc(fitted: AnyFitted, by_group: bool = False, approximation: Approximation | None = None) -> pd.Series:
     """Intraclass correlation: the share of variance that lies between groups, see :func:`components`.
 
     Args:
         by_group: one for every grouping factor: the variance of its terms / (random + residual).
+        approximation: of a generalised model's residual variance, see :func:`latent_variance`.
 
     Returns:
         Series with ``adjusted``: random / (random + residual), and ``unadjusted``: with the variance of the fixed
         effects in the denominator. By group: a Series over grouping factors, which add up to ``adjusted``.
     """
-    fixed, random, residual = components(fitted)
+    fixed, random, residual = components(fitted, approximation)
     total = random.sum() + residual
     if by_group:
         groups = [term.group for term in fitted.labels.terms]
@@ -62,20 +127,26 @@ def icc(fitted: Fitted, by_group: bool = False) -> pd.Series:
     return pd.Series({"adjusted": random.sum() / total, "unadjusted": random.sum() / (total + fixed)}, name="icc")
 
 
-def r2(fitted: Fitted) -> pd.Series:
+def r2(fitted: AnyFitted, approximation: Approximation | None = None) -> pd.Series:
     """Shares of explained variance (Nakagawa & Schielzeth 2013, Methods Ecol. Evol. 4, 133, eqs. 26, 30).
+
+    Args:
+        approximation: of a generalised model's residual variance, see :func:`latent_variance`.
 
     Returns:
         Series with ``marginal``: fixed / (fixed + random + residual), and ``conditional``: (fixed + random) / the same;
         see :func:`components`.
     """
-    fixed, random, residual = components(fitted)
+    fixed, random, residual = components(fitted, approximation)
     total = fixed + random.sum() + residual
     return pd.Series({"marginal": fixed / total, "conditional": (fixed + random.sum()) / total}, name="r2")
 
 
-def shares(fitted: Fitted) -> pd.DataFrame:
+def shares(fitted: AnyFitted, approximation: Approximation | None = None) -> pd.DataFrame:
     """Shares of the variance, see :func:`components`.
+
+    Args:
+        approximation: of a generalised model's residual variance, see :func:`latent_variance`.
 
     Returns:
         DataFrame with one row per random term, then ``residual``, then ``fixed``: columns ``component`` (``"random"``,
@@ -94,7 +165,7 @@ def shares(fitted: Fitted) -> pd.DataFrame:
         2  residual              0.063
         3     fixed              0.000
     """
-    fixed, random, residual = components(fitted)
+    fixed, random, residual = components(fitted, approximation)
     terms = fitted.labels.terms
     variance = np.array([*random, residual, fixed])
     return pd.DataFrame(

@@ -1,0 +1,107 @@
+"""The profiles of a generalised linear mixed model: its parameters as curves, conditional minima for their points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixjax.estimation.glmm_held import ConditionalFit, HeldSearch, Parameter, unconditional
+from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.names import names_apart, names_of_variances
+from mixjax.inference.random.held_parameter import Held, Start, value_of
+from mixjax.inference.random.profile_curve import Curve
+
+# Standard errors from an estimate, and logarithms of a family's parameter, beyond which nobody looks: an interval whose
+# end is not reached there has none.
+FARTHEST, MOST_LOG = 200.0, 20.0
+
+
+class FamilyProfiles:
+    """What :class:`~mixjax.inference.random.profile.Profile` asks of a model.
+
+    Attributes:
+        curves: of all parameters, in their order. least: the criterion. estimate: of all parameters.
+    """
+
+    def __init__(self, fitted: GeneralizedFitted):
+        self.least = float(fitted.estimates.criterion)
+        self.curves = _curves(fitted)
+        self._rows, self._family = fitted.rows, fitted.family
+        self._search = HeldSearch(fitted.rows, fitted.curvature)
+        own = unconditional(fitted.estimates, fitted.layout.qs)
+        # Per parameter the values that were looked at, with their minima: a search begins at the nearest.
+        self._known = {curve.held: [(curve.estimate, own)] for curve in self.curves}
+
+    def minimise(self, points: Sequence[tuple[Curve, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Least criteria ``(B,)``, whether they were found ``(B,)``, and all parameters there ``(B, parameters)``."""
+        found = []
+        for curve, value in points:
+            held, known = curve.held, self._known[curve.held]
+            _, near = min(known, key=lambda pair: abs(pair[0] - value))
+            kind = "psi" if held.kind in ("positive", "real") else held.kind
+            at = float(np.log(value)) if held.kind == "positive" else value
+            fit = self._search.minimise(Parameter(kind, held.term, held.i, held.j), at, near)
+            if fit.converged:
+                known.append((value, fit))
+            found.append(fit)
+        deviance = np.array([fit.criterion if np.isfinite(fit.criterion) else np.inf for fit in found])
+        conditional = np.array([[self._value(curve, fit) for curve in self.curves] for fit in found])
+        return deviance, np.array([fit.converged for fit in found]), conditional
+
+    def _value(self, curve: Curve, fit: ConditionalFit) -> float:
+        held = curve.held
+        if held.kind in ("positive", "real"):
+            return float(self._family.natural(list(fit.psi))[held.i])
+        at = Start(tuple(own[None] for own in fit.factors), np.ones(1))
+        return float(value_of(held, self._rows, at, fit.beta[None])[0])
+
+
+def refusal(fitted: GeneralizedFitted) -> str | None:
+    """Why a model has no profiles; None where it has."""
+    if fitted.nagq != 1:
+        return f"it was fitted with nagq={fitted.nagq}, and profiles are of Laplace's approximation"
+    if not all(structure.has_charts for structure in fitted.layout.structures):
+        return "a covariance structure other than unstructured or diagonal"
+    if not fitted.estimates.converged:
+        return "the fit did not converge, so there is no minimum to begin at"
+    return None
+
+
+def _curves(fitted: GeneralizedFitted) -> list[Curve]:
+    variance, curves = fitted.variance_parameters, []
+    units = [np.sqrt((np.asarray(basis.R_inv) ** 2).sum(1)) for basis in fitted.rows.Z_bases]
+    parameters = names_of_variances(fitted.labels, fitted.layout.structures)
+    numbers = zip(variance.names, variance.kinds, variance.estimate, variance.std_error, strict=True)
+    for place, (name, kind, estimate, se) in enumerate(numbers):
+        estimate, known = float(estimate), bool(np.isfinite(se))
+        if place >= len(parameters):
+            held, step = Held(kind, i=place - len(parameters)), float(se) if known else 0.1 * max(abs(estimate), 0.1)
+            low, high = np.exp(-MOST_LOG), np.exp(MOST_LOG)
+            if kind == "real":
+                low, high = estimate - FARTHEST * step, estimate + FARTHEST * step
+            curves.append(Curve(name, held, estimate, float(low), float(high), step))
+            continue
+        natural = parameters[place].natural
+        held = Held(natural.kind, parameters[place].term, natural.i, natural.j)
+        if kind == "sd":
+            unit = float(units[held.term][held.i])
+            step = float(se) if known else 0.1 * unit
+            curves.append(Curve(name, held, estimate, 0.0, max(estimate + FARTHEST * step, 100.0 * unit), step))
+        else:
+            step = float(se) if known else 0.1
+            curves.append(Curve(name, held, float(np.clip(estimate, -1, 1)), -1.0, 1.0, step))
+    errors = np.sqrt(np.diag(fitted.estimates.vcov))
+    for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):
+        value, reach = float(fitted.estimates.beta[j]), FARTHEST * float(errors[j])
+        curves.append(Curve(name, Held("fixed", i=j), value, value - reach, value + reach, float(errors[j])))
+    return curves
+
+
+def end_of(curve: Curve, bound: float) -> float:
+    """The end of an interval that reaches a curve's bound: infinite where that is only as far as anybody looked."""
+    if curve.held.kind == "cor" or (curve.held.kind == "sd" and bound == 0.0):
+        return bound
+    if bound == curve.high:
+        return np.inf
+    return 0.0 if curve.held.kind == "positive" else -np.inf
