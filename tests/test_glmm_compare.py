@@ -165,6 +165,27 @@ def test_fits_by_quadrature_are_compared():
     assert 24 < found.to_frame().loc["m1", "chisq"] < 27
 
 
+def test_restricted_fits_are_refitted_or_compared_as_they_are(counts):
+    small = poisson("z ~ x + (1 | g)", counts, "nbinom", reml=True)
+    large = poisson("z ~ x + (x | g)", counts, "nbinom", reml=True)
+    ml = [poisson(fit.labels.formula, counts, "nbinom") for fit in (small, large)]
+    found = mj.compare(small, large)
+    assert found.to_frame()["deviance"].tolist() == pytest.approx([fit.criterion for fit in ml], abs=1e-7)
+    assert "refitted by maximum likelihood" in found.notes[0]
+    as_they_are = mj.compare(small, large, refit=False)
+    assert as_they_are.to_frame()["deviance"].tolist() == pytest.approx([small.criterion, large.criterion])
+    assert "restricted likelihoods" in as_they_are.title
+    with pytest.raises(ValueError, match="different fixed effects"):
+        mj.compare(small, poisson("z ~ 1 + (x | g)", counts, "nbinom", reml=True), refit=False)
+    recoded = poisson("z ~ I(2 * x + 1) + (1 | g)", counts, "nbinom", reml=True)
+    assert recoded.criterion - small.criterion == pytest.approx(2 * np.log(2), abs=1e-6)
+    with pytest.warns(mj.InferenceWarning, match="no parameter more"):
+        table = mj.compare(small, recoded, refit=False).to_frame()
+    assert table["deviance"].iloc[0] == pytest.approx(table["deviance"].iloc[1], abs=1e-6)
+    assert small.drop1()["loglik"].iloc[0] == pytest.approx(ml[0].loglik, abs=1e-7)
+    assert small.ranova()["loglik"].iloc[0] == pytest.approx(ml[0].loglik, abs=1e-7)
+
+
 # --- terms left out --------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scipy.optimize
 from glmm_cases import case, fit_of
-from glmm_dense import laplace_dense
+from glmm_dense import agq_dense, laplace_dense
 
 import mixjax as mj
 from mixjax.covariance import Diagonal, Unstructured
@@ -172,6 +172,47 @@ def test_order_of_rows_and_scale_of_a_column_change_nothing():
     )
 
 
+# --- by quadrature ---------------------------------------------------------------------------------------------------
+
+
+def test_limits_by_quadrature_are_of_its_criterion():
+    own = mj.glmm("y ~ x + (1 | g)", data(), "nbinom", nagq=5)
+    profile = own.profile(["sd_Intercept|g", "size", "x"])
+    limits = profile.confint()
+    least = agq(own, [curve.estimate for curve in profile._all])
+    assert least == pytest.approx(own.criterion, abs=1e-7)
+    for name in limits.index:
+        curve, limit = profile._curves[name], limits.loc[name, "upper"]
+        at = curve.conditional[curve.values.index(limit)]
+        assert agq(own, at) - least == pytest.approx(Z95**2, abs=2e-6)
+        for i in range(len(at)):
+            if profile._all[i].name != name:
+                move = 1e-4 * np.eye(len(at))[i]
+                assert abs(agq(own, at + move) - agq(own, at - move)) < 2e-7
+
+
+def test_limits_by_quadrature_as_lme4_finds_them():
+    """``confint`` of a ``glmer`` fit with ``nAGQ = 11``."""
+    table = case("cbpp").table
+    own = mj.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", table, "binomial", nagq=11)
+    found = own.confint([".sig01", "period4"])
+    assert found.loc["sd_Intercept|herd"].tolist() == pytest.approx([0.3488017082, 1.1112959643], abs=1e-5)
+    assert found.loc["period[T.4]"].tolist() == pytest.approx([-2.5001926456, -0.7995917739], abs=1e-5)
+
+
+def agq(own, values):
+    """The criterion by definition, at the parameters of a profile: sd, size, fixed effects."""
+    sd, size, *beta = values
+    return agq_dense(own.design, np.ones(70), "nbinom", "log", np.array(beta), [np.array([[sd]])], np.log([size]), 5)
+
+
+def test_the_restricted_fit_is_refitted():
+    own = mj.glmm("y ~ x + (1 | g)", data(), "nbinom", reml=True)
+    with pytest.warns(mj.InferenceWarning, match="refitted by maximum likelihood"):
+        found = own.confint("size")
+    assert found.loc["size"].tolist() == pytest.approx(profiled("size")[1].loc["size"].tolist(), rel=1e-6)
+
+
 # --- ends that are not reached ---------------------------------------------------------------------------------------
 
 
@@ -209,10 +250,10 @@ def test_correlations_beside_a_vanishing_variance_are_anything():
 
 
 def test_what_has_no_profile_is_refused():
-    table = case("cbpp").table
-    formula = "cbind(incidence, size - incidence) ~ period + (1 | herd)"
     with pytest.raises(ValueError, match=r"nagq=3, .* use method='wald' or 'bootstrap'"):
-        mj.glmm(formula, table, "binomial", nagq=3).confint()
+        mj.glmm("y ~ x + (x | g)", data(), "poisson", nagq=3).confint()
+    with pytest.raises(ValueError, match="nagq=0, whose fixed effects are not at the minimum"):
+        mj.glmm("y ~ x + (1 | g)", data(), "poisson", nagq=0).confint()
     with pytest.raises(ValueError, match="structure other than unstructured or diagonal"):
         mj.glmm("y ~ x + homcs(0 + x + I(x ** 2) | g)", data(), "poisson").confint()
     lost = pd.DataFrame({"y": [0.0] * 10 + [1.0] * 10, "x": np.arange(20.0), "g": np.arange(20) % 5})

@@ -221,10 +221,11 @@ class GeneralizedInferring:
             parm: names of rows, also as in lme4 (``.sig01``, ``(Intercept)``), ``"theta_"`` or ``"beta_"``; None for
                 all.
             level: coverage.
-            method: ``"profile"``: all values that a likelihood ratio test does not reject, see :meth:`profile`; of fits
-                by Laplace's approximation. ``"wald"``: standard deviations and parameters of the family on the log
-                scale, correlations on Fisher's. ``"bootstrap"``: parametric; for cases, statistics or many intervals
-                from one sample see :meth:`bootstrap`. Fixed effects are on the scale of the linear predictor.
+            method: ``"profile"``: all values that a likelihood ratio test does not reject, see :meth:`profile`; of a
+                fit by the restricted likelihood those of its ML refit, and a warning says so. ``"wald"``: standard
+                deviations and parameters of the family on the log scale, correlations on Fisher's. ``"bootstrap"``:
+                parametric; for cases, statistics or many intervals from one sample see :meth:`bootstrap`. Fixed effects
+                are on the scale of the linear predictor.
             key, n, kind: of the bootstrap: random key, replicates, how its interval is made.
 
         Returns:
@@ -262,8 +263,7 @@ class GeneralizedInferring:
         return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
 
     def profile(self, parm: Any = None) -> Profile:
-        """Profile the -2 log-likelihood, by Laplace's approximation, along parameters; see
-        :class:`mixjax.inference.random.profile.Profile`.
+        """Profile the -2 log-likelihood along parameters; see :class:`mixjax.inference.random.profile.Profile`.
 
         Args:
             parm: names, also as in lme4; None for all: standard deviations, correlations, parameters of the family,
@@ -273,8 +273,8 @@ class GeneralizedInferring:
             Profile: ``.confint(level)``, ``.to_frame()`` (parameter, value, zeta), ``.zeta(name, values)``.
 
         Raises:
-            ValueError: a fit by quadrature, or one that did not converge; a covariance structure other than
-                unstructured or diagonal.
+            ValueError: a fit by quadrature with several random effects a level, with ``nagq=0``, or one that did not
+                converge; a covariance structure other than unstructured or diagonal.
 
         Example:
             >>> import mixjax as mj

@@ -247,7 +247,7 @@ class _Kept:
 
     def __init__(self, fitted: AnyFitted, function: Callable[[Any], Any] | None, modes: bool, engine: EngineName):
         linear = isinstance(fitted, Fitted)
-        self.reml = fitted.reml if isinstance(fitted, Fitted) else False
+        self.reml = fitted.reml
         self._family = None if isinstance(fitted, Fitted) else fitted.family
         self._engine: EngineName = engine
         self._labels, self._structures = fitted.labels, fitted.layout.structures

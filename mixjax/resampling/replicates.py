@@ -72,7 +72,8 @@ def refits(
     """The replicates ``0 .. n - 1``, chunk by chunk, with the fits of each model to them.
 
     Args:
-        keep: fields of :class:`~mixjax.Estimates`, or of :class:`~mixjax.GLMMEstimates`. reml: of linear models.
+        keep: fields of :class:`~mixjax.Estimates`, or of :class:`~mixjax.GLMMEstimates`. reml: of linear models; others
+            know theirs.
         engine: of the fits. chunk: data sets at the same time.
     """
     size = chunk_size(source.numbers) if chunk is None else chunk

@@ -104,10 +104,9 @@ def _ratio_tests(fitted: AnyFitted, deletions: list[Deletion]) -> pd.DataFrame:
     notes = [
         "maximum likelihood; p_value: chi-square with df degrees of freedom; terms that others contain are not tested"
     ]
-    large = fitted
-    if isinstance(fitted, Fitted) and fitted.reml:
+    large = fitted.refitted(False)
+    if fitted.reml:
         notes.append("the fit by REML was refitted by maximum likelihood")
-        large = fitted.refitted(False)
     rows: dict[str, dict[str, Any]] = {"<none>": _statistics(large)}
     for deletion in deletions:
         design, labels = design_without(fitted.design, fitted.labels, deletion)

@@ -157,8 +157,8 @@ def compare(
     check_same_data(records, names)
     notes: list[str] = []
     if refit == "ml":
-        restricted = [name for name, fit in zip(names, records, strict=True) if by_reml(fit)]
-        records = [f.refitted(False) if isinstance(f, Fitted) else f for f in records]
+        restricted = [name for name, fit in zip(names, records, strict=True) if fit.reml]
+        records = [f.refitted(False) for f in records]
         if restricted:
             notes.append(f"{', '.join(restricted)} fitted by REML: refitted by maximum likelihood")
     failed = [name for name, fit in zip(names, records, strict=True) if not fit.estimates.converged]
@@ -194,17 +194,15 @@ def compare(
     return Comparison(title, formulas, table, tuple(notes), null_draws)
 
 
-def by_reml(fit: AnyFitted) -> bool:
-    """Whether the criterion of a fit is the restricted one."""
-    return isinstance(fit, Fitted) and fit.reml
-
-
 def criterion_of(fit: AnyFitted) -> str:
     """In words."""
     if isinstance(fit, Fitted):
         return "REML criteria" if fit.reml else "maximum likelihood"
-    by = "Laplace's approximation" if fit.nagq == 1 else f"quadrature, nagq = {fit.nagq}"
-    return f"maximum likelihood by {by}{', expected curvature' * (fit.curvature == 'expected')}"
+    by = {0: "Laplace's approximation with nagq = 0", 1: "Laplace's approximation"}.get(
+        fit.nagq, f"quadrature, nagq = {fit.nagq}"
+    )
+    criterion = "restricted likelihoods" if fit.reml else "maximum likelihood"
+    return f"{criterion} by {by}{', expected curvature' * (fit.curvature == 'expected')}"
 
 
 class _Pair(NamedTuple):
@@ -242,8 +240,7 @@ def _has_rows(pair: _Pair) -> bool:
 def _comparable_criteria(records: Sequence[AnyFitted], names: list[str], notes: list[str]) -> list[float]:
     """ML deviances; or REML criteria, all for the first model's columns where fixed effects are coded differently."""
     criteria = [float(fit.estimates.criterion) for fit in records]
-    restricted = [by_reml(fit) for fit in records]
-    linear = [fit for fit in records if isinstance(fit, Fitted)]
+    restricted = [fit.reml for fit in records]
     if not any(restricted):
         return criteria
     if not all(restricted):
@@ -252,8 +249,8 @@ def _comparable_criteria(records: Sequence[AnyFitted], names: list[str], notes: 
             + ", ".join(f"{name} {'REML' if reml else 'ML'}" for name, reml in zip(names, restricted, strict=True))
             + "; use refit='ml', or fit all by the same criterion"
         )
-    first = linear[0]
-    for fit, name in zip(linear[1:], names[1:], strict=True):
+    first = records[0]
+    for fit, name in zip(records[1:], names[1:], strict=True):
         if fit.kept is None or first.kept is None:
             same = fit.labels.fixed == first.labels.fixed
         else:
@@ -263,7 +260,7 @@ def _comparable_criteria(records: Sequence[AnyFitted], names: list[str], notes: 
                 f"{names[0]} and {name} have different fixed effects, so their REML criteria cannot be compared: use "
                 "refit='ml', which compares the models by maximum likelihood"
             )
-    offsets = [logdet_X(first) - logdet_X(fit) for fit in linear]
+    offsets = [logdet_X(first) - logdet_X(fit) for fit in records]
     if max(map(abs, offsets)) <= 1e-9 * max(1.0, abs(logdet_X(first))):
         return criteria
     notes.append(
@@ -377,9 +374,7 @@ def bootstrap_null(small: AnyFitted, large: AnyFitted, key: Any, n: int) -> tupl
         Statistics of the replicates where both fits ended, 0 or more; and ``(n,)`` codes of ``mixjax.Result``, of the
         larger model's fit where the smaller's converged. :func:`notes_of_null` puts these into words.
     """
-    constant = 0.0
-    if isinstance(small, Fitted) and isinstance(large, Fitted) and small.reml:
-        constant = logdet_X(small) - logdet_X(large)
+    constant = logdet_X(small) - logdet_X(large) if small.reml else 0.0
     data = [data_of_responses(fit) for fit in (small, large)]
 
     def draw(first: int, count: int) -> Drawn:
@@ -389,7 +384,7 @@ def bootstrap_null(small: AnyFitted, large: AnyFitted, key: Any, n: int) -> tupl
     found: list[np.ndarray] = []
     codes: list[np.ndarray] = []
     what = "likelihood ratios: refitting both models to"
-    for _, (a, b) in refits(Source(draw, 2 * small.nobs), n, ("criterion", "result"), by_reml(small), what=what):
+    for _, (a, b) in refits(Source(draw, 2 * small.nobs), n, ("criterion", "result"), small.reml, what=what):
         ended = at_limit(small, large, b.result)
         # What the smaller model's fit says of its own response is no limit.
         lost = np.where(a.result == Result.UNBOUNDED, int(Result.STALLED), a.result)

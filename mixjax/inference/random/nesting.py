@@ -131,8 +131,12 @@ def in_span(X0: np.ndarray, X1: np.ndarray) -> bool:
     return bool(outside.max(initial=0.0) <= ROUNDING)
 
 
-def logdet_X(fit: Fitted) -> float:
-    """``log |X'WX|``, by which REML criteria of differently coded fixed effects differ."""
+def logdet_X(fit: AnyFitted) -> float:
+    """``log |X'WX|``, of a generalised model ``log |X'X|``, by which REML criteria of differently coded fixed effects
+    differ."""
+    if isinstance(fit, GeneralizedFitted):
+        Q = np.asarray(fit.rows.Q)
+        return float(np.linalg.slogdet(Q.T @ Q)[1] + 2.0 * fit.rows.X_basis.logdet)
     return float(np.linalg.slogdet(fit.stats.XX)[1] + 2.0 * fit.stats.X_basis.logdet)
 
 

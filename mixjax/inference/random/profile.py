@@ -51,7 +51,7 @@ class Profile(Reported):
         if reason:
             raise ValueError(f"no profiles for this model: {reason}; use method='wald' or 'bootstrap'")
         notes = []
-        if isinstance(fitted, Fitted) and fitted.reml:
+        if fitted.reml:
             notes.append("profiles are of the ML deviance: the REML fit was refitted by maximum likelihood")
             fitted = fitted.refitted(False)
         self._searched = _LinearProfiles(fitted) if isinstance(fitted, Fitted) else FamilyProfiles(fitted)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixjax.estimation.glmm_held import ConditionalFit, HeldSearch, Parameter, unconditional
+from mixjax.estimation.glmm_held_quadrature import HeldQuadrature
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import names_apart, names_of_variances
 from mixjax.inference.random.held_parameter import Held, Start, value_of
@@ -28,7 +29,10 @@ class FamilyProfiles:
         self.least = float(fitted.estimates.criterion)
         self.curves = _curves(fitted)
         self._rows, self._family = fitted.rows, fitted.family
-        self._search = HeldSearch(fitted.rows, fitted.curvature)
+        laplace = fitted.nagq == 1
+        self._search = (
+            HeldSearch(fitted.rows, fitted.curvature) if laplace else HeldQuadrature(fitted.rows, fitted.nagq)
+        )
         own = unconditional(fitted.estimates, fitted.layout.qs)
         # Per parameter the values that were looked at, with their minima: a search begins at the nearest.
         self._known = {curve.held: [(curve.estimate, own)] for curve in self.curves}
@@ -59,8 +63,10 @@ class FamilyProfiles:
 
 def refusal(fitted: GeneralizedFitted) -> str | None:
     """Why a model has no profiles; None where it has."""
-    if fitted.nagq != 1:
-        return f"it was fitted with nagq={fitted.nagq}, and profiles are of Laplace's approximation"
+    if fitted.nagq == 0:
+        return "it was fitted with nagq=0, whose fixed effects are not at the minimum"
+    if fitted.nagq > 1 and fitted.layout.qs != (1,):
+        return f"it was fitted with nagq={fitted.nagq}, and quadrature has profiles of one random effect a level"
     if not all(structure.has_charts for structure in fitted.layout.structures):
         return "a covariance structure other than unstructured or diagonal"
     if not fitted.estimates.converged:

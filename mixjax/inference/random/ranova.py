@@ -17,7 +17,7 @@ from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.formula.deletion import Deletion, design_without, find_deletion, random_deletions
-from mixjax.inference.random.likelihood_ratio import bootstrap_null, by_reml, criterion_of, mixture_p
+from mixjax.inference.random.likelihood_ratio import bootstrap_null, criterion_of, mixture_p
 from mixjax.inference.random.nesting import logdet_X, place_of
 from mixjax.optimise.results import Result, failed, note_of_failures
 from mixjax.products.responses import Responses
@@ -36,7 +36,8 @@ def ranova(
     """Likelihood ratio tests of the random effects, each left out by itself, as R's ``lmerTest::ranova``.
 
     The smaller models are fitted by the criterion of the fit: REML criteria can be compared because the fixed effects
-    are the same. Where nothing random is left, the smaller model is a linear, or generalised linear, one.
+    are the same. (A generalised model by the restricted likelihood is refitted by maximum likelihood.) Where nothing
+    random is left, the smaller model is a linear, or generalised linear, one.
 
     Args:
         fitted: the fit, linear or generalised, with its rows.
@@ -74,6 +75,8 @@ def ranova(
         raise ValueError(f"reduce must be True or False, got {reduce!r}")
     n = check_count("n", n, 1)
     _ = fitted.design  # the error says why there are no rows
+    if isinstance(fitted, GeneralizedFitted):
+        fitted = fitted.refitted(False)
     rows: dict[str, dict[str, float]] = {"<none>": _statistics(fitted.npar, float(fitted.estimates.criterion))}
     unknown, notes = [], []
     if not fitted.estimates.converged:
@@ -114,7 +117,7 @@ def ranova(
 
 
 def _explained(fitted: AnyFitted, method: str, unknown: list[str]) -> Iterator[str]:
-    yield f"criterion: {'REML' if by_reml(fitted) else criterion_of(fitted)}"
+    yield f"criterion: {'REML' if isinstance(fitted, Fitted) and fitted.reml else criterion_of(fitted)}"
     yield ("p_value: chi-square with df degrees of freedom, too large where a variance is put to 0, its bound")
     if method != "chi2":
         yield "p_mixture: 1/2 chi2(df - 1) + 1/2 chi2(df)" + "; not known for " * bool(unknown) + "; ".join(unknown)
