@@ -145,6 +145,7 @@ GLMM_METHODS = {
     "emtrends": "spec, var, by=None, at=None, level=0.95",
     "confint": "parm=None, level=0.95, method='profile', key=0, n=1000, kind='percentile'",
     "profile": "parm=None",
+    "robust": "cluster=None, kind='CR1'",
     "icc": "by_group=False, approximation=None",
     "r2": "approximation=None",
     "variance_shares": "approximation=None",

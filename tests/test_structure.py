@@ -38,6 +38,7 @@ ASKED = {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
         "fit_one", "check_likelihood", "LaplaceCheck", "laplace_check", "fit_each",
         "Plain", "fit_plain", "HeldSearch", "HeldQuadrature", "ConditionalFit", "Parameter", "unconditional",
+        "cluster_scores",
         "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
         "GLMMEstimates", "glmm_estimate_many", "conditional_covariances", "mode_slopes",
         "fits_without", "predictors_at_modes",

@@ -25,6 +25,7 @@ from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
 
 if TYPE_CHECKING:
     from mixjax.inference.fixed.marginal_means import MarginalMeans
+    from mixjax.inference.fixed.robust_family import FamilyRobust
     from mixjax.inference.random.profile import Profile
 
 
@@ -203,6 +204,21 @@ class GeneralizedInferring:
         from mixjax.inference.fixed.means import emtrends
 
         return emtrends(self.record, spec, var, by, at, "wald", level)
+
+    def robust(self, cluster: Any = None, kind: Literal["CR1", "CR0"] = "CR1") -> FamilyRobust:
+        """Cluster-robust covariance of the fixed effects, for many clusters; see
+        :func:`mixjax.inference.fixed.robust_family.robust_family`.
+
+        Args:
+            cluster: grouping factor, column or labels; None for the outermost grouping factor.
+            kind: ``"CR1"`` or ``"CR0"``.
+
+        Returns:
+            FamilyRobust: ``.to_frame()``, ``.confint()``, ``.test(L)``, ``.vcov``.
+        """
+        from mixjax.inference.fixed.robust_family import robust_family
+
+        return robust_family(self.record, cluster, kind)
 
     # --- intervals and resampling -------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import pandas as pd
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
 from mixjax.covariance import split_theta, triangle
+from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.names import values_of_rows
 from mixjax.fitted.record import Fitted
 
@@ -54,7 +55,7 @@ class Moments(NamedTuple):
 # --- clusters --------------------------------------------------------------------------------------------------------
 
 
-def clusters_of(fitted: Fitted, cluster: Any = None) -> tuple[str, np.ndarray]:
+def clusters_of(fitted: AnyFitted, cluster: Any = None) -> tuple[str, np.ndarray]:
     """Name of the clusters and codes ``(n,)`` of every row, ``0 .. m - 1``; see :func:`robust`.
 
     Raises:
@@ -89,7 +90,7 @@ def clusters_of(fitted: Fitted, cluster: Any = None) -> tuple[str, np.ndarray]:
     return name, codes.reshape(-1)
 
 
-def _labels_of(fitted: Fitted, cluster: Any, groups: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
+def _labels_of(fitted: AnyFitted, cluster: Any, groups: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
     frame = fitted.labels.frame
     if isinstance(cluster, str):
         if cluster in groups:
