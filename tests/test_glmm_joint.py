@@ -319,9 +319,10 @@ def test_refits_keep_the_likelihood(ticks, restricted):
     assert mj.glmm("slow ~ Days + (1 | Subject)", ticks, "binomial", nagq=0).refit(ticks["slow"]).nagq == 0
 
 
-def test_many_responses_have_another_likelihood(restricted):
-    with pytest.raises(ValueError, match="this fit has reml=True"):
-        restricted.record.fit_many(np.tile(restricted.design.y, (2, 1)), ("beta",))
+def test_many_responses_are_fitted_by_the_same_likelihood(restricted):
+    many = restricted.record.fit_many(np.tile(restricted.design.y, (2, 1)), ("beta", "criterion"))
+    assert many.criterion.tolist() == pytest.approx([restricted.criterion] * 2, abs=1e-9)
+    assert many.theta is None
 
 
 def test_they_compile_nothing(ticks):

@@ -8,7 +8,7 @@ covariance structure with one coordinate less (:mod:`mixjax.covariance.held`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from mixjax.optimise import newton
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows
 
-Kind = Literal["sd", "cor", "psi", "fixed"]
+# Twice what the last steps of modes and fixed effects may promise where a value counts.
+SURE = 1e-6
 
 
 class Parameter(NamedTuple):
@@ -188,5 +189,7 @@ def _least(model: Model, fixed: np.ndarray, v: np.ndarray | None, charts: list[H
         x, converged = solution.x, int(solution.result[0]) == Result.CONVERGED
     last = evaluate(model, x, memory, INNER_LAST, MIDDLE_LAST)
     value: Any = last.value[0]
+    # Where modes run away, what stands for a value is none.
+    found = max(float(last.modes.decrement[0]), float(last.decrement[0])) <= SURE
     factors = [F[..., 0] for F in cov.factors_of(x, structures)]
-    return _End(float(value), converged and bool(np.isfinite(value)), last.fixed, factors, last.modes.v)
+    return _End(float(value), converged and found and bool(np.isfinite(value)), last.fixed, factors, last.modes.v)

@@ -9,6 +9,9 @@ from scipy.interpolate import PchipInterpolator
 
 from mixjax.inference.random.held_parameter import Held
 
+# A bracket of this relative width, beyond which searches fail, is not made narrower.
+NARROW = 1e-3
+
 
 @dataclass(eq=False)
 class Curve:
@@ -56,6 +59,8 @@ class Curve:
         a, b = v[lo], v[hi]
         near = slice(max(0, min(lo, hi) - 1), max(lo, hi) + 2)
         middle = 0.5 * (a + b)
+        if not np.isfinite(z[hi]) and abs(b - a) <= NARROW * max(abs(a), abs(b)):
+            return None  # beyond here nothing was found
         # Where zeta is almost level, as beside the end of a correlation's range, interpolation creeps up from one end
         # of the bracket: halve it whenever a step has not paid, and interpolate again after that.
         error = self.error(target)

@@ -49,7 +49,7 @@ class FamilyProfiles:
             if fit.converged:
                 known.append((value, fit))
             found.append(fit)
-        deviance = np.array([fit.criterion if np.isfinite(fit.criterion) else np.inf for fit in found])
+        deviance = np.array([fit.criterion if fit.converged else np.inf for fit in found])
         conditional = np.array([[self._value(curve, fit) for curve in self.curves] for fit in found])
         return deviance, np.array([fit.converged for fit in found]), conditional
 
