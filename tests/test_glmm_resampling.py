@@ -59,8 +59,9 @@ def test_separated_replicates_are_counted_by_name(drawn):
 
 def test_chunks_change_nothing(cbpp):
     whole = cbpp.bootstrap(key=4, n=20, engine="numpy").replicates
-    assert cbpp.bootstrap(key=4, n=20, chunk=7, engine="numpy").replicates.equals(whole)
-    assert cbpp.bootstrap(key=4, n=9, engine="numpy").replicates.equals(whole[:9])
+    for options in ({"n": 20, "chunk": 7}, {"n": 9}):  # to rounding: sums of lanes depend on how many there are
+        part = cbpp.bootstrap(key=4, engine="numpy", **options).replicates
+        pd.testing.assert_frame_equal(part, whole[: len(part)], rtol=1e-12)
 
 
 def test_intervals_are_quantiles(cbpp, drawn):

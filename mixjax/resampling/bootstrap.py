@@ -44,8 +44,8 @@ def bootstrap(
     Args:
         fitted: the fit, linear or generalised; its rows are needed.
         key: int or JAX key. Replicate i depends on the key and on i, to the last bit, and not on chunk, nor on n but
-            for the engine that it takes. (Crossed generalised models are refitted from the first fit of their chunk,
-            and differ in the seventh digit.)
+            for the engine that it takes. (Of generalised models to rounding; crossed ones are refitted from the first
+            fit of their chunk, which shows in the seventh digit.)
         n: number of replicates.
         kind: how data sets are drawn.
 
