@@ -257,11 +257,7 @@ class _Lanes:
             return fun(*args)
 
     def _over(self, work: Callable[[int], None], firsts: range) -> None:
-        """The first one alone: it compiles."""
-        if not self.compiled:
-            for first in firsts:
-                work(first)
-            return
+        """The first one alone: it compiles, and makes the arrays that the others fill."""
         for first in firsts[:1]:
             work(first)
         with ThreadPoolExecutor(n_cores()) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,17 +12,23 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, DataWarning
-from mixjax.covariance import n_theta, triangle
 from mixjax.design import Design, Labels
 from mixjax.families import Family, family_of
 from mixjax.fitted.either import any_record_of
-from mixjax.fitted.names import known_names, names_of_variances, term_names
+from mixjax.fitted.names import known_names, names_of_variances
 from mixjax.fitted.record import Fitted
 from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
-from mixjax.simulation import simulate_family, simulate_responses, symmetric_root
+from mixjax.simulation import simulate_family, simulate_responses
+from mixjax.studies.parameters import (
+    coefficients,
+    covariances_of_sd,
+    covariances_of_theta,
+    dispersion_of,
+    residual_deviation,
+)
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
 from mixjax.studies.variances import changed_variances
 
@@ -156,7 +162,7 @@ class Scenario:
                 raise ValueError(f"{name!r} is no fixed effect: with_variances({{{name!r}: ...}}) changes it")
         beta = {name: float(value) for name, value in zip(self.labels.fixed, self.beta, strict=True)}
         changed = {self.labels.fixed[known[name]] if name in known else name: v for name, v in effects.items()}
-        return replace(self, beta=_coefficients(beta | changed, self.labels))
+        return replace(self, beta=coefficients(beta | changed, self.labels))
 
     def with_variances(self, values: Mapping[str, float]) -> Scenario:
         """The same with other standard deviations or correlations, to see how much hangs on them.
@@ -260,20 +266,20 @@ def scenario(
         if beside := [name for name, given in (("link", link), ("size", size), ("dispersion", dispersion))
                       if given is not None]:  # fmt: skip
             raise ValueError(f"{', '.join(beside)} belong to a family: name it, family='binomial'")
-        own, sigma = {"sigma": _deviation(sigma)}, _deviation(sigma)
+        own, sigma = {"sigma": residual_deviation(sigma)}, residual_deviation(sigma)
     else:
         if sigma is not None:
             raise ValueError("sigma belongs to linear mixed models; a family's own parameter is dispersion=")
         options |= {"family": family_of(family, link), "size": size}
-        own, sigma = _dispersion(dispersion, options["family"]), 1.0
+        own, sigma = dispersion_of(dispersion, options["family"]), 1.0
     design, labels = design_of(formula, table, **options, context=caller_context())
     if theta is not None:
         if sd is not None or cor is not None:
             raise ValueError("give either theta, or sd and cor")
-        Sigma = _from_theta(theta, labels, sigma)
+        Sigma = covariances_of_theta(theta, labels, sigma)
     else:
-        Sigma = _from_sd(sd, cor, labels)
-    return Scenario(formula, table, design, labels, _coefficients(beta, labels), Sigma, own, options)
+        Sigma = covariances_of_sd(sd, cor, labels)
+    return Scenario(formula, table, design, labels, coefficients(beta, labels), Sigma, own, options)
 
 
 def simulate(
@@ -450,144 +456,3 @@ def _as_column(table: pd.DataFrame, name: str | None, values: Any) -> Any:
     if name not in table:
         table[name] = np.asarray(values)
     return name
-
-
-# --- parameters ------------------------------------------------------------------------------------------------------
-
-
-def _deviation(sigma: float | None) -> float:
-    sigma = 1.0 if sigma is None else float(sigma)
-    if not (np.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma must be a standard deviation, 0 or more, got {sigma}")
-    return sigma
-
-
-def _dispersion(given: Any, family: Family) -> dict[str, float]:
-    """The family's parameters by name."""
-    names = family.psi_names
-    listed = f"{', '.join(names)} of the {family.name} family"
-    if not names:
-        if given is not None and np.size(given):
-            raise ValueError(f"the {family.name} family has no parameter of its own: leave dispersion= out")
-        return {}
-    if given is None:
-        raise ValueError(f"dispersion= is needed: {listed}")
-    if isinstance(given, Mapping | pd.Series):
-        values = {str(name): float(value) for name, value in dict(given).items()}
-        if set(values) != set(names):
-            raise ValueError(f"dispersion must name {listed}, got {', '.join(values)}")
-        own = [values[name] for name in names]
-    else:
-        own = [float(value) for value in np.atleast_1d(np.asarray(given, np.float64))]
-        if len(own) != len(names):
-            raise ValueError(f"dispersion has {len(own)} numbers; {listed} is wanted")
-    family.unconstrained(own)
-    return dict(zip(names, own, strict=True))
-
-
-def _coefficients(beta: Any, labels: Labels) -> np.ndarray:
-    fixed = labels.fixed
-    if isinstance(beta, Mapping):
-        known = known_names(labels)
-        for name in beta:
-            if name not in known:
-                raise ValueError(f"beta names {name!r}, but the fixed effects are {', '.join(fixed)}")
-        places = [known[name] for name in beta]
-        missing = [name for j, name in enumerate(fixed) if j not in places]
-        if missing:
-            raise ValueError(f"beta has no value of {', '.join(missing)}")
-        values = np.zeros(len(fixed))
-        values[places] = [float(value) for value in beta.values()]
-    else:
-        values = np.atleast_1d(np.asarray(beta, dtype=np.float64))
-        if values.shape != (len(fixed),):
-            raise ValueError(f"beta has shape {values.shape}; the {len(fixed)} fixed effects are {', '.join(fixed)}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"beta must be finite, got {values.tolist()}")
-    return values
-
-
-def _from_theta(theta: Any, labels: Labels, sigma: float) -> tuple[np.ndarray, ...]:
-    theta = np.atleast_1d(np.asarray(theta, dtype=np.float64))
-    qs = [len(term.effects) for term in labels.terms]
-    if theta.shape != (sum(map(n_theta, qs)),) or not np.isfinite(theta).all():
-        raise ValueError(f"theta must be {sum(map(n_theta, qs))} finite numbers, got {theta.tolist()}")
-    Sigma, at = [], 0
-    for q in qs:
-        L = np.zeros((q, q))
-        L[triangle(q)] = theta[at : at + n_theta(q)]
-        at += n_theta(q)
-        Sigma.append(sigma**2 * L @ L.T)
-    return tuple(Sigma)
-
-
-def _from_sd(sd: Any, cor: Any, labels: Labels) -> tuple[np.ndarray, ...]:
-    names = term_names(labels)
-    qs = {name: len(term.effects) for name, term in zip(names, labels.terms, strict=True)}
-    described = "; ".join(f"{n}: {', '.join(t.effects)}" for n, t in zip(names, labels.terms, strict=True))
-    sds = _by_term(sd, names, qs, described)
-    correlations = _correlations(cor, qs, described)
-    result = []
-    for name in names:
-        own = sds[name]
-        Sigma = own[:, None] * correlations[name] * own
-        try:
-            symmetric_root(Sigma)
-        except ValueError as error:
-            values = np.linalg.eigvalsh(correlations[name])
-            raise ValueError(
-                f"the covariance of {name!r} is impossible: correlations {correlations[name].tolist()} are not "
-                f"positive semidefinite (smallest eigenvalue {values[0]:.3g})"
-            ) from error
-        result.append(Sigma)
-    return tuple(result)
-
-
-def _by_term(sd: Any, names: Sequence[str], qs: Mapping[str, int], described: str) -> dict[str, np.ndarray]:
-    total = sum(qs.values())
-    if sd is None:
-        raise ValueError(f"sd is needed: standard deviations of the random effects ({described}), or theta")
-    if isinstance(sd, Mapping):
-        unknown = [name for name in sd if name not in qs]
-        missing = [name for name in names if name not in sd]
-        if unknown or missing:
-            raise ValueError(f"sd must name every random term ({described}); got {', '.join(map(str, sd))}")
-        values = {name: np.atleast_1d(np.asarray(sd[name], dtype=np.float64)) for name in names}
-    else:
-        flat = np.atleast_1d(np.asarray(sd, dtype=np.float64))
-        if flat.shape != (total,):
-            raise ValueError(f"sd has shape {flat.shape}; there are {total} random effects ({described})")
-        cuts = np.cumsum([qs[name] for name in names])[:-1]
-        values = dict(zip(names, np.split(flat, cuts), strict=True))
-    for name, own in values.items():
-        if own.shape != (qs[name],):
-            raise ValueError(f"sd of {name!r} must be {qs[name]} numbers ({described}), got {own.tolist()}")
-        if not (np.isfinite(own) & (own >= 0)).all():
-            raise ValueError(f"sd of {name!r} must be standard deviations, 0 or more, got {own.tolist()}")
-    return values
-
-
-def _correlations(cor: Any, qs: Mapping[str, int], described: str) -> dict[str, np.ndarray]:
-    result = {name: np.eye(q) for name, q in qs.items()}
-    if cor is None:
-        return result
-    if not isinstance(cor, Mapping):
-        several = [name for name, q in qs.items() if q > 1]
-        if not several and not np.any(cor):
-            return result
-        if len(several) != 1:
-            raise ValueError(f"cor must be a dict of terms with several effects ({described}), got {cor!r}")
-        cor = {several[0]: cor}
-    for name, value in cor.items():
-        if name not in qs:
-            raise ValueError(f"cor names {name!r}; the random terms are {described}")
-        q, value = qs[name], np.asarray(value, dtype=np.float64)
-        if value.size == 1 and q == 2:
-            result[name] = np.array([[1.0, value.item()], [value.item(), 1.0]])
-        elif value.shape == (q, q):
-            if not np.array_equal(value, value.T) or not np.allclose(np.diag(value), 1.0):
-                raise ValueError(f"cor of {name!r} must be symmetric with a diagonal of 1, got {value.tolist()}")
-            result[name] = value
-        else:
-            raise ValueError(f"cor of {name!r} must be ({q}, {q}){' or one number' * (q == 2)}, got {value.tolist()}")
-    return result
