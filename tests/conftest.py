@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -133,3 +134,50 @@ def over_loopback(code: str) -> list[str]:
         assert process.returncode == 0, err[-3_000:]
         printed.append(out)
     return printed
+
+
+# More structures of what one test of the kind shows already, most of them minutes of compiling derivatives. They are
+# marked slow, like those that say so themselves.
+SLOW = (
+    "test_sharding.py::test_eight_devices*",
+    "test_engines.py::test_estimates_agree[[]False-*",
+    "test_engines.py::test_estimates_agree[[]True-two*",
+    "test_engines.py::test_estimates_agree[[]True-nested*",
+    "test_engines.py::test_batches_agree[[]classes]",
+    "test_engines.py::test_batches_agree[[]stacked]",
+    "test_crossed.py::test_estimates_equal_those_of_the_elimination",
+    "test_crossed.py::test_against_automatic_differentiation[[]three effects*",
+    "test_crossed.py::test_against_automatic_differentiation[[]slopes on both*",
+    "test_crossed.py::test_against_automatic_differentiation[[]with a parent*",
+    "test_glmm_curvature.py::test_closed_form[[]q=1, binomial-probit*",
+    "test_glmm_curvature.py::test_closed_form[[]q=2, weights, gamma*",
+    "test_glmm_curvature.py::test_closed_form[[]q=3*",
+    "test_glmm_curvature.py::test_closed_form[[]diag*",
+    "test_glmm_curvature.py::test_closed_form[[]homcs*",
+    "test_glmm_curvature.py::test_closed_form[[]crossed, binomial*",
+    "test_glmm_curvature.py::test_closed_form[[]crossed, slopes*",
+    "test_glmm_through.py::test_against_refits[[]nested*",
+    "test_glmm_through.py::test_against_refits[[]crossed*",
+    "test_derivatives.py::test_reference_data_against_refits[[]singular*",
+    "test_derivatives.py::test_random_designs_against_refits",
+    "test_derivatives.py::test_against_refits[[]crossed*",
+    "test_covariance.py::test_the_fit_against_the_dense_likelihood[[]small*",
+    "test_covariance.py::test_the_fit_against_the_dense_likelihood[[]weights*",
+    "test_covariance.py::test_unconstrained_parameters_know_the_structure[[]us]",
+    "test_covariance.py::test_unconstrained_parameters_know_the_structure[[]diag]",
+    "test_covariance.py::test_by_formula_by_chunks_and_by_optax[[]diag]",
+    "test_covariance.py::test_singular_in_single_precision_too[[]diag]",
+    "test_likelihood.py::test_third_derivatives_exist_and_are_right",
+    "test_many.py::test_several_threads_of_three_effects_a_level",
+    "test_many.py::test_responses_in_float32",
+    "test_quadrature.py::test_derivatives_in_closed_form[[]1-family0*",
+    "test_quadrature.py::test_two_effects_against_automatic_differentiation",
+    "test_equations.py::test_case_slopes_are_those_of_automatic_differentiation[[]nested*",
+    "test_contrasts.py::test_tests_in_lanes_are_those_by_automatic_differentiation[[]nested*",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(fnmatchcase(item.nodeid.rpartition("tests/")[2] or item.nodeid, pattern) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)

@@ -25,7 +25,6 @@ def cells_of(path, kind):
 
 
 @notebooks
-@pytest.mark.slow
 def test_runs_and_its_assertions_hold(path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot", reason='pip install "mixjax[plots]"')
     monkeypatch.setenv("MIXJAX_NOTEBOOKS", "small")
