@@ -20,6 +20,7 @@ from mixjax.families.family import Family as Family
 from mixjax.families.gaussian import Gaussian
 from mixjax.families.positive import Gamma, InverseGaussian
 from mixjax.families.proportions import Beta
+from mixjax.families.zero_inflated import ZeroInflated
 
 
 def binomial(link: str = "logit") -> Family:
@@ -164,6 +165,36 @@ def custom(
             f"custom: start must be {len(psi)} finite numbers, one for each of psi {list(psi)}, got {start}"
         )
     return Custom("custom", loglik, mean, draw, tuple(psi), values, name)
+
+
+# Families that zeros can be added to.
+INFLATED = ("poisson", "nbinom", "binomial")
+
+
+def zero_inflated(base: Any, link: str | None = None) -> Family:
+    """Counts of which some are 0 for certain, with a probability that :func:`mixjax.glmm` makes depend on columns by
+    ``ziformula=``; the others have the distribution of ``base``.
+
+    Args:
+        base: ``"poisson"``, ``"nbinom"``, or ``"binomial"`` with numbers of trials, or made here. link: of its mean.
+
+    Raises:
+        ValueError: a base to which no zeros can be added.
+
+    Example:
+        >>> import numpy as np, mixjax as mj
+        >>> family = mj.families.zero_inflated("poisson")
+        >>> print(family.psi_names, np.exp(-family.density(0.0, 0.0, None, [0.0])).round(3))  # half of them, and more
+        ('zero_inflation',) 0.684
+    """
+    own = family_of(base, link)
+    if isinstance(own, ZeroInflated) or own.name not in INFLATED:
+        raise ValueError(
+            f"zeros can be added to {', '.join(map(repr, INFLATED))}, not to family {own.name!r}"
+            + (": it has no zeros; leave them out and model whether a response is 0 by a binomial one"
+               if own.support in ("positive", "unit") else "")
+        )  # fmt: skip
+    return ZeroInflated(own.link, own)
 
 
 _CONSTRUCTORS: dict[str, Callable[..., Family]] = {

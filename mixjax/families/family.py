@@ -5,7 +5,7 @@ A row has a linear predictor eta, a response y and, where responses are counts o
 Estimation needs ``c`` with four derivatives by eta and those of them by psi; a :class:`Family` has them in closed form.
 
 All of it is elementwise: arrays broadcast against each other, rows ``(n,)`` or rows with lanes behind them ``(n, L)``,
-psi a sequence of numbers or of arrays ``(L,)``. NumPy's arrays in, NumPy's out; JAX's or tracers in, JAX's out. The
+psi a sequence of numbers, of arrays ``(L,)`` or of arrays like the rows'. NumPy's arrays in, NumPy's out; JAX's or tracers in, JAX's out. The
 type of eta is kept. Weights are not the family's: whoever sums rows multiplies everything by them.
 """
 
@@ -99,6 +99,11 @@ class Family(ABC):
         return len(self.psi_names)
 
     @property
+    def plain(self) -> Family:
+        """The family without extra zeros: of what responses are like, and where a search starts."""
+        return self
+
+    @property
     @abstractmethod
     def log_concave(self) -> bool:
         """Whether ``c2 >= 0`` for every eta and every possible y."""
@@ -137,6 +142,10 @@ class Family(ABC):
     def mean(self, eta: Array) -> Array:
         """Mean of y, of a binomial family of ``y / size``."""
         return LINKS[self.link](as_array(eta))
+
+    def response_mean(self, mu: Array, psi: Sequence[Array]) -> Array:
+        """Mean of a response of which :meth:`mean` is ``mu``; another number only where there are extra zeros."""
+        return mu
 
     def mean_slope(self, eta: Array) -> Array:
         """Derivative of :meth:`mean`."""
