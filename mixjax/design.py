@@ -53,6 +53,8 @@ class Design:
         offset: ``(n,)`` known part of the mean, of the linear predictor in a generalised model, or None.
         size: ``(n,)`` numbers of trials of a binomial response, positive; None for one each. A linear mixed model has
             none and refuses it.
+        psi_columns: of a generalised model, for each of the family's parameters psi the ``(n, r)`` columns of a linear
+            predictor of its own, of full rank, or None where psi is one number for all rows; ``()``: all are.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -67,6 +69,7 @@ class Design:
     weights: AnyArray | None = None
     offset: AnyArray | None = None
     size: AnyArray | None = None
+    psi_columns: tuple[AnyArray | None, ...] = ()
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -89,7 +92,7 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
-jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset", "size"], meta_fields=[])
+jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns"], meta_fields=[])
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,10 @@ def check_design(design: Design) -> None:
         structure_of(term.structure, np.shape(term.Z)[1])
         columns[f"terms[{t}].Z"] = term.Z
         columns[f"terms[{t}].group"] = term.group
+    for j, own in enumerate(design.psi_columns):
+        if own is not None and len(np.shape(own)) != 2:
+            raise ValueError(f"psi_columns[{j}] must be (n, r), got shape {np.shape(own)}")
+        columns[f"psi_columns[{j}]"] = own
     for name, column in columns.items():
         if column is None:
             continue
@@ -193,3 +200,5 @@ def refuse_trials(design: Design) -> None:
             "the design has numbers of trials (size), and a linear mixed model has none: size belongs to the binomial "
             "responses of generalised linear mixed models; leave it out, or give precisions as weights"
         )
+    if any(own is not None for own in design.psi_columns):
+        raise ValueError("the design has psi_columns, which belong to the families of generalised linear mixed models")

@@ -37,6 +37,7 @@ class Data(NamedTuple):
 
     Attributes:
         y, size, weights, offset: as in :class:`~mixjax.products.family_rows.FamilyRows`. X: ``(p, *rows, 1)``.
+        psi: per parameter of the family its columns ``(r, *rows, 1)``, or None where it is one number; ``()``: all are.
     """
 
     y: Array
@@ -44,6 +45,7 @@ class Data(NamedTuple):
     weights: Array | None
     offset: Array | None
     X: Array
+    psi: tuple[Array | None, ...] = ()
 
     def predictor(self, delta: Array, of_effects: Array) -> Array:
         """``eta``, from ``delta (p, L)`` and the rows' ``z'b``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from mixjax.engine.laplace_curvature import Data
 from mixjax.engine.level_effects import OneFactor
 from mixjax.families import Derivatives, Expected, Family
 from mixjax.machine import Array
+from mixjax.products.family_rows import places_of
 from mixjax.products.sums import Layout
 
 Key = tuple[int, ...]
@@ -110,34 +113,75 @@ class Model:
         return len(self.data.X)
 
     @property
+    def n_psi(self) -> int:
+        """Coefficients of the family's parameters: one of each that is one number."""
+        own = self.data.psi
+        return sum(1 if columns is None else len(columns) for columns in own) if own else self.family.n_psi
+
+    @property
     def n_fixed(self) -> int:
-        """Fixed effects and parameters of the family."""
-        return self.p + self.family.n_psi
+        """Fixed effects, and coefficients of the parameters of the family."""
+        return self.p + self.n_psi
+
+    # Functions of a row take the coefficients of psi, ``(s, L)``, and give derivatives by these.
+
+    def psi_by_row(self, psi: Array) -> Sequence[Array]:
+        """The family's parameters, each ``(L,)`` or ``(*rows, L)``, of their coefficients."""
+        return [sum((Q * g for Q, g in zip(Q_j, own, strict=True)), 0.0) if Q_j is not None else own[0]
+                for Q_j, own in self._of_psi(psi)] if self.data.psi else psi  # fmt: skip
+
+    def _of_psi(self, values: Any) -> list[tuple[Array | None, Any]]:
+        """Columns of each of the family's parameters, and its part of ``values``."""
+        widths = [1 if columns is None else len(columns) for columns in self.data.psi]
+        parts = [values[place] for place in places_of(widths)]
+        return list(zip(self.data.psi, parts, strict=True))
+
+    def _spread(self, by_psi: tuple[Any, ...], by_psi_twice: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Derivatives by parameters -> by their coefficients: times the columns."""
+        columns = [(j, Q) for j, own in enumerate(self.data.psi) for Q in ([None] if own is None else own)]
+
+        def times(part: Any, *own: Array | None) -> Any:
+            if isinstance(part, tuple):
+                return tuple(times(one, *own) for one in part)
+            for Q in own:
+                part = part if Q is None else part * Q
+            return part
+
+        once = tuple(times(by_psi[j], Q) for j, Q in columns)
+        return once, tuple(tuple(times(by_psi_twice[j][i], Q, R) for i, R in columns) for j, Q in columns)
 
     def density(self, eta: Array, psi: Array) -> Array:
         data = self.data
-        found: Array = data.weighted(self.family.density(eta, data.y, data.size, psi))
+        found: Array = data.weighted(self.family.density(eta, data.y, data.size, self.psi_by_row(psi)))
         return found
 
     def derivatives(self, eta: Array, psi: Array) -> Derivatives:
         data = self.data
-        found: Derivatives = data.weighted(self.family.derivatives(eta, data.y, data.size, psi))
-        return found
+        found: Derivatives = self.family.derivatives(eta, data.y, data.size, self.psi_by_row(psi))
+        if data.psi:
+            found = Derivatives(found.by_eta, *self._spread(found.by_psi, found.by_psi_twice))
+        weighted: Derivatives = data.weighted(found)
+        return weighted
 
     def kernel(self, eta: Array, psi: Array) -> tuple[Array, Array]:
         """Minus log density but for what eta does not change, and its slope by eta."""
         data = self.data
-        found: tuple[Array, Array] = data.weighted(self.family.kernel(eta, data.y, data.size, psi))
+        found: tuple[Array, Array] = data.weighted(
+            self.family.kernel(eta, data.y, data.size, self.psi_by_row(psi))
+        )  # fmt: skip
         return found
 
     def factored(self, eta: Array, psi: Array) -> tuple[Array, Array, Array] | None:
         """:meth:`mixjax.families.Family.factored` where rows have no weights."""
         data = self.data
-        return self.family.factored(eta, data.y, data.size, psi) if data.weights is None else None
+        return self.family.factored(eta, data.y, data.size, self.psi_by_row(psi)) if data.weights is None else None
 
     def expected_curvature(self, eta: Array, psi: Array) -> Expected:
-        found: Expected = self.data.weighted(self.family.expected(eta, self.data.size, psi))
-        return found
+        found: Expected = self.family.expected(eta, self.data.size, self.psi_by_row(psi))
+        if self.data.psi:
+            found = Expected(found.w, found.by_eta, *self._spread(found.by_psi, found.by_psi_twice))
+        weighted: Expected = self.data.weighted(found)
+        return weighted
 
     def predictor(self, fixed: Array, b: Array) -> Array:
         return self.data.predictor(fixed[: self.p], self.effects.rows(b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ MOST_ITERATIONS = 80
 def fixed_start(model: Model, lanes: int) -> Array:
     """``(p + s, L)``: fixed effects by Fisher scoring without random effects (McCullagh & Nelder 1989, Generalized
     Linear Models, section 2.5), parameters of the family by their moments."""
+    whole, model = model, _plain(model)
     data, family, p = model.data, model.family, model.p
     xp, rows = namespace(data.y), model.effects.row_axes
     eta = family.eta_start(data.y, 1.0 if data.size is None else data.size)
@@ -48,7 +50,7 @@ def fixed_start(model: Model, lanes: int) -> Array:
     if family.n_psi:
         psi = _psi(model, eta)
     if not p:
-        return psi
+        return _psi_coefficients(whole, eta)
     delta = xp.zeros((p, lanes), eta.dtype)
     target = eta if data.offset is None else eta - data.offset
     for i in range(1 + STEPS):
@@ -58,7 +60,7 @@ def fixed_start(model: Model, lanes: int) -> Array:
         if i == 0:
             rhs = (weighted * target).sum(tuple(range(1, 1 + rows)))
         else:
-            c1 = data.weighted(family.derivatives(eta, data.y, data.size, psi).by_eta[1])
+            c1 = model.derivatives(eta, psi).by_eta[1]
             rhs = -(c1 * data.X).sum(tuple(range(1, 1 + rows)))
         ridge = 1e-10 * xp.stack([XX[j, j] for j in range(p)]).max(0) * linalg.eye(p, XX)
         step = linalg.matmul(linalg.inverse_logdet(XX + ridge)[0], rhs[:, None])[:, 0]
@@ -69,17 +71,35 @@ def fixed_start(model: Model, lanes: int) -> Array:
             step = step * most / xp.maximum(length, most)
         delta = delta + step
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
-    return xp.concatenate([delta, _psi(model, eta)]) if family.n_psi else delta
+    return xp.concatenate([delta, _psi_coefficients(whole, eta)]) if whole.n_psi else delta
+
+
+def _plain(model: Model) -> Model:
+    """The model without extra zeros, and with one number for each parameter of the family."""
+    plain = model.family.plain
+    if plain is model.family and not model.data.psi:
+        return model
+    return replace(model, family=plain, data=model.data._replace(psi=()))
+
+
+def _psi_coefficients(model: Model, eta: Array) -> Array:
+    """``(s, L)``: of each parameter of the family those that come nearest to the number it starts from."""
+    psi, columns = _psi(model, eta), model.data.psi
+    if not columns:
+        return psi
+    xp, n = namespace(eta), model.effects.row_axes
+    there = model.data.weighted(xp.ones_like(model.data.y)) > 0  # empty places stand for no row
+    found = []
+    for own, Q in zip(psi, columns, strict=True):
+        found.append(own[None] if Q is None else (Q * there).sum(tuple(range(1, 1 + n))) / there.sum(tuple(range(n))) * own)
+    return xp.concatenate(found)
 
 
 def _curvature(model: Model, eta: Array, psi: Array) -> Array:
     """Expected curvature of every row, or the size of the observed one where the family does not know it."""
-    data, family = model.data, model.family
-    if family.has_expected:
-        found: Array = data.weighted(family.expected(eta, data.size, psi).w)
-    else:
-        found = data.weighted(abs(family.derivatives(eta, data.y, data.size, psi).by_eta[2]))
-    return found
+    if model.family.has_expected:
+        return model.expected_curvature(eta, psi).w
+    return abs(model.derivatives(eta, psi).by_eta[2])
 
 
 def _psi(model: Model, eta: Array) -> Array:
@@ -122,7 +142,7 @@ def covariance_start(model: Model, fixed: Array) -> Array:
     shape = (*data.y.shape[:-1], fixed.shape[-1])
     xp = namespace(fixed)
     eta = data.predictor(fixed[:p], xp.zeros(shape, fixed.dtype))
-    at = data.weighted(model.family.derivatives(eta, data.y, data.size, fixed[p:]))
+    at = model.derivatives(eta, fixed[p:])
     w = _curvature(model, eta, fixed[p:])
     scale = scale_of(model, fixed)
     g, A = -effects.effects(at.by_eta[1]), effects.normal(w)

@@ -5,13 +5,15 @@ A likelihood that is not Gaussian has no cross-products that would do for all pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mixjax.bases import Basis, Orthonormal
+from mixjax.bases import Basis, Orthonormal, change_basis
 from mixjax.design import AnyArray, Design
 from mixjax.families import Family, family_of
 from mixjax.machine import is_concrete
@@ -35,6 +37,8 @@ class FamilyRows:
         layout: structure; static. family: static.
         unit: root mean square of Z's columns, a power of two; static. 1 but for links whose predictor must be positive
             and has the scale of the response: there it is that of the predictor.
+        psi_columns: per parameter psi of the family ``(n, r)`` basis of the columns of its linear predictor, of mean
+            square 1, or None where psi is one number; ``()``: all are. psi_bases: the changes to them, likewise.
     """
 
     y: AnyArray
@@ -50,6 +54,8 @@ class FamilyRows:
     layout: Layout
     family: Family
     unit: float = 1.0
+    psi_columns: tuple[AnyArray | None, ...] = ()
+    psi_bases: tuple[Basis | None, ...] = ()
 
     @property
     def n(self) -> int:
@@ -63,6 +69,47 @@ class FamilyRows:
         p: int = self.Q.shape[1]
         return p
 
+    @property
+    def n_psi(self) -> int:
+        """Number of coefficients of the family's parameters: one of each that is one number."""
+        return sum(self.psi_widths)
+
+    @property
+    def psi_widths(self) -> tuple[int, ...]:
+        """Coefficients of each of the family's parameters."""
+        if not self.psi_columns:
+            return (1,) * self.family.n_psi
+        return tuple(1 if own is None else own.shape[1] for own in self.psi_columns)
+
+    @property
+    def psi_change(self) -> np.ndarray:
+        """``(s, s)``: coefficients of the original columns from those of the bases."""
+        found = np.eye(self.n_psi)
+        for basis, place in zip(self.psi_bases, places_of(self.psi_widths), strict=False):
+            if basis is not None:
+                found[place, place] = basis.R_inv
+        return found
+
+    def psi_by_row(self, psi: AnyArray) -> list[AnyArray]:
+        """The family's parameters, each a number or ``(n,)``, from coefficients ``(s,)`` of the original columns."""
+        if not self.psi_columns:
+            return list(psi)
+        bases = self.psi_bases
+        own = [psi[place] for place in places_of(self.psi_widths)]
+        return [
+            coefficients[0] if Q is None or basis is None else Q @ (basis.R @ coefficients)
+            for coefficients, Q, basis in zip(own, self.psi_columns, bases, strict=True)
+        ]
+
+    def refuse_psi_columns(self, what: str, cure: str) -> None:
+        """Raise ValueError where parameters of the family have columns of their own, which ``what`` cannot have yet."""
+        if any(own is not None for own in self.psi_columns):
+            names = zip(self.family.psi_names, self.psi_columns, strict=True)
+            options = dict.fromkeys(
+                "ziformula=" if name == "zero_inflation" else "dispformula=" for name, own in names if own is not None
+            )
+            raise ValueError(f"{what} is not there yet for a model with {' and '.join(options)}: {cure}")
+
     def with_response(self, y: AnyArray) -> FamilyRows:
         """The same rows with another response ``(n,)``, or many ``(B, n)``."""
         return replace(self, y=y)
@@ -70,9 +117,15 @@ class FamilyRows:
 
 jax.tree_util.register_dataclass(
     FamilyRows,
-    data_fields=["y", "size", "weights", "offset", "Q", "X_basis", "Z", "Z_bases", "groups"],
+    data_fields=["y", "size", "weights", "offset", "Q", "X_basis", "Z", "Z_bases", "groups", "psi_columns", "psi_bases"],
     meta_fields=["levels", "layout", "family", "unit"],
 )
+
+
+def places_of(widths: Sequence[int]) -> list[slice]:
+    """Where coefficients of so many columns stand, one set behind the other."""
+    ends = [0, *accumulate(widths)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> FamilyRows:
@@ -107,6 +160,8 @@ def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orth
     scale = float(np.sqrt(in_bases.n))
     basis, unit = in_bases.X_basis, _unit(family, response, design.size)
 
+    psi = [_psi_basis(own, j, scale) for j, own in enumerate(_of_family(design.psi_columns, family))]
+
     def numbers(values: Any) -> Any:
         return np.asarray(values, np.float64) if values is not None and is_concrete(values) else values
 
@@ -124,7 +179,29 @@ def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orth
         layout=in_bases.layout,
         family=family,
         unit=unit,
+        psi_columns=tuple(Q for Q, _ in psi),
+        psi_bases=tuple(basis for _, basis in psi),
     )
+
+
+def _of_family(columns: Sequence[AnyArray | None], family: Family) -> Sequence[AnyArray | None]:
+    """The design's ``psi_columns``, of none ``()``."""
+    if len(columns) not in (0, family.n_psi):
+        raise ValueError(
+            f"psi_columns has {len(columns)} entries; family {family.name!r} has {family.n_psi} parameters "
+            f"({', '.join(family.psi_names)}): give columns or None for each"
+        )
+    return columns if any(own is not None for own in columns) else ()
+
+
+def _psi_basis(columns: AnyArray | None, j: int, scale: float) -> tuple[AnyArray | None, Basis | None]:
+    """Columns of a linear predictor of psi in a basis of mean square 1."""
+    if columns is None:
+        return None, None
+    Q, basis = change_basis(columns, None, scale, full_rank=True)
+    if is_concrete(Q) and (not np.shape(Q)[1] or not np.isfinite(np.asarray(Q)).all()):
+        raise ValueError(f"psi_columns[{j}] has none, or columns that others determine: leave these out")
+    return Q, basis
 
 
 def _unit(family: Family, response: AnyArray, size: AnyArray | None) -> float:
