@@ -121,6 +121,8 @@ class Labels:
         state: the formula as a function of new rows (:class:`mixjax.formula.state.FormulaState`).
         success: what counts as success in a binomial response, as a phrase: ``'cured' is yes (failure: no)``. Empty for
             any other.
+        psi: names of the columns that each of the family's parameters has, ``()`` where it is one number; ``()``
+            alone: all are.
     """
 
     formula: str
@@ -133,6 +135,7 @@ class Labels:
     used: Any = field(default=None, compare=False)
     state: Any = field(default=None, compare=False, repr=False)
     success: str = ""
+    psi: tuple[tuple[str, ...], ...] = ()
 
 
 def check_design(design: Design) -> None:

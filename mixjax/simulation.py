@@ -117,7 +117,8 @@ def simulate_family(
 
     Args:
         design, beta, key, n, first, random, b: as of :func:`simulate_responses`; ``size`` of the design are trials.
-        family: of the response given ``eta = offset + X beta + Z b``. psi: logarithms of its parameters.
+        family: of the response given ``eta = offset + X beta + Z b``. psi: logarithms of its parameters, each
+            a number or, where it has columns, ``(nobs,)``.
         Sigma: per term ``(q, q)``, absolute covariance on the scale of eta.
 
     Returns:
@@ -136,13 +137,16 @@ def simulate_family(
         ((1000, 12), True)
     """
     check_design(replace(design, y=np.zeros(np.shape(design.X)[0])))
-    X, psi = np.asarray(design.X, np.float64), [float(one) for one in psi]
+    X, psi = np.asarray(design.X, np.float64), [np.asarray(one, np.float64) for one in psi]
     nobs, p = X.shape
     beta = np.asarray(beta, np.float64)
     if beta.shape != (p,):
         raise ValueError(f"beta has shape {beta.shape}; this design has {p} fixed effects")
     if len(psi) != family.n_psi:
         raise ValueError(f"psi has {len(psi)} numbers; family {family.name!r} has {family.n_psi} parameters")
+    for one in psi:
+        if one.shape not in ((), (nobs,)):
+            raise ValueError(f"psi has an entry of shape {one.shape}; each is a number, or one for each of {nobs} rows")
     fixed = X @ beta if design.offset is None else X @ beta + np.asarray(design.offset, np.float64)
     size = None if design.size is None else np.asarray(design.size, np.float64)
     columns = random_columns(design)

@@ -23,8 +23,9 @@ from mixjax.face.generalized_summary import (
     generalized_glance,
     generalized_summary,
     generalized_tidy,
+    own_coefficients,
 )
-from mixjax.families import Family, family_of
+from mixjax.families import Family, family_of, zero_inflated
 from mixjax.fitted.batch import with_fixed
 from mixjax.fitted.generalized import GeneralizedFitted, fit_family_rows
 from mixjax.fitted.names import modes_by_group, term_names, values_of_fit
@@ -33,6 +34,7 @@ from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
+from mixjax.formula.own_formulas import refuse_without_parameter
 from mixjax.products.family_rows import rows_in
 
 
@@ -52,6 +54,8 @@ def glmm(
     reml: bool = False,
     check_identifiable: bool = True,
     trusted: bool | None = None,
+    ziformula: str | None = None,
+    dispformula: str | None = None,
 ) -> GLMMFit:
     """Fit a generalised linear mixed model by maximum likelihood, as ``lme4::glmer`` does. Always in float64.
 
@@ -83,6 +87,11 @@ def glmm(
             the random and the fixed effects, of these with a flat prior; variances of few levels are less biased.
         check_identifiable: refuse random effects that the data cannot tell.
         trusted: False where the formula comes from a stranger; see :func:`mixjax.build_design`.
+        ziformula: ``"~ x"``, as in glmmTMB: the logit of the probability that a count is 0 for certain, whatever the
+            rest of the model says. Of families ``"poisson"``, ``"nbinom"``, and ``"binomial"`` with several trials.
+            ``"~ 1"`` is one probability for all rows, None for none. See :attr:`GLMMFit.zi`.
+        dispformula: ``"~ x"``: the logarithm of the family's parameter (size of nbinom, dispersion of gamma and inverse
+            Gaussian, precision of beta, sigma of gaussian) depends on columns. See :attr:`GLMMFit.disp`.
 
     Returns:
         GLMMFit.
@@ -102,6 +111,13 @@ def glmm(
         {'Intercept': -3.195, 'Days': 0.585}
     """
     own = family_of(family, link)
+    if own.plain is not own and ziformula is None:
+        ziformula = "~ 1"
+    inflated, own = own, own.plain
+    formulas = {"dispformula": dispformula, "ziformula": ziformula}
+    refuse_without_parameter(formulas, own)
+    if ziformula is not None:
+        inflated = zero_inflated(own)
     check_likelihood(curvature, nagq, reml)
     theta = check_start(start)
     if is_stream(data):
@@ -109,9 +125,13 @@ def glmm(
             "a generalised linear mixed model needs its rows again and again, and data in chunks are read once: pass a "
             "whole table"
         )
-    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted, own, size)
+    given = {option: text for option, text in formulas.items() if text is not None}
+    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted, own, size, given)
     if check_identifiable:
         refuse_unidentified(*built, own)
+    if len(built.design.psi_columns) > own.n_psi:
+        own = inflated
+        own.check(built.design.y, built.design.size, built.labels.response)
     rows = rows_in(built.design, own, built.design.y, built.basis)
     return GLMMFit(fit_family_rows(rows, built.design, built.labels, theta, curvature, nagq, reml))
 
@@ -248,8 +268,32 @@ class GLMMFit(GeneralizedInferring, GeneralizedPredicting, GeneralizedDiagnosing
 
     @property
     def dispersion(self) -> pd.Series:
-        """The family's own parameters, such as the ``size`` of a negative binomial one; empty where it has none."""
+        """The family's own parameters, such as the ``size`` of a negative binomial one; empty where it has none, or
+        where they depend on columns: see :attr:`disp` and :attr:`zi`."""
         return pd.Series(dispersion(self._fitted), dtype=np.float64, name="dispersion")
+
+    @property
+    def zi(self) -> pd.Series:
+        """Coefficients of ``ziformula``, of the logit of the probability of an extra zero; empty without one.
+
+        Example:
+            >>> import mixjax as mj
+            >>> counts = mj.datasets.load("grouseticks")
+            >>> fit = mj.glmm("TICKS ~ YEAR + (1 | LOCATION)", counts, family="nbinom", ziformula="~ 1")
+            >>> list(fit.zi.index)
+            ['Intercept']
+        """
+        return self._of_component("zi")
+
+    @property
+    def disp(self) -> pd.Series:
+        """Coefficients of ``dispformula``, of the logarithm of the family's parameter that :attr:`dispersion` has in a
+        model without; empty where it is one number."""
+        return self._of_component("disp")
+
+    def _of_component(self, name: str) -> pd.Series:
+        found = own_coefficients(self._fitted).get(name)
+        return pd.Series(dtype=np.float64, name=name) if found is None else found["estimate"].rename(name)
 
     # --- random effects -----------------------------------------------------------------------------------------------
 

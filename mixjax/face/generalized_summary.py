@@ -11,6 +11,7 @@ from mixjax.checks import check_level
 from mixjax.distributions import normal_quantile
 from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
 from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.parameters import component_of, parameters_of_family
 from mixjax.inference.fixed.contrasts import contrast_of
 from mixjax.tables import NotedTable
 
@@ -23,15 +24,37 @@ def z_tests(fitted: GeneralizedFitted) -> pd.DataFrame:
     est = fitted.estimates
     with np.errstate(invalid="ignore"):
         se = np.sqrt(np.diag(est.vcov))
-    found = contrast_of(est.beta, se, np.full(len(se), np.inf))
-    columns = {"estimate": est.beta, "std_error": se, "df": found.df, "statistic": found.statistic, "p_value": found.p}
-    return pd.DataFrame(columns, index=pd.Index(fitted.labels.fixed, name="term"))
+    return _tests_of(est.beta, se, fitted.labels.fixed)
+
+
+def _tests_of(estimate: np.ndarray, se: np.ndarray, names: tuple[str, ...]) -> pd.DataFrame:
+    found = contrast_of(estimate, se, np.full(len(se), np.inf))
+    columns = {"estimate": estimate, "std_error": se, "df": found.df, "statistic": found.statistic, "p_value": found.p}
+    return pd.DataFrame(columns, index=pd.Index(names, name="term"))
 
 
 def dispersion(fitted: GeneralizedFitted) -> dict[str, float]:
-    """The family's own parameters by name, as users know them."""
-    values = np.asarray(fitted.family.natural(fitted.estimates.psi))
-    return dict(zip(fitted.family.psi_names, map(float, values), strict=True))
+    """The family's own parameters by name, as users know them, but for those that depend on columns."""
+    names, values, _ = parameters_of_family(fitted.labels, fitted.family, np.asarray(fitted.estimates.psi))
+    return {name: float(x) for name, x in zip(names, values, strict=True) if name in fitted.family.psi_names}
+
+
+# Component of a model beside the conditional one -> the head of its table.
+COMPONENTS = {"zi": "Zero-inflation model", "disp": "Dispersion model"}
+
+
+def own_coefficients(fitted: GeneralizedFitted) -> dict[str, pd.DataFrame]:
+    """Per component that has a formula, ``"zi"`` and ``"disp"``, the table of its coefficients, as :func:`z_tests`."""
+    est, p = fitted.estimates, fitted.rows.p
+    with np.errstate(invalid="ignore"):
+        errors = np.sqrt(np.diag(est.vcov_all))
+    found, at = {}, 0
+    for name, own in zip(fitted.family.psi_names, fitted.labels.psi, strict=False):
+        place, at = slice(at, at + max(len(own), 1)), at + max(len(own), 1)
+        if own:
+            table = _tests_of(est.psi[place], errors[p + place.start : p + place.stop], own)
+            found[component_of(name)] = table
+    return {name: found[name] for name in COMPONENTS if name in found}
 
 
 @dataclass(frozen=True)
@@ -81,8 +104,12 @@ class GeneralizedSummary(Summary):
             f"Generalized linear mixed model fit by {likelihood} ({how})",
             f"Family: {family.name} ({family.link})",
             f"Formula: {self.fitted.labels.formula}",
+            *(f"{COMPONENTS[name]}: {text}" for name, text in own_formulas(self.fitted).items()),
             *[f"Success: {success}"] * bool(success),
         ]
+
+    def _components(self) -> dict[str, pd.DataFrame]:
+        return {COMPONENTS[name]: table for name, table in own_coefficients(self.fitted).items()}
 
     def _fit_statistics(self) -> dict[str, str]:
         return likelihood_statistics(self.fitted)
@@ -95,6 +122,14 @@ class GeneralizedSummary(Summary):
             return super()._scaled_residuals()
         except ValueError:  # a family that is given by its density alone has no variance
             return ""
+
+
+def own_formulas(fitted: GeneralizedFitted) -> dict[str, str]:
+    """Formulas of the components beside the conditional one."""
+    state = fitted.labels.state
+    own = dict(state.parsed.own) if state is not None else {}
+    options = {"zi": "ziformula", "disp": "dispformula"}
+    return {name: f"~ {own[option].shown}" for name, option in options.items() if option in own}
 
 
 def generalized_summary(fitted: GeneralizedFitted) -> GeneralizedSummary:
@@ -125,6 +160,11 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
     notes = ["wald tests, covariances of the random effects estimated"]
     table = tidy_table(coefficient_table(fitted, z_tests(fitted)), GeneralizedVarCorr(fitted), (), more)
     table = pd.DataFrame(table)
+    components = own_coefficients(fitted)
+    if components:
+        parts = [table.assign(component="cond")]
+        parts += [rows.reset_index().assign(effect="fixed", component=name, group=None) for name, rows in components.items()]
+        table = pd.concat(parts, ignore_index=True)[["effect", "component", *table.columns[1:]]]
     fixed = (table["effect"] == "fixed").to_numpy()
     if level is not None:
         check_level(level)
@@ -132,6 +172,8 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
         table = table.assign(lower=table["estimate"] - width, upper=table["estimate"] + width)
         notes.append(f"{100 * level:g} % intervals of the fixed effects")
     if exponentiate:
+        if components:
+            fixed = fixed & (table["component"] == "cond").to_numpy()
         ratio = np.exp(table["estimate"].where(fixed))
         table["std_error"] = (ratio * table["std_error"]).where(fixed, table["std_error"])
         for name in [own for own in ("estimate", "lower", "upper") if own in table]:

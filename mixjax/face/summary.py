@@ -140,6 +140,7 @@ class Summary(Reported):
             self._scaled_residuals() if self.fitted.kept is not None else "",
             "Random effects:\n" + str(self._varcorr()) + "\n" + self._counts(),
             "Fixed effects:\n" + self._fixed_text(),
+            *(f"{head}:\n{text_table(self._table_of(rows), left=1)}" for head, rows in self._components().items()),
         ]
         if 1 < len(self.fitted.labels.fixed) <= 20:
             parts.append("Correlation of Fixed Effects:\n" + text_table(self._correlation_table(), left=1))
@@ -158,6 +159,10 @@ class Summary(Reported):
             *self._varcorr().beneath(),
             self._counts(),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
+            *(
+                Cells.of(self._table_of(rows, p_value), left=1, title=head)
+                for head, rows in self._components().items()
+            ),
         ]
         how = [] if self.ddf is None or fixed is None else [ddf_note(self.ddf)]
         return Report(parts, [*how, *self._notes()])
@@ -193,8 +198,14 @@ class Summary(Reported):
         groups = "; ".join(f"{name}, {m}" for name, m in group_sizes(self.fitted).items())
         return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
 
+    def _components(self) -> dict[str, pd.DataFrame]:
+        """Coefficients of parts of the model beside the fixed effects, by their heads."""
+        return {}
+
     def _fixed_table(self, p_text: Callable[[float], str] = "{:.3g}".format) -> pd.DataFrame:
-        table = coefficient_table(self.fitted, self.tests)
+        return self._table_of(coefficient_table(self.fitted, self.tests), p_text)
+
+    def _table_of(self, table: pd.DataFrame, p_text: Callable[[float], str] = "{:.3g}".format) -> pd.DataFrame:
         se = table["std_error"].to_numpy()
         decimals = int(np.clip(3 - np.floor(np.log10(se.min())), 0, 12)) if len(se) and se.min() > 0 else 4
         wide = decimals > 8 or (len(se) and np.abs(table["estimate"]).max() >= 1e9)

@@ -182,7 +182,8 @@ class ZeroInflated(Family):
 
     def check(self, y: np.ndarray, size: np.ndarray | None, name: str) -> None:
         self.base.check(y, size, name)
-        check_zeros(np.asarray(y), size, name)
+        single = 1.0 if size is None and self.support == "trials" else size
+        check_zeros(np.asarray(y), single, name)
 
     def natural(self, psi: Sequence[Array]) -> Array:
         """Those of the base, and the probability of an extra zero."""
@@ -201,8 +202,12 @@ class ZeroInflated(Family):
         return namespace(psi).concatenate([own, expit(psi[-1:]) * expit(-psi[-1:])])
 
 
-def check_zeros(y: np.ndarray, size: np.ndarray | None, name: str) -> None:
+def check_zeros(y: np.ndarray, size: np.ndarray | float | None, name: str) -> None:
     """Raise DataError where extra zeros cannot be told."""
+    if size is not None and (np.asarray(size) == 1).all():
+        raise DataError(
+            f"{name}: extra zeros of single trials cannot be told from failures; leave ziformula= out"
+        )
     if y.size and not (y == 0).any():
         raise DataError(f"{name}: no response is 0, so that there are no extra zeros: leave ziformula= out")
 

@@ -32,6 +32,13 @@ from mixjax.simulation import simulate_family
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
 SCALES = ("dispersion", "sigma")
+# What to try where a parameter with a formula runs to infinity.
+CURES = {
+    "ziformula": "a probability of extra zeros runs to 0 or 1: there is no zero inflation beyond what the family has, at "
+    "least in some level of a factor of ziformula=: take ziformula='~ 1', or leave it out",
+    "dispformula": "the dispersion of some rows runs to its bound: look for levels of a factor of dispformula= whose "
+    "rows vary no more than the family without it, or not at all",
+}
 RESIDUALS = ("response", "pearson", "deviance", "working")
 
 
@@ -83,7 +90,7 @@ class GeneralizedFitted(FitStatistics):
     @property
     def npar(self) -> int:
         """Fixed effects, parameters of the family and of the covariances."""
-        return self.rows.p + self.family.n_psi + self.rows.layout.k
+        return self.rows.p + self.rows.n_psi + self.rows.layout.k
 
     # --- at the estimates -------------------------------------------------------------------------------------------
 
@@ -103,8 +110,17 @@ class GeneralizedFitted(FitStatistics):
 
     @cached_property
     def mean(self) -> np.ndarray:
-        """``(n,)`` means given the random effects, of a binomial response of the proportion."""
+        """``(n,)`` means given the random effects, of a binomial response of the proportion; extra zeros count."""
+        return np.asarray(self.family.response_mean(self._mean_of_family, self.psi_by_row))
+
+    @property
+    def _mean_of_family(self) -> np.ndarray:
         return np.asarray(self.family.mean(self.estimates.eta))
+
+    @cached_property
+    def psi_by_row(self) -> list[Any]:
+        """The family's parameters, each a number or ``(n,)``."""
+        return self.rows.psi_by_row(self.estimates.psi)
 
     @property
     def observed(self) -> np.ndarray:
@@ -116,7 +132,7 @@ class GeneralizedFitted(FitStatistics):
     def unit_deviances(self) -> np.ndarray:
         """``(n,)`` R's unit deviances at the conditional means, times weights."""
         rows, est = self.rows, self.estimates
-        own = np.asarray(self.family.deviance(est.eta, rows.y, rows.size, est.psi))
+        own = np.asarray(self.family.deviance(est.eta, rows.y, rows.size, self.psi_by_row))
         weighted: np.ndarray = own if rows.weights is None else own * np.asarray(rows.weights)
         return weighted
 
@@ -133,6 +149,8 @@ class GeneralizedFitted(FitStatistics):
         if kind == "working":
             if self.family.link not in LINKS:
                 raise ValueError(f"link {self.family.link!r} has no known derivative, which working residuals need")
+            if self.family.plain is not self.family:
+                raise ValueError("working residuals are of means without extra zeros: ziformula= has none")
             working: np.ndarray = raw / np.asarray(mean_derivatives(self.family.link, self.estimates.eta)[0])
             return working
         pearson: np.ndarray = raw / self._deviations(of_family=False)
@@ -146,10 +164,10 @@ class GeneralizedFitted(FitStatistics):
 
     def _deviations(self, of_family: bool) -> np.ndarray:
         """``(n,)`` of :attr:`observed` given the random effects; without the family's scale R's variance function."""
-        size, psi = self.rows.size, list(self.estimates.psi)
+        size, psi = self.rows.size, self.psi_by_row
         if not of_family:
             psi = [0.0 if name in SCALES else own for name, own in zip(self.family.psi_names, psi, strict=True)]
-        variance = np.asarray(self.family.variance(self.mean, size, psi))
+        variance = np.asarray(self.family.variance(self._mean_of_family, size, psi))
         if size is not None:
             variance = variance / np.asarray(size) ** 2  # of a proportion
         if self.rows.weights is not None:
@@ -213,7 +231,7 @@ class GeneralizedFitted(FitStatistics):
         est = self.estimates
         b = est.b if random == "fitted" else None
         return simulate_family(
-            self.design, self.family, est.beta, est.Sigma, est.psi, key, n, first, random=random, b=b
+            self.design, self.family, est.beta, est.Sigma, self.psi_by_row, key, n, first, random=random, b=b
         )
 
     def fit_many(
@@ -254,7 +272,9 @@ class GeneralizedFitted(FitStatistics):
         design, labels = self.kept, self.labels
         y = np.asarray(y, np.float64)
         check_values(Response(y, design.size, design.weights, labels.success, None), labels.response, design.offset,
-                     self.family, labels.frame.index)  # fmt: skip
+                     self.family.plain, labels.frame.index)  # fmt: skip
+        if self.family.plain is not self.family:
+            self.family.check(y, design.size, labels.response)
         column = labels.frame.get(labels.response)
         if column is not None and column.dtype.kind in "iuf" and np.array_equal(column, design.y):
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
@@ -302,6 +322,11 @@ def _message(result: Result, design: Design, labels: Labels, family: Family) -> 
     """
     if result.is_solution:
         return result.message
+    if result == Result.UNBOUNDED and labels.psi:
+        options = dict.fromkeys("ziformula" if name == "zero_inflation" else "dispformula"
+                                for name, own in zip(family.psi_names, labels.psi, strict=True) if own)  # fmt: skip
+        cures = [CURES[option] for option in options]
+        return f"{result.message}; {'; or '.join(cures)}"
     found = separation_of(design, labels, family.name)
     if found is None:
         return result.message

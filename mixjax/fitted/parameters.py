@@ -14,6 +14,7 @@ from mixjax.bases import Basis
 from mixjax.design import Labels
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.estimation.glmm import GLMMEstimates
+from mixjax.families import Family
 from mixjax.fitted.information import Information
 from mixjax.fitted.names import Spellings, names_apart, names_of_variances
 from mixjax.machine import silently
@@ -90,9 +91,10 @@ def _inside(kinds: Sequence[str], values: np.ndarray, covariance: np.ndarray) ->
 def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates) -> AllParameters:
     """Every parameter of a generalised linear mixed model: standard deviations and correlations, those of the family on
     the scale that its ``psi_names`` are on, fixed effects. By the delta method from the Hessian of all of them."""
-    p, s, layout = rows.p, rows.family.n_psi, rows.layout
-    variances, family = names_of_variances(labels, layout.structures), rows.family
-    own = names_apart(family.psi_names, [parameter.name for parameter in variances])
+    p, s, layout = rows.p, rows.n_psi, rows.layout
+    variances = names_of_variances(labels, layout.structures)
+    names, of_family, family_slopes = parameters_of_family(labels, rows.family, np.asarray(est.psi))
+    own = names_apart(names, [parameter.name for parameter in variances])
     taken = [*(parameter.name for parameter in variances), *own]
     x, _ = coordinates_in(est.theta, layout, [Z.R for Z in rows.Z_bases])
     k = len(variances)
@@ -100,7 +102,7 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
         natural, by_x = natural_with_slopes(x, layout, rows.Z_bases)
         slopes = np.zeros((k + s + p, p + s + len(x)))
         slopes[:k, p + s :] = by_x
-        slopes[k : k + s, p : p + s] = np.diag(family.natural_slope(est.psi))
+        slopes[k : k + s, p : p + s] = np.diag(family_slopes)
         slopes[k + s :, :p] = np.eye(p)
         covariance = slopes @ est.vcov_all @ slopes.T
     kinds = [parameter.kind for parameter in variances]
@@ -108,17 +110,43 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
     regular = is_covariance(est.vcov_all)
     covariance = np.where(free & free[:, None] & regular, covariance, np.nan)
     return AllParameters(
-        (*taken, *names_apart(labels.fixed, taken)), np.concatenate([natural, family.natural(est.psi), est.beta]),
+        (*taken, *names_apart(labels.fixed, taken)), np.concatenate([natural, of_family, est.beta]),
         covariance, free,
     )  # fmt: skip
+
+
+def parameters_of_family(
+    labels: Labels, family: Family, psi: np.ndarray
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names and values of a family's parameters, and the derivatives of these by psi ``(s,)``: of one that is a number
+    on the scale of its name, of others the coefficients of their formula, ``zi~x`` and ``disp~x``."""
+    each = labels.psi or ((),) * family.n_psi
+    names: list[str] = []
+    values, slopes = np.array(psi, np.float64), np.ones(len(psi))
+    for j, (name, own) in enumerate(zip(family.psi_names, each, strict=True)):
+        at = len(names)
+        names += [f"{component_of(name)}~{column}" for column in own] or [name]
+        if not own:
+            alone = np.zeros(family.n_psi)
+            alone[j] = psi[at]
+            values[at], slopes[at] = family.natural(alone)[j], family.natural_slope(alone)[j]
+    return names, values, slopes
+
+
+def component_of(name: str) -> str:
+    """The part of the model that is a formula of a family's parameter, as broom.mixed calls it."""
+    return "zi" if name == "zero_inflation" else "disp"
 
 
 def of_variances(every: AllParameters, labels: Labels, rows: FamilyRows) -> VarianceParameters:
     """The part of all parameters of a generalised linear mixed model that is not fixed effects."""
     variances, family = names_of_variances(labels, rows.layout.structures), rows.family
-    # Those of a family of the user's own are as they are estimated.
-    own = "positive" if np.array_equal(family.natural([0.0] * family.n_psi), np.ones(family.n_psi)) else "real"
-    kinds = (*(parameter.kind for parameter in variances), *(own,) * family.n_psi)
+    # Those of a family of the user's own are as they are estimated, as are coefficients.
+    nothing = [0.0] * family.plain.n_psi
+    own = "positive" if np.array_equal(family.plain.natural(nothing), np.ones(len(nothing))) else "real"
+    each = labels.psi or ((),) * family.n_psi
+    of_family = [own if not names and j < len(nothing) else "real" for j, names in enumerate(each) for _ in names or "1"]
+    kinds = (*(parameter.kind for parameter in variances), *of_family)
     k = len(kinds)
     return VarianceParameters(every.names[:k], kinds, every.estimate[:k], every.covariance[:k, :k], every.free[:k])
 

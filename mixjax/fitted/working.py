@@ -24,7 +24,7 @@ def working_products(design: Design, rows: FamilyRows, est: GLMMEstimates) -> Cr
     log-concave may have rows with ``c'' < 0``: these are taken away from the sums of the others, so that sums are what
     they should be, negative weights and all. Only ``yy`` and the number of rows have no meaning then.
     """
-    _, c1, c2, *_ = rows.family.derivatives(est.eta, rows.y, rows.size, list(est.psi)).by_eta
+    _, c1, c2, *_ = rows.family.derivatives(est.eta, rows.y, rows.size, rows.psi_by_row(est.psi)).by_eta
     if rows.weights is not None:
         c1, c2 = c1 * np.asarray(rows.weights), c2 * np.asarray(rows.weights)
     weights = np.maximum(np.abs(c2), LEAST * np.abs(c2).max(initial=1.0))

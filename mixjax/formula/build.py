@@ -25,7 +25,9 @@ from mixjax.formula.checks import (
 )
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
 from mixjax.formula.evaluate import Columns, Learnt, columns_of, evaluate, numbers
-from mixjax.formula.parse import Group, ParsedFormula, parse
+from mixjax.formula.own_formulas import own_columns, parse_own
+from mixjax.formula.parse import Group, ParsedFormula
+from mixjax.formula.parse import parse as parse_formula
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
 from mixjax.formula.state import FormulaState, kinds_of
@@ -119,15 +121,17 @@ def build(
     trusted: bool | None,
     family: Any = None,
     size: Any = None,
+    own: Mapping[str, str] | None = None,
 ) -> Built:
     """:func:`build_design`, with what was found on the way: orthonormalising X is most of the work on long tables.
 
     Args:
         caller: names that the formula may use beside columns.
+        family: without extra zeros. own: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``.
     """
     check_family(family, size)
     available = column_names(data)
-    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family)
+    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, own)
     if not parsed.random:
         raise FormulaError(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
@@ -159,6 +163,8 @@ def build(
         X, kept, basis = full_rank(X, fixed.names, None, spare="for random effects")
     trials_from = trials.get(response.size_from or "")
 
+    of_psi = {part.option: part for part in own_columns(parsed, frame, known)}
+    by_psi = [of_psi.get("dispformula")] * getattr(family, "n_psi", 0) + [of_psi[k] for k in of_psi if k == "ziformula"]
     random = _random_terms(parsed, frame, known)
     design = Design(
         y=response.y,
@@ -167,6 +173,7 @@ def build(
         weights=response.weights,
         offset=total_offset,
         size=response.size,
+        psi_columns=tuple(part and part.X for part in by_psi) if of_psi else (),
     )
     state = FormulaState(
         parsed=parsed,
@@ -182,6 +189,7 @@ def build(
         kinds=kinds_of(frame, parsed),
         levels={part.labels.group: part.levels for part in random},
         size=trials_from if isinstance(trials_from, str) else None,
+        psi=tuple(part and (part.columns, part.kept) for part in by_psi) if of_psi else (),
     )
     names = np.array(fixed.names, object)
     labels = Labels(
@@ -195,6 +203,7 @@ def build(
         used=None if used.all() else used,
         state=state,
         success=response.success,
+        psi=tuple(part.names if part else () for part in by_psi) if of_psi else (),
     )
     return Built(design, labels, basis)
 
@@ -216,12 +225,26 @@ def _offsets(
 
 
 def read_formula(
-    formula: str, available: list[str], caller: Mapping[str, Any], trusted: bool, data: Any = None, family: Any = None
+    formula: str,
+    available: list[str],
+    caller: Mapping[str, Any],
+    trusted: bool,
+    data: Any = None,
+    family: Any = None,
+    own: Mapping[str, str] | None = None,
 ) -> tuple[ParsedFormula, Context]:
     """The parts of a formula, and the values of the names in it that are no columns.
 
-    An array of the caller's that is read by its bare name stands for a column. A family lets ``cbind()`` be a response.
+    An array of the caller's that is read by its bare name stands for a column. A family lets ``cbind()`` be a response;
+    ``own`` are formulas of its parameters.
     """
+
+    def parse(formula: str, columns: list[str]) -> ParsedFormula:
+        read = [(option, parse_own(option, text, columns)) for option, text in (own or {}).items()]
+        return replace(
+            parse_formula(formula, columns), own=tuple((option, effects) for option, effects in read if effects)
+        )
+
     parsed = parse(formula, available)
     arrays = [name for e in (parsed.response, *parsed.predictors) for name in e.names if _is_array(caller.get(name))]
     if arrays and trusted:
@@ -389,6 +412,7 @@ def with_contrasts(
         own = [e for e in parsed.effects if e.code in ("__c0__", "C(__c0__)") and e.columns == (name,)]
         if not own:
             there = [str(parsed.fixed), *(f"({part.effects} | {part.group.name})" for part in parsed.random)]
+            there += [f"{option} {effects}" for option, effects in parsed.own]
             raise DataError(f"contrasts= names '{name}', which is in none of the effects: {', '.join(there)}")
         if any(e.column for e in own) and pd.api.types.is_numeric_dtype(frame[name]) and frame[name].dtype != bool:
             raise DataError(f"contrasts= names '{name}', which is numeric: make it a category first")
@@ -403,7 +427,8 @@ def with_contrasts(
         return replace(effects, expressions=tuple(found.get(e.shown, e) for e in effects.expressions))
 
     random = tuple(replace(part, effects=coded_as_asked(part.effects)) for part in parsed.random)
-    return replace(parsed, fixed=coded_as_asked(parsed.fixed), random=random)
+    own_effects = tuple((option, coded_as_asked(effects)) for option, effects in parsed.own)
+    return replace(parsed, fixed=coded_as_asked(parsed.fixed), random=random, own=own_effects)
 
 
 def full_rank(

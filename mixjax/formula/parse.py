@@ -66,6 +66,7 @@ class ParsedFormula:
         offsets: expressions inside ``offset(...)``.
         random: random terms in the order written; ``(1 | a/b)`` gives two.
         pair: what ``cbind()`` holds where it is the response; empty for any other response.
+        own: formulas of the family's parameters, each with the name of the option that it is.
     """
 
     text: str
@@ -74,6 +75,7 @@ class ParsedFormula:
     offsets: tuple[Expression, ...]
     random: tuple[RandomPart, ...]
     pair: tuple[Expression, ...] = ()
+    own: tuple[tuple[str, Effects], ...] = ()
 
     @property
     def predictors(self) -> tuple[Expression, ...]:
@@ -82,8 +84,9 @@ class ParsedFormula:
 
     @property
     def effects(self) -> tuple[Expression, ...]:
-        """Factors of the fixed effects and of the effects of random terms."""
-        return tuple(chain(self.fixed.expressions, *(part.effects.expressions for part in self.random)))
+        """Factors of the fixed effects, of the effects of random terms, and of the family's parameters."""
+        parts = (*(part.effects for part in self.random), *(effects for _, effects in self.own))
+        return tuple(chain(self.fixed.expressions, *(part.expressions for part in parts)))
 
 
 def parse(text: str, columns: Collection[str] = ()) -> ParsedFormula:

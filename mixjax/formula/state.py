@@ -50,6 +50,8 @@ class FormulaState:
         contrasts: as given. context: names beside columns, with their values then.
         kinds: column that expressions read -> dtype in the fit.
         levels: grouping factor -> ``(m, columns)`` names of the values that make every level.
+        psi: of each of the family's parameters its formula as a function of rows, and which of its columns are in the
+            fit, or None; ``()`` where none has one.
     """
 
     parsed: ParsedFormula
@@ -65,6 +67,7 @@ class FormulaState:
     kinds: Mapping[str, Any]
     levels: Mapping[str, np.ndarray]
     size: str | None = None
+    psi: tuple[tuple[Columns, np.ndarray] | None, ...] = ()
 
     @property
     def predictors(self) -> tuple[str, ...]:
