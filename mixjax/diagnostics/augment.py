@@ -102,7 +102,7 @@ def _generalized(fitted: GeneralizedFitted) -> pd.DataFrame:
         ".pearson_resid": fitted.residuals("pearson"),
         ".response_resid": fitted.residuals("response"),
     }
-    if fitted.family.link in LINKS:
+    if fitted.family.link in LINKS and fitted.family.plain is fitted.family:
         columns[".working_resid"] = fitted.residuals("working")
     columns[".std_resid"] = scaled_
     columns[".student_resid"] = np.where(left > NOTHING, scaled_ / np.sqrt(np.maximum(left, NOTHING)), np.nan)

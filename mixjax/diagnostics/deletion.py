@@ -87,4 +87,5 @@ def _subset(design: Design, keep: np.ndarray) -> Design:
         return None if a is None else np.asarray(a)[keep]
 
     terms = tuple(replace(term, Z=some(term.Z), group=some(term.group)) for term in design.terms)
-    return Design(some(design.y), some(design.X), terms, some(design.weights), some(design.offset), some(design.size))
+    return Design(some(design.y), some(design.X), terms, some(design.weights), some(design.offset), some(design.size),
+                  tuple(some(own) for own in design.psi_columns))  # fmt: skip

@@ -47,9 +47,9 @@ def overdispersion(fitted: GeneralizedFitted, key: Any = 0, n: int = 250) -> pd.
 
 def pearson_of(fitted: GeneralizedFitted, Y: np.ndarray, eta: np.ndarray) -> np.ndarray:
     """``(B, n)`` of responses and linear predictors, over the standard deviations that the family gives there."""
-    family, rows, psi = fitted.family, fitted.rows, list(fitted.estimates.psi)
-    mean = np.asarray(family.mean(eta))
-    variance = np.asarray(family.variance(mean, rows.size, psi))
+    family, rows, psi = fitted.family, fitted.rows, fitted.psi_by_row
+    mean = np.asarray(family.response_mean(family.mean(eta), psi))
+    variance = np.asarray(family.variance(family.mean(eta), rows.size, psi))
     if rows.weights is not None:
         variance = variance / np.asarray(rows.weights)
     expected = mean if rows.size is None else mean * np.asarray(rows.size)

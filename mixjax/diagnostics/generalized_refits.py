@@ -35,6 +35,8 @@ def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str
     if method == "one-step" and (fitted.reml or fitted.nagq == 0):
         own = "reml=True" if fitted.reml else "nagq=0"
         raise ValueError(f"one step is of the likelihood of all parameters together, this fit has {own}: use 'exact'")
+    cure = "compare this fit with those of tables without the unit, glmm(..., subset=...)"
+    fitted.rows.refuse_psi_columns("influence", cure)
     R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
     if not (fitted.estimates.converged and np.isfinite(vcov).all()):
         message = fitted.optimizer.message.rstrip(".")

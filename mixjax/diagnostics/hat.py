@@ -112,7 +112,7 @@ def working_weights(fitted: GeneralizedFitted) -> np.ndarray:
     """``(n,)`` curvature of the rows' minus log densities by the linear predictor at the modes, times case weights: the
     observed one, or the expected one where some row's is negative, as happens to families that are not log-concave."""
     family, est, rows = fitted.family, fitted.estimates, fitted.rows
-    psi = list(est.psi)
+    psi = fitted.psi_by_row
     found = np.asarray(family.derivatives(est.eta, rows.y, rows.size, psi).by_eta[2])
     if (found < 0).any():
         if not family.has_expected:

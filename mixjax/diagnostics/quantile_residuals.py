@@ -102,7 +102,7 @@ def quantile_residuals(
     with float64():
         own, places = jax.random.split(raw_key(key))
     Y = fitted.simulate(own, n, random=random)
-    zeros = isinstance(fitted, GeneralizedFitted) and fitted.family.name in COUNTS
+    zeros = isinstance(fitted, GeneralizedFitted) and fitted.family.plain.name in COUNTS
     return QuantileResiduals(y, Y, places, fitted.labels.frame, f"random effects {random}", zeros)
 
 

@@ -42,7 +42,8 @@ class GLMMParams(NamedTuple):
         chol: per term ``(q (q + 1) / 2,)``: Cholesky factor of the absolute covariance of its effects, columns of the
             lower triangle, the diagonal as logarithms; of a covariance with a structure its own ``(k,)`` coordinates,
             as in :class:`mixjax.MarginalParams`.
-        psi: ``(s,)`` logarithms of the family's parameters; empty for binomial and Poisson.
+        psi: ``(s,)`` logarithms of the family's parameters, or coefficients of their columns; empty for binomial and
+            Poisson.
     """
 
     beta: AnyArray
@@ -230,9 +231,11 @@ def gathered_model(rows: FamilyRows, expected: bool = False) -> Model:
     effects: Any = Gathered(
         tuple(map(jnp.asarray, rows.Z)), tuple(map(jnp.asarray, rows.groups)), rows.levels, rows.layout
     )
+    psi = tuple(None if Q is None else jnp.asarray(Q).T[..., None] for Q in rows.psi_columns)
     data = Data(
-        column(rows.y), column(rows.size), column(rows.weights), column(rows.offset), jnp.asarray(rows.Q).T[..., None]
-    )
+        column(rows.y), column(rows.size), column(rows.weights), column(rows.offset), jnp.asarray(rows.Q).T[..., None],
+        psi,
+    )  # fmt: skip
     return Model(effects, data, rows.family, expected, unit=rows.unit)
 
 
@@ -297,7 +300,7 @@ def objective(point: Point, rows: FamilyRows, expected: bool = False, nagq: int 
 def in_bases(beta: Array, psi: Array, lambdas: list[Array], rows: FamilyRows) -> Point:
     """Parameters of the user's columns -> of the bases."""
     own = [jnp.asarray(Z.R) @ Lambda for Z, Lambda in zip(rows.Z_bases, lambdas, strict=True)]
-    return Point(jnp.concatenate([jnp.asarray(rows.X_basis.R) @ beta, jnp.asarray(psi, beta.dtype).reshape(-1)]), own)
+    return Point(rows.fixed_in_bases(beta, jnp.asarray(psi, beta.dtype).reshape(-1)), own)
 
 
 def glmm_loglik(params: GLMMParams, data: FamilyRows, nagq: int = 1) -> Array:
@@ -347,7 +350,7 @@ def _loglik(params: GLMMParams, data: FamilyRows, nagq: int) -> Array:
 
 def _check(params: GLMMParams, data: FamilyRows) -> None:
     """Raise ValueError for parameters that would broadcast to something else than the model's."""
-    wanted = ((data.p,), tuple((s.k,) for s in data.layout.structures), (data.family.n_psi,))
+    wanted = ((data.p,), tuple((s.k,) for s in data.layout.structures), (data.n_psi,))
     found = (np.shape(params.beta), tuple(map(np.shape, params.chol)), np.shape(params.psi))
     for name, a, b in zip(GLMMParams._fields, found, wanted, strict=True):
         if a != b:

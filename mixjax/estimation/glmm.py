@@ -195,7 +195,7 @@ def estimates_of(rows: FamilyRows, model: Model, solution: Solution, last: End) 
     own_H = signs[:, None] * H * signs
     own_inverse = solve_where(np.concatenate([np.ones(n, bool), own_free]), own_H, np.eye(len(H)))
     to_user = np.eye(len(H))
-    to_user[:p, :p], to_user[p:n, p:n] = rows.X_basis.R_inv, rows.psi_change
+    to_user[:n, :n] = rows.fixed_change
     covariance = to_user @ (2.0 * own_inverse) @ to_user.T
     code = int(result_code(Solution(*(part[..., 0] for part in solution)), own))
     if code in (Result.CONVERGED, Result.NONDIFFERENTIABLE):
@@ -206,7 +206,7 @@ def estimates_of(rows: FamilyRows, model: Model, solution: Solution, last: End) 
     return GLMMEstimates(
         theta=theta,
         beta=rows.X_basis.R_inv @ last.fixed[:p, 0],
-        psi=rows.psi_change @ last.fixed[p:, 0],
+        psi=rows.psi_of_bases(last.fixed[p:, 0]),
         Sigma=tuple(L @ L.T for L in own.lambdas),
         vcov=covariance[:p, :p],
         vcov_all=covariance,
@@ -255,7 +255,7 @@ def conditional_covariances(rows: FamilyRows, est: GLMMEstimates) -> list[np.nda
         model = model_of(rows)
         effects: Any = model.effects
         eta = _placed(effects, est.eta)[..., None]
-        psi = _psi_in_bases(rows, est)
+        psi = rows.fixed_in_bases(est.beta, est.psi)[rows.p :, None]
         lambdas = cov.lambdas_of_theta(est.theta, rows.layout.qs)
         inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
         curvature = model.derivatives(eta, psi).by_eta[2]
@@ -271,12 +271,6 @@ def conditional_covariances(rows: FamilyRows, est: GLMMEstimates) -> list[np.nda
     return found
 
 
-def _psi_in_bases(rows: FamilyRows, est: GLMMEstimates) -> np.ndarray:
-    """``(s, 1)``, as the model takes them."""
-    found: np.ndarray = np.linalg.solve(rows.psi_change, np.asarray(est.psi))[:, None]
-    return found
-
-
 def mode_slopes(rows: FamilyRows, est: GLMMEstimates) -> tuple[np.ndarray, ...]:
     """Per term ``(p + s + k, n_groups, q)``: derivatives of the conditional modes by beta, psi and the coordinates of
     the covariances, those of ``vcov_all``.
@@ -287,18 +281,16 @@ def mode_slopes(rows: FamilyRows, est: GLMMEstimates) -> tuple[np.ndarray, ...]:
     with silently():
         model = model_of(rows)
         effects: Any = model.effects
-        at = model.derivatives(_placed(effects, est.eta)[..., None], _psi_in_bases(rows, est))
+        fixed = rows.fixed_in_bases(est.beta, est.psi)[:, None]
+        at = model.derivatives(_placed(effects, est.eta)[..., None], fixed[rows.p :])
         lambdas = cov.lambdas_of_theta(est.theta, rows.layout.qs)
         inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
         _, c1, c2, *_ = at.by_eta
         gain = effects.gain(inside, effects.normal(c2))
-        # Coefficients of X in its basis are R beta.
-        columns = np.einsum("a...,ab->b...", np.asarray(model.data.X), rows.X_basis.R)
-        pushes = [c2 * column for column in columns] + [np.broadcast_to(own[1], c1.shape) for own in at.by_psi]
-        if rows.psi_columns:
-            s = len(at.by_psi)
-            by_psi = np.linalg.inv(rows.psi_change).T @ np.stack(pushes[len(pushes) - s :]).reshape(s, -1)
-            pushes[len(pushes) - s :] = by_psi.reshape(s, *c1.shape)
+        pushes = [c2 * column for column in np.asarray(model.data.X)]
+        pushes += [np.broadcast_to(own[1], c1.shape) for own in at.by_psi]
+        if pushes:  # of the original columns
+            pushes = list(np.einsum("a...,ab->b...", np.stack(pushes), np.linalg.inv(rows.fixed_change)))
         x, _ = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
         jacobian = chain(x[:, None], np.zeros((len(directions_of(rows.layout)), 1)), rows.layout)[0][..., 0]
         moved = effects.moved(-effects.effects(c1))

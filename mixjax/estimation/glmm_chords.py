@@ -56,14 +56,14 @@ def reference_of(rows: FamilyRows, model: Model, est: GLMMEstimates) -> Referenc
     """None unless the fit, of rows and model, is a regular minimum."""
     if est.result != Result.CONVERGED or est.singular:
         return None
-    n, p = len(est.beta) + len(est.psi), len(est.beta)
+    n = len(est.beta) + len(est.psi)
     x, free = coordinates_in(est.theta, rows.layout, [np.asarray(Z.R) for Z in rows.Z_bases])
     to_basis = np.eye(n + len(x))
-    to_basis[:p, :p] = rows.X_basis.R
+    to_basis[:n, :n] = np.linalg.inv(rows.fixed_change)
     covariance = to_basis @ est.vcov_all @ to_basis.T
     if not free.all() or not np.isfinite(covariance).all():
         return None
-    fixed = np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+    fixed = rows.fixed_in_bases(est.beta, est.psi)[:, None]
     return Reference(x[:, None], fixed - fixed_start(model, 1), 2.0 * np.linalg.inv(covariance))
 
 

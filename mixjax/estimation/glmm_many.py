@@ -409,7 +409,7 @@ class _Lanes:
         values: dict[str, Any] = {
             "theta": cov.theta_of_lambdas(own.lambdas),
             "beta": rows.X_basis.R_inv @ fixed[:p],
-            "psi": fixed[p:],
+            "psi": rows.psi_of_bases(fixed[p:]),
             "criterion": value,
             "converged": np.isin(code, [int(one) for one in Result if one.is_solution]),
             "singular": own.deficient,
@@ -422,7 +422,7 @@ class _Lanes:
             values["Sigma"] = tuple(linalg.matmul(L, linalg.transpose(L)) for L in own.lambdas)
         if self.exact:
             to_user = np.eye(len(H))
-            to_user[:p, :p] = rows.X_basis.R_inv
+            to_user[:n, :n] = rows.fixed_change
             # Signs of the search's coordinates are free, so the covariance is that of those which theta has.
             own_x, _ = coordinates_in(values["theta"], rows.layout, [np.asarray(Z.R)[..., None] for Z in rows.Z_bases])
             sign = np.concatenate([np.ones((n, len(at))), np.where(own_x * x < 0, -1.0, 1.0)])

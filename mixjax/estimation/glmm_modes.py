@@ -31,7 +31,7 @@ def predictors_at_modes(rows: FamilyRows, est: GLMMEstimates, Y: np.ndarray) -> 
             model, lanes = (model, 1) if beside is None else (replace(model, effects=beside), lanes)
         lambdas = cov.lambdas_of_theta(np.asarray(est.theta), rows.layout.qs)
         inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
-        fixed = np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+        fixed = rows.fixed_in_bases(est.beta, est.psi)[:, None]
         found = np.empty(Y.shape)
         for first in range(0, len(Y), lanes):
             own = np.asarray(Y[first : first + lanes], np.float64)

@@ -213,7 +213,7 @@ def fit_rows_by_quadrature(rows: FamilyRows, nagq: int, start: np.ndarray | None
         x0 = cov.near([(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)], structures)
         deviations = np.concatenate([np.isin(np.arange(s.k), s.deviations) for s in structures])[:, None]
         x0 = np.where(deviations & (np.abs(x0) < LEAST_START), LEAST_START, x0)
-        fixed = np.concatenate([rows.X_basis.R @ begin.beta, begin.psi])[:, None]
+        fixed = rows.fixed_in_bases(begin.beta, begin.psi)[:, None]
         nowhere = np.zeros((*model.effects.effect_shape, 1))
         memory: Memory | None = None
 

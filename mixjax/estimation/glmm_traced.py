@@ -97,7 +97,7 @@ def _of_words(words: Any) -> np.ndarray:
 
 def _optimum(data: FamilyRows, fit: Callable[[FamilyRows], Any]) -> Optimum:
     """By a call from the program; lanes of ``vmap`` are fitted one after the other."""
-    T = data.p + data.family.n_psi + sum(s.k for s in data.layout.structures)
+    T = data.p + data.n_psi + sum(s.k for s in data.layout.structures)
 
     def of_words(words: FamilyRows) -> tuple[np.ndarray, np.ndarray]:
         rows = jax.tree.map(_of_words, words)
@@ -107,7 +107,7 @@ def _optimum(data: FamilyRows, fit: Callable[[FamilyRows], Any]) -> Optimum:
         est = fit(rows)
         with silently():
             x, free = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
-            phi = np.concatenate([rows.X_basis.R @ est.beta, est.psi, x])
+            phi = np.concatenate([rows.fixed_in_bases(est.beta, est.psi), x])
         floats = np.concatenate([phi, np.ravel(est.vcov_all), [est.grad_norm, est.mode_error]])
         integers = np.concatenate([np.ones(T - len(x)), free, [est.singular, est.iterations, est.result]])
         return floats.view(np.uint32).reshape(-1, 2), integers.astype(np.int32)
@@ -134,7 +134,7 @@ def _optimum(data: FamilyRows, fit: Callable[[FamilyRows], Any]) -> Optimum:
 
 
 def _point(phi: Array, data: FamilyRows) -> Point:
-    n = data.p + data.family.n_psi
+    n = data.p + data.n_psi
     return Point(phi[:n], cov.factors_of(phi[n:], data.layout.structures))
 
 
@@ -151,7 +151,7 @@ def _objective_of(curvature: str) -> Callable[[Array, FamilyRows], Array]:
 @partial(jit, static_argnames="curvature")
 def _of_optimum(found: Optimum, data: FamilyRows, curvature: str) -> dict[str, Array]:
     """What follows from the coordinates, and themselves, ``phi``, with their derivatives."""
-    p, n, layout = data.p, data.p + data.family.n_psi, data.layout
+    p, n, layout = data.p, data.p + data.n_psi, data.layout
     fun = _objective_of(curvature)
     phi = as_minimum(fun, found.phi, found.free, found.result == int(Result.CONVERGED), data)
     point = _point(phi, data)
@@ -162,7 +162,7 @@ def _of_optimum(found: Optimum, data: FamilyRows, curvature: str) -> dict[str, A
         # Where there are no derivatives, the zeros of theta, which are constants, have none either.
         "theta": cov.theta_of_lambdas(own.lambdas) + 0.0 * phi.sum(),
         "beta": data.X_basis.R_inv @ phi[:p],
-        "psi": phi[p:n],
+        "psi": data.psi_of_bases(phi[p:n]),
         "Sigma": tuple(L @ L.T for L in own.lambdas),
         "b": _by_term(b, data),
         "eta": gathered_model(data).predictor(point.fixed[:, None], b)[:, 0],
@@ -209,11 +209,11 @@ def _moved_covariance(free: Array, at: Any, along: Any, curvature: str) -> Array
     """How the covariance moves: a program of its own, for third derivatives take long to compile."""
 
     def covariance(phi: Array, data: FamilyRows) -> Array:
-        p, one = data.p, jnp.eye(len(phi))
+        n, one = data.p + data.n_psi, jnp.eye(len(phi))
         H = jax.hessian(_objective_of(curvature))(phi, data)
         among = free[:, None] & free[None]
         inverse = jnp.where(among, jnp.linalg.inv(jnp.where(among, H, one)), 0.0)
-        to_user = one.at[:p, :p].set(data.X_basis.R_inv)
+        to_user = one.at[:n, :n].set(data.fixed_change)
         return to_user @ (2.0 * inverse) @ to_user.T
 
     moved: Array = jax.jvp(covariance, at, along)[1]

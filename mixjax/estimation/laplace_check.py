@@ -129,7 +129,7 @@ def laplace_check(
         structures = rows.layout.structures
         lambdas = cov.lambdas_of_theta(np.asarray(estimates.theta, np.float64), rows.layout.qs)
         x = cov.near([(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)], structures)
-        fixed = np.concatenate([rows.X_basis.R @ estimates.beta, estimates.psi])[:, None]
+        fixed = rows.fixed_in_bases(estimates.beta, estimates.psi)[:, None]
         at = laplace_at(model, fixed, x, np.zeros((*model.effects.effect_shape, 1)))
         q = rows.Z[0].shape[1]
         possible = len(rows.levels) == 1 and q <= MOST_EFFECTS
@@ -155,10 +155,10 @@ def _shifts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A Newton step with the gradient that Laplace's approximation lacks, in standard errors, for the user's columns;
     and its standard errors, of independent ones of the gradient."""
-    n, p = model.n_fixed, model.p
+    n = model.n_fixed
     free = ~np.concatenate([np.zeros(n, bool), zero_roots(x, model.layout)[:, 0]])
     to_user = np.eye(len(gradient))
-    to_user[:p, :p] = rows.X_basis.R_inv
+    to_user[:n, :n] = rows.fixed_change
     inverse = np.zeros_like(at.Hessian)
     inverse[np.ix_(free, free)] = np.linalg.inv(at.Hessian[np.ix_(free, free)])
     of_gradient = to_user @ inverse

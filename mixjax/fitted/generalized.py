@@ -20,7 +20,13 @@ from mixjax.estimation.laplace_check import LaplaceCheck, laplace_check
 from mixjax.families import Family
 from mixjax.families.links import LINKS, mean_derivatives
 from mixjax.fitted.names import terms_of_group
-from mixjax.fitted.parameters import AllParameters, VarianceParameters, generalized_parameters, of_variances
+from mixjax.fitted.parameters import (
+    AllParameters,
+    VarianceParameters,
+    coefficient_names,
+    generalized_parameters,
+    of_variances,
+)
 from mixjax.fitted.search_end import FitStatistics, OptimizerInfo, warn_of_convergence
 from mixjax.fitted.working import working_products
 from mixjax.formula.response import Response, check_values
@@ -122,6 +128,11 @@ class GeneralizedFitted(FitStatistics):
         """The family's parameters, each a number or ``(n,)``."""
         return self.rows.psi_by_row(self.estimates.psi)
 
+    def refuse_extra_zeros(self, what: str, cure: str) -> None:
+        """Raise ValueError where means of the response have extra zeros, which ``what`` does not know."""
+        if self.family.plain is not self.family:
+            raise ValueError(f"{what} is not there yet for a model with ziformula=: {cure}")
+
     @property
     def observed(self) -> np.ndarray:
         """``(n,)`` the response on the scale of :attr:`mean`."""
@@ -216,7 +227,7 @@ class GeneralizedFitted(FitStatistics):
             kind = next(kind for kind, own in other.items() if own)
             raise ValueError(f"what is checked is a fit by Laplace's approximation; this one is {kind}")
         found = laplace_check(self.rows, self.estimates, key, nagq, n)
-        names = [*self.labels.fixed, *(f"log {name}" for name in self.family.psi_names)]
+        names = [*self.labels.fixed, *coefficient_names(self.labels, self.family)]
         for term, place in zip(self.labels.terms, self.rows.layout.terms, strict=True):
             natural = [parameter.name(term.effects, term.group) for parameter in place.structure.natural]
             several = [f"coordinate {j + 1} of the covariance|{term.group}" for j in range(place.structure.k)]

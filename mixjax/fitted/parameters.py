@@ -133,6 +133,13 @@ def parameters_of_family(
     return names, values, slopes
 
 
+def coefficient_names(labels: Labels, family: Family) -> list[str]:
+    """Of psi ``(s,)`` as it is estimated: ``log size``, ``zi~x``."""
+    names = parameters_of_family(labels, family, np.zeros(sum(len(own) or 1 for own in labels.psi) or family.n_psi))[0]
+    scale = {name: "logit" if name == "zero_inflation" else "log" for name in family.psi_names}
+    return [f"{scale[name]} {name}" if name in scale else name for name in names]
+
+
 def component_of(name: str) -> str:
     """The part of the model that is a formula of a family's parameter, as broom.mixed calls it."""
     return "zi" if name == "zero_inflation" else "disp"

@@ -129,6 +129,8 @@ class NewRows:
         offset: ``(m,)``. weights: ``(m,)`` precision weights, or None where they are not known. size: ``(m,)`` numbers
             of trials, or None where they are not known or there are none.
         index: labels of all rows of the table. complete: ``(rows,)``.
+        psi: per parameter of the family ``(m, r)`` its columns that are in the fit, or None; ``()`` where they are not
+            needed.
     """
 
     X: np.ndarray
@@ -140,6 +142,7 @@ class NewRows:
     index: pd.Index
     complete: np.ndarray
     size: np.ndarray | None = None
+    psi: tuple[np.ndarray | None, ...] = ()
 
 
 def new_rows(
@@ -150,6 +153,7 @@ def new_rows(
     allow_new_levels: bool = False,
     weights: bool = False,
     trials: bool = False,
+    psi: Sequence[bool] = (),
 ) -> NewRows:
     """The rows of a new table in the terms of a fit.
 
@@ -161,7 +165,8 @@ def new_rows(
         allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused. A row
             without a value that the effects read too is not complete.
         weights: whether precision weights are needed. trials: whether numbers of trials are: the column that the fit
-            had as ``size=``; those of ``cbind()`` where newdata have them.
+            had as ``size=``; those of ``cbind()`` where newdata have them. psi: per parameter of the family whether the
+            columns of its formula are.
 
     Raises:
         DataError: a column is missing or of the wrong kind; a category, or a level that is not allowed, is unknown;
@@ -173,10 +178,12 @@ def new_rows(
     state: FormulaState = labels.state
     random = [columns for columns, wanted in zip(state.random, effects, strict=True) if wanted]
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
-    table, index = _table(state, newdata, [state.fixed, *random], list(groups), weights, trials)
+    of_psi = [part if wanted else None for part, wanted in zip(state.psi, psi, strict=False)]
+    own = [part[0] for part in of_psi if part is not None]
+    table, index = _table(state, newdata, [state.fixed, *random, *own], list(groups), weights, trials)
     missing = missing_in(table)
     columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
-    read = {name for part in (state.fixed, *random) for name in part.effects.columns}
+    read = {name for part in (state.fixed, *random, *own) for name in part.effects.columns}
     levels_only = dict.fromkeys(name for group in groups for name in columns_of[group])
     only = {n: missing.pop(n) for n in levels_only if n in missing and n not in {*read, *state.predictors}}
     without = _any(only, len(index))
@@ -208,6 +215,7 @@ def new_rows(
         index,
         complete,
         _trials(state, frame) if trials else None,
+        tuple(None if part is None else part[0].of(frame)[:, part[1]] for part in of_psi),
     )
 
 
@@ -262,7 +270,7 @@ def _table(
 def _as_in_the_fit(table: dict[str, pd.Series], state: FormulaState) -> dict[str, pd.Series]:
     """Columns of the kind that the formula was fitted with; unknown categories are refused."""
     known: dict[str, list[Any]] = {}
-    for part in (state.fixed, *state.random):
+    for part in (state.fixed, *state.random, *(part[0] for part in state.psi if part is not None)):
         for e in part.effects.expressions:
             name, categories = e.column or e.factor_of, part.categories(e)
             if name is not None and categories is not None:

@@ -140,12 +140,14 @@ class Asked:
         targets: m of them. index: of all rows. complete: which rows are predicted.
         size: ``(m,)`` numbers of trials of new responses, or None where there are none, they are not known or not
             needed.
+        psi: per parameter of the family ``(m, r)`` its columns, or None; ``()`` where they are not needed.
     """
 
     targets: Targets
     index: pd.Index
     complete: np.ndarray
     size: np.ndarray | None
+    psi: tuple[np.ndarray | None, ...] = ()
 
 
 def rows_asked(
@@ -155,6 +157,7 @@ def rows_asked(
     allow_new_levels: bool,
     whole: str | None,
     trials: bool = False,
+    psi: Sequence[bool] = (),
 ) -> Asked:
     """The rows of the fit, or of a new table, as targets.
 
@@ -163,6 +166,7 @@ def rows_asked(
         whole: what needs the variance of the other terms too, as messages call it, or None. Of a linear mixed model
             that is a new response, which has noise as well.
         trials: numbers of trials are needed, where the fit has them by the name of a column or in ``cbind()``.
+        psi: per parameter of the family, whether the columns of its formula are needed.
     """
     included = [bool(which.any()) for which in effects]
     if whole and any(which.any() and not which.all() for which in effects):
@@ -181,11 +185,12 @@ def rows_asked(
         noise = 1.0 / weights if noisy else np.zeros(m)
         targets = Targets(np.asarray(design.X), offset, Z, level, noise).with_effects(effects)
         size = None if design.size is None else np.asarray(design.size)
-        return Asked(targets, fitted.labels.frame.index, np.ones(m, bool), size)
+        of_psi = tuple(own if wanted else None for own, wanted in zip(design.psi_columns, psi, strict=False))
+        return Asked(targets, fitted.labels.frame.index, np.ones(m, bool), size, of_psi)
 
     labels = fitted.labels
     needed = [own or bool(whole) for own in included]
-    rows = new_rows(labels, newdata, needed, included, allow_new_levels, weights=noisy, trials=trials)
+    rows = new_rows(labels, newdata, needed, included, allow_new_levels, weights=noisy, trials=trials, psi=psi)
     if noisy and rows.weights is None and isinstance(fitted, Fitted) and np.asarray(fitted.stats.sum_log_weights) != 0:
         warn(
             "the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1",
@@ -194,7 +199,7 @@ def rows_asked(
     m = len(rows.X)
     noise = np.zeros(m) if not noisy else np.ones(m) if rows.weights is None else 1.0 / rows.weights
     targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise).with_effects(effects)
-    complete, size = rows.complete.copy(), rows.size
+    complete, size, of_psi = rows.complete.copy(), rows.size, rows.psi
     if not rows.estimable.all():
         bad = int((~rows.estimable).sum())
         warn(
@@ -205,7 +210,8 @@ def rows_asked(
         complete[np.flatnonzero(complete)[~rows.estimable]] = False
         targets = targets.take(rows.estimable)
         size = None if size is None else size[rows.estimable]
-    return Asked(targets, rows.index, complete, size)
+        of_psi = tuple(None if own is None else own[rows.estimable] for own in of_psi)
+    return Asked(targets, rows.index, complete, size, of_psi)
 
 
 def on_rows(index: pd.Index, complete: np.ndarray, values: np.ndarray) -> np.ndarray:

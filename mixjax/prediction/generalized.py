@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from mixjax.checks import InferenceWarning, check_level, warn
 from mixjax.distributions import normal_quantile
@@ -97,19 +98,24 @@ def predict(
     what = "interval of a new response" if new_response else "average over new levels" if integrate else None
     effects = effects_included(fitted.labels, random)
     trials = new_response and fitted.family.support == "trials"
-    asked = rows_asked(fitted, newdata, effects, allow_new_levels, what, trials and size is None)
+    needed = [new_response or (name == "zero_inflation" and scale == "response") for name in fitted.family.psi_names]
+    asked = rows_asked(fitted, newdata, effects, allow_new_levels, what, trials and size is None, needed)
     at = _predictors(fitted, asked.targets)
+    psi = fitted.rows.psi_of_columns(fitted.estimates.psi, asked.psi)
     if scale == "link":
         estimate = at.eta
     elif integrate:
-        estimate = np.asarray(fitted.family.integrated_mean(at.eta, at.fresh))
+        estimate = np.asarray(fitted.family.response_mean(fitted.family.integrated_mean(at.eta, at.fresh), psi))
     else:
-        estimate = np.asarray(fitted.family.mean(at.eta))
+        estimate = np.asarray(fitted.family.response_mean(fitted.family.mean(at.eta), psi))
     if interval is None:
         return pd.Series(on_rows(asked.index, asked.complete, estimate), index=asked.index, name="fitted")
     errors = _errors(fitted, asked.targets, at)
     if new_response:
-        found = _of_responses(fitted, asked, at, errors, estimate, level, _trials(fitted, asked, size, newdata, trials))
+        n = _trials(fitted, asked, size, newdata, trials)
+        found = _of_responses(fitted, at, errors, psi, estimate, level, n)
+    elif scale == "response" and fitted.family.plain is not fitted.family:
+        found = _with_zeros(fitted, asked, at, errors, psi, estimate, integrate, level)
     elif integrate:
         found = _of_averages(fitted, asked.targets, at, errors, estimate, level)
     else:
@@ -250,25 +256,61 @@ def _of_means(
 def _of_averages(
     fitted: GeneralizedFitted, targets: Targets, at: _Predictors, errors: _Errors, mean: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    by_eta, slopes = _average_slopes(fitted, targets, at, errors)
+    se = np.sqrt(by_eta**2 * errors.conditional + quadratic(slopes, errors.covariance))
+    return (se, *fitted.family.mean_interval(mean, se, normal_quantile(0.5 + level / 2)))
+
+
+def _average_slopes(
+    fitted: GeneralizedFitted, targets: Targets, at: _Predictors, errors: _Errors
+) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of integrated means, by eta ``(m,)`` and by all parameters ``(m, T)``."""
     by_eta, by_variance = map(np.asarray, fitted.family.integrated_slopes(at.eta, at.fresh))
     slopes = by_eta[:, None] * errors.slopes
     moved = variance_slopes(fitted, targets.fresh())
     if len(moved):
         slopes[:, slopes.shape[1] - moved.shape[1] :] += by_variance[:, None] * moved
-    se = np.sqrt(by_eta**2 * errors.conditional + quadratic(slopes, errors.covariance))
-    return (se, *fitted.family.mean_interval(mean, se, normal_quantile(0.5 + level / 2)))
+    return by_eta, slopes
 
 
-def _of_responses(
+def _with_zeros(
     fitted: GeneralizedFitted,
     asked: Asked,
     at: _Predictors,
     errors: _Errors,
+    psi: Sequence[Any],
+    estimate: np.ndarray,
+    integrate: bool,
+    level: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of means of which extra zeros are a part, ``(1 - pi) m``: by the delta method over both parts, the interval by way
+    of the link."""
+    if integrate:
+        by_eta, slopes = _average_slopes(fitted, asked.targets, at, errors)
+        fresh: Any = 0.0  # effects of new levels are averaged over
+    else:
+        by_eta, fresh = np.asarray(fitted.family.mean_slope(at.eta)), at.fresh
+        slopes = by_eta[:, None] * errors.slopes
+    pi = expit(psi[-1])
+    slopes = (1.0 - pi)[..., None] * slopes
+    width = fitted.rows.psi_widths[-1]
+    end = len(fitted.estimates.beta) + fitted.rows.n_psi
+    columns = asked.psi[-1] if asked.psi and asked.psi[-1] is not None else np.ones((len(at.eta), 1))
+    slopes[:, end - width : end] += -(pi * estimate)[:, None] * columns
+    se = np.sqrt(((1.0 - pi) * by_eta) ** 2 * (errors.conditional + fresh) + quadratic(slopes, errors.covariance))
+    return (se, *fitted.family.mean_interval(estimate, se, normal_quantile(0.5 + level / 2)))
+
+
+def _of_responses(
+    fitted: GeneralizedFitted,
+    at: _Predictors,
+    errors: _Errors,
+    psi: Sequence[Any],
     estimate: np.ndarray,
     level: float,
     size: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    mixture = Mixture(fitted.family, at.eta, errors.variance + at.fresh, size, list(fitted.estimates.psi))
+    mixture = Mixture(fitted.family, at.eta, errors.variance + at.fresh, size, psi)
     lower, upper = (mixture.quantiles(p) for p in (0.5 - level / 2, 0.5 + level / 2))
     if np.isnan(lower[np.isfinite(mixture.variance)]).any():
         warn(

@@ -33,7 +33,7 @@ class Mixture(NamedTuple):
 
     Attributes:
         family: of a response given eta. eta, variance: ``(m,)`` of the normal predictor. size: ``(m,)`` trials, or
-            None. psi: the family's parameters.
+            None. psi: the family's parameters, each a number or ``(m,)``.
     """
 
     family: Family
@@ -56,9 +56,10 @@ class Mixture(NamedTuple):
             for part, nodes in self._parts():
                 own = about[start : start + len(part.eta)]
                 start += len(part.eta)
-                mean = np.asarray(self.family.mean(nodes.eta))
+                of_family = self.family.mean(nodes.eta)
+                mean = np.asarray(self.family.response_mean(of_family, part.psi))
                 size = None if part.size is None else part.size[:, None]
-                variance = np.asarray(self.family.variance(mean, size, self.psi))
+                variance = np.asarray(self.family.variance(of_family, size, part.psi))
                 variance = variance if size is None else variance / size**2
                 squares = np.where(nodes.weights > 0, variance + (mean - own[:, None]) ** 2, 0.0)
                 found.append((nodes.weights * squares).sum(1))
@@ -76,7 +77,8 @@ class Mixture(NamedTuple):
         for i in range(0, len(self.eta), step):
             at = slice(i, i + step)
             size = None if self.size is None else self.size[at]
-            part = self._replace(eta=self.eta[at], variance=self.variance[at], size=size)
+            psi = [own if np.ndim(own) == 0 else own[at, None] for own in self.psi]
+            part = self._replace(eta=self.eta[at], variance=self.variance[at], size=size, psi=psi)
             eta = part.eta[:, None] + np.sqrt(np.maximum(part.variance, 0.0))[:, None] * z
             own = np.broadcast_to(weights, eta.shape)
             if self.family.support == "positive":
@@ -86,12 +88,14 @@ class Mixture(NamedTuple):
 
     def _sharpness(self) -> float:
         """The standard deviation of predictors in widths of the distribution function, where it is largest."""
-        if not self.family.has_expected:
+        family = self.family.plain
+        psi = self.psi[: family.n_psi]
+        if not family.has_expected:
             return 0.0
         deviation = np.sqrt(np.maximum(self.variance, 0.0))
         found = 0.0
         for z in WHERE:
-            information = np.asarray(self.family.expected(self.eta + z * deviation, self.size, self.psi).w)
+            information = np.asarray(family.expected(self.eta + z * deviation, self.size, psi).w)
             found = max(found, float(np.nanmax(deviation * np.sqrt(information), initial=0.0)))
         return found
 

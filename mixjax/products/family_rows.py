@@ -16,7 +16,7 @@ import numpy as np
 from mixjax.bases import Basis, Orthonormal, change_basis
 from mixjax.design import AnyArray, Design
 from mixjax.families import Family, family_of
-from mixjax.machine import is_concrete
+from mixjax.machine import is_concrete, namespace
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import Layout
 
@@ -81,25 +81,55 @@ class FamilyRows:
             return (1,) * self.family.n_psi
         return tuple(1 if own is None else own.shape[1] for own in self.psi_columns)
 
+    def fixed_in_bases(self, beta: AnyArray, psi: AnyArray) -> AnyArray:
+        """``(p + s,)``: fixed effects and coefficients of psi in the bases, from those of the original columns."""
+        parts = [self.X_basis.R @ beta]
+        for basis, place in zip(self._bases_of_psi, places_of(self.psi_widths), strict=True):
+            parts.append(psi[place] if basis is None else basis.R @ psi[place])
+        return namespace(*parts).concatenate(parts)
+
+    def psi_of_bases(self, psi: AnyArray) -> AnyArray:
+        """Coefficients ``(s, ...)`` of psi for the original columns, from those in the bases."""
+        if not self.psi_columns:
+            return psi
+        found = [
+            psi[place] if basis is None else basis.R_inv @ psi[place]
+            for basis, place in zip(self._bases_of_psi, places_of(self.psi_widths), strict=True)
+        ]
+        return namespace(*found).concatenate(found)
+
     @property
-    def psi_change(self) -> np.ndarray:
-        """``(s, s)``: coefficients of the original columns from those of the bases."""
-        found = np.eye(self.n_psi)
-        for basis, place in zip(self.psi_bases, places_of(self.psi_widths), strict=False):
-            if basis is not None:
-                found[place, place] = basis.R_inv
-        return found
+    def fixed_change(self) -> AnyArray:
+        """``(p + s, p + s)``: fixed effects and coefficients of psi for the original columns, from those of the
+        bases."""
+        blocks = [self.X_basis.R_inv, *(np.eye(1) if own is None else own.R_inv for own in self._bases_of_psi)]
+        xp, n = namespace(*blocks), sum(len(block) for block in blocks)
+        rows, start = [], 0
+        for block in blocks:
+            rows.append(xp.pad(block, ((0, 0), (start, n - start - len(block)))))
+            start += len(block)
+        return xp.concatenate(rows)
+
+    @property
+    def _bases_of_psi(self) -> tuple[Basis | None, ...]:
+        return self.psi_bases or (None,) * self.family.n_psi
 
     def psi_by_row(self, psi: AnyArray) -> list[AnyArray]:
         """The family's parameters, each a number or ``(n,)``, from coefficients ``(s,)`` of the original columns."""
         if not self.psi_columns:
             return list(psi)
-        bases = self.psi_bases
-        own = [psi[place] for place in places_of(self.psi_widths)]
-        return [
-            coefficients[0] if Q is None or basis is None else Q @ (basis.R @ coefficients)
-            for coefficients, Q, basis in zip(own, self.psi_columns, bases, strict=True)
-        ]
+        places = zip(self.psi_columns, self.psi_bases, places_of(self.psi_widths), strict=True)
+        return [psi[place][0] if basis is None else Q @ (basis.R @ psi[place]) for Q, basis, place in places]
+
+    def psi_of_columns(self, psi: AnyArray, columns: Sequence[AnyArray | None]) -> list[AnyArray | None]:
+        """The family's parameters, each a number or ``(m,)``, of other rows, whose original columns are ``(m, r)``;
+        None where these are not known."""
+        found = []
+        for j, place in enumerate(places_of(self.psi_widths)):
+            own = columns[j] if columns else None
+            varies = bool(self.psi_columns) and self.psi_columns[j] is not None
+            found.append(psi[place][0] if not varies else None if own is None else own @ psi[place])
+        return found
 
     def refuse_psi_columns(self, what: str, cure: str) -> None:
         """Raise ValueError where parameters of the family have columns of their own, which ``what`` cannot have yet."""

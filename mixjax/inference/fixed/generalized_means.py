@@ -81,6 +81,9 @@ def emmeans(
     base, grid, rows = means_over_grid(fitted, model, spec, by, at, "wald", level, "marginal means", model.rows)
     if not integrate and scale != "response":
         return base
+    fitted.refuse_extra_zeros(
+        "a marginal mean of the response", "take scale='link', of counts that are no extra zeros, or predict() rows"
+    )
     family, est = fitted.family, fitted.estimates
     own = {field.name: getattr(base, field.name) for field in fields(base)}
     if not integrate:
@@ -124,7 +127,7 @@ def _averages(
         by_x = by_x + np.einsum("ma,kab,mb->mk", own, slopes, own, optimize=True)
     means = np.asarray(fitted.family.integrated_mean(eta, variance))
     by_eta, by_variance = map(np.asarray, fitted.family.integrated_slopes(eta, variance))
-    by_psi = np.zeros((len(X), fitted.family.n_psi))
+    by_psi = np.zeros((len(X), fitted.rows.n_psi))
     return means, np.concatenate([by_eta[:, None] * X, by_psi, by_variance[:, None] * by_x], axis=1)
 
 

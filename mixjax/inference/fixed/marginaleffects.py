@@ -43,6 +43,8 @@ def to_marginaleffects(fitted: AnyFitted, scale: str = "link") -> Any:
     if scale not in ("link", "response"):
         raise ValueError(f"scale must be 'link' or 'response', got {scale!r}")
     transformed = scale == "response" and not isinstance(fitted, Fitted)
+    if transformed:
+        fitted.refuse_extra_zeros("a prediction by marginaleffects", "take scale='link', or predict()")  # type: ignore
     try:
         from marginaleffects.classes import ModelAbstract, ModelVault
         from marginaleffects.utils import ingest
