@@ -92,7 +92,9 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
-jax.tree_util.register_dataclass(Design, data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    Design, data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns"], meta_fields=[]
+)
 
 
 @dataclass(frozen=True)

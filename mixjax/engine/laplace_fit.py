@@ -32,6 +32,8 @@ INNER_LAST, MIDDLE_LAST = 1e-13, 1e-18
 MOST_INNER, MOST_MIDDLE, MOST_HALVINGS = 60, 40, 20
 # Steps of the modes without looking at densities, where they promise less than this.
 QUICK, NEAR = 6, 1e-2
+# Increase of a level's penalised deviance that a step of its modes promises by rounding alone.
+UPHILL = 1e-12
 # Longest step of the fixed effects, in root mean squares of the predictor, and of psi.
 LONGEST, LONGEST_PSI = 3.0, 2.0
 # The logarithm of a family's parameter at most, in absolute value.
@@ -100,17 +102,21 @@ def find_modes(model: Model, lambdas: list[Array], fixed: Array, v: Array, toler
     def newton(b: Array, v: Array) -> tuple[Array, Array, Array]:
         """The full step of b and v, and by unit twice what it promises."""
         at = model.derivatives(model.predictor(fixed, b), psi)
-        gain = effects.gain(lambdas, effects.normal(at.by_eta[2]))
-        if not model.family.log_concave:
-            bent = ~xp.isfinite(gain.logdet)
-            if xp is not np or bent.any():
-                straight = xp.where(bent, xp.maximum(at.by_eta[2], 0.0), at.by_eta[2])
-                gain = effects.gain(lambdas, effects.normal(straight))
         g = -effects.effects(at.by_eta[1])
-        r = gain.times_A(b) + g
-        new_b = gain.solve(r)
-        db = new_b - b
-        return db, r - gain.times_A(new_b) - v, effects.unit_dots(g - v, db)
+
+        def by(curvature: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+            gain = effects.gain(lambdas, effects.normal(curvature))
+            r = gain.times_A(b) + g
+            new_b = gain.solve(r)
+            db = new_b - b
+            return gain.logdet, (db, r - gain.times_A(new_b) - v, effects.unit_dots(g - v, db))
+
+        logdet, step = by(at.by_eta[2])
+        if not model.family.log_concave:  # a step that leads upwards, away from a saddle or a maximum, is none
+            bent = ~xp.isfinite(logdet) | ~(step[2] >= -UPHILL).all(0)
+            if xp is not np or bent.any():
+                step = by(xp.where(bent, xp.maximum(at.by_eta[2], 0.0), at.by_eta[2]))[1]
+        return step
 
     b = effects.times_D(lambdas, v)
     if xp is np:  # a start that is foretold well needs no care
@@ -244,7 +250,7 @@ def profile(
             return modes, form_at(model, lambdas, fixed, modes)
         if xp is np:  # mostly one step is enough; a program would have the closed form twice
             found = by_moments(model, lambdas, fixed, v)
-            far = ~(found[0].decrement <= inner)
+            far = ~(xp.abs(found[0].decrement) <= inner)
             if not far.any():
                 return found
             modes = find_modes(model, lambdas, fixed, v, inner)

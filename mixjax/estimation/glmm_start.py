@@ -22,6 +22,9 @@ from mixjax.products.family_rows import POSITIVE
 # the predictor's scale.
 STEPS = 2
 LEAST, MOST = 0.2, 2.0
+# The largest beside extra zeros: levels of zeros alone have two explanations, and from far out the search finds the
+# wrong one.
+MOST_BESIDE_ZEROS = 0.5
 # Links on whose scale 1 is a change that one sees, whatever the response is measured in, or nobody knows of another.
 OWN_SCALE = ("logit", "probit", "cloglog", "cauchit", "log", "custom")
 # Where the predictor must be positive, the largest standard deviation to begin with, as a part of the predictor.
@@ -91,7 +94,9 @@ def _psi_coefficients(model: Model, eta: Array) -> Array:
     there = model.data.weighted(xp.ones_like(model.data.y)) > 0  # empty places stand for no row
     found = []
     for own, Q in zip(psi, columns, strict=True):
-        found.append(own[None] if Q is None else (Q * there).sum(tuple(range(1, 1 + n))) / there.sum(tuple(range(n))) * own)
+        found.append(
+            own[None] if Q is None else (Q * there).sum(tuple(range(1, 1 + n))) / there.sum(tuple(range(n))) * own
+        )
     return xp.concatenate(found)
 
 
@@ -145,18 +150,19 @@ def covariance_start(model: Model, fixed: Array) -> Array:
     at = model.derivatives(eta, fixed[p:])
     w = _curvature(model, eta, fixed[p:])
     scale = scale_of(model, fixed)
+    most = MOST if model.family.plain is model.family else MOST_BESIDE_ZEROS
     g, A = -effects.effects(at.by_eta[1]), effects.normal(w)
     if isinstance(effects, OneFactor):
-        roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms], scale)
+        roots = _of_one_factor(g, A, [(place.start, place.q) for place in model.layout.terms], scale, most)
     else:
         assert isinstance(effects, Crossed)
-        roots = _of_diagonals(g, A, effects, float(np.min(scale)))
+        roots = _of_diagonals(g, A, effects, float(np.min(scale)), most)
     x = cov.near(roots, structures)
     fallback = cov.near([0.5 * xp.eye(s.q, dtype=fixed.dtype) for s in structures], structures)
     return xp.where(xp.isfinite(x).all(0), x, scale * fallback[:, None])
 
 
-def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]], unit: Array | float) -> list[Array]:
+def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]], unit: Array | float, most: float) -> list[Array]:
     xp, q = namespace(g), len(g)
     spots = pairs_of(q)
     excess = xp.stack([(g[a] * g[b] - A[a, b]).sum(0) for a, b in spots])
@@ -178,15 +184,15 @@ def _of_one_factor(g: Array, A: Array, places: list[tuple[int, int]], unit: Arra
         D = stack_of([
             [values[start + min(a, b), start + max(a, b)] for b in range(size)] for a in range(size)
         ])  # fmt: skip
-        roots.append(_reasonable(D, unit))
+        roots.append(_reasonable(D, unit, most))
     return roots
 
 
-def _reasonable(D: Array, unit: Array | float) -> Array:
+def _reasonable(D: Array, unit: Array | float, most: float) -> Array:
     """A root ``(q, q, L)`` of a covariance near ``D (q, q, L)``, with limits to its deviations and correlations."""
     xp, q = namespace(D), len(D)
     variances = xp.stack([D[a, a] for a in range(q)])
-    deviations = xp.sqrt(xp.clip(variances, (LEAST * unit) ** 2, (MOST * unit) ** 2))
+    deviations = xp.sqrt(xp.clip(variances, (LEAST * unit) ** 2, (most * unit) ** 2))
     if q == 1:
         return deviations[:, None]
     correlations = xp.clip(D / deviations[:, None] / deviations[None], -MOST_CORRELATED, MOST_CORRELATED)
@@ -197,7 +203,7 @@ def _reasonable(D: Array, unit: Array | float) -> Array:
     return deviations[:, None] * root
 
 
-def _of_diagonals(g: Array, A: Any, effects: Crossed, unit: float) -> list[Array]:
+def _of_diagonals(g: Array, A: Any, effects: Crossed, unit: float, most: float) -> list[Array]:
     """Of several factors, each by itself: standard deviations alone."""
     roots = []
     q, m = A.first.shape[1:]
@@ -208,6 +214,6 @@ def _of_diagonals(g: Array, A: Any, effects: Crossed, unit: float) -> list[Array
         for a in range(place.start, place.start + place.q):
             at = start + a * size + np.arange(size)
             variance = (g[at, 0] ** 2 - diagonal[at]).sum() / max((diagonal[at] ** 2).sum(), np.finfo(float).tiny)
-            sds.append(np.sqrt(np.clip(variance, (LEAST * unit) ** 2, (MOST * unit) ** 2)))
+            sds.append(np.sqrt(np.clip(variance, (LEAST * unit) ** 2, (most * unit) ** 2)))
         roots.append(np.diag(sds)[..., None])
     return roots

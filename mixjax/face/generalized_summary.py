@@ -163,7 +163,9 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
     components = own_coefficients(fitted)
     if components:
         parts = [table.assign(component="cond")]
-        parts += [rows.reset_index().assign(effect="fixed", component=name, group=None) for name, rows in components.items()]
+        parts += [
+            rows.reset_index().assign(effect="fixed", component=name, group=None) for name, rows in components.items()
+        ]
         table = pd.concat(parts, ignore_index=True)[["effect", "component", *table.columns[1:]]]
     fixed = (table["effect"] == "fixed").to_numpy()
     if level is not None:

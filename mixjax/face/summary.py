@@ -159,10 +159,7 @@ class Summary(Reported):
             *self._varcorr().beneath(),
             self._counts(),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
-            *(
-                Cells.of(self._table_of(rows, p_value), left=1, title=head)
-                for head, rows in self._components().items()
-            ),
+            *(Cells.of(self._table_of(rows, p_value), left=1, title=head) for head, rows in self._components().items()),
         ]
         how = [] if self.ddf is None or fixed is None else [ddf_note(self.ddf)]
         return Report(parts, [*how, *self._notes()])

@@ -205,9 +205,7 @@ class ZeroInflated(Family):
 def check_zeros(y: np.ndarray, size: np.ndarray | float | None, name: str) -> None:
     """Raise DataError where extra zeros cannot be told."""
     if size is not None and (np.asarray(size) == 1).all():
-        raise DataError(
-            f"{name}: extra zeros of single trials cannot be told from failures; leave ziformula= out"
-        )
+        raise DataError(f"{name}: extra zeros of single trials cannot be told from failures; leave ziformula= out")
     if y.size and not (y == 0).any():
         raise DataError(f"{name}: no response is 0, so that there are no extra zeros: leave ziformula= out")
 

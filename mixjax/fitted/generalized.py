@@ -45,6 +45,12 @@ CURES = {
     "dispformula": "the dispersion of some rows runs to its bound: look for levels of a factor of dispformula= whose "
     "rows vary no more than the family without it, or not at all",
 }
+# The same where any other search beside extra zeros fails.
+BESIDE_ZEROS = (
+    "with ziformula= a level of zeros alone is explained by its random effects or by extra zeros, and where the one "
+    "explanation turns into the other Laplace's approximation breaks: try fewer random effects, ziformula='~ 1', or "
+    "start= with small standard deviations"
+)
 RESIDUALS = ("response", "pearson", "deviance", "working")
 
 
@@ -338,6 +344,8 @@ def _message(result: Result, design: Design, labels: Labels, family: Family) -> 
                                 for name, own in zip(family.psi_names, labels.psi, strict=True) if own)  # fmt: skip
         cures = [CURES[option] for option in options]
         return f"{result.message}; {'; or '.join(cures)}"
+    if result != Result.UNBOUNDED and family.plain is not family:
+        return f"{result.message}; {BESIDE_ZEROS}"
     found = separation_of(design, labels, family.name)
     if found is None:
         return result.message

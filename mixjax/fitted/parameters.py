@@ -115,9 +115,7 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
     )  # fmt: skip
 
 
-def parameters_of_family(
-    labels: Labels, family: Family, psi: np.ndarray
-) -> tuple[list[str], np.ndarray, np.ndarray]:
+def parameters_of_family(labels: Labels, family: Family, psi: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names and values of a family's parameters, and the derivatives of these by psi ``(s,)``: of one that is a number
     on the scale of its name, of others the coefficients of their formula, ``zi~x`` and ``disp~x``."""
     each = labels.psi or ((),) * family.n_psi
@@ -152,7 +150,9 @@ def of_variances(every: AllParameters, labels: Labels, rows: FamilyRows) -> Vari
     nothing = [0.0] * family.plain.n_psi
     own = "positive" if np.array_equal(family.plain.natural(nothing), np.ones(len(nothing))) else "real"
     each = labels.psi or ((),) * family.n_psi
-    of_family = [own if not names and j < len(nothing) else "real" for j, names in enumerate(each) for _ in names or "1"]
+    of_family = [
+        own if not names and j < len(nothing) else "real" for j, names in enumerate(each) for _ in names or "1"
+    ]
     kinds = (*(parameter.kind for parameter in variances), *of_family)
     k = len(kinds)
     return VarianceParameters(every.names[:k], kinds, every.estimate[:k], every.covariance[:k, :k], every.free[:k])

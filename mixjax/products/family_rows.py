@@ -147,7 +147,19 @@ class FamilyRows:
 
 jax.tree_util.register_dataclass(
     FamilyRows,
-    data_fields=["y", "size", "weights", "offset", "Q", "X_basis", "Z", "Z_bases", "groups", "psi_columns", "psi_bases"],
+    data_fields=[
+        "y",
+        "size",
+        "weights",
+        "offset",
+        "Q",
+        "X_basis",
+        "Z",
+        "Z_bases",
+        "groups",
+        "psi_columns",
+        "psi_bases",
+    ],
     meta_fields=["levels", "layout", "family", "unit"],
 )
 
