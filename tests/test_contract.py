@@ -15,10 +15,11 @@ FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
     "optimizer=None, check_identifiable=True, trusted=None",
     "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
-    "start=None, curvature='observed', nagq=1, reml=False, check_identifiable=True, trusted=None",
+    "start=None, curvature='observed', nagq=1, reml=False, check_identifiable=True, trusted=None, "
+    "ziformula=None, dispformula=None",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
-    "Design": "y, X, terms, weights=None, offset=None, size=None",
+    "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=()",
     "RandomTerm": "Z, group, n_groups, structure='us'",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "
@@ -156,7 +157,8 @@ GLMM_METHODS = {
 }
 GLMM_PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,
-    "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series, "design": mj.Design,
+    "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series,
+    "zi": pd.Series, "disp": pd.Series, "design": mj.Design,
     "labels": mj.Labels, "estimates": mj.GLMMEstimates, "criterion": float, "loglik": float, "aic": float, "bic": float,
     "deviance": float, "nobs": int, "npar": int, "nagq": int, "reml": bool, "curvature": str, "link": str,
     "is_singular": bool,

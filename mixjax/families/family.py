@@ -5,8 +5,9 @@ A row has a linear predictor eta, a response y and, where responses are counts o
 Estimation needs ``c`` with four derivatives by eta and those of them by psi; a :class:`Family` has them in closed form.
 
 All of it is elementwise: arrays broadcast against each other, rows ``(n,)`` or rows with lanes behind them ``(n, L)``,
-psi a sequence of numbers, of arrays ``(L,)`` or of arrays like the rows'. NumPy's arrays in, NumPy's out; JAX's or tracers in, JAX's out. The
-type of eta is kept. Weights are not the family's: whoever sums rows multiplies everything by them.
+psi a sequence of numbers, of arrays ``(L,)`` or of arrays like the rows'. NumPy's arrays in, NumPy's out; JAX's or
+tracers in, JAX's out. The type of eta is kept. Weights are not the family's: whoever sums rows multiplies everything by
+them.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ class ZeroInflated(Family):
 
     def natural(self, psi: Sequence[Array]) -> Array:
         """Those of the base, and the probability of an extra zero."""
-        psi = as_array(psi)
-        return namespace(psi).concatenate([as_array(self.base.natural(psi[:-1])), expit(psi[-1:])])
+        z = as_array(psi)[-1:]
+        return namespace(z).concatenate([as_array(self.base.natural(psi[:-1])), expit(z)])
 
     def unconstrained(self, values: Sequence[float]) -> np.ndarray:
         *own, pi = values
@@ -197,9 +197,9 @@ class ZeroInflated(Family):
         return np.append(self.base.unconstrained(own), np.log(pi) - np.log1p(-pi))
 
     def natural_slope(self, psi: Sequence[Array]) -> Array:
-        psi = as_array(psi)
+        z = as_array(psi)[-1:]
         own = as_array(self.base.natural_slope(psi[:-1]))
-        return namespace(psi).concatenate([own, expit(psi[-1:]) * expit(-psi[-1:])])
+        return namespace(z).concatenate([own, expit(z) * expit(-z)])
 
 
 def check_zeros(y: np.ndarray, size: np.ndarray | float | None, name: str) -> None:

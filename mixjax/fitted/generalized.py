@@ -40,8 +40,8 @@ from mixjax.simulation import simulate_family
 SCALES = ("dispersion", "sigma")
 # What to try where a parameter with a formula runs to infinity.
 CURES = {
-    "ziformula": "a probability of extra zeros runs to 0 or 1: there is no zero inflation beyond what the family has, at "
-    "least in some level of a factor of ziformula=: take ziformula='~ 1', or leave it out",
+    "ziformula": "a probability of extra zeros runs to 0 or 1: there is no zero inflation beyond what the family has, "
+    "at least in some level of a factor of ziformula=: take ziformula='~ 1', or leave it out",
     "dispformula": "the dispersion of some rows runs to its bound: look for levels of a factor of dispformula= whose "
     "rows vary no more than the family without it, or not at all",
 }

@@ -127,7 +127,7 @@ def parameters_of_family(labels: Labels, family: Family, psi: np.ndarray) -> tup
         if not own:
             alone = np.zeros(family.n_psi)
             alone[j] = psi[at]
-            values[at], slopes[at] = family.natural(alone)[j], family.natural_slope(alone)[j]
+            values[at], slopes[at] = family.natural(list(alone))[j], family.natural_slope(list(alone))[j]
     return names, values, slopes
 
 

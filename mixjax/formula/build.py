@@ -121,17 +121,17 @@ def build(
     trusted: bool | None,
     family: Any = None,
     size: Any = None,
-    own: Mapping[str, str] | None = None,
+    of_parameters: Mapping[str, str] | None = None,
 ) -> Built:
     """:func:`build_design`, with what was found on the way: orthonormalising X is most of the work on long tables.
 
     Args:
         caller: names that the formula may use beside columns.
-        family: without extra zeros. own: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``.
+        family: without extra zeros. of_parameters: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``.
     """
     check_family(family, size)
     available = column_names(data)
-    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, own)
+    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters)
     if not parsed.random:
         raise FormulaError(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "

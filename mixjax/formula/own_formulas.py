@@ -70,8 +70,8 @@ def own_columns(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) ->
         X, columns = columns_of(effects, frame, context)
         kept = orthonormal_columns(X, None).independent
         if not kept.all():
-            names = [name for name, keep in zip(columns.names, kept, strict=True) if not keep]
-            warn(f"columns of {option} left out because other columns of it determine them: {some_of(names)}")
+            left = [name for name, keep in zip(columns.names, kept, strict=True) if not keep]
+            warn(f"columns of {option} left out because other columns of it determine them: {some_of(left)}")
         names = tuple(name for name, keep in zip(columns.names, kept, strict=True) if keep)
         if not names:
             raise DataError(f"{option} has no column that is not zero everywhere")

@@ -283,8 +283,8 @@ def _with_zeros(
     integrate: bool,
     level: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of means of which extra zeros are a part, ``(1 - pi) m``: by the delta method over both parts, the interval by way
-    of the link."""
+    """Of means of which extra zeros are a part, ``(1 - pi) m``: by the delta method over both parts, the interval by
+    way of the link."""
     if integrate:
         by_eta, slopes = _average_slopes(fitted, asked.targets, at, errors)
         fresh: Any = 0.0  # effects of new levels are averaged over
