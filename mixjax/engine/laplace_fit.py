@@ -36,6 +36,8 @@ QUICK, NEAR = 6, 1e-2
 UPHILL = 1e-12
 # Longest step of the fixed effects, in root mean squares of the predictor, and of psi.
 LONGEST, LONGEST_PSI = 3.0, 2.0
+# The least curvature by psi of which a step is made.
+LEAST_PSI = 1e-10
 # The logarithm of a family's parameter at most, in absolute value.
 MOST_PSI = 20.0
 
@@ -205,7 +207,7 @@ def inverse_among_fixed(model: Model, form: ClosedForm) -> Array:
     xp, n, p = namespace(form.value), model.n_fixed, model.p
     H, fisher = form.Hessian[:n, :n], form.fisher
     if n > p:  # of psi it need not be positive: its own curvature then, in absolute value
-        own = xp.abs(H[p:, p:]) * linalg.eye(n - p, H) + linalg.eye(n - p, H)
+        own = curvature_of_psi(model, H[p:, p:])
         fisher = xp.concatenate([
             xp.concatenate([fisher[:p, :p], xp.zeros((p, n - p, *own.shape[2:]))], 1),
             xp.concatenate([xp.zeros((n - p, p, *own.shape[2:])), own], 1),
@@ -214,6 +216,18 @@ def inverse_among_fixed(model: Model, form: ClosedForm) -> Array:
     definite = decompositions.is_positive(H - 1e-12 * diagonal[:, None] * diagonal[None] * linalg.eye(n, H))
     inverse: Array = linalg.inverse_logdet(xp.where(definite, H, fisher))[0]
     return inverse
+
+
+def curvature_of_psi(model: Model, H: Array) -> Array:
+    """``(s, s, L)`` positive definite, from a Hessian by psi that need not be: of parameters that are one number by
+    their own curvatures, at least 1. A logit of extra zeros, and levels of a factor, have flat tails one at a time,
+    where the gradient falls with the curvature: eigenvalues in absolute value."""
+    s, xp = len(H), namespace(H)
+    if model.family.plain is model.family and not model.data.psi:
+        return xp.abs(H) * linalg.eye(s, H) + linalg.eye(s, H)
+    known = xp.isfinite(H).all((0, 1))
+    values, vectors = decompositions.eigh(xp.where(known, H, linalg.eye(s, H)))
+    return linalg.matmul(vectors * xp.maximum(xp.abs(values), LEAST_PSI)[None], linalg.transpose(vectors))
 
 
 def newton_step(model: Model, form: ClosedForm) -> tuple[Array, Array]:
@@ -339,7 +353,7 @@ def reduced(model: Model, form: ClosedForm, step: Array) -> tuple[Array, Array, 
 
 def evaluate(model: Model, x: Array, memory: Memory, inner: Any = INNER, middle: Any = MIDDLE) -> Evaluated:
     """The objective with ``fixed`` profiled out, and its derivatives by ``x (k, L)``."""
-    lambdas = cov.factors_of(x, model.layout.structures)
+    xp, lambdas = namespace(x), cov.factors_of(x, model.layout.structures)
     D = free_entries(covariances(x, model.layout))
     found = profile(model, lambdas, *foretold(model, memory, D), inner, middle)
     form = found.form
@@ -348,7 +362,8 @@ def evaluate(model: Model, x: Array, memory: Memory, inner: Any = INNER, middle:
     back = linalg.transpose(jacobian)
     gradient = linalg.matmul(back, reduced_g[:, None])[:, 0]
     Hessian = linalg.matmul(back, linalg.matmul(reduced_H, jacobian)) + curvature
-    value = form.value - 0.5 * found.decrement
+    # A step that promises much has not been tried, and may promise what there is not.
+    value = form.value - 0.5 * xp.where(found.decrement < NEAR, found.decrement, 0.0)
     memory = Memory(D, found.fixed, found.modes.v, found.step, slopes, form.scores)
     return Evaluated(
         value, gradient, Hessian, form, found.fixed, found.modes, found.step, found.decrement, memory

@@ -12,15 +12,18 @@ from mixjax import decompositions, linalg
 from mixjax.covariance import pairs_of, stack_of
 from mixjax.engine.block_effects import Crossed
 from mixjax.engine.effects import dots, orders_of
-from mixjax.engine.laplace_fit import LONGEST
+from mixjax.engine.laplace_fit import LONGEST, curvature_of_psi, cut
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.machine import Array, namespace
+from mixjax.optimise.newton import where
 from mixjax.products.family_rows import POSITIVE
 
 # Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, in units of
 # the predictor's scale.
 STEPS = 2
+# The same of models whose parameters have formulas, or extra zeros, after those.
+REFINED = 12
 LEAST, MOST = 0.2, 2.0
 # The largest beside extra zeros: levels of zeros alone have two explanations, and from far out the search finds the
 # wrong one.
@@ -74,7 +77,44 @@ def fixed_start(model: Model, lanes: int) -> Array:
             step = step * most / xp.maximum(length, most)
         delta = delta + step
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
-    return xp.concatenate([delta, _psi_coefficients(whole, eta)]) if whole.n_psi else delta
+    fixed = xp.concatenate([delta, _psi_coefficients(whole, eta)]) if whole.n_psi else delta
+    return fixed if whole is model else _without_effects(whole, fixed)
+
+
+def _without_effects(model: Model, fixed: Array) -> Array:
+    """``(p + s, L)`` nearer to the maximum of the likelihood without random effects, by steps that go downhill: what
+    formulas of parameters start from, whose searches beside random effects may not end from far away."""
+    data, p, rows = model.data, model.p, model.effects.row_axes
+    xp, shape = namespace(fixed), (*data.y.shape[:-1], fixed.shape[-1])
+    zero = xp.zeros(shape, fixed.dtype)
+    axes = tuple(range(rows))
+
+    def at(fixed: Array) -> Any:
+        return model.derivatives(data.predictor(fixed[:p], zero), fixed[p:])
+
+    part = xp.ones(fixed.shape[1:], fixed.dtype)
+    here = at(fixed)
+    for _ in range(REFINED):
+        c, c1, c2, *_ = (xp.broadcast_to(own, shape) for own in here.by_eta)
+        w = xp.maximum(c2, 0.0) + 1e-3 * xp.mean(abs(c2), axes)
+        g = [(c1 * column).sum(axes) for column in data.X] + [xp.broadcast_to(own[0], shape).sum(axes)
+                                                              for own in here.by_psi]  # fmt: skip
+        steps = []
+        if p:
+            XX = xp.stack([xp.stack([(w * one * other).sum(axes) for one in data.X]) for other in data.X])
+            steps.append(-linalg.matmul(linalg.inverse_logdet(XX)[0], xp.stack(g[:p])[:, None])[:, 0])
+        twice = [[xp.broadcast_to(own[0], shape).sum(axes) for own in line] for line in here.by_psi_twice]
+        H = curvature_of_psi(model, xp.stack([xp.stack(line) for line in twice]))
+        steps.append(-linalg.matmul(linalg.inverse_logdet(H)[0], xp.stack(g[p:])[:, None])[:, 0])
+        step = xp.concatenate(steps)
+        step = xp.where(xp.isfinite(step).all(0), step, 0.0)
+        tried = fixed + part * cut(model, step) * step
+        there = at(tried)
+        better = xp.broadcast_to(there.by_eta[0], shape).sum(axes) < c.sum(axes)
+        fixed = xp.where(better, tried, fixed)
+        here = where(better, there, here)
+        part = xp.where(better, xp.minimum(1.0, 2.0 * part), 0.25 * part)
+    return fixed
 
 
 def _plain(model: Model) -> Model:

@@ -278,10 +278,10 @@ class GLMMFit(GeneralizedInferring, GeneralizedPredicting, GeneralizedDiagnosing
 
         Example:
             >>> import mixjax as mj
-            >>> counts = mj.datasets.load("grouseticks")
-            >>> fit = mj.glmm("TICKS ~ YEAR + (1 | LOCATION)", counts, family="nbinom", ziformula="~ 1")
-            >>> list(fit.zi.index)
-            ['Intercept']
+            >>> ticks = mj.datasets.load("grouseticks")
+            >>> fit = mj.glmm("TICKS ~ YEAR + (1 | LOCATION)", ticks, family="poisson", ziformula="~ YEAR")
+            >>> fit.zi.round(2).to_dict()
+            {'Intercept': -1.42, 'YEAR[T.96]': -2.23, 'YEAR[T.97]': -2.73}
         """
         return self._of_component("zi")
 

@@ -38,7 +38,8 @@ from mixjax.simulation import simulate_family
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
 SCALES = ("dispersion", "sigma")
-# What to try where a parameter with a formula runs to infinity.
+# A logarithm or logit beyond which it is on the way to infinity, and what to try then, of one with a formula.
+ENDLESS = 8.0
 CURES = {
     "ziformula": "a probability of extra zeros runs to 0 or 1: there is no zero inflation beyond what the family has, "
     "at least in some level of a factor of ziformula=: take ziformula='~ 1', or leave it out",
@@ -324,26 +325,31 @@ def fit_family_rows(
     est = fit_one(rows, start, curvature, nagq, reml)
     info = OptimizerInfo(
         "trust-region Newton", int(est.iterations), float(est.grad_norm),
-        _message(Result(int(est.result)), design, labels, rows.family),
+        _message(est, rows, design, labels),
     )  # fmt: skip
     if not est.converged:
         warn_of_convergence(labels.formula, info)
     return GeneralizedFitted(labels, rows, est, curvature, info, design, nagq, reml)
 
 
-def _message(result: Result, design: Design, labels: Labels, family: Family) -> str:
+def _message(est: GLMMEstimates, rows: FamilyRows, design: Design, labels: Labels) -> str:
     """How a search ended; after a failure with the columns that the fixed effects separate.
 
     Separation is looked for only then: a likelihood that is separated has no maximum, so a fit that converged has
     nothing to find, and an ordinary fit does not pay for the search.
     """
+    result, family = Result(int(est.result)), rows.family
     if result.is_solution:
         return result.message
-    if result == Result.UNBOUNDED and labels.psi:
-        options = dict.fromkeys("ziformula" if name == "zero_inflation" else "dispformula"
-                                for name, own in zip(family.psi_names, labels.psi, strict=True) if own)  # fmt: skip
-        cures = [CURES[option] for option in options]
-        return f"{result.message}; {'; or '.join(cures)}"
+    if result == Result.UNBOUNDED:
+        parts = zip(family.psi_names, labels.psi, rows.psi_by_row(est.psi), strict=False)
+        options = dict.fromkeys(
+            "ziformula" if name == "zero_inflation" else "dispformula"
+            for name, own, values in parts
+            if own and np.abs(values).max() > ENDLESS
+        )
+        if options:
+            return "; and ".join(CURES[option] for option in options)
     if result != Result.UNBOUNDED and family.plain is not family:
         return f"{result.message}; {BESIDE_ZEROS}"
     found = separation_of(design, labels, family.name)

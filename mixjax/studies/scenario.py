@@ -424,6 +424,7 @@ def scenario_of(fit: Any) -> Scenario:
     if isinstance(record, Fitted):
         own = {"sigma": float(record.estimates.sigma)}
     else:
+        record.rows.refuse_psi_columns("a scenario of a fit", "draw from the fit itself, fit.simulate()")
         own = dict(zip(record.family.psi_names, map(float, record.family.natural(record.estimates.psi)), strict=True))
         options |= {"family": record.family, "size": None}
         if design.size is not None:
