@@ -309,7 +309,7 @@ def test_tables(both):
     assert "Dispersion model" in both.summary().to_html()
     names = ["sd_Intercept|site", "disp~Intercept", "disp~mined[T.no]", "zi~Intercept", "Intercept", "mined[T.no]"]
     assert list(both.vcov_all) == names
-    wald = both.confint()
+    wald = both.confint(method="wald")
     assert list(wald.index) == names
     table = both.tidy(conf_int=True)
     own = table[table["component"] == "disp"].set_index("term")
@@ -373,6 +373,54 @@ def test_dispersion_of_new_rows(epil):
     with pytest.raises(mj.DataError, match="period"):
         fit.predict(new.drop(columns="period"), random=False, interval="prediction")
     assert (fit.predict(new, random=False, interval="prediction")["upper"] > 0).all()
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def test_comparisons(both, salamanders):
+    size = mj.glmm(COUNT, salamanders, "nbinom")
+    dispersed = mj.glmm(COUNT, salamanders, "nbinom", dispformula="~ mined")
+    found = mj.compare(size, dispersed, both)
+    text = str(found)
+    table = found.to_frame()
+    np.testing.assert_allclose(table["chisq"].iloc[1], size.criterion - dispersed.criterion, rtol=1e-12)
+    np.testing.assert_allclose(table["p_mixture"].iloc[2], table["p_value"].iloc[2] / 2)
+    assert "puts the probability of extra zeros to 0, its bound" in text
+    assert "disp ~ mined" in text
+    other = mj.glmm("count ~ mined + spp + (1 | site)", salamanders, "nbinom")
+    with pytest.warns(mj.InferenceWarning, match="not a special case of m1 .dispformula or ziformula"):
+        mj.compare(dispersed, other)
+
+
+def test_ratios_of_counts_without_extra_zeros(salamanders):
+    """Under the smaller model about half of the replicates have no extra zeros: they count, with a ratio of 0."""
+    poisson = mj.glmm(COUNT, salamanders, "poisson")
+    zeros = mj.glmm(COUNT, salamanders, "poisson", ziformula="~ 1")
+    found = mj.compare(poisson, zeros, method="bootstrap", n=40)
+    (draws,) = found.null_draws.values()
+    assert len(draws) == 40
+    assert 8 <= (draws < 1e-6).sum() <= 32
+    assert "replicates there are no extra zeros" in " ".join(found.notes)
+
+
+def test_resampling_and_robust_errors(both, salamanders):
+    dispersed = mj.glmm(COUNT, salamanders, "nbinom", dispformula="~ mined")
+    for kind in ("parametric", "cases"):
+        boot = dispersed.bootstrap(1, 6, kind=kind, engine="numpy")
+        assert list(boot.replicates.columns) == list(dispersed.vcov_all)
+        assert np.isfinite(boot.replicates).to_numpy().all()
+    assert list(both.refit_many(both.record.simulate(1, 2)).sdcor)[1:] == ["disp~Intercept", "disp~mined[T.no]",
+                                                                            "zi~Intercept"]  # fmt: skip
+    # glmmTMB without the random effect: -867.672560769
+    np.testing.assert_allclose(both.ranova()["loglik"].iloc[1], -867.672560769, rtol=0, atol=1e-8)
+    # Scores add up to the gradient of all rows, which is 0.
+    from mixjax.estimation.glmm_scores import cluster_scores
+
+    codes = salamanders["site"].cat.codes.to_numpy().astype(int)
+    scores = cluster_scores(both.record.rows, both.estimates, codes)
+    np.testing.assert_allclose(scores.sum(0) * np.sqrt(np.diag(both.estimates.vcov_all)), 0, atol=1e-6)
+    assert scores.std(0).min() > 1e-3
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -450,6 +498,13 @@ def test_coding(salamanders):
     np.testing.assert_allclose(-2 * other.zi.iloc[1], one.zi.iloc[1], rtol=1e-6)
 
 
+def test_counts_of_ticks():
+    """Real counts whose first criterion lay beside a pole of Laplace's approximation; glmmTMB ends at 2244.50858221."""
+    fit = mj.glmm("TICKS ~ YEAR + (1 | LOCATION)", mj.datasets.load("grouseticks"), "poisson", ziformula="~ YEAR")
+    np.testing.assert_allclose(fit.criterion, 2244.50858221, rtol=0, atol=1e-7)
+    assert fit.optimizer.iterations < 15
+
+
 def test_no_zero_inflation_is_named():
     rng = np.random.default_rng(5)
     group = np.repeat(np.arange(20), 10)
@@ -463,6 +518,9 @@ def test_what_is_not_there_yet(both, epil):
     with pytest.raises(ValueError, match=r"marginal mean of the response .* ziformula=: take scale='link'"):
         both.emmeans("mined", scale="response")
     both.emmeans("mined")
+    for refused in (both.profile, both.icc, lambda: mj.scenario_of(both), lambda: both.residuals("working")):
+        with pytest.raises(ValueError, match="ziformula="):
+            refused()
     fit = mj.glmm(EPIL, epil, "nbinom", dispformula="~ trt")
     with pytest.raises(ValueError, match="influence is not there yet for a model with dispformula="):
         fit.influence("subject")

@@ -34,7 +34,7 @@ def fit_plain(rows: FamilyRows) -> Plain:
     """
     Y, n = np.asarray(rows.y, np.float64), rows.n
     nothing = RandomTerm(np.ones((n, 1)), np.zeros(n, int), 1)
-    design = Design(Y[0], rows.Q, (nothing,), rows.weights, rows.offset, rows.size)
+    design = Design(Y[0], rows.Q, (nothing,), rows.weights, rows.offset, rows.size, rows.psi_columns)
     own = rows_in(design, rows.family, Y[0])
     with silently():
         model = model_of(own)
@@ -45,4 +45,4 @@ def fit_plain(rows: FamilyRows) -> Plain:
         found = profile(model, [np.zeros((1, 1, len(Y)))], fixed_start(model, len(Y)), v, INNER_LAST, MIDDLE)
         fixed, value = found.fixed + found.step, found.form.value - 0.5 * found.decrement
     beta = rows.X_basis.R_inv @ (own.X_basis.R_inv @ fixed[: rows.p])
-    return Plain(beta.T, fixed[rows.p :].T, value)
+    return Plain(beta.T, rows.psi_of_bases(own.psi_of_bases(fixed[rows.p :])).T, value)

@@ -25,10 +25,11 @@ def cluster_scores(
         codes: ``(n,)`` the cluster ``0 .. m - 1`` of every row; no level of a factor has rows in two of them.
         curvature, nagq: of the likelihood.
     """
-    p, found = rows.p, []
+    found = []
     with silently():
         x, _ = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
-        fixed = np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+        fixed = rows.fixed_in_bases(est.beta, est.psi)[:, None]
+        back, n = np.linalg.inv(rows.fixed_change).T, len(fixed)
         order = np.argsort(codes, kind="stable")
         for at in np.split(order, np.cumsum(np.bincount(codes))[:-1]):
             model = model_of(_some(rows, at), curvature)
@@ -37,7 +38,7 @@ def cluster_scores(
                 gradient = laplace_at(model, fixed, x[:, None], v).gradient
             else:
                 gradient = joint_at(model, product_rule(nagq, rows.Z[0].shape[1]), fixed, x[:, None], v).gradient
-            found.append(-0.5 * np.concatenate([rows.X_basis.R.T @ gradient[:p], gradient[p:]]))
+            found.append(-0.5 * np.concatenate([back @ gradient[:n], gradient[n:]]))
     return np.stack(found)
 
 
@@ -55,6 +56,7 @@ def _some(rows: FamilyRows, at: np.ndarray) -> FamilyRows:
         weights=take(rows.weights),
         offset=take(rows.offset),
         Q=take(rows.Q),
+        psi_columns=tuple(take(own) for own in rows.psi_columns),
         Z=tuple(take(Z) for Z in rows.Z),
         groups=tuple(group.reshape(-1) for _, group in levels),
         levels=tuple(len(own) for own, _ in levels),

@@ -104,7 +104,7 @@ class GeneralizedSummary(Summary):
             f"Generalized linear mixed model fit by {likelihood} ({how})",
             f"Family: {family.name} ({family.link})",
             f"Formula: {self.fitted.labels.formula}",
-            *(f"{COMPONENTS[name]}: {text}" for name, text in own_formulas(self.fitted).items()),
+            *(f"{COMPONENTS[name]}: {text}" for name, text in self.fitted.own_formulas.items()),
             *[f"Success: {success}"] * bool(success),
         ]
 
@@ -122,14 +122,6 @@ class GeneralizedSummary(Summary):
             return super()._scaled_residuals()
         except ValueError:  # a family that is given by its density alone has no variance
             return ""
-
-
-def own_formulas(fitted: GeneralizedFitted) -> dict[str, str]:
-    """Formulas of the components beside the conditional one."""
-    state = fitted.labels.state
-    own = dict(state.parsed.own) if state is not None else {}
-    options = {"zi": "ziformula", "disp": "dispformula"}
-    return {name: f"~ {own[option].shown}" for name, option in options.items() if option in own}
 
 
 def generalized_summary(fitted: GeneralizedFitted) -> GeneralizedSummary:

@@ -15,6 +15,7 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.families import Family
 from mixjax.fitted.names import by_effect, names_apart, names_of_variances, terms_of_group
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, counts_of
 from mixjax.tables import frame_report
@@ -72,8 +73,8 @@ class BatchFit(Reported):
         """``(B,)`` of the distribution of the response, by name: sigma, or those of a family."""
         if self.family is None:
             return {"sigma": self.estimates.sigma}  # type: ignore[union-attr]
-        own = self.family.natural(list(self.estimates.psi.T))  # type: ignore[union-attr]
-        return dict(zip(self.family.psi_names, np.asarray(own), strict=True))
+        names, own, _ = parameters_of_family(self.labels, self.family, self.estimates.psi.T)  # type: ignore[union-attr]
+        return dict(zip(names, own, strict=True))
 
     @property
     def sdcor(self) -> pd.DataFrame:

@@ -130,6 +130,14 @@ class GeneralizedFitted(FitStatistics):
     def _mean_of_family(self) -> np.ndarray:
         return np.asarray(self.family.mean(self.estimates.eta))
 
+    @property
+    def own_formulas(self) -> dict[str, str]:
+        """``"zi"``, ``"disp"`` -> the formula, of those that the fit has."""
+        state = self.labels.state
+        own = dict(state.parsed.own) if state is not None else {}
+        options = {"zi": "ziformula", "disp": "dispformula"}
+        return {name: f"~ {own[option].shown}" for name, option in options.items() if option in own}
+
     @cached_property
     def psi_by_row(self) -> list[Any]:
         """The family's parameters, each a number or ``(n,)``."""

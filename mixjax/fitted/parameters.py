@@ -116,16 +116,16 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
 
 
 def parameters_of_family(labels: Labels, family: Family, psi: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names and values of a family's parameters, and the derivatives of these by psi ``(s,)``: of one that is a number
-    on the scale of its name, of others the coefficients of their formula, ``zi~x`` and ``disp~x``."""
+    """Names and values of a family's parameters, and the derivatives of these by psi ``(s, ...)``: of one that is a
+    number on the scale of its name, of others the coefficients of their formula, ``zi~x`` and ``disp~x``."""
     each = labels.psi or ((),) * family.n_psi
     names: list[str] = []
-    values, slopes = np.array(psi, np.float64), np.ones(len(psi))
+    values, slopes = np.array(psi, np.float64), np.ones(np.shape(psi))
     for j, (name, own) in enumerate(zip(family.psi_names, each, strict=True)):
         at = len(names)
         names += [f"{component_of(name)}~{column}" for column in own] or [name]
         if not own:
-            alone = np.zeros(family.n_psi)
+            alone = np.zeros((family.n_psi, *values.shape[1:]))
             alone[j] = psi[at]
             values[at], slopes[at] = family.natural(list(alone))[j], family.natural_slope(list(alone))[j]
     return names, values, slopes

@@ -71,7 +71,8 @@ class FamilyClusters:
             name: None if values is None else np.asarray(values)[rows]
             for name, values in (("weights", design.weights), ("offset", design.offset), ("size", design.size))
         }
-        return Design(np.asarray(design.y)[rows], np.asarray(design.X)[rows], tuple(terms), **others)
+        psi = tuple(None if own is None else np.asarray(own)[rows] for own in design.psi_columns)
+        return Design(np.asarray(design.y)[rows], np.asarray(design.X)[rows], tuple(terms), **others, psi_columns=psi)
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,16 @@ class FamilySamples:
         return fit_each(self._data(), fitted.estimates_of, keep, fitted.estimates)
 
     def _data(self) -> Iterator[FamilyRows | None]:
-        Q = np.asarray(self.clusters.fitted.rows.Q)
+        whole = self.clusters.fitted.rows
+        blocks = [np.asarray(whole.Q), *(np.asarray(own) for own in whole.psi_columns if own is not None)]
         for drawn in self.index:
             design = self.clusters.design(drawn)
-            own = Q[np.concatenate([self.clusters.rows[c] for c in drawn])]
-            values = np.linalg.eigvalsh(own.T @ own) if own.shape[1] else np.ones(1)
-            known = values[0] > DEPENDENT * values[-1]
+            rows = np.concatenate([self.clusters.rows[c] for c in drawn])
+            known = all(_independent(own[rows]) for own in blocks)
             yield rows_in(design, self.clusters.fitted.family, design.y) if known else None
+
+
+def _independent(columns: np.ndarray) -> bool:
+    """Whether no column, in the basis of all rows, is determined by the others on these."""
+    values = np.linalg.eigvalsh(columns.T @ columns) if columns.shape[1] else np.ones(1)
+    return bool(values[0] > DEPENDENT * values[-1])

@@ -16,6 +16,7 @@ from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.inference.random.nesting import (
     Place,
+    are_formulas_within,
     check_same_data,
     check_same_likelihood,
     is_limit,
@@ -190,6 +191,10 @@ def compare(
     if len(set(families)) == 1:
         title, families = f"{title}; family {families[0]}", []
     shown = [f", family {family}" for family in families] or [""] * len(records)
+    shown = [
+        own + "".join(f", {name} {text}" for name, text in getattr(fit, "own_formulas", {}).items())
+        for own, fit in zip(shown, records, strict=True)
+    ]
     formulas = {name: fit.labels.formula + own for name, fit, own in zip(names, records, shown, strict=True)}
     return Comparison(title, formulas, table, tuple(notes), null_draws)
 
@@ -303,6 +308,8 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     if isinstance(pair.small, GeneralizedFitted) and isinstance(pair.large, GeneralizedFitted):
         at_limit = is_limit(pair.small.family, pair.large.family)
         faults += [] if pair.small.family == pair.large.family or at_limit else ["family"]
+        within = are_formulas_within(pair.small, pair.large)
+        faults += [] if within else ["dispformula or ziformula"]
     if faults:
         warn(
             f"{pair.smaller} is not a special case of {pair.larger} ({', '.join(faults)}): a likelihood ratio test "
@@ -316,7 +323,13 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     bound = "a variance to 0, its bound"
     if at_limit and place.zeros is not None:
         bound = "1/size of a negative binomial response to 0, its bound"
-        place = place._replace(zeros=place.zeros + 1)
+        more = 1
+        if pair.large.family.plain is not pair.large.family:  # type: ignore[union-attr]
+            bound = "the probability of extra zeros to 0, its bound"
+            more = pair.large.rows.psi_widths[-1]  # type: ignore[union-attr]
+        elif pair.large.labels.psi:
+            more = pair.large.rows.n_psi  # type: ignore[union-attr]
+        place = place._replace(zeros=place.zeros + more)
     reason = _no_mixture(pair, place)
     if reason:
         instead = "trust p_bootstrap" if method == "bootstrap" else "method='bootstrap' gives a p-value"
@@ -339,7 +352,8 @@ def _no_mixture(pair: _Pair, place: Place) -> str | None:
     if place.zeros is None:
         return "the larger model can write the same covariance in several ways"
     if place.zeros > 1:
-        return f"{pair.smaller} puts {place.zeros} standard deviations to 0, their bound"
+        what = "standard deviations" if not pair.large.labels.psi else "parameters, or coefficients of their formulas,"
+        return f"{pair.smaller} puts {place.zeros} {what} to 0, their bound"
     # For fixed effects alone it does not matter in a linear model: the information on them and on variances is
     # orthogonal.
     other = pair.large.layout.k > pair.small.layout.k or isinstance(pair.small, GeneralizedFitted)
@@ -406,7 +420,9 @@ def notes_of_null(small: AnyFitted, large: AnyFitted, codes: np.ndarray) -> list
     ended = at_limit(small, large, codes)
     notes = []
     if ended.any():
-        notes.append(f"in {int(ended.sum())} of {len(codes)} replicates size is infinite, where counts are Poisson's")
+        inflated = isinstance(large, GeneralizedFitted) and large.family.plain is not large.family
+        what = "there are no extra zeros" if inflated else "size is infinite, where counts are Poisson's"
+        notes.append(f"in {int(ended.sum())} of {len(codes)} replicates {what}")
     if failures := note_of_failures(np.where(ended, int(Result.CONVERGED), codes)):
         notes.append(failures)
     return notes

@@ -102,14 +102,32 @@ def check_same_likelihood(fits: Sequence[AnyFitted], names: Sequence[str]) -> No
 
 
 def _one_measure(a: Family, b: Family) -> bool:
+    a, b = a.plain, b.plain
     same = a == b or (a.name == b.name and any(a.name in names for names in MEASURES))
     return same or any(a.name in names and b.name in names for names in MEASURES)
 
 
 def is_limit(small: Family, large: Family) -> bool:
     """Whether one family is another's limit at the bound of its parameter: Poisson counts are negative binomial ones
-    with 1/size = 0."""
-    return (small.name, large.name) == ("poisson", "nbinom") and small.link == large.link
+    with 1/size = 0, and any counts those with extra zeros whose probability is 0."""
+    without = small.plain is small and large.plain is not large and small == large.plain
+    return without or ((small.name, large.name) == ("poisson", "nbinom") and small.link == large.link)
+
+
+def are_formulas_within(small: GeneralizedFitted, large: GeneralizedFitted) -> bool:
+    """Whether what the family's parameters depend on in the one lies in the span of that in the other, parameters that
+    only the larger model has aside."""
+    ones = np.ones((small.nobs, 1))
+
+    def columns(fit: GeneralizedFitted) -> dict[str, np.ndarray]:
+        own = fit.design.psi_columns or (None,) * fit.family.n_psi
+        return {
+            name: ones if values is None else np.asarray(values, np.float64)
+            for name, values in zip(fit.family.psi_names, own, strict=True)
+        }
+
+    own, other = columns(small), columns(large)
+    return all(in_span(values, other[name]) for name, values in own.items() if name in other)
 
 
 def _or(values: np.ndarray | None, default: float, n: int) -> np.ndarray:

@@ -63,6 +63,8 @@ class FamilyProfiles:
 
 def refusal(fitted: GeneralizedFitted) -> str | None:
     """Why a model has no profiles; None where it has."""
+    if fitted.labels.psi:
+        return "it has dispformula= or ziformula="
     if fitted.nagq == 0:
         return "it was fitted with nagq=0, whose fixed effects are not at the minimum"
     if fitted.nagq > 1 and fitted.layout.qs != (1,):

@@ -235,10 +235,10 @@ def _plain(fitted: GeneralizedFitted) -> Plain:
 def _plain_null(large: GeneralizedFitted, key: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Statistics under the generalised linear model, as :func:`bootstrap_null` gives them."""
     null, none = _plain(large), [np.zeros_like(S) for S in large.estimates.Sigma]
-    data = data_of_responses(large)
+    data, psi = data_of_responses(large), large.rows.psi_by_row(null.psi[0])
 
     def draw(first: int, count: int) -> Drawn:
-        Y = simulate_family(large.design, large.family, null.beta[0], none, null.psi[0], key, count, first)
+        Y = simulate_family(large.design, large.family, null.beta[0], none, psi, key, count, first)
         return Drawn((data(Y),), fit_plain(large.rows.with_response(Y)).criterion)
 
     found: list[np.ndarray] = []

@@ -76,7 +76,8 @@ def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | No
     if approximation is not None and approximation not in APPROXIMATIONS:
         raise ValueError(f"approximation must be None or one of {', '.join(map(repr, APPROXIMATIONS))}, got "
                          f"{approximation!r}")  # fmt: skip
-    family = fitted.family
+    family, cure = fitted.family, "take that of a fit without"
+    fitted.rows.refuse_psi_columns("a variance of the response on the scale of the predictor", cure)
     if family.link not in LINKS:
         raise ValueError(f"link {family.link!r} has no known derivative: there is no variance on its scale")
     if approximation is None:
