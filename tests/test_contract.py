@@ -74,6 +74,7 @@ FUNCTIONS = {
     "families.inverse_gaussian": "link='log'",
     "families.beta": "link='logit'",
     "families.gaussian": "link='identity'",
+    "families.zero_inflated": "base, link=None",
     "families.custom": "loglik, mean, draw=None, psi=(), start=None, name='custom'",
     "families.family_of": "family, link=None, linear=False",
 }

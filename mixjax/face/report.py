@@ -12,12 +12,12 @@ import pandas as pd
 from mixjax import numerals
 from mixjax.checks import check_count, check_level, listed, some_of
 from mixjax.distributions import t_quantile
-from mixjax.face.generalized_summary import dispersion
 from mixjax.face.summary import coefficient_table
 from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import interaction_key, names_of_variances
 from mixjax.fitted.options import ddf_of
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.random import variance
@@ -290,7 +290,8 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     if isinstance(record, Fitted):
         return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
-    return found | {((), "sigma", (name,), 0): (name, value) for name, value in dispersion(record).items()}
+    names, values, _ = parameters_of_family(record.labels, record.family, np.asarray(record.estimates.psi))
+    return found | {((), "sigma", (name,), 0): (name, float(x)) for name, x in zip(names, values, strict=True)}
 
 
 def _groups(record: AnyFitted) -> dict[Key, tuple[str, int]]:

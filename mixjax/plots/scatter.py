@@ -175,7 +175,8 @@ def _fitted(record: AnyFitted, kind: str | None) -> Column:
     response = record.labels.response
     if isinstance(record, GeneralizedFitted):
         if kind in (None, "quantile"):
-            mean = np.asarray(record.family.mean(fixed_part(record)))
+            family = record.family
+            mean = np.asarray(family.response_mean(family.mean(fixed_part(record)), record.psi_by_row))
             return Column(f"fitted {response} (random effects zero)", mean, None)
         return Column(f"fitted {response} (conditional mean)", record.mean, None)
     if kind in (None, "conditional"):

@@ -369,6 +369,9 @@ def design_of(
 def _stand_in(family: Family, size: Any, table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
     """Responses that the family can have, neither all alike nor at an end."""
     n = len(table)
+    if family.plain is not family:
+        own = _stand_in(family.plain, size, table, rng)
+        return np.where(np.arange(n) % 2 == 0, 0.0, own)
     if family.name == "binomial":
         if size is None:
             return rng.permutation(np.arange(n) % 2).astype(np.float64)
