@@ -512,6 +512,10 @@ def test_no_zero_inflation_is_named():
     with pytest.warns(mj.ConvergenceWarning, match="there is no zero inflation beyond what the family has"):
         fit = mj.glmm("y ~ 1 + (1 | g)", data, "poisson", ziformula="~ 1")
     assert fit.estimates.result == mj.Result.UNBOUNDED
+    data["arm"] = np.where(group < 10, "a", "b")
+    data["y"] = np.where(group < 10, data["y"], rng.negative_binomial(1, 0.3, 200))
+    with pytest.warns(mj.ConvergenceWarning, match="vary no more than the family without it"):
+        mj.glmm("y ~ arm + (1 | g)", data, "nbinom", dispformula="~ arm")
 
 
 def test_what_is_not_there_yet(both, epil):

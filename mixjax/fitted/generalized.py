@@ -38,8 +38,9 @@ from mixjax.simulation import simulate_family
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
 SCALES = ("dispersion", "sigma")
-# A logarithm or logit beyond which it is on the way to infinity, and what to try then, of one with a formula.
-ENDLESS = 8.0
+# The logarithm of a parameter, and the logit of extra zeros, beyond which they are on the way to infinity, and what to
+# try then, of those with a formula.
+ENDLESS = 12.0, 8.0
 CURES = {
     "ziformula": "a probability of extra zeros runs to 0 or 1: there is no zero inflation beyond what the family has, "
     "at least in some level of a factor of ziformula=: take ziformula='~ 1', or leave it out",
@@ -354,7 +355,7 @@ def _message(est: GLMMEstimates, rows: FamilyRows, design: Design, labels: Label
         options = dict.fromkeys(
             "ziformula" if name == "zero_inflation" else "dispformula"
             for name, own, values in parts
-            if own and np.abs(values).max() > ENDLESS
+            if own and np.abs(values).max() > ENDLESS[name == "zero_inflation"]
         )
         if options:
             return "; and ".join(CURES[option] for option in options)
