@@ -1,7 +1,7 @@
 """From the parameters of a random term to the covariance of its effects, and back."""
 
+from mixjax.covariance.names import BY_OPTION, STRUCTURES, canonical, structure_of
 from mixjax.covariance.structures import (
-    STRUCTURES,
     Diagonal,
     HomogeneousCompoundSymmetry,
     NaturalParameter,
@@ -10,7 +10,6 @@ from mixjax.covariance.structures import (
     cut,
     factors_of,
     near,
-    structure_of,
 )
 from mixjax.covariance.theta import (
     HIGHEST,
@@ -30,6 +29,7 @@ from mixjax.covariance.theta import (
 )
 
 __all__ = [
+    "BY_OPTION",
     "HIGHEST",
     "LOWEST",
     "STRUCTURES",
@@ -38,6 +38,7 @@ __all__ = [
     "NaturalParameter",
     "Structure",
     "Unstructured",
+    "canonical",
     "cut",
     "diagonal_positions",
     "factors_of",

@@ -9,7 +9,7 @@ D``). A :class:`Structure` knows its parameters in three forms:
   for priors and samplers; a singular covariance lies at minus infinity.
 * the natural parameters: standard deviations and correlations of the user's columns, with names.
 
-Structures are in :data:`STRUCTURES`; docs/contributing.md says how to add one.
+Structures are in :data:`mixjax.covariance.names.STRUCTURES`; docs/contributing.md says how to add one.
 """
 
 from __future__ import annotations
@@ -45,16 +45,28 @@ class NaturalParameter(NamedTuple):
     Attributes:
         kind: ``"sd"``, a standard deviation, or ``"cor"``, a correlation.
         i, j: of effect i; of effects i and j, i the later one. Of several that are equal, one of them.
-        shared: all effects, or all pairs, have it.
+        shared: all effects, or all pairs, have it. lag: all pairs that are as far apart as i and j.
     """
 
     kind: Literal["sd", "cor"]
     i: int
     j: int = -1
     shared: bool = False
+    lag: bool = False
+
+    def pairs(self, q: int) -> list[tuple[int, int]]:
+        """Effects (i, j) of q that have the correlation, i the later one; its own first."""
+        own = (self.i, self.j)
+        if not self.shared:
+            return [own]
+        others = [(i, j) for j in range(q) for i in range(j + 1, q) if not self.lag or i - j == self.i - self.j]
+        return [own, *(pair for pair in others if pair != own)]
 
     def name(self, effects: Sequence[str], group: str) -> str:
-        """``sd_Days|Subject``, ``cor_Days.Intercept|Subject``; ``sd|Subject`` of a shared one."""
+        """``sd_Days|Subject``, ``cor_Days.Intercept|Subject``; ``sd|Subject`` of a shared one, ``cor_lag1|Subject`` of
+        neighbours."""
+        if self.lag:
+            return f"{self.kind}_lag{self.i - self.j}|{group}"
         of = effects[self.i] if self.kind == "sd" else f"{effects[self.i]}.{effects[self.j]}"
         return f"{self.kind}|{group}" if self.shared else f"{self.kind}_{of}|{group}"
 
@@ -111,6 +123,22 @@ class Structure(ABC):
         """``Lambda (q, q, ...)``."""
         return stack_of(self.entries(x))
 
+    def slopes(self, x: Array) -> Array:
+        """Derivatives of :meth:`factor` by the coordinates, ``(k, q, q, ...)``."""
+        units = np.stack([np.asarray(self.factor(unit)) for unit in np.eye(self.k)])
+        return namespace(x).broadcast_to(
+            namespace(x).asarray(units.reshape(*units.shape, *(1,) * (x.ndim - 1)), x.dtype), (*units.shape, *x.shape[1:])
+        )
+
+    # The effects are ordered, and must be the levels of one factor.
+    ordered: ClassVar[bool] = False
+
+    @property
+    def apart_from_noise(self) -> bool:
+        """Correlations tell the effects' variances from noise even where each is seen once; False where the structure
+        has all covariances ``D + c I``, or nearly."""
+        return False
+
     def directions(self) -> np.ndarray | None:
         """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
         others near them; None where there are no such. Kenward-Roger degrees of freedom need them."""
@@ -130,6 +158,10 @@ class Structure(ABC):
             for row, column in zip(*triangle(self.q), strict=True)
             if row == column or self.correlated
         )
+
+    def completed(self, cor: np.ndarray) -> np.ndarray:
+        """The correlations ``(q, q)`` of the structure from those, in their places, that are natural parameters."""
+        return cor
 
     # --- one parameter held at a value
 
@@ -154,11 +186,7 @@ class Structure(ABC):
         """Coordinates ``(k,)`` of the covariance of this structure with theta ``(q (q + 1) / 2,)``, for the user's own
         columns; exactly zero where they are up to rounding."""
         x = self.near(lambda_of_theta(theta, self.q))
-        if self.scaling != "common":  # effects on scales of their own
-            return x
-        deviation = np.isin(np.arange(self.k), self.deviations)
-        xp = namespace(x)
-        return xp.where(deviation & (abs(x) <= rank_tolerance(x.dtype) * abs(x).max()), 0.0, x)
+        return x if self.scaling != "common" else self.settled(x)  # effects on scales of their own
 
     # --- unconstrained parameters: standard deviations as logarithms
 
@@ -190,6 +218,16 @@ class Structure(ABC):
         which[list(self.deviations), 0] = np.arange(self.n_reductions)
         x = namespace(x, c).where((which >= 0) & (which == c), 0.0, x)
         return x, (x != 0) | (which < 0)
+
+    def settled(self, x: Array) -> Array:
+        """Coordinates ``(k, ...)`` with what is a bound up to rounding exactly there."""
+        xp, deviation = namespace(x), np.isin(np.arange(self.k), self.deviations)
+        small = abs(x) <= rank_tolerance(x.dtype) * abs(x).max(0)
+        return xp.where(deviation.reshape(-1, *(1,) * (x.ndim - 1)) & small, 0.0, x)
+
+    def moving(self, x: Array) -> Array:
+        """Coordinates ``(k, ...)`` on which D depends at ``x``; others are nowhere near an estimate."""
+        return namespace(x).ones(x.shape, bool)
 
     def has_derivatives(self, Lambda: Array) -> Array:
         """``(...)``: whether there are derivatives where the factor of the user's columns is ``Lambda (q, q, ...)``."""
@@ -301,6 +339,30 @@ class Diagonal(Structure):
 
 
 @dataclass(frozen=True)
+class HomogeneousDiagonal(Structure):
+    """Uncorrelated effects of one variance: ``x = sd / sigma``."""
+
+    correlated = False
+
+    @property
+    def k(self) -> int:
+        return 1
+
+    def entries(self, x: Array) -> list[list[Array | None]]:
+        return [[x[0] if a == b else None for b in range(self.q)] for a in range(self.q)]
+
+    def near(self, F: Array) -> Array:
+        return namespace(F).sqrt((F * F).sum((0, 1)) / self.q)[None]
+
+    @property
+    def natural(self) -> tuple[NaturalParameter, ...]:
+        return (NaturalParameter("sd", 0, shared=True),)
+
+    def directions(self) -> np.ndarray:
+        return np.eye(self.q)[None]
+
+
+@dataclass(frozen=True)
 class HomogeneousCompoundSymmetry(Structure):
     """One variance v and one correlation rho of all q effects: ``D = v ((1 - rho) I + rho 11')``.
 
@@ -327,29 +389,6 @@ class HomogeneousCompoundSymmetry(Structure):
 
     def directions(self) -> np.ndarray:
         return np.stack([np.eye(self.q), np.ones((self.q, self.q)) - np.eye(self.q)])
-
-
-STRUCTURES: dict[str, type[Structure]] = {
-    "us": Unstructured,
-    "diag": Diagonal,
-    "homcs": HomogeneousCompoundSymmetry,
-}
-
-
-def structure_of(name: str | Structure, q: int) -> Structure:
-    """The structure of a name, or the structure itself, for q effects. Of one effect there is only one.
-
-    Raises:
-        ValueError: the name is not known, or the structure is that of another number of effects.
-    """
-    if isinstance(name, Structure):
-        if name.q != q:
-            raise ValueError(f"{name} is a structure of {name.q} effects, but the term has {q}")
-        return Unstructured(1) if q == 1 and name.k == 1 else name
-    if name not in STRUCTURES:
-        known = ", ".join(map(repr, STRUCTURES))
-        raise ValueError(f"there is no covariance structure {name!r}; there are {known}")
-    return Unstructured(1) if q == 1 else STRUCTURES[name](q)
 
 
 def cut(x: Array, structures: tuple[Structure, ...]) -> list[Array]:

@@ -8,9 +8,8 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import decompositions, linalg
-from mixjax.covariance import rank_tolerance
 from mixjax.design import AnyArray
-from mixjax.machine import Array, namespace, set_at
+from mixjax.machine import Array, namespace
 from mixjax.products.sums import CrossProducts, Layout
 
 
@@ -35,12 +34,10 @@ def coordinates_in(theta: Array, layout: Layout, bases: Sequence[AnyArray]) -> t
     parts, free = [], []
     lambdas = cov.lambdas_of_theta(theta, layout.qs)
     for structure, Lambda, R in zip(layout.structures, lambdas, bases, strict=True):
-        x = structure.near(linalg.matmul(xp.asarray(R), Lambda))
-        at = np.array(structure.deviations, np.int32)
-        x = set_at(x, at, xp.where(abs(x[at]) <= rank_tolerance(x.dtype) * abs(x).max(0), 0.0, x[at]))
+        x = structure.settled(structure.near(linalg.matmul(xp.asarray(R), Lambda)))
         x, own = structure.reduced(x, xp.full(x.shape[1], -1))
         parts.append(x)
-        free.append(own)
+        free.append(own & structure.moving(x))
     return xp.concatenate(parts), xp.concatenate(free)
 
 

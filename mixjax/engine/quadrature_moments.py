@@ -152,13 +152,10 @@ def added(model: Model, rule: Rule, fixed: Array, x: Array, b: Array) -> tuple[A
     layout, xp = model.layout, namespace(fixed, x, b)
     lambdas = cov.factors_of(x, layout.structures)
     lower, slopes = [], []
-    for structure, Lambda in zip(layout.structures, lambdas, strict=True):
-        units = np.stack([structure.factor(unit) for unit in np.eye(structure.k)])[..., None]  # it is linear in x
-        if structure.is_lower:
-            own, own_slopes = Lambda, xp.asarray(units)
-        else:
-            shape = (*units.shape[:3], x.shape[-1])
-            own, own_slopes = lower_root_slopes(Lambda, xp.broadcast_to(xp.asarray(units), shape))
+    for structure, Lambda, part in zip(layout.structures, lambdas, cov.cut(x, layout.structures), strict=True):
+        own, own_slopes = Lambda, structure.slopes(part)
+        if not structure.is_lower:
+            own, own_slopes = lower_root_slopes(own, own_slopes)
         lower.append(own)
         slopes.append(own_slopes)
     by_moments = model.columns is not None and not model.family.n_psi

@@ -121,15 +121,15 @@ def joint_at(model: Model, rule: Rule, fixed: np.ndarray, x: np.ndarray, v: np.n
 
 
 def zero_roots(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """``(k, L)`` coordinates of zero columns of a factor, or roots that are zero: nothing changes with their sign, so
-    that their slopes are zero, whatever rounding says."""
+    """``(k, L)`` coordinates of zero columns of a factor, or that are at a bound, as roots that are zero: the criterion is
+    even in what they are beyond that, so that their slopes are zero, whatever rounding says."""
     found = []
     for structure, part in zip(layout.structures, cov.cut(x, layout.structures), strict=True):
         if structure.is_lower:
             zero = ~(structure.factor(part) != 0).any(0)  # (q, L)
             found.append(np.stack([zero[structure.factor(unit).any(0)].all(0) for unit in np.eye(structure.k)]))
         else:
-            found.append(part == 0)
+            found.append(~structure.reduced(part, np.full(part.shape[1], -1))[1])
     return np.concatenate(found)
 
 

@@ -201,7 +201,8 @@ def _scores(model: Model, x: np.ndarray, slope: np.ndarray, by_psi: list[np.ndar
     parts = [_by_unit(model, slope * column) for column in model.data.X]
     parts += [_by_unit(model, np.broadcast_to(own, slope.shape)) for own in by_psi]
     pull = effects.effects(slope)  # Z'c1
-    for structure, place in zip(model.layout.structures, model.layout.terms, strict=True):
+    coordinates = cov.cut(x, model.layout.structures)
+    for structure, place, own in zip(model.layout.structures, model.layout.terms, coordinates, strict=True):
         if isinstance(effects, OneFactor):
             part = slice(place.start, place.start + place.q)
             g, v = pull[:, part, :, 0], u[:, part, :, 0]
@@ -211,7 +212,7 @@ def _scores(model: Model, x: np.ndarray, slope: np.ndarray, by_psi: list[np.ndar
             part = slice(begin + place.start * m, begin + (place.start + place.q) * m)
             g, v = (values[:, part, 0].reshape(len(u), place.q, m) for values in (pull, u))
             products = np.einsum("tam,tbm->tab", g, v)[:, None]
-        parts += [(products * structure.factor(unit)).sum((-1, -2)) for unit in np.eye(structure.k)]  # linear in x
+        parts += [(products * slope[..., 0]).sum((-1, -2)) for slope in structure.slopes(own)]
     return np.asarray(2.0 * np.stack(parts, -1))
 
 

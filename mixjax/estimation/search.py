@@ -82,6 +82,9 @@ def advance(
     if is_nowhere(ended):
         return search._replace(state=state)
     new, best = newton.solution_of(state), search.best
+    # What D does not depend on at the end, as a correlation beside a variance of zero, is not free either.
+    parts = zip(structures, cov.cut(new.x, structures), strict=True)
+    new = new._replace(free=new.free & xp.concatenate([s.moving(part) for s, part in parts]))
     converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
     lower = new.value < best.value - newton.value_tolerance(new.value.dtype)
     take = ended & (~search.again | (converged & (~had | lower)))

@@ -88,7 +88,7 @@ def lmm(
             raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
         stats, labels = cross_products_from(data, formula, weights, offset, contrasts=contrasts, trusted=trusted)
         if check_identifiable:
-            check_number_of_effects(int(stats.n), labels)
+            check_number_of_effects(int(stats.n), labels, structures=stats.layout.structures)
         return LMMFit(fit_products(stats, labels, reml, start, optimizer))
     built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
     if check_identifiable:

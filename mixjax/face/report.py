@@ -284,6 +284,7 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
         term, natural = record.labels.terms[parameter.term], parameter.natural
         places = [natural.i] if parameter.kind == "sd" else sorted([natural.i, natural.j])
         effects = [] if natural.shared else [term.effects[place] for place in places]
+        effects = [f"lag {natural.i - natural.j}"] if natural.lag else effects
         key: Key = (interaction_key(term.group), parameter.kind, frozenset(map(interaction_key, effects)))
         again = sum(other[:3] == key for other in found)
         label = f"{parameter.kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)

@@ -62,13 +62,19 @@ class VarianceParameter(NamedTuple):
 
     def value(self, Sigma: Sequence[np.ndarray]) -> np.ndarray:
         """Value ``(...)`` at covariances ``(..., q, q)`` of all terms; NaN of a correlation beside a zero variance."""
-        own, i, j = np.asarray(Sigma[self.term]), self.natural.i, self.natural.j
+        own, q = np.asarray(Sigma[self.term]), np.shape(Sigma[self.term])[-1]
         variances = np.diagonal(own, axis1=-2, axis2=-1)
         if self.kind == "sd":
-            value: np.ndarray = np.sqrt(variances[..., i])
-        else:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                value = own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
+            value: np.ndarray = np.sqrt(variances[..., self.natural.i])
+            return value
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = [
+                own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
+                for i, j in self.natural.pairs(q)
+            ]
+        value = values[0]
+        for other in values[1:]:  # the same of two other effects, where these have no variance
+            value = np.where(np.isnan(value), other, value)
         return value
 
 

@@ -184,11 +184,12 @@ def natural_with_slopes(x: np.ndarray, layout: Layout, Z_bases: Sequence[Basis])
         of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
         here = slice(start, start + structure.k)
         for parameter in structure.natural:
-            i, j = parameter.i, parameter.j
             if parameter.kind == "sd":
-                values[row] = sd[i]
-                slopes[row, here] = of_sd[:, i]
+                values[row] = sd[parameter.i]
+                slopes[row, here] = of_sd[:, parameter.i]
             else:
+                pairs = parameter.pairs(structure.q)
+                i, j = max(pairs, key=lambda pair: bool(sd[pair[0]] * sd[pair[1]] > 0))  # the first with variances
                 values[row] = D[i, j] / (sd[i] * sd[j])
                 relative = of_sd[:, i] / sd[i] + of_sd[:, j] / sd[j]
                 slopes[row, here] = moves[:, i, j] / (sd[i] * sd[j]) - values[row] * relative

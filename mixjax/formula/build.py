@@ -16,6 +16,7 @@ from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import (
     check_columns_of_term,
+    check_structure,
     check_noise,
     check_varies,
     check_weights,
@@ -482,6 +483,7 @@ def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) 
         for block in part.blocks():
             Z, columns = columns_of(block, frame, context)
             check_columns_of_term(Z, columns.names, part.group.name)
+            check_structure(part.structure, columns, f"{block} | {part.group.name}")
             if part.structure == "us":
                 warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
             labels = TermLabels(part.group.name, columns.names, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,14 @@ import pandas as pd
 
 from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.checks import DataError, some_of, warn
-from mixjax.design import Design, Labels
+from mixjax.covariance import Structure
+from mixjax.design import Design, Labels, RandomTerm, TermLabels
+
+from mixjax.formula.evaluate import Columns
+
+# Structures of effects in an order; those in which distances count.
+ORDERED = ("ar1", "hetar1", "homtoep", "toep", "adh")
+BY_DISTANCE = ("ar1", "hetar1", "homtoep", "toep")
 
 # Families of counts without trials, their usual link log; families with a dispersion of their own, which effects of
 # single rows would describe as well.
@@ -85,7 +94,61 @@ def warn_of_constant_slopes(Z: np.ndarray, names: tuple[str, ...], codes: np.nda
     )
 
 
-def check_number_of_effects(n: int, labels: Labels, family: Any = None, size: np.ndarray | None = None) -> None:
+def check_structure(structure: str, columns: Columns, term: str) -> None:
+    """Refuse a covariance structure of effects that it has no meaning for.
+
+    Args:
+        columns: of the effects. term: as written.
+
+    Raises:
+        DataError: one effect where the structure is of correlations; effects that are not the levels of one factor where
+            it is of effects in an order.
+
+    Warns:
+        DataWarning: levels whose names count in another order, or with gaps.
+    """
+    if structure not in ORDERED and structure != "cs":
+        return
+    own = columns.effects
+    numeric = [e.shown for e in own.expressions if columns.categories(e) is None]
+    of_one = len(own.terms) == 1 and len(own.expressions) == 1 and not numeric
+    if structure in ORDERED and not of_one:
+        hint = f"; {numeric[0]!r} holds numbers, of which C({numeric[0]}) makes a factor" if numeric else ""
+        raise DataError(
+            f"'{structure}({term})' is a covariance of effects in an order: write '{structure}(0 + f | g)', the effects "
+            f"being the levels of one factor f{hint}; effects of other kinds may have 'cs' or no structure at all"
+        )
+    levels = columns.categories(own.expressions[0]) if of_one else None
+    if len(columns.names) < 2 or (structure in ORDERED and len(levels or ()) != len(columns.names)):
+        one = len(columns.names) < 2
+        why = "one effect has no correlations: write" if one else "the effects are to be the levels themselves: write"
+        instead = f"'({term})'" if one else f"'{structure}(0 + {own.expressions[0]} | ...)'"
+        raise DataError(f"'{structure}({term})': {why} {instead}")
+    if structure in ORDERED and levels is not None:
+        _warn_of_order(structure, [str(level) for level in levels], term)
+
+
+def _warn_of_order(structure: str, levels: list[str], term: str) -> None:
+    found = [re.fullmatch(r"(.*?)(-?\d+(?:\.\d+)?)", level) for level in levels]
+    if any(match is None for match in found) or len({match[1] for match in found if match}) > 1:
+        return
+    steps = np.diff([float(match[2]) for match in found if match])
+    if (steps < 0).any():
+        warn(
+            f"'{structure}({term})' takes the levels in the order {some_of(levels)}: make a categorical column with the "
+            "order that is meant"
+        )
+    elif structure in BY_DISTANCE and not np.allclose(steps, steps[0]):
+        at = int(np.argmax(steps > steps.min()))
+        warn(
+            f"'{structure}({term})' counts distance in levels: {levels[at]} and {levels[at + 1]} are taken as neighbours, "
+            "as far apart as all others; a level in between counts only where it has rows"
+        )
+
+
+def check_number_of_effects(
+    n: int, labels: Labels, family: Any = None, size: np.ndarray | None = None, structures: Sequence[Structure] = ()
+) -> None:
     """Refuse random terms with as many effects as there are rows, where these could not be told from noise.
 
     An effect of every row is welcome beside counts, and beside proportions of several trials, whose overdispersion it
@@ -93,6 +156,7 @@ def check_number_of_effects(n: int, labels: Labels, family: Any = None, size: np
 
     Args:
         family: of a generalised linear mixed model; None: linear. size: ``(n,)`` numbers of trials, or None for 1 each.
+        structures: of the terms; those are let through whose correlations tell effects of single rows from noise.
 
     Raises:
         DataError: names the term and the way to go on.
@@ -100,9 +164,9 @@ def check_number_of_effects(n: int, labels: Labels, family: Any = None, size: np
     Warns:
         DataWarning: the family describes overdispersion as well.
     """
-    for names in labels.terms:
+    for t, names in enumerate(labels.terms):
         effects = len(names.levels) * len(names.effects)
-        if effects < n:
+        if effects < n or (structures and structures[t].apart_from_noise):
             continue
         term = f"({some_of(names.effects, ' + ')} | {names.group})"
         if family is None or family.name == "gaussian":
@@ -134,7 +198,10 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
         DataError: names the term and the way to go on.
     """
     n, p = design.X.shape
-    check_number_of_effects(n, labels, family, design.size)
+    check_number_of_effects(n, labels, family, design.size, design.structures)
+    for term, structure, names in zip(design.terms, design.structures, labels.terms, strict=True):
+        if structure.apart_from_noise and n <= term.n_groups * structure.q:
+            _check_seen(term, names)
     plain = design.weights is None or family is not None
     Q, root_w = basis.Q, 1.0 if plain else np.sqrt(np.asarray(design.weights))
     for term, names in zip(design.terms, labels.terms, strict=True):
@@ -150,6 +217,18 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
                     "cannot be estimated; leave it out of the fixed or of the random effects (or pass "
                     "check_identifiable=False to fit it all the same)"
                 )
+
+
+def _check_seen(term: RandomTerm, names: TermLabels) -> None:
+    """Correlations tell effects from noise only where levels show three of them or more, or one of them twice."""
+    seen = np.zeros((term.n_groups, np.shape(term.Z)[1]), np.int64)
+    np.add.at(seen, term.group, np.asarray(term.Z) != 0)
+    if (seen > 0).sum(1).max() < 3 and seen.max() < 2:
+        raise DataError(
+            f"no level of '{names.group}' has rows at three of the effects {some_of(names.effects)} or two rows at one: "
+            "the residual variance cannot be told from the random effects; use a coarser grouping factor, or pass "
+            "check_identifiable=False to fit it all the same"
+        )
 
 
 # --- offsets of generalised linear mixed models ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pandas.api.types import is_numeric_dtype
 from mixjax.checks import DataError, FormulaError, some_of, warn
 from mixjax.design import Chunk, TermLabels
 from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
+from mixjax.formula.checks import check_structure
 from mixjax.formula.evaluate import Learnt, columns_of, numbers
 from mixjax.formula.parse import Group
 from mixjax.formula.reading import column_names, to_pandas
@@ -159,6 +160,8 @@ class ChunkReader:
             for part in self.parsed.random
             for block in part.blocks()
         ]
+        for part, columns in self.parts:
+            check_structure(part.structure, columns, f"{columns.effects} | {part.group.name}")
         for columns in (self.fixed, *(columns for _, columns in self.parts)):
             for e in columns.effects.expressions:
                 self._refuse_state(e, columns.learnt[e.shown])

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 
 from mixjax.checks import FormulaError
-from mixjax.covariance import STRUCTURES
+from mixjax.covariance import BY_OPTION, STRUCTURES, canonical
 from mixjax.formula.algebra import Effects, effects, summands
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 
@@ -200,23 +200,24 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     inner = first.unwrapped()
     if not inner.outer("|", "||"):
         return None
+    hom = None
     for option in options:
         words = [t.text for t in option.tokens]
         value = words[2] if len(words) == 3 and words[:2] == ["hom", "="] else ""
-        if len(options) > 1 or value not in (*"TF", "TRUE", "FALSE", "True", "False") or (
-            name.startswith("hom") and value[0] == "F"
-        ):  # fmt: skip
+        if len(options) > 1 or value not in (*"TF", "TRUE", "FALSE", "True", "False"):
             raise FormulaError(f"'{option}' in '{piece}' is not understood; there is only hom = TRUE or FALSE")
-        name = f"hom{name.removeprefix('hom')}" if value[0] == "T" else name
-    if name not in STRUCTURES:
-        similar = "; hom = TRUE gives all effects one variance" if f"hom{name}" in STRUCTURES else ""
-        raise FormulaError(
-            f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}{similar}"
-        )
+        hom = value[0] == "T"
+        if canonical(name) and not canonical(name, hom):
+            raise FormulaError(
+                f"'{option}' in '{piece}' is not understood: hom = TRUE or FALSE is an option of {', '.join(BY_OPTION)}"
+            )
+    structure = canonical(name, hom)
+    if structure is None:
+        raise FormulaError(f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}")
     parts = _bar_term(inner, columns)
     if parts[0].independent:
         raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
-    return [replace(part, structure=name) for part in parts]
+    return [replace(part, structure=structure) for part in parts]
 
 
 def _bar_term(inner: Piece, columns: Collection[str]) -> list[RandomPart]:

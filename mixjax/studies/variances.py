@@ -47,7 +47,7 @@ def changed_variances(
     for t, name in enumerate(term_names(labels)):
         of_term = [parameter for parameter in parameters if parameter.term == t and parameter.name in wanted]
         if of_term:
-            changed[t] = _changed(changed[t], of_term, wanted, name)
+            changed[t] = _changed(changed[t], of_term, structures[t], wanted, name)
     return tuple(changed), {name: wanted.get(name, value) for name, value in own.items()}
 
 
@@ -62,20 +62,25 @@ def _checked(name: str, value: Any) -> float:
 
 
 def _changed(
-    Sigma: np.ndarray, parameters: Sequence[VarianceParameter], wanted: Mapping[str, float], term: str
+    Sigma: np.ndarray,
+    parameters: Sequence[VarianceParameter],
+    structure: Structure,
+    wanted: Mapping[str, float],
+    term: str,
 ) -> np.ndarray:
     sd = np.sqrt(np.diagonal(Sigma))
     inverse = np.divide(1.0, sd, out=np.zeros_like(sd), where=sd > 0)
     cor = Sigma * np.outer(inverse, inverse)
     for parameter in parameters:
-        i, j, shared = parameter.natural.i, parameter.natural.j, parameter.natural.shared
+        i, shared = parameter.natural.i, parameter.natural.shared
         if parameter.kind == "sd":
             sd[slice(None) if shared else i] = wanted[parameter.name]
-        elif shared:
-            cor[:] = wanted[parameter.name]
         else:
-            cor[i, j] = cor[j, i] = wanted[parameter.name]
+            for a, b in parameter.natural.pairs(len(sd)):
+                cor[a, b] = cor[b, a] = wanted[parameter.name]
     np.fill_diagonal(cor, 1.0)
+    if any(parameter.kind == "cor" for parameter in parameters):
+        cor = structure.completed(cor)
     try:
         symmetric_root(cor)
     except ValueError:

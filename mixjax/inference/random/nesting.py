@@ -34,7 +34,7 @@ class Place(NamedTuple):
     Attributes:
         nested: every covariance of the smaller model is one of the larger.
         zeros: standard deviations (of effects, or of their combinations) that are zero in the larger model's
-            covariances wherever the smaller model holds; None where the larger model has several ways to write them.
+            covariances, and correlations at a bound, wherever the smaller model holds; None where the larger model has several ways to write them.
     """
 
     nested: bool
@@ -273,6 +273,6 @@ def _zeros(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[lis
         x = term.structure.near(vectors * roots)
         if np.abs(_covariance(term.structure, x) - D).max() > 10 * ROUNDING * scale:
             return None
-        deviations = np.abs(x[list(term.structure.deviations)])
-        zeros += int(np.sum(deviations <= np.sqrt(ROUNDING * scale)))
+        sizes = np.asarray(term.structure.sizes(x[:, None]))
+        zeros += int(np.sum(sizes <= np.sqrt(ROUNDING * scale)))
     return zeros

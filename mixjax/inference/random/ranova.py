@@ -176,8 +176,9 @@ def _statistics(npar: int, criterion: float) -> dict[str, float]:
 def _no_mixture(small: _Smaller, large: AnyFitted) -> str | None:
     """Why the weights of a mixture are not known, or None."""
     if small.record is None:
-        deviations = sum(len(structure.deviations) for structure in large.layout.structures)
-        return None if deviations == 1 else f"{deviations} standard deviations are 0"
+        # Where a variance is 0 the correlations beside it are not known.
+        zeros = sum(structure.n_reductions for structure in large.layout.structures)
+        return None if zeros == 1 else f"{zeros} standard deviations are 0, or correlations not known"
     place = place_of(small.record, large)
     if not place.nested or place.zeros is None:
         return "the smaller covariance can be written in several ways"

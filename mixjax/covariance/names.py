@@ -1,0 +1,75 @@
+"""Covariance structures by the names that formulas have for them."""
+
+from __future__ import annotations
+
+from mixjax.covariance.correlated import (
+    AnteDependence,
+    Autoregressive,
+    CompoundSymmetry,
+    HeterogeneousAutoregressive,
+    HomogeneousToeplitz,
+    Toeplitz,
+)
+from mixjax.covariance.structures import (
+    Diagonal,
+    HomogeneousCompoundSymmetry,
+    HomogeneousDiagonal,
+    Structure,
+    Unstructured,
+)
+
+STRUCTURES: dict[str, type[Structure]] = {
+    "us": Unstructured,
+    "diag": Diagonal,
+    "homdiag": HomogeneousDiagonal,
+    "homcs": HomogeneousCompoundSymmetry,
+    "cs": CompoundSymmetry,
+    "ar1": Autoregressive,
+    "hetar1": HeterogeneousAutoregressive,
+    "homtoep": HomogeneousToeplitz,
+    "toep": Toeplitz,
+    "adh": AnteDependence,
+}
+
+# Other names of the same, of mmrm, SAS and lme4.
+ALIASES = {"csh": "cs", "ar1h": "hetar1", "toeph": "toep", "homar1": "ar1", "hetcs": "cs", "hettoep": "toep"}
+# Which of two structures lme4's option hom = TRUE and FALSE stand for; others take no option.
+BY_OPTION = {
+    "cs": ("homcs", "cs"),
+    "diag": ("homdiag", "diag"),
+    "ar1": ("ar1", "hetar1"),
+    "toep": ("homtoep", "toep"),
+}
+
+
+def canonical(name: str, hom: bool | None = None) -> str | None:
+    """The name in :data:`STRUCTURES` of a structure as formulas may write it; None where there is none.
+
+    Args:
+        hom: lme4's option, one variance for all effects; None where it is not given.
+    """
+    if hom is None:
+        known = ALIASES.get(name, name)
+        return known if known in STRUCTURES else None
+    if name in BY_OPTION:
+        return BY_OPTION[name][not hom]
+    # Said twice: homcs(..., hom = TRUE).
+    twice = [pair[not hom] for pair in BY_OPTION.values() if pair[not hom] == ALIASES.get(name, name)]
+    return twice[0] if twice else None
+
+
+def structure_of(name: str | Structure, q: int) -> Structure:
+    """The structure of a name, or the structure itself, for q effects. Of one effect there is only one.
+
+    Raises:
+        ValueError: the name is not known, or the structure is that of another number of effects.
+    """
+    if isinstance(name, Structure):
+        if name.q != q:
+            raise ValueError(f"{name} is a structure of {name.q} effects, but the term has {q}")
+        return Unstructured(1) if q == 1 and name.k == 1 else name
+    known = canonical(name)
+    if known is None:
+        names = ", ".join(map(repr, STRUCTURES))
+        raise ValueError(f"there is no covariance structure {name!r}; there are {names}")
+    return Unstructured(1) if q == 1 else STRUCTURES[known](q)
