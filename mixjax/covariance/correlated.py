@@ -339,9 +339,8 @@ class CompoundSymmetry(Scaled):
 
     def _angles_of(self, z: Array) -> Array:
         xp = namespace(z)
-        # Either end without overflow: t = arctan(exp(-z / 2)).
-        small = xp.exp(-0.5 * abs(z))
-        return xp.where(z < 0, QUARTER - xp.arctan(small), xp.arctan(small))
+        # t = arctan(exp(-z / 2)); smooth at both ends, which lie at infinity.
+        return 0.5 * (QUARTER - 2.0 * xp.arctan(xp.tanh(0.25 * z)))
 
     def _natural_correlations(self) -> list[NaturalParameter]:
         return [NaturalParameter("cor", 1, 0, shared=True)]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.checks import DataError, some_of, warn
-from mixjax.covariance import Structure
+from mixjax.covariance import Diagonal, Structure, Unstructured
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 
 from mixjax.formula.evaluate import Columns
@@ -147,7 +147,12 @@ def _warn_of_order(structure: str, levels: list[str], term: str) -> None:
 
 
 def check_number_of_effects(
-    n: int, labels: Labels, family: Any = None, size: np.ndarray | None = None, structures: Sequence[Structure] = ()
+    n: int,
+    labels: Labels,
+    family: Any = None,
+    size: np.ndarray | None = None,
+    structures: Sequence[Structure] = (),
+    repeated: Sequence[bool] = (),
 ) -> None:
     """Refuse random terms with as many effects as there are rows, where these could not be told from noise.
 
@@ -157,6 +162,7 @@ def check_number_of_effects(
     Args:
         family: of a generalised linear mixed model; None: linear. size: ``(n,)`` numbers of trials, or None for 1 each.
         structures: of the terms; those are let through whose correlations tell effects of single rows from noise.
+        repeated: a level of the term has two rows at one effect, which tell noise from effects that have a structure.
 
     Raises:
         DataError: names the term and the way to go on.
@@ -166,11 +172,15 @@ def check_number_of_effects(
     """
     for t, names in enumerate(labels.terms):
         effects = len(names.levels) * len(names.effects)
-        if effects < n or (structures and structures[t].apart_from_noise):
+        own = structures[t] if structures else None
+        structured = own is not None and not isinstance(own, Unstructured | Diagonal)
+        if effects < n or (own and own.apart_from_noise) or (structured and repeated and repeated[t]):
             continue
         term = f"({some_of(names.effects, ' + ')} | {names.group})"
         if family is None or family.name == "gaussian":
             why = "the residual variance cannot be told from the random effects"
+            if structured and len(names.effects) > 2:
+                why += ", which ar1, hetar1 and adh can by their correlations"
         elif family.name == "binomial" and (size is None or (size == 1).all()):
             why = "single trials, each 0 or 1, say nothing of effects of single rows"
         elif effects > n:
@@ -198,10 +208,12 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
         DataError: names the term and the way to go on.
     """
     n, p = design.X.shape
-    check_number_of_effects(n, labels, family, design.size, design.structures)
-    for term, structure, names in zip(design.terms, design.structures, labels.terms, strict=True):
-        if structure.apart_from_noise and n <= term.n_groups * structure.q:
-            _check_seen(term, names)
+    seen = [_seen(term) if n <= term.n_groups * np.shape(term.Z)[1] else None for term in design.terms]
+    repeated = [own is not None and bool(own.max() > 1) for own in seen]
+    check_number_of_effects(n, labels, family, design.size, design.structures, repeated)
+    for own, structure, names in zip(seen, design.structures, labels.terms, strict=True):
+        if own is not None and structure.apart_from_noise:
+            _check_seen(own, names)
     plain = design.weights is None or family is not None
     Q, root_w = basis.Q, 1.0 if plain else np.sqrt(np.asarray(design.weights))
     for term, names in zip(design.terms, labels.terms, strict=True):
@@ -219,10 +231,15 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
                 )
 
 
-def _check_seen(term: RandomTerm, names: TermLabels) -> None:
-    """Correlations tell effects from noise only where levels show three of them or more, or one of them twice."""
+def _seen(term: RandomTerm) -> np.ndarray:
+    """``(levels, q)``: numbers of rows of a level in which an effect is not zero."""
     seen = np.zeros((term.n_groups, np.shape(term.Z)[1]), np.int64)
-    np.add.at(seen, term.group, np.asarray(term.Z) != 0)
+    np.add.at(seen, np.asarray(term.group), np.asarray(term.Z) != 0)
+    return seen
+
+
+def _check_seen(seen: np.ndarray, names: TermLabels) -> None:
+    """Correlations tell effects from noise only where levels show three of them or more, or one of them twice."""
     if (seen > 0).sum(1).max() < 3 and seen.max() < 2:
         raise DataError(
             f"no level of '{names.group}' has rows at three of the effects {some_of(names.effects)} or two rows at one: "
