@@ -17,8 +17,8 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
-from jax.lax import stop_gradient
 
 from mixjax.covariance.jets import Jet, Ring, constant, jet
 from mixjax.covariance.structures import NaturalParameter, Structure
@@ -31,10 +31,12 @@ QUARTER = np.pi / 2.0
 def _sine_cosine(t: Array) -> tuple[Array, Array]:
     """Exactly 0 at the quarter turns that floating-point numbers only come near to; derivatives are the usual ones."""
     xp = namespace(t)
-    held = (lambda a: a) if xp is np else stop_gradient
     least = 8.0 * np.finfo(t.dtype).eps
     s, c = xp.sin(t), xp.cos(t)
-    return s - held(xp.where(abs(s) < least, s, 0.0)), c - held(xp.where(abs(c) < least, c, 0.0))
+    rest = xp.where(abs(s) < least, s, 0.0), xp.where(abs(c) < least, c, 0.0)
+    if xp is not np:
+        rest = jax.lax.stop_gradient(rest)
+    return s - rest[0], c - rest[1]
 
 
 def _one(x: Array) -> Array:
@@ -111,8 +113,7 @@ class Scaled(Structure):
         s, c = self._parts(x)
         rows = self.rows(s, c, _one(x[0]))
         return [
-            [None if entry is None else sd * entry for entry in row]
-            for sd, row in zip(self._sds(x), rows, strict=True)
+            [None if entry is None else sd * entry for entry in row] for sd, row in zip(self._sds(x), rows, strict=True)
         ]
 
     def near(self, F: Array) -> Array:
@@ -178,7 +179,7 @@ class Scaled(Structure):
         return xp.concatenate([by_scales, by_angles], 1)
 
     def curvature(self, x: Array, g: Array) -> Array:
-        xp, q, n = namespace(x, g), self.q, self.n_angles
+        xp, q = namespace(x, g), self.q
         R, dR, d2R = self._R(x)
         a, b = np.array(pairs_of(q)).T
         w = self._sds(x)

@@ -7,7 +7,8 @@ Evaluating Derivatives, chapter 13).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from mixjax.machine import Array, namespace
 Ring: TypeAlias = Any
 
 
-class Jet(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Jet:
     """A function of n variables at a point: ``value (...)``, ``slope (n, ...)``, ``curve (n, n, ...)``."""
 
     value: Array
@@ -30,7 +32,7 @@ class Jet(NamedTuple):
         return Jet(self.value + other.value, self.slope + other.slope, self.curve + other.curve)
 
     def __sub__(self, other: Any) -> Jet:
-        return self + -1.0 * other
+        return self.__add__(other * -1.0)
 
     def __mul__(self, other: Any) -> Jet:
         if not isinstance(other, Jet):
@@ -40,8 +42,11 @@ class Jet(NamedTuple):
         curve = a.value * b.curve + b.value * a.curve + cross + namespace(cross).swapaxes(cross, 0, 1)
         return Jet(a.value * b.value, a.value * b.slope + b.value * a.slope, curve)
 
-    __rmul__ = __mul__
-    __radd__ = __add__
+    def __rmul__(self, other: Any) -> Jet:
+        return self.__mul__(other)
+
+    def __radd__(self, other: Any) -> Jet:
+        return self.__add__(other)
 
 
 def jet(value: Array, slope: Array, curve: Array, j: int, n: int) -> Jet:

@@ -127,7 +127,8 @@ class Structure(ABC):
         """Derivatives of :meth:`factor` by the coordinates, ``(k, q, q, ...)``."""
         units = np.stack([np.asarray(self.factor(unit)) for unit in np.eye(self.k)])
         return namespace(x).broadcast_to(
-            namespace(x).asarray(units.reshape(*units.shape, *(1,) * (x.ndim - 1)), x.dtype), (*units.shape, *x.shape[1:])
+            namespace(x).asarray(units.reshape(*units.shape, *(1,) * (x.ndim - 1)), x.dtype),
+            (*units.shape, *x.shape[1:]),
         )
 
     # The effects are ordered, and must be the levels of one factor.

@@ -121,8 +121,8 @@ def joint_at(model: Model, rule: Rule, fixed: np.ndarray, x: np.ndarray, v: np.n
 
 
 def zero_roots(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """``(k, L)`` coordinates of zero columns of a factor, or that are at a bound, as roots that are zero: the criterion is
-    even in what they are beyond that, so that their slopes are zero, whatever rounding says."""
+    """``(k, L)`` coordinates of zero columns of a factor, or at a bound, as roots that are zero: the criterion is even
+    there, so that their slopes are zero, whatever rounding says."""
     found = []
     for structure, part in zip(layout.structures, cov.cut(x, layout.structures), strict=True):
         if structure.is_lower:

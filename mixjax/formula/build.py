@@ -16,8 +16,8 @@ from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import (
     check_columns_of_term,
-    check_structure,
     check_noise,
+    check_structure,
     check_varies,
     check_weights,
     refuse_infinite_offset,

@@ -13,7 +13,6 @@ from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.checks import DataError, some_of, warn
 from mixjax.covariance import Diagonal, Structure, Unstructured
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
-
 from mixjax.formula.evaluate import Columns
 
 # Structures of effects in an order; those in which distances count.
@@ -101,8 +100,8 @@ def check_structure(structure: str, columns: Columns, term: str) -> None:
         columns: of the effects. term: as written.
 
     Raises:
-        DataError: one effect where the structure is of correlations; effects that are not the levels of one factor where
-            it is of effects in an order.
+        DataError: one effect where the structure is of correlations; effects that are not the levels of one factor
+            where it is of effects in an order.
 
     Warns:
         DataWarning: levels whose names count in another order, or with gaps.
@@ -115,8 +114,8 @@ def check_structure(structure: str, columns: Columns, term: str) -> None:
     if structure in ORDERED and not of_one:
         hint = f"; {numeric[0]!r} holds numbers, of which C({numeric[0]}) makes a factor" if numeric else ""
         raise DataError(
-            f"'{structure}({term})' is a covariance of effects in an order: write '{structure}(0 + f | g)', the effects "
-            f"being the levels of one factor f{hint}; effects of other kinds may have 'cs' or no structure at all"
+            f"'{structure}({term})' is a covariance of effects in an order: write '{structure}(0 + f | g)', the "
+            f"effects being the levels of one factor f{hint}; effects of other kinds may have 'cs' or no structure"
         )
     levels = columns.categories(own.expressions[0]) if of_one else None
     if len(columns.names) < 2 or (structure in ORDERED and len(levels or ()) != len(columns.names)):
@@ -135,14 +134,14 @@ def _warn_of_order(structure: str, levels: list[str], term: str) -> None:
     steps = np.diff([float(match[2]) for match in found if match])
     if (steps < 0).any():
         warn(
-            f"'{structure}({term})' takes the levels in the order {some_of(levels)}: make a categorical column with the "
-            "order that is meant"
+            f"'{structure}({term})' takes the levels in the order {some_of(levels)}: make a categorical column with "
+            "the order that is meant"
         )
     elif structure in BY_DISTANCE and not np.allclose(steps, steps[0]):
         at = int(np.argmax(steps > steps.min()))
         warn(
-            f"'{structure}({term})' counts distance in levels: {levels[at]} and {levels[at + 1]} are taken as neighbours, "
-            "as far apart as all others; a level in between counts only where it has rows"
+            f"'{structure}({term})' counts distance in levels: {levels[at]} and {levels[at + 1]} are taken as "
+            "neighbours, as far apart as all others; a level in between counts only where it has rows"
         )
 
 
@@ -242,8 +241,8 @@ def _check_seen(seen: np.ndarray, names: TermLabels) -> None:
     """Correlations tell effects from noise only where levels show three of them or more, or one of them twice."""
     if (seen > 0).sum(1).max() < 3 and seen.max() < 2:
         raise DataError(
-            f"no level of '{names.group}' has rows at three of the effects {some_of(names.effects)} or two rows at one: "
-            "the residual variance cannot be told from the random effects; use a coarser grouping factor, or pass "
+            f"no level of '{names.group}' has rows at three of the effects {some_of(names.effects)} or two rows at "
+            "one: the residual variance cannot be told from the random effects; use a coarser grouping factor, or pass "
             "check_identifiable=False to fit it all the same"
         )
 

@@ -34,7 +34,8 @@ class Place(NamedTuple):
     Attributes:
         nested: every covariance of the smaller model is one of the larger.
         zeros: standard deviations (of effects, or of their combinations) that are zero in the larger model's
-            covariances, and correlations at a bound, wherever the smaller model holds; None where the larger model has several ways to write them.
+            covariances, and correlations at a bound, wherever the smaller model holds; None where the larger model has
+            several ways to write them.
     """
 
     nested: bool
