@@ -28,7 +28,8 @@ class RandomTerm:
         group: ``(n,)`` integers ``0 .. n_groups - 1``, the level of every row.
         n_groups: number of levels; static, because it is a shape.
         structure: covariance structure of a level's effects, by name or itself; static. "us": unstructured. "diag":
-            uncorrelated. "homcs": one variance and one correlation. See :mod:`mixjax.covariance.structures`.
+            uncorrelated. "homcs": one variance and one correlation. "cs", "ar1", "hetar1", "toep", "homtoep", "adh",
+            "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`.
     """
 
     Z: AnyArray
