@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixjax import covariance as cov
-from mixjax.covariance.correlated import QUARTER, Scaled
+from mixjax.covariance.scaled import QUARTER, Scaled
 
 NAMES = [name for name, kind in cov.STRUCTURES.items() if issubclass(kind, Scaled)]
 NEW = [*NAMES, "homdiag"]
@@ -98,9 +98,9 @@ def edges(name, q):
     """Coordinates at each bound, and the correlations there."""
     s = cov.structure_of(name, q)
     scales, angle = np.linspace(0.5, 1.5, s.n_scales), 0.4
-    for j in range(s.n_angles):
+    for j in range(s.n_shapes):
         for bound in (-QUARTER, QUARTER, 3 * QUARTER):
-            x = np.concatenate([scales, np.full(s.n_angles, angle)])
+            x = np.concatenate([scales, np.full(s.n_shapes, angle)])
             x[s.n_scales + j] = bound
             yield s, x
     if name == "cs":

@@ -345,6 +345,20 @@ def test_which_structure_is_a_special_case_of_which():
     assert mj.compare(intercept, fit_of("ar1")).to_frame()["p_mixture"].notna().any()
 
 
+def test_special_cases_where_every_effect_has_one_row():
+    """The diagonal may then be noise or effects: what a structure says of the others decides."""
+    one = visits()[(visits()["rep"] == 1)].reset_index(drop=True)
+    names = ("ar1", "hetar1", "adh")
+    fits = {name: mj.lmm(f"y ~ t + {name}(0 + visit | subject)", one, reml=False).record for name in names}
+    fits |= {f: mj.lmm(f"y ~ t + ({f} | subject)", one, reml=False).record for f in ("1", "t")}
+    found = {(a, b): place_of(fits[a], fits[b]) for a in fits for b in names if a != b}
+    nested = {pair: place.zeros for pair, place in found.items() if place.nested}
+    assert nested == {
+        ("ar1", "hetar1"): 0, ("ar1", "adh"): 0, ("hetar1", "adh"): 0,
+        ("1", "ar1"): 1, ("1", "hetar1"): 1, ("1", "adh"): 5,
+    }  # fmt: skip
+
+
 def test_a_variance_put_to_zero_takes_its_correlations_along():
     notes = fit_of("ar1").ranova().attrs["notes"]
     assert any("not known" in note for note in notes)

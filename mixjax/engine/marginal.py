@@ -28,9 +28,9 @@ class MarginalParams(NamedTuple):
         chol: per term ``(q (q + 1) / 2,)``: Cholesky factor of the absolute covariance Sigma, columns of the lower
             triangle, its diagonal as logarithms. Of a term whose covariance has a structure, ``(k,)``: its own
             coordinates as logarithms, of ``diag`` the standard deviations, of ``homcs`` the roots of the eigenvalues
-            ``v (1 + (q - 1) rho)`` and ``v (1 - rho)``; of structures with correlations beside standard deviations (``ar1``)
-            logarithms of these, then Fisher's z of those, of ``toep`` of partial autocorrelations, of ``cs`` the logit of
-            ``(1 + (q - 1) rho) / q``. A singular Sigma has infinite ones.
+            ``v (1 + (q - 1) rho)`` and ``v (1 - rho)``; of structures with correlations beside standard deviations
+            (``ar1``) logarithms of these, then Fisher's z of those, of ``toep`` of partial autocorrelations, of ``cs``
+            the logit of ``(1 + (q - 1) rho) / q``. A singular Sigma has infinite ones.
     """
 
     beta: AnyArray

@@ -35,8 +35,8 @@ def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> M
 
     Args:
         est: the estimates.
-        design: the model, or its cross-products. Needed where a covariance has a structure (``diag``, ``ar1``); None stands
-            for terms without.
+        design: the model, or its cross-products. Needed where a covariance has a structure (``diag``, ``ar1``); None
+            stands for terms without.
 
     Example:
         >>> import mixjax as mj

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
@@ -26,6 +27,8 @@ POINTS, PROBES = 6, 3
 # Families whose densities are probabilities of counts, and those of numbers: within one of these rows the same response
 # has the same measure, and log-likelihoods compare.
 MEASURES = (("binomial", "poisson", "nbinom"), ("gamma", "inverse_gaussian", "beta", "gaussian"))
+# Places on a line at which a structure is looked for.
+SCAN = 101
 
 
 class Place(NamedTuple):
@@ -187,10 +190,13 @@ def place_of(small: AnyFitted | Rows, large: AnyFitted | Rows) -> Place:
         in_span = left[:, kept].T @ target
         if np.linalg.norm(target - left[:, kept] @ in_span) > ROUNDING * np.linalg.norm(target):
             return Place(False, None)
-        if not kept.all():
+        coefficients = right[kept].T @ (in_span / singular[kept]) / lengths
+        if kept.all():
+            found = _zeros(coefficients if residual else np.append(coefficients, 0.0), terms1, spans)
+        elif residual and (~kept).sum() == 1 and any(term.structure.apart_from_noise for term in terms1):
+            found = _zeros_along(coefficients, right[~kept][0] / lengths, terms1, spans)
+        else:
             continue
-        coefficients = right.T @ (in_span / singular) / lengths
-        found = _zeros(coefficients if residual else np.append(coefficients, 0.0), terms1, spans)
         if found is None:
             return Place(False, None)
         zeros.append(found)
@@ -253,26 +259,86 @@ def _span(structure: Structure, rng: np.random.Generator) -> list[np.ndarray]:
     return list(right[singular > ROUNDING * singular[0]].reshape(-1, q, q))
 
 
-def _zeros(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[list[np.ndarray]]) -> int | None:
-    """Standard deviations that are zero in covariances given by their coefficients, or None if these are none.
+def _zeros_along(
+    coefficients: np.ndarray, direction: np.ndarray, terms: list[_WeightedTerm], spans: list[list[np.ndarray]]
+) -> int | None:
+    """:func:`_zeros` at the place where coefficients on a line, which all give the same covariance, are those of the
+    structures; None if there is none.
 
-    The last coefficient is the part of the residual variance.
+    With one row for every effect the diagonal may be noise or effects. A structure that has not every diagonal tells.
     """
+    if np.abs(direction[-1]) <= ROUNDING * np.abs(direction).max():
+        return None
+    direction = direction / direction[-1]  # noise up, effects down
+
+    def distance(t: float) -> float:
+        return _distance(coefficients + t * direction, terms, spans)
+
+    low = -coefficients[-1]
+    inside, outside = low, low + np.abs(coefficients).max() * len(coefficients)
+    for _ in range(40):  # how much noise leaves variances
+        middle = 0.5 * (inside + outside)
+        inside, outside = (middle, outside) if np.isfinite(distance(middle)) else (inside, middle)
+    points = np.linspace(low, inside, SCAN)
+    values = np.array([distance(t) for t in points])
+    ends = []
+    for k in range(SCAN):
+        left, right = max(k - 1, 0), min(k + 1, SCAN - 1)
+        if np.isfinite(values[k]) and values[k] <= min(values[left], values[right]):
+            end = minimize_scalar(distance, bounds=(points[left], points[right]), options={"xatol": 1e-13})
+            ends += [(values[k], points[k]), (float(end.fun), float(end.x))]
+    if not ends or min(ends)[0] > 10 * ROUNDING:
+        return None
+    return _zeros(coefficients + min(ends)[1] * direction, terms, spans, 100 * ROUNDING)
+
+
+def _distance(coefficients: np.ndarray, terms: list[_WeightedTerm], spans: list[list[np.ndarray]]) -> float:
+    """How far covariances are from their structures, relative to the largest; infinite where they are none."""
+    found, scale = _covariances(coefficients, spans)
+    worst = 0.0
+    for term, D in zip(terms, found, strict=True):
+        x = _coordinates(term.structure, D, scale)
+        if x is None:
+            return np.inf
+        worst = max(worst, float(np.abs(_covariance(term.structure, x) - D).max()) / scale)
+    return worst
+
+
+def _covariances(coefficients: np.ndarray, spans: list[list[np.ndarray]]) -> tuple[list[np.ndarray], float]:
+    """The ``(q, q)`` of every term, and the size of the largest entry, that of the residual variance among them."""
     found, at = [], 0
     for span in spans:
         found.append(np.tensordot(coefficients[at : at + len(span)], np.stack(span), 1))
         at += len(span)
-    scale = max(np.abs(coefficients[-1]), *(np.abs(D).max() for D in found))
+    return found, float(max(np.abs(coefficients[-1]), *(np.abs(D).max() for D in found)))
+
+
+def _coordinates(structure: Structure, D: np.ndarray, scale: float) -> np.ndarray | None:
+    """Those near a symmetric matrix; None where it is no covariance."""
+    values, vectors = np.linalg.eigh(D)
+    if values[0] < -ROUNDING * scale:
+        return None
+    x: np.ndarray = structure.near(vectors * np.sqrt(np.where(values > ROUNDING * scale, values, 0.0)))
+    return x
+
+
+def _zeros(
+    coefficients: np.ndarray,
+    terms: list[_WeightedTerm],
+    spans: list[list[np.ndarray]],
+    tolerance: float = 10 * ROUNDING,
+) -> int | None:
+    """Standard deviations that are zero in covariances given by their coefficients, or None if these are none.
+
+    The last coefficient is the part of the residual variance.
+    """
+    found, scale = _covariances(coefficients, spans)
     if coefficients[-1] < -ROUNDING * scale:
         return None
     zeros = 0
     for term, D in zip(terms, found, strict=True):
-        values, vectors = np.linalg.eigh(D)
-        if values[0] < -ROUNDING * scale:
-            return None
-        roots = np.sqrt(np.where(values > ROUNDING * scale, values, 0.0))
-        x = term.structure.near(vectors * roots)
-        if np.abs(_covariance(term.structure, x) - D).max() > 10 * ROUNDING * scale:
+        x = _coordinates(term.structure, D, scale)
+        if x is None or np.abs(_covariance(term.structure, x) - D).max() > tolerance * scale:
             return None
         sizes = np.asarray(term.structure.sizes(x[:, None]))
         zeros += int(np.sum(sizes <= np.sqrt(ROUNDING * scale)))
