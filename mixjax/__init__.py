@@ -28,6 +28,7 @@ _HOMES = {
     # functional core: arrays in, arrays out
     "Design": "mixjax.design",
     "RandomTerm": "mixjax.design",
+    "Covariance": "mixjax.covariance.custom",
     "Labels": "mixjax.design",
     "build_design": "mixjax.formula.build",
     "CrossProducts": "mixjax.products.sums",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from mixjax.checks import DataWarning as DataWarning
     from mixjax.checks import FormulaError as FormulaError
     from mixjax.checks import InferenceWarning as InferenceWarning
+    from mixjax.covariance.custom import Covariance as Covariance
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixjax.covariance import Structure, structure_of
+from mixjax.covariance import Covariance, Structure, structure_of
 from mixjax.machine import is_concrete
 
 # A numpy array outside JAX's transformations, a JAX array or tracer inside.
@@ -29,13 +29,13 @@ class RandomTerm:
         n_groups: number of levels; static, because it is a shape.
         structure: covariance structure of a level's effects, by name or itself; static. "us": unstructured. "diag":
             uncorrelated. "homcs": one variance and one correlation. "cs", "ar1", "hetar1", "toep", "homtoep", "adh",
-            "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`.
+            "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`. One's own: :class:`mixjax.Covariance`.
     """
 
     Z: AnyArray
     group: AnyArray
     n_groups: int
-    structure: str | Structure = "us"
+    structure: str | Structure | Covariance = "us"
 
 
 @dataclass(frozen=True)

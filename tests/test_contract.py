@@ -21,6 +21,7 @@ FUNCTIONS = {
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=()",
     "RandomTerm": "Z, group, n_groups, structure='us'",
+    "Covariance": "fun, k, scale='hom', names=(), returns='covariance'",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "
     "progress=None, context=None, trusted=None",

@@ -1,5 +1,6 @@
 """From the parameters of a random term to the covariance of its effects, and back."""
 
+from mixjax.covariance.custom import Covariance
 from mixjax.covariance.names import BY_OPTION, STRUCTURES, canonical, structure_of
 from mixjax.covariance.structures import (
     Diagonal,
@@ -33,6 +34,7 @@ __all__ = [
     "HIGHEST",
     "LOWEST",
     "STRUCTURES",
+    "Covariance",
     "Diagonal",
     "HomogeneousCompoundSymmetry",
     "NaturalParameter",

@@ -10,6 +10,7 @@ from mixjax.covariance.correlated import (
     HomogeneousToeplitz,
     Toeplitz,
 )
+from mixjax.covariance.custom import Covariance
 from mixjax.covariance.structures import (
     Diagonal,
     HomogeneousCompoundSymmetry,
@@ -58,12 +59,15 @@ def canonical(name: str, hom: bool | None = None) -> str | None:
     return twice[0] if twice else None
 
 
-def structure_of(name: str | Structure, q: int) -> Structure:
+def structure_of(name: str | Structure | Covariance, q: int) -> Structure:
     """The structure of a name, or the structure itself, for q effects. Of one effect there is only one.
 
     Raises:
-        ValueError: the name is not known, or the structure is that of another number of effects.
+        ValueError: the name is not known, the structure is that of another number of effects, or one of the user's own
+            has no meaning for so many.
     """
+    if isinstance(name, Covariance):
+        return name.of(q)
     if isinstance(name, Structure):
         if name.q != q:
             raise ValueError(f"{name} is a structure of {name.q} effects, but the term has {q}")

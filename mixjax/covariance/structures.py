@@ -43,16 +43,18 @@ class NaturalParameter(NamedTuple):
     """A parameter of a covariance as users know it.
 
     Attributes:
-        kind: ``"sd"``, a standard deviation, or ``"cor"``, a correlation.
+        kind: ``"sd"``, a standard deviation, ``"cor"``, a correlation, or ``"real"``, a coordinate itself, number i.
         i, j: of effect i; of effects i and j, i the later one. Of several that are equal, one of them.
         shared: all effects, or all pairs, have it. lag: all pairs that are as far apart as i and j.
+        label: the name of a coordinate.
     """
 
-    kind: Literal["sd", "cor"]
+    kind: Literal["sd", "cor", "real"]
     i: int
     j: int = -1
     shared: bool = False
     lag: bool = False
+    label: str = ""
 
     def pairs(self, q: int) -> list[tuple[int, int]]:
         """Effects (i, j) of q that have the correlation, i the later one; its own first."""
@@ -65,6 +67,8 @@ class NaturalParameter(NamedTuple):
     def name(self, effects: Sequence[str], group: str) -> str:
         """``sd_Days|Subject``, ``cor_Days.Intercept|Subject``; ``sd|Subject`` of a shared one, ``cor_lag1|Subject`` of
         neighbours."""
+        if self.kind == "real":
+            return f"{self.label}|{group}"
         if self.lag:
             return f"{self.kind}_lag{self.i - self.j}|{group}"
         of = effects[self.i] if self.kind == "sd" else f"{effects[self.i]}.{effects[self.j]}"

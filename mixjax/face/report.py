@@ -282,12 +282,15 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
     found: dict[Key, tuple[str, float]] = {}
     for parameter in names_of_variances(record.labels, record.layout.structures):
         term, natural = record.labels.terms[parameter.term], parameter.natural
-        places = [natural.i] if parameter.kind == "sd" else sorted([natural.i, natural.j])
-        effects = [] if natural.shared else [term.effects[place] for place in places]
+        places = sorted([natural.i, natural.j]) if parameter.kind == "cor" else [natural.i]
+        plain = natural.shared or natural.kind == "real"
+        effects = [] if plain else [term.effects[place] for place in places]
+        effects = [natural.label] if natural.kind == "real" else effects
         effects = [f"lag {natural.i - natural.j}"] if natural.lag else effects
         key: Key = (interaction_key(term.group), parameter.kind, frozenset(map(interaction_key, effects)))
         again = sum(other[:3] == key for other in found)
-        label = f"{parameter.kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
+        kind = "" if parameter.kind == "real" else parameter.kind
+        label = f"{kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     if isinstance(record, Fitted):
         return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
@@ -331,7 +334,7 @@ def _side_by_side(fits: Sequence[Mapping[Key, tuple[str, Any]]]) -> dict[Key, tu
 def _by_group(rows: Mapping[Key, Any]) -> dict[Key, Any]:
     """Rows of one group together, its standard deviations before its correlations, sigma last."""
     groups = list(dict.fromkeys(key[0] for key in rows))
-    kinds = ["sd", "cor", "sigma"]
+    kinds = ["sd", "cor", "real", "sigma"]
     order = sorted(rows, key=lambda key: (key[1] == "sigma", groups.index(key[0]), kinds.index(key[1])))
     return {key: rows[key] for key in order}
 

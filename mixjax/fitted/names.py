@@ -48,32 +48,39 @@ class VarianceParameter(NamedTuple):
 
     Attributes:
         name: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, as ``confint()`` and others call it.
-        term: number of the random term. natural: which of its structure's.
+        term: number of the random term. natural: which of its structure's. structure: that.
     """
 
     name: str
     term: int
     natural: NaturalParameter
+    structure: Structure
 
     @property
     def kind(self) -> str:
-        """``"sd"`` or ``"cor"``."""
+        """``"sd"``, ``"cor"``, or ``"real"`` of a structure of the user's own."""
         return self.natural.kind
 
     def value(self, Sigma: Sequence[np.ndarray]) -> np.ndarray:
         """Value ``(...)`` at covariances ``(..., q, q)`` of all terms; NaN of a correlation beside a zero variance."""
         own, q = np.asarray(Sigma[self.term]), np.shape(Sigma[self.term])[-1]
+        if self.kind == "real":
+            values, vectors = np.linalg.eigh(own.reshape(-1, q, q))
+            factors = vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
+            x: np.ndarray = self.structure.near(np.moveaxis(factors, 0, -1))
+            value: np.ndarray = x[self.natural.i].reshape(own.shape[:-2])
+            return value
         variances = np.diagonal(own, axis1=-2, axis2=-1)
         if self.kind == "sd":
-            value: np.ndarray = np.sqrt(variances[..., self.natural.i])
-            return value
+            sd: np.ndarray = np.sqrt(variances[..., self.natural.i])
+            return sd
         with np.errstate(invalid="ignore", divide="ignore"):
-            values = [
+            correlations = [
                 own[..., i, j] / (np.sqrt(variances[..., i]) * np.sqrt(variances[..., j]))
                 for i, j in self.natural.pairs(q)
             ]
-        value = values[0]
-        for other in values[1:]:  # the same of two other effects, where these have no variance
+        value = correlations[0]
+        for other in correlations[1:]:  # the same of two other effects, where these have no variance
             value = np.where(np.isnan(value), other, value)
         return value
 
@@ -81,7 +88,7 @@ class VarianceParameter(NamedTuple):
 def names_of_variances(labels: Labels, structures: Sequence[Structure]) -> tuple[VarianceParameter, ...]:
     """The parameters of the random effects' covariances, term by term, in the order of every table; sigma follows."""
     return tuple(
-        VarianceParameter(natural.name(term.effects, group), t, natural)
+        VarianceParameter(natural.name(term.effects, group), t, natural, structure)
         for t, (group, term, structure) in enumerate(zip(term_names(labels), labels.terms, structures, strict=True))
         for natural in structure.natural
     )

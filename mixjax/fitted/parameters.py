@@ -29,7 +29,8 @@ class VarianceParameters:
     Attributes:
         names: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``; of every term column by column of
             the lower triangle, as in lme4.
-        kinds: ``"sd"``, ``"cor"``, ``"sigma"`` of each; of a family's parameters ``"positive"`` or ``"real"``.
+        kinds: ``"sd"``, ``"cor"``, ``"sigma"`` of each; of a family's parameters ``"positive"`` or ``"real"``,
+            as of a structure of the user's own.
         estimate: ``(k,)`` absolute. covariance: ``(k, k)`` of them, asymptotic; NaN on the boundary, and where the
             Hessian is not positive definite.
         free: ``(k,)`` False on the boundary.
@@ -83,8 +84,9 @@ def variance_parameters(labels: Labels, stats: CrossProducts, info: Information,
 
 def _inside(kinds: Sequence[str], values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """``(k,)`` which parameters are not on the boundary."""
-    is_cor = np.array(kinds) == "cor"
-    free: np.ndarray = np.where(is_cor, np.abs(values) < 1 - 1e-10, values > 0) & np.isfinite(covariance.diagonal())
+    own = np.array(kinds, str)
+    inside = np.where(own == "cor", np.abs(values) < 1 - 1e-10, (values > 0) | (own == "real"))
+    free: np.ndarray = inside & np.isfinite(covariance.diagonal())
     return free
 
 
@@ -184,7 +186,9 @@ def natural_with_slopes(x: np.ndarray, layout: Layout, Z_bases: Sequence[Basis])
         of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
         here = slice(start, start + structure.k)
         for parameter in structure.natural:
-            if parameter.kind == "sd":
+            if parameter.kind == "real":
+                values[row], slopes[row, start + parameter.i] = part[parameter.i], 1.0
+            elif parameter.kind == "sd":
                 values[row] = sd[parameter.i]
                 slopes[row, here] = of_sd[:, parameter.i]
             else:

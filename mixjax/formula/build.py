@@ -12,6 +12,7 @@ import pandas as pd
 
 from mixjax.bases import Orthonormal, orthonormal_columns
 from mixjax.checks import DataError, FormulaError, some_of, warn
+from mixjax.covariance import Covariance
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import (
@@ -27,7 +28,7 @@ from mixjax.formula.checks import (
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
 from mixjax.formula.evaluate import Columns, Learnt, columns_of, evaluate, numbers
 from mixjax.formula.own_formulas import own_columns, parse_own
-from mixjax.formula.parse import Group, ParsedFormula
+from mixjax.formula.parse import Group, ParsedFormula, with_structures
 from mixjax.formula.parse import parse as parse_formula
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
@@ -250,6 +251,7 @@ def read_formula(
     arrays = [name for e in (parsed.response, *parsed.predictors) for name in e.names if _is_array(caller.get(name))]
     if arrays and trusted:
         parsed = parse(formula, [*available, *arrays])
+    parsed = with_structures(parsed, caller if trusted else {})
     if family is None:
         parsed = replace(parsed, pair=())
     else:
@@ -470,7 +472,7 @@ class _Term:
     labels: TermLabels
     columns: Columns
     group: Group
-    structure: str
+    structure: str | Covariance
 
 
 def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[_Term]:

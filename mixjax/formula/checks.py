@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.bases import Orthonormal, in_span, orthonormal_columns
 from mixjax.checks import DataError, some_of, warn
-from mixjax.covariance import Diagonal, Structure, Unstructured
+from mixjax.covariance import Covariance, Diagonal, Structure, Unstructured
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.evaluate import Columns
 
@@ -93,7 +93,7 @@ def warn_of_constant_slopes(Z: np.ndarray, names: tuple[str, ...], codes: np.nda
     )
 
 
-def check_structure(structure: str, columns: Columns, term: str) -> None:
+def check_structure(structure: str | Covariance, columns: Columns, term: str) -> None:
     """Refuse a covariance structure of effects that it has no meaning for.
 
     Args:
@@ -106,7 +106,7 @@ def check_structure(structure: str, columns: Columns, term: str) -> None:
     Warns:
         DataWarning: levels whose names count in another order, or with gaps.
     """
-    if structure not in ORDERED and structure != "cs":
+    if isinstance(structure, Covariance) or structure not in (*ORDERED, "cs"):
         return
     own = columns.effects
     numeric = [e.shown for e in own.expressions if columns.categories(e) is None]

@@ -11,6 +11,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from mixjax.checks import DataError, FormulaError, some_of, warn
+from mixjax.covariance import Covariance
 from mixjax.design import Chunk, TermLabels
 from mixjax.formula.build import columns_read, computed_with, hardly_factors, read_formula, with_contrasts
 from mixjax.formula.checks import check_structure
@@ -246,7 +247,7 @@ class ChunkReader:
             columns[:, j] = have[name]
         return columns
 
-    def terms(self) -> list[tuple[list[int], int, str]]:
+    def terms(self) -> list[tuple[list[int], int, str | Covariance]]:
         """Per random term its columns among ``names``, its grouping factor, and its covariance structure."""
         factors = list(self.groups)
         return [

@@ -185,7 +185,7 @@ def _sum(terms: Sequence[Term]) -> str:
 
 def _bar(part: RandomPart) -> str:
     inner = f"{part.effects.shown} | {_group(part.group)}"
-    return f"({inner})" if part.structure == "us" else f"{part.structure}({inner})"
+    return f"({inner})" if part.structure == "us" else f"{part.name or part.structure}({inner})"
 
 
 def _group(group: Group) -> str:

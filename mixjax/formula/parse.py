@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
+from typing import Any
 
 from mixjax.checks import FormulaError
-from mixjax.covariance import BY_OPTION, STRUCTURES, canonical
+from mixjax.covariance import BY_OPTION, STRUCTURES, Covariance, canonical
 from mixjax.formula.algebra import Effects, effects, summands
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 
@@ -36,13 +37,15 @@ class RandomPart:
         effects: the effects, ``1 + x``.
         group: grouping factor.
         independent: written with ``||``: the effects are to be split into independent terms.
-        structure: name of its covariance structure, ``us`` where none is written.
+        structure: name of its covariance structure, ``us`` where none is written; one of the caller's own itself,
+            once names are read. name: as it is written, where it is none of those known.
     """
 
     effects: Effects
     group: Group
     independent: bool
-    structure: str = "us"
+    structure: str | Covariance = "us"
+    name: str = ""
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -212,12 +215,38 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
                 f"'{option}' in '{piece}' is not understood: hom = TRUE or FALSE is an option of {', '.join(BY_OPTION)}"
             )
     structure = canonical(name, hom)
-    if structure is None:
-        raise FormulaError(f"there is no covariance structure '{name}' ('{piece}'); there are {', '.join(STRUCTURES)}")
+    if structure is None and hom is not None:
+        raise _no_structure(name, f"{piece}")
     parts = _bar_term(inner, columns)
     if parts[0].independent:
         raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
+    if structure is None:  # of the caller's own, or a mistake
+        return [replace(part, structure=f"{piece}", name=name) for part in parts]
     return [replace(part, structure=structure) for part in parts]
+
+
+def _no_structure(name: str, written: str) -> FormulaError:
+    return FormulaError(
+        f"there is no covariance structure '{name}' ('{written}'); there are {', '.join(STRUCTURES)}, and those of "
+        "one's own (mixjax.Covariance)"
+    )
+
+
+def with_structures(parsed: ParsedFormula, caller: Mapping[str, Any]) -> ParsedFormula:
+    """Structures of the caller's own in the place of their names.
+
+    Raises:
+        FormulaError: a name that is neither known nor the caller's.
+    """
+    random = []
+    for part in parsed.random:
+        if part.name:
+            own = caller.get(part.name)
+            if not isinstance(own, Covariance):
+                raise _no_structure(part.name, str(part.structure))
+            part = replace(part, structure=own)
+        random.append(part)
+    return replace(parsed, random=tuple(random))
 
 
 def _bar_term(inner: Piece, columns: Collection[str]) -> list[RandomPart]:

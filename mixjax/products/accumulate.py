@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mixjax.bases import Basis, scale_basis
-from mixjax.covariance import structure_of
+from mixjax.covariance import Covariance, structure_of
 from mixjax.design import Chunk
 from mixjax.products.sums import (
     CrossProducts,
@@ -46,7 +46,9 @@ class Accumulator:
         terms: per random term the columns that make Z, its grouping factor, and the name of its covariance structure.
     """
 
-    def __init__(self, fixed: Sequence[int], intercept: int | None, terms: Sequence[tuple[Sequence[int], int, str]]):
+    def __init__(
+        self, fixed: Sequence[int], intercept: int | None, terms: Sequence[tuple[Sequence[int], int, str | Covariance]]
+    ):
         self.fixed, self.intercept, self.terms = list(fixed), intercept, [(list(c), f) for c, f, _ in terms]
         self.structures = [structure_of(name, len(c)) for c, _, name in terms]
         self.n, self.sum_log_weights = 0, 0.0

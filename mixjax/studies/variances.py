@@ -35,6 +35,7 @@ def changed_variances(
         raise ValueError(f"a dict name -> value is needed, such as {{'sigma': 2.0}}, got {values!r}")
     parameters = names_of_variances(labels, structures)
     names = [*(parameter.name for parameter in parameters), *own]
+    kinds = {parameter.name: parameter.kind for parameter in parameters}
     wanted: dict[str, float] = {}
     for name, value in values.items():
         found = select([name], names, 0)
@@ -42,7 +43,7 @@ def changed_variances(
             raise ValueError(f"{name!r} stands for {len(found)} parameters; name one: {', '.join(found)}")
         if found[0] in wanted:
             raise ValueError(f"{found[0]!r} is given twice")
-        wanted[found[0]] = _checked(found[0], value)
+        wanted[found[0]] = _checked(found[0], value, kinds.get(found[0], "sd"))
     changed = list(map(np.asarray, Sigma))
     for t, name in enumerate(term_names(labels)):
         of_term = [parameter for parameter in parameters if parameter.term == t and parameter.name in wanted]
@@ -51,9 +52,12 @@ def changed_variances(
     return tuple(changed), {name: wanted.get(name, value) for name, value in own.items()}
 
 
-def _checked(name: str, value: Any) -> float:
+def _checked(name: str, value: Any, kind: str) -> float:
     number = float(value) if np.ndim(value) == 0 and not isinstance(value, bool | str) else np.nan
-    if name.startswith("cor"):
+    if kind == "real":
+        if not np.isfinite(number):
+            raise ValueError(f"{name!r} must be a number, got {value!r}")
+    elif name.startswith("cor"):
         if not -1.0 <= number <= 1.0:
             raise ValueError(f"{name!r} must be a correlation, from -1 to 1, got {value!r}")
     elif not (np.isfinite(number) and number >= 0.0):
@@ -68,6 +72,12 @@ def _changed(
     wanted: Mapping[str, float],
     term: str,
 ) -> np.ndarray:
+    of_shape = [parameter for parameter in parameters if parameter.kind == "real"]
+    if of_shape:
+        x = structure.near(symmetric_root(Sigma))
+        x[[parameter.natural.i for parameter in of_shape]] = [wanted[parameter.name] for parameter in of_shape]
+        F = structure.factor(x)
+        Sigma = F @ F.T
     sd = np.sqrt(np.diagonal(Sigma))
     inverse = np.divide(1.0, sd, out=np.zeros_like(sd), where=sd > 0)
     cor = Sigma * np.outer(inverse, inverse)
@@ -75,7 +85,7 @@ def _changed(
         i, shared = parameter.natural.i, parameter.natural.shared
         if parameter.kind == "sd":
             sd[slice(None) if shared else i] = wanted[parameter.name]
-        else:
+        elif parameter.kind == "cor":
             for a, b in parameter.natural.pairs(len(sd)):
                 cor[a, b] = cor[b, a] = wanted[parameter.name]
     np.fill_diagonal(cor, 1.0)

@@ -1,0 +1,168 @@
+"""Covariances that a user writes, against those that are built in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import criterion as dense_criterion
+from test_structures_fits import fit_of, three
+
+import mixjax as mj
+from mixjax import covariance as cov
+from mixjax.checks import FormulaError
+
+
+def powers(p, q):
+    return jnp.tanh(p[0]) ** abs(jnp.arange(q)[:, None] - jnp.arange(q))
+
+
+def scaled_root(p, q):
+    """Cholesky factor of AR(1) with the last sd twice the first, linearly between: no correlation matrix."""
+    rho = jnp.tanh(p[0])
+    lag = jnp.arange(q)[:, None] - jnp.arange(q)
+    C = jnp.where(lag >= 0, rho ** abs(lag), 0.0) * jnp.where(jnp.arange(q) > 0, jnp.sqrt(1 - rho**2), 1.0)
+    return (1 + jnp.arange(q) / (q - 1.0))[:, None] * C
+
+
+own = mj.Covariance(powers, k=1, names=["z"])
+own_het = mj.Covariance(powers, k=1, scale="het")
+rooted = mj.Covariance(scaled_root, k=1, returns="factor")
+
+
+@pytest.mark.parametrize("name", ["own", "own_het"])
+def test_an_autoregression_of_ones_own(name):
+    """The built-in one to 1e-10: criterion, estimates, errors, degrees of freedom, many fits, a generalised model."""
+    built_in = {"own": "ar1", "own_het": "hetar1"}[name]
+    fit = mj.lmm(f"y ~ t + {name}(0 + visit | subject)", three())
+    wanted = fit_of(built_in)
+    assert fit.criterion == pytest.approx(wanted.criterion, abs=1e-10)
+    np.testing.assert_allclose(fit.Sigma["subject"], wanted.Sigma["subject"], atol=1e-9)
+    assert fit.npar == wanted.npar
+    mine, theirs = (each.variance_parameters() for each in (fit, wanted))
+    assert list(mine.index[-2:]) == ["z|subject" if name == "own" else "p1|subject", "sigma"]
+    others = [row for row in mine.index if "sd" in row or row == "sigma"]
+    np.testing.assert_allclose(mine.loc[others], theirs.loc[others], rtol=1e-7)
+    z, rho = mine.iloc[-2], theirs.loc["cor_lag1|subject"]
+    np.testing.assert_allclose([np.tanh(z["estimate"]), z["std_error"]],
+                               [rho["estimate"], rho["std_error"] / (1 - rho["estimate"] ** 2)], rtol=1e-7)  # fmt: skip
+    np.testing.assert_allclose(fit.test("t = 0")["df"], wanted.test("t = 0")["df"], rtol=1e-7)
+    intervals = fit.confint(method="wald").iloc[-4], wanted.confint(method="wald").loc["cor_lag1|subject"]
+    np.testing.assert_allclose(np.tanh(intervals[0]), intervals[1], rtol=1e-7)
+    Y = wanted.simulate(3, 1)
+    many = [each.refit_many(Y) for each in (fit, wanted)]
+    np.testing.assert_allclose(many[0].criterion, many[1].criterion, atol=1e-8)
+    if name == "own":
+        np.testing.assert_allclose(np.tanh(many[0].sdcor["z|subject"]), many[1].sdcor["cor_lag1|subject"], rtol=1e-5)
+        glmm = [
+            mj.glmm(f"count ~ t + {each}(0 + visit | subject)", three(), family="poisson").criterion
+            for each in ("own", "ar1")
+        ]
+        assert glmm[0] == pytest.approx(glmm[1], abs=1e-9)
+
+
+def test_where_it_is_named():
+    fit = mj.lmm("y ~ t + own(0 + visit | subject)", three())
+    assert "own(0 + visit | subject)" in fit.ranova().index[1]
+    assert "z | subject" in str(mj.table([fit]))
+    scenario = mj.scenario_of(fit).with_variances({"z|subject": 0.3, "sd|subject": 2.0})
+    assert scenario.truth["z|subject"] == pytest.approx(0.3)
+    np.testing.assert_allclose(scenario.Sigma[0], 4 * np.asarray(powers([0.3], 3)), rtol=1e-6)
+    chunks = mj.lmm("y ~ t + own(0 + visit | subject)", [three()[:80], three()[80:]])
+    assert chunks.criterion == pytest.approx(fit.criterion, rel=1e-11)
+    table = mj.compare(fit_of("homdiag"), fit, fit_of("us")).to_frame()
+    assert list(table["npar"]) == [4, 5, 9]
+    assert table["p_value"].iloc[1:].notna().all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_root_of_another_shape():
+    """The first effect's standard deviation stands for the scale; and a hand-made likelihood agrees."""
+    fit = mj.lmm("y ~ t + rooted(0 + visit | subject)", three())
+    table = fit.variance_parameters()["estimate"]
+    assert list(table.index) == ["sd_visit[v1]|subject", "p1|subject", "sigma"]
+    F = np.asarray(scaled_root([table["p1|subject"]], 3))
+    np.testing.assert_allclose(fit.Sigma["subject"], table.iloc[0] ** 2 * F @ F.T, rtol=1e-6)
+    values = [
+        dense_criterion(fit.record.design, [sd * np.asarray(scaled_root([p], 3))], True)
+        for sd, p in np.array([table.iloc[0] / fit.sigma, table.iloc[1]])
+        + np.array([[0, 0], [1e-3, 0], [-1e-3, 0], [0, 1e-3], [0, -1e-3]])
+    ]
+    assert values[0] == pytest.approx(fit.criterion, rel=1e-11)
+    assert min(values) == values[0]
+
+
+def test_derivatives_by_differences():
+    rng = np.random.default_rng(0)
+    for s in (own.of(3), own_het.of(3), rooted.of(3)):
+        x, g, h = rng.uniform(0.3, 1.0, size=(s.k, 4)), rng.normal(size=(6, 4)), 1e-5
+
+        def D(x, s=s):
+            F = s.factor(x)
+            return np.einsum("abl,cbl->acl", F, F)[np.triu_indices(3)]
+
+        for i in range(s.k):
+            step = h * np.eye(s.k)[i][:, None]
+            np.testing.assert_allclose(s.jacobian(x)[:, i], (D(x + step) - D(x - step)) / (2 * h), rtol=1e-7, atol=1e-8)
+            slopes = [np.einsum("pl,pkl->kl", g, s.jacobian(x + sign * step)) for sign in (1, -1)]
+            np.testing.assert_allclose(s.curvature(x, g)[i], (slopes[0] - slopes[1]) / (2 * h), rtol=1e-7, atol=1e-7)
+            np.testing.assert_allclose(s.slopes(x)[i], (s.factor(x + step) - s.factor(x - step)) / (2 * h), atol=1e-8)
+        np.testing.assert_allclose(s.near(s.factor(x)), x, rtol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+def test_in_arrays_and_inside_jax():
+    """A RandomTerm takes it; the likelihood is a function that JAX differentiates."""
+    d = fit_of("ar1").record.design
+    terms = [
+        (mj.RandomTerm(Z=d.terms[0].Z, group=d.terms[0].group, n_groups=d.terms[0].n_groups, structure=structure),)
+        for structure in (own, "ar1")
+    ]
+    designs = [mj.Design(y=d.y, X=d.X, terms=each) for each in terms]
+    p = mj.MarginalParams(beta=np.array([10.0, 0.8]), log_sigma=np.array(-0.1), chol=(np.array([0.2, 0.9]),))
+    values, slopes = zip(*(jax.value_and_grad(mj.marginal_loglik)(p, each) for each in designs), strict=True)
+    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-12)
+    for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_it_is_the_same_as_itself_only():
+    assert own.of(3) == mj.Covariance(powers, 1, names=("z",)).of(3)
+    assert hash(own.of(3)) == hash(mj.Covariance(powers, 1, names=("z",)).of(3))
+    assert own.of(3) != own_het.of(3)
+    assert own.of(3).apart_from_noise
+    assert not mj.Covariance(lambda p, q: jnp.eye(q) + jnp.exp(p[0]), 1).of(3).apart_from_noise
+    assert isinstance(own.of(4), cov.Structure)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fun": 3}, "must be a function"),
+        ({"k": 0}, "k must be"),
+        ({"scale": "both"}, "'hom' or 'het'"),
+        ({"returns": "chol"}, "'covariance' or 'factor'"),
+        ({"names": ["a", "b"]}, "names must be 1 different ones"),
+        ({"fun": lambda p, q: jnp.eye(2)}, r"gives shape \(2, 2\) for 3 effects"),
+        ({"fun": lambda p, q: jnp.eye(q) + jnp.tanh(p[0]) * jnp.eye(q, k=1)}, "not symmetric"),
+        ({"fun": lambda p, q: jnp.eye(q) - 2 * jnp.exp(p[0]) / q}, "not positive definite at p = "),
+        ({"fun": lambda p, q: jnp.eye(q) * jnp.nan}, "not finite at p = "),
+        ({"fun": lambda p, q: jnp.eye(q) * jnp.exp(p[0])}, "does not show all of its 1 parameters"),
+        ({"fun": lambda p, q: jnp.eye(q)}, "does not show all of its 1 parameters"),
+        ({"fun": lambda p, q: 2 * powers(p, q), "scale": "het"}, "must give correlations"),
+    ],
+)
+def test_what_is_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        mj.Covariance(**({"fun": powers, "k": 1} | options)).of(3)
+
+
+def test_names_that_are_none():
+    message = "no covariance structure 'other'.*those of one's own"
+    with pytest.raises(FormulaError, match=message):
+        mj.lmm("y ~ t + other(0 + visit | subject)", three())
+    other = powers
+    assert callable(other)
+    with pytest.raises(FormulaError, match=message):  # a function, not a Covariance of it
+        mj.lmm("y ~ t + other(0 + visit | subject)", three())
+    with pytest.raises(FormulaError, match="no covariance structure 'own'"):
+        mj.lmm("y ~ t + own(0 + visit | subject)", three(), trusted=False)
