@@ -88,6 +88,15 @@ def test_a_residual_variance_that_cannot_be_told():
     assert mj.lmm("y ~ 1 + homcs(0 + visit | subject)", few).converged
 
 
+def test_effects_of_single_rows_in_generalised_models():
+    """Counts have a variance of their own, beside which any structure stands; single trials say nothing."""
+    one = visits()[visits()["rep"] == 1].assign(late=lambda d: (d["y"] > 12) * 1)
+    for name in ("homcs", "toep", "ar1"):
+        assert mj.glmm(f"count ~ t + {name}(0 + visit | subject)", one, family="poisson").converged
+    with pytest.raises(DataError, match="single trials, each 0 or 1, say nothing of effects of single rows"):
+        mj.glmm("late ~ t + ar1(0 + visit | subject)", one, family="binomial")
+
+
 def test_order_and_gaps_of_levels():
     data = visits().assign(w=visits()["t"].map(dict(enumerate(["w1", "w2", "w4", "w8", "w16", "w32"], 1))))
     with pytest.warns(DataWarning, match="takes the levels in the order w1, w16, w2, w32, w4 and 1 more: make a categ"):

@@ -169,20 +169,23 @@ def check_number_of_effects(
     Warns:
         DataWarning: the family describes overdispersion as well.
     """
+    linear = family is None or family.name == "gaussian"
+    single = not linear and family.name == "binomial" and (size is None or (size == 1).all())
     for t, names in enumerate(labels.terms):
         effects = len(names.levels) * len(names.effects)
         own = structures[t] if structures else None
         structured = own is not None and not isinstance(own, Unstructured | Diagonal)
-        if effects < n or (own and own.apart_from_noise) or (structured and repeated and repeated[t]):
+        told = structured and repeated and repeated[t]
+        if effects < n or (told and linear) or (own and own.apart_from_noise and not single):
             continue
         term = f"({some_of(names.effects, ' + ')} | {names.group})"
-        if family is None or family.name == "gaussian":
+        if linear:
             why = "the residual variance cannot be told from the random effects"
             if structured and len(names.effects) > 2:
                 why += ", which ar1, hetar1 and adh can by their correlations"
-        elif family.name == "binomial" and (size is None or (size == 1).all()):
+        elif single:
             why = "single trials, each 0 or 1, say nothing of effects of single rows"
-        elif effects > n:
+        elif effects > n and not structured:
             why = "so many cannot be told apart"
         else:
             if family.name in DISPERSED:
@@ -208,7 +211,8 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
     """
     n, p = design.X.shape
     seen = [_seen(term) if n <= term.n_groups * np.shape(term.Z)[1] else None for term in design.terms]
-    repeated = [own is not None and bool(own.max() > 1) for own in seen]
+    apart = [bool((np.asarray(term.Z) != 0).sum(1).max() == 1) for term in design.terms]  # a row has one effect
+    repeated = [own is not None and one and bool(own.max() > 1) for own, one in zip(seen, apart, strict=True)]
     check_number_of_effects(n, labels, family, design.size, design.structures, repeated)
     for own, structure, names in zip(seen, design.structures, labels.terms, strict=True):
         if own is not None and structure.apart_from_noise:
