@@ -104,8 +104,13 @@ def test_order_and_gaps_of_levels():
     data["w"] = pd.Categorical(data["w"], ["w1", "w2", "w4", "w8", "w16", "w32"])
     with pytest.warns(DataWarning, match="counts distance in levels: w2 and w4 are taken as neighbours"):
         mj.lmm("y ~ 1 + ar1(0 + w | subject)", data)
+    names = ["base", "early", "mid", "late", "end", "post"]
+    data["w"] = pd.Categorical(data["t"].map(dict(enumerate(names, 1))), names)
+    with pytest.warns(DataWarning, match="mid of 'w' has none: the levels on both sides are taken as neighbours"):
+        mj.lmm("y ~ 1 + hetar1(0 + w | subject)", data[data["w"] != "mid"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        mj.lmm("y ~ 1 + ar1(0 + w | subject)", data[~data["w"].isin(["base", "post"])])  # what is not between
         mj.lmm("y ~ 1 + adh(0 + w | subject)", data)  # no distances
         wanted = mj.lmm("y ~ 1 + ar1(0 + visit | subject)", visits())
         by_number = mj.lmm("y ~ 1 + ar1(0 + C(t) | subject)", visits())

@@ -190,21 +190,19 @@ def _first_directions(
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """For directions j = (a, b): their places among the pairs; 1, or 2 for off-diagonal ones; and the products ``N Y``
     of entries that make up ``tr(N E_j Y E_l)``: index arrays ``(J, J)`` and a weight, up to four times."""
-    at = np.array([pairs.index(pair) for pair in own], np.int32)
-    twice = np.array([1.0 if a == b else 2.0 for a, b in own])
+    places = np.zeros((1 + max(map(max, pairs)),) * 2, np.int32)
+    for v, (row, column) in enumerate(pairs):
+        places[row, column] = places[column, row] = v
+    a, b = np.array(own, np.int32).reshape(-1, 2).T
+    single = a == b
     products = []
     for flip in (False, True):
         for flip2 in (False, True):
-            index = np.zeros((2, len(own), len(own)), np.int32)
-            weight = np.zeros((len(own), len(own)))
-            for j, (a, b) in enumerate(own):
-                for i, (a2, b2) in enumerate(own):
-                    (x, y), (x2, y2) = (b, a) if flip else (a, b), (b2, a2) if flip2 else (a2, b2)
-                    index[:, i, j] = pairs.index(ordered(y, x2)), pairs.index(ordered(x, y2))
-                    weight[i, j] = not ((flip and a == b) or (flip2 and a2 == b2))
+            (x, y), (x2, y2) = (b, a) if flip else (a, b), (b, a) if flip2 else (a, b)
+            weight = ~((flip & single)[None] | (flip2 & single)[:, None]) * 1.0
             if weight.any():
-                products.append((index[0], index[1], weight))
-    return at, twice, products
+                products.append((places[y[None], x2[:, None]], places[x[None], y2[:, None]], weight))
+    return places[a, b], np.where(single, 1.0, 2.0), products
 
 
 def of_levels(
@@ -233,10 +231,6 @@ def _sums_of_products(X: Array, Y: Array) -> Array:
 @cache
 def _square(q: int) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a in range(q) for b in range(q))
-
-
-def ordered(a: int, b: int) -> tuple[int, int]:
-    return (a, b) if a <= b else (b, a)
 
 
 def orders_of(a: int, b: int) -> tuple[tuple[int, int], ...]:

@@ -23,6 +23,7 @@ from mixjax.formula.checks import (
     check_weights,
     refuse_infinite_offset,
     warn_of_constant_slopes,
+    warn_of_gaps,
     warn_of_high_offset,
 )
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
@@ -362,7 +363,9 @@ def _used_rows(
     frame = selected(frame, used)
     complete = complete_rows(frame)
     used[used] = complete
-    frame = settle(as_numbers(selected(frame, complete), computed_with(parsed)))
+    frame = selected(frame, complete)
+    warn_of_gaps(frame, parsed)
+    frame = settle(as_numbers(frame, computed_with(parsed)))
     if family is not None:
         named = [(e.shown, e.column) for e in parsed.offsets if e.column is not None]
         for shown, name in [*named, *([("offset=", beside["offset"])] if "offset" in beside else [])]:

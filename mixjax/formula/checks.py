@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mixjax.checks import DataError, some_of, warn
 from mixjax.covariance import Covariance, Diagonal, Structure, Unstructured
 from mixjax.design import Design, Labels, RandomTerm, TermLabels
 from mixjax.formula.evaluate import Columns
+from mixjax.formula.parse import ParsedFormula
 
 # Structures of effects in an order; those in which distances count.
 ORDERED = ("ar1", "hetar1", "homtoep", "toep", "adh")
@@ -125,6 +126,28 @@ def check_structure(structure: str | Covariance, columns: Columns, term: str) ->
         raise DataError(f"'{structure}({term})': {why} {instead}")
     if structure in ORDERED and levels is not None:
         _warn_of_order(structure, [str(level) for level in levels], term)
+
+
+def warn_of_gaps(frame: Mapping[str, pd.Series] | pd.DataFrame, parsed: ParsedFormula) -> None:
+    """Declared categories without rows, between others, of a factor whose levels have distances."""
+    for part in parsed.random:
+        names = [e.column for e in part.effects.expressions]
+        if part.structure not in BY_DISTANCE or len(names) != 1 or names[0] is None:
+            continue
+        column = frame[names[0]]
+        if not isinstance(column.dtype, pd.CategoricalDtype):
+            continue
+        codes = column.array.codes
+        there = np.bincount(codes[codes >= 0], minlength=len(column.dtype.categories)) > 0
+        seen = np.flatnonzero(there)
+        missing = (
+            [str(column.dtype.categories[i]) for i in range(*seen[[0, -1]])[1:] if not there[i]] if len(seen) else []
+        )
+        if missing:
+            warn(
+                f"'{part.structure}({part.effects} | {part.group.name})' counts distance in levels that have rows, and "
+                f"{some_of(missing)} of '{names[0]}' has none: the levels on both sides are taken as neighbours"
+            )
 
 
 def _warn_of_order(structure: str, levels: list[str], term: str) -> None:
