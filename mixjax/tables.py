@@ -160,7 +160,10 @@ def _test_of(frame: pd.DataFrame) -> str:
         return "F"
     if "df" not in frame:
         return "Statistic"
-    return "z" if len(frame) and (frame["df"] == float("inf")).all() else "t"
+    if pd.api.types.is_integer_dtype(frame["df"]):
+        return "Chisq"
+    known = frame["df"].dropna()
+    return "z" if len(known) and (known == float("inf")).all() else "t"
 
 
 def _name_of(value: Any) -> str:

@@ -233,7 +233,7 @@ def test_standard_deviations_and_correlations_have_the_slopes_of_automatic_diffe
         for basis, s, F in zip(stats.Z_bases, structures, factors_of(at, structures), strict=True):
             D = (basis.R_inv @ F) @ (basis.R_inv @ F).T
             sd = jnp.sqrt(jnp.diagonal(D))
-            for kind, i, j, _ in s.natural:
+            for kind, i, j in ((parameter.kind, parameter.i, parameter.j) for parameter in s.natural):
                 values.append(sd[i] if kind == "sd" else D[i, j] / (sd[i] * sd[j]))
         return jnp.stack(values)
 

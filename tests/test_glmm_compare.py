@@ -3,6 +3,7 @@
 Figures of R: glmmTMB 1.1.5 (``anova``, ``drop1``), ``glm`` and ``MASS::glm.nb``.
 """
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_poisson_is_negative_binomial_at_a_bound(counts):
     assert "family nbinom (log)" in str(found)
     more = poisson("z ~ x + (x | g)", counts, "nbinom")
     both = mj.compare(poisson("z ~ x + (1 | g)", counts), more)
-    assert any("puts 2 standard deviations to 0" in note for note in both.notes)
+    assert any("puts 2 parameters, or coefficients of their formulas, to 0" in note for note in both.notes)
 
 
 def test_null_draws_of_an_infinite_size_count(counts):
@@ -293,3 +294,30 @@ def test_variances_that_there_are_not_are_refused(counts):
     cauchit = mj.glmm(CBPP.format(""), case("cbpp").table, "binomial", "cauchit")
     with pytest.raises(ValueError, match="latent variable without a variance"):
         cauchit.icc()
+
+
+def test_families_with_and_without_extra_zeros_are_nested():
+    rng = np.random.default_rng(3)
+    data = pd.DataFrame({"g": np.repeat(np.arange(20), 8), "x": np.tile(np.linspace(-1, 1, 8), 20)})
+    eta = 1.0 + 0.5 * data["x"] + rng.normal(0, 0.4, 20)[data["g"]]
+    data["y"] = rng.negative_binomial(2, 2 / (2 + np.exp(eta))) * (rng.random(160) > 0.25)
+    formula = "y ~ x + (1 | g)"
+    poisson, negative = (mj.glmm(formula, data, family) for family in ("poisson", "nbinom"))
+    zip_, zinb = (mj.glmm(formula, data, family, ziformula="~ 1") for family in ("poisson", "nbinom"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = mj.compare(zip_, zinb)
+        two = mj.compare(poisson, zinb)
+    table = one.to_frame()
+    assert table["p_mixture"].iloc[1] == pytest.approx(table["p_value"].iloc[1] / 2, rel=1e-9)
+    assert any("puts 2 parameters" in note for note in two.notes)
+    with pytest.warns(mj.InferenceWarning, match=r"not a special case .*\(one has no parameter more.*family"):
+        none = mj.compare(negative, zip_)
+    assert np.isnan(none.to_frame()["p_value"]).all()
+
+
+def test_heads_of_chi_square_tests():
+    fit = fit_of("cbpp")
+    assert "Chisq" in fit.anova().to_markdown()
+    assert "Chisq" in fit.test(["period[T.2]", "period[T.3]"]).to_latex()
+    assert "| z " in fit.test("period[T.2]").to_markdown() or " z |" in fit.test("period[T.2]").to_markdown()

@@ -181,3 +181,20 @@ def test_replicates_by_quadrature():
     linear = mj.scenario(FORMULA, layout(6), beta=[0, 1], sd=1)
     with pytest.raises(ValueError, match=r"nagq=3 is for generalised models"):
         mj.study(linear, FORMULA, replicates=2, nagq=3, progress=False)
+
+
+def test_trials_of_a_scenario_hold_for_its_fits():
+    table = layout(8).assign(n=6)
+    truth = mj.scenario(FORMULA, table, beta=[0.0, 1.0], sd=0.5, family="binomial", size="n")
+    own = mj.study(truth, FORMULA, replicates=4, key=1, progress=False).raw(0)
+    named = mj.study(truth, FORMULA, replicates=4, key=1, family="binomial", progress=False).raw(0)
+    pd.testing.assert_frame_equal(own, named)
+    population = mj.population(g=mj.factor(6), x=mj.normal(), y=mj.response("0.2 * x", family="binomial", trials=5))
+    with pytest.raises(mj.DataError, match=r"responses go up to .*size= is the number of trials"):
+        mj.study(population.rows(30), FORMULA, family="binomial", replicates=3, progress=False)
+
+
+def test_trials_of_cbind_on_another_table_are_named():
+    fit = mj.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", mj.datasets.load("cbpp"), "binomial")
+    with pytest.raises(mj.DataError, match=r"numbers of trials are known as numbers.*cbind\(successes, failures\)"):
+        mj.scenario_of(fit).on(mj.datasets.load("cbpp"))

@@ -37,7 +37,8 @@ class GeneralizedPredicting:
             scale: ``"response"``: means, of a binomial response proportions. ``"link"``: the linear predictor.
             integrate: average means over the random effects that ``random`` leaves out, and over new levels: the
                 population's average, by an exact integral.
-            allow_new_levels: unknown and missing levels get the population's value; otherwise they are an error.
+            allow_new_levels: unknown and missing levels have random effects of zero, the median level's, or with
+                ``integrate=True`` those that are averaged over; otherwise they are an error.
             interval: ``"confidence"`` of the mean, ``"prediction"`` of a new response; None for means alone.
             level: coverage.
             size: number or ``(rows,)`` of trials of new binomial responses; None: as in the fit.

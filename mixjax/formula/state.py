@@ -373,7 +373,7 @@ def _codes(state: FormulaState, table: pd.DataFrame, groups: Sequence[str], allo
     if unknown and not allow_new:
         raise DataError(
             f"newdata has levels that the fit does not know: {'; '.join(unknown)}; allow_new_levels=True predicts "
-            "them by the population, random=False all rows"
+            "them with random effects of zero, random=False all rows"
         )
     return codes
 

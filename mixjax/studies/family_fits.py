@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_many import KEEP, glmm_estimate_many
@@ -27,6 +28,7 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
         raise ValueError("mesh= is for linear mixed models; generalised ones use the cores of this machine")
     family = model.family
     assert isinstance(family, Family)
+    _check_trials(family, model, Y)
     keep, fits = (*KEEP, "Sigma", "vcov"), task.fits or len(Y)
 
     def fitted(rows: FamilyRows, engine: EngineName) -> GLMMEstimates:
@@ -47,3 +49,15 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
         se = np.sqrt(np.diagonal(est.vcov, axis1=1, axis2=2))
     criterion = np.where(failed(est.result), np.nan, est.criterion)
     return Fits(est, named_apart(fixed, others), se, np.full(se.shape, np.inf), lambda: criterion)
+
+
+def _check_trials(family: Family, model: Model, Y: np.ndarray) -> None:
+    """Raise DataError for counts of successes that have more than their trials, or no numbers of trials."""
+    if family.plain.name != "binomial":
+        return
+    size = model.designs[0].size
+    if ((1.0 if size is None else size) < Y).any():
+        have = "are outcomes of one trial each, as long as size= is not given" if size is None else "have fewer trials"
+        raise DataError(
+            f"responses go up to {Y.max():g}, and binomial ones {have}: size= is the number of trials, or its column"
+        )

@@ -126,9 +126,12 @@ class Scenario:
         for name in ("weights", "offset", "size"):
             given = self.options.get(name)
             if given is not None and not isinstance(given, str) and np.ndim(given):
+                where = f"{name}= was given as numbers" if name != "size" else "numbers of trials are known as numbers"
+                cure = "" if name != "size" else ", also where the response is cbind(successes, failures)"
                 raise DataError(
-                    f"{name}= was given as numbers, one for each of the {self.nobs} rows, and another table has other "
+                    f"{where}, one for each of the {self.nobs} rows, and another table has other "
                     f"rows: make a column of it and name the column, {name}='...', when fitting or describing the model"
+                    f"{cure}"
                 )
         table = to_pandas(data, column_names(data)).reset_index(drop=True)
         # Constants of the formula keep the values that they had, whatever the caller's variables are by now.

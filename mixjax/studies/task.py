@@ -72,8 +72,11 @@ class Task:
     @property
     def options(self) -> Mapping[str, Any]:
         """Of the models that are fitted."""
-        own = {} if self.family is None else {"family": self.family, "size": self.size}
-        return {**self.source.options, **own}
+        if self.family is None:
+            found: Mapping[str, Any] = self.source.options
+            return found
+        known = self.source.options.get("size") if self.family.plain.name == "binomial" else None
+        return {**self.source.options, "family": self.family, "size": known if self.size is None else self.size}
 
 
 class Model(NamedTuple):

@@ -15,11 +15,12 @@ from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.inference.random.nesting import (
+    Bounds,
     Place,
     are_formulas_within,
+    bounds_of,
     check_same_data,
     check_same_likelihood,
-    is_limit,
     is_within,
     logdet_X,
     place_of,
@@ -304,10 +305,10 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     faults = [] if pair.df > 0 else ["one has no parameter more than the other"]
     faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
     faults += [] if place.nested else ["random effects"]
-    at_limit = False
+    bounds: Bounds | None = None
     if isinstance(pair.small, GeneralizedFitted) and isinstance(pair.large, GeneralizedFitted):
-        at_limit = is_limit(pair.small.family, pair.large.family)
-        faults += [] if pair.small.family == pair.large.family or at_limit else ["family"]
+        bounds = bounds_of(pair.small.family, pair.large.family)
+        faults += ["family"] * (bounds is None)
         within = are_formulas_within(pair.small, pair.large)
         faults += [] if within else ["dispformula or ziformula"]
     if faults:
@@ -317,18 +318,14 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
             InferenceWarning,
         )
         notes.append(f"{pair}: not nested ({', '.join(faults)}): the test does not apply")
-        return test, False
+        return test | {"p_value": np.nan}, False
     if pair.difference < -1e-6:
         notes.append(f"{pair}: the larger model has the larger deviance; a search ended in a local minimum")
     bound = "a variance to 0, its bound"
-    if at_limit and place.zeros is not None:
-        bound = "1/size of a negative binomial response to 0, its bound"
-        more = 1
-        if pair.large.family.plain is not pair.large.family:  # type: ignore[union-attr]
-            bound = "the probability of extra zeros to 0, its bound"
-            more = pair.large.rows.psi_widths[-1]  # type: ignore[union-attr]
-        elif pair.large.labels.psi:
-            more = pair.large.rows.n_psi  # type: ignore[union-attr]
+    if bounds and any(bounds) and place.zeros is not None:
+        bound = f"{bounds} to 0, its bound"
+        widths = pair.large.rows.psi_widths  # type: ignore[union-attr]
+        more = widths[-1] * bounds.zeros + widths[0] * bounds.size
         place = place._replace(zeros=place.zeros + more)
     reason = _no_mixture(pair, place)
     if reason:
@@ -352,7 +349,8 @@ def _no_mixture(pair: _Pair, place: Place) -> str | None:
     if place.zeros is None:
         return "the larger model can write the same covariance in several ways"
     if place.zeros > 1:
-        what = "standard deviations" if not pair.large.labels.psi else "parameters, or coefficients of their formulas,"
+        of_family = isinstance(pair.large, GeneralizedFitted) and pair.large.family.n_psi > pair.small.family.n_psi  # type: ignore[union-attr]
+        what = "parameters, or coefficients of their formulas," if of_family else "standard deviations"
         return f"{pair.smaller} puts {place.zeros} {what} to 0, their bound"
     # For fixed effects alone it does not matter in a linear model: the information on them and on variances is
     # orthogonal.
@@ -411,7 +409,7 @@ def bootstrap_null(small: AnyFitted, large: AnyFitted, key: Any, n: int) -> tupl
 def at_limit(small: AnyFitted, large: AnyFitted, codes: np.ndarray) -> np.ndarray:
     """``(n,)`` whether the larger model's fits with these codes ended at the smaller one's family."""
     generalised = isinstance(small, GeneralizedFitted) and isinstance(large, GeneralizedFitted)
-    limit = generalised and is_limit(small.family, large.family)  # type: ignore[union-attr]
+    limit = generalised and any(bounds_of(small.family, large.family) or ())  # type: ignore[union-attr]
     return np.asarray((codes == int(Result.UNBOUNDED)) & limit)
 
 
@@ -420,8 +418,9 @@ def notes_of_null(small: AnyFitted, large: AnyFitted, codes: np.ndarray) -> list
     ended = at_limit(small, large, codes)
     notes = []
     if ended.any():
-        inflated = isinstance(large, GeneralizedFitted) and large.family.plain is not large.family
-        what = "there are no extra zeros" if inflated else "size is infinite, where counts are Poisson's"
+        bounds = bounds_of(small.family, large.family)  # type: ignore[union-attr]
+        size, zeros = "size is infinite, where counts are Poisson's", "there are no extra zeros"
+        what = " or ".join([zeros] * bool(bounds and bounds.zeros) + [size] * bool(bounds and bounds.size))
         notes.append(f"in {int(ended.sum())} of {len(codes)} replicates {what}")
     if failures := note_of_failures(np.where(ended, int(Result.CONVERGED), codes)):
         notes.append(failures)

@@ -111,11 +111,26 @@ def _one_measure(a: Family, b: Family) -> bool:
     return same or any(a.name in names and b.name in names for names in MEASURES)
 
 
-def is_limit(small: Family, large: Family) -> bool:
-    """Whether one family is another's limit at the bound of its parameter: Poisson counts are negative binomial ones
-    with 1/size = 0, and any counts those with extra zeros whose probability is 0."""
-    without = small.plain is small and large.plain is not large and small == large.plain
-    return without or ((small.name, large.name) == ("poisson", "nbinom") and small.link == large.link)
+class Bounds(NamedTuple):
+    """Parameters of a larger family that are at their bounds where it is a smaller one: ``zeros``, the probability of
+    extra zeros is 0; ``size``, Poisson counts are negative binomial ones with 1/size = 0."""
+
+    zeros: bool
+    size: bool
+
+    def __str__(self) -> str:
+        parts = ["the probability of extra zeros"] * self.zeros + ["1/size of a negative binomial response"] * self.size
+        return " and ".join(parts)
+
+
+def bounds_of(small: Family, large: Family) -> Bounds | None:
+    """Where one family lies in another; None where it is no special case of it."""
+    a, b = small.plain, large.plain
+    size = (a.name, b.name) == ("poisson", "nbinom") and a.link == b.link
+    inflated = (a is not small, b is not large)
+    if not (size or a == b) or inflated == (True, False):
+        return None
+    return Bounds(inflated == (False, True), size)
 
 
 def are_formulas_within(small: GeneralizedFitted, large: GeneralizedFitted) -> bool:
