@@ -246,3 +246,21 @@ def test_kernels_are_densities_but_for_a_constant(family, size):
         assert ((factored[1] >= 1) & (factored[1] <= 2)).all()
         np.testing.assert_allclose(factored[0] + np.log(factored[1]), value, rtol=1e-14, atol=1e-14)
         np.testing.assert_allclose(factored[2], slope, rtol=1e-13, atol=1e-300)
+
+
+def test_long_responses_whose_tiles_are_small():
+    """1 200 rows have 16 lanes in a tile; more of them wait for the full search at the same time."""
+    rng = np.random.default_rng(5)
+    group = np.repeat(np.arange(100), 12)
+    X = np.column_stack([np.ones(1200), np.tile(np.linspace(-1, 1, 12), 100)])
+    design = mj.Design(y=np.zeros(1200), X=X, terms=(mj.RandomTerm(Z=np.ones((1200, 1)), group=group, n_groups=100),))
+    eta = -3.5 + 0.5 * X[:, 1] + 0.25 * rng.standard_normal((160, 100))[:, group]
+    Y = (rng.random(eta.shape) < 1 / (1 + np.exp(-eta))).astype(float)
+    rows = mj.rows(design, "binomial", Y)
+    by_jax, by_numpy = (
+        mj.glmm_estimate_many(rows, keep=("criterion", "result", "singular"), nagq=5, engine=engine)
+        for engine in ("jax", "numpy")
+    )
+    assert by_numpy.singular.sum() > 3
+    np.testing.assert_array_equal(by_jax.result, by_numpy.result)
+    np.testing.assert_allclose(by_jax.criterion, by_numpy.criterion, rtol=0, atol=1e-8)

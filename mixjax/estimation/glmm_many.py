@@ -328,9 +328,11 @@ class _Lanes:
         lost: np.ndarray = ends.lost | (ends.solution.result != int(Result.CONVERGED))
         zero = (ends.solution.x == 0).all(0)
         for some, singular in ((np.flatnonzero(~lost & ~zero), False), (np.flatnonzero(~lost & zero), True)):
-            for first in range(0, len(some), PROBED):
-                part = some[first : first + PROBED]
-                padded = np.resize(part, PROBED) if self.compiled else part
+            # Those of long responses are fewer in a tile of direct steps.
+            size = min(PROBED, self.lanes) if self.compiled else PROBED
+            for first in range(0, len(some), size):
+                part = some[first : first + size]
+                padded = np.resize(part, size) if self.compiled else part
                 model, fixed = self.of(at[padded]), ends.fixed[:, padded]
                 if singular:
                     lost[part] = ~np.asarray(self._run(falls_to_zero, model, fixed, self.nagq))[: len(part)]
