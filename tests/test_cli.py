@@ -536,3 +536,23 @@ def test_power_options_of_the_other_kind_of_model(capsys):
     assert "--trials: for generalised models" in capsys.readouterr().err
     assert main([*arguments, "--family", "poisson", "--sigma", "1"]) == 2
     assert "--sigma: for linear models" in capsys.readouterr().err
+
+
+def test_extra_zeros_and_dispersions_of_a_family(tmp_path, capsys):
+    mj.datasets.load("grouseticks").to_csv(tmp_path / "ticks.csv", index=False)
+    arguments = [
+        "fit",
+        "TICKS ~ cHEIGHT + (1 | LOCATION)",
+        str(tmp_path / "ticks.csv"),
+        "--family",
+        "nbinom",
+        "--no-cache",
+    ]
+    assert main([*arguments, "--dispformula", "~ cHEIGHT", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["disp"]) == ["Intercept", "cHEIGHT"]
+    assert "zi" not in found
+    assert main([*arguments[:4], "nbinom", "--ziformula", "TICKS ~ (1 | BROOD)", "--no-cache"]) == 2
+    assert "ziformula" in capsys.readouterr().err
+    assert main([*arguments[:3], "--ziformula", "~ 1", "--no-cache"]) == 2
+    assert "--ziformula: for generalised models" in capsys.readouterr().err

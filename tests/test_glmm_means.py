@@ -138,8 +138,8 @@ def test_pictures_of_means(cbpp):
     from mixjax import plots
 
     with pytest.raises(ValueError, match="ratios"):
-        plots.means(cbpp.emmeans("period", scale="response"))
-    plots.means(cbpp.emmeans("period", scale="response"), arrows=False)
+        plots.means(cbpp.emmeans("period", scale="response"), arrows=True)
+    plots.means(cbpp.emmeans("period", scale="response"))
     plots.means(cbpp.emmeans("period", integrate=True))
     ax = plots.contrasts(cbpp.emmeans("period", scale="response").contrasts())
     assert ax.get_xscale() == "log"

@@ -40,6 +40,8 @@ def parser_of_commands() -> argparse.ArgumentParser:
         metavar="N",
         help="with --family: quadrature nodes an effect (default: 1, Laplace)",
     )
+    fit.add_argument("--ziformula", metavar="FORMULA", help="with --family: extra zeros, such as '~ 1' or '~ x'")
+    fit.add_argument("--dispformula", metavar="FORMULA", help="with --family: its parameter by columns, such as '~ x'")
     fit.add_argument(
         "--exponentiate", action="store_true", help="with --family: also odds or rate ratios with 95 %% intervals"
     )

@@ -42,7 +42,7 @@ def fit_command(arguments: argparse.Namespace) -> int:
         else:
             fit = mixjax.glmm(
                 arguments.formula, data, arguments.family, arguments.link, arguments.size, nagq=arguments.nagq or 1,
-                **beside,
+                ziformula=arguments.ziformula, dispformula=arguments.dispformula, **beside,
             )  # fmt: skip
         held.known = not arguments.json
     for column, level in arguments.ref:
@@ -69,7 +69,7 @@ def fit_command(arguments: argparse.Namespace) -> int:
 def _check_family(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options of the other kind of model."""
     if arguments.family is None:
-        names = ("link", "size", "nagq", "exponentiate")
+        names = ("link", "size", "nagq", "ziformula", "dispformula", "exponentiate")
         if given := [f"--{name}" for name in names if getattr(arguments, name)]:
             raise ValueError(f"{', '.join(given)}: for generalised models; name the --family")
     elif given := [f"--{name}" for name in ("ml", "ddf") if getattr(arguments, name)]:
@@ -174,7 +174,8 @@ def _kind(fit: Any) -> dict[str, Any]:
     if isinstance(fit, mixjax.LMMFit):
         return {"method": "REML" if fit.reml else "ML"}
     success = {"success": fit.labels.success} if fit.labels.success else {}
-    return {"method": "ML", "family": fit.family.name, "link": fit.link, "nagq": fit.nagq, **success}
+    own = {name: _plain(series) for name, series in (("zi", fit.zi), ("disp", fit.disp)) if len(series)}
+    return {"method": "ML", "family": fit.family.name, "link": fit.link, "nagq": fit.nagq, **success, **own}
 
 
 def _ratio_text(fit: Any) -> str:

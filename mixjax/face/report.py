@@ -199,6 +199,8 @@ def table(
     notes = [*_how(stat, method, level, bool(stars), records), *_warnings(records, names, method)]
     if exponentiate:
         notes.insert(0, "fixed effects are ratios of odds (logit) or of means (log)")
+        if any(record.labels.psi for record in records if not isinstance(record, Fitted)):
+            notes.insert(1, "coefficients of dispersion and of extra zeros stay on the scales of their links")
     return ModelTable(Cells(["", *names], rows, rules=rules), tuple(notes), frame)
 
 
@@ -311,11 +313,14 @@ def _whole(record: AnyFitted) -> dict[str, float]:
         "BIC": record.bic,
         "Criterion": float(record.estimates.criterion),
     }
-    if isinstance(record, Fitted) and record.kept is not None:
-        r2 = variance.r2(record)
-        found |= {"ICC (adjusted)": float(variance.icc(record)["adjusted"])}
-        found |= {f"R2 {kind}": float(r2[kind]) for kind in ("marginal", "conditional")}
-    return found
+    if record.kept is None:
+        return found
+    try:
+        r2, icc = variance.r2(record), variance.icc(record)
+    except ValueError:  # a family without a residual variance on the scale of the linear predictor
+        return found
+    found |= {"ICC (adjusted)": float(icc["adjusted"])}
+    return found | {f"R2 {kind}": float(r2[kind]) for kind in ("marginal", "conditional")}
 
 
 # --- rows of the table ----------------------------------------------------------------------------------------------

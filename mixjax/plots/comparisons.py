@@ -29,7 +29,7 @@ NEEDED = ("estimate", "lower", "upper")
 
 
 def means(
-    m: MarginalMeans, arrows: bool = True, alpha: float = 0.05, adjust: str = "tukey", *, ax: Any = None
+    m: MarginalMeans, arrows: bool | None = None, alpha: float = 0.05, adjust: str = "tukey", *, ax: Any = None
 ) -> Axes | np.ndarray:
     """Marginal means with intervals, and arrows that overlap where two are not significantly different.
 
@@ -40,8 +40,8 @@ def means(
 
     Args:
         m: of ``fit.emmeans(...)`` or ``fit.emtrends(...)``; a panel for every cell of ``by``.
-        arrows: draw them. alpha: level of the tests. adjust: of the pairwise differences in a panel, as in
-            ``MarginalMeans.contrasts``.
+        arrows: draw them; None: where means are compared by differences.
+        alpha: level of the tests. adjust: of the pairwise differences in a panel, as in ``MarginalMeans.contrasts``.
         ax: None for a new figure; axes, or as many as panels.
 
     Returns:
@@ -61,6 +61,7 @@ def means(
     if not isinstance(m, MarginalMeans):
         raise TypeError(f"means() draws what fit.emmeans(...) returns, got {type(m).__name__}")
     check_level_named("alpha", alpha)
+    arrows = not m.ratio if arrows is None else arrows
     if arrows and m.ratio:
         raise ValueError(
             "arrows show which differences are significant, and these means are compared by ratios: arrows=False, or "
