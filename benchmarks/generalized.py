@@ -36,7 +36,7 @@ BATCHES = {
 ONE = ("bacteria", "one, 9 nodes", "InstEval")
 
 
-def many(name: str, fits: int | None) -> None:
+def many(name: str, fits: int | None, engine: str) -> None:
     case, (size, of_peer) = CASES[name], BATCHES[name]
     size = fits or size
     table, Y = case.make(size)
@@ -46,7 +46,7 @@ def many(name: str, fits: int | None) -> None:
     taken, cpu = [], 0.0
     for _ in range(2):
         start, cpu = time.perf_counter(), time.process_time()
-        found = mj.glmm_estimate_many(data, nagq=case.nagq)
+        found = mj.glmm_estimate_many(data, nagq=case.nagq, engine=engine)
         taken.append(time.perf_counter() - start)
         cpu = (time.process_time() - cpu) / size
     peer = FITS["glmm"](case, table)
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=(*BATCHES, *ONE), help="one case only")
     parser.add_argument("--fits", type=int, help="responses of a batch")
+    parser.add_argument("--engine", default="auto", help="of the batches: numpy or jax")
     arguments = parser.parse_args()
     named = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mixjax", "jax", "glmm"))
     print(f"{date.today()}, {platform.machine()}, Python {platform.python_version()}, {named}\n")
@@ -99,7 +100,7 @@ def main() -> None:
               + "---|" * 9)  # fmt: skip
     for name in chosen:
         if name in BATCHES:
-            many(name, arguments.fits)
+            many(name, arguments.fits, arguments.engine)
     if set(chosen) & set(ONE):
         print("\n| one | first call | again | glmm, first | again | ratio | above |\n|---|" + "---|" * 6)
     for name in chosen:

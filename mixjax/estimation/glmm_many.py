@@ -51,8 +51,8 @@ LEAST_LANES = 16
 NEAR = 1e-4
 # Lanes of the full search, and of one call of a program in it.
 SEARCHED, PROBED = 256, 64
-# Seconds for which NumPy may work before a program, which takes 10 or more to compile, is worth it.
-COMPILING = 8.0
+# Seconds for which NumPy may work before a program, which takes 3 to 10 to compile, is worth it.
+COMPILING = 4.0
 
 
 def glmm_estimate_many(
