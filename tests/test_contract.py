@@ -146,7 +146,7 @@ GLMM_METHODS = {
     "joint_tests": "by=None",
     "emmeans": "spec, by=None, at=None, scale=None, integrate=False, level=0.95",
     "emtrends": "spec, var, by=None, at=None, level=0.95",
-    "confint": "parm=None, level=0.95, method='profile', key=0, n=1000, kind='percentile'",
+    "confint": "parm=None, level=0.95, method='profile', key=0, n=1000, kind='percentile', exponentiate=False",
     "profile": "parm=None",
     "robust": "cluster=None, kind='CR1'",
     "icc": "by_group=False, approximation=None",

@@ -164,3 +164,14 @@ def test_what_needs_a_linear_model_says_so(cbpp):
 
     with pytest.raises(ValueError, match="ddf='satterthwaite' is for linear mixed models"):
         t_tests(cbpp.record, np.eye(4))
+
+
+def test_intervals_of_ratios(cbpp):
+    plain, ratios = (cbpp.confint(method="wald", exponentiate=flag) for flag in (False, True))
+    fixed = list(cbpp.fixef.index)
+    assert ratios.loc[fixed].to_numpy() == pytest.approx(np.exp(plain.loc[fixed].to_numpy()))
+    assert ratios.loc["sd_Intercept|herd"].tolist() == plain.loc["sd_Intercept|herd"].tolist()
+    one = cbpp.confint("period[T.2]", exponentiate=True)
+    assert np.log(one.to_numpy()) == pytest.approx(cbpp.confint("period[T.2]").to_numpy())
+    with pytest.raises(ValueError, match="of link 'probit' they mean nothing"):
+        fit_of("cbpp_probit").confint(exponentiate=True)

@@ -10,10 +10,11 @@ import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
 from mixjax.estimation.glmm_many import KEEP
+from mixjax.face.generalized_summary import check_ratios
 from mixjax.fitted import parameters
 from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.generalized import GeneralizedFitted
-from mixjax.fitted.names import responses_of_rows
+from mixjax.fitted.names import names_apart, responses_of_rows
 from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, RATIOS, option
 from mixjax.formula.response import check_many
 from mixjax.inference.fixed import hypotheses
@@ -230,6 +231,7 @@ class GeneralizedInferring:
         key: Any = 0,
         n: int = 1000,
         kind: Literal["percentile", "basic", "normal", "bca"] = "percentile",
+        exponentiate: bool = False,
     ) -> pd.DataFrame:
         """Confidence intervals of all parameters.
 
@@ -243,6 +245,8 @@ class GeneralizedInferring:
                 parametric; for cases, statistics or many intervals from one sample see :meth:`bootstrap`. Fixed effects
                 are on the scale of the linear predictor.
             key, n, kind: of the bootstrap: random key, replicates, how its interval is made.
+            exponentiate: intervals of the fixed effects as ratios, of odds (logit), of means (log), of hazards
+                (cloglog): exponentials of the ends. The other rows stay.
 
         Returns:
             DataFrame with columns ``lower``, ``upper``; rows ``sd_Intercept|Subject``, ...,
@@ -265,18 +269,26 @@ class GeneralizedInferring:
             [0.39, 0.78]
         """
         method = option(method, INTERVALS)
+        if exponentiate:
+            check_ratios(self.record.family.link)
         if method == "profile":
-            found = self.profile(parm).confint(level)
-            for note in found.attrs["notes"]:
+            frame = self.profile(parm).confint(level)
+            for note in frame.attrs["notes"]:
                 warn(note, InferenceWarning)
-            return found
-        if method == "wald":
+        elif method == "wald":
             frame = wald_intervals(self.record, level)
         elif method == "bootstrap":
             frame = run_bootstrap(self.record, key, n).confint(level, option(kind, BOOTSTRAPS))
         else:
             raise ValueError(f"method must be 'profile', 'wald' or 'bootstrap', got {method!r}")
-        return frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
+        if method != "profile":
+            frame = frame.loc[parameters.select(parm, list(frame.index), len(self.record.labels.fixed))]
+        if not exponentiate:
+            return frame
+        fixed = names_apart(self.record.labels.fixed, self.record.variance_parameters.names)
+        ratios = frame.copy()
+        ratios.loc[frame.index.isin(fixed)] = np.exp(frame[frame.index.isin(fixed)])
+        return ratios
 
     def profile(self, parm: Any = None) -> Profile:
         """Profile the -2 log-likelihood along parameters; see :class:`mixjax.inference.random.profile.Profile`.

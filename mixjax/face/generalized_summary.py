@@ -19,6 +19,15 @@ from mixjax.tables import NotedTable
 EXPONENTIATED = {"logit": "odds ratios", "log": "ratios of means", "cloglog": "hazard ratios"}
 
 
+def check_ratios(link: str) -> None:
+    """Raise ValueError where exponentials of the coefficients mean nothing."""
+    if link not in EXPONENTIATED:
+        raise ValueError(
+            f"exponentials of coefficients are ratios with links {', '.join(map(repr, EXPONENTIATED))}; of link "
+            f"{link!r} they mean nothing"
+        )
+
+
 def z_tests(fitted: GeneralizedFitted) -> pd.DataFrame:
     """Estimate, standard error, z statistic and two-sided p value of every fixed effect; df is infinite."""
     est = fitted.estimates
@@ -141,11 +150,8 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
     """
     if not isinstance(exponentiate, bool | np.bool_):
         raise ValueError(f"exponentiate must be True or False, got {exponentiate!r}")
-    if exponentiate and fitted.family.link not in EXPONENTIATED:
-        raise ValueError(
-            f"exponentials of coefficients are ratios with links {', '.join(map(repr, EXPONENTIATED))}; of link "
-            f"{fitted.family.link!r} they mean nothing"
-        )
+    if exponentiate:
+        check_ratios(fitted.family.link)
     family = fitted.family.name
     own = [("family", family, name, value) for name, value in dispersion(fitted).items()]
     more = pd.DataFrame(own, columns=["effect", "group", "term", "estimate"])
