@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,25 +12,22 @@ import pandas as pd
 
 from mixjax.bases import Orthonormal, orthonormal_columns
 from mixjax.checks import DataError, FormulaError, some_of, warn
-from mixjax.covariance import Covariance
-from mixjax.design import Design, Labels, RandomTerm, TermLabels
+from mixjax.design import Design, Labels, RandomTerm
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import (
-    check_columns_of_term,
     check_noise,
-    check_structure,
     check_varies,
     check_weights,
     refuse_infinite_offset,
-    warn_of_constant_slopes,
     warn_of_gaps,
     warn_of_high_offset,
 )
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
-from mixjax.formula.evaluate import Columns, Learnt, columns_of, evaluate, numbers
+from mixjax.formula.evaluate import Learnt, columns_of, evaluate, numbers
 from mixjax.formula.own_formulas import own_columns, parse_own
-from mixjax.formula.parse import Group, ParsedFormula, with_structures
+from mixjax.formula.parse import ParsedFormula, with_structures
 from mixjax.formula.parse import parse as parse_formula
+from mixjax.formula.random_terms import random_terms
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
 from mixjax.formula.state import FormulaState, kinds_of
@@ -38,7 +35,6 @@ from mixjax.formula.syntax import Expression, expression
 from mixjax.formula.table import (
     as_numbers,
     check_finite,
-    combinations,
     complete_rows,
     refuse_dates,
     refuse_numbers_among_text,
@@ -168,7 +164,7 @@ def build(
 
     of_psi = {part.option: part for part in own_columns(parsed, frame, known)}
     by_psi = [of_psi.get("dispformula")] * getattr(family, "n_psi", 0) + [of_psi[k] for k in of_psi if k == "ziformula"]
-    random = _random_terms(parsed, frame, known)
+    random = random_terms(parsed, frame, known)
     design = Design(
         y=response.y,
         X=X,
@@ -462,62 +458,3 @@ def full_rank(
             f"{some_of([name for name, keep in zip(names, kept, strict=True) if keep])}"
         )
     return X, kept, basis.of(kept)
-
-
-# --- random terms --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Term:
-    Z: np.ndarray
-    codes: np.ndarray
-    levels: np.ndarray
-    labels: TermLabels
-    columns: Columns
-    group: Group
-    structure: str | Covariance
-
-
-def _random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[_Term]:
-    factors: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = {}
-    terms = []
-    for part in parsed.random:
-        if part.group.name not in factors:
-            factors[part.group.name] = _grouping_factor(part.group, frame)
-        codes, levels, names = factors[part.group.name]
-        for block in part.blocks():
-            Z, columns = columns_of(block, frame, context)
-            check_columns_of_term(Z, columns.names, part.group.name)
-            check_structure(part.structure, columns, f"{block} | {part.group.name}")
-            if part.structure == "us":
-                warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
-            labels = TermLabels(part.group.name, columns.names, names)
-            terms.append(_Term(Z, codes, levels, labels, columns, part.group, part.structure))
-    _check_no_effect_twice(terms)
-    return sorted(terms, key=lambda term: -len(term.labels.levels))
-
-
-def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    codes, levels = combinations(frame, group.columns)
-    names = tuple(":".join(values) for values in levels)
-    if len(names) < 2:
-        raise DataError(
-            f"grouping factor '{group.name}' has one level ('{names[0]}'); a variance between levels needs two or more"
-        )
-    return codes, levels, names
-
-
-def _check_no_effect_twice(terms: list[_Term]) -> None:
-    """One effect of one grouping factor in two terms has two variances of which only the sum is known."""
-    seen: list[tuple[_Term, str]] = []
-    for term in terms:
-        for effect in term.labels.effects:
-            for other, same in seen:
-                if effect == same and np.array_equal(term.codes, other.codes):
-                    groups = " and ".join(dict.fromkeys(f"'{t.labels.group}'" for t in (other, term)))
-                    raise FormulaError(
-                        f"effect '{effect}' of group {groups} stands in two random terms with the same levels, so its "
-                        "variance cannot be estimated; write one term, or 0 + in one of them: "
-                        f"(1 | {term.labels.group}) + (0 + x | {term.labels.group})"
-                    )
-            seen.append((term, effect))
