@@ -20,6 +20,8 @@ _HOMES = {
     "LMMFit": "mixjax.face.linear",
     "glmm": "mixjax.face.generalized",
     "GLMMFit": "mixjax.face.generalized",
+    "mmrm": "mixjax.face.repeated",
+    "MMRMFit": "mixjax.face.repeated",
     "BatchFit": "mixjax.fitted.batch",
     "datasets": "mixjax.datasets",
     "families": "mixjax.families",
@@ -28,6 +30,7 @@ _HOMES = {
     # functional core: arrays in, arrays out
     "Design": "mixjax.design",
     "RandomTerm": "mixjax.design",
+    "RepeatedDesign": "mixjax.design",
     "Covariance": "mixjax.covariance.custom",
     "Labels": "mixjax.design",
     "build_design": "mixjax.formula.build",
@@ -52,6 +55,9 @@ _HOMES = {
     "glmm_estimate": "mixjax.estimation.glmm_one",
     "glmm_estimate_many": "mixjax.estimation.glmm_many",
     "GLMMEstimates": "mixjax.estimation.glmm",
+    "repeated_loglik": "mixjax.engine.visit_loglik",
+    "repeated_estimate": "mixjax.estimation.repeated",
+    "RepeatedEstimates": "mixjax.estimation.repeated",
     "Result": "mixjax.optimise.results",
     # tests and intervals
     "compare": "mixjax.inference.random.likelihood_ratio",
@@ -111,12 +117,14 @@ if TYPE_CHECKING:
     from mixjax.design import Design as Design
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
+    from mixjax.design import RepeatedDesign as RepeatedDesign
     from mixjax.engine.criterion import criterion as criterion
     from mixjax.engine.laplace import GLMMParams as GLMMParams
     from mixjax.engine.laplace import glmm_criterion as glmm_criterion
     from mixjax.engine.laplace import glmm_loglik as glmm_loglik
     from mixjax.engine.marginal import MarginalParams as MarginalParams
     from mixjax.engine.marginal import marginal_loglik as marginal_loglik
+    from mixjax.engine.visit_loglik import repeated_loglik as repeated_loglik
     from mixjax.estimation.blup import predict as predict
     from mixjax.estimation.estimate import Estimates as Estimates
     from mixjax.estimation.estimate import estimate as estimate
@@ -126,10 +134,14 @@ if TYPE_CHECKING:
     from mixjax.estimation.many import estimate_many as estimate_many
     from mixjax.estimation.params import from_params as from_params
     from mixjax.estimation.params import to_params as to_params
+    from mixjax.estimation.repeated import RepeatedEstimates as RepeatedEstimates
+    from mixjax.estimation.repeated import repeated_estimate as repeated_estimate
     from mixjax.face.generalized import GLMMFit as GLMMFit
     from mixjax.face.generalized import glmm as glmm
     from mixjax.face.linear import LMMFit as LMMFit
     from mixjax.face.linear import lmm as lmm
+    from mixjax.face.repeated import MMRMFit as MMRMFit
+    from mixjax.face.repeated import mmrm as mmrm
     from mixjax.face.report import table as table
     from mixjax.fitted.batch import BatchFit as BatchFit
     from mixjax.formula.build import build_design as build_design

@@ -78,6 +78,44 @@ class Design:
         return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in self.terms)
 
 
+@dataclass(frozen=True)
+class RepeatedDesign:
+    """The arrays of a model for repeated measures, without random effects: ``y = offset + X beta + e``, and the errors
+    of a subject's visits have a covariance of their own, those of different subjects none.
+
+    Attributes:
+        y: ``(n,)`` response. X: ``(n, p)`` fixed-effects columns of full rank.
+        subject: ``(n,)`` integers ``0 .. n_subjects - 1``. visit: ``(n,)`` integers ``0 .. n_visits - 1``, each once a
+            subject at most. Visits that a subject has no row of are missing, and nothing is assumed about them.
+        n_subjects, n_visits: static.
+        structure: of the covariance of a subject's visits; static. A name ("us", "ar1", ...) or a structure, see
+            :mod:`mixjax.covariance.names`.
+        arm: ``(n_subjects,)`` integers ``0 .. n_arms - 1``: every arm has a covariance of its own; None for one of all.
+        n_arms: static.
+        weights: ``(n,)``, positive, or None: the standard deviation of a row is divided by the root of its weight.
+        offset: ``(n,)`` known part of the mean, or None.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> design = mj.RepeatedDesign(
+        ...     y=np.arange(12.0) % 5, X=np.ones((12, 1)), subject=np.repeat(np.arange(4), 3), visit=np.arange(12) % 3,
+        ...     n_subjects=4, n_visits=3, structure="ar1",
+        ... )
+    """
+
+    y: AnyArray
+    X: AnyArray
+    subject: AnyArray
+    visit: AnyArray
+    n_subjects: int
+    n_visits: int
+    structure: str | Structure | Covariance = "us"
+    arm: AnyArray | None = None
+    n_arms: int = 1
+    weights: AnyArray | None = None
+    offset: AnyArray | None = None
+
+
 class Chunk(NamedTuple):
     """A chunk of rows of a larger table.
 
@@ -93,6 +131,11 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
+jax.tree_util.register_dataclass(
+    RepeatedDesign,
+    data_fields=["y", "X", "subject", "visit", "arm", "weights", "offset"],
+    meta_fields=["n_subjects", "n_visits", "structure", "n_arms"],
+)
 jax.tree_util.register_dataclass(
     Design, data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns"], meta_fields=[]
 )

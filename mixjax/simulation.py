@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 
 from mixjax.checks import MOST, check_count, check_memory
-from mixjax.design import Design, check_design
+from mixjax.design import Design, RepeatedDesign, check_design
 from mixjax.families import Family
 from mixjax.machine import LANES, float64, jit, n_cores
 
@@ -96,6 +96,58 @@ def simulate_responses(
         return responses
 
     return draw_responses(respond, nobs, nobs + columns.shape[1], key, n, first)
+
+
+def simulate_visits(
+    design: RepeatedDesign, beta: Any, Sigma: Sequence[Any], key: Any, n: int, first: int = 0
+) -> np.ndarray:
+    """Responses of repeated measures, drawn anew: ``y* = offset + X beta + e``, the errors of a subject's visits with
+    the covariance of its arm, divided by the roots of the weights.
+
+    Random numbers belong to subjects and visits: those that a subject misses change nothing.
+
+    Args:
+        design: its y is not looked at. beta: ``(p,)``. Sigma: per arm ``(T, T)``, absolute; may be singular.
+        key, n, first: as of :func:`simulate_responses`.
+
+    Returns:
+        ``(n, nobs)`` numpy float64.
+
+    Raises:
+        ValueError: an argument does not fit the design, or a covariance is none.
+
+    Example:
+        >>> import mixjax as mj, numpy as np
+        >>> from mixjax.simulation import simulate_visits
+        >>> design = mj.RepeatedDesign(
+        ...     y=np.zeros(12), X=np.ones((12, 1)), subject=np.repeat(np.arange(4), 3), visit=np.arange(12) % 3,
+        ...     n_subjects=4, n_visits=3,
+        ... )
+        >>> simulate_visits(design, beta=[5.0], Sigma=[np.eye(3)], key=1, n=10).shape
+        (10, 12)
+    """
+    X, beta = np.asarray(design.X, np.float64), np.asarray(beta, np.float64)
+    nobs, T = len(X), design.n_visits
+    if beta.shape != (X.shape[1],):
+        raise ValueError(f"beta has shape {beta.shape}; this design has {X.shape[1]} fixed effects")
+    if len(Sigma) != design.n_arms:
+        raise ValueError(f"{len(Sigma)} covariances were given for {design.n_arms} arms")
+    wrong = [i for i, own in enumerate(Sigma) if np.shape(own) != (T, T)]
+    if wrong:
+        raise ValueError(f"Sigma[{wrong[0]}] has shape {np.shape(Sigma[wrong[0]])}; of {T} visits it is ({T}, {T})")
+    roots = np.stack([symmetric_root(own) for own in Sigma])
+    subject, visit = np.asarray(design.subject), np.asarray(design.visit)
+    arm = np.zeros(nobs, int) if design.arm is None else np.asarray(design.arm)[subject]
+    rows = roots[arm, visit]  # (nobs, T)
+    if design.weights is not None:
+        rows = rows / np.sqrt(np.asarray(design.weights))[:, None]
+    mean = X @ beta if design.offset is None else X @ beta + np.asarray(design.offset)
+
+    def respond(draws: np.ndarray) -> np.ndarray:
+        own = draws.reshape(len(draws), design.n_subjects, T)
+        return np.asarray(mean + np.einsum("bnt,nt->bn", own[:, subject], rows))
+
+    return draw_responses(respond, nobs, design.n_subjects * T, key, n, first)
 
 
 def simulate_family(

@@ -17,6 +17,13 @@ FUNCTIONS = {
     "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
     "start=None, curvature='observed', nagq=1, reml=False, check_identifiable=True, trusted=None, "
     "ziformula=None, dispformula=None",
+    "mmrm": "formula, data, reml=True, ddf='satterthwaite', weights=None, offset=None, subset=None, contrasts=None, "
+    "trusted=None",
+    "RepeatedDesign": "y, X, subject, visit, n_subjects, n_visits, structure='us', arm=None, n_arms=1, weights=None, "
+    "offset=None",
+    "repeated_estimate": "design, reml=True",
+    "repeated_loglik": "beta, Sigma, design",
+    "RepeatedEstimates": "beta, vcov, Sigma, criterion, converged, singular, iterations, grad_norm, result, x, scale",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=()",
@@ -157,6 +164,33 @@ GLMM_METHODS = {
     "simulate": "key, n, random='new'",
     "variance_parameters": "",
 }
+MMRM_METHODS = {
+    "summary": "ddf=None",
+    "tidy": "ddf=None",
+    "glance": "",
+    "variance_parameters": "",
+    "test": "L, ddf=None, joint=None, adjust='none', level=0.95",
+    "anova": "type='III', ddf=None",
+    "joint_tests": "by=None, ddf=None",
+    "emmeans": "spec, by=None, at=None, ddf=None, level=0.95",
+    "emtrends": "spec, var, by=None, at=None, ddf=None, level=0.95",
+    "confint": "parm=None, level=0.95, method='wald', ddf=None, key=0, n=1000",
+    "conf_int": "alpha=0.05",
+    "residuals": "kind='response'",
+    "resid": "kind='response'",
+    "predict": "newdata=None, conditional=False, interval=None, level=0.95, ddf=None",
+    "augment": "",
+    "simulate": "key, n",
+    "refit": "y=None, reml=None",
+    "refit_many": "Y",
+    "bootstrap": "key, n",
+}
+MMRM_PROPERTIES = {
+    "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame, "Sigma": dict,
+    "residual_sd": pd.Series, "X": np.ndarray, "design": mj.RepeatedDesign, "labels": mj.Labels,
+    "estimates": mj.RepeatedEstimates, "criterion": float, "loglik": float, "aic": float, "bic": float, "nobs": int,
+    "npar": int, "converged": bool, "fitted": pd.Series, "reml": bool, "ddf": str, "pvalues": pd.Series,
+}  # fmt: skip
 GLMM_PROPERTIES = {
     "fixef": pd.Series, "se": pd.Series, "params": pd.Series, "bse": pd.Series, "vcov": pd.DataFrame,
     "vcov_all": pd.DataFrame, "theta": np.ndarray, "Sigma": dict, "dispersion": pd.Series,
@@ -192,8 +226,8 @@ def signature(function) -> str:
 
 
 def test_every_public_function_is_listed():
-    others = {"LMMFit", "GLMMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result", "__version__",
-              "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
+    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result",
+              "__version__", "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
               "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 
@@ -209,6 +243,16 @@ def test_functions(name):
 def test_every_attribute_of_a_fit_is_listed():
     public = {name for name in dir(mj.LMMFit) if not name.startswith("_")}
     assert public == {*METHODS, *PROPERTIES, "varcorr", "optimizer", "record"}
+
+
+def test_the_face_of_repeated_measures():
+    public = {name for name in dir(mj.MMRMFit) if not name.startswith("_")}
+    assert public == {*MMRM_METHODS, *MMRM_PROPERTIES, "varcorr", "optimizer", "record", "sigma"}
+    for name, expected in MMRM_METHODS.items():
+        assert signature(getattr(mj.MMRMFit, name)) == expected, name
+    fit = mj.mmrm("distance ~ Sex + ar1(age | Subject)", mj.datasets.load("Orthodont"))
+    for name, kind in MMRM_PROPERTIES.items():
+        assert isinstance(getattr(fit, name), kind), name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -238,7 +238,7 @@ def test_standard_deviations_and_correlations_have_the_slopes_of_automatic_diffe
         return jnp.stack(values)
 
     x = np.random.default_rng(3).normal(size=stats.layout.k)
-    values, slopes = natural_with_slopes(x, stats.layout, stats.Z_bases)
+    values, slopes = natural_with_slopes(x, stats.layout.structures, stats.Z_bases)
     np.testing.assert_allclose(values, natural(jnp.asarray(x)), rtol=1e-12)
     np.testing.assert_allclose(slopes, jax.jacfwd(natural)(jnp.asarray(x)), rtol=1e-10, atol=1e-12)
 

@@ -27,12 +27,12 @@ ROOMS = [
 ASKED = {
     "mixjax.engine": {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
-        "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
+        "Visits", "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "MOST_DENSE_LANES", "has_closed_form",
-        "in_lanes_at_once", "FamilyRows", "rows_in",
+        "in_lanes_at_once", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
@@ -42,6 +42,7 @@ ASKED = {
         "chosen_engine", "has_lanes", "over_lanes", "Batch", "batch_axes", "one_lane", "own_factors",
         "GLMMEstimates", "glmm_estimate_many", "conditional_covariances", "mode_slopes",
         "fits_without", "predictors_at_modes",
+        "RepeatedEstimates", "fit_repeated", "fit_repeated_many", "visits_of", "visits_in_parts",
     },
 }  # fmt: skip
 CORE = (

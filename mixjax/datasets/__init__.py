@@ -24,6 +24,7 @@ NAMES = (
     "cbpp",
     "grouseticks",
     "bacteria",
+    "fev",
 )
 
 

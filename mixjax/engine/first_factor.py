@@ -205,6 +205,13 @@ def _first_directions(
     return places[a, b], np.where(single, 1.0, 2.0), products
 
 
+def directions_and_places(
+    pairs: tuple[tuple[int, int], ...],
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """:func:`_first_directions` where every pair is a direction."""
+    return _first_directions(pairs, pairs)
+
+
 def of_levels(
     pulled: list[Array], first: First, moments: AnyMoments, own: list[tuple[int, int]]
 ) -> tuple[Array, Array]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from mixjax.diagnostics.residuals import conditional_residuals
-from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.either import AnyRecord
 from mixjax.fitted.names import term_names
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.search_end import FitStatistics
@@ -96,7 +96,7 @@ def correlation(Sigma: np.ndarray) -> np.ndarray:
         return cor
 
 
-def coefficient_table(fitted: Fitted | GeneralizedFitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+def coefficient_table(fitted: AnyRecord, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     """Estimate, standard error and their ratio per fixed effect; with ``tests`` also df and p_value, and the standard
     errors of that method."""
     if tests is not None:
@@ -132,13 +132,15 @@ class Summary(Reported):
     fitted: Fitted
     tests: pd.DataFrame | None = None
     ddf: str | None = None
+    # Head of the table of covariances.
+    covariances: ClassVar[str] = "Random effects"
 
     def __str__(self) -> str:
         parts = [
             "\n".join(self._head()),
             self._fit_statistics_text(),
             self._scaled_residuals() if self.fitted.kept is not None else "",
-            "Random effects:\n" + str(self._varcorr()) + "\n" + self._counts(),
+            f"{self.covariances}:\n" + str(self._varcorr()) + "\n" + self._counts(),
             "Fixed effects:\n" + self._fixed_text(),
             *(f"{head}:\n{text_table(self._table_of(rows), left=1)}" for head, rows in self._components().items()),
         ]
@@ -155,7 +157,7 @@ class Summary(Reported):
         parts = [
             *self._head(),
             ", ".join(f"{name} {value}" for name, value in self._fit_statistics().items()),
-            Cells.of(self._varcorr().table(), left=2, title="Random effects"),
+            Cells.of(self._varcorr().table(), left=2, title=self.covariances),
             *self._varcorr().beneath(),
             self._counts(),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),

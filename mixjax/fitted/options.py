@@ -9,6 +9,8 @@ DDF = {
     "satterthwaite": "satterthwaite",
     "kenwardroger": "kenward-roger",
     "kr": "kenward-roger",
+    "kenwardrogerlinear": "kenward-roger-linear",
+    "krlinear": "kenward-roger-linear",
     "wald": "wald",
 }
 INTERVALS = {"profile": "profile", "wald": "wald", "bootstrap": "bootstrap", "boot": "bootstrap"}

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mixjax import covariance as cov
 from mixjax.bases import Basis
+from mixjax.covariance import Structure
 from mixjax.design import Labels
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.estimation.glmm import GLMMEstimates
@@ -19,7 +20,7 @@ from mixjax.fitted.information import Information
 from mixjax.fitted.names import Spellings, names_apart, names_of_variances
 from mixjax.machine import silently
 from mixjax.products.family_rows import FamilyRows
-from mixjax.products.sums import CrossProducts, Layout
+from mixjax.products.sums import CrossProducts
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,24 @@ def variance_parameters(labels: Labels, stats: CrossProducts, info: Information,
     parameters = names_of_variances(labels, stats.layout.structures)
     kinds = (*(parameter.kind for parameter in parameters), "sigma")
     with silently():
-        relative, by_x = natural_with_slopes(info.x, stats.layout, stats.Z_bases)
+        relative, by_x = natural_with_slopes(info.x, stats.layout.structures, stats.Z_bases)
         is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
         values = np.append(np.where(is_sd, sigma * relative, relative), sigma)
         slopes = np.zeros((len(values), len(info.x) + 1))
         slopes[:-1, :-1] = np.where(is_sd[:, None], sigma * by_x, by_x)
         slopes[:, -1] = np.append(np.where(is_sd, values[:-1], 0.0), sigma)
         covariance = slopes @ info.covariance @ slopes.T
-    free = _inside(kinds, values, covariance)
+    free = inside(kinds, values, covariance)
     covariance = np.where(free & free[:, None] & info.regular, covariance, np.nan)
     names = (*(parameter.name for parameter in parameters), "sigma")
     return VarianceParameters(names, kinds, values, covariance, free)
 
 
-def _inside(kinds: Sequence[str], values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+def inside(kinds: Sequence[str], values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """``(k,)`` which parameters are not on the boundary."""
     own = np.array(kinds, str)
-    inside = np.where(own == "cor", np.abs(values) < 1 - 1e-10, (values > 0) | (own == "real"))
-    free: np.ndarray = inside & np.isfinite(covariance.diagonal())
+    within = np.where(own == "cor", np.abs(values) < 1 - 1e-10, (values > 0) | (own == "real"))
+    free: np.ndarray = within & np.isfinite(covariance.diagonal())
     return free
 
 
@@ -101,14 +102,14 @@ def generalized_parameters(labels: Labels, rows: FamilyRows, est: GLMMEstimates)
     x, _ = coordinates_in(est.theta, layout, [Z.R for Z in rows.Z_bases])
     k = len(variances)
     with silently():
-        natural, by_x = natural_with_slopes(x, layout, rows.Z_bases)
+        natural, by_x = natural_with_slopes(x, layout.structures, rows.Z_bases)
         slopes = np.zeros((k + s + p, p + s + len(x)))
         slopes[:k, p + s :] = by_x
         slopes[k : k + s, p : p + s] = np.diag(family_slopes)
         slopes[k + s :, :p] = np.eye(p)
         covariance = slopes @ est.vcov_all @ slopes.T
     kinds = [parameter.kind for parameter in variances]
-    free = np.concatenate([_inside(kinds, natural, covariance[:k, :k]), np.ones(s + p, bool)])
+    free = np.concatenate([inside(kinds, natural, covariance[:k, :k]), np.ones(s + p, bool)])
     regular = is_covariance(est.vcov_all)
     covariance = np.where(free & free[:, None] & regular, covariance, np.nan)
     return AllParameters(
@@ -170,12 +171,14 @@ def is_covariance(matrix: np.ndarray) -> bool:
     return bool(np.linalg.eigvalsh(own / np.outer(sd, sd)).min(initial=1.0) > 0)
 
 
-def natural_with_slopes(x: np.ndarray, layout: Layout, Z_bases: Sequence[Basis]) -> tuple[np.ndarray, np.ndarray]:
+def natural_with_slopes(
+    x: np.ndarray, structures: tuple[Structure, ...], Z_bases: Sequence[Basis]
+) -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations and correlations of covariances with coordinates ``x (k,)``, and their derivatives by x."""
-    n = sum(len(structure.natural) for structure in layout.structures)
+    n = sum(len(structure.natural) for structure in structures)
     values, slopes = np.zeros(n), np.zeros((n, len(x)))
     row, start = 0, 0
-    for basis, structure, part in zip(Z_bases, layout.structures, cov.cut(x, layout.structures), strict=True):
+    for basis, structure, part in zip(Z_bases, structures, cov.cut(x, structures), strict=True):
         F = basis.R_inv @ structure.factor(part)
         D = F @ F.T
         a, b = np.array(cov.pairs_of(structure.q)).T

@@ -57,6 +57,8 @@ class Fitted(FitStatistics):
         # Optax transformations are closures and cannot be pickled; what can be computed again is not written.
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"search": None}
 
+    has_df = True
+
     # --- the data ---------------------------------------------------------------------------------------------------
 
     @property
@@ -193,6 +195,11 @@ def record_of(fit: Any) -> Fitted:
         raise TypeError(
             f"this is for linear mixed models, as mixjax.lmm fits them; the fit is of a generalised one "
             f"({record.family.name})"
+        )
+    if not isinstance(record, Fitted) and hasattr(record, "visits"):
+        raise TypeError(
+            "this is for linear mixed models, as mixjax.lmm fits them; the fit is of repeated measures without random "
+            "effects (mixjax.mmrm)"
         )
     if not isinstance(record, Fitted):
         raise TypeError(f"a fit is needed, as mixjax.lmm returns it; got {type(fit).__name__}")

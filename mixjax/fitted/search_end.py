@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mixjax.checks import ConvergenceWarning, warn
 
@@ -35,6 +35,8 @@ class FitStatistics:
     """What follows from the criterion, the number of parameters and the number of rows of a record."""
 
     estimates: Any
+    # Tests of fixed effects have degrees of freedom.
+    has_df: ClassVar[bool] = False
 
     @property
     def npar(self) -> int:

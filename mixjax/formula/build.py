@@ -139,7 +139,7 @@ def build(
     contrasts = {} if contrasts is None else contrasts
     if not isinstance(contrasts, Mapping):
         raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")
-    frame, beside, used, n_missing = _used_rows(
+    frame, beside, used, n_missing = used_rows(
         parsed, data, available, weights, offset, size, subset, known, caller, contrasts, family
     )
     parsed = with_contrasts(parsed, frame, contrasts, known)
@@ -149,7 +149,7 @@ def build(
         check_varies(y, str(parsed.response))
     X, fixed = columns_of(parsed.fixed, frame, known)
     trials = {"size": size, "weights": weights}
-    total_offset, offsets = _offsets(parsed, frame, beside.get("offset"), known, family)
+    total_offset, offsets = offsets_of(parsed, frame, beside.get("offset"), known, family)
     if family is None:
         response = Response(y, None, beside.get("weights"), "", None)
         check_weights(response.weights)
@@ -207,7 +207,7 @@ def build(
     return Built(design, labels, basis)
 
 
-def _offsets(
+def offsets_of(
     parsed: ParsedFormula, frame: pd.DataFrame, beside: np.ndarray | None, context: Context, family: Any
 ) -> tuple[np.ndarray | None, list[tuple[Expression, Learnt]]]:
     """The sum of all offsets ``(n,)``, and those of the formula with what they learnt."""
@@ -305,7 +305,7 @@ def hardly_factors(parsed: ParsedFormula, contrasts: Mapping[str, str]) -> list[
     return [name for name in names if name not in contrasts]
 
 
-def _used_rows(
+def used_rows(
     parsed: ParsedFormula,
     data: Any,
     available: list[str],

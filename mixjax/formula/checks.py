@@ -125,7 +125,7 @@ def check_structure(structure: str | Covariance, columns: Columns, term: str) ->
         instead = f"'({term})'" if one else f"'{structure}(0 + {own.expressions[0]} | ...)'"
         raise DataError(f"'{structure}({term})': {why} {instead}")
     if structure in ORDERED and levels is not None:
-        _warn_of_order(structure, [str(level) for level in levels], term)
+        warn_of_order(structure, [str(level) for level in levels], term)
 
 
 def warn_of_gaps(frame: Mapping[str, pd.Series] | pd.DataFrame, parsed: ParsedFormula) -> None:
@@ -150,7 +150,8 @@ def warn_of_gaps(frame: Mapping[str, pd.Series] | pd.DataFrame, parsed: ParsedFo
             )
 
 
-def _warn_of_order(structure: str, levels: list[str], term: str) -> None:
+def warn_of_order(structure: str, levels: list[str], term: str) -> None:
+    """Levels whose names are numbers in another order, or with gaps where a structure has distances."""
     found = [re.fullmatch(r"(.*?)(-?\d+(?:\.\d+)?)", level) for level in levels]
     if any(match is None for match in found) or len({match[1] for match in found if match}) > 1:
         return

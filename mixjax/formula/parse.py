@@ -38,7 +38,8 @@ class RandomPart:
         group: grouping factor.
         independent: written with ``||``: the effects are to be split into independent terms.
         structure: name of its covariance structure, ``us`` where none is written; one of the caller's own itself,
-            once names are read. name: as it is written, where it is none of those known.
+            once names are read. name: as it is written, where it is none of those known. written: as it is written,
+            whichever it is, with lme4's option; empty where none is.
     """
 
     effects: Effects
@@ -46,6 +47,7 @@ class RandomPart:
     independent: bool
     structure: str | Covariance = "us"
     name: str = ""
+    written: str = ""
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -221,8 +223,9 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     if parts[0].independent:
         raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
     if structure is None:  # of the caller's own, or a mistake
-        return [replace(part, structure=f"{piece}", name=name) for part in parts]
-    return [replace(part, structure=structure) for part in parts]
+        return [replace(part, structure=f"{piece}", name=name, written=name) for part in parts]
+    written = name if hom is None else structure
+    return [replace(part, structure=structure, written=written) for part in parts]
 
 
 def _no_structure(name: str, written: str) -> FormulaError:

@@ -13,10 +13,10 @@ from mixjax.fitted.names import names_apart
 from mixjax.inference.fixed.contrasts import FixedEffects
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 
-def wald_intervals(fitted: AnyFitted, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:
+def wald_intervals(fitted: AnyRecord, level: float = 0.95, ddf: str = "wald") -> pd.DataFrame:
     """Wald intervals of all parameters.
 
     Of the fixed effects: estimate -+ quantile times standard error. Of standard deviations, sigma among them, and of

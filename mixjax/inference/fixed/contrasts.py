@@ -27,16 +27,20 @@ from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.estimate import Estimates
 from mixjax.fitted.information import information
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.inference.fixed import kenward_roger as kr
 from mixjax.inference.fixed.families import Combinations, adjustment_named, family_tests
+from mixjax.inference.fixed.kenward_roger_visits import adjust_visits
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.machine import Array, compiled, float64, is_concrete, jit, namespace, silently
 from mixjax.products.sums import CrossProducts, check_products
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
+# Kenward and Roger's without second derivatives of the covariance, of repeated measures.
+LINEAR = "kenward-roger-linear"
 
 
 class Contrast(NamedTuple):
@@ -243,7 +247,7 @@ class FTest(NamedTuple):
 
 
 def t_tests(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     L: AnyArray,
     ddf: str = "satterthwaite",
     rhs: AnyArray = 0.0,
@@ -269,7 +273,7 @@ def t_tests(
     return table if names is None else table.set_axis(list(names), axis=0)
 
 
-def combinations(fitted: AnyFitted, L: AnyArray, ddf: str) -> Combinations:
+def combinations(fitted: AnyRecord, L: AnyArray, ddf: str) -> Combinations:
     """Linear combinations ``(r, p)`` of the fixed effects under one method."""
     L = _checked(fitted, L)
     method = FixedEffects.of(fitted, ddf)
@@ -280,7 +284,7 @@ def combinations(fitted: AnyFitted, L: AnyArray, ddf: str) -> Combinations:
 
 
 def f_test(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     L: AnyArray,
     ddf: str = "satterthwaite",
     rhs: AnyArray = 0.0,
@@ -326,8 +330,12 @@ class FixedEffects(NamedTuple):
     joint: Callable[[np.ndarray, np.ndarray], tuple[float, float]]
 
     @staticmethod
-    def of(fitted: AnyFitted, ddf: str) -> FixedEffects:
+    def of(fitted: AnyRecord, ddf: str) -> FixedEffects:
         check_ddf(ddf)
+        if isinstance(fitted, RepeatedFitted):
+            return _of_repeated(fitted, ddf)
+        if ddf == LINEAR:
+            raise ValueError(f"ddf={LINEAR!r} is of repeated measures (mixjax.mmrm); here it is 'kenward-roger'")
         if not isinstance(fitted, Fitted):
             if ddf != "wald":
                 raise ValueError(
@@ -341,8 +349,7 @@ class FixedEffects(NamedTuple):
                     InferenceWarning,
                 )
         if ddf == "wald" or not isinstance(fitted, Fitted) or not fitted.labels.fixed:
-            beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
-            return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda *_: (math.inf, 1.0))
+            return _by_wald(fitted)
         return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
 
 
@@ -353,11 +360,32 @@ def ddf_note(ddf: str) -> str:
 
 def check_ddf(ddf: Any) -> None:
     """Raise ValueError for a method that is none."""
-    if ddf not in METHODS:
+    if ddf not in (*METHODS, LINEAR):
         raise ValueError(f"ddf must be one of {', '.join(map(repr, METHODS))}, got {ddf!r}")
 
 
-def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
+def _by_wald(fitted: AnyRecord) -> FixedEffects:
+    beta, vcov = np.asarray(fitted.estimates.beta), np.asarray(fitted.estimates.vcov)
+    return FixedEffects(beta, vcov, lambda L: np.full(len(L), np.inf), lambda *_: (math.inf, 1.0))
+
+
+def _of_repeated(fitted: RepeatedFitted, ddf: str) -> FixedEffects:
+    if ddf == "wald" or not fitted.labels.fixed:
+        return _by_wald(fitted)
+    if ddf == "satterthwaite":
+        return _by_satterthwaite(fitted)
+    if not fitted.reml:
+        warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
+        fitted = fitted.refitted(True)
+    with silently():
+        own = adjust_visits(fitted.visits, fitted.estimates.x[:, None], ddf == LINEAR)
+    scale = float(fitted.estimates.scale) ** 2
+    # Derivatives by the covariances of the response divided by its scale, and W is of these too.
+    fit = kr.Adjusted(scale * own.vcov[0], scale * own.adjusted[0], scale * own.P[0], own.W[0])
+    return _adjusted(np.asarray(fitted.estimates.beta), fit)
+
+
+def _by_satterthwaite(fitted: Fitted | RepeatedFitted) -> FixedEffects:
     info = fitted.information
     if not info.regular:
         warn(
@@ -379,12 +407,12 @@ def _by_satterthwaite(fitted: Fitted) -> FixedEffects:
 
     def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
-        return _pooled_df(df(vectors[:, -len(basis) :].T @ L)), 1.0
+        return pooled_df(df(vectors[:, -len(basis) :].T @ L)), 1.0
 
     return FixedEffects(np.asarray(fitted.estimates.beta), np.asarray(info.vcov), df, joint)
 
 
-def _pooled_df(dfs: np.ndarray) -> float:
+def pooled_df(dfs: np.ndarray) -> float:
     """Denominator df of a mean of squared independent t variables: ``2 E / (E - r)``, ``E = sum df / (df - 2)``."""
     if not np.isfinite(dfs).all():
         return float("nan")
@@ -402,7 +430,10 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fitted.refitted(True)
     fit = AtOnce(fitted.stats, True).run(kr.adjust, fitted.estimates.theta, fitted.estimates.sigma)
+    return _adjusted(np.asarray(fitted.estimates.beta), fit)
 
+
+def _adjusted(beta: np.ndarray, fit: kr.Adjusted) -> FixedEffects:
     def joint(_: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
         with silently():
             df, scale = kr.f_scaling(basis, fit)
@@ -413,7 +444,7 @@ def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
             values: np.ndarray = kr.df_of_rows(L, fit)
             return values
 
-    return FixedEffects(np.asarray(fitted.estimates.beta), fit.adjusted, df, joint)
+    return FixedEffects(beta, fit.adjusted, df, joint)
 
 
 def refuse_kenward_roger(stats: CrossProducts) -> None:
@@ -423,7 +454,7 @@ def refuse_kenward_roger(stats: CrossProducts) -> None:
         raise ValueError(f"no Kenward-Roger degrees of freedom: {reason}; use ddf='satterthwaite'")
 
 
-def _checked(fitted: AnyFitted, L: AnyArray) -> np.ndarray:
+def _checked(fitted: AnyRecord, L: AnyArray) -> np.ndarray:
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     p = len(fitted.labels.fixed)
     if L.ndim != 2 or L.shape[1] != p:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.repeated import RepeatedFitted
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 
-def residual_deviation(fitted: AnyFitted, with_degrees: bool) -> tuple[float, float]:
+def residual_deviation(fitted: AnyRecord, with_degrees: bool) -> tuple[float, float]:
     """Sigma of a fit, and the degrees of freedom that it is estimated with, or NaN.
 
     Raises:
         ValueError: the model has no sigma.
     """
+    if isinstance(fitted, RepeatedFitted):
+        raise ValueError(
+            "repeated measures have a standard deviation for every visit: give the one to measure differences by as "
+            "sigma=, such as fit.residual_sd['VIS4'], and edf="
+        )
     if not isinstance(fitted, Fitted):
         raise ValueError(
             "a generalised linear mixed model has no residual standard deviation to measure differences by: give "

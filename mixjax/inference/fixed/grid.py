@@ -16,7 +16,7 @@ from mixjax.formula.syntax import Expression
 from mixjax.formula.table import level_name, refuse_unknown
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 MOST_ROWS = 100_000
 
@@ -43,7 +43,7 @@ class FixedPart:
         frame: the rows of the fit. dependence: see :meth:`FormulaState.dependence`.
     """
 
-    def __init__(self, fitted: AnyFitted):
+    def __init__(self, fitted: AnyRecord):
         self.labels = fitted.labels
         self.state: FormulaState = self.labels.state
         if self.labels.frame is None:

@@ -22,7 +22,7 @@ from mixjax.inference.fixed.terms import TYPES, type_contrasts
 from mixjax.tables import NotedTable
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 # --- what a user writes -------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class Hypotheses(NamedTuple):
     names: list[str]
 
 
-def contrast_matrix(fitted: AnyFitted, spec: Any) -> Hypotheses:
+def contrast_matrix(fitted: AnyRecord, spec: Any) -> Hypotheses:
     """Read hypotheses about the fixed effects.
 
     Args:
@@ -249,7 +249,7 @@ class _Expression:
 # --- tests --------------------------------------------------------------------------------------------------------
 
 
-def anova(fitted: AnyFitted, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
+def anova(fitted: AnyRecord, type: str = "III", ddf: str = "satterthwaite") -> pd.DataFrame:
     """F tests of the terms of the fixed effects, as ``lmerTest::anova``; of a generalised model chi-square tests, as
     ``car::Anova``.
 
@@ -283,7 +283,7 @@ def anova(fitted: AnyFitted, type: str = "III", ddf: str = "satterthwaite") -> p
 
 
 def test(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     L: Any,
     ddf: str = "satterthwaite",  # noqa: PT028
     joint: bool | None = None,  # noqa: PT028
@@ -335,14 +335,14 @@ def test(
     return NotedTable(found.table.set_axis(names, axis=0), notes)
 
 
-def _f_table(fitted: AnyFitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
-    if not isinstance(fitted, Fitted):
+def _f_table(fitted: AnyRecord, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+    if not fitted.has_df:
         return _chi_square_table(fitted, hypotheses, ddf)
     columns = ["sum_sq", "mean_sq", "num_df", "den_df", "statistic", "p_value"]
-    if ddf == "kenward-roger" and not fitted.reml:  # once, not for every term; and sigma is then REML's as well
+    if ddf.startswith("kenward-roger") and not fitted.reml:  # once, not for every term; and sigma is REML's as well
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML", InferenceWarning)
         fitted = fitted.refitted(True)
-    sigma2 = float(fitted.estimates.sigma) ** 2
+    sigma2 = float(fitted.estimates.sigma) ** 2 if isinstance(fitted, Fitted) else np.nan
     method = FixedEffects.of(fitted, ddf) if any(len(L) for L, _ in hypotheses.values()) else None
     rows = []
     for L, rhs in hypotheses.values():
@@ -351,10 +351,13 @@ def _f_table(fitted: AnyFitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]]
         numbers = (float(F.den_df), float(F.statistic), float(F.p_value))
         rows.append((mean_sq * F.num_df, mean_sq, int(F.num_df), *numbers))
     frame = pd.DataFrame(rows, index=list(hypotheses), columns=columns)
+    if not isinstance(fitted, Fitted):  # no residual variance, to which sums of squares would belong
+        columns = columns[2:]
+        frame = frame[columns]
     return frame.astype(dict.fromkeys(columns, float) | {"num_df": int})
 
 
-def _chi_square_table(fitted: AnyFitted, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
+def _chi_square_table(fitted: AnyRecord, hypotheses: Mapping[str, tuple[np.ndarray, Any]], ddf: str) -> pd.DataFrame:
     """Of models without a residual variance, to which sums of squares would belong."""
     method = FixedEffects.of(fitted, ddf) if any(len(L) for L, _ in hypotheses.values()) else None
     found = [f_test(fitted, L, ddf, rhs, method) for L, rhs in hypotheses.values()]

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, InferenceWarning, warn
-from mixjax.fitted.record import Fitted
 from mixjax.inference.fixed.contrasts import FixedEffects, check_ddf, ddf_note, f_test
 from mixjax.inference.fixed.grid import FixedPart, check_names
 from mixjax.inference.fixed.marginal_means import MarginalMeans
@@ -19,13 +18,13 @@ from mixjax.inference.fixed.terms import terms_of
 from mixjax.tables import NotedTable
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 COLUMNS = ["num_df", "den_df", "statistic", "p_value"]
 LESS = "fewer num_df than the levels have: the rest cannot be estimated, because columns of X were left out of the fit"
 
 
-def joint_tests(fitted: AnyFitted, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
+def joint_tests(fitted: AnyRecord, by: Any = None, ddf: str = "satterthwaite") -> pd.DataFrame:
     """Test every factor and interaction of the fixed effects by its marginal means, as ``emmeans::joint_tests``.
 
     Of a factor, that all its marginal means are equal; of an interaction, that all products of differences are zero.
@@ -64,7 +63,7 @@ def joint_tests(fitted: AnyFitted, by: Any = None, ddf: str = "satterthwaite") -
     found = _subsets(model, groups)
     if not found:
         raise DataError(f"{model.labels.formula!r} has no fixed effects to test beside {', '.join(groups) or 'a mean'}")
-    if ddf == "kenward-roger" and isinstance(fitted, Fitted) and not fitted.reml:  # once, not for every term
+    if ddf.startswith("kenward-roger") and fitted.has_df and not fitted.reml:  # once, not for every term
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fitted.refitted(True)
     method = FixedEffects.of(fitted, ddf)
@@ -106,7 +105,7 @@ def _around_the_mean(model: FixedPart, name: str) -> list[float]:
 
 
 def _test(
-    fitted: AnyFitted, means: MarginalMeans, weights: np.ndarray, ddf: str, method: FixedEffects
+    fitted: AnyRecord, means: MarginalMeans, weights: np.ndarray, ddf: str, method: FixedEffects
 ) -> tuple[tuple[int, float, float, float], bool]:
     """Of what can be estimated of the contrasts ``(r, k)``: their numbers, and whether that is less than all."""
     exists = means.estimable(weights)

@@ -32,7 +32,7 @@ from mixjax.markup import Report, Reported
 from mixjax.tables import NotedTable, frame_report
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 NOT_ESTIMABLE = "NaN: not estimable, because columns of X were left out of the fit"
 SAME = "df NaN: the model makes these equal, whatever the data"
@@ -64,7 +64,7 @@ class MarginalMeans(Reported):
         cautions: notes on interactions that the means average over.
     """
 
-    fitted: AnyFitted
+    fitted: AnyRecord
     cells: pd.DataFrame
     by: tuple[str, ...]
     W: np.ndarray

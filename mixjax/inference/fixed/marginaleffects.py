@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from mixjax.fitted.record import Fitted
+from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.formula.table import level_name
 from mixjax.inference.fixed.grid import FixedPart
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 
-def to_marginaleffects(fitted: AnyFitted, scale: str = "link") -> Any:
+def to_marginaleffects(fitted: AnyRecord, scale: str = "link") -> Any:
     """A model for ``marginaleffects.predictions``, ``comparisons``, ``slopes`` and the like.
 
     Predictions are population means, random effects zero, with the covariance of the fixed effects that takes theta as
@@ -42,7 +42,7 @@ def to_marginaleffects(fitted: AnyFitted, scale: str = "link") -> Any:
     """
     if scale not in ("link", "response"):
         raise ValueError(f"scale must be 'link' or 'response', got {scale!r}")
-    transformed = scale == "response" and not isinstance(fitted, Fitted)
+    transformed = scale == "response" and isinstance(fitted, GeneralizedFitted)
     if transformed:
         fitted.refuse_extra_zeros("a prediction by marginaleffects", "take scale='link', or predict()")  # type: ignore
     try:

@@ -16,13 +16,13 @@ from mixjax.inference.fixed.specs import read_spec
 from mixjax.inference.fixed.terms import terms_of
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 # --- means and slopes ---------------------------------------------------------------------------------------------
 
 
 def emmeans(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     spec: Any,
     by: Any = None,
     at: Mapping[str, Any] | None = None,
@@ -72,7 +72,7 @@ def emmeans(
 
 
 def emtrends(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     spec: Any,
     var: str,
     by: Any = None,
@@ -116,7 +116,7 @@ def emtrends(
 
 
 def marginal_means(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     model: FixedPart,
     spec: Any,
     by: Any,
@@ -132,7 +132,7 @@ def marginal_means(
 
 
 def means_over_grid(
-    fitted: AnyFitted,
+    fitted: AnyRecord,
     model: FixedPart,
     spec: Any,
     by: Any,

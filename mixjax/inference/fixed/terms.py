@@ -10,7 +10,7 @@ from mixjax.design import Labels
 from mixjax.fitted.options import DDF, ddf_of
 
 if TYPE_CHECKING:
-    from mixjax.fitted.either import AnyFitted
+    from mixjax.fitted.either import AnyRecord
 
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
 # Singular values and coefficients below this, relative to the largest, are zeros: columns have unit length there.
@@ -50,7 +50,7 @@ def terms_of(labels: Labels) -> list[Term]:
     return terms
 
 
-def type_contrasts(fitted: AnyFitted, type: str = "III") -> dict[str, np.ndarray]:
+def type_contrasts(fitted: AnyRecord, type: str = "III") -> dict[str, np.ndarray]:
     """Hypotheses of an analysis of variance, term by term, as SAS defines them.
 
     A term is contained in another that has the same numeric factors, all its categorical factors, and more. Terms stand

@@ -1,0 +1,345 @@
+"""The likelihood of repeated measures, with its derivatives in closed form, for one response or many.
+
+A subject with visits v has errors of covariance ``V = Sigma[v, v]``, Sigma ``(T, T)`` that of its arm. With ``W`` the
+inverse of V, zero at visits that are missing, in the direction of a symmetric E of Sigma
+
+    ``d logdet V = tr(W E)``,  ``dW = -W E W``,  ``d(W E W) = -W E' W E W - W E W E' W``
+
+so that with ``A_i = W [X_i y_i]``, ``J_j = sum_i A_i'E_j A_i``, C the inverse of ``X'V^{-1}X``, ``c = (-beta, 1)`` and
+``Psi = C + c c'`` (for ML without C; of X's part)
+
+    ``df/dE_j = sum_i tr(W E_j) - tr(A_i Psi A_i' E_j)``
+    ``d2f/dE_j dE_l = sum_i tr(E_j W E_l (2 A_i Psi A_i' - W)) - tr(C J_j C J_l) - 2 (J_j c)'C (J_l c)``
+
+where the last two C are of X alone, the first of them only for REML. W is that of the subject's pattern; what is summed
+over its subjects are second moments of ``[X y]`` between visits. Sigma is absolute: there is no other variance. Lanes,
+one for every response, stand in front of all arrays but coordinates, where they are last, as the optimiser has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mixjax import covariance as cov
+from mixjax import linalg
+from mixjax.covariance import pairs_of
+from mixjax.engine.first_factor import directions_and_places
+from mixjax.products.visits import VisitRows
+
+
+class Contracted(NamedTuple):
+    """``sum_i [X y]'W [X y]``, or of many W along an axis behind the lanes: ``XX (B, ..., p, p)``, ``Xy (B, ..., p)``,
+    ``yy (B, ...)``."""
+
+    XX: np.ndarray
+    Xy: np.ndarray
+    yy: np.ndarray
+
+
+class Sums(Protocol):
+    """What the likelihood asks of the rows. ``W (B, C, T, T)``; Psi by its parts, as :class:`Contracted`."""
+
+    def contract(self, W: np.ndarray) -> Contracted: ...
+
+    def directions(self, W: np.ndarray) -> Contracted:
+        """``J`` of every entry (a, b), a <= b, of the covariance of every arm, arm by arm."""
+        ...
+
+    def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
+        """``sum_i A_i Psi A_i' (B, C, T, T)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneResponse:
+    """Rows themselves: ``U (S, T, p + 1)``, the columns of X's basis and the response."""
+
+    rows: VisitRows
+    U: np.ndarray
+
+    @staticmethod
+    def of(rows: VisitRows, residual: np.ndarray) -> OneResponse:
+        """Of a response ``(n,)`` that is orthogonal to X."""
+        return OneResponse(rows, np.concatenate([rows.X_by_visit, rows.by_visit(residual)[..., None]], axis=2))
+
+    def _weighted(self, W: np.ndarray) -> np.ndarray:
+        weighted: np.ndarray = W[0][self.rows.pattern] @ self.U
+        return weighted
+
+    def contract(self, W: np.ndarray) -> Contracted:
+        r = self.U.shape[2]
+        return _parts((self.U.reshape(-1, r).T @ self._weighted(W).reshape(-1, r))[None])
+
+    def directions(self, W: np.ndarray) -> Contracted:
+        T, r = self.U.shape[1:]
+        A = self._weighted(W)
+        a, b = np.triu_indices(T)
+        found = []
+        for own in self.rows.subjects_of_arms:
+            flat = A[own].reshape(-1, T * r)
+            products = (flat.T @ flat).reshape(T, r, T, r).swapaxes(1, 2)
+            both = products[a, b] + products[b, a]
+            both[a == b] *= 0.5
+            found.append(both)
+        return _parts(np.concatenate(found)[None])
+
+    def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
+        A, full = self._weighted(W), np.empty((self.U.shape[2],) * 2)
+        full[:-1, :-1], full[-1, -1] = Psi.XX[0], Psi.yy[0]
+        full[:-1, -1] = full[-1, :-1] = Psi.Xy[0]
+        return self.rows.sum_by_pattern((A @ full) @ A.swapaxes(1, 2))[None]
+
+
+@dataclass(frozen=True)
+class ManyResponses:
+    """Second moments between visits, by pattern: ``Xy (B, C, T, T, p)`` of columns at one visit and responses at
+    another, ``yy (B, C, T, T)``; those of X all lanes share."""
+
+    rows: VisitRows
+    Xy: np.ndarray
+    yy: np.ndarray
+
+    @staticmethod
+    def of(rows: VisitRows, residuals: np.ndarray) -> ManyResponses:
+        """Of responses ``(B, n)`` that are orthogonal to X."""
+        B, (_, T, p), C = len(residuals), rows.X_by_visit.shape, len(rows.seen)
+        Y = rows.by_visit(residuals.T)  # (S, T, B)
+        Xy, yy = np.empty((C, T, p, T, B)), np.empty((B, C, T, T))
+        for c, (first, count) in enumerate(zip(rows.starts, rows.count, strict=True)):
+            own = slice(first, first + count)
+            X = rows.X_by_visit[own].reshape(count, T * p)
+            Xy[c] = (X.T @ Y[own].reshape(count, T * B)).reshape(T, p, T, B)
+            by_lane = np.ascontiguousarray(Y[own].transpose(2, 1, 0))
+            yy[:, c] = by_lane @ by_lane.swapaxes(1, 2)
+        return ManyResponses(rows, np.ascontiguousarray(Xy.transpose(4, 0, 1, 3, 2)), yy)
+
+    def take(self, at: np.ndarray) -> ManyResponses:
+        """Some of the lanes."""
+        return ManyResponses(self.rows, self.Xy[at], self.yy[at])
+
+    def contract(self, W: np.ndarray) -> Contracted:
+        every = slice(0, len(self.rows.seen))
+        found = self._contract(W[:, None], every)
+        return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
+
+    def directions(self, W: np.ndarray) -> Contracted:
+        a, b = np.triu_indices(self.rows.n_visits)
+        found = []
+        for own in self.rows.patterns_of_arms:
+            V = W[:, own]
+            columns, rows = V[:, :, :, a], V[:, :, b]  # (B, C, T, J), (B, C, J, T)
+            EW = columns.swapaxes(2, 3)[..., None] * rows[:, :, :, None]  # W e_a e_b' W
+            EW = np.where((a == b)[:, None, None], EW, EW + EW.swapaxes(3, 4))
+            found.append(self._contract(EW.swapaxes(1, 2), own))
+        return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+
+    def _contract(self, W: np.ndarray, own: slice) -> Contracted:
+        """Of symmetric ``W (B, J, C, T, T)``, of the patterns ``own``."""
+        B, J, C, T, _ = W.shape
+        p = self.rows.p
+        upper = W[..., *np.triu_indices(T)]  # (B, J, C, pairs)
+        moments = self.rows.moments[:, own].swapaxes(0, 1).reshape(-1, self.rows.moments.shape[2])
+        flat = upper.reshape(B * J, -1) @ moments  # (B J, t)
+        XX = _symmetric(flat, p).reshape(B, J, p, p)
+        flat_W = W.reshape(B, J, C * T * T)
+        Xy = flat_W @ self.Xy[:, own].reshape(B, C * T * T, p)
+        yy = (flat_W @ self.yy[:, own].reshape(B, C * T * T, 1))[..., 0]
+        return Contracted(XX, Xy, yy)
+
+    def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
+        B, C, T, _ = W.shape
+        moments = self.rows.moments
+        r, s = np.triu_indices(self.rows.p)
+        twice = np.where(r == s, 1.0, 2.0)
+        pairs = (Psi.XX[:, r, s] * twice) @ moments.reshape(-1, moments.shape[2]).T
+        Q = np.empty((B, C, T, T))
+        a, b = np.triu_indices(T)
+        pairs = np.moveaxis(pairs.reshape(B, -1, C), 1, 2) * np.where(a == b, 1.0, 0.5)
+        Q[..., a, b] = Q[..., b, a] = pairs
+        crossed = (self.Xy.reshape(B, -1, self.rows.p) @ Psi.Xy[:, :, None]).reshape(B, C, T, T)
+        Q += crossed + crossed.swapaxes(2, 3) + self.yy * Psi.yy[:, None, None, None]
+        pulled: np.ndarray = W @ Q @ W
+        return pulled
+
+
+def _parts(G: np.ndarray) -> Contracted:
+    """Of sums with the response behind X's columns."""
+    return Contracted(G[..., :-1, :-1], G[..., :-1, -1], G[..., -1, -1])
+
+
+def _symmetric(upper: np.ndarray, p: int) -> np.ndarray:
+    """``(B, t)`` to ``(B, p, p)``."""
+    found = np.empty((len(upper), p, p))
+    r, s = np.triu_indices(p)
+    found[:, r, s] = found[:, s, r] = upper
+    return found
+
+
+class At(NamedTuple):
+    """The likelihood at covariances, and its derivatives by their entries, arm by arm, pairs a <= b row by row.
+
+    Attributes:
+        value: ``(B,)``. XX_inverse: ``(B, p, p)``, of X's basis. delta: ``(B, p)``, generalised least squares.
+        gradient: ``(B, J)``. Hessian: ``(B, J, J)``. J_XX: ``(B, J, p, p)``: X'V^{-1}X falls by it along an entry.
+    """
+
+    value: np.ndarray
+    XX_inverse: np.ndarray
+    delta: np.ndarray
+    gradient: np.ndarray
+    Hessian: np.ndarray
+    J_XX: np.ndarray
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The criterion of one response, or of B, as functions of coordinates of all arms' covariances.
+
+    Attributes:
+        rows: of the design. sums: of the responses. reml: restricted likelihood.
+    """
+
+    rows: VisitRows
+    sums: OneResponse | ManyResponses
+    reml: bool
+
+    def covariances(self, x: np.ndarray) -> list[np.ndarray]:
+        """Sigma ``(B, T, T)`` of every arm at coordinates ``x (k, B)``."""
+        factors = cov.factors_of(x, self.rows.structures)
+        return [np.moveaxis(linalg.matmul(F, linalg.transpose(F)), -1, 0) for F in factors]
+
+    def evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Value ``(B,)``, gradient ``(k, B)`` and Hessian ``(k, k, B)`` at ``x (k, B)``; infinite where a covariance is
+        not positive definite."""
+        at = self.at(self.covariances(x))
+        g, H, _ = self.by_coordinates(x, at)
+        return at.value, g, H
+
+    def by_coordinates(self, x: np.ndarray, at: At) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gradient ``(k, B)``, Hessian ``(k, k, B)``, and ``(J, k, B)`` derivatives of the entries."""
+        structures, pairs = self.rows.structures, len(pairs_of(self.rows.n_visits))
+        k, B = x.shape
+        jacobian, curvature = np.zeros((len(structures) * pairs, k, B)), np.zeros((k, k, B))
+        start = 0
+        for i, (s, part) in enumerate(zip(structures, cov.cut(x, structures), strict=True)):
+            entries, own = slice(i * pairs, (i + 1) * pairs), slice(start, start + s.k)
+            jacobian[entries, own] = s.jacobian(part)
+            curvature[own, own] = s.curvature(part, at.gradient[:, entries].T)
+            start += s.k
+        by_lane = np.ascontiguousarray(np.moveaxis(jacobian, -1, 0))  # (B, J, k)
+        back = by_lane.swapaxes(1, 2)
+        gradient = (back @ at.gradient[:, :, None])[..., 0].T
+        H = np.moveaxis(back @ at.Hessian @ by_lane, 0, -1) + curvature
+        return gradient, H, jacobian
+
+    def inverses(self, covariances: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """``W (B, C, T, T)`` of every pattern, and ``logdet V (B, C)``; NaN where V is not positive definite."""
+        seen = self.rows.seen
+        both = (seen[:, :, None] & seen[:, None]) * 1.0
+        B, T, C = len(covariances[0]), seen.shape[1], len(seen)
+        V = np.empty((B, C, T, T))
+        for arm, own in enumerate(self.rows.patterns_of_arms):
+            V[:, own] = covariances[arm][:, None] * both[own]
+        V += np.eye(T) * ~seen[:, :, None]
+        stack = np.ascontiguousarray(np.moveaxis(V, (2, 3), (0, 1))).reshape(T, T, B * C)
+        inverse, logdet = linalg.inverse_logdet(stack)
+        W = np.ascontiguousarray(np.moveaxis(inverse.reshape(T, T, B, C), (0, 1), (2, 3))) * both
+        return W, logdet.reshape(B, C)
+
+    def solve(self, W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Inverse of ``X'V^{-1}X (B, p, p)``, its log-determinant ``(B,)``, ``delta (B, p)``, residual sum of squares
+        ``(B,)``."""
+        XX, Xy, yy = self.sums.contract(W)
+        B, p = Xy.shape
+        if not p:
+            return XX, np.zeros(B), Xy, yy
+        inverse, logdet = linalg.inverse_logdet(np.ascontiguousarray(np.moveaxis(XX, 0, -1)))
+        C = np.moveaxis(inverse, -1, 0)
+        delta = (C @ Xy[:, :, None])[..., 0]
+        return C, logdet, delta, yy - (Xy * delta).sum(1)
+
+    def value(self, logdet: np.ndarray, logdet_XX: np.ndarray, rss: np.ndarray) -> np.ndarray:
+        """The criterion ``(B,)``, all constants kept; infinite where it is not defined."""
+        rows = self.rows
+        df = rows.n - rows.p * self.reml
+        f = (logdet * rows.count).sum(1) + rss + df * np.log(2.0 * np.pi) - rows.sum_log_weights
+        if self.reml:
+            f = f + logdet_XX + 2.0 * rows.X_basis.logdet
+        return np.where(np.isfinite(f) & (rss > 0), f, np.inf)
+
+    def at(self, covariances: Sequence[np.ndarray]) -> At:
+        """Args: covariances: ``(B, T, T)`` of every arm."""
+        rows, (T, reml) = self.rows, (self.rows.n_visits, float(self.reml))
+        W, logdet = self.inverses(covariances)
+        C, logdet_XX, delta, rss = self.solve(W)
+        f = self.value(logdet, logdet_XX, rss)
+        B, p = delta.shape
+        ones = np.ones(B)
+        M = self.sums.pull_back(W, Contracted(reml * C + delta[:, :, None] * delta[:, None], -delta, ones))
+        count = rows.count[:, None, None]
+        of_value = count * W - M  # (B, C, T, T)
+        a, b = np.triu_indices(T)
+        J = self.sums.directions(W)
+        Jc = J.Xy - (J.XX @ delta[:, None, :, None])[..., 0]  # (B, J, p)
+        H = -2.0 * (Jc @ C) @ Jc.swapaxes(1, 2)
+        if reml and p:
+            CJ = C[:, None] @ J.XX
+            flat = CJ.reshape(B, -1, p * p)
+            H = H - flat @ CJ.swapaxes(2, 3).reshape(B, -1, p * p).swapaxes(1, 2)
+        self._add_traces(H, W, 2.0 * M - count * W)
+        twice = np.where(a == b, 1.0, 2.0)
+        gradient = [of_value[:, own].sum(1)[:, a, b] * twice for own in rows.patterns_of_arms]
+        return At(f, C, delta, np.concatenate(gradient, axis=1), 0.5 * (H + H.swapaxes(1, 2)), J.XX)
+
+    def _add_traces(self, H: np.ndarray, W: np.ndarray, Y: np.ndarray) -> None:
+        """Add ``sum_c tr(E_j W_c E_l Y_c)`` of every arm's entries to ``H (B, J, J)``."""
+        T = self.rows.n_visits
+        a, b = np.triu_indices(T)
+        pairs = len(a)
+        for i, own in enumerate(self.rows.patterns_of_arms):
+            sums = np.ascontiguousarray(W[:, own][..., a, b].swapaxes(1, 2)) @ Y[:, own][..., a, b]
+            here = slice(i * pairs, (i + 1) * pairs)
+            H[:, here, here] += sum(
+                sums[:, row, column] * weight for row, column, weight in directions_and_places(pairs_of(T))[2]
+            )
+
+    def slopes_of_inverse(self, at: At, jacobian: np.ndarray) -> np.ndarray:
+        """``(B, k, p, p)`` derivatives of the inverse of ``X'V^{-1}X`` by coordinates, from those of the entries
+        ``(J, k, B)``."""
+        moves = at.XX_inverse[:, None] @ at.J_XX @ at.XX_inverse[:, None]
+        B, J, p, _ = moves.shape
+        back = np.moveaxis(jacobian, -1, 0).swapaxes(1, 2)
+        slopes: np.ndarray = (back @ moves.reshape(B, J, p * p)).reshape(B, -1, p, p)
+        return slopes
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """Coordinates ``(k, B)`` near the covariances of least-squares residuals between the visits of every arm, over
+        the subjects that have both."""
+        rows, T = self.rows, self.rows.n_visits
+        if isinstance(self.sums, OneResponse):
+            e = self.sums.U[:, :, -1]
+            yy = rows.sum_by_pattern(e[:, :, None] * e[:, None])[None]
+        else:
+            yy = self.sums.yy
+        seen = rows.seen * 1.0
+        both = rows.count[:, None, None] * seen[:, :, None] * seen[:, None]
+        factors = []
+        for own in rows.patterns_of_arms:
+            S = yy[:, own].sum(1) / np.maximum(both[own].sum(0), 1.0)
+            # Of a response with missing values there is no start.
+            S = np.where(np.isfinite(S).all((1, 2), keepdims=True), S, np.eye(T))
+            values, vectors = np.linalg.eigh(S)
+            values = np.maximum(values, LEAST * values[:, -1:])
+            factors.append(np.moveaxis(vectors * np.sqrt(values)[:, None], 0, -1))
+        start: np.ndarray = cov.near(factors, rows.structures)
+        return start
+
+
+# Eigenvalues of a first covariance are at least this share of the largest.
+LEAST = 0.02
