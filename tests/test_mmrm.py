@@ -320,7 +320,7 @@ def test_complete_data_of_one_design_have_the_sample_covariance():
 def test_many_fits_are_single_fits():
     fit = fev_fit()
     Y = fit.simulate(key=3, n=20)
-    Y[4, 7] = np.nan
+    Y[4, 7] = np.inf
     Y[5] = fit.X @ np.arange(10.0)
     batch = fit.refit_many(Y)
     assert batch.counts["failed"] == 2
@@ -340,6 +340,32 @@ def test_many_fits_are_single_fits():
             ours, alone = batch.test(both, ddf).iloc[i], one.test(both, ddf).iloc[0]
             np.testing.assert_allclose(ours, alone[list(ours.index)], rtol=1e-5)
     assert batch.test("ARMCD[T.TRT] = 0")["p_value"].isna().tolist() == [i in (4, 5) for i in range(20)]
+
+
+@pytest.mark.parametrize(("structure", "arms"), [("us", False), ("us", True), ("ar1h", False)])
+def test_missing_responses_are_visits_that_are_missed(structure, arms):
+    """Of many responses each with visits missing of its own: the fits are those of the tables without these rows."""
+    formula = f"FEV1 ~ RACE + ARMCD * AVISIT + {structure}(AVISIT | {'ARMCD / ' if arms else ''}USUBJID)"
+    fit = mj.mmrm(formula, fev(), weights="WEIGHT")
+    rng = np.random.default_rng(2)
+    Y = fit.simulate(key=3, n=6)
+    missing = rng.random(Y.shape) < 0.25
+    missing[0] = False
+    Y[missing] = np.nan
+    Y[5, fit.labels.frame["AVISIT"] == "VIS3"] = np.nan  # the column of the visit depends on others
+    batch = fit.refit_many(Y)
+    assert [mj.Result(code).name for code in batch.estimates.result] == ["CONVERGED"] * 5 + ["NOT_FINITE"]
+    frame = fev().loc[fit.labels.frame.index]
+    for i in range(5):
+        alone = mj.mmrm(formula, frame.assign(FEV1=Y[i]), weights="WEIGHT")
+        np.testing.assert_allclose(batch.criterion[i], alone.criterion, rtol=1e-11)
+        np.testing.assert_allclose(batch.fixef.iloc[i], alone.fixef, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(batch.se.iloc[i], alone.se, rtol=1e-6)
+        np.testing.assert_allclose(batch.sdcor.iloc[i], alone.variance_parameters()["estimate"], rtol=1e-5, atol=1e-7)
+        for ddf in ("satterthwaite", "kenward-roger"):
+            L = "ARMCD[T.TRT]:AVISIT[T.VIS4] = 0.5"
+            ours, own = batch.test(L, ddf).iloc[i], alone.test(L, ddf).iloc[0]
+            np.testing.assert_allclose(ours, own[list(ours.index)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("structure", ["us", "ar1", "csh", "toeph", "adh"])

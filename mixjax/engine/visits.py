@@ -19,7 +19,7 @@ one for every response, stand in front of all arrays but coordinates, where they
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import pairs_of
 from mixjax.engine.first_factor import directions_and_places
-from mixjax.products.visits import VisitRows
+from mixjax.products.visits import Patterns, Trials, VisitRows
 
 
 class Contracted(NamedTuple):
@@ -44,6 +44,24 @@ class Contracted(NamedTuple):
 class Sums(Protocol):
     """What the likelihood asks of the rows. ``W (B, C, T, T)``; Psi by its parts, as :class:`Contracted`."""
 
+    @property
+    def patterns(self) -> Patterns: ...
+
+    @property
+    def count(self) -> np.ndarray:
+        """``(B, C)`` subjects of every pattern; B is 1 where lanes share them."""
+        ...
+
+    @property
+    def n(self) -> np.ndarray:
+        """``(B,)`` rows. B as of ``count``."""
+        ...
+
+    @property
+    def sum_log_weights(self) -> np.ndarray:
+        """``(B,)``."""
+        ...
+
     def contract(self, W: np.ndarray) -> Contracted: ...
 
     def directions(self, W: np.ndarray) -> Contracted:
@@ -55,8 +73,30 @@ class Sums(Protocol):
         ...
 
 
+class _OfOneDesign:
+    """What lanes share."""
+
+    rows: VisitRows
+
+    @property
+    def patterns(self) -> Patterns:
+        return self.rows.patterns
+
+    @property
+    def count(self) -> np.ndarray:
+        return self.rows.count[None]
+
+    @property
+    def n(self) -> np.ndarray:
+        return np.array([self.rows.n])
+
+    @property
+    def sum_log_weights(self) -> np.ndarray:
+        return np.array([self.rows.sum_log_weights])
+
+
 @dataclass(frozen=True)
-class OneResponse:
+class OneResponse(_OfOneDesign):
     """Rows themselves: ``U (S, T, p + 1)``, the columns of X's basis and the response."""
 
     rows: VisitRows
@@ -96,7 +136,7 @@ class OneResponse:
 
 
 @dataclass(frozen=True)
-class ManyResponses:
+class ManyResponses(_OfOneDesign):
     """Second moments between visits, by pattern: ``Xy (B, C, T, T, p)`` of columns at one visit and responses at
     another, ``yy (B, C, T, T)``; those of X all lanes share."""
 
@@ -107,7 +147,7 @@ class ManyResponses:
     @staticmethod
     def of(rows: VisitRows, residuals: np.ndarray) -> ManyResponses:
         """Of responses ``(B, n)`` that are orthogonal to X."""
-        B, (_, T, p), C = len(residuals), rows.X_by_visit.shape, len(rows.seen)
+        B, (_, T, p), C = len(residuals), rows.X_by_visit.shape, len(rows.patterns.seen)
         Y = rows.by_visit(residuals.T)  # (S, T, B)
         Xy, yy = np.empty((C, T, p, T, B)), np.empty((B, C, T, T))
         for c, (first, count) in enumerate(zip(rows.starts, rows.count, strict=True)):
@@ -123,48 +163,127 @@ class ManyResponses:
         return ManyResponses(self.rows, self.Xy[at], self.yy[at])
 
     def contract(self, W: np.ndarray) -> Contracted:
-        every = slice(0, len(self.rows.seen))
+        every = slice(0, len(self.patterns.seen))
         found = self._contract(W[:, None], every)
         return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
 
     def directions(self, W: np.ndarray) -> Contracted:
-        a, b = np.triu_indices(self.rows.n_visits)
-        found = []
-        for own in self.rows.patterns_of_arms:
-            V = W[:, own]
-            columns, rows = V[:, :, :, a], V[:, :, b]  # (B, C, T, J), (B, C, J, T)
-            EW = columns.swapaxes(2, 3)[..., None] * rows[:, :, :, None]  # W e_a e_b' W
-            EW = np.where((a == b)[:, None, None], EW, EW + EW.swapaxes(3, 4))
-            found.append(self._contract(EW.swapaxes(1, 2), own))
+        found = [self._contract(_directions(W[:, own]), own) for own in self.patterns.of_arms]
         return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
 
     def _contract(self, W: np.ndarray, own: slice) -> Contracted:
         """Of symmetric ``W (B, J, C, T, T)``, of the patterns ``own``."""
-        B, J, C, T, _ = W.shape
+        B, J, _, T, _ = W.shape
         p = self.rows.p
-        upper = W[..., *np.triu_indices(T)]  # (B, J, C, pairs)
-        moments = self.rows.moments[:, own].swapaxes(0, 1).reshape(-1, self.rows.moments.shape[2])
-        flat = upper.reshape(B * J, -1) @ moments  # (B J, t)
-        XX = _symmetric(flat, p).reshape(B, J, p, p)
-        flat_W = W.reshape(B, J, C * T * T)
-        Xy = flat_W @ self.Xy[:, own].reshape(B, C * T * T, p)
-        yy = (flat_W @ self.yy[:, own].reshape(B, C * T * T, 1))[..., 0]
-        return Contracted(XX, Xy, yy)
+        upper = W[..., *np.triu_indices(T)].reshape(B * J, -1)
+        moments = self.rows.moments[:, own].swapaxes(0, 1).reshape(upper.shape[1], -1)
+        XX = _symmetric(upper @ moments, p).reshape(B, J, p, p)
+        return Contracted(XX, *_with_response(W, self.Xy[:, own], self.yy[:, own]))
 
     def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
-        B, C, T, _ = W.shape
-        moments = self.rows.moments
         r, s = np.triu_indices(self.rows.p)
-        twice = np.where(r == s, 1.0, 2.0)
-        pairs = (Psi.XX[:, r, s] * twice) @ moments.reshape(-1, moments.shape[2]).T
-        Q = np.empty((B, C, T, T))
-        a, b = np.triu_indices(T)
-        pairs = np.moveaxis(pairs.reshape(B, -1, C), 1, 2) * np.where(a == b, 1.0, 0.5)
-        Q[..., a, b] = Q[..., b, a] = pairs
-        crossed = (self.Xy.reshape(B, -1, self.rows.p) @ Psi.Xy[:, :, None]).reshape(B, C, T, T)
-        Q += crossed + crossed.swapaxes(2, 3) + self.yy * Psi.yy[:, None, None, None]
-        pulled: np.ndarray = W @ Q @ W
-        return pulled
+        moments = self.rows.moments
+        upper = Psi.XX[:, r, s] * np.where(r == s, 1.0, 2.0)
+        pairs = (upper @ moments.reshape(-1, moments.shape[2]).T).reshape(len(W), -1, W.shape[1])
+        return _pulled(W, pairs.swapaxes(1, 2), Psi, self.Xy, self.yy)
+
+
+@dataclass(frozen=True)
+class ManyTrials:
+    """As :class:`ManyResponses`, of lanes whose subjects miss visits of their own: moments of X differ too.
+
+    Attributes:
+        rows: of the design. patterns, count: as of :class:`Sums`. n, sum_log_weights: ``(B,)``.
+        XX: ``(B, C, pairs, t)``. Xy: ``(B, C, T, T, p)``. yy: ``(B, C, T, T)``.
+    """
+
+    rows: VisitRows
+    patterns: Patterns
+    count: np.ndarray
+    n: np.ndarray
+    sum_log_weights: np.ndarray
+    XX: np.ndarray
+    Xy: np.ndarray
+    yy: np.ndarray
+
+    @staticmethod
+    def of(trials: Trials, residuals: np.ndarray) -> ManyTrials:
+        """Of responses ``(B, n)``, zero where there is none."""
+        rows, patterns = trials.rows, trials.patterns
+        B, C, S = trials.members.shape
+        (_, T, p), seen = rows.X_by_visit.shape, patterns.seen * 1.0
+        r, s = np.triu_indices(p)
+        flat = trials.members.reshape(B * C, S)
+        XX = np.empty((B, C, T * (T + 1) // 2, len(r)))
+        X = rows.X_by_visit
+        for v, (a, b) in enumerate(zip(*np.triu_indices(T), strict=True)):
+            products = X[:, a][:, r] * X[:, b][:, s]
+            if a != b:
+                products = products + X[:, b][:, r] * X[:, a][:, s]
+            XX[:, :, v] = (flat @ products).reshape(B, C, -1) * (seen[:, a] * seen[:, b])[:, None]
+        Y = rows.by_visit(residuals.T).transpose(2, 0, 1)  # (B, S, T)
+        own = trials.members[:, :, :, None] * Y[:, None]  # (B, C, S, T)
+        Xy = X.reshape(S, T * p).T @ own.transpose(2, 0, 1, 3).reshape(S, -1)
+        Xy = Xy.reshape(T, p, B, C, T).transpose(2, 3, 0, 4, 1) * seen[:, :, None, None]
+        yy = own.swapaxes(2, 3) @ Y[:, None]
+        return ManyTrials(
+            rows, patterns, trials.members.sum(2), trials.n, trials.sum_log_weights,
+            XX, np.ascontiguousarray(Xy), yy,
+        )  # fmt: skip
+
+    def take(self, at: np.ndarray) -> ManyTrials:
+        """Some of the lanes."""
+        names = ("count", "n", "sum_log_weights", "XX", "Xy", "yy")
+        return replace(self, **{name: getattr(self, name)[at] for name in names})
+
+    def contract(self, W: np.ndarray) -> Contracted:
+        found = self._contract(W[:, None], slice(0, len(self.patterns.seen)))
+        return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
+
+    def directions(self, W: np.ndarray) -> Contracted:
+        found = [self._contract(_directions(W[:, own]), own) for own in self.patterns.of_arms]
+        return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+
+    def _contract(self, W: np.ndarray, own: slice) -> Contracted:
+        B, J, _, T, _ = W.shape
+        p = self.rows.p
+        upper = W[..., *np.triu_indices(T)].reshape(B, J, -1)
+        XX = _symmetric((upper @ self.XX[:, own].reshape(B, upper.shape[2], -1)).reshape(B * J, -1), p)
+        return Contracted(XX.reshape(B, J, p, p), *_with_response(W, self.Xy[:, own], self.yy[:, own]))
+
+    def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
+        r, s = np.triu_indices(self.rows.p)
+        upper = Psi.XX[:, r, s] * np.where(r == s, 1.0, 2.0)
+        return _pulled(W, (self.XX @ upper[:, None, :, None])[..., 0], Psi, self.Xy, self.yy)
+
+
+def _directions(V: np.ndarray) -> np.ndarray:
+    """``W E W (B, J, C, T, T)`` of the unit symmetric matrices E of all entries, of ``W (B, C, T, T)``."""
+    a, b = np.triu_indices(V.shape[-1])
+    columns, rows = V[:, :, :, a], V[:, :, b]  # (B, C, T, J), (B, C, J, T)
+    EW = columns.swapaxes(2, 3)[..., None] * rows[:, :, :, None]  # W e_a e_b' W
+    EW = np.where((a == b)[:, None, None], EW, EW + EW.swapaxes(3, 4))
+    directions: np.ndarray = EW.swapaxes(1, 2)
+    return directions
+
+
+def _with_response(W: np.ndarray, Xy: np.ndarray, yy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Contractions ``(B, J, p), (B, J)`` of moments with symmetric ``W (B, J, C, T, T)``."""
+    B, J = W.shape[:2]
+    flat = W.reshape(B, J, -1)
+    return flat @ Xy.reshape(B, flat.shape[2], -1), (flat @ yy.reshape(B, -1, 1))[..., 0]
+
+
+def _pulled(W: np.ndarray, pairs: np.ndarray, Psi: Contracted, Xy: np.ndarray, yy: np.ndarray) -> np.ndarray:
+    """``W (sum_i u_i Psi u_i') W``, from its part of X by pairs of visits ``(B, C, pairs)``, both orders together."""
+    B, C, T, _ = W.shape
+    a, b = np.triu_indices(T)
+    Q = np.empty((B, C, T, T))
+    Q[..., a, b] = Q[..., b, a] = pairs * np.where(a == b, 1.0, 0.5)
+    crossed = (Xy.reshape(B, C * T * T, -1) @ Psi.Xy[:, :, None]).reshape(B, C, T, T)
+    Q += crossed + crossed.swapaxes(2, 3) + yy * Psi.yy[:, None, None, None]
+    pulled: np.ndarray = W @ Q @ W
+    return pulled
 
 
 def _parts(G: np.ndarray) -> Contracted:
@@ -205,7 +324,7 @@ class Visits:
     """
 
     rows: VisitRows
-    sums: OneResponse | ManyResponses
+    sums: OneResponse | ManyResponses | ManyTrials
     reml: bool
 
     def covariances(self, x: np.ndarray) -> list[np.ndarray]:
@@ -239,11 +358,11 @@ class Visits:
 
     def inverses(self, covariances: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """``W (B, C, T, T)`` of every pattern, and ``logdet V (B, C)``; NaN where V is not positive definite."""
-        seen = self.rows.seen
+        seen = self.sums.patterns.seen
         both = (seen[:, :, None] & seen[:, None]) * 1.0
         B, T, C = len(covariances[0]), seen.shape[1], len(seen)
         V = np.empty((B, C, T, T))
-        for arm, own in enumerate(self.rows.patterns_of_arms):
+        for arm, own in enumerate(self.sums.patterns.of_arms):
             V[:, own] = covariances[arm][:, None] * both[own]
         V += np.eye(T) * ~seen[:, :, None]
         stack = np.ascontiguousarray(np.moveaxis(V, (2, 3), (0, 1))).reshape(T, T, B * C)
@@ -263,25 +382,28 @@ class Visits:
         delta = (C @ Xy[:, :, None])[..., 0]
         return C, logdet, delta, yy - (Xy * delta).sum(1)
 
+    @property
+    def df(self) -> np.ndarray:
+        """``(B,)`` rows, for REML less the fixed effects; B is 1 where lanes share them."""
+        return self.sums.n - self.rows.p * self.reml
+
     def value(self, logdet: np.ndarray, logdet_XX: np.ndarray, rss: np.ndarray) -> np.ndarray:
         """The criterion ``(B,)``, all constants kept; infinite where it is not defined."""
-        rows = self.rows
-        df = rows.n - rows.p * self.reml
-        f = (logdet * rows.count).sum(1) + rss + df * np.log(2.0 * np.pi) - rows.sum_log_weights
+        f = (logdet * self.sums.count).sum(1) + rss + self.df * np.log(2.0 * np.pi) - self.sums.sum_log_weights
         if self.reml:
-            f = f + logdet_XX + 2.0 * rows.X_basis.logdet
+            f = f + logdet_XX + 2.0 * self.rows.X_basis.logdet
         return np.where(np.isfinite(f) & (rss > 0), f, np.inf)
 
     def at(self, covariances: Sequence[np.ndarray]) -> At:
         """Args: covariances: ``(B, T, T)`` of every arm."""
-        rows, (T, reml) = self.rows, (self.rows.n_visits, float(self.reml))
+        T, reml = self.rows.n_visits, float(self.reml)
         W, logdet = self.inverses(covariances)
         C, logdet_XX, delta, rss = self.solve(W)
         f = self.value(logdet, logdet_XX, rss)
         B, p = delta.shape
         ones = np.ones(B)
         M = self.sums.pull_back(W, Contracted(reml * C + delta[:, :, None] * delta[:, None], -delta, ones))
-        count = rows.count[:, None, None]
+        count = self.sums.count[:, :, None, None]
         of_value = count * W - M  # (B, C, T, T)
         a, b = np.triu_indices(T)
         J = self.sums.directions(W)
@@ -293,7 +415,7 @@ class Visits:
             H = H - flat @ CJ.swapaxes(2, 3).reshape(B, -1, p * p).swapaxes(1, 2)
         self._add_traces(H, W, 2.0 * M - count * W)
         twice = np.where(a == b, 1.0, 2.0)
-        gradient = [of_value[:, own].sum(1)[:, a, b] * twice for own in rows.patterns_of_arms]
+        gradient = [of_value[:, own].sum(1)[:, a, b] * twice for own in self.sums.patterns.of_arms]
         return At(f, C, delta, np.concatenate(gradient, axis=1), 0.5 * (H + H.swapaxes(1, 2)), J.XX)
 
     def _add_traces(self, H: np.ndarray, W: np.ndarray, Y: np.ndarray) -> None:
@@ -301,7 +423,7 @@ class Visits:
         T = self.rows.n_visits
         a, b = np.triu_indices(T)
         pairs = len(a)
-        for i, own in enumerate(self.rows.patterns_of_arms):
+        for i, own in enumerate(self.sums.patterns.of_arms):
             sums = np.ascontiguousarray(W[:, own][..., a, b].swapaxes(1, 2)) @ Y[:, own][..., a, b]
             here = slice(i * pairs, (i + 1) * pairs)
             H[:, here, here] += sum(
@@ -327,11 +449,11 @@ class Visits:
             yy = rows.sum_by_pattern(e[:, :, None] * e[:, None])[None]
         else:
             yy = self.sums.yy
-        seen = rows.seen * 1.0
-        both = rows.count[:, None, None] * seen[:, :, None] * seen[:, None]
+        seen = self.sums.patterns.seen * 1.0
+        both = self.sums.count[:, :, None, None] * seen[:, :, None] * seen[:, None]
         factors = []
-        for own in rows.patterns_of_arms:
-            S = yy[:, own].sum(1) / np.maximum(both[own].sum(0), 1.0)
+        for own in self.sums.patterns.of_arms:
+            S = yy[:, own].sum(1) / np.maximum(both[:, own].sum(1), 1.0)
             # Of a response with missing values there is no start.
             S = np.where(np.isfinite(S).all((1, 2), keepdims=True), S, np.eye(T))
             values, vectors = np.linalg.eigh(S)

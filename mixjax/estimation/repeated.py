@@ -15,16 +15,18 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax.bases import in_span
 from mixjax.design import AnyArray, RepeatedDesign
-from mixjax.engine.visits import ManyResponses, OneResponse, Visits
+from mixjax.engine.visits import ManyResponses, ManyTrials, OneResponse, Visits
 from mixjax.estimation import search
 from mixjax.estimation.at_once import padded_lanes
 from mixjax.machine import lanes_of, silently
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 from mixjax.optimise.results import Result
-from mixjax.products.visits import VisitRows, visit_rows
+from mixjax.products.visits import Trials, VisitRows, visit_rows
 
 # Numbers of the largest array of the lanes that are worked on side by side.
 NUMBERS = 2**17
+# Responses with missing values that are worked on side by side.
+MOST_TRIALS = 64
 # Newton's steps before a lane that has not converged is searched for with all that a search has.
 DIRECT_STEPS = 12
 # A factor of a covariance with a smaller singular value, of responses with residuals of 1, is no plain lane.
@@ -69,10 +71,15 @@ class Scaled(NamedTuple):
     scale: np.ndarray
 
 
-def scaled(rows: VisitRows, Y: np.ndarray) -> Scaled:
-    """Of responses ``(B, n)``."""
-    residuals, beta0 = rows.residuals(Y)
-    scale = np.sqrt((residuals**2).sum(1) / (rows.n - rows.p))
+def scaled(rows: VisitRows, Y: np.ndarray, trials: Trials | None = None) -> Scaled:
+    """Of responses ``(B, n)``, of which those of ``trials`` are not all there."""
+    if trials is None:
+        residuals, beta0 = rows.residuals(Y)
+        df: Any = rows.n - rows.p
+    else:
+        residuals, beta0, full_rank = trials.residuals(Y)
+        df = np.where(full_rank, trials.n - rows.p, -1)
+    scale = np.sqrt((residuals**2).sum(1) / df)
     usable = np.isfinite(scale) & (scale > 0)
     return Scaled(residuals / np.where(usable, scale, np.nan)[:, None], beta0, scale)
 
@@ -122,7 +129,7 @@ def assembled(visits: Visits, solution: Solution, own: Scaled) -> RepeatedEstima
         beta=own.beta0 + s[:, None] * (delta @ R_inv.T),
         vcov=(s**2)[:, None, None] * (R_inv @ C @ R_inv.T),
         Sigma=tuple((s**2)[:, None, None] * S for S in covariances),
-        criterion=value + 2.0 * (rows.n - rows.p * visits.reml) * np.log(s),
+        criterion=value + 2.0 * visits.df * np.log(s),
         converged=solved,
         singular=np.zeros(len(s), bool),
         iterations=solution.iterations,
@@ -162,28 +169,31 @@ def repeated_estimate(design: RepeatedDesign, reml: bool = True) -> RepeatedEsti
 def fit_repeated_many(
     rows: VisitRows, Y: np.ndarray, reml: bool, progress: Callable[[int], None] | None = None
 ) -> RepeatedEstimates:
-    """The same model fitted to many responses ``(B, n)``; a response with missing values fails alone.
+    """The same model fitted to many responses ``(B, n)``. Missing values are visits that a subject misses in this one.
 
     Args:
         progress: called with the number of responses done.
     """
-    parts, size = [], tile_of(rows)
+    parts, done = [], 0
     with silently():
-        for first in range(0, len(Y), size):
-            parts.append(_fit_tile(rows, Y[first : first + size], reml))
+        for own in tiles(rows, Y):
+            parts.append(_fit_tile(rows, Y[own], reml))
+            done += len(own)
             if progress is not None:
-                progress(min(first + size, len(Y)))
-    return RepeatedEstimates._make(
+                progress(done)
+    order = np.argsort(np.concatenate([*tiles(rows, Y), np.zeros(0, int)]), kind="stable")
+    together = RepeatedEstimates._make(
         tuple(np.concatenate(S) for S in zip(*values, strict=True))
         if isinstance(values[0], tuple)
         else np.concatenate(values)
         for values in zip(*parts, strict=True)
     )
+    return some_of(together, order)
 
 
 def tile_of(rows: VisitRows) -> int:
     """Responses that are worked on side by side."""
-    (C, T), p = rows.seen.shape, rows.p
+    (C, T), p = rows.patterns.seen.shape, rows.p
     directions = rows.design.n_arms * T * (T + 1) // 2
     return int(max(16, min(1024, NUMBERS // max(C * T * T * 2, directions * p * p) // 16 * 16)))
 
@@ -191,22 +201,34 @@ def tile_of(rows: VisitRows) -> int:
 def visits_in_parts(rows: VisitRows, Y: np.ndarray, reml: bool) -> Iterator[tuple[np.ndarray, Visits]]:
     """The likelihoods of responses ``(B, n)``, each divided by its residual standard deviation, some at a time, and
     which these are."""
-    size = tile_of(rows)
-    for first in range(0, len(Y), size):
-        own = np.arange(first, min(first + size, len(Y)))
+    for own in tiles(rows, Y):
         with silently():
             yield own, _many(rows, Y[own], reml)[0]
 
 
+def tiles(rows: VisitRows, Y: np.ndarray) -> Iterator[np.ndarray]:
+    """Responses ``(B, n)`` some at a time: complete ones, then those with missing values."""
+    incomplete = np.isnan(Y).any(1)
+    for which, size in ((~incomplete, tile_of(rows)), (incomplete, MOST_TRIALS)):
+        at = np.flatnonzero(which)
+        for first in range(0, len(at), size):
+            yield at[first : first + size]
+
+
 def _many(rows: VisitRows, Y: np.ndarray, reml: bool) -> tuple[Visits, Scaled]:
-    own = scaled(rows, Y)
-    return Visits(rows, ManyResponses.of(rows, own.residuals), reml), own
+    there = ~np.isnan(Y)
+    if there.all():
+        own = scaled(rows, Y)
+        return Visits(rows, ManyResponses.of(rows, own.residuals), reml), own
+    trials = Trials.of(rows, there)
+    own = scaled(rows, Y, trials)
+    return Visits(rows, ManyTrials.of(trials, own.residuals), reml), own
 
 
 def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
     count = len(Y)
     visits, own = _many(rows, Y[padded_lanes(np.arange(count))], reml)
-    assert isinstance(visits.sums, ManyResponses)
+    assert not isinstance(visits.sums, OneResponse)
     sums, structures = visits.sums, rows.structures
     x = np.array(visits.start)
     usable = np.isfinite(x).all(0) & np.isfinite(own.scale) & (own.scale > 0)
@@ -229,8 +251,10 @@ def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
         _search(found, left, x, visits)
     every = np.arange(count)
     fits = some_of(assembled(visits, found, own), every)
-    exact = in_span(Y if rows.design.offset is None else Y - rows.design.offset, np.asarray(rows.design.X), rows.Q,
-                    rows.sqrt_w)  # fmt: skip
+    exact = own.scale[:count] == 0
+    if not np.isnan(Y).any():
+        response = Y if rows.design.offset is None else Y - rows.design.offset
+        exact = in_span(response, np.asarray(rows.design.X), rows.Q, rows.sqrt_w)
     if exact.any():
         result = np.where(exact, int(Result.NO_NOISE), fits.result)
         fits = fits._replace(result=result, converged=fits.converged & ~exact)
@@ -239,7 +263,7 @@ def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
 
 def _search(found: Solution, at: np.ndarray, x: np.ndarray, visits: Visits) -> None:
     """The full search of lanes ``at``; its ends are put into ``found``."""
-    assert isinstance(visits.sums, ManyResponses)
+    assert not isinstance(visits.sums, OneResponse)
     structures = visits.rows.structures
     padded = padded_lanes(at)
     state = search.begin(x[:, padded], structures, found.iterations[padded])

@@ -437,7 +437,9 @@ class MMRMFit:
 
         Args:
             Y: ``(B, nobs)``, one response per row, in the order of the used rows, or as many columns as the table of
-                the fit has rows. Missing values make that one fit fail, and no other.
+                the fit has rows. Missing values are visits that a subject misses in that response, such as after it
+                drops out of a simulated trial. A response in which the fixed effects then depend on each other fails
+                (``NOT_FINITE``), and no other.
 
         Returns:
             RepeatedBatch: frames with one row per response, counts of what went wrong, and ``.test(L, ddf)``.

@@ -164,8 +164,8 @@ class RepeatedFitted(FitStatistics):
         rows = self.rows
         e = rows.by_visit(raw if rows.sqrt_w is None else raw * rows.sqrt_w)  # (S, T)
         found = np.zeros_like(e)
-        for c, (first, count, seen, arm) in enumerate(zip(rows.starts, rows.count, rows.seen, rows.arm, strict=True)):
-            del c
+        patterns = rows.patterns
+        for first, count, seen, arm in zip(rows.starts, rows.count, patterns.seen, patterns.arm, strict=True):
             own = slice(first, first + count)
             L = np.linalg.cholesky(self.estimates.Sigma[arm][np.ix_(seen, seen)])
             found[own, seen] = scipy.linalg.solve_triangular(L, e[own][:, seen].T, lower=True).T

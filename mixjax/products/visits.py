@@ -13,9 +13,29 @@ from itertools import pairwise
 
 import numpy as np
 
-from mixjax.bases import Basis, Orthonormal, change_basis
+from mixjax import linalg
+from mixjax.bases import ROUNDING, Basis, Orthonormal, change_basis
 from mixjax.covariance import Structure, structure_of
 from mixjax.design import RepeatedDesign
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which visits subjects may have.
+
+    Attributes:
+        seen: ``(C, T)`` the visits of a pattern. arm: ``(C,)`` its arm, ascending. n_arms: static.
+    """
+
+    seen: np.ndarray
+    arm: np.ndarray
+    n_arms: int
+
+    @cached_property
+    def of_arms(self) -> list[slice]:
+        """Where the patterns of every arm stand."""
+        ends = np.searchsorted(self.arm, np.arange(self.n_arms + 1))
+        return [slice(int(first), int(last)) for first, last in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -26,8 +46,7 @@ class VisitRows:
         design: the arrays. sqrt_w: ``(n,)`` or None.
         Q: ``(n, p)`` basis of X. X_basis: the change to it.
         order: ``(S,)`` subjects with rows, by arm and pattern. place: ``(n,)`` the place of a row's subject among them.
-        pattern: ``(S,)`` the pattern of each, ascending. seen: ``(C, T)`` the visits of a pattern. arm: ``(C,)`` its
-            arm, ascending.
+        pattern: ``(S,)`` the pattern of each, ascending. patterns: what these are.
     """
 
     design: RepeatedDesign
@@ -37,8 +56,7 @@ class VisitRows:
     order: np.ndarray
     place: np.ndarray
     pattern: np.ndarray
-    seen: np.ndarray
-    arm: np.ndarray
+    patterns: Patterns
 
     @property
     def n(self) -> int:
@@ -69,7 +87,7 @@ class VisitRows:
     @cached_property
     def count(self) -> np.ndarray:
         """``(C,)`` subjects of every pattern."""
-        return np.bincount(self.pattern, minlength=len(self.seen))
+        return np.bincount(self.pattern, minlength=len(self.patterns.seen))
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -77,16 +95,10 @@ class VisitRows:
         return np.concatenate([[0], np.cumsum(self.count)[:-1]])
 
     @cached_property
-    def patterns_of_arms(self) -> list[slice]:
-        """Where the patterns of every arm stand."""
-        ends = np.searchsorted(self.arm, np.arange(self.design.n_arms + 1))
-        return [slice(int(first), int(last)) for first, last in pairwise(ends)]
-
-    @cached_property
     def subjects_of_arms(self) -> list[slice]:
         """Where the subjects of every arm stand."""
         ends = np.append(self.starts, len(self.order))
-        return [slice(int(ends[own.start]), int(ends[own.stop])) for own in self.patterns_of_arms]
+        return [slice(int(ends[own.start]), int(ends[own.stop])) for own in self.patterns.of_arms]
 
     @cached_property
     def X_by_visit(self) -> np.ndarray:
@@ -117,7 +129,7 @@ class VisitRows:
         ones, at visits a and b, and at b and a."""
         X, T = self.X_by_visit, self.n_visits
         r, s = np.triu_indices(self.p)
-        found = np.empty((T * (T + 1) // 2, len(self.seen), len(r)))
+        found = np.empty((T * (T + 1) // 2, len(self.patterns.seen), len(r)))
         for v, (a, b) in enumerate(zip(*np.triu_indices(T), strict=True)):
             products = X[:, a][:, r] * X[:, b][:, s]
             if a != b:
@@ -132,6 +144,69 @@ class VisitRows:
     def with_response(self, y: np.ndarray) -> VisitRows:
         """The same rows of another response."""
         return replace(self, design=replace(self.design, y=y))
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Many responses of one design whose subjects miss visits of their own.
+
+    Attributes:
+        rows: of the design. patterns: all that there are. members: ``(B, C, S)`` 1.0 where a subject has the pattern.
+        there: ``(B, n)`` which rows have a response. n: ``(B,)`` how many. sum_log_weights: ``(B,)`` of these.
+    """
+
+    rows: VisitRows
+    patterns: Patterns
+    members: np.ndarray
+    there: np.ndarray
+    n: np.ndarray
+    sum_log_weights: np.ndarray
+
+    @staticmethod
+    def of(rows: VisitRows, there: np.ndarray) -> Trials:
+        """Of ``there (B, n)``."""
+        design, (B, S, T) = rows.design, (len(there), len(rows.order), rows.n_visits)
+        seen = rows.by_visit(there.T) != 0  # (S, T, B)
+        arm = rows.patterns.arm[rows.pattern]
+        # A pattern is a number: its arm, then its visits.
+        weights = 2 ** np.arange(T, dtype=np.int64)
+        code = (arm[:, None] * 2 ** np.int64(T) + np.tensordot(weights, seen, (0, 1))).T  # (B, S)
+        codes, which = np.unique(code, return_inverse=True)
+        which = which.reshape(B, S)
+        members = np.zeros((B, len(codes), S))
+        np.put_along_axis(members, which[:, None], 1.0, axis=1)
+        patterns = Patterns(codes[:, None] // weights % 2 == 1, codes // 2**T, design.n_arms)
+        log_w = np.zeros(len(there[0])) if rows.sqrt_w is None else 2.0 * np.log(rows.sqrt_w)
+        return Trials(rows, patterns, members, there, there.sum(1), there @ log_w)
+
+    def residuals(self, Y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Least-squares residuals ``(B, n)`` of the responses that are there, times the roots of the weights, zero
+        elsewhere; coefficients ``(B, p)`` of X's own columns; and ``(B,)`` whether X has full rank on these rows."""
+        rows, there = self.rows, self.there
+        own = np.where(there, Y if rows.design.offset is None else Y - np.asarray(rows.design.offset), 0.0)
+        if rows.sqrt_w is not None:
+            own = own * rows.sqrt_w
+        p = rows.p
+        r, s = np.triu_indices(p)
+        upper = (there * 1.0) @ (rows.Q[:, r] * rows.Q[:, s])
+        XX = np.empty((len(Y), p, p))
+        XX[:, r, s] = XX[:, s, r] = upper
+        inverse, _ = linalg.inverse_logdet(np.ascontiguousarray(np.moveaxis(XX, 0, -1)))
+        inverse = np.moveaxis(inverse, -1, 0)
+        rest, delta = own, np.zeros((len(Y), p))
+        for _ in range(2):
+            more = (inverse @ (rest @ rows.Q)[:, :, None])[..., 0]
+            rest, delta = np.where(there, rest - more @ rows.Q.T, 0.0), delta + more
+        noise = np.linalg.norm(rest, axis=1) > ROUNDING * np.linalg.norm(own, axis=1)
+        rest = rest * noise[:, None]
+        full_rank = (
+            np.isfinite(inverse).all((1, 2)) & (np.linalg.cond(XX) < MOST_CONDITION) if p else np.ones(len(Y), bool)
+        )
+        return rest, delta @ rows.X_basis.R_inv.T, full_rank
+
+
+# Of the products of X's basis on the rows that are there; beyond it columns depend on each other.
+MOST_CONDITION = 1e12
 
 
 def visit_rows(design: RepeatedDesign, known: Orthonormal | None = None) -> VisitRows:
@@ -153,5 +228,5 @@ def visit_rows(design: RepeatedDesign, known: Orthonormal | None = None) -> Visi
     place = np.empty(design.n_subjects, int)
     place[order] = np.arange(len(order))
     used, pattern = np.unique(pattern[order], return_inverse=True)
-    seen = keys[used, 1:] == 0
-    return VisitRows(design, sqrt_w, Q, X_basis, order, place[subject], pattern.reshape(-1), seen, keys[used, 0])
+    patterns = Patterns(keys[used, 1:] == 0, keys[used, 0], design.n_arms)
+    return VisitRows(design, sqrt_w, Q, X_basis, order, place[subject], pattern.reshape(-1), patterns)

@@ -52,7 +52,7 @@ def adjust_visits(visits: Visits, x: np.ndarray, linear: bool = False) -> Adjust
     of_entries = by_parameter @ of_parameters @ back
     middle = np.empty_like(W)
     start = 0
-    for i, (own, second) in enumerate(zip(rows.patterns_of_arms, curvatures, strict=True)):
+    for i, (own, second) in enumerate(zip(visits.sums.patterns.of_arms, curvatures, strict=True)):
         V = W[:, own]
         middle[:, own] = _between(of_entries[:, i * J : (i + 1) * J, i * J : (i + 1) * J], V, T)
         if second is not None:
