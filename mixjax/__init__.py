@@ -72,6 +72,7 @@ _HOMES = {
     "simulate": "mixjax.studies.scenario",
     "scenario": "mixjax.studies.scenario",
     "scenario_of": "mixjax.studies.scenario",
+    "trial": "mixjax.studies.trial",
     "study": "mixjax.studies.study",
     "power": "mixjax.studies.power",
     "power_curve": "mixjax.studies.power",
@@ -184,6 +185,7 @@ if TYPE_CHECKING:
     from mixjax.studies.scenario import scenario_of as scenario_of
     from mixjax.studies.scenario import simulate as simulate
     from mixjax.studies.study import study as study
+    from mixjax.studies.trial import trial as trial
     from mixjax.waiting import show_progress as show_progress
 
 

@@ -143,11 +143,15 @@ def simulate_visits(
         rows = rows / np.sqrt(np.asarray(design.weights))[:, None]
     mean = X @ beta if design.offset is None else X @ beta + np.asarray(design.offset)
 
-    def respond(draws: np.ndarray) -> np.ndarray:
-        own = draws.reshape(len(draws), design.n_subjects, T)
-        return np.asarray(mean + np.einsum("bnt,nt->bn", own[:, subject], rows))
-
-    return draw_responses(respond, nobs, design.n_subjects * T, key, n, first)
+    n, first = check_count("n", n, 1), check_count("first", first, 0)
+    check_memory(f"{n} responses of {nobs} rows", n * nobs * 8, "draw fewer at a time: first= goes on after them")
+    Y, width = np.empty((n, nobs)), design.n_subjects * T
+    size = max(1, BLOCK // width)
+    for begin in range(0, n, size):
+        own = slice(begin, min(begin + size, n))
+        draws = numpys_draws(key, own.stop - begin, first + begin, width).reshape(-1, design.n_subjects, T)
+        Y[own] = mean + np.einsum("bnt,nt->bn", draws[:, subject], rows)
+    return Y
 
 
 def simulate_family(
@@ -319,6 +323,21 @@ def key_words(key: Any) -> list[int]:
 def raw_key(key: Any) -> Any:
     """As :func:`as_key`, but an int's without the programs that making a key takes: its words, which JAX takes too."""
     return np.array(key_words(key), np.uint32) if type(key) is int else as_key(key)
+
+
+def numpys_draws(
+    key: Any, n: int, first: int, width: int, distribution: Literal["normal", "uniform"] = "normal", stream: int = 0
+) -> np.ndarray:
+    """Random numbers ``(n, width)`` of replicates ``first ...``, by NumPy: nothing is compiled. A replicate's depend on
+    the key, its number and the stream, of which each is independent of the others."""
+    words, out = key_words(key), np.empty((n, width))
+    for i, number in enumerate(range(first, first + n)):
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([*words, number, stream])))
+        if distribution == "normal":
+            rng.standard_normal(out=out[i])
+        else:
+            rng.random(out=out[i])
+    return out
 
 
 # --- the linear part -----------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ FUNCTIONS = {
     "scenario": "formula, data, beta, sigma=None, sd=None, cor=None, theta=None, weights=None, offset=None, "
     "contrasts=None, family=None, link=None, size=None, dispersion=None",
     "scenario_of": "fit",
+    "trial": "formula, data, beta, sd=1.0, cor=None, Sigma=None, dropout=0.0, dropout_slope=0.0, weights=None, "
+    "offset=None, contrasts=None",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
     "progress=None, engine='auto', family=None, link=None, size=None, nagq=1",

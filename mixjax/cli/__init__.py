@@ -1,4 +1,4 @@
-"""``mixjax fit FORMULA DATA`` and ``mixjax power FORMULA ...``: the main jobs from a shell.
+"""``mixjax fit FORMULA DATA``, ``mixjax power FORMULA ...`` and ``mixjax trial ...``: the main jobs from a shell.
 
 An error is a line on stderr and an exit status, never a traceback: ``--debug`` shows it.
 """

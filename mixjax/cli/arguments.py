@@ -11,6 +11,7 @@ import mixjax
 from mixjax import datasets
 from mixjax.cli.fit import fit_command
 from mixjax.cli.power import PICTURES, power_command
+from mixjax.cli.trial import trial_command
 from mixjax.fitted.options import INTERVALS, ddf_of, option
 
 # More sizes to simulate are a slip.
@@ -32,6 +33,11 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument("formula", help="for example 'Reaction ~ Days + (Days | Subject)'")
     fit.add_argument("data", help=f"a csv or parquet file, or one of: {', '.join(datasets.NAMES)}")
     fit.add_argument("--ml", action="store_true", help="maximum likelihood instead of REML")
+    fit.add_argument(
+        "--repeated",
+        action="store_true",
+        help="repeated measures without random effects: 'y ~ arm * visit + us(visit | subject)'",
+    )
     _add_family(fit)
     fit.add_argument("--size", metavar="COLUMN", help="column with numbers of trials of a binomial response")
     fit.add_argument(
@@ -117,19 +123,48 @@ def parser_of_commands() -> argparse.ArgumentParser:
         help="between, within or normal; NAME=KIND for one of several predictors",
     )
     power.add_argument("--test", required=True, help="the fixed effect that is tested")
-    power.add_argument(
-        "--ddf",
-        type=ddf_of,
-        choices=("satterthwaite", "kenward-roger", "wald"),
-        help="degrees of freedom of linear models (default: satterthwaite)",
+    trial = commands.add_parser(
+        "trial",
+        help="simulate the power of a trial with repeated measures and drop-out",
+        epilog="Two arms of equal size; the difference at the last visit is tested in a mixed model for repeated "
+        "measures. Exit status: 0 done, 2 no result.",
     )
-    power.add_argument("--target", type=_share, help="search the smallest number of groups with this power")
-    power.add_argument("--alpha", type=_share, default=0.05, help="level of the test (default: 0.05)")
-    power.add_argument("--replicates", type=_integer(1), default=1000, help="data sets of every size (default: 1000)")
-    power.add_argument("--key", type=_integer(0, 2**63 - 1), default=0, help="random key (default: 0)")
-    power.add_argument("--plot", metavar="FILE", help=f"write a picture, whose name ends in {', '.join(PICTURES)}")
+    trial.add_argument(
+        "--effect", required=True, type=_numbers(), help="difference of the arms at every visit: 0,0.2,0.4"
+    )
+    trial.add_argument(
+        "--subjects", required=True, type=_sizes, help="numbers of subjects: 100:300:20 (both ends), or 100,200"
+    )
+    trial.add_argument("--sd", type=_numbers(0), default=[1.0], help="standard deviation, or one for each visit")
+    trial.add_argument(
+        "--cor",
+        type=_correlation,
+        default="0.5",
+        help="correlation of all visits, or ar1:0.6, of neighbours, falling with distance (default: 0.5)",
+    )
+    trial.add_argument(
+        "--dropout",
+        type=_numbers(0),
+        default=[0.0],
+        help="probability of not coming back, for each visit after the first; or one number each (default: 0)",
+    )
+    trial.add_argument(
+        "--dropout-slope",
+        type=_number(),
+        default=0.0,
+        help="log odds of dropping out for each standard deviation of the response before (default: 0)",
+    )
+    trial.add_argument(
+        "--structure",
+        choices=("us", "csh", "homcs", "ar1", "ar1h", "homtoep", "toeph", "adh"),
+        default="us",
+        help="covariance of the visits in the fits (default: us)",
+    )
+    for command in (power, trial):
+        _add_simulation(command)
     power.set_defaults(run=power_command)
-    for command in (fit, power):
+    trial.set_defaults(run=trial_command)
+    for command in (fit, power, trial):
         command.add_argument("--cache-dir", metavar="DIR", help="folder for compiled programs (default: user's cache)")
         command.add_argument("--no-cache", action="store_true", help="do not keep compiled programs")
         command.add_argument(
@@ -137,6 +172,20 @@ def parser_of_commands() -> argparse.ArgumentParser:
         )
         command.add_argument("--debug", action="store_true", help="show where in the program an error came up")
     return parser
+
+
+def _add_simulation(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ddf",
+        type=ddf_of,
+        choices=("satterthwaite", "kenward-roger", "wald"),
+        help="degrees of freedom of linear models (default: satterthwaite)",
+    )
+    command.add_argument("--target", type=_share, help="search the smallest number with this power")
+    command.add_argument("--alpha", type=_share, default=0.05, help="level of the test (default: 0.05)")
+    command.add_argument("--replicates", type=_integer(1), default=1000, help="data sets of every size (default: 1000)")
+    command.add_argument("--key", type=_integer(0, 2**63 - 1), default=0, help="random key (default: 0)")
+    command.add_argument("--plot", metavar="FILE", help=f"write a picture, whose name ends in {', '.join(PICTURES)}")
 
 
 def _add_family(command: argparse.ArgumentParser) -> None:
@@ -186,6 +235,15 @@ def _coefficients(text: str) -> list[float] | dict[str, float]:
             raise argparse.ArgumentTypeError(f"{name!r} is there twice")
         found[name] = _number()(match[2])
     return found
+
+
+def _correlation(text: str) -> str:
+    """``0.5``, or ``ar1:0.6``."""
+    kind, _, number = text.rpartition(":")
+    if kind not in ("", "ar1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor ar1:NUMBER")
+    _number(-1, 1)(number)
+    return text
 
 
 def _contrast(text: str) -> tuple[str, str]:

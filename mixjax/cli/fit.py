@@ -37,7 +37,9 @@ def fit_command(arguments: argparse.Namespace) -> int:
     with Held() as held:
         fit: Any
         beside = {"weights": arguments.weights, "offset": arguments.offset, "contrasts": contrasts}
-        if arguments.family is None:
+        if arguments.repeated:
+            fit = mixjax.mmrm(arguments.formula, data, reml=not arguments.ml, **beside)
+        elif arguments.family is None:
             fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, **beside)
         else:
             fit = mixjax.glmm(
@@ -52,10 +54,11 @@ def fit_command(arguments: argparse.Namespace) -> int:
     summary = fit.summary(arguments.ddf) if linear else fit.summary()
     intervals = None
     if arguments.confint is not None:
-        ddf = {"ddf": arguments.ddf or "wald"} if linear else {}
+        ddf = {"ddf": arguments.ddf or ("satterthwaite" if arguments.repeated else "wald")} if linear else {}
         intervals = fit.confint(level=LEVEL, method=arguments.confint, **ddf)
     if arguments.json:
-        found = _as_json(fit, arguments.ddf if linear else "wald", summary.tests, arguments.confint, intervals)
+        method = summary.ddf if arguments.repeated else arguments.ddf if linear else "wald"
+        found = _as_json(fit, method, summary.tests, arguments.confint, intervals)
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
         print(summary)
@@ -68,6 +71,8 @@ def fit_command(arguments: argparse.Namespace) -> int:
 
 def _check_family(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options of the other kind of model."""
+    if arguments.repeated and arguments.family is not None:
+        raise ValueError("--repeated: of normal responses; leave --family out")
     if arguments.family is None:
         names = ("link", "size", "nagq", "ziformula", "dispformula", "exponentiate")
         if given := [f"--{name}" for name in names if getattr(arguments, name)]:
@@ -157,21 +162,26 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
     if tests is not None:
         found |= {"ddf": ddf, "se": _plain(tests["std_error"])}
         found |= {name: _plain(tests[name]) for name in ("df", "statistic", "p_value")}
-    own = {"sigma": fit.sigma} if isinstance(fit, mixjax.LMMFit) else {"dispersion": fit.dispersion.to_dict()}
+    if isinstance(fit, mixjax.MMRMFit):
+        own = {}
+    elif isinstance(fit, mixjax.LMMFit):
+        own = {"sigma": fit.sigma, "theta": fit.theta.tolist()}
+    else:
+        own = {"dispersion": fit.dispersion.to_dict(), "theta": fit.theta.tolist()}
     found |= {
         **own,
-        "theta": fit.theta.tolist(),
         "varcorr": json.loads(frame.to_json(orient="records", double_precision=15)),
     }
     if intervals is not None:
         found["confint"] = {"method": method, "level": LEVEL}
         found["confint"] |= {name: _plain(intervals[name]) for name in ("lower", "upper")}
-    return found | {"converged": fit.converged, "singular": fit.is_singular}
+    singular = {} if isinstance(fit, mixjax.MMRMFit) else {"singular": fit.is_singular}
+    return found | {"converged": fit.converged, **singular}
 
 
 def _kind(fit: Any) -> dict[str, Any]:
     """How a model was fitted."""
-    if isinstance(fit, mixjax.LMMFit):
+    if isinstance(fit, mixjax.LMMFit | mixjax.MMRMFit):
         return {"method": "REML" if fit.reml else "ML"}
     success = {"success": fit.labels.success} if fit.labels.success else {}
     own = {name: _plain(series) for name, series in (("zi", fit.zi), ("disp", fit.disp)) if len(series)}

@@ -60,12 +60,17 @@ def power_command(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(found)
     if arguments.plot:
-        from mixjax import plots
-
-        figure = plots.power_curve(found).get_figure(root=True)
-        assert figure is not None
-        figure.savefig(arguments.plot, bbox_inches="tight")
+        save_picture(found, arguments.plot)
     return OK
+
+
+def save_picture(found: Any, path: str) -> None:
+    """The curve as a file."""
+    from mixjax import plots
+
+    figure = plots.power_curve(found).get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _check_power(arguments: argparse.Namespace) -> None:
@@ -84,13 +89,19 @@ def _check_power(arguments: argparse.Namespace) -> None:
         raise ValueError("--cor is the correlation of two random effects, and --sd has one")
     if arguments.target is not None and arguments.target <= arguments.alpha:
         raise ValueError(f"--target {arguments.target:g} must be larger than --alpha {arguments.alpha:g}")
-    if arguments.plot:
-        path = Path(arguments.plot)
-        if path.suffix not in PICTURES:
-            raise ValueError(f"--plot {path}: the name must end in {', '.join(PICTURES)}")
-        if not os.access(path.parent, os.W_OK) or path.is_dir():
-            raise ValueError(f"--plot {path}: no file can be written there")
-        from mixjax import plots  # noqa: F401 (matplotlib may not be there)
+    check_picture(arguments.plot)
+
+
+def check_picture(name: str | None) -> None:
+    """Raise ValueError where a picture cannot be written, or ImportError where it cannot be drawn."""
+    if name is None:
+        return
+    path = Path(name)
+    if path.suffix not in PICTURES:
+        raise ValueError(f"--plot {path}: the name must end in {', '.join(PICTURES)}")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ValueError(f"--plot {path}: no file can be written there")
+    from mixjax import plots  # noqa: F401 (matplotlib may not be there)
 
 
 def _kinds(given: list[str], names: list[str]) -> dict[str, str]:

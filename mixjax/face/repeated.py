@@ -497,8 +497,8 @@ class RepeatedBatch(BatchFit):
         weights, rhs, names = hypotheses.contrast_matrix(record, L)
         est: Any = self.estimates
         if joint if joint is not None else len(weights) > 1:
-            return f_tests_of_many(record, self.Y, est, weights, rhs, method)
-        found = t_tests_of_many(record, self.Y, est, weights, rhs, method)
+            return f_tests_of_many(record.rows, record.reml, self.Y, est, weights, rhs, method)
+        found = t_tests_of_many(record.rows, record.reml, self.Y, est, weights, rhs, method)
         index = pd.RangeIndex(len(self), name="replicate")
         frames = [pd.DataFrame({name: a[:, i] for name, a in found.items()}, index) for i in range(len(names))]
         return frames[0] if len(frames) == 1 else pd.concat(frames, axis=1, keys=names)

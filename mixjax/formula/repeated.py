@@ -198,7 +198,7 @@ def _visits(frame: pd.DataFrame, repetition: Repetition) -> tuple[np.ndarray, li
     structure_of(repetition.structure, len(levels))
     names = [":".join(values) for values in levels]
     if isinstance(repetition.structure, str) and repetition.structure in ORDERED:
-        warn_of_order(repetition.structure, names, repetition.written)
+        warn_of_order(repetition.structure, names, f"{repetition.visit} | {repetition.subject.name}")
     return codes, names
 
 

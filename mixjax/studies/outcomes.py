@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from mixjax.checks import some_of
+from mixjax.design import RepeatedDesign
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
@@ -34,6 +35,7 @@ from mixjax.products.sums import CrossProducts, pad, stack
 from mixjax.resampling.replicates import fit_drawn
 from mixjax.resampling.statistic import Statistic
 from mixjax.studies.family_fits import family_fits
+from mixjax.studies.repeated_fits import difference_of_repeated, repeated_fits
 from mixjax.studies.scenario import design_of
 from mixjax.studies.task import Fits, Model, Task, named_apart
 
@@ -73,7 +75,8 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
         raise ValueError(f"nagq={task.nagq!r} is for generalised models: name the family=")
     for name, model in models.items():
         prefix = f"{name}::" if several else ""
-        fits[name] = (_linear_fits if model.family is None else family_fits)(task, model, Y, mesh)
+        fit = repeated_fits if task.options.get("repeated") else _linear_fits if model.family is None else family_fits
+        fits[name] = fit(task, model, Y, mesh)
         columns |= {prefix + column: values for column, values in _columns_of(task, model, fits[name]).items()}
     deviances: dict[str, np.ndarray] = {}
     for smaller, larger in task.compared:
@@ -187,6 +190,8 @@ def _difference(small: Model, large: Model) -> tuple[int, int | None]:
     Raises:
         ValueError: the models are not nested.
     """
+    if isinstance(small.designs[0], RepeatedDesign):
+        return difference_of_repeated(small, large), 0
     rows = [rows_of(replace(model.designs[0], size=None)) for model in (small, large)]
     npar = [own.design.X.shape[1] + own.stats.layout.k for own in rows]
     place = place_of(*rows)

@@ -21,6 +21,7 @@ from mixjax.formula.build import build_design
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
+from mixjax.formula.repeated import build_repeated
 from mixjax.simulation import simulate_family, simulate_responses
 from mixjax.studies.parameters import (
     coefficients,
@@ -336,10 +337,12 @@ def design_of(
     size: Any = None,
     context: Mapping[str, Any] | None = None,
     trusted: bool | None = None,
-) -> tuple[Design, Labels]:
+    repeated: bool = False,
+) -> tuple[Any, Labels]:
     """Design and labels of a formula whose response is yet to come.
 
     Args:
+        repeated: the formula is one of repeated measures, as of :func:`mixjax.mmrm`.
         size: trials: a number for all rows, ``(n,)``, or the name of a column.
 
     Raises:
@@ -357,16 +360,26 @@ def design_of(
         size = np.full(len(table), size, np.float64) if size is not None and np.ndim(size) == 0 and not isinstance(
             size, str) else size  # fmt: skip
         stand_in = _stand_in(family, size, table, rng)
+    if repeated:
+        caller = caller_context() if context is None else context
+        table = table.assign(**{RESPONSE: stand_in})
+        built = build_repeated(f"{RESPONSE} ~ {right}", table, weights, offset, None, contrasts, caller, trusted)
+        _refuse_missing(built.labels)
+        return built.design, replace(built.labels, formula=formula, response=response)
     design, labels = build_design(
         f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context,
         trusted, family, size,
     )  # fmt: skip
+    _refuse_missing(labels)
+    return design, replace(labels, formula=formula, response=response)
+
+
+def _refuse_missing(labels: Labels) -> None:
     if labels.n_missing:
         raise DataError(
             f"{labels.n_missing} rows of the predictors have missing values; a simulated response needs complete rows: "
             "fill or drop them first"
         )
-    return design, replace(labels, formula=formula, response=response)
 
 
 def _stand_in(family: Family, size: Any, table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:

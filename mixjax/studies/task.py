@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, some_of
-from mixjax.design import Design, Labels
+from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates
 from mixjax.families import Family
@@ -80,9 +80,10 @@ class Task:
 
 
 class Model(NamedTuple):
-    """Designs of one model for some replicates: one for all, or one each; the family, None of a linear one."""
+    """Designs of one model for some replicates, of repeated measures RepeatedDesign: one for all, or one each; the
+    family, None of a linear one."""
 
-    designs: list[Design]
+    designs: list[Any]
     labels: Labels
     family: Family | None
 

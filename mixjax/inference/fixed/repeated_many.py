@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,6 @@ import pandas as pd
 from mixjax.distributions import f_tail
 from mixjax.estimation.repeated import RepeatedEstimates, visits_in_parts
 from mixjax.fitted.information import Information
-from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.inference.fixed import kenward_roger as kr
 from mixjax.inference.fixed.contrasts import (
     LINEAR,
@@ -21,21 +21,22 @@ from mixjax.inference.fixed.contrasts import (
 )
 from mixjax.inference.fixed.kenward_roger_visits import adjust_visits, inverses
 from mixjax.machine import silently
+from mixjax.products.visits import VisitRows
 
 
 def t_tests_of_many(
-    fitted: RepeatedFitted, Y: np.ndarray, est: RepeatedEstimates, L: np.ndarray, rhs: np.ndarray, ddf: str
+    rows: VisitRows, reml: bool, Y: np.ndarray, est: RepeatedEstimates, L: np.ndarray, rhs: Any, ddf: str
 ) -> dict[str, np.ndarray]:
     """t tests of every row of ``L (r, p)`` in every fit: arrays ``(B, r)`` estimate, std_error, df, statistic, p_value;
     NaN of fits that failed.
 
     Args:
-        fitted: the model. Y: ``(B, nobs)`` its responses; est: their estimates. ddf: as of one fit.
+        rows, reml: the model. Y: ``(B, nobs)`` its responses; est: their estimates. ddf: as of one fit.
     """
     estimate = np.asarray(est.beta) @ L.T
     vcov, df = np.array(est.vcov), np.full(estimate.shape, np.inf)
     if ddf != "wald":
-        for own, fits in _parts(fitted, Y, est, ddf):
+        for own, fits in _parts(rows, reml, Y, est, ddf):
             vcov[own] = np.stack([fit.adjusted if isinstance(fit, kr.Adjusted) else fit.vcov for fit in fits])
             df[own] = np.stack(
                 [kr.df_of_rows(L, fit) if isinstance(fit, kr.Adjusted) else satterthwaite_df(L, fit) for fit in fits]
@@ -49,7 +50,7 @@ def t_tests_of_many(
 
 
 def f_tests_of_many(
-    fitted: RepeatedFitted, Y: np.ndarray, est: RepeatedEstimates, L: np.ndarray, rhs: np.ndarray, ddf: str
+    rows: VisitRows, reml: bool, Y: np.ndarray, est: RepeatedEstimates, L: np.ndarray, rhs: Any, ddf: str
 ) -> pd.DataFrame:
     """The joint test of the rows of ``L``, of full row rank, in every fit: num_df, den_df, statistic, p_value."""
     r = len(L)
@@ -65,7 +66,7 @@ def f_tests_of_many(
         for i in ok:
             statistic[i] = wald(est.beta[i], est.vcov[i])
     else:
-        for own, fits in _parts(fitted, Y, est, ddf):
+        for own, fits in _parts(rows, reml, Y, est, ddf):
             for i, fit in zip(own, fits, strict=True):
                 if not est.converged[i]:
                     continue
@@ -82,14 +83,13 @@ def f_tests_of_many(
 
 
 def _parts(
-    fitted: RepeatedFitted, Y: np.ndarray, est: RepeatedEstimates, ddf: str
+    rows: VisitRows, reml: bool, Y: np.ndarray, est: RepeatedEstimates, ddf: str
 ) -> Iterator[tuple[np.ndarray, list[kr.Adjusted | Information]]]:
     """Replicates part by part, with what their degrees of freedom follow from, on the scale of the responses."""
     check_ddf(ddf)
-    if ddf in ("kenward-roger", LINEAR) and not fitted.reml:
+    if ddf in ("kenward-roger", LINEAR) and not reml:
         raise ValueError("Kenward-Roger needs REML estimates: make the fits with reml=True")
-    rows = fitted.rows
-    for own, visits in visits_in_parts(rows, Y, fitted.reml):
+    for own, visits in visits_in_parts(rows, Y, reml):
         with silently():
             x = np.where(np.isfinite(est.x[own]).all(1, keepdims=True), est.x[own], 1.0).T
             scale = np.asarray(est.scale)[own] ** 2

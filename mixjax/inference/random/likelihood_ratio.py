@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from mixjax.distributions import chi2_tail
 from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.repeated import RepeatedFitted
+from mixjax.inference.random.comparison import Comparison, names_of
 from mixjax.inference.random.nesting import (
     Bounds,
     Place,
@@ -25,67 +26,11 @@ from mixjax.inference.random.nesting import (
     logdet_X,
     place_of,
 )
-from mixjax.markup import Report, Reported
+from mixjax.inference.random.repeated_ratio import compare_repeated
 from mixjax.optimise.results import Result, failed, note_of_failures
 from mixjax.resampling.replicates import Drawn, Source, data_of_responses, refits
-from mixjax.tables import frame_report
 
 METHODS = ("chi2", "mixture", "bootstrap")
-_FORMATS = {
-    **dict.fromkeys(("npar", "df"), "{:.0f}"),
-    **dict.fromkeys(("aic", "bic", "loglik", "deviance"), "{:.2f}"),
-    "chisq": "{:.4f}",
-    **dict.fromkeys(("p_value", "p_mixture", "p_bootstrap"), "{:.4g}"),
-    "mc_error": "{:.1g}",
-}
-
-
-@dataclass(frozen=True)
-class Comparison(Reported):
-    """Fits side by side, each tested against the one above it. ``str()`` is laid out like R's ``anova()``.
-
-    Attributes:
-        title: the data and the criterion.
-        formulas: name -> formula, in the order of the rows.
-        table: see :meth:`to_frame`.
-        notes: what was done, and what to know about the p-values.
-        null_draws: with ``method="bootstrap"``, name -> bootstrap statistics of the replicates that converged.
-    """
-
-    title: str
-    formulas: dict[str, str]
-    table: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    null_draws: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per model, by number of parameters; NaN where there is nothing to test.
-
-        Columns ``npar``, ``aic``, ``bic``, ``loglik``, ``deviance`` (REML criterion where that is compared), and of
-        the test against the row above ``chisq``, ``df``, ``p_value`` (chi-square with df degrees of freedom),
-        ``p_mixture`` (mixture of chi-squares), ``p_bootstrap`` and its Monte Carlo standard error ``mc_error``.
-        """
-        return self.table.copy()
-
-    def __str__(self) -> str:
-        return "\n".join([self.title, "Models:", *self._models(), self._cells().to_string(), *self.notes])
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _models(self) -> list[str]:
-        return [f"{name}: {formula}" for name, formula in self.formulas.items()]
-
-    def _report(self) -> Report:
-        formats = {name: text for name, text in _FORMATS.items() if not name.startswith("p_")}
-        return frame_report(self.table, [self.title, *self._models()], self.notes, index=True, formats=formats)
-
-    def _cells(self) -> pd.DataFrame:
-        columns = {
-            str(name): [_FORMATS[str(name)].format(x) if np.isfinite(x) else "" for x in column]
-            for name, column in self.table.items()
-        }
-        return pd.DataFrame(columns, index=self.table.index)
 
 
 def compare(
@@ -108,8 +53,11 @@ def compare(
     Generalised models are compared by the same approximation of their log-likelihoods. Poisson counts are the limit of
     negative binomial ones, 1/size = 0, which is a bound like that of a variance.
 
+    Repeated measures (:func:`mixjax.mmrm`) may have other fixed effects and other covariances of visits, of which one
+    can be a special case of another; no parameter is at a bound there. They are not bootstrapped.
+
     Args:
-        fits: two or more, all linear or all generalised.
+        fits: two or more, all linear, all generalised, or all of repeated measures.
         refit: ``"ml"``: fits by REML are refitted by maximum likelihood, because REML criteria of different fixed
             effects cannot be compared. False: criteria as they are.
         method: ``"chi2"``: as in R, ``p_mixture`` beside it where it holds. ``"mixture"``: ``p_mixture`` in every row,
@@ -151,10 +99,10 @@ def compare(
         raise ValueError("fits are given one by one, compare(m0, m1), not as a list; their names are names=['A', 'B']")
     if len(fits) < 2:
         raise ValueError(f"two fits or more are compared, got {len(fits)}")
+    if any(isinstance(getattr(fit, "record", fit), RepeatedFitted) for fit in fits):
+        return compare_repeated(fits, refit, method, names)
     records = [any_record_of(fit) for fit in fits]
-    names = [f"m{i}" for i in range(len(fits))] if names is None else [str(name) for name in names]
-    if len(names) != len(fits) or len(set(names)) < len(names):
-        raise ValueError(f"names must be {len(fits)} different ones, got {names}")
+    names = names_of(fits, names)
     check_same_likelihood(records, names)
     check_same_data(records, names)
     notes: list[str] = []
