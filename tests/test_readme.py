@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 NAMES = ("analyses", "populations", "studies", "predictions", "inference", "tables", "tutorial", "embedding",
-         "troubleshooting", "generalized", "singular", "convergence", "scaling", "how", "index")  # fmt: skip
+         "troubleshooting", "generalized", "singular", "convergence", "scaling", "how", "index",
+         "mmrm", "structures")  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
@@ -48,7 +49,7 @@ def test_files_that_the_readme_names_exist():
 def test_names_in_the_documents_exist():
     """Every ``fit.name``, ``mj.name`` and ``plots.name`` of the README and the documents."""
     plots = pytest.importorskip("mixjax.plots", reason='pip install "mixjax[plots]"')
-    homes = {"fit": (mj.LMMFit, mj.GLMMFit), "mj": (mj,), "plots": (plots,)}
+    homes = {"fit": (mj.LMMFit, mj.GLMMFit, mj.MMRMFit), "mj": (mj,), "plots": (plots,)}
     missing = {
         (page.name, f"{home}.{name}")
         for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
