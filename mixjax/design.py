@@ -39,6 +39,21 @@ class RandomTerm:
 
 
 @dataclass(frozen=True)
+class ResidualTerm:
+    """Correlation of the residuals within groups, ``ar1(time | group)``.
+
+    Attributes:
+        structure: ``"ar1"``: ``rho ** distance`` in whole steps; ``"car1"``: the same at any times, rho not negative;
+            ``"cs"``: one correlation. Static.
+        group: ``(n,)`` codes ``0 .. m - 1``. time: ``(n,)``, no two alike in a group; None for "cs".
+    """
+
+    structure: str
+    group: AnyArray
+    time: AnyArray | None = None
+
+
+@dataclass(frozen=True)
 class Design:
     """A mixed model's data as arrays.
 
@@ -48,12 +63,16 @@ class Design:
     Attributes:
         y: ``(n,)`` response; of a binomial response counts of successes.
         X: ``(n, p)`` fixed-effects columns of full rank; ``p`` may be 0.
-        terms: random terms, at least one. Terms that share a grouping factor are recognised and eliminated together.
+        terms: random terms, at least one unless residuals have a dispersion or a correlation. Terms that share a
+            grouping factor are recognised and eliminated together.
         weights: ``(n,)``, positive, or None. Of a linear mixed model precisions. Of a generalised one case weights:
             they multiply the log density of a row, as if there were so many of it.
         offset: ``(n,)`` known part of the mean, of the linear predictor in a generalised model, or None.
         size: ``(n,)`` numbers of trials of a binomial response, positive; None for one each. A linear mixed model has
             none and refuses it.
+        dispersion: of a linear mixed model ``(n, d)`` columns W, none of them constant, or None: residual standard
+            deviations are ``sigma exp(W gamma) / sqrt(weights)``. residual: :class:`ResidualTerm` or None. What has no
+            parameters for these refuses them.
         psi_columns: of a generalised model, for each of the family's parameters psi the ``(n, r)`` columns of a linear
             predictor of its own, of full rank, or None where psi is one number for all rows; ``()``: all are.
 
@@ -71,6 +90,13 @@ class Design:
     offset: AnyArray | None = None
     size: AnyArray | None = None
     psi_columns: tuple[AnyArray | None, ...] = ()
+    dispersion: AnyArray | None = None
+    residual: ResidualTerm | None = None
+
+    @property
+    def has_residual_side(self) -> bool:
+        """Residuals have parameters beside sigma."""
+        return self.dispersion is not None or self.residual is not None
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -131,13 +157,16 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
+jax.tree_util.register_dataclass(ResidualTerm, data_fields=["group", "time"], meta_fields=["structure"])
 jax.tree_util.register_dataclass(
     RepeatedDesign,
     data_fields=["y", "X", "subject", "visit", "arm", "weights", "offset"],
     meta_fields=["n_subjects", "n_visits", "structure", "n_arms"],
 )
 jax.tree_util.register_dataclass(
-    Design, data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns"], meta_fields=[]
+    Design,
+    data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns", "dispersion", "residual"],
+    meta_fields=[],
 )
 
 
@@ -169,6 +198,8 @@ class Labels:
             any other.
         psi: names of the columns that each of the family's parameters has, ``()`` where it is one number; ``()``
             alone: all are.
+        dispersion: names of the columns of the dispersion of residuals. residual: their correlation as written,
+            ``ar1(Days | Subject)``, and ``residual_group`` its grouping factor; empty where they have none.
     """
 
     formula: str
@@ -182,6 +213,9 @@ class Labels:
     state: Any = field(default=None, compare=False, repr=False)
     success: str = ""
     psi: tuple[tuple[str, ...], ...] = ()
+    dispersion: tuple[str, ...] = ()
+    residual: str = ""
+    residual_group: str = ""
 
 
 def check_design(design: Design) -> None:
@@ -191,7 +225,7 @@ def check_design(design: Design) -> None:
     """
     if isinstance(design.terms, RandomTerm):
         raise ValueError("terms must be a tuple of RandomTerm: write terms=(term,)")
-    if not design.terms:
+    if not design.terms and not design.has_residual_side:
         raise ValueError("Design has no random term: give terms=(RandomTerm(...), ...), or use ordinary regression")
     X_shape = np.shape(design.X)
     if len(X_shape) != 2:
@@ -209,6 +243,13 @@ def check_design(design: Design) -> None:
         structure_of(term.structure, np.shape(term.Z)[1])
         columns[f"terms[{t}].Z"] = term.Z
         columns[f"terms[{t}].group"] = term.group
+    if design.dispersion is not None:
+        if len(np.shape(design.dispersion)) != 2:
+            raise ValueError(f"dispersion must be (n, d), got shape {np.shape(design.dispersion)}")
+        columns["dispersion"] = design.dispersion
+    if design.residual is not None:
+        columns |= {"residual.group": design.residual.group, "residual.time": design.residual.time}
+        vectors |= {"residual.group", "residual.time"}
     for j, own in enumerate(design.psi_columns):
         if own is not None and len(np.shape(own)) != 2:
             raise ValueError(f"psi_columns[{j}] must be (n, r), got shape {np.shape(own)}")
@@ -251,3 +292,12 @@ def refuse_trials(design: Design) -> None:
         )
     if any(own is not None for own in design.psi_columns):
         raise ValueError("the design has psi_columns, which belong to the families of generalised linear mixed models")
+
+
+def refuse_residual_side(design: Design, what: str) -> None:
+    """Raise ValueError for parameters of the residuals beside sigma, where there is no room for them."""
+    if design.has_residual_side:
+        raise ValueError(
+            f"the design has a dispersion or a correlation of residuals, and {what} knows one sigma only: fit it with "
+            "mixjax.lmm"
+        )

@@ -38,6 +38,7 @@ def simulate_responses(
     first: int = 0,
     random: Literal["new", "fitted"] = "new",
     b: Sequence[Any] | None = None,
+    colour: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Responses of a linear mixed model, drawn anew.
 
@@ -56,6 +57,7 @@ def simulate_responses(
         random: ``"new"``: random effects are drawn. ``"fitted"``: they are ``b`` in every response. The residuals are
             the same in both.
         b: per term ``(n_groups, q)``; looked at only with ``random="fitted"``.
+        colour: independent residuals of variance 1, ``(B, nobs)``, to correlated ones.
 
     Returns:
         ``(n, nobs)`` numpy float64, one response per row.
@@ -84,15 +86,18 @@ def simulate_responses(
     mean = X @ beta if design.offset is None else X @ beta + np.asarray(design.offset, np.float64)
     scale = np.full(nobs, sigma) if design.weights is None else sigma / np.sqrt(np.asarray(design.weights, np.float64))
     columns = random_columns(design)
+    coloured = colour or (lambda draws: draws)
     if random == "fitted":
-        mean = mean + columns @ np.concatenate([effect.ravel() for effect in _checked_modes(design, b)])
-        return draw_responses(lambda draws: mean + scale * draws, nobs, nobs, key, n, first)
+        mean = mean + columns @ np.concatenate([np.zeros(0), *(effect.ravel() for effect in _checked_modes(design, b))])
+        return draw_responses(lambda draws: mean + scale * coloured(draws), nobs, nobs, key, n, first)
     if random != "new":
         raise ValueError(f"random must be 'new' (random effects are drawn) or 'fitted' (they are b), got {random!r}")
     root = columns @ _block_diagonal(design, _checked_roots(design, Sigma))
 
     def respond(draws: np.ndarray) -> np.ndarray:
-        responses: np.ndarray = mean + scale * draws[:, :nobs] + (root @ np.ascontiguousarray(draws[:, nobs:].T)).T
+        responses: np.ndarray = (
+            mean + scale * coloured(draws[:, :nobs]) + (root @ np.ascontiguousarray(draws[:, nobs:].T)).T
+        )
         return responses
 
     return draw_responses(respond, nobs, nobs + columns.shape[1], key, n, first)
@@ -352,6 +357,8 @@ def random_columns(design: Design) -> scipy.sparse.csr_array:
         columns = np.asarray(term.group)[:, None] * q + np.arange(q)
         shape = (n, term.n_groups * q)
         blocks.append(scipy.sparse.csr_array((Z.ravel(), columns.ravel(), np.arange(n + 1) * q), shape=shape))
+    if not blocks:
+        return scipy.sparse.csr_array((np.shape(design.X)[0], 0))
     return scipy.sparse.hstack(blocks, format="csr")
 
 
@@ -407,4 +414,6 @@ def _block_diagonal(design: Design, roots: list[np.ndarray]) -> scipy.sparse.csr
         scipy.sparse.kron(scipy.sparse.eye_array(term.n_groups), root)
         for term, root in zip(design.terms, roots, strict=True)
     ]
+    if not blocks:
+        return scipy.sparse.csr_array((0, 0))
     return scipy.sparse.csr_array(scipy.sparse.block_diag(blocks, format="csr"))

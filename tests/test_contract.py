@@ -13,7 +13,7 @@ import mixjax as mj
 
 FUNCTIONS = {
     "lmm": "formula, data, reml=True, weights=None, offset=None, subset=None, contrasts=None, start=None, "
-    "optimizer=None, check_identifiable=True, trusted=None",
+    "optimizer=None, check_identifiable=True, trusted=None, dispersion=None, residual=None",
     "glmm": "formula, data, family, link=None, size=None, weights=None, offset=None, subset=None, contrasts=None, "
     "start=None, curvature='observed', nagq=1, reml=False, check_identifiable=True, trusted=None, "
     "ziformula=None, dispformula=None",
@@ -26,7 +26,7 @@ FUNCTIONS = {
     "RepeatedEstimates": "beta, vcov, Sigma, criterion, converged, singular, iterations, grad_norm, result, x, scale",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
-    "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=()",
+    "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=(), dispersion=None, residual=None",
     "RandomTerm": "Z, group, n_groups, structure='us'",
     "Covariance": "fun, k, scale='hom', names=(), returns='covariance'",
     "cross_products": "design, y=None",
@@ -42,7 +42,8 @@ FUNCTIONS = {
     "estimate": "stats, reml=True, start=None",
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
-    "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result",
+    "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result, "
+    "residual=None",
     "rows": "design, family, y=None",
     "GLMMParams": "beta, chol, psi=()",
     "glmm_loglik": "params, data, nagq=1",

@@ -17,7 +17,7 @@ ROOMS = [
     "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
     "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
-    "mixjax.covariance", "mixjax.design", "mixjax.bases", "mixjax.optimise",
+    "mixjax.covariance", "mixjax.residual", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
     "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
@@ -28,6 +28,7 @@ ASKED = {
     "mixjax.engine": {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
         "Visits", "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
+        "ResidualEngine", "Slopes",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
@@ -43,6 +44,7 @@ ASKED = {
         "GLMMEstimates", "glmm_estimate_many", "conditional_covariances", "mode_slopes",
         "fits_without", "predictors_at_modes",
         "RepeatedEstimates", "fit_repeated", "fit_repeated_many", "visits_of", "visits_in_parts",
+        "fit_residual", "residual_engine", "start_at", "transformed_rows",
     },
 }  # fmt: skip
 CORE = (
@@ -53,6 +55,7 @@ CORE = (
     "mixjax.machine",
     "mixjax.optimise",
     "mixjax.covariance",
+    "mixjax.residual",
     "mixjax.families",
     "mixjax.products",
     "mixjax.engine",

@@ -93,8 +93,8 @@ def n_effects(k: int) -> int:
 def cut_by_sizes(x: Array, sizes: list[int], wrong: str) -> list[Array]:
     """The pieces of a vector; ``wrong`` begins the message for one of another length."""
     ends = np.cumsum(sizes)
-    if np.shape(x)[:1] != (int(ends[-1]),):
-        raise ValueError(f"{wrong} ({int(ends[-1])},)")
+    if np.shape(x)[:1] != (int(sum(sizes)),):
+        raise ValueError(f"{wrong} ({int(sum(sizes))},)")
     return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 

@@ -15,6 +15,7 @@ from mixjax.diagnostics.residuals import fixed_part, random_part, scaled
 from mixjax.families.links import LINKS
 from mixjax.fitted.either import any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
+from mixjax.fitted.record import Fitted
 
 # A row whose own regression keeps less than this part of its variance has no residual that says anything.
 NOTHING = 1e-10
@@ -34,6 +35,9 @@ def augmented(fitted: Any) -> pd.DataFrame:
     * ``.ls_fitted``, ``.ls_resid``, ``.semi_ls_resid``, ``.std_ls_resid``: every level's own regression; raw, over the
       root of one minus its leverage, and over its own sigma besides. Of models with one grouping factor only. NaN where
       a level has too few rows.
+
+    Where residuals have a dispersion formula or a correlation, ``.norm_resid`` beside them; with a correlation, columns
+    that rest on leverages or on regressions of single levels are left out.
 
     See :func:`mixjax.diagnostics.residuals.residuals` for what each shows.
 
@@ -58,7 +62,10 @@ def augmented(fitted: Any) -> pd.DataFrame:
     if isinstance(fitted, GeneralizedFitted):
         return _generalized(fitted)
     y, fixed, random = np.asarray(fitted.design.y, float), fixed_part(fitted), random_part(fitted)
-    whitened, sigma = whiten(fitted), float(fitted.estimates.sigma)
+    sigma = float(fitted.estimates.sigma)
+    if fitted.given.residual is not None:
+        return _of_correlated(fitted, y, fixed, random)
+    whitened = whiten(fitted)
     parts = parts_of(whitened.Q, whitened.effects)
     resid, marginal = y - fixed - random, y - fixed
     columns = {
@@ -74,6 +81,8 @@ def augmented(fitted: Any) -> pd.DataFrame:
         columns[".chol_mar_resid"] = decorrelated(whitened, marginal * whitened.root_w / sigma)
     columns[".leverage"] = leverage_of(whitened, parts).overall
     columns[".cooksd"] = _cooks(columns[".std_resid"], columns[".leverage"], len(fitted.labels.fixed))
+    if fitted.given.has_residual_side:
+        columns[".norm_resid"] = fitted.whitened(resid)
     if len({term.group for term in fitted.labels.terms}) == 1:
         own = least_squares(fitted)
         ls = y - own.fitted
@@ -87,6 +96,21 @@ def augmented(fitted: Any) -> pd.DataFrame:
                 ".semi_ls_resid": ls / root,
                 ".std_ls_resid": ls * whitened.root_w / (root * own.sigma[codes]),
             }
+    return pd.DataFrame(columns, index=fitted.labels.frame.index)
+
+
+def _of_correlated(fitted: Fitted, y: np.ndarray, fixed: np.ndarray, random: np.ndarray) -> pd.DataFrame:
+    """Without what rests on residuals that are independent: leverages and all that is made of them."""
+    resid = y - fixed - random
+    columns = {
+        ".fitted": fixed + random,
+        ".fixed": fixed,
+        ".random": random,
+        ".resid": resid,
+        ".std_resid": resid * np.sqrt(np.asarray(fitted.design.weights)) / float(fitted.estimates.sigma),
+        ".mar_resid": y - fixed,
+        ".norm_resid": fitted.whitened(resid),
+    }
     return pd.DataFrame(columns, index=fitted.labels.frame.index)
 
 

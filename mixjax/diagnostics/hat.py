@@ -90,6 +90,7 @@ class HatDiagonals(NamedTuple):
 
 def whiten(fitted: AnyFitted) -> Whitened:
     """The fit's rows as the hat matrix needs them."""
+    fitted.check_can("leverages")
     design, layout = fitted.design, fitted.layout
     if isinstance(fitted, GeneralizedFitted):
         root_w = np.sqrt(working_weights(fitted))
@@ -99,7 +100,7 @@ def whiten(fitted: AnyFitted) -> Whitened:
         root_w = np.ones(fitted.nobs) if fitted.rows.sqrt_w is None else fitted.rows.sqrt_w
         Q, lambdas = fitted.rows.Q, fitted.relative_factors
     effects = []
-    for f in range(1 + max(place.factor for place in layout.terms)):
+    for f in range(len(layout.widths)):
         ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
         Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
         Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
@@ -130,7 +131,10 @@ def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Ha
 
     Levels run slowest: ``k = n_levels q``. Complex where U is.
     """
-    n, rows = len(Q), _rows(effects)
+    n = len(Q)
+    if not effects:
+        return HatDiagonals(np.zeros(n), np.zeros_like(Q), Q, np.linalg.inv(Q.T @ Q))
+    rows = _rows(effects)
     if of is None:
         asked = slice(0, n)
         V = rows

@@ -83,6 +83,9 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     _ = fitted.design  # the error says why there is none
+    fitted.check_can("influence")
+    if method != "fixed-theta":
+        fitted.check_can("refits without units")
     units, own = units_of(fitted, by), leverage(fitted)
     if isinstance(fitted, GeneralizedFitted):
         without, root = generalized_without(fitted, units.code, method)

@@ -48,6 +48,7 @@ def least_squares(fitted: Any, group: str | None = None) -> LeastSquares:
         [244.19, 21.76]
     """
     fitted = record_of(fitted)
+    fitted.check_can("regressions of single levels")
     design = fitted.design
     _, codes, m = group_of(fitted, group)
     X, n = np.asarray(design.X, float), len(codes)

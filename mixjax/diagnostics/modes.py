@@ -15,6 +15,8 @@ from mixjax.fitted.record import Fitted
 
 def conditional_covariances_by_group(fitted: Fitted) -> dict[str, np.ndarray]:
     """Grouping factor -> ``(levels, q, q)``, absolute, given theta and beta, all terms of the factor side by side."""
+    if not fitted.labels.terms:
+        return {}
     stats = fitted.stats if fitted.stats.classes is None else replace(fitted.stats, classes=None)
     blocks = conditional_covariances(lambdas_of_theta(fitted.estimates.theta, stats.layout.qs), stats)
     result = {}
@@ -34,7 +36,7 @@ def tidy_modes(fitted: Fitted) -> pd.DataFrame:
         DataFrame, a row for every group, effect and level, in this order: ``grpvar``, ``term``, ``grp`` (the level),
         ``condval`` (the mode), ``condsd`` (the root of its conditional variance, theta and beta taken as known).
     """
-    parts = []
+    parts = [pd.DataFrame(columns=["grpvar", "term", "grp", "condval", "condsd"])] * (not fitted.labels.terms)
     covariances = conditional_covariances_by_group(fitted)
     for group, ts in terms_of_group(fitted.labels).items():
         sd = np.sqrt(np.maximum(np.diagonal(covariances[group], axis1=1, axis2=2), 0.0))

@@ -13,7 +13,7 @@ from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.record import Fitted, record_of
 
 SCALES = {
-    "conditional": ("raw", "pearson", "standardized", "studentized"),
+    "conditional": ("raw", "pearson", "standardized", "studentized", "normalized"),
     "marginal": ("raw", "pearson", "standardized", "studentized", "cholesky"),
     "random": ("raw", "standardized", "studentized"),
 }
@@ -69,6 +69,8 @@ def residuals(fitted: Any, kind: str = "conditional", scale: str = "raw") -> np.
     * ``"studentized"``: the residual's own standard deviation, theta and sigma as known: the root of ``(1 -
       overall leverage) sigma^2 / w``, of the diagonal of ``V - X vcov X'``, of that of ``Z Sigma Z' P Z Sigma Z'``, in
       turn. ``P = V^{-1} - V^{-1} X (X'V^{-1}X)^{-1} X'V^{-1}``. Only these are alike in variance for all rows.
+    * ``"normalized"``: ``sigma`` and the factor of the residuals' own covariance, so that correlations within groups
+      go too: nlme's, of ``residual=`` and ``dispersion=``; otherwise as "standardized". ``"conditional"`` only.
     * ``"cholesky"``: ``L^{-1} (y - offset - X beta)`` with ``V = L L'``, rows in the order of the table; ``"marginal"``
       only. Uncorrelated, of variance 1, but for beta being estimated. Each is a row less what the rows before it say,
       so that another order gives others.
@@ -110,6 +112,12 @@ def residuals(fitted: Any, kind: str = "conditional", scale: str = "raw") -> np.
         return raw
     if scale == "pearson":
         return raw if fitted.design.weights is None else raw * np.sqrt(fitted.design.weights)
+    if scale == "normalized":
+        whole: np.ndarray = fitted.whitened(raw)
+        return whole
+    if kind == "conditional" and scale == "standardized" and fitted.given.residual is not None:
+        own: np.ndarray = raw * np.sqrt(fitted.design.weights) / float(fitted.estimates.sigma)
+        return own
     whitened = whiten(fitted)
     if scale == "cholesky":
         return decorrelated(whitened, raw * whitened.root_w / float(fitted.estimates.sigma))

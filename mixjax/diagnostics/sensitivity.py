@@ -77,6 +77,7 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
         59
     """
     fitted = record_of(fitted)
+    fitted.check_can("sensitivities")
     if scale not in PREFIXES:
         raise ValueError(f"scale must be one of {', '.join(map(repr, PREFIXES))}, got {scale!r}")
     rows = fitted.rows

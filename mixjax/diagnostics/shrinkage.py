@@ -48,6 +48,7 @@ def shrinkage(fitted: Any, group: str | None = None) -> pd.DataFrame:
         [0.065]
     """
     fitted = record_of(fitted)
+    fitted.check_can("shrinkage")
     design, est, labels = fitted.design, fitted.estimates, fitted.labels
     name, codes, m = group_of(fitted, group)
     terms = terms_of_group(labels)[name]

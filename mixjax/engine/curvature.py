@@ -209,7 +209,7 @@ def deviance_at_sigma(factors: list[Array], moments: AnyMoments, variance: Calla
     return AtSigma(value, xp.concatenate([g, (moments.n - ratio)[None]]), xp.concatenate([upper, lower[None]]))
 
 
-class _Directions(NamedTuple):
+class Directions(NamedTuple):
     """J of the first factor's directions ``own``, those along the axis before the last: ``UU (u, u, J, B)``,
     ``Uy (u, J, B)``, ``yy (J, B)``."""
 
@@ -234,7 +234,7 @@ class _ByCovariance(NamedTuple):
     Hessian: Array
     falls: Array
     spots: list[Spot]
-    J: _Directions
+    J: Directions
 
 
 def _by_covariance(
@@ -253,7 +253,7 @@ def _by_covariance(
     # J of every direction along axis 2, behind what the elimination itself takes away.
     UU, Uy, yy = moments.contract(weights_of(first, own))
     rest = finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml)
-    J = _Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
+    J = Directions(own, UU[:, :, 1:], Uy[:, 1:], yy[1:])
     df = moments.n - xp.where(reml, moments.UU.shape[0] - rest.W.shape[0], 0)
     s = df / rest.lanes.rss if precision is None else precision(rest.lanes) + xp.zeros_like(rest.lanes.rss)
     curve = s / rest.lanes.rss if precision is None else xp.zeros_like(s)
@@ -265,25 +265,31 @@ def _by_covariance(
         g, H, falls = cond(
             (xp.abs(ratios) > LEAST_RATIO).all(),
             lambda: _scalar_derivatives(lambdas, crossed, *rest_of),
-            lambda: _derivatives(lambdas, crossed, *rest_of),
+            lambda: derivatives_of(lambdas, crossed, *rest_of),
         )
     else:
-        g, H, falls = _derivatives(lambdas, moments, *rest_of)
+        g, H, falls = derivatives_of(lambdas, moments, *rest_of)
     return _ByCovariance(rest.lanes, rest, g, H, falls, spots, J)
 
 
-def _derivatives(
+def derivatives_of(
     lambdas: Lambdas,
     moments: AnyMoments,
     first: First,
     rest: Rest,
-    J: _Directions,
+    J: Directions,
     s: Array,
     curve: Array,
     reml: Array | bool,
+    by_level: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradient ``(J, B)``, Hessian ``(J, J, B)``, fall of the residual sum of squares ``(J, B)``: the first factor's
-    directions, then those of the dense ones."""
+    directions, then those of the dense ones.
+
+    Args:
+        by_level: what Psi gives along all of J, where these are more than the first factor's own directions; see
+            :func:`~mixjax.engine.first_factor.of_levels`.
+    """
     xp = namespace(rest.W)
     lanes, c, T_X = rest.lanes, rest.c, rest.T_X
     u, p, d = c.shape[0], lanes.delta.shape[0], rest.W.shape[0]
@@ -310,8 +316,11 @@ def _derivatives(
         CJc = CJc + linalg.matmul(half, linalg.matmul(linalg.transpose(T_X), Jc))
 
     # Psi = C + s c c' over (U, y), pulled back to the classes.
-    Q = moments.pull_back(C_log + s * c[:, None] * c[None], s * c, s)
-    g, moved = of_levels(Q, first, moments, J.own)
+    Psi = C_log + s * c[:, None] * c[None], s * c, s
+    if by_level is None:
+        g, moved = of_levels(moments.pull_back(*Psi), first, moments, J.own)
+    else:
+        g, moved = by_level(*Psi)
     H = (
         moved
         - traces_of_products(CJ)
@@ -337,7 +346,7 @@ def _scalar_derivatives(
     moments: CrossedMoments,
     first: First,
     rest: Rest,
-    J: _Directions,
+    J: Directions,
     s: Array,
     curve: Array,
     reml: Array | bool,

@@ -43,6 +43,8 @@ class Estimates(NamedTuple):
         grad_norm: ``()`` scaled gradient ``sqrt(g' H^{-1} g)`` at the last evaluation, or at the end where the last
             steps foretell it.
         result: ``()`` code, see ``mixjax.Result``.
+        residual: ``(r,)`` parameters of the residuals beside sigma, coefficients of a dispersion, then a correlation;
+            None where there are none.
     """
 
     theta: AnyArray
@@ -57,6 +59,7 @@ class Estimates(NamedTuple):
     iterations: AnyArray
     grad_norm: AnyArray
     result: AnyArray
+    residual: AnyArray | None = None
 
 
 def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixjax.checks import DataError, check_options
+from mixjax.checks import DataError, FormulaError, check_options
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnostics.modes import conditional_covariances_by_group, tidy_modes
@@ -22,6 +22,7 @@ from mixjax.fitted.batch import BatchFit, with_fixed
 from mixjax.fitted.names import modes_by_group, responses_of_rows, term_names, values_of_fit
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, fit_products, fit_rows
+from mixjax.fitted.residual import fit_residual_rows
 from mixjax.fitted.search_end import OptimizerInfo
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable as refuse_unidentified
@@ -46,6 +47,8 @@ def lmm(
     optimizer: Any = None,
     check_identifiable: bool = True,
     trusted: bool | None = None,
+    dispersion: str | None = None,
+    residual: str | None = None,
 ) -> LMMFit:
     """Fit a linear mixed model, as ``lme4::lmer`` does. Always computes in float64.
 
@@ -66,6 +69,13 @@ def lmm(
         check_identifiable: refuse terms with as many random effects as rows.
         trusted: a formula is code: a call in it is called. False where it comes from a stranger; see
             :func:`mixjax.build_design`.
+        dispersion: formula of the residual standard deviations on the log scale, ``"~ Sex"`` or ``"~ log(age)"``:
+            ``log sd_i = log sigma + W_i gamma``, sigma being that where ``W gamma = 0``; nlme's varIdent, varExp,
+            varPower. With ``weights`` as well, variances are ``sd_i^2 / weight``.
+        residual: correlation of the residuals within groups, ``"ar1(Days | Subject)"`` (whole steps of time, or the
+            levels of a category; ``1`` for the order of the rows), ``"car1(time | Subject)"`` (times of any kind,
+            correlations not negative), ``"cs(1 | Subject)"`` (one correlation). Grouping factors of random terms must
+            be constant within its groups. With either the formula needs no random term. See docs/structures.md.
 
     Returns:
         LMMFit.
@@ -83,6 +93,8 @@ def lmm(
         1743.6283
     """
     check_options(reml, optimizer)
+    if dispersion is not None or residual is not None:
+        refuse_beside_residuals(data, optimizer)
     if is_stream(data):
         if subset is not None:
             raise DataError("subset= needs a whole table; select the rows of every chunk yourself")
@@ -90,11 +102,28 @@ def lmm(
         if check_identifiable:
             check_number_of_effects(int(stats.n), labels, structures=stats.layout.structures)
         return LMMFit(fit_products(stats, labels, reml, start, optimizer))
-    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
+    own = None if dispersion is None else {"dispersion": dispersion}
+    caller = caller_context()
+    built = build(formula, data, weights, offset, subset, contrasts, caller, trusted, None, None, own, residual)
+    if not built.design.terms and not built.design.has_residual_side:
+        raise FormulaError(
+            f"{formula!r} has no random term, and dispersion={dispersion!r} says nothing of the residuals: for "
+            "ordinary regression use statsmodels.formula.api.ols or numpy.linalg.lstsq"
+        )
     if check_identifiable:
         refuse_unidentified(*built)
     rows = rows_of(built.design, built.basis)
+    if built.design.has_residual_side:
+        return LMMFit(fit_residual_rows(rows, built.labels, reml, start))
     return LMMFit(fit_rows(rows, built.labels, reml, start, optimizer))
+
+
+def refuse_beside_residuals(data: Any, optimizer: Any) -> None:
+    """Raise for what parameters of residuals cannot be fitted with."""
+    if is_stream(data):
+        raise DataError("dispersion= and residual= need the rows themselves, a whole table: chunks are summed up")
+    if optimizer is not None:
+        raise ValueError("dispersion= and residual= are fitted by trust-region Newton: leave optimizer= out")
 
 
 class LMMFit(Inferring, Diagnosing):
@@ -346,10 +375,11 @@ class LMMFit(Inferring, Diagnosing):
             rows = np.repeat(np.arange(n), q)
             shape = (n, term.n_groups * q)
             blocks.append(sparse.csc_array((np.asarray(term.Z).ravel(), (rows, columns.ravel())), shape=shape))
-        return sparse.hstack(blocks, format="csc")
+        return sparse.hstack(blocks, format="csc") if blocks else sparse.csc_array((self.nobs, 0))
 
     def marginal_cov(self, rows: Any = None) -> np.ndarray:
-        """Covariance ``V = sigma^2 W^{-1} + Z Sigma Z'`` of the responses of some rows, dense.
+        """Covariance ``V = sigma^2 W^{-1} + Z Sigma Z'`` of the responses of some rows, dense; that of the residuals
+        in place of the first part where these have parameters of their own.
 
         Args:
             rows: positions (integers, slice or booleans) among the used rows; None for all, up to 10 000.
@@ -357,8 +387,7 @@ class LMMFit(Inferring, Diagnosing):
         if rows is None and self.nobs > 10_000:
             raise ValueError(f"V of all {self.nobs} rows is too large to be dense; name the rows")
         rows = np.atleast_1d(np.arange(self.nobs)[slice(None) if rows is None else rows])
-        weights = np.ones(self.nobs) if self.design.weights is None else np.asarray(self.design.weights)
-        V = np.diag(self.sigma**2 / weights[rows])
+        V = self._fitted.residual_covariance(rows)
         for term, Sigma in zip(self.design.terms, self.estimates.Sigma, strict=True):
             Z, group = np.asarray(term.Z)[rows], np.asarray(term.group)[rows]
             V += (Z @ Sigma @ Z.T) * (group[:, None] == group[None])
@@ -388,8 +417,7 @@ class LMMFit(Inferring, Diagnosing):
         reml = self.reml if reml is None else reml
         check_options(reml, None)
         if y is None:
-            record = self._fitted
-            return LMMFit(fit_products(record.stats, record.labels, reml, None, record.search, record.kept))
+            return LMMFit(self._fitted.refitted(reml))
         return LMMFit(self._fitted.refit(values_of_fit(self.labels, "y", y), reml))
 
     def without(self, term: str) -> LMMFit:

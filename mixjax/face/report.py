@@ -15,7 +15,7 @@ from mixjax.distributions import t_quantile
 from mixjax.face.summary import coefficient_table
 from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
-from mixjax.fitted.names import interaction_key, names_of_variances
+from mixjax.fitted.names import interaction_key, names_of_residuals, names_of_variances
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.parameters import parameters_of_family
 from mixjax.fitted.record import Fitted
@@ -295,6 +295,10 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
         label = f"{kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     if isinstance(record, Fitted):
+        for name, value in zip(
+            names_of_residuals(record.labels), np.atleast_1d(np.asarray(record.estimates.residual)), strict=False
+        ):
+            found[(), "residual", (name,), 0] = (name.replace("|", " | "), float(value))
         return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
     names, values, _ = parameters_of_family(record.labels, record.family, np.asarray(record.estimates.psi))
     return found | {((), "sigma", (name,), 0): (name, float(x)) for name, x in zip(names, values, strict=True)}
@@ -339,8 +343,8 @@ def _side_by_side(fits: Sequence[Mapping[Key, tuple[str, Any]]]) -> dict[Key, tu
 def _by_group(rows: Mapping[Key, Any]) -> dict[Key, Any]:
     """Rows of one group together, its standard deviations before its correlations, sigma last."""
     groups = list(dict.fromkeys(key[0] for key in rows))
-    kinds = ["sd", "cor", "real", "sigma"]
-    order = sorted(rows, key=lambda key: (key[1] == "sigma", groups.index(key[0]), kinds.index(key[1])))
+    kinds = ["sd", "cor", "real", "residual", "sigma"]
+    order = sorted(rows, key=lambda key: (key[1] in ("sigma", "residual"), groups.index(key[0]), kinds.index(key[1])))
     return {key: rows[key] for key in order}
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.diagnostics.residuals import conditional_residuals
 from mixjax.fitted.either import AnyRecord
-from mixjax.fitted.names import term_names
+from mixjax.fitted.names import names_of_residuals, term_names
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.search_end import FitStatistics
 from mixjax.inference.fixed.contrasts import ddf_note
@@ -61,7 +61,7 @@ class VarCorr(Reported):
         sds = [np.sqrt(np.diag(Sigma)) for Sigma in estimates.Sigma]
         every = np.concatenate([*sds, self._residual()])
         sd_text, var_text = fixed_decimals(every, 5), fixed_decimals(every**2, 5)
-        width = max(len(sd) for sd in sds)
+        width = max((len(sd) for sd in sds), default=1)
         rows, k = [], 0
         for name, term, Sigma in zip(term_names(self.fitted.labels), labels, estimates.Sigma, strict=True):
             cor = correlation(Sigma)
@@ -136,11 +136,13 @@ class Summary(Reported):
     covariances: ClassVar[str] = "Random effects"
 
     def __str__(self) -> str:
+        residuals = residual_table(self.fitted)
         parts = [
             "\n".join(self._head()),
             self._fit_statistics_text(),
             self._scaled_residuals() if self.fitted.kept is not None else "",
             f"{self.covariances}:\n" + str(self._varcorr()) + "\n" + self._counts(),
+            *([] if residuals is None else ["Residuals:\n" + text_table(residuals, left=1)]),
             "Fixed effects:\n" + self._fixed_text(),
             *(f"{head}:\n{text_table(self._table_of(rows), left=1)}" for head, rows in self._components().items()),
         ]
@@ -154,12 +156,14 @@ class Summary(Reported):
 
     def _report(self) -> Report:
         fixed = self._fixed_table(p_value) if self.fitted.labels.fixed else None
+        residuals = residual_table(self.fitted)
         parts = [
             *self._head(),
             ", ".join(f"{name} {value}" for name, value in self._fit_statistics().items()),
             Cells.of(self._varcorr().table(), left=2, title=self.covariances),
             *self._varcorr().beneath(),
             self._counts(),
+            *([] if residuals is None else [Cells.of(residuals, left=1, title="Residuals")]),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
             *(Cells.of(self._table_of(rows, p_value), left=1, title=head) for head, rows in self._components().items()),
         ]
@@ -171,7 +175,8 @@ class Summary(Reported):
 
     def _head(self) -> list[str]:
         method = "REML" if self.fitted.reml else "maximum likelihood"
-        return [f"Linear mixed model fit by {method}", f"Formula: {self.fitted.labels.formula}"]
+        kind = "Linear mixed model" if self.fitted.labels.terms else "Linear model"
+        return [f"{kind} fit by {method}", f"Formula: {self.fitted.labels.formula}", *_of_residuals(self.fitted)]
 
     def _fit_statistics(self) -> dict[str, str]:
         if self.fitted.reml:
@@ -195,6 +200,8 @@ class Summary(Reported):
 
     def _counts(self) -> str:
         groups = "; ".join(f"{name}, {m}" for name, m in group_sizes(self.fitted).items())
+        if not groups:
+            return f"Number of obs: {self.fitted.nobs}"
         return f"Number of obs: {self.fitted.nobs}, groups: {groups}"
 
     def _components(self) -> dict[str, pd.DataFrame]:
@@ -251,6 +258,32 @@ class Summary(Reported):
         return notes
 
 
+def _of_residuals(fitted: Any) -> list[str]:
+    """What the model says of its residuals."""
+    heads = {"dispersion": "Dispersion", "residual": "Residuals"}
+    return [f"{heads[name]}: {text}" for name, text in getattr(fitted, "own_formulas", {}).items() if name in heads]
+
+
+def residual_parameters(fitted: Any) -> pd.DataFrame:
+    """Estimates and standard errors of the residuals' parameters beside sigma, by name; without rows if none."""
+    found, names = fitted.variance_parameters, names_of_residuals(fitted.labels)
+    at = [found.names.index(name) for name in names]
+    return pd.DataFrame({"estimate": found.estimate[at], "std_error": found.std_error[at]}, index=list(names))
+
+
+def residual_table(fitted: Any) -> pd.DataFrame | None:
+    """The same as text; None where there are none."""
+    if not names_of_residuals(fitted.labels):
+        return None
+    frame = residual_parameters(fitted)
+    shown = {
+        "": list(frame.index),
+        "Estimate": [f"{x:.5f}" for x in frame["estimate"]],
+        "Std. Error": ["" if np.isnan(x) else f"{x:.5f}" for x in frame["std_error"]],
+    }
+    return pd.DataFrame(shown)
+
+
 def likelihood_statistics(fitted: FitStatistics) -> dict[str, str]:
     """What stands above a maximum-likelihood fit in lme4's summary."""
     return {
@@ -267,10 +300,15 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
 
     Columns ``effect`` ("fixed" or "ran_pars"), ``group``, ``term``, ``estimate``, ``std_error``, ``statistic``,
     ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
-    of freedom and p-values need a method for the degrees of freedom and are NaN without one.
+    of freedom and p-values need a method for the degrees of freedom and are NaN without one. Parameters of residuals
+    beside sigma have ``effect`` "residual".
     """
     notes = () if tests is None else tests.attrs.get("notes", ())
-    return tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes)
+    more = None
+    if names_of_residuals(fitted.labels):
+        own = residual_parameters(fitted)
+        more = own.rename_axis("term").reset_index().assign(effect="residual")
+    return tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes, more)
 
 
 def tidy_table(

@@ -72,7 +72,8 @@ class Diagnosing(Examining):
 
         Args:
             kind: ``"conditional"``, ``"marginal"`` or ``"random"``.
-            scale: ``"raw"``, ``"pearson"``, ``"standardized"``, ``"studentized"``, ``"cholesky"`` (marginal only).
+            scale: ``"raw"``, ``"pearson"``, ``"standardized"``, ``"studentized"``, ``"normalized"`` (conditional only),
+                ``"cholesky"`` (marginal only).
         """
         return pd.Series(residuals(self.record, kind, scale), self.record.labels.frame.index, name="residual")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mixjax import linalg
 from mixjax.design import AnyArray
 from mixjax.engine.coordinates import is_regular, solve_where
+from mixjax.engine.curvature import Slopes
 from mixjax.engine.engine import Engine
 from mixjax.machine import Array, namespace
 
@@ -43,15 +44,23 @@ def information(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Information
     stats = engine.stats
     xp = namespace(theta, sigma, stats.XX, stats.yy)
     x, free = engine.coordinates(theta)
-    found = engine.slopes(x)
-    C, H = found.lanes.XX_inverse, found.Hessian
     df = stats.n - xp.where(engine.reml, stats.XX.shape[0], 0)
+    return information_at(x, free, engine.slopes(x), df, sigma, xp.asarray(stats.X_basis.R_inv))
+
+
+def information_at(x: Array, free: Array, found: Slopes, df: Array, sigma: AnyArray, R_inv: Array) -> Information:
+    """:func:`information` from what moves with the coordinates ``x (k,)``.
+
+    Args:
+        free: ``(k,)``. df: rows less, by REML, fixed effects. R_inv: ``(p, p)``, from the basis of X.
+    """
+    xp = namespace(x, found.Hessian)
+    C, H = found.lanes.XX_inverse, found.Hessian
     among = solve_where(free, H, linalg.eye(x.shape[0], H))
     s_slopes = xp.where(free, 0.5 * found.log_rss, 0.0)
     mixed = among @ s_slopes
     last = 1.0 / (4.0 * df) + s_slopes @ mixed
     covariance = 2.0 * xp.block([[among, mixed[:, None]], [mixed[None], last[None, None]]])
-    R_inv = xp.asarray(stats.X_basis.R_inv)
 
     def own(C: Array) -> Array:
         return sigma**2 * (R_inv @ C @ R_inv.T)

@@ -94,6 +94,13 @@ def names_of_variances(labels: Labels, structures: Sequence[Structure]) -> tuple
     )
 
 
+def names_of_residuals(labels: Labels) -> tuple[str, ...]:
+    """The parameters of the residuals beside sigma: ``disp~Sex[T.Female]``, of the logarithm of the standard deviation,
+    and ``rho|Subject``."""
+    correlation = (f"rho|{labels.residual_group}",) if labels.residual else ()
+    return (*(f"disp~{name}" for name in labels.dispersion), *correlation)
+
+
 def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True) -> np.ndarray:
     """A column for the rows of a fit, ``(nobs,)``: of those rows, or of all rows of the table that the fit was made of.
 

@@ -72,10 +72,25 @@ class Fitted(FitStatistics):
             )
         return self.kept
 
+    @property
+    def given(self) -> Design:
+        """The design as it was given, whose weights are the prior ones."""
+        return self.design
+
     @cached_property
     def rows(self) -> Rows:
         """The design in its bases."""
         return rows_of(self.design)
+
+    @property
+    def given_rows(self) -> Rows:
+        """The design as it was given, in its bases."""
+        return self.rows
+
+    @property
+    def given_stats(self) -> CrossProducts:
+        """Cross-products of the rows as they were given."""
+        return self.stats
 
     @property
     def nobs(self) -> int:
@@ -106,6 +121,11 @@ class Fitted(FitStatistics):
         """Covariance of the variance parameters, and how that of beta moves with them; numpy arrays."""
         return self.engine.run(information, self.estimates.theta, self.estimates.sigma)
 
+    @property
+    def log_sigma_variance(self) -> float:
+        """Asymptotic variance of the logarithm of sigma."""
+        return float(self.information.covariance[-1, -1])
+
     @cached_property
     def variance_parameters(self) -> VarianceParameters:
         """Standard deviations, correlations and sigma by name, with their asymptotic covariance."""
@@ -131,6 +151,28 @@ class Fitted(FitStatistics):
     def relative_factors(self) -> list[np.ndarray]:
         """Per term Lambda ``(q, q)``: ``Sigma = sigma^2 Lambda Lambda'``."""
         return lambdas_of_theta(np.asarray(self.estimates.theta), self.stats.layout.qs)
+
+    # --- residuals --------------------------------------------------------------------------------------------------
+
+    def whitened(self, residuals: np.ndarray) -> np.ndarray:
+        """Residuals ``(n,)`` over their standard deviations, and made uncorrelated within their groups."""
+        weights = self.design.weights
+        own: np.ndarray = residuals if weights is None else residuals * np.sqrt(np.asarray(weights))
+        return own / float(self.estimates.sigma)
+
+    def residual_covariance(self, rows: np.ndarray) -> np.ndarray:
+        """Covariance ``(r, r)`` of the residuals of some rows."""
+        weights = np.ones(self.nobs) if self.design.weights is None else np.asarray(self.design.weights)
+        return np.diag(float(self.estimates.sigma) ** 2 / weights[rows])
+
+    @property
+    def mean_residual_variance(self) -> float:
+        """Variance of the residual of a row of unit weight, on average over the rows."""
+        return float(self.estimates.sigma) ** 2
+
+    def noise(self, weights: np.ndarray | None, dispersion: np.ndarray | None, m: int) -> np.ndarray:
+        """``(m,)`` residual variances of new rows, relative to sigma^2, from weights and columns of the dispersion."""
+        return np.ones(m) if weights is None else 1.0 / weights
 
     # --- again ------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,9 @@ class FitStatistics:
     # Tests of fixed effects have degrees of freedom.
     has_df: ClassVar[bool] = False
 
+    def check_can(self, what: str) -> None:
+        """Raise ValueError where the model cannot do ``what``, with the reason and what to do instead."""
+
     @property
     def npar(self) -> int:
         """Number of parameters."""

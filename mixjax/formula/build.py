@@ -29,6 +29,7 @@ from mixjax.formula.parse import ParsedFormula, with_structures
 from mixjax.formula.parse import parse as parse_formula
 from mixjax.formula.random_terms import random_terms
 from mixjax.formula.reading import column_names, read_columns
+from mixjax.formula.residual_side import dispersion_columns, parse_residual, residual_term
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
 from mixjax.formula.state import FormulaState, kinds_of
 from mixjax.formula.syntax import Expression, expression
@@ -121,17 +122,19 @@ def build(
     family: Any = None,
     size: Any = None,
     of_parameters: Mapping[str, str] | None = None,
+    residual: str | None = None,
 ) -> Built:
     """:func:`build_design`, with what was found on the way: orthonormalising X is most of the work on long tables.
 
     Args:
         caller: names that the formula may use beside columns.
-        family: without extra zeros. of_parameters: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``.
+        family: without extra zeros. of_parameters: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``;
+            of a linear model ``"dispersion"``. residual: correlation of a linear model's residuals.
     """
     check_family(family, size)
     available = column_names(data)
-    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters)
-    if not parsed.random:
+    parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters, residual)
+    if not parsed.random and (family is not None or not (of_parameters or residual)):
         raise FormulaError(
             f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
@@ -163,8 +166,12 @@ def build(
     trials_from = trials.get(response.size_from or "")
 
     of_psi = {part.option: part for part in own_columns(parsed, frame, known)}
+    own_dispersion = of_psi.pop("dispersion", None)
+    disp = None if own_dispersion is None else dispersion_columns(own_dispersion)
     by_psi = [of_psi.get("dispformula")] * getattr(family, "n_psi", 0) + [of_psi[k] for k in of_psi if k == "ziformula"]
     random = random_terms(parsed, frame, known)
+    part = parsed.residual
+    correlated = None if part is None else residual_term(part, frame, known, random)
     design = Design(
         y=response.y,
         X=X,
@@ -173,6 +180,8 @@ def build(
         offset=total_offset,
         size=response.size,
         psi_columns=tuple(part and part.X for part in by_psi) if of_psi else (),
+        dispersion=None if disp is None else disp.W,
+        residual=correlated,
     )
     state = FormulaState(
         parsed=parsed,
@@ -189,6 +198,7 @@ def build(
         levels={part.labels.group: part.levels for part in random},
         size=trials_from if isinstance(trials_from, str) else None,
         psi=tuple(part and (part.columns, part.kept) for part in by_psi) if of_psi else (),
+        dispersion=None if disp is None else (disp.columns, disp.kept),
     )
     names = np.array(fixed.names, object)
     labels = Labels(
@@ -203,6 +213,9 @@ def build(
         state=state,
         success=response.success,
         psi=tuple(part.names if part else () for part in by_psi) if of_psi else (),
+        dispersion=() if disp is None else disp.names,
+        residual="" if part is None else part.text,
+        residual_group="" if part is None else part.group.name,
     )
     return Built(design, labels, basis)
 
@@ -231,17 +244,20 @@ def read_formula(
     data: Any = None,
     family: Any = None,
     own: Mapping[str, str] | None = None,
+    residual: str | None = None,
 ) -> tuple[ParsedFormula, Context]:
     """The parts of a formula, and the values of the names in it that are no columns.
 
     An array of the caller's that is read by its bare name stands for a column. A family lets ``cbind()`` be a response;
-    ``own`` are formulas of its parameters.
+    ``own`` are formulas of its parameters, or that of a dispersion, ``residual`` is a correlation of residuals.
     """
 
     def parse(formula: str, columns: list[str]) -> ParsedFormula:
         read = [(option, parse_own(option, text, columns)) for option, text in (own or {}).items()]
         return replace(
-            parse_formula(formula, columns), own=tuple((option, effects) for option, effects in read if effects)
+            parse_formula(formula, columns),
+            own=tuple((option, effects) for option, effects in read if effects),
+            residual=None if residual is None else parse_residual(residual, columns),
         )
 
     parsed = parse(formula, available)
@@ -288,6 +304,11 @@ def columns_read(
             if name not in available:
                 refuse_unknown(name, available, f"grouping factor '{part.group.name}'", data)
     groups = [name for part in parsed.random for name in part.group.columns]
+    if parsed.residual is not None:
+        for name in parsed.residual.group.columns:
+            if name not in available:
+                refuse_unknown(name, available, f"grouping factor of residual='{parsed.residual.text}'", data)
+        groups += parsed.residual.group.columns
     own = dict.fromkeys([*(name for name in read if name in available), *groups])
     return list(own), [name for name in read if name not in available]
 

@@ -16,7 +16,7 @@ from mixjax.formula.evaluate import Columns, columns_of
 from mixjax.formula.parse import ParsedFormula, parse
 
 # Option -> an example.
-EXAMPLES = {"dispformula": "~ treatment", "ziformula": "~ 1"}
+EXAMPLES = {"dispformula": "~ treatment", "ziformula": "~ 1", "dispersion": "~ treatment"}
 
 
 class OwnColumns(NamedTuple):

@@ -61,6 +61,21 @@ class RandomPart:
 
 
 @dataclass(frozen=True)
+class ResidualPart:
+    """The correlation of residuals as written.
+
+    Attributes:
+        text: as given. structure: ``"ar1"``, ``"car1"`` or ``"cs"``. time: None where there is none, or where the order
+            of the rows counts. group: grouping factor.
+    """
+
+    text: str
+    structure: str
+    time: Expression | None
+    group: Group
+
+
+@dataclass(frozen=True)
 class ParsedFormula:
     """The parts of a mixed-model formula.
 
@@ -71,7 +86,9 @@ class ParsedFormula:
         offsets: expressions inside ``offset(...)``.
         random: random terms in the order written; ``(1 | a/b)`` gives two.
         pair: what ``cbind()`` holds where it is the response; empty for any other response.
-        own: formulas of the family's parameters, each with the name of the option that it is.
+        own: formulas of the family's parameters, or of the dispersion of residuals, each with the name of the option
+            that it is.
+        residual: the correlation of residuals, or None.
     """
 
     text: str
@@ -81,11 +98,13 @@ class ParsedFormula:
     random: tuple[RandomPart, ...]
     pair: tuple[Expression, ...] = ()
     own: tuple[tuple[str, Effects], ...] = ()
+    residual: ResidualPart | None = None
 
     @property
     def predictors(self) -> tuple[Expression, ...]:
         """All expressions but the response."""
-        return (*self.effects, *self.offsets)
+        time = None if self.residual is None else self.residual.time
+        return (*self.effects, *self.offsets, *([] if time is None else [time]))
 
     @property
     def effects(self) -> tuple[Expression, ...]:

@@ -52,6 +52,7 @@ class FormulaState:
         levels: grouping factor -> ``(m, columns)`` names of the values that make every level.
         psi: of each of the family's parameters its formula as a function of rows, and which of its columns are in the
             fit, or None; ``()`` where none has one.
+        dispersion: the formula of the residuals' standard deviations, and which of its columns these depend on.
     """
 
     parsed: ParsedFormula
@@ -68,6 +69,7 @@ class FormulaState:
     levels: Mapping[str, np.ndarray]
     size: str | None = None
     psi: tuple[tuple[Columns, np.ndarray] | None, ...] = ()
+    dispersion: tuple[Columns, np.ndarray] | None = None
 
     @property
     def predictors(self) -> tuple[str, ...]:
@@ -131,6 +133,7 @@ class NewRows:
         index: labels of all rows of the table. complete: ``(rows,)``.
         psi: per parameter of the family ``(m, r)`` its columns that are in the fit, or None; ``()`` where they are not
             needed.
+        dispersion: ``(m, d)`` columns of the dispersion formula, or None where there is none or it is not needed.
     """
 
     X: np.ndarray
@@ -143,6 +146,7 @@ class NewRows:
     complete: np.ndarray
     size: np.ndarray | None = None
     psi: tuple[np.ndarray | None, ...] = ()
+    dispersion: np.ndarray | None = None
 
 
 def new_rows(
@@ -164,9 +168,9 @@ def new_rows(
         effects: per random term, whether its columns are needed. levels: whether its levels are.
         allow_new_levels: levels that the fit does not know, and missing ones, are -1; otherwise they are refused. A row
             without a value that the effects read too is not complete.
-        weights: whether precision weights are needed. trials: whether numbers of trials are: the column that the fit
-            had as ``size=``; those of ``cbind()`` where newdata have them. psi: per parameter of the family whether the
-            columns of its formula are.
+        weights: whether precision weights are needed, and columns of a dispersion.
+        trials: whether numbers of trials are: the column that the fit had as ``size=``; those of ``cbind()`` where
+            newdata have them. psi: per parameter of the family whether the columns of its formula are.
 
     Raises:
         DataError: a column is missing or of the wrong kind; a category, or a level that is not allowed, is unknown;
@@ -180,6 +184,8 @@ def new_rows(
     groups = {t.group: None for t, wanted in zip(labels.terms, levels, strict=True) if wanted}
     of_psi = [part if wanted else None for part, wanted in zip(state.psi, psi, strict=False)]
     own = [part[0] for part in of_psi if part is not None]
+    disp = state.dispersion if weights else None
+    own += [disp[0]] if disp is not None else []
     table, index = _table(state, newdata, [state.fixed, *random, *own], list(groups), weights, trials)
     missing = missing_in(table)
     columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
@@ -216,6 +222,7 @@ def new_rows(
         complete,
         _trials(state, frame) if trials else None,
         tuple(None if part is None else part[0].of(frame)[:, part[1]] for part in of_psi),
+        None if disp is None else disp[0].of(frame)[:, disp[1]],
     )
 
 
@@ -270,7 +277,8 @@ def _table(
 def _as_in_the_fit(table: dict[str, pd.Series], state: FormulaState) -> dict[str, pd.Series]:
     """Columns of the kind that the formula was fitted with; unknown categories are refused."""
     known: dict[str, list[Any]] = {}
-    for part in (state.fixed, *state.random, *(part[0] for part in state.psi if part is not None)):
+    own = (*state.psi, state.dispersion)
+    for part in (state.fixed, *state.random, *(part[0] for part in own if part is not None)):
         for e in part.effects.expressions:
             name, categories = e.column or e.factor_of, part.categories(e)
             if name is not None and categories is not None:

@@ -9,7 +9,8 @@ import numpy as np
 
 class Result(IntEnum):
     """How a fit ended. ``CONVERGED`` and ``NONDIFFERENTIABLE`` are solutions, the others are not. ``SEPARATED`` and
-    ``UNBOUNDED`` are ends of generalised linear mixed models."""
+    ``UNBOUNDED`` are ends of generalised linear mixed models, the second also of linear ones whose residuals have a
+    dispersion or a correlation."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -58,7 +59,8 @@ _MESSAGES = {
     ),
     Result.UNBOUNDED: (
         "a standard deviation or a parameter of the family runs to infinity: look for levels whose rows all have the "
-        "same outcome, or, with a negative binomial family, for counts that vary no more than Poisson ones do"
+        "same outcome, or, with a negative binomial family, for counts that vary no more than Poisson ones do; of "
+        "residuals with a dispersion or a correlation: these run to a bound, look for rows that the model reproduces"
     ),
 }
 

@@ -119,6 +119,8 @@ def groups_of(labels: Labels) -> list[str]:
 def group_name(labels: Labels, group: str | None, where: str) -> str:
     """The named grouping factor, or the first."""
     groups = groups_of(labels)
+    if not groups:
+        raise DataError(f"{where}: a fit without random terms has no grouping factor")
     if group is None:
         return groups[0]
     if group not in groups:

@@ -37,6 +37,7 @@ def overview(fit: Any, group: str | None = None, *, ax: Any = None) -> np.ndarra
         4
     """
     record = rows_of(fit)
+    record.check_can("random effects to draw")
     group = group_name(record.labels, group, "overview(group=)")
     axes = many(4, ax, "an overview", 2, (4.6, 3.7))
     residuals(fit, ax=axes[0])

@@ -191,13 +191,15 @@ def rows_asked(
     labels = fitted.labels
     needed = [own or bool(whole) for own in included]
     rows = new_rows(labels, newdata, needed, included, allow_new_levels, weights=noisy, trials=trials, psi=psi)
-    if noisy and rows.weights is None and isinstance(fitted, Fitted) and np.asarray(fitted.stats.sum_log_weights) != 0:
+    if noisy and rows.weights is None and isinstance(fitted, Fitted) and _has_weights(fitted):
         warn(
             "the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1",
             InferenceWarning,
         )
     m = len(rows.X)
-    noise = np.zeros(m) if not noisy else np.ones(m) if rows.weights is None else 1.0 / rows.weights
+    noise = np.zeros(m)
+    if noisy and isinstance(fitted, Fitted):
+        noise = fitted.noise(rows.weights, rows.dispersion, m)
     targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise).with_effects(effects)
     complete, size, of_psi = rows.complete.copy(), rows.size, rows.psi
     if not rows.estimable.all():
@@ -212,6 +214,12 @@ def rows_asked(
         size = None if size is None else size[rows.estimable]
         of_psi = tuple(None if own is None else own[rows.estimable] for own in of_psi)
     return Asked(targets, rows.index, complete, size, of_psi)
+
+
+def _has_weights(fitted: Fitted) -> bool:
+    if fitted.kept is not None:
+        return fitted.given.weights is not None
+    return bool(np.asarray(fitted.stats.sum_log_weights) != 0)
 
 
 def on_rows(index: pd.Index, complete: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -123,6 +123,8 @@ def errors_of(
     """Standard errors ``(m,)`` of the prediction errors and half the widths of the intervals."""
     stats, est = fitted.stats, fitted.estimates
     sigma = np.asarray(est.sigma, float)
+    if method != "henderson":
+        fitted.check_can("second-order or bootstrap prediction errors")
     if method == "second-order":
         return _second_order(fitted, targets, level)
     lambdas = fitted.relative_factors

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.design import Design, refuse_trials
+from mixjax.design import Design, refuse_residual_side, refuse_trials
 from mixjax.machine import is_concrete
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
@@ -41,6 +41,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         12.0
     """
     refuse_trials(design)
+    refuse_residual_side(design, "the sums of its rows")
     if y is not None and np.ndim(y) == 2:
         stats = _of_many(design, y)
     else:

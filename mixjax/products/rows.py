@@ -225,12 +225,12 @@ def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
     Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True, known=basis)
     factors, places = _grouping_factors(design)
-    Zs, Z_bases = zip(
-        *(_effects(term.Z, sqrt_w, place.structure.scaling) for term, place in zip(design.terms, places, strict=True)),
-        strict=True,
-    )
+    effects = [
+        _effects(term.Z, sqrt_w, place.structure.scaling) for term, place in zip(design.terms, places, strict=True)
+    ]
+    Zs, Z_bases = [own for own, _ in effects], [basis for _, basis in effects]
     Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(factors))]
-    groups, levels = zip(*factors, strict=True)
+    groups, levels = tuple(group for group, _ in factors), tuple(m for _, m in factors)
     chain, dense = _elimination_order(factors)
     order, meetings, keys = chain + dense, [], []
     for i, s in enumerate(order):

@@ -106,7 +106,7 @@ class Layout:
     @property
     def widths(self) -> list[int]:
         """Number of effects of every factor."""
-        n_factors = 1 + max(place.factor for place in self.terms)
+        n_factors = 1 + max((place.factor for place in self.terms), default=-1)
         return [sum(place.q for place in self.terms if place.factor == f) for f in range(n_factors)]
 
     @property

@@ -95,6 +95,7 @@ def jackknife(fitted: AnyFitted, refit: Callable[[Data, int], tuple[Any, Any, An
         ValueError: factors are crossed; there are fewer than three levels; the model cannot be fitted without some
             level.
     """
+    fitted.check_can("resampling of residuals or cases")
     clusters, term = cluster_products(fitted), outermost_term(fitted)
     M, name = clusters.M, fitted.labels.terms[term].group
     if M < 3:

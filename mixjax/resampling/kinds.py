@@ -33,6 +33,8 @@ def resampler(fitted: AnyFitted, kind: Kind, key: Any, weights: str = "mammen") 
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if weights not in TWO_POINTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, TWO_POINTS))}, got {weights!r}")
+    if kind != "parametric":
+        fitted.check_can("resampling of residuals or cases")
     if kind == "cases":
         clusters = cluster_products(fitted)
 

@@ -425,6 +425,7 @@ def scenario_of(fit: Any) -> Scenario:
          random effects and residual: sd_Intercept|Subject 37.124, sigma 30.991>
     """
     record = any_record_of(fit)
+    record.check_can("scenarios")
     labels, design, est = record.labels, record.kept, record.estimates
     given = "sigma=fit.sigma" if isinstance(record, Fitted) else "family=fit.family, dispersion=fit.dispersion"
     cure = f"describe it by mixjax.scenario(formula, table, beta=fit.fixef, theta=fit.theta, {given})"

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 METHODS = ("satterthwaite", "kenward-roger", "wald")
 # Kenward and Roger's without second derivatives of the covariance, of repeated measures.
 LINEAR = "kenward-roger-linear"
+KR = "ddf='kenward-roger'"
 
 
 class Contrast(NamedTuple):
@@ -387,16 +388,18 @@ def _of_repeated(fitted: RepeatedFitted, ddf: str) -> FixedEffects:
 
 def _by_satterthwaite(fitted: Fitted | RepeatedFitted) -> FixedEffects:
     info = fitted.information
+    own_residuals = isinstance(fitted, Fitted) and fitted.kept is not None and fitted.given.has_residual_side
+    plain = None if own_residuals else f"{KR} or "
     if not info.regular:
         warn(
             "the Hessian of the criterion is not positive definite at these estimates: there are no Satterthwaite "
-            "degrees of freedom; use ddf='kenward-roger' or a simpler random part",
+            f"degrees of freedom; use {'' if plain is None else plain}a simpler random part",
             InferenceWarning,
         )
     elif not info.free.all():
         warn(
             "singular fit: Satterthwaite's degrees of freedom take the variances that are zero, and the correlations "
-            "at their bounds, as known; ddf='kenward-roger' does not",
+            f"at their bounds, as known{'' if plain is None else '; ' + KR + ' does not'}",
             InferenceWarning,
         )
 
@@ -425,6 +428,7 @@ def pooled_df(dfs: np.ndarray) -> float:
 
 
 def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
+    fitted.check_can("Kenward-Roger degrees of freedom")
     refuse_kenward_roger(fitted.stats)
     if not fitted.reml:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)

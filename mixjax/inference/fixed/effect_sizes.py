@@ -39,7 +39,7 @@ def degrees_of_sigma(fitted: Fitted) -> float:
         ValueError: the Hessian of the criterion is not positive definite.
     """
     info = fitted.information
-    variance = float(info.covariance[-1, -1])
+    variance = fitted.log_sigma_variance
     if not info.regular or not variance > 0:
         raise ValueError(
             "the Hessian of the criterion is not positive definite at these estimates: nothing says how well sigma is "

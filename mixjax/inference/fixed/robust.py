@@ -171,6 +171,7 @@ def robust(fitted: Any, cluster: Any = None, kind: str = "CR2", L: Any = None) -
         Days         10.467      1.546  17.0      6.771      0.0
     """
     fitted = record_of(fitted)
+    fitted.check_can("cluster-robust covariances")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     terms = list(fitted.labels.fixed)

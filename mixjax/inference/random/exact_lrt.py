@@ -109,7 +109,7 @@ def exact_rlrt(m: Any, m0: Any = None, mA: Any = None, key: Any = 0, n: int = 10
             "m0 and mA belong together: m has the tested effect alone, m0 all others, mA all of them; leave out both "
             "where there are no others"
         )
-    fits = [record_of(fit) for fit in (m, m0, mA) if fit is not None]
+    fits = [_without_own_residuals(fit) for fit in (m, m0, mA) if fit is not None]
     names = ("m", "m0", "mA")[: len(fits)]
     _check_one_effect(fits[0])
     check_same_data(fits, names)
@@ -158,7 +158,7 @@ def exact_lrt(m: Any, m0: str | None = None, key: Any = 0, n: int = 100_000) -> 
         (166.97, True)
     """
     n = check_count("n", n, 1)
-    fits = [record_of(m)]
+    fits = [_without_own_residuals(m)]
     _check_one_effect(fits[0])
     (fit,), notes = _by(False, fits, ("m",))
     null = f"no random effects: the variance of {_term(fit)} is 0"
@@ -229,6 +229,12 @@ def _term(fit: Fitted) -> str:
     (term,) = fit.labels.terms
     effect = "1" if term.effects == ("Intercept",) else f"0 + {term.effects[0]}"
     return f"({effect} | {term.group})"
+
+
+def _without_own_residuals(fit: Any) -> Fitted:
+    record = record_of(fit)
+    record.check_can("exact likelihood ratio tests")
+    return record
 
 
 def _check_one_effect(fit: Fitted) -> None:

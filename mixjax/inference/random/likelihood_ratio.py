@@ -19,12 +19,14 @@ from mixjax.inference.random.nesting import (
     Bounds,
     Place,
     are_formulas_within,
+    are_residuals_within,
     bounds_of,
     check_same_data,
     check_same_likelihood,
     is_within,
     logdet_X,
     place_of,
+    residual_bounds,
 )
 from mixjax.inference.random.repeated_ratio import compare_repeated
 from mixjax.optimise.results import Result, failed, note_of_failures
@@ -250,9 +252,15 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
         notes.append(f"{pair}: rows were not kept, so whether one model is a special case of the other is not known")
         return test, False
     place = place_of(pair.small, pair.large)
+    bound = "a variance to 0, its bound"
     faults = [] if pair.df > 0 else ["one has no parameter more than the other"]
     faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
     faults += [] if place.nested else ["random effects"]
+    if isinstance(pair.small, Fitted) and isinstance(pair.large, Fitted):
+        faults += [] if are_residuals_within(pair.small, pair.large) else ["residuals"]
+        if place.zeros is not None and residual_bounds(pair.small, pair.large):
+            bound = f"{'a variance and ' * bool(place.zeros)}a correlation of residuals to 0, its bound"
+            place = place._replace(zeros=place.zeros + 1)
     bounds: Bounds | None = None
     if isinstance(pair.small, GeneralizedFitted) and isinstance(pair.large, GeneralizedFitted):
         bounds = bounds_of(pair.small.family, pair.large.family)
@@ -269,7 +277,6 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
         return test | {"p_value": np.nan}, False
     if pair.difference < -1e-6:
         notes.append(f"{pair}: the larger model has the larger deviance; a search ended in a local minimum")
-    bound = "a variance to 0, its bound"
     if bounds and any(bounds) and place.zeros is not None:
         bound = f"{bounds} to 0, its bound"
         widths = pair.large.rows.psi_widths  # type: ignore[union-attr]
@@ -302,7 +309,8 @@ def _no_mixture(pair: _Pair, place: Place) -> str | None:
         return f"{pair.smaller} puts {place.zeros} {what} to 0, their bound"
     # For fixed effects alone it does not matter in a linear model: the information on them and on variances is
     # orthogonal.
-    other = pair.large.layout.k > pair.small.layout.k or isinstance(pair.small, GeneralizedFitted)
+    other = pair.large.npar - len(pair.large.labels.fixed) > pair.small.npar - len(pair.small.labels.fixed)
+    other = other or isinstance(pair.small, GeneralizedFitted)
     if pair.small.estimates.singular and other:
         return f"the fit of {pair.smaller} is singular"
     return None

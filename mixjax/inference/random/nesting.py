@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
 from mixjax.covariance import Structure
+from mixjax.design import Design, ResidualTerm
 from mixjax.families import Family
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -69,13 +70,44 @@ def _difference(a: AnyFitted, b: AnyFitted) -> str | None:
     if not np.array_equal(a.design.y, b.design.y):
         return "the response differs"
     n = a.nobs
-    if not np.array_equal(_or(a.design.weights, 1.0, n), _or(b.design.weights, 1.0, n)):
+    if not np.array_equal(_or(_given(a).weights, 1.0, n), _or(_given(b).weights, 1.0, n)):
         return "the weights differ"
     if not np.array_equal(_or(a.design.offset, 0.0, n), _or(b.design.offset, 0.0, n)):
         return "the offset differs"
     if not np.array_equal(_or(a.design.size, 1.0, n), _or(b.design.size, 1.0, n)):
         return "the numbers of trials differ"
     return None
+
+
+def _given(fit: AnyFitted | Rows) -> Design:
+    """The design with prior weights, whatever the variances of residuals are at the estimates."""
+    return fit.given if isinstance(fit, Fitted) else fit.design
+
+
+def are_residuals_within(small: Fitted, large: Fitted) -> bool:
+    """Whether the residuals' covariances of the one model are among those of the other."""
+    a, b = small.given, large.given
+    ones = np.ones((small.nobs, 1))
+    W0, W1 = (
+        ones if own.dispersion is None else np.concatenate([ones, np.asarray(own.dispersion)], axis=1) for own in (a, b)
+    )
+    return in_span(W0, W1) and (a.residual is None or _same_correlation(a.residual, b.residual))
+
+
+def _same_correlation(a: ResidualTerm, b: ResidualTerm | None) -> bool:
+    if b is None or a.structure != b.structure:
+        return False
+    same = np.array_equal(np.asarray(a.group), np.asarray(b.group))
+    if not same or a.time is None or b.time is None:
+        return same and a.time is b.time
+    return np.allclose(np.asarray(a.time) - np.min(a.time), np.asarray(b.time) - np.min(b.time))
+
+
+def residual_bounds(small: Fitted, large: Fitted) -> int:
+    """How many parameters of the larger model's residuals are at a bound where the smaller one holds: a correlation
+    that cannot be negative."""
+    own = large.given.residual
+    return int(own is not None and own.structure == "car1" and small.given.residual is None)
 
 
 def check_same_likelihood(fits: Sequence[AnyFitted], names: Sequence[str]) -> None:
@@ -174,7 +206,8 @@ def logdet_X(fit: AnyFitted) -> float:
     if isinstance(fit, GeneralizedFitted):
         Q = np.asarray(fit.rows.Q)
         return float(np.linalg.slogdet(Q.T @ Q)[1] + 2.0 * fit.rows.X_basis.logdet)
-    return float(np.linalg.slogdet(fit.stats.XX)[1] + 2.0 * fit.stats.X_basis.logdet)
+    stats = fit.given_stats
+    return float(np.linalg.slogdet(stats.XX)[1] + 2.0 * stats.X_basis.logdet)
 
 
 # --- random effects --------------------------------------------------------------------------------------------------
@@ -192,6 +225,8 @@ def place_of(small: AnyFitted | Rows, large: AnyFitted | Rows) -> Place:
     rng = np.random.default_rng(0)
     probes = rng.standard_normal((len(small.design.X), PROBES))
     terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
+    if not terms0 or not terms1:  # of models that have parameters of residuals
+        return Place(not terms0, sum(term.structure.n_reductions for term in terms1))
     spans = [_span(term.structure, rng) for term in terms1]
     kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
     residual = [] if isinstance(small, GeneralizedFitted) else [probes.ravel()]
@@ -242,9 +277,12 @@ class _WeightedTerm(NamedTuple):
 
 
 def _weighted_terms(fit: AnyFitted | Rows) -> list[_WeightedTerm]:
-    design, generalised = fit.design, isinstance(fit, GeneralizedFitted)
+    design, generalised = _given(fit), isinstance(fit, GeneralizedFitted)
     scale = np.sqrt(_or(None if generalised else design.weights, 1.0, len(design.X)))[:, None]
-    bases = fit.rows.Z_bases if isinstance(fit, GeneralizedFitted) else fit.stats.Z_bases
+    if isinstance(fit, Fitted):
+        bases = fit.given_stats.Z_bases
+    else:
+        bases = fit.rows.Z_bases if isinstance(fit, GeneralizedFitted) else fit.stats.Z_bases
     return [
         _WeightedTerm(
             scale * (np.asarray(term.Z, np.float64) @ np.asarray(basis.R_inv)),

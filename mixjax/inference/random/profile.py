@@ -44,6 +44,7 @@ class Profile(Reported):
     """
 
     def __init__(self, fitted: AnyFitted, parm: Any = None):
+        fitted.check_can("profiles")
         if isinstance(fitted, Fitted):
             reason = profile_search.refusal(fitted.stats)
         else:

@@ -142,7 +142,7 @@ def without(fitted: F, term: str) -> F:
 
 def _reduced(fitted: AnyFitted, deletion: Deletion) -> tuple[Design, Labels]:
     design, labels = design_without(fitted.design, fitted.labels, deletion)
-    if not design.terms:
+    if not design.terms and not design.has_residual_side:
         others = "ordinary regression, statsmodels.formula.api.ols or numpy.linalg.lstsq"
         if not isinstance(fitted, Fitted):
             others = "a generalised linear model, statsmodels.formula.api.glm"
@@ -161,7 +161,7 @@ class _Smaller(NamedTuple):
 
 
 def _smaller(fitted: AnyFitted, deletion: Deletion) -> _Smaller:
-    if deletion.effects is None and len(fitted.design.terms) == 1:
+    if deletion.effects is None and len(fitted.design.terms) == 1 and not fitted.design.has_residual_side:
         if isinstance(fitted, Fitted):
             return _Smaller(len(fitted.estimates.beta) + 1, linear_criterion(fitted), None)
         return _Smaller(fitted.npar - fitted.layout.k, float(_plain(fitted).criterion[0]), None)

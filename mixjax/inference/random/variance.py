@@ -53,7 +53,7 @@ def components(fitted: AnyFitted, approximation: Approximation | None = None) ->
         return Components(fixed, np.array(random), latent_variance(fitted, approximation))
     if approximation is not None:
         raise ValueError("the residual variance of a linear model is no approximation")
-    return Components(fixed, np.array(random), float(fitted.estimates.sigma) ** 2)
+    return Components(fixed, np.array(random), fitted.mean_residual_variance)
 
 
 def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | None = None) -> float:
@@ -211,7 +211,7 @@ def principal_components(fitted: Fitted) -> dict[str, pd.DataFrame]:
         PC1    0.967  0.946        1.557      0.935
         PC2    0.231  0.054        0.412      0.065
     """
-    layout = fitted.stats.layout
+    stats, layout = fitted.given_stats, fitted.layout
     lambdas = []
     for theta, q in zip(split_theta(fitted.estimates.theta, layout.qs), layout.qs, strict=True):
         Lambda = np.zeros((q, q))
@@ -222,10 +222,10 @@ def principal_components(fitted: Fitted) -> dict[str, pd.DataFrame]:
         ts = [t for t, term in enumerate(fitted.labels.terms) if term.group == group]
         places = [layout.terms[t] for t in ts]
         own = np.concatenate([np.arange(place.start, place.start + place.q) for place in places])
-        products = np.asarray(fitted.stats.factors[places[0].factor].ZZ).sum(2)[np.ix_(own, own)] / fitted.nobs
+        products = np.asarray(stats.factors[places[0].factor].ZZ).sum(2)[np.ix_(own, own)] / fitted.nobs
         sizes, vectors = np.linalg.eigh(products)
         K = np.sqrt(np.maximum(sizes, 0.0))[:, None] * vectors.T
-        in_basis = block_diag(*(fitted.stats.Z_bases[t].R @ lambdas[t] for t in ts))
+        in_basis = block_diag(*(stats.Z_bases[t].R @ lambdas[t] for t in ts))
         sd = np.linalg.svd(block_diag(*(lambdas[t] for t in ts)), compute_uv=False)
         row_sd = np.linalg.svd(K @ in_basis, compute_uv=False)
         with np.errstate(invalid="ignore"):

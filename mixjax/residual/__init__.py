@@ -1,0 +1,1 @@
+"""Residuals of unequal standard deviations, and correlated within groups."""
