@@ -180,7 +180,7 @@ class ResidualFitted(Fitted):
         middling = sigma / np.exp(natural.log_sigma)
         n, r = len(parameters), engine.transform.k
         with silently():
-            relative, by_x = natural_with_slopes(self.x[:k], layout, engine.rows.Z_bases)
+            relative, by_x = natural_with_slopes(self.x[:k], layout.structures, engine.rows.Z_bases)
             is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
             values = np.concatenate([np.where(is_sd, middling * relative, relative), natural.values, [sigma]])
             slopes = np.zeros((n + r + 1, k + r + 1))
