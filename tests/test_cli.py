@@ -176,6 +176,21 @@ def test_wrong_usage():
 # --- whatever happens, no traceback -------------------------------------------------------------------------------
 
 
+def test_dispersion_and_residual(tmp_path, capsys):
+    path = tmp_path / "data.csv"
+    mj.datasets.load("Orthodont").assign(Subject=lambda d: d["Subject"].cat.codes).to_csv(path, index=False)
+    own = ["--dispersion", "~ Sex", "--residual", "car1(age | Subject)", "--json", "--ref", "Sex=Male"]
+    assert main(["fit", "distance ~ age * Sex", str(path), *own]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fit = mj.lmm("distance ~ age * Sex", mj.datasets.load("Orthodont"), dispersion="~ Sex",
+                 residual="car1(age | Subject)")  # fmt: skip
+    assert found["criterion"] == pytest.approx(fit.criterion, abs=1e-8)
+    assert list(found["residual"]) == ["disp~Sex[T.Female]", "rho|Subject"]
+    assert list(found["residual"].values()) == pytest.approx(fit.estimates.residual.tolist(), rel=1e-6)
+    assert main(["fit", "y ~ x + (1 | g)", str(path), "--family", "poisson", "--residual", "ar1(x | g)"]) == 2
+    assert "--residual: for linear models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

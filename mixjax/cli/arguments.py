@@ -49,6 +49,14 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument("--ziformula", metavar="FORMULA", help="with --family: extra zeros, such as '~ 1' or '~ x'")
     fit.add_argument("--dispformula", metavar="FORMULA", help="with --family: its parameter by columns, such as '~ x'")
     fit.add_argument(
+        "--dispersion", metavar="FORMULA", help="linear models: residual sds by columns, log scale, such as '~ arm'"
+    )
+    fit.add_argument(
+        "--residual",
+        metavar="STRUCTURE",
+        help="linear models: correlation of residuals within groups, such as 'ar1(Days | Subject)'",
+    )
+    fit.add_argument(
         "--exponentiate", action="store_true", help="with --family: also odds or rate ratios with 95 %% intervals"
     )
     fit.add_argument(

@@ -29,7 +29,7 @@ def fit_command(arguments: argparse.Namespace) -> int:
         arguments.decimal,
         arguments.encoding,
     )
-    data = _with_references(data, arguments.ref, arguments.formula)
+    data = _with_references(data, arguments)
     contrasts = dict(arguments.contrasts)
     if len(contrasts) < len(arguments.contrasts):
         raise ValueError("--contrasts names a column more than once")
@@ -40,7 +40,8 @@ def fit_command(arguments: argparse.Namespace) -> int:
         if arguments.repeated:
             fit = mixjax.mmrm(arguments.formula, data, reml=not arguments.ml, **beside)
         elif arguments.family is None:
-            fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, **beside)
+            own = {"dispersion": arguments.dispersion, "residual": arguments.residual}
+            fit = mixjax.lmm(arguments.formula, data, reml=not arguments.ml, **beside, **own)
         else:
             fit = mixjax.glmm(
                 arguments.formula, data, arguments.family, arguments.link, arguments.size, nagq=arguments.nagq or 1,
@@ -77,7 +78,7 @@ def _check_family(arguments: argparse.Namespace) -> None:
         names = ("link", "size", "nagq", "ziformula", "dispformula", "exponentiate")
         if given := [f"--{name}" for name in names if getattr(arguments, name)]:
             raise ValueError(f"{', '.join(given)}: for generalised models; name the --family")
-    elif given := [f"--{name}" for name in ("ml", "ddf") if getattr(arguments, name)]:
+    elif given := [f"--{name}" for name in ("ml", "ddf", "dispersion", "residual") if getattr(arguments, name)]:
         raise ValueError(
             f"{', '.join(given)}: for linear models; generalised ones are fitted by maximum likelihood and have z tests"
         )
@@ -91,31 +92,42 @@ class _Roles(NamedTuple):
     groups: set[str]
 
 
-def _roles(formula: str, columns: list[str]) -> _Roles:
+def _roles(arguments: argparse.Namespace, columns: list[str]) -> _Roles:
+    from mixjax.formula.own_formulas import parse_own
     from mixjax.formula.parse import parse
+    from mixjax.formula.residual_side import parse_residual
 
-    parsed = parse(formula, columns)
+    parsed = parse(arguments.formula, columns)
     effects = {name for e in parsed.effects for name in e.columns}
     others = {name for e in (parsed.response, *parsed.offsets) for name in e.columns}
-    return _Roles(effects, others, {column for part in parsed.random for column in part.group.columns})
+    groups = {column for part in parsed.random for column in part.group.columns}
+    if arguments.dispersion:
+        own = parse_own("dispersion", arguments.dispersion, columns)
+        effects |= set(own.columns if own else ())
+    if arguments.residual:
+        part = parse_residual(arguments.residual, columns)
+        others |= set(part.time.columns if part.time else ())
+        groups |= set(part.group.columns)
+    return _Roles(effects, others, groups)
 
 
 def _names_only(arguments: argparse.Namespace, columns: list[str]) -> set[str]:
     """Columns whose values are names even where they look like numbers: 007 is a level, and not that of 7."""
-    roles = _roles(arguments.formula, columns)
+    roles = _roles(arguments, columns)
     numbers = roles.effects | roles.others | {arguments.weights, arguments.offset, arguments.size}
     return (roles.groups - numbers) | {column for column, _ in arguments.ref}
 
 
-def _with_references(data: pd.DataFrame, references: list[tuple[str, str]], formula: str) -> pd.DataFrame:
+def _with_references(data: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
     """The table with these levels as the first of their factors."""
     import pandas as pd
 
     from mixjax.checks import some_of
     from mixjax.formula.table import level_name, refuse_unknown
 
+    references = arguments.ref
     columns = [str(column) for column in data.columns]
-    used = _roles(formula, columns).effects
+    used = _roles(arguments, columns).effects
     given = [column for column, _ in references]
     for column, level in references:
         if column not in columns:
@@ -145,6 +157,8 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
 
     With tests the standard errors are those of their method, as in the summary.
     """
+    from mixjax.fitted.names import names_of_residuals
+
     frame = fit.varcorr.to_frame()
     found = {
         "formula": fit.labels.formula,
@@ -162,10 +176,14 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
     if tests is not None:
         found |= {"ddf": ddf, "se": _plain(tests["std_error"])}
         found |= {name: _plain(tests[name]) for name in ("df", "statistic", "p_value")}
+    own: dict[str, Any]
     if isinstance(fit, mixjax.MMRMFit):
         own = {}
     elif isinstance(fit, mixjax.LMMFit):
         own = {"sigma": fit.sigma, "theta": fit.theta.tolist()}
+        residual = names_of_residuals(fit.labels)
+        if residual:
+            own["residual"] = _plain(fit.variance_parameters()["estimate"][list(residual)])
     else:
         own = {"dispersion": fit.dispersion.to_dict(), "theta": fit.theta.tolist()}
     found |= {

@@ -91,6 +91,9 @@ def lmm(
         >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
         >>> round(fit.criterion, 4)
         1743.6283
+        >>> ar1 = mj.lmm("Reaction ~ Days", mj.datasets.load("sleepstudy"), residual="ar1(Days | Subject)")
+        >>> ar1.variance_parameters()["estimate"].round(2).to_dict()
+        {'rho|Subject': 0.8, 'sigma': 49.51}
     """
     check_options(reml, optimizer)
     if dispersion is not None or residual is not None:
