@@ -135,6 +135,13 @@ def test_what_goes_together_and_what_does_not():
     assert abs(treatment.estimates.residual[0]) == pytest.approx(2 * abs(contrasts.estimates.residual[0]), rel=1e-6)
 
 
+def test_levels_without_rows_are_told():
+    data = sleep()[~sleep()["Days"].isin([3, 4])]
+    with pytest.warns(DataWarning, match="and d3, d4 of 'day' has none: the levels on both sides are taken as neigh"):
+        fit = mj.lmm("Reaction ~ Days", data, residual="ar1(day | Subject)")
+    assert fit.marginal_cov([2, 3])[0, 1] == pytest.approx(fit.sigma**2 * fit.estimates.residual[0])
+
+
 def test_missing_values_of_times_groups_and_dispersions_leave_rows_out():
     data = sleep().copy()
     data.loc[3, "half"], data.loc[14, "site"] = np.nan, None

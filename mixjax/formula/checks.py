@@ -130,9 +130,17 @@ def check_structure(structure: str | Covariance, columns: Columns, term: str) ->
 
 def warn_of_gaps(frame: Mapping[str, pd.Series] | pd.DataFrame, parsed: ParsedFormula) -> None:
     """Declared categories without rows, between others, of a factor whose levels have distances."""
-    for part in parsed.random:
-        names = [e.column for e in part.effects.expressions]
-        if part.structure not in BY_DISTANCE or len(names) != 1 or names[0] is None:
+    placed = [
+        (f"'{part.structure}({part.effects} | {part.group.name})'", part.effects.expressions)
+        for part in parsed.random
+        if part.structure in BY_DISTANCE
+    ]
+    own = parsed.residual
+    if own is not None and own.time is not None:
+        placed.append((f"residual='{own.text}'", (own.time,)))
+    for what, expressions in placed:
+        names = [e.column for e in expressions]
+        if len(names) != 1 or names[0] is None:
             continue
         column = frame[names[0]]
         if not isinstance(column.dtype, pd.CategoricalDtype):
@@ -145,8 +153,8 @@ def warn_of_gaps(frame: Mapping[str, pd.Series] | pd.DataFrame, parsed: ParsedFo
         )
         if missing:
             warn(
-                f"'{part.structure}({part.effects} | {part.group.name})' counts distance in levels that have rows, and "
-                f"{some_of(missing)} of '{names[0]}' has none: the levels on both sides are taken as neighbours"
+                f"{what} counts distance in levels that have rows, and {some_of(missing)} of '{names[0]}' has none: "
+                "the levels on both sides are taken as neighbours"
             )
 
 
