@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_nothing_compiles import compiled
 
 import mixjax as mj
 from mixjax.checks import ConvergenceWarning, InferenceWarning
@@ -490,6 +491,21 @@ def test_refits_and_pickles():
         **CASES["r_ar1_varident_arm_intercept"][2],
     )
     assert warm.criterion == pytest.approx(fit.criterion, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["r_ar1_varident_arm_intercept", "sleepstudy_gls_ar1", "orthodont_varident_slopes"])
+def test_nothing_is_compiled(name):
+    data, formula, options = CASES[name]
+    with compiled() as programs:
+        fit = mj.lmm(formula, table(data), **options)
+        str(fit.summary("satterthwaite"))
+        fit.anova()
+        fit.confint(method="wald")
+        fit.refit_many(np.stack([fit.design.y, -np.asarray(fit.design.y)]))
+        fit.predict(interval="prediction")
+        mj.compare(fit, fit.without(fit.labels.fixed[1] if name == "sleepstudy_gls_ar1" else "(1 | patient)"
+                                    if data == "trial" else "age in (age | Subject)"))  # fmt: skip
+    assert programs == []
 
 
 # --- inference --------------------------------------------------------------------------------------------------------
