@@ -298,6 +298,6 @@ def refuse_residual_side(design: Design, what: str) -> None:
     """Raise ValueError for parameters of the residuals beside sigma, where there is no room for them."""
     if design.has_residual_side:
         raise ValueError(
-            f"the design has a dispersion or a correlation of residuals, and {what} knows one sigma only: fit it with "
+            f"the design has a dispersion or a correlation of residuals, which {what} cannot have: fit it with "
             "mixjax.lmm"
         )

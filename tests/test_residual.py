@@ -409,6 +409,7 @@ def test_a_correlation_that_cannot_be_negative_ends_at_zero():
     independent = 238 * (1 + np.log(2 * np.pi * rss / 238)) + np.linalg.slogdet(X.T @ X)[1]
     assert fit.criterion == pytest.approx(independent, abs=1e-9)
     assert np.isnan(fit.variance_parameters()["std_error"]["rho|g"])
+    assert "rho|g is at its bound, 0" in str(fit.summary())
     with pytest.warns(InferenceWarning, match="correlations at their bounds"):
         assert fit.test("t = 0")["df"].iloc[0] == pytest.approx(238, rel=1e-6)
     negative = mj.lmm("y ~ t", data, residual="ar1(t | g)")
@@ -671,6 +672,7 @@ def test_every_public_method_answers_or_refuses_by_name(name, monkeypatch):
         (lambda fit: fit.refit_many(fit.simulate(1, 2), engine="jax"), "leave engine= out"),
         (lambda fit: mj.cross_products(fit.design), "mixjax.lmm"),
         (lambda fit: mj.marginal_loglik(None, fit.design), "mixjax.lmm"),
+        (lambda fit: mj.rows(fit.design, mj.families.poisson()), "mixjax.lmm"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(ask, instead):

@@ -74,6 +74,8 @@ def _check_family(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options of the other kind of model."""
     if arguments.repeated and arguments.family is not None:
         raise ValueError("--repeated: of normal responses; leave --family out")
+    if arguments.repeated and (arguments.dispersion or arguments.residual):
+        raise ValueError("--dispersion, --residual: the covariance of --repeated stands in its formula")
     if arguments.family is None:
         names = ("link", "size", "nagq", "ziformula", "dispformula", "exponentiate")
         if given := [f"--{name}" for name in names if getattr(arguments, name)]:

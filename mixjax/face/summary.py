@@ -253,6 +253,9 @@ class Summary(Reported):
         if self.fitted.estimates.singular:
             notes.append("singular fit: a covariance of random effects has less than full rank (a variance 0, or a "
                          "correlation at its bound)")  # fmt: skip
+        if (table := residual_table(self.fitted)) is not None:
+            at_bound = table.loc[(table["Std. Error"] == "") & (table["Estimate"].astype(float) == 0), ""]
+            notes += [f"{name} is at its bound, 0" for name in at_bound]
         if not self.fitted.estimates.converged:
             notes.append(f"NOT CONVERGED: {self.fitted.optimizer.message}")
         return notes

@@ -41,7 +41,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
         12.0
     """
     refuse_trials(design)
-    refuse_residual_side(design, "the sums of its rows")
+    refuse_residual_side(design, "sums of its rows")
     if y is not None and np.ndim(y) == 2:
         stats = _of_many(design, y)
     else:
