@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from test_nothing_compiles import compiled
 
 import mixjax as mj
@@ -294,6 +295,35 @@ def test_rows_are_whitened(seed, name, angle):
     for number, (i, j) in enumerate(pairs(3)):
         expected = (at[j][1 + i] - at[3 + j][1 + i]) / (2 * h)
         np.testing.assert_allclose(products[4 + number], expected, atol=1e-5 * scale)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 10_000), st.booleans())
+def test_no_better_minimum_of_the_dense_criterion(seed, reml):
+    """Random data with gaps; the textbook's criterion is searched without derivatives, from the fit and elsewhere."""
+    rng = np.random.default_rng(seed)
+    data = pd.DataFrame({"g": np.repeat(np.arange(9), 7), "t": np.tile(np.arange(7), 9)}).sample(45, random_state=seed)
+    data["x"] = rng.normal(size=45)
+    noise = np.exp(0.4 * data["x"]) * rng.normal(size=45)
+    data["y"] = 3 + data["t"] + rng.normal(size=9)[data["g"]] + noise.groupby(data["g"]).transform("cumsum") / 2
+    fit = mj.lmm("y ~ t + (1 | g)", data, reml=reml, dispersion="~ x", residual="ar1(t | g)")
+    assert fit.converged
+    group, time, W = data["g"].to_numpy(), data["t"].to_numpy(float), data[["x"]].to_numpy()
+    y, X = np.asarray(fit.design.y), fit.X
+
+    def value(u):
+        with np.errstate(all="ignore"):
+            try:
+                return dense(y, X, textbook(data, group, time, W, u), reml)[0]
+            except np.linalg.LinAlgError:
+                return np.inf
+
+    gamma, rho = fit.estimates.residual
+    at = np.array([np.log(max(np.sqrt(fit.Sigma["g"][0, 0]), 1e-6)), np.arctanh(rho), gamma, np.log(fit.sigma)])
+    assert value(at) == pytest.approx(fit.criterion, abs=1e-6)
+    for start in (at, np.array([0.0, 0.0, 0.0, 0.0]), np.array([-2.0, 1.5, 0.0, 0.5])):
+        found = minimize(value, start, method="Nelder-Mead", options={"maxfev": 1500, "fatol": 1e-9, "xatol": 1e-6})
+        assert found.fun > fit.criterion - 1e-5
 
 
 # --- invariance -------------------------------------------------------------------------------------------------------
