@@ -62,31 +62,41 @@ def main():
     again, _ = cpu(lambda: fit.refit(), 20)
     record = fit.record
     alone, _ = cpu(lambda: record.refit(record.design.y), 20)
-    print(f"fev, us(4), p = 10: criterion {fit.criterion:.6f}, first call {1e3 * first:.0f} ms, "
-          f"another response {1e3 * alone:.1f} ms of CPU")
+    print(
+        f"fev, us(4), p = 10: criterion {fit.criterion:.6f}, first call {1e3 * first:.0f} ms, "
+        f"another response {1e3 * alone:.1f} ms of CPU"
+    )
     del again
     Y = fit.simulate(key=1, n=10_000)
     took, batch = cpu(lambda: fit.refit_many(Y), 1)
-    print(f"10 000 trials: {took:.1f} s of CPU, {10_000 / took:.0f} a second, {PUBLISHED * 10_000 / took:.0f} times "
-          f"mmrm's published rate; {batch.counts['failed']} failed, largest scaled gradient "
-          f"{batch.estimates.grad_norm.max():.1e}")
+    print(
+        f"10 000 trials: {took:.1f} s of CPU, {10_000 / took:.0f} a second, {PUBLISHED * 10_000 / took:.0f} times "
+        f"mmrm's published rate; {batch.counts['failed']} failed, largest scaled gradient "
+        f"{batch.estimates.grad_norm.max():.1e}"
+    )
     for ddf in ("satterthwaite", "kenward-roger"):
         took, _ = cpu(lambda ddf=ddf: batch.test("ARMCD[T.TRT]:AVISIT[T.VIS4] = 0", ddf), 1)
         print(f"  {ddf} tests of all: {took:.1f} s")
     rng = np.random.default_rng(2)
     Z = np.where(rng.random(Y.shape) < 0.1, np.nan, Y)
     took, batch = cpu(lambda: fit.refit_many(Z), 1)
-    print(f"  with a tenth of the visits missed, each its own: {took:.1f} s, {10_000 / took:.0f} a second, "
-          f"{batch.counts['failed']} failed")
+    print(
+        f"  with a tenth of the visits missed, each its own: {took:.1f} s, {10_000 / took:.0f} a second, "
+        f"{batch.counts['failed']} failed"
+    )
     ten = ten_visits()
     formula = "y ~ base + race + arm * visit + us(visit | id)"
     took, one = cpu(lambda: mj.mmrm(formula, ten), 1)
-    print(f"1 000 patients, us(10), {one.nobs} rows, {one.npar} parameters: {took:.2f} s, {PUBLISHED_TEN / took:.0f} "
-          f"times mmrm's published rate; Kenward-Roger F tests {cpu(lambda: one.anova(ddf='kenward-roger'), 1)[0]:.2f} s")
+    print(
+        f"1 000 patients, us(10), {one.nobs} rows, {one.npar} parameters: {took:.2f} s, {PUBLISHED_TEN / took:.0f} "
+        f"times mmrm's published rate; Kenward-Roger F tests {cpu(lambda: one.anova(ddf='kenward-roger'), 1)[0]:.2f} s"
+    )
     if shutil.which("Rscript"):
         criterion, seconds = by_gls(data)
-        print(f"nlme's gls, same model: criterion {criterion:.6f} ({criterion - fit.criterion:+.1e} against ours), "
-              f"{1e3 * seconds:.0f} ms, {seconds / alone:.0f} times one refit here")
+        print(
+            f"nlme's gls, same model: criterion {criterion:.6f} ({criterion - fit.criterion:+.1e} against ours), "
+            f"{1e3 * seconds:.0f} ms, {seconds / alone:.0f} times one refit here"
+        )
 
 
 if __name__ == "__main__":

@@ -30,15 +30,21 @@ def trial(n, dropout):
 
 
 def main():
-    print(f"rejections of a true hypothesis at level 0.05, {REPLICATES} trials each "
-          f"(Monte Carlo standard error {np.sqrt(0.05 * 0.95 / REPLICATES):.4f})")
-    print(f"{'subjects':>8} {'drop-out':>8} {'structure':>9} {'wald':>8} {'satterth.':>9} {'KR':>8} {'failed':>7} {'CPU s':>6}")
+    print(
+        f"rejections of a true hypothesis at level 0.05, {REPLICATES} trials each "
+        f"(Monte Carlo standard error {np.sqrt(0.05 * 0.95 / REPLICATES):.4f})"
+    )
+    print(
+        f"{'subjects':>8} {'drop-out':>8} {'structure':>9} {'wald':>8} {'satterth.':>9} {'KR':>8} {'failed':>7} {'CPU s':>6}"
+    )
     for n, dropout in ((20, 0.1), (30, 0.1), (60, 0.1), (60, 0.2), (200, 0.1)):
         truth = trial(n, dropout)
         for structure in ("us", "ar1h"):
             failed, begun = 0, time.process_time()
-            fit = mj.mmrm(f"y ~ 0 + visit + visit:arm + {structure}(visit | id)",
-                          truth.table.assign(y=truth.simulate(0, 1)[0]).fillna({"y": 0.0}))
+            fit = mj.mmrm(
+                f"y ~ 0 + visit + visit:arm + {structure}(visit | id)",
+                truth.table.assign(y=truth.simulate(0, 1)[0]).fillna({"y": 0.0}),
+            )
             hits = dict.fromkeys(("wald", "satterthwaite", "kenward-roger"), 0)
             tested = 0
             for first in range(0, REPLICATES, 10_000):
@@ -51,8 +57,8 @@ def main():
                 tested += len(p)
             shares = [hits[ddf] / tested for ddf in hits]
             took = time.process_time() - begun
-            print(f"{n:8d} {dropout:8.1f} {structure:>9} {shares[0]:8.4f} {shares[1]:9.4f} {shares[2]:8.4f} {failed:7d} {took:6.0f}",
-                  flush=True)
+            cells = (n, dropout, structure, *(f"{share:.4f}" for share in shares), failed, f"{took:.0f}")
+            print(" ".join(f"{cell:>9}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
