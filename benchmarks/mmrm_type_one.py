@@ -30,13 +30,10 @@ def trial(n, dropout):
 
 
 def main():
-    print(
-        f"rejections of a true hypothesis at level 0.05, {REPLICATES} trials each "
-        f"(Monte Carlo standard error {np.sqrt(0.05 * 0.95 / REPLICATES):.4f})"
-    )
-    print(
-        f"{'subjects':>8} {'drop-out':>8} {'structure':>9} {'wald':>8} {'satterth.':>9} {'KR':>8} {'failed':>7} {'CPU s':>6}"
-    )
+    error = np.sqrt(0.05 * 0.95 / REPLICATES)
+    print(f"rejections of a true hypothesis at level 0.05, {REPLICATES} trials each (Monte Carlo error {error:.4f})")
+    heads = ("subjects", "drop-out", "structure", "wald", "satterth.", "KR", "failed", "CPU s")
+    print(" ".join(f"{head:>9}" for head in heads))
     for n, dropout in ((20, 0.1), (30, 0.1), (60, 0.1), (60, 0.2), (200, 0.1)):
         truth = trial(n, dropout)
         for structure in ("us", "ar1h"):
