@@ -52,9 +52,9 @@ def test_what_is_read(text, structure, time, group):
     [
         (
             "us(Days | Subject)",
-            r"no residual structure 'us'.*ar1, car1, cs; us, csh, toeph, ... by visits: mixjax.mmrm",
+            r"a covariance between visits.*write mixjax.mmrm\('y ~ x \+ us\(",
         ),
-        ("csh(Days | Subject)", "no residual structure 'csh'.*mixjax.mmrm"),
+        ("csh(Days | Subject)", "a covariance between visits.*mixjax.mmrm"),
         ("(Days | Subject)", "residual must be text such as"),
         ("Days", "residual must be text such as"),
         (3, "residual must be text such as 'ar1.*got int"),

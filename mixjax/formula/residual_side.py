@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, FormulaError, some_of
+from mixjax.covariance import canonical
 from mixjax.design import ResidualTerm
 from mixjax.formula.algebra import INTERCEPT
 from mixjax.formula.context import Context
@@ -77,6 +78,11 @@ def parse_residual(text: Any, columns: Collection[str]) -> ResidualPart:
     if call is None:
         raise FormulaError(f"{wanted}, got {text!r}: {known}")
     name, inside = call
+    if name not in STRUCTURES and canonical(name) is not None:
+        raise FormulaError(
+            f"residual={text!r} is a covariance between visits, which mixjax.mmrm fits, without random effects beside "
+            f"it: write mixjax.mmrm('y ~ x + {text.strip()}', data)"
+        )
     if name not in STRUCTURES:
         raise FormulaError(f"there is no residual structure '{name}' ({text!r}): {known}")
     parts = inside.split("|", "||")
