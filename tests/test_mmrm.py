@@ -478,6 +478,19 @@ def test_every_method_of_a_fit_answers():
             function(fit)
 
 
+def test_side_by_side_with_a_random_intercept():
+    own, other = fev_fit("ar1"), mj.lmm("FEV1 ~ RACE + ARMCD * AVISIT + (1 | USUBJID)", fev())
+    table = mj.table({"mmrm": own, "lmm": other}, "p", ddf="kenward-roger")
+    frame = table.to_frame()["mmrm"]
+    np.testing.assert_allclose(frame["random", "cor lag 1 | USUBJID", "estimate"], own.estimates.Sigma[0][0, 1]
+                               / own.estimates.Sigma[0][0, 0])  # fmt: skip
+    np.testing.assert_allclose(frame["fit", "Criterion", ""], own.criterion)
+    p = own.test("ARMCD[T.TRT] = 0", ddf="kenward-roger")["p_value"].iloc[0]
+    np.testing.assert_allclose(frame["fixed", "ARMCD[T.TRT]", "p_value"], p)
+    with pytest.raises(ValueError, match="ratios"):
+        mj.table(own, exponentiate=True)
+
+
 def test_kenward_roger_of_an_ml_fit_says_that_it_refits():
     fit = fev_fit(reml=False)
     with pytest.warns(mj.InferenceWarning, match="refitted by REML"):

@@ -13,12 +13,13 @@ from mixjax import numerals
 from mixjax.checks import check_count, check_level, listed, some_of
 from mixjax.distributions import t_quantile
 from mixjax.face.summary import coefficient_table
-from mixjax.fitted.either import AnyFitted, any_record_of
+from mixjax.fitted.either import AnyRecord, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import interaction_key, names_of_residuals, names_of_variances
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.parameters import parameters_of_family
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.random import variance
 from mixjax.markup import Cells, Report, Reported
@@ -184,7 +185,7 @@ def table(
         rows.append([label, *_shown(values, digits, digits if decimals is None else decimals)])
         numbers["fit", label, ""] = values
     rows.append(["Estimated by", *map(_method, records)])
-    if not all(isinstance(record, Fitted) for record in records):
+    if any(isinstance(record, GeneralizedFitted) for record in records):
         rows.append(["Family", *map(_family, records)])
     numbers["fit", "REML", ""] = [_is_restricted(record) for record in records]
     for label, flags, usual in (
@@ -199,49 +200,50 @@ def table(
     notes = [*_how(stat, method, level, bool(stars), records), *_warnings(records, names, method)]
     if exponentiate:
         notes.insert(0, "fixed effects are ratios of odds (logit) or of means (log)")
-        if any(record.labels.psi for record in records if not isinstance(record, Fitted)):
+        if any(record.labels.psi for record in records if isinstance(record, GeneralizedFitted)):
             notes.insert(1, "coefficients of dispersion and of extra zeros stay on the scales of their links")
     return ModelTable(Cells(["", *names], rows, rules=rules), tuple(notes), frame)
 
 
-def _method(record: AnyFitted) -> str:
+def _method(record: AnyRecord) -> str:
     """By what a model was estimated."""
-    if isinstance(record, Fitted):
+    if not isinstance(record, GeneralizedFitted):
         return "REML" if record.reml else "ML"
     if record.nagq > 1:
         return f"quadrature ({record.nagq})"
     return "Laplace" + ", expected" * (record.curvature == "expected")
 
 
-def _is_restricted(record: AnyFitted) -> bool:
-    return isinstance(record, Fitted) and record.reml
+def _is_restricted(record: AnyRecord) -> bool:
+    return not isinstance(record, GeneralizedFitted) and record.reml
 
 
-def _family(record: AnyFitted) -> str:
-    return "gaussian" if isinstance(record, Fitted) else f"{record.family.name} ({record.family.link})"
+def _family(record: AnyRecord) -> str:
+    return f"{record.family.name} ({record.family.link})" if isinstance(record, GeneralizedFitted) else "gaussian"
 
 
-def _check_ratios(records: Sequence[AnyFitted], names: Sequence[str]) -> None:
+def _check_ratios(records: Sequence[AnyRecord], names: Sequence[str]) -> None:
     """Raise ValueError where exponentials of the fixed effects say nothing."""
     for record, name in zip(records, names, strict=True):
-        if isinstance(record, Fitted) or record.family.link not in RATIOS:
+        if not isinstance(record, GeneralizedFitted) or record.family.link not in RATIOS:
             raise ValueError(
                 f"exponentiate=True is for links {' and '.join(RATIOS)}, whose effects are ratios; {name} is "
                 f"{_family(record)}"
             )
 
 
-def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyFitted], list[str]]:
+def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyRecord], list[str]]:
     """Records and names of one fit, some, or a dict."""
     if isinstance(fits, Mapping):
         if names is not None:
             raise ValueError("names= is for a list of fits; the keys of a dict are their names")
         names, fits = list(fits), list(fits.values())
-    elif isinstance(fits, Fitted | GeneralizedFitted) or hasattr(fits, "record") or not isinstance(fits, Sequence):
+    elif isinstance(fits, AnyRecord) or hasattr(fits, "record") or not isinstance(fits, Sequence):
         fits = [fits]
-    records = [any_record_of(fit) for fit in fits]
+    found = [getattr(fit, "record", fit) for fit in fits]
+    records = [record if isinstance(record, RepeatedFitted) else any_record_of(record) for record in found]
     if not records:
-        raise ValueError("there are no fits; give one or more, as mixjax.lmm or mixjax.glmm returns them")
+        raise ValueError("there are no fits; give one or more, as mixjax.lmm, glmm or mmrm returns them")
     if names is None:
         return records, [f"({i + 1})" for i in range(len(records))]
     names = [names] if isinstance(names, str) else list(map(str, names))
@@ -256,11 +258,11 @@ def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyFitted], li
 
 
 def _fixed(
-    record: AnyFitted, ddf: str | None, level: float, exponentiate: bool
+    record: AnyRecord, ddf: str | None, level: float, exponentiate: bool
 ) -> dict[Key, tuple[str, dict[str, float]]]:
     """Key of a fixed effect -> its name and numbers. Factors of an interaction may stand in another order elsewhere."""
     names = record.labels.fixed
-    if ddf is not None and not isinstance(record, Fitted):
+    if ddf is not None and isinstance(record, GeneralizedFitted):
         ddf = "wald"
     frame = coefficient_table(record, None if ddf is None else t_tests(record, np.eye(len(names)), ddf, names=names))
     if ddf is not None:
@@ -274,7 +276,7 @@ def _fixed(
     return {interaction_key(name): (name, row) for name, row in zip(names, rows, strict=True)}
 
 
-def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
+def _random(record: AnyRecord) -> dict[Key, tuple[str, float]]:
     """(group, kind, effects) -> label and estimate of standard deviations, correlations and sigma, or the parameters of
     the family.
 
@@ -282,7 +284,8 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
     fits share a row. A parameter that all effects of a term share names none of them.
     """
     found: dict[Key, tuple[str, float]] = {}
-    for parameter in names_of_variances(record.labels, record.layout.structures):
+    structures = record.structures if isinstance(record, RepeatedFitted) else record.layout.structures
+    for parameter in names_of_variances(record.labels, structures):
         term, natural = record.labels.terms[parameter.term], parameter.natural
         places = sorted([natural.i, natural.j]) if parameter.kind == "cor" else [natural.i]
         plain = natural.shared or natural.kind == "real"
@@ -300,16 +303,21 @@ def _random(record: AnyFitted) -> dict[Key, tuple[str, float]]:
         ):
             found[(), "residual", (name,), 0] = (name.replace("|", " | "), float(value))
         return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
+    if isinstance(record, RepeatedFitted):
+        return found
     names, values, _ = parameters_of_family(record.labels, record.family, np.asarray(record.estimates.psi))
     return found | {((), "sigma", (name,), 0): (name, float(x)) for name, x in zip(names, values, strict=True)}
 
 
-def _groups(record: AnyFitted) -> dict[Key, tuple[str, int]]:
+def _groups(record: AnyRecord) -> dict[Key, tuple[str, int]]:
     """Numbers of levels of the grouping factors."""
+    if isinstance(record, RepeatedFitted):
+        subject = record.labels.repetition.subject.name
+        return {(subject,): (f"Groups: {subject}", len(record.rows.order))}
     return {(term.group,): (f"Groups: {term.group}", len(term.levels)) for term in record.labels.terms}
 
 
-def _whole(record: AnyFitted) -> dict[str, float]:
+def _whole(record: AnyRecord) -> dict[str, float]:
     """Numbers of the fit as a whole; without its rows no shares of variance."""
     found = {
         "logLik": record.loglik,
@@ -317,7 +325,7 @@ def _whole(record: AnyFitted) -> dict[str, float]:
         "BIC": record.bic,
         "Criterion": float(record.estimates.criterion),
     }
-    if record.kept is None:
+    if record.kept is None or isinstance(record, RepeatedFitted):
         return found
     try:
         r2, icc = variance.r2(record), variance.icc(record)
@@ -392,19 +400,19 @@ def _placed(texts: Sequence[str], found: Sequence[Any]) -> list[str]:
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 
-def _how(stat: str | None, ddf: str | None, level: float, stars: bool, records: Sequence[AnyFitted]) -> list[str]:
+def _how(stat: str | None, ddf: str | None, level: float, stars: bool, records: Sequence[AnyRecord]) -> list[str]:
     """The statistics below the estimates, and their method."""
     parts = []
     if stat is not None:
         what = STATISTICS[stat][1]
         parts.append(f"{100 * level:g} % {what}" if stat == "ci" else what)
     if ddf is not None:
-        linear = [isinstance(record, Fitted) for record in records]
+        linear = [not isinstance(record, GeneralizedFitted) for record in records]
         parts += [ddf_note(ddf)] * any(linear) + ["z tests of generalised models"] * (not all(linear))
     return [", ".join(parts)] * bool(parts) + ["* p < 0.05, ** p < 0.01, *** p < 0.001"] * stars
 
 
-def _warnings(records: Sequence[AnyFitted], names: Sequence[str], ddf: str | None) -> list[str]:
+def _warnings(records: Sequence[AnyRecord], names: Sequence[str], ddf: str | None) -> list[str]:
     """Notes on the fits, one by one and beside each other."""
     notes = []
     for record, name in zip(records, names, strict=True):
@@ -416,13 +424,13 @@ def _warnings(records: Sequence[AnyFitted], names: Sequence[str], ddf: str | Non
             notes.append(f"{name}: redundant columns left out: {some_of(record.labels.dropped_columns)}")
         if record.kept is None:
             notes.append(f"{name} kept no rows, which ICC and R2 need")
-        if ddf == "kenward-roger" and isinstance(record, Fitted) and not record.reml:
+        if ddf and ddf.startswith("kenward-roger") and record.has_df and not record.reml:
             notes.append(f"{name}: fixed effects and their standard errors are those of its REML refit")
     if len({(record.labels.response, record.nobs) for record in records}) > 1:
         notes.append("responses or numbers of rows differ: logLik, AIC, BIC and criteria cannot be compared")
     elif len(set(map(_is_restricted, records))) > 1:
         notes.append("REML beside ML: their logLik, AIC, BIC and criteria cannot be compared")
-    elif len({_method(record) for record in records if not isinstance(record, Fitted)}) > 1:
+    elif len({_method(record) for record in records if isinstance(record, GeneralizedFitted)}) > 1:
         notes.append("the integrals are approximated in several ways: logLik, AIC, BIC and criteria compare badly")
     elif _is_restricted(records[0]) and len({frozenset(map(interaction_key, r.labels.fixed)) for r in records}) > 1:
         notes.append("REML fits of different fixed effects: their logLik, AIC, BIC and criteria cannot be compared")
