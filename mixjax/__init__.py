@@ -40,6 +40,7 @@ _HOMES = {
     "criterion": "mixjax.engine.criterion",
     "MarginalParams": "mixjax.engine.marginal",
     "marginal_loglik": "mixjax.engine.marginal",
+    "marginal_loglik_by_level": "mixjax.engine.by_level",
     "stack": "mixjax.products.sums",
     "shard": "mixjax.products.sharding",
     "estimate": "mixjax.estimation.estimate",
@@ -95,6 +96,14 @@ _HOMES = {
     "skew_normal": "mixjax.populations.noise",
     "shifted_gamma": "mixjax.populations.noise",
     "contaminated_normal": "mixjax.populations.noise",
+    # Bayesian models
+    "bayes": "mixjax.sampling.bayes",
+    "Posterior": "mixjax.sampling.posterior",
+    "prior": "mixjax.sampling.prior",
+    "priors": "mixjax.sampling.priors",
+    "default_priors": "mixjax.sampling.priors",
+    "prior_predictive": "mixjax.sampling.predictive",
+    "log_posterior": "mixjax.sampling.density",
     # what can go wrong
     "FormulaError": "mixjax.checks",
     "DataError": "mixjax.checks",
@@ -119,6 +128,7 @@ if TYPE_CHECKING:
     from mixjax.design import Labels as Labels
     from mixjax.design import RandomTerm as RandomTerm
     from mixjax.design import RepeatedDesign as RepeatedDesign
+    from mixjax.engine.by_level import marginal_loglik_by_level as marginal_loglik_by_level
     from mixjax.engine.criterion import criterion as criterion
     from mixjax.engine.laplace import GLMMParams as GLMMParams
     from mixjax.engine.laplace import glmm_criterion as glmm_criterion
@@ -178,6 +188,13 @@ if TYPE_CHECKING:
     from mixjax.products.sharding import shard as shard
     from mixjax.products.sums import CrossProducts as CrossProducts
     from mixjax.products.sums import stack as stack
+    from mixjax.sampling.bayes import bayes as bayes
+    from mixjax.sampling.density import log_posterior as log_posterior
+    from mixjax.sampling.posterior import Posterior as Posterior
+    from mixjax.sampling.predictive import prior_predictive as prior_predictive
+    from mixjax.sampling.prior import prior as prior
+    from mixjax.sampling.priors import default_priors as default_priors
+    from mixjax.sampling.priors import priors as priors
     from mixjax.streams import cross_products_from as cross_products_from
     from mixjax.studies.power import power as power
     from mixjax.studies.power import power_curve as power_curve

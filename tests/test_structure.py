@@ -20,7 +20,7 @@ ROOMS = [
     "mixjax.covariance", "mixjax.residual", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
-    "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics",
+    "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",
     "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 # What rooms above ask of the engine, of the sums over rows and of the fits, and nothing else there.
@@ -29,11 +29,14 @@ ASKED = {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
         "Visits", "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
         "ResidualEngine", "Slopes",
+        "FixedParts", "Integrated", "integrated", "in_bases", "warn_of_float32", "LevelProducts", "level_products",
+        "split",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "MOST_DENSE_LANES", "has_closed_form",
         "in_lanes_at_once", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
+        "MOST_DENSE_DRAWS", "sizes_of",
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",

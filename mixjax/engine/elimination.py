@@ -125,7 +125,7 @@ def eliminate(lambdas: list[Array], blocks: Arranged) -> Reduced:
     A, C, B, G = dict(blocks.A), dict(blocks.C), dict(blocks.B), blocks.G
     logdet = jnp.zeros((), G.dtype)
     for i, f in enumerate(layout.chain):
-        K, logdets = linalg.gain(_factor_lambda(lambdas, layout, f), A[f])
+        K, logdets = linalg.gain(factor_lambda(lambdas, layout, f), A[f])
         logdet = logdet + logdets.sum()
         KB = linalg.matmul(K, B[f])
         above = layout.chain[i + 1 :]
@@ -133,11 +133,11 @@ def eliminate(lambdas: list[Array], blocks: Arranged) -> Reduced:
             parent, C_fs = C[f, s]
             C_sf_K = linalg.matmul(linalg.transpose(C_fs), K)
             m = A[s].shape[2]
-            A[s] = A[s] - _sum_children(linalg.matmul(C_sf_K, C_fs), parent, m)
-            B[s] = B[s] - _sum_children(linalg.matmul(C_sf_K, B[f]), parent, m)
+            A[s] = A[s] - sum_children(linalg.matmul(C_sf_K, C_fs), parent, m)
+            B[s] = B[s] - sum_children(linalg.matmul(C_sf_K, B[f]), parent, m)
             for t in above[j + 1 :]:
                 of_s, C_st = C[s, t]
-                C[s, t] = (of_s, C_st - _sum_children(linalg.matmul(C_sf_K, C[f, t][1]), parent, m))
+                C[s, t] = (of_s, C_st - sum_children(linalg.matmul(C_sf_K, C[f, t][1]), parent, m))
         G = G - jnp.einsum("arm,asm->rs", B[f], KB)
 
     n_dense = sum(q * m for _, q, m in blocks.dense)
@@ -149,13 +149,13 @@ def eliminate(lambdas: list[Array], blocks: Arranged) -> Reduced:
     return Reduced(logdet, G[:-1, :-1], G[:-1, -1], G[-1, -1])
 
 
-def _factor_lambda(lambdas: list[Array], layout: Layout, f: int) -> Array:
+def factor_lambda(lambdas: list[Array], layout: Layout, f: int) -> Array:
     """Block diagonal Lambda of all terms on one grouping factor."""
     own = [Lambda for Lambda, place in zip(lambdas, layout.terms, strict=True) if place.factor == f]
     return own[0] if len(own) == 1 else jax.scipy.linalg.block_diag(*own)
 
 
-def _sum_children(x: Array, parent: Array, m: int) -> Array:
+def sum_children(x: Array, parent: Array, m: int) -> Array:
     """Sum ``(..., m_s)`` over the levels of each parent: ``(..., m)``."""
     return jnp.moveaxis(jax.ops.segment_sum(jnp.moveaxis(x, -1, 0), parent, m), 0, -1)
 
@@ -164,7 +164,7 @@ def _times_dense_lambda(lambdas: list[Array], blocks: Arranged, rows: Array) -> 
     """``Lambda' rows`` for the block of all dense effects: ``(n_dense, r) -> (n_dense, r)``."""
     parts, start = [], 0
     for f, q, m in blocks.dense:
-        Lambda = _factor_lambda(lambdas, blocks.layout, f)
+        Lambda = factor_lambda(lambdas, blocks.layout, f)
         part = rows[start : start + q * m].reshape(q, m, rows.shape[1])
         parts.append(linalg.matmul(Lambda.T, part.reshape(q, 1, -1)).reshape(q * m, -1))
         start += q * m

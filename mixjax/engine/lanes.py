@@ -59,6 +59,12 @@ class Lanes:
         """The profiled likelihood at ``x (k, B)``."""
         return curvature.profile_lanes(x, self.moments, self.reml)
 
+    def modes(self, x: Array) -> tuple[Array, ...]:
+        """Per term the conditional modes ``(q, m, B)`` of its effects in the basis of Z, at ``x (k, B)`` and the
+        profiled fixed effects; not of moments by class."""
+        _, by_factor = curvature.profile_and_modes(x, self.moments, self.reml)
+        return tuple(by_factor[place.factor][place.start : place.start + place.q] for place in self.layout.terms)
+
     def slopes(self, x: Array) -> Slopes:
         """How the fixed effects' covariance and the residual sum of squares move with ``x (k, B)``."""
         return curvature.slopes_of(x, self.moments, self.reml)

@@ -22,6 +22,9 @@ MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
 MOST_SLOPES = 2**23
 # Effects beside the first factor's up to which NumPy works on lanes side by side: responses of one design, and designs.
 MOST_DENSE_LANES, MOST_DENSE_STACKED = 32, 256
+# Effects beside the first factor's up to which the posterior is sampled: every gradient inverts a matrix of that size,
+# in each chain, thousands of times.
+MOST_DENSE_DRAWS = 1024
 # Fixed effects of the compiled lanes at most: their matrices of X's columns are eliminated row by row, one entry of all
 # lanes after the other, and from about here on LAPACK is quicker for one fit at a time.
 MOST_COLUMNS = 64

@@ -1,0 +1,1 @@
+"""Bayesian linear mixed models: priors, the log posterior with random effects integrated out, and draws from it."""

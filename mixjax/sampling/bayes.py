@@ -1,0 +1,204 @@
+"""``bayes()``: formula, table and priors in, draws out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from mixjax.checks import check_count
+from mixjax.covariance import lambdas_of_theta
+from mixjax.fitted.record import Fitted, fit_rows
+from mixjax.formula.build import build
+from mixjax.formula.checks import check_identifiable
+from mixjax.formula.context import caller_context
+from mixjax.machine import float64
+from mixjax.products.rows import rows_of
+from mixjax.products.sizes import MOST_DENSE_DRAWS, sizes_of
+from mixjax.products.sums import CrossProducts, pad
+from mixjax.sampling import importance, nuts
+from mixjax.sampling.density import look
+from mixjax.sampling.mode import mode
+from mixjax.sampling.posterior import Posterior, Sampling
+from mixjax.sampling.priors import ModelPriors, Priors, default_priors
+from mixjax.simulation import as_key, key_words
+from mixjax.waiting import Waiting
+
+Method = Literal["nuts", "importance", "auto"]
+METHODS = ("nuts", "importance", "auto")
+# Draws in one call of the program that looks at them.
+BATCH = 1024
+# Standard deviations that a search starts from at least, times the root mean square of their column, by sigma.
+FLOOR = 0.2
+
+
+def bayes(
+    formula: str,
+    data: Any,
+    priors: Priors | None = None,
+    draws: int = 1000,
+    chains: int = 4,
+    key: Any = 0,
+    *,
+    warmup: int = 300,
+    target: float = 0.8,
+    method: Method = "nuts",
+    integrate: bool = True,
+    max_doublings: int = 10,
+    weights: Any = None,
+    offset: Any = None,
+    subset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    trusted: bool | None = None,
+) -> Posterior:
+    """Draws from the posterior of a linear mixed model.
+
+    What is sampled are the variance parameters alone: random effects are integrated out of the likelihood, and so are
+    fixed effects whose prior is flat or normal. They are drawn afterwards, exactly, given every draw of the others. So
+    the sampler moves in a few dimensions, in which the posterior is nearly normal.
+
+    Args:
+        formula, data, weights, offset, subset, contrasts, trusted: as in :func:`mixjax.lmm`.
+        priors: :func:`mixjax.priors`; None for :func:`mixjax.default_priors`, which are brms's.
+        draws: of each chain, kept. chains: run side by side. warmup: iterations before, rounded up to hundreds.
+        key: int or JAX key. The same key gives the same draws.
+        target: acceptance that the step size aims at; towards 0.99 where transitions diverge.
+        method: ``"nuts"``: the no-U-turn sampler of blackjax. ``"importance"``: independent draws from a multivariate t
+            at the mode, weighted (Pareto-smoothed) and resampled; refused where k-hat is above 0.7. ``"auto"``:
+            importance where there are at most 12 coordinates and k-hat is at most 0.5, else NUTS.
+        integrate: False samples all fixed effects too.
+        max_doublings: of a trajectory of NUTS.
+
+    Returns:
+        :class:`~mixjax.sampling.posterior.Posterior`: ``summary()``, ``draws``, ``b``, ``ranef()``, ``predict()``,
+        ``loo()``, ``to_arviz()``.
+
+    Raises:
+        ValueError: an argument, a prior, or a model that this cannot do; FormulaError, DataError as in
+            :func:`mixjax.lmm`. ImportError: blackjax is not installed (extra ``bayes``).
+
+    Warns:
+        InferenceWarning: transitions diverged, chains have not mixed, or the effective sample size is small.
+
+    The first call in a process compiles a program for the structure of the model, some 5-10 s for NUTS and 1 s for
+    importance sampling; other data, priors, numbers of draws then need none.
+    :func:`mixjax.enable_compilation_cache` keeps it for other processes.
+
+    Example:
+        >>> import mixjax as mj
+        >>> sleep = mj.datasets.load("sleepstudy")
+        >>> post = mj.bayes("Reaction ~ Days + (Days | Subject)", sleep, method="importance", key=1)
+        >>> post.summary().loc["Days", ["mean", "sd"]].round(1).tolist()
+        [10.5, 1.7]
+    """
+    _check_arguments(priors, method, target, integrate)
+    draws, chains = check_count("draws", draws, 4), check_count("chains", chains, 1)
+    warmup, max_doublings = check_count("warmup", warmup, 1), check_count("max_doublings", max_doublings, 1, 15)
+    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
+    check_identifiable(*built)
+    rows = rows_of(built.design, built.basis)
+    refuse(rows.stats)
+    own = Priors() if priors is None else priors
+    model = own.resolve(built.design, built.labels, integrate)
+    fitted = fit_rows(rows, built.labels, True, None, None)
+    own = own.filled(default_priors(built.design))
+    with Waiting(f"drawing from the posterior of {formula!r}; the first time, a program is compiled"), float64():
+        z, sampling = _sampled(fitted, model, as_key(key), draws, chains, warmup, target, method, max_doublings)
+        beta = _fixed_effects(z, pad(fitted.stats), model, np.random.default_rng([*key_words(key), 0]))
+    post = Posterior(fitted, own, model, z, beta, sampling, key)
+    post.warn()
+    return post
+
+
+def refuse(stats: CrossProducts) -> None:
+    """Raise ValueError for models that cannot be sampled in reasonable time."""
+    n_dense = sizes_of(stats).d
+    if n_dense > MOST_DENSE_DRAWS:
+        raise ValueError(
+            f"{n_dense} random effects beside those of the largest grouping factor are too many for sampling (more "
+            f"than {MOST_DENSE_DRAWS}): every gradient would invert a matrix of that size; mixjax.lmm fits the model"
+        )
+
+
+def _check_arguments(priors: Any, method: Any, target: Any, integrate: Any) -> None:
+    if priors is not None and not isinstance(priors, Priors):
+        raise ValueError(f"priors must be mixjax.priors(...), got {priors!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0.1 <= target < 1:
+        raise ValueError(f"target must be an acceptance between 0.1 and 1, such as 0.8, got {target!r}")
+    if not isinstance(integrate, bool | np.bool_):
+        raise ValueError(f"integrate must be True or False, got {integrate!r}")
+
+
+def _start(fitted: Fitted, model: ModelPriors) -> np.ndarray:
+    """Coordinates near the REML estimates, well inside."""
+    est, stats = fitted.estimates, fitted.stats
+    sigma = float(est.sigma)
+    parts = []
+    lambdas = lambdas_of_theta(np.asarray(est.theta), stats.layout.qs)
+    for chart, Lambda, basis in zip(model.charts, lambdas, stats.Z_bases, strict=True):
+        of_columns = np.sqrt((np.asarray(basis.R) ** 2).sum(axis=0))
+        parts.append(chart.near(sigma * Lambda, FLOOR * sigma / np.where(of_columns > 0, of_columns, 1.0)))
+    return np.concatenate([*parts, [np.log(sigma)], np.asarray(model.parts.given_at)])
+
+
+def _sampled(
+    fitted: Fitted,
+    model: ModelPriors,
+    key: Any,
+    draws: int,
+    chains: int,
+    warmup: int,
+    target: float,
+    method: Method,
+    max_doublings: int,
+) -> tuple[np.ndarray, Sampling]:
+    begun = time.perf_counter()
+    if method == "nuts":
+        nuts.blackjax()
+    stats: CrossProducts = pad(fitted.stats)
+    at = mode(_start(fitted, model), stats, model)
+    if method == "importance" or (method == "auto" and model.dim <= importance.MOST_COORDINATES):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+        found = importance.sample(at, stats, model, rng, draws * chains)
+        limit = importance.TRUSTED if method == "importance" else importance.PREFERRED
+        if found.khat <= limit:
+            seconds = time.perf_counter() - begun
+            how = Sampling("importance", khat=found.khat, ess=found.ess, seconds=seconds)
+            return found.z.reshape(chains, draws, -1), how
+        if method == "importance":
+            raise ValueError(
+                f"importance sampling is not to be trusted here: Pareto k-hat is {found.khat:.2f} (more than {limit}); "
+                "use method='nuts'"
+            )
+    drawn = nuts.sample(at, stats, model, key, chains, draws, warmup, target, max_doublings)
+    how = Sampling(
+        "nuts",
+        int(drawn.divergent.sum()),
+        float(drawn.steps.mean()),
+        drawn.step_size,
+        first_call=drawn.first_call,
+        seconds=time.perf_counter() - begun,
+    )
+    return drawn.z, how
+
+
+def _fixed_effects(z: np.ndarray, stats: CrossProducts, model: ModelPriors, rng: np.random.Generator) -> np.ndarray:
+    """``(chains, draws, p)``: those that were sampled, and the others drawn given each draw."""
+    flat = z.reshape(-1, z.shape[-1])
+    S, given = len(flat), flat[:, model.dim - len(model.fixed) :]
+    r = model.parts.Q.shape[1]
+    drawn = np.empty((S, r))
+    for first in range(0, S if r else 0, BATCH):
+        at = np.minimum(np.arange(first, first + BATCH), S - 1)
+        found = look(flat[at], stats, model)
+        own = slice(first, min(first + BATCH, S))
+        count = own.stop - first
+        mean, root = np.asarray(found.mean)[:count], np.asarray(found.root)[:count]
+        drawn[own] = mean + np.einsum("sab,sb->sa", root, rng.standard_normal((count, r)))
+    beta: np.ndarray = np.concatenate([given, drawn], axis=1) @ np.asarray(model.to_beta).T
+    return beta.reshape(*z.shape[:2], beta.shape[1])

@@ -1,0 +1,156 @@
+"""Draws from priors, and responses that they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import ndtr, ndtri
+
+from mixjax.checks import check_count, check_memory
+from mixjax.design import Design
+from mixjax.fitted.names import names_apart
+from mixjax.formula.build import build
+from mixjax.formula.context import caller_context
+from mixjax.sampling.charts import Chart
+from mixjax.sampling.prior import LKJ, Normal
+from mixjax.sampling.priors import ModelPriors, Priors, TermPriors, default_priors, names_of
+from mixjax.simulation import key_words, random_columns
+
+
+@dataclass(frozen=True)
+class PriorPredictive:
+    """Draws from the prior.
+
+    Attributes:
+        parameters: data frame, a row for each draw, a column for each parameter.
+        y: ``(draws, nobs)`` responses, a data set for each draw.
+        b: per term ``(draws, levels, q)`` the random effects that they were made with.
+    """
+
+    parameters: pd.DataFrame
+    y: np.ndarray
+    b: tuple[np.ndarray, ...]
+
+
+def prior_predictive(
+    formula: str,
+    data: Any,
+    priors: Priors | None = None,
+    draws: int = 1000,
+    key: Any = 0,
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    subset: Any = None,
+    contrasts: Mapping[str, str] | None = None,
+    trusted: bool | None = None,
+) -> PriorPredictive:
+    """Data sets that a model would give before it has seen data: what do the priors say of responses?
+
+    Args:
+        formula, data, weights, offset, subset, contrasts, trusted: as in :func:`mixjax.lmm`.
+        priors: all proper; None for ``default_priors(design, weak=True)``, which are also those of what is not said.
+        draws: how many. key: int or JAX key.
+
+    Raises:
+        ValueError: a prior is improper, as flat ones are.
+
+    Example:
+        >>> import mixjax as mj
+        >>> sleep = mj.datasets.load("sleepstudy")
+        >>> drawn = mj.prior_predictive("Reaction ~ Days + (Days | Subject)", sleep, draws=50)
+        >>> drawn.y.shape, list(drawn.parameters)[:2]
+        ((50, 180), ['Intercept', 'Days'])
+    """
+    draws = check_count("draws", draws, 1)
+    if priors is not None and not isinstance(priors, Priors):
+        raise ValueError(f"priors must be mixjax.priors(...), got {priors!r}")
+    design, labels, _ = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
+    own = (Priors() if priors is None else priors).filled(default_priors(design, weak=True))
+    model = own.resolve(design, labels)
+    n = np.shape(design.X)[0]
+    check_memory(f"{draws} responses of {n} rows", draws * n * 8, "draw fewer")
+    z, beta = draw_parameters(model, draws, np.random.default_rng(key_words(key)))
+    terms, log_sigma, _ = model.cut(z.T)
+    variances = np.concatenate(
+        [*(chart.natural(part) for chart, part in zip(model.charts, terms, strict=True)), np.exp(log_sigma)[None]]
+    )
+    own_names = names_of(design, labels)
+    of_terms = [name for t, s in enumerate(model.structures) for name in own_names.of_term(t, s)]
+    columns = [*names_apart(labels.fixed, [*of_terms, "sigma"]), *of_terms, "sigma"]
+    y, b = respond(design, model, z, beta, np.random.default_rng([*key_words(key), 1]))
+    return PriorPredictive(pd.DataFrame(np.hstack([beta, variances.T]), columns=columns), y, b)
+
+
+def draw_parameters(model: ModelPriors, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates ``(n, dim)`` and fixed effects ``(n, p)`` from the prior.
+
+    Raises:
+        ValueError: a prior is improper.
+    """
+    if not model.proper:
+        raise ValueError(
+            "draws from the prior need proper priors, and a fixed effect has a flat one: give it "
+            "mixjax.prior.normal(...), or take mixjax.default_priors(design, weak=True)"
+        )
+    parts = []
+    for chart, own in zip(model.charts, model.terms, strict=True):
+        parts += [np.log(one.sample(rng, n)) for one in own.scales]
+        parts += list(_shapes(chart, own, n, rng))
+    parts.append(np.log(model.sigma.sample(rng, n)))
+    given = [one.sample(rng, n) for one in model.fixed]
+    mean, sd = np.asarray(model.parts.mean), np.asarray(model.parts.precision) ** -0.5
+    inner = mean + sd * rng.standard_normal((n, len(mean)))
+    gamma = np.column_stack([*given, inner]) if given else inner
+    return np.column_stack([*parts, *given]), gamma @ np.asarray(model.to_beta).T
+
+
+def _shapes(chart: Chart, own: TermPriors, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``(n_shapes, n)`` coordinates."""
+    found = np.zeros((chart.n_shapes, n))
+    if not chart.n_shapes:
+        return found
+    if chart.is_written:
+        assert isinstance(own.shapes, tuple)
+        return np.stack([one.sample(rng, n) for one in own.shapes])
+    each = own.shapes if isinstance(own.shapes, tuple) else (own.shapes,) * chart.n_shapes
+    tiny = np.finfo(float).tiny
+    for i, one in enumerate(each):
+        if isinstance(one, LKJ):
+            a, b = (side[i] for side in chart.beta_of(one.eta))
+            u = rng.beta(a, b, n)
+        else:
+            assert isinstance(one, Normal)
+            u = (_inside(one, chart.low, n, rng) - chart.low) / (1.0 - chart.low)
+        found[i] = (np.log(np.maximum(u, tiny)) - np.log(np.maximum(1.0 - u, 1e-16))) / chart.slope
+    return found
+
+
+def _inside(one: Normal, low: float, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Of a normal cut to a range, by its distribution function."""
+    a, b = ndtr((low - one.loc) / one.scale), ndtr((1.0 - one.loc) / one.scale)
+    drawn: np.ndarray = np.clip(one.loc + one.scale * ndtri(a + (b - a) * rng.random(n)), low, 1.0)
+    return drawn
+
+
+def respond(
+    design: Design, model: ModelPriors, z: np.ndarray, beta: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Responses ``(S, nobs)`` and random effects, per term ``(S, levels, q)``, at parameters ``z (S, dim)``, ``beta (S,
+    p)``."""
+    terms, log_sigma, _ = model.cut(z.T)
+    S, n = len(z), np.shape(design.X)[0]
+    b = tuple(
+        np.einsum("abs,smb->sma", chart.factor(part), rng.standard_normal((S, term.n_groups, chart.structure.q)))
+        for chart, part, term in zip(model.charts, terms, design.terms, strict=True)
+    )
+    flat = np.concatenate([own.reshape(S, -1) for own in b], axis=1)
+    mean = beta @ np.asarray(design.X).T + np.asarray((random_columns(design) @ flat.T).T)
+    sd = np.ones(n) if design.weights is None else 1.0 / np.sqrt(np.asarray(design.weights))
+    offset = 0.0 if design.offset is None else np.asarray(design.offset)
+    y: np.ndarray = mean + offset + np.exp(log_sigma)[:, None] * sd * rng.standard_normal((S, n))
+    return y, b
