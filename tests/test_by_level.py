@@ -69,7 +69,7 @@ def test_what_does_not_split_is_refused():
     with pytest.raises(ValueError, match="cross each other"):
         mj.marginal_loglik_by_level(p, random_design(STRUCTURES["crossed"], 0))
     nested = random_design(STRUCTURES["nested"], 0)
-    with pytest.raises(ValueError, match="factor 0 is nested in factor 1.*factor=1"):
+    with pytest.raises(ValueError, match=r"factor 0 is nested in factor 1.*factor=1"):
         mj.marginal_loglik_by_level(parameters(nested, 0), nested, factor=0)
     with pytest.raises(ValueError, match=r"one of 0 \.\. 1, got 5"):
         mj.marginal_loglik_by_level(parameters(nested, 0), nested, factor=5)

@@ -199,7 +199,7 @@ def test_bad_priors(given, message):
 def test_correlations_that_bound_each_other_have_one_prior():
     data = table("sleepstudy").assign(x=lambda d: d["Days"] ** 2)
     design, labels = mj.build_design("Reaction ~ Days + (Days + x | Subject)", data)
-    with pytest.raises(ValueError, match="bound each other.*'cor|Subject'"):
+    with pytest.raises(ValueError, match=r"bound each other.*'cor|Subject'"):
         mj.priors({"cor_Days.Intercept|Subject": mj.prior.lkj(2)}).resolve(design, labels)
     with pytest.raises(ValueError, match="bound each other: their prior is lkj, not normal"):
         mj.priors(cor=mj.prior.normal(0, 0.5)).resolve(design, labels)
@@ -232,7 +232,7 @@ def test_prior_predictive():
     assert list(drawn.parameters) == [
         "Intercept", "Days", "sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="proper priors.*flat"):
+    with pytest.raises(ValueError, match=r"proper priors.*flat"):
         mj.prior_predictive(SLEEP, table("sleepstudy"), mj.priors(beta=mj.prior.flat()))
 
 

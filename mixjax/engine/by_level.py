@@ -89,9 +89,8 @@ def level_products(design: Design, factor: int | None = None) -> LevelProducts:
         )
     group, m, Q, residual = rows.groups[outer], rows.levels[outer], rows.Q, rows.residual
     one = residual * 0.0 + 1.0
-    if rows.sqrt_w is None:
-        log_w = 0.0 * one
-    else:
+    log_w = 0.0 * one
+    if rows.sqrt_w is not None:
         log_w = rows.log_w if is_concrete(rows.sqrt_w) else 2.0 * jnp.log(rows.sqrt_w)
     return LevelProducts(
         rows.stats,
