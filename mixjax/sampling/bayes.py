@@ -17,7 +17,7 @@ from mixjax.formula.checks import check_identifiable
 from mixjax.formula.context import caller_context
 from mixjax.machine import float64
 from mixjax.products.rows import rows_of
-from mixjax.products.sizes import MOST_DENSE_DRAWS, sizes_of
+from mixjax.products.sizes import MOST_DENSE_DRAWS, MOST_DENSE_LANES, sizes_of
 from mixjax.products.sums import CrossProducts, pad
 from mixjax.sampling import importance, nuts
 from mixjax.sampling.density import look
@@ -68,7 +68,8 @@ def bayes(
         target: acceptance that the step size aims at; towards 0.99 where transitions diverge.
         method: ``"nuts"``: the no-U-turn sampler of blackjax. ``"importance"``: independent draws from a multivariate t
             at the mode, weighted (Pareto-smoothed) and resampled; refused where k-hat is above 0.7. ``"auto"``:
-            importance where there are at most 12 coordinates and k-hat is at most 0.5, else NUTS.
+            importance where there are at most 12 coordinates, few crossed effects, and k-hat is at most 0.5;
+            else NUTS.
         integrate: False samples all fixed effects too.
         max_doublings: of a trajectory of NUTS.
 
@@ -162,7 +163,8 @@ def _sampled(
         nuts.blackjax()
     stats: CrossProducts = pad(fitted.stats)
     at = mode(_start(fitted, model), stats, model)
-    if method == "importance" or (method == "auto" and model.dim <= importance.MOST_COORDINATES):
+    is_quick = model.dim <= importance.MOST_COORDINATES and sizes_of(stats).d <= MOST_DENSE_LANES
+    if method == "importance" or (method == "auto" and is_quick):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
         found = importance.sample(at, stats, model, rng, draws * chains)
         limit = importance.TRUSTED if method == "importance" else importance.PREFERRED

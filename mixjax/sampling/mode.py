@@ -41,7 +41,7 @@ def mode(start: np.ndarray, stats: CrossProducts, priors: ModelPriors) -> Mode:
     z, (value, gradient, H) = np.array(start), at(start)
     converged = False
     for _ in range(STEPS):
-        values, vectors, scale = _spectrum(H)
+        values, vectors, scale = _spectrum(H, n_log)
         along = vectors.T @ (gradient / scale)
         step = along / np.abs(values)
         length = float(np.sqrt((step * np.abs(values) * step).sum()))
@@ -58,7 +58,7 @@ def mode(start: np.ndarray, stats: CrossProducts, priors: ModelPriors) -> Mode:
         else:
             break
         z, (value, gradient, H) = z + direction, new
-    values, vectors, scale = _spectrum(H)
+    values, vectors, scale = _spectrum(H, n_log)
     covariance = (vectors / np.abs(values)) @ vectors.T / np.outer(scale, scale)
     sd = np.sqrt(covariance.diagonal())
     shrink = np.ones(len(z))
@@ -67,9 +67,11 @@ def mode(start: np.ndarray, stats: CrossProducts, priors: ModelPriors) -> Mode:
     return Mode(z, root, converged)
 
 
-def _spectrum(H: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Eigenvalues and vectors of the negative Hessian scaled to a diagonal of 1, and the scale; none is near zero."""
-    scale = np.sqrt(np.maximum(np.abs(H.diagonal()), 1e-3))
+def _spectrum(H: np.ndarray, n_log: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors of the negative Hessian scaled to a diagonal of 1, none near zero, and the scale. Fixed
+    effects, behind ``n_log`` logarithms, have the units of y."""
+    scale = np.sqrt(np.abs(H.diagonal()))
+    scale[:n_log] = np.maximum(scale[:n_log], 0.03)  # of logarithms, of which the data may say nothing
     values, vectors = np.linalg.eigh(-0.5 * (H + H.T) / np.outer(scale, scale))
     least = 1e-3
     return np.where(np.abs(values) < least, least, values), vectors, scale
