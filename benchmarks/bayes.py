@@ -110,9 +110,6 @@ def of_mixjax(formula, data, **options):
 
 def main():
     warnings.simplefilter("ignore", mj.InferenceWarning)
-    columns = (
-        f"{'dims':>5s}{'min ESS':>9s}{'R-hat':>7s}{'div':>5s}{'steps':>7s}{'first':>8s}{'CPU s':>8s}{'wall s':>8s}"
-    )
     widths = {"dims": 5, "min ESS": 9, "R-hat": 7, "div": 5, "steps": 7, "first": 8, "CPU s": 8, "wall s": 8}
     head = " " * 34 + "".join(f"{name:>{width}s}" for name, width in widths.items())
     for name, formula in MODELS.items():

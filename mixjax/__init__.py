@@ -103,6 +103,7 @@ _HOMES = {
     "priors": "mixjax.sampling.priors",
     "default_priors": "mixjax.sampling.priors",
     "prior_predictive": "mixjax.sampling.predictive",
+    "sbc": "mixjax.sampling.sbc",
     "log_posterior": "mixjax.sampling.density",
     # what can go wrong
     "FormulaError": "mixjax.checks",
@@ -195,6 +196,7 @@ if TYPE_CHECKING:
     from mixjax.sampling.prior import prior as prior
     from mixjax.sampling.priors import default_priors as default_priors
     from mixjax.sampling.priors import priors as priors
+    from mixjax.sampling.sbc import sbc as sbc
     from mixjax.streams import cross_products_from as cross_products_from
     from mixjax.studies.power import power as power
     from mixjax.studies.power import power_curve as power_curve

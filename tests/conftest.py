@@ -174,6 +174,14 @@ SLOW = (
     "test_quadrature.py::test_derivatives_in_closed_form[[]1-family0*",
     "test_quadrature.py::test_two_effects_against_automatic_differentiation",
     "test_equations.py::test_case_slopes_are_those_of_automatic_differentiation[[]nested*",
+    "test_log_posterior.py::test_gradients_against_differences_within_structures[[]diag]",
+    "test_log_posterior.py::test_gradients_against_differences_within_structures[[]toep]",
+    "test_log_posterior.py::test_gradients_against_differences_within_structures[[]cs]",
+    "test_log_posterior.py::test_gradients_against_differences_within_structures[[]adh]",
+    "test_log_posterior.py::test_normal_priors_against_the_dense_integral[[]False-nested*",
+    "test_log_posterior.py::test_normal_priors_against_the_dense_integral[[]False-crossed]",
+    "test_bayes.py::test_a_structure_is_sampled_inside_itself",
+    "test_bayes.py::test_crossed_factors_by_importance_and_by_density",
     "test_contrasts.py::test_tests_in_lanes_are_those_by_automatic_differentiation[[]nested*",
 )
 

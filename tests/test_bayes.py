@@ -13,7 +13,7 @@ from designs import STRUCTURES, random_design
 
 import mixjax as mj
 from mixjax.products.sums import pad
-from mixjax.sampling import effects, importance
+from mixjax.sampling import effects, importance, sbc
 from mixjax.sampling.convergence import ess, ess_bulk, ess_tail, rhat
 from mixjax.sampling.density import look
 from mixjax.sampling.effects import draw_effects
@@ -395,3 +395,38 @@ def test_inference_data(sleep):
     assert sleep.plot("forest") is not None
     with pytest.raises(ValueError, match="no picture 'nothing'"):
         sleep.plot("nothing")
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration(monkeypatch):
+    """Uniform where posteriors are right; found out where they are not."""
+    own = mj.priors(sigma=mj.prior.half_normal(80), sd=mj.prior.half_normal(80))
+    found = mj.sbc(DYE, table("Dyestuff"), own, replicates=40, draws=49, key=4)
+    assert found.ranks.shape == (40, 3)
+    assert found.ranks.min(axis=None) >= 0
+    assert found.ranks.max(axis=None) <= 49
+    assert (found.uniformity()["p_value"] > 0.001).all()
+    few = [mj.sbc(DYE, table("Dyestuff"), own, replicates=4, draws=49, key=4).ranks for _ in range(2)]
+    assert few[0].equals(few[1])
+    exact = sbc._posterior
+    monkeypatch.setattr(sbc, "_posterior", lambda *args: (exact(*args)[0] + 0.15, 0.0))
+    wrong = mj.sbc(DYE, table("Dyestuff"), own, replicates=40, draws=49, key=4).uniformity()
+    assert wrong.loc["sigma", "p_value"] < 0.01
+    with pytest.raises(ValueError, match=r"proper priors.*flat"):
+        mj.sbc(DYE, table("Dyestuff"), FLAT)
+
+
+def test_bands_of_uniform_ranks():
+    """Simultaneous: about one of twenty uniform data sets leaves them somewhere."""
+    rng = np.random.default_rng(3)
+    out = 0
+    for _ in range(40):
+        ranks = pd.DataFrame({"a": rng.integers(0, 20, 200)})
+        ecdf = sbc.Calibration(ranks, 19, np.zeros(200), np.zeros(200, bool)).ecdf()
+        out += bool(((ecdf["a"] < ecdf["lower"]) | (ecdf["a"] > ecdf["upper"])).any())
+    assert out <= 7
+    skewed = pd.DataFrame({"a": np.minimum(rng.integers(0, 20, 200), 15)})
+    ecdf = sbc.Calibration(skewed, 19, np.zeros(200), np.zeros(200, bool)).ecdf()
+    assert (ecdf["a"] > ecdf["upper"]).any()

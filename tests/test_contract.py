@@ -37,6 +37,23 @@ FUNCTIONS = {
     "criterion": "theta, stats, reml=True",
     "MarginalParams": "beta, log_sigma, chol",
     "marginal_loglik": "params, design",
+    "marginal_loglik_by_level": "params, design, factor=None",
+    "bayes": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
+    "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None",
+    "priors": "by_name=None, /, *, intercept=None, beta=None, sd=None, cor=None, sigma=None",
+    "default_priors": "design, weak=False",
+    "prior_predictive": "formula, data, priors=None, draws=1000, key=0, *, weights=None, offset=None, subset=None, "
+    "contrasts=None, trusted=None",
+    "sbc": "formula, data, priors=None, replicates=1000, draws=100, key=0, *, weights=None, offset=None, "
+    "contrasts=None, trusted=None",
+    "log_posterior": "z, stats, priors",
+    "prior.flat": "",
+    "prior.normal": "loc=0.0, scale=1.0",
+    "prior.student_t": "df, loc=0.0, scale=1.0",
+    "prior.half_normal": "scale=1.0",
+    "prior.half_student_t": "df, scale=1.0",
+    "prior.exponential": "rate=1.0",
+    "prior.lkj": "eta=1.0",
     "to_params": "est, design=None",
     "from_params": "p, design=None",
     "estimate": "stats, reml=True, start=None",
@@ -129,6 +146,24 @@ METHODS = {
     "marginal_cov": "rows=None",
     "refit": "y=None, reml=None",
     "refit_many": "Y, reml=None, chunk=None, ranef=False, engine='auto'",
+}
+POSTERIOR_METHODS = {
+    "summary": "level=0.95",
+    "notes": "level=0.95",
+    "problems": "",
+    "warn": "",
+    "to_frame": "",
+    "ranef": "stat='mean'",
+    "predict": "newdata=None, random=True, allow_new_levels=False, interval='confidence', level=0.95, draws=False, "
+    "key=None",
+    "simulate": "n=None, random='fitted', key=None",
+    "log_lik": "by=None",
+    "loo": "by=None",
+    "to_arviz": "log_likelihood=False, predictive=False",
+    "to_latex": "buf=None, *, caption=None, label=None",
+    "to_html": "buf=None",
+    "to_markdown": "buf=None",
+    "plot": "kind='trace', **options",
 }
 GLMM_METHODS = {
     "ranef": "*, condvar=False",
@@ -229,7 +264,7 @@ def signature(function) -> str:
 
 
 def test_every_public_function_is_listed():
-    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "datasets", "Labels", "CrossProducts", "Result",
+    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "datasets", "Labels", "CrossProducts", "Result",
               "__version__", "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
               "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
@@ -256,6 +291,14 @@ def test_the_face_of_repeated_measures():
     fit = mj.mmrm("distance ~ Sex + ar1(age | Subject)", mj.datasets.load("Orthodont"))
     for name, kind in MMRM_PROPERTIES.items():
         assert isinstance(getattr(fit, name), kind), name
+
+
+def test_every_attribute_of_a_posterior_is_listed():
+    public = {name for name in dir(mj.Posterior) if not name.startswith("_")}
+    properties = {"record", "design", "labels", "shape", "names", "draws", "sigma", "Sigma", "b"}
+    assert public == {*POSTERIOR_METHODS, *properties}
+    for name, expected in POSTERIOR_METHODS.items():
+        assert signature(getattr(mj.Posterior, name)) == expected
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -66,7 +66,7 @@ def test_some_sampled_some_integrated(x64):
     z = np.array([0.1, -0.2, 0.3])
     assert mixed.dim == 3
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    at = mixed.parts.at[0] + 0.4 * nodes
+    at = float((mixed.parts.of_beta @ stats.beta0)[1]) + 0.4 * nodes
     values = [float(density(np.append(z, b), stats, sampled)) for b in at]
     integral = np.log((weights * np.exp(values + nodes**2 / 2 - max(values))).sum() * 0.4) + max(values)
     assert float(density(z, stats, mixed)) == pytest.approx(integral, rel=1e-9)
@@ -142,3 +142,15 @@ def test_numbers_of_priors_and_data_compile_nothing_new(x64):
     other = mj.priors(sd=mj.prior.half_student_t(5, 10.0), cor=mj.prior.lkj(3)).resolve(design, labels)
     mj.log_posterior(np.array([3.0, 1.5, 0.0, 3.2, 298.0]), mj.cross_products(design, design.y * 2), other)
     assert _log_posterior._cache_size() == before
+
+
+def test_another_response_of_the_same_design(x64):
+    """Priors are resolved for X and Z; the response is that of the products."""
+    design = random_design(STRUCTURES["one factor, q=1"], 2)
+    own = mj.priors({"beta0": mj.prior.student_t(4, 0, 2), "beta1": mj.prior.normal(0.5, 0.8)},
+                    sd=mj.prior.half_normal(1), sigma=mj.prior.half_normal(1))  # fmt: skip
+    y = design.y[::-1] * 2.0
+    z = np.array([0.1, -0.2, 0.3])
+    a = density(z, mj.cross_products(design, y), own.resolve(design))
+    b = density(z, mj.cross_products(design, y), own.resolve(replace(design, y=y)))
+    assert float(a) == pytest.approx(float(b), rel=1e-12)

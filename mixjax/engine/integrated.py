@@ -24,20 +24,18 @@ class FixedParts(NamedTuple):
     of an intercept, the mean at the means of the others.
 
     Attributes:
-        given: ``(p, s)`` how far a unit of each given one moves in the basis of X. given_at: ``(s,)`` their
-            least-squares values.
+        given: ``(p, s)`` how far a unit of each given one moves in the basis of X.
         Q: ``(p, r)`` orthonormal basis of what the integrated ones move, ``Q R`` being the moves themselves.
         R_inv: ``(r, r)``. logdet: ``log |det R|``.
-        at: ``(r,)`` their least-squares values.
+        of_beta: ``(s + r, p)`` from beta to all of them, the given ones first.
         mean, precision: ``(r,)`` of their normal priors, independent of each other; precision 0 is a flat one.
     """
 
     given: Array
-    given_at: Array
     Q: Array
     R_inv: Array
     logdet: Array
-    at: Array
+    of_beta: Array
     mean: Array
     precision: Array
 
@@ -67,7 +65,9 @@ def integrated(
     """
     sigma = jnp.exp(log_sigma)
     reduced = eliminate(in_bases([F / sigma for F in factors], stats), arrange(stats))
-    moved = jnp.asarray(parts.given) @ (given - parts.given_at)
+    at = jnp.asarray(parts.of_beta) @ stats.beta0  # least squares
+    s = parts.given.shape[1]
+    moved = jnp.asarray(parts.given) @ (given - at[:s])
     rest = reduced.yy - 2.0 * moved @ reduced.Xy + moved @ reduced.XX @ moved
     constant = stats.n * (math.log(2.0 * math.pi) + 2.0 * log_sigma) - stats.sum_log_weights
     loglik = -0.5 * (constant + reduced.logdet + rest / sigma**2)
@@ -75,7 +75,7 @@ def integrated(
     if not r:
         return Integrated(loglik, jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros((0, 0)))
     Q, R_inv = jnp.asarray(parts.Q), jnp.asarray(parts.R_inv)
-    tau, away = jnp.asarray(parts.precision), jnp.asarray(parts.mean) - parts.at
+    tau, away = jnp.asarray(parts.precision), jnp.asarray(parts.mean) - at[s:]
     M = Q.T @ reduced.XX @ Q + sigma**2 * (R_inv.T * tau) @ R_inv
     v = Q.T @ (reduced.Xy - reduced.XX @ moved) + sigma**2 * R_inv.T @ (tau * away)
     inverse, logdet = linalg.inverse_logdet(M)
@@ -87,4 +87,4 @@ def integrated(
         + r * (math.log(2.0 * math.pi) + 2.0 * log_sigma)
         - logdet
     )
-    return Integrated(loglik - parts.logdet, parts.at + R_inv @ (inverse @ v), inverse, R_inv)
+    return Integrated(loglik - parts.logdet, at[s:] + R_inv @ (inverse @ v), inverse, R_inv)

@@ -29,7 +29,7 @@ def log_posterior(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
         z: ``(priors.dim,)`` per random term the logarithms of its standard deviations, then its correlations without
             bounds (:mod:`mixjax.sampling.charts`); log sigma; the fixed effects that are not integrated out.
         stats: cross-products of the data.
-        priors: of this model: ``mj.priors(...).resolve(design)``.
+        priors: of this model: ``mj.priors(...).resolve(design)``. The response may be another one, X and Z may not.
 
     Returns:
         scalar.
@@ -47,7 +47,7 @@ def log_posterior(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
         >>> with jax.enable_x64():
         ...     z = np.log([25.0, 6.0, np.exp(0.1), 26.0])  # two sds, Fisher's z of the correlation, sigma
         ...     print(mj.log_posterior(z, stats, priors).round(3), jax.grad(mj.log_posterior)(z, stats, priors).shape)
-        -891.402 (4,)
+        -877.714 (4,)
     """
     refuse_forked()
     check_products(stats)

@@ -69,12 +69,24 @@ class Mixture(NamedTuple):
         return total
 
 
-def sample(mode: Mode, stats: CrossProducts, priors: ModelPriors, rng: np.random.Generator, draws: int) -> Weighted:
-    """Draw from the posterior; call in the float64 scope."""
+def sample(
+    mode: Mode,
+    stats: CrossProducts,
+    priors: ModelPriors,
+    rng: np.random.Generator,
+    draws: int,
+    fitting: int = FITTING,
+    rounds: int = ROUNDS,
+) -> Weighted:
+    """Draw from the posterior; call in the float64 scope.
+
+    Args:
+        fitting: proposals in each of the ``rounds`` that fit the mixture.
+    """
     proposal = [Mixture(mode.z[None], mode.root, 1.0)]
     dim = len(mode.z)
-    for _ in range(ROUNDS):
-        z, logs = _proposed(proposal, stats, priors, rng, FITTING)
+    for _ in range(rounds):
+        z, logs = _proposed(proposal, stats, priors, rng, fitting)
         w = np.exp(smoothed(logs)[0])
         effective = 1.0 / (w @ w)
         centres = _resampled(z, w, COMPONENTS, rng)

@@ -16,6 +16,7 @@ from mixjax.design import Design, Labels
 from mixjax.engine.by_level import level_products
 from mixjax.fitted.names import names_apart, term_names, terms_of_group
 from mixjax.fitted.record import Fitted
+from mixjax.markup import Report, Reported
 from mixjax.prediction.asked import check_asked, effects_included, rows_asked
 from mixjax.sampling import convergence
 from mixjax.sampling.effects import draw_effects
@@ -23,7 +24,7 @@ from mixjax.sampling.loo import Loo, log_lik_by_level, loo_of
 from mixjax.sampling.predictive import respond
 from mixjax.sampling.priors import ModelPriors, Priors, names_of
 from mixjax.simulation import key_words
-from mixjax.tables import NotedTable
+from mixjax.tables import NotedTable, frame_report
 
 # Beyond these, numbers are not to be trusted.
 MOST_RHAT, LEAST_ESS = 1.01, 400
@@ -52,7 +53,7 @@ class Sampling:
     seconds: float = 0.0
 
 
-class Posterior:
+class Posterior(Reported):
     """Draws from the posterior of a linear mixed model, as :func:`mixjax.bayes` returns them.
 
     Standard deviations are absolute. Draws stand in arrays ``(chains, draws, ...)``.
@@ -218,8 +219,14 @@ class Posterior:
         for text in self.problems():
             warn(text, InferenceWarning)
 
+    def _report(self) -> Report:
+        frame = pd.DataFrame(self.summary()).rename(columns={"mean": "estimate", "sd": "std_error"})
+        heads = ["Mean", "SD", "Lower", "Upper", "Bulk ESS", "Tail ESS", "R-hat"]
+        formats = {"ess_bulk": "{:.0f}", "ess_tail": "{:.0f}", "rhat": "{:.3f}"}
+        return frame_report(frame, [f"Posterior of {self.labels.formula}"], self.notes(), heads=heads, formats=formats)
+
     def __repr__(self) -> str:
-        return f"Posterior of {self.labels.formula!r}\n{self.summary()!r}"
+        return self._report().text()
 
     # --- random effects -----------------------------------------------------------------------------------------------
 

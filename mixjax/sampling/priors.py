@@ -356,16 +356,14 @@ def _parts(
     inner, sampled = np.flatnonzero(exact), [j for j, is_exact in enumerate(exact) if not is_exact]
     to_beta = np.linalg.inv(to_gamma)
     moves = np.asarray(stats.X_basis.R) @ to_beta
-    at = to_gamma @ np.asarray(stats.beta0)
     Q, R = np.linalg.qr(moves[:, inner])
     own = [fixed[j] for j in inner]
     parts = FixedParts(
         given=moves[:, sampled],
-        given_at=at[sampled],
         Q=Q,
         R_inv=np.linalg.inv(R),
         logdet=np.log(np.abs(R.diagonal())).sum(),
-        at=at[inner],
+        of_beta=to_gamma[[*sampled, *inner]],
         mean=np.array([one.loc if isinstance(one, Normal) else 0.0 for one in own]),
         precision=np.array([one.scale**-2.0 if isinstance(one, Normal) else 0.0 for one in own]),
     )
