@@ -6,7 +6,7 @@ enters a compiled program: a new set of names compiles nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -301,3 +301,18 @@ def refuse_residual_side(design: Design, what: str) -> None:
             f"the design has a dispersion or a correlation of residuals, which {what} cannot have: fit it with "
             "mixjax.lmm"
         )
+# What the plain model has: independent levels, errors of one variance but for weights.
+_PLAIN = {"y", "X", "terms", "weights", "offset", "size", "psi_columns", "Z", "group", "n_groups", "structure"}
+
+
+def refuse_beyond(design: Design, what: str) -> None:
+    """Raise ValueError for parts of a design or a term that ``what`` knows nothing of, whoever added them."""
+    parts: list[Design | RandomTerm] = [design, *design.terms]
+    for part in parts:
+        for own in fields(part):
+            value = getattr(part, own.name)
+            if own.name not in _PLAIN and value is not None and not (isinstance(value, tuple) and not value):
+                raise ValueError(
+                    f"{what} does not know {type(part).__name__}.{own.name}: it is for linear mixed models with "
+                    "independent levels and independent errors; mixjax.lmm fits the model"
+                )

@@ -139,7 +139,8 @@ def test_numbers_of_priors_and_data_compile_nothing_new(x64):
     model = mj.priors().resolve(design, labels)
     mj.log_posterior(np.array([3.0, 1.5, 0.0, 3.2, 298.0]), mj.cross_products(design), model)
     before = _log_posterior._cache_size()
-    other = mj.priors(sd=mj.prior.half_student_t(5, 10.0), cor=mj.prior.lkj(3)).resolve(design, labels)
+    own = {"sd": mj.prior.half_student_t(5, 10.0), "cor": mj.prior.lkj(3), "intercept": mj.prior.student_t(5, 250, 30)}
+    other = mj.priors(**own).resolve(design, labels)
     mj.log_posterior(np.array([3.0, 1.5, 0.0, 3.2, 298.0]), mj.cross_products(design, design.y * 2), other)
     assert _log_posterior._cache_size() == before
 

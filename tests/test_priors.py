@@ -1,5 +1,7 @@
 """Priors: densities, draws, Jacobians of the coordinates, names."""
 
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,3 +248,21 @@ def test_prior_predictive_variances():
     assert y[:, 0].var() == pytest.approx(9 + 4 + 1, rel=0.05)
     assert np.cov(y[:, 0], y[:, 1])[0, 1] == pytest.approx(9 + 4, rel=0.06)  # of one batch
     assert np.cov(y[:, 0], y[:, -1])[0, 1] == pytest.approx(9, rel=0.08)
+
+
+def test_models_with_more_than_independent_levels_are_refused():
+    """Whatever a design or a term may have one day, such as covariances between levels: the density would be wrong."""
+
+    @dataclass(frozen=True)
+    class Related(mj.RandomTerm):
+        levels: object = None
+
+    design, _ = built()
+    term = design.terms[0]
+    plain = Related(term.Z, term.group, term.n_groups)
+    assert mj.priors().resolve(replace(design, terms=(plain,))).dim == 5
+    related = replace(design, terms=(replace(plain, levels=np.eye(18)),))
+    with pytest.raises(ValueError, match=r"a Bayesian model \(mixjax.bayes\) does not know Related.levels"):
+        mj.priors().resolve(related)
+    with pytest.raises(ValueError, match=r"by_level does not know Related.levels"):
+        mj.marginal_loglik_by_level(None, related)

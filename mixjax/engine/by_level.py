@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from mixjax import linalg
-from mixjax.design import Design, refuse_trials
+from mixjax.design import Design, refuse_beyond, refuse_trials
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.elimination import arrange, factor_lambda, sum_children
 from mixjax.engine.marginal import MarginalParams, check_shapes
@@ -72,6 +72,7 @@ def marginal_loglik_by_level(params: MarginalParams, design: Design, factor: int
 def level_products(design: Design, factor: int | None = None) -> LevelProducts:
     """The sums that :func:`marginal_loglik_by_level` needs; it raises what that raises."""
     refuse_trials(design)
+    refuse_beyond(design, "mixjax.marginal_loglik_by_level")
     rows = rows_of(design)
     layout = rows.layout
     if layout.dense:

@@ -98,7 +98,8 @@ def sample(
 
     def run(z: Any, tuning: Tuning, at: int, adapting: bool) -> Any:
         begun = time.perf_counter()
-        found = jax.block_until_ready(
+        found = jax.tree.map(
+            np.asarray,
             _chunk(z, tuning, key, np.int64(at), centre, root, stats, priors, np.float64(target), np.bool_(adapting),
                    first_step, size=CHUNK, max_doublings=max_doublings)
         )  # fmt: skip

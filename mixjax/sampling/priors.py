@@ -13,7 +13,7 @@ import numpy as np
 from mixjax.bases import constant_column
 from mixjax.checks import some_of
 from mixjax.covariance import Structure
-from mixjax.design import Design, refuse_trials
+from mixjax.design import Design, refuse_beyond, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.products.cross_products import cross_products
 from mixjax.products.sums import CrossProducts
@@ -175,7 +175,7 @@ def default_priors(design: Design, weak: bool = False) -> Priors:
         return Priors(prior.normal(median, 2.5 * s), each, prior.half_normal(s), prior.lkj(2.0), prior.half_normal(s))
     s = max(LEAST_SCALE, round(1.4826 * float(np.median(np.abs(y - median))), 1))
     # R rounds 288.65 as it is written, to 288.7; the number itself lies below.
-    centre = round(median + np.sign(median) * 1e-9 * abs(median), 1)
+    centre = round(median * (1.0 + 1e-9), 1)
     half = HalfStudentT(DF, s)
     return Priors(StudentT(DF, centre, s), Flat(), half, LKJ(1.0), half)
 
@@ -246,6 +246,7 @@ jax.tree_util.register_dataclass(
 
 def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> ModelPriors:
     refuse_trials(design)
+    refuse_beyond(design, "a Bayesian model (mixjax.bayes)")
     stats = cross_products(design)
     structures = stats.layout.structures
     asked = _Asked(own.by_name)
@@ -254,7 +255,10 @@ def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> Mod
     sigma = _checked("sigma", asked.take("sigma") or own.sigma, "positive")
     asked.check_all_taken([*names.fixed, *(n for t, s in enumerate(structures) for n in names.of_term(t, s)), "sigma"])
     parts, to_beta, sampled = _parts(fixed, to_gamma, stats, integrate)
-    return ModelPriors(terms, sigma, tuple(fixed[j] for j in sampled), parts, to_beta, structures)
+    # Plain numbers would be other types to a compiled program than NumPy's.
+    given = tuple(fixed[j] for j in sampled)
+    terms, sigma, given = jax.tree.map(np.float64, (terms, sigma, given))
+    return ModelPriors(terms, sigma, given, parts, to_beta, structures)
 
 
 class _Asked:
