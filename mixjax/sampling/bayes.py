@@ -84,8 +84,8 @@ def bayes(
     Warns:
         InferenceWarning: transitions diverged, chains have not mixed, or the effective sample size is small.
 
-    The first call in a process compiles a program for the structure of the model, some 5-10 s for NUTS and 1 s for
-    importance sampling; other data, priors, numbers of draws then need none.
+    The first call in a process compiles a program for the structure of the model, some 8-10 s for NUTS and 1-2 s
+    for importance sampling; other data, priors, numbers of draws then need none.
     :func:`mixjax.enable_compilation_cache` keeps it for other processes.
 
     Example:
