@@ -301,6 +301,8 @@ def refuse_residual_side(design: Design, what: str) -> None:
             f"the design has a dispersion or a correlation of residuals, which {what} cannot have: fit it with "
             "mixjax.lmm"
         )
+
+
 # What the plain model has: independent levels, errors of one variance but for weights.
 _PLAIN = {"y", "X", "terms", "weights", "offset", "size", "psi_columns", "Z", "group", "n_groups", "structure"}
 
