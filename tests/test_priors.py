@@ -264,5 +264,8 @@ def test_models_with_more_than_independent_levels_are_refused():
     related = replace(design, terms=(replace(plain, levels=np.eye(18)),))
     with pytest.raises(ValueError, match=r"a Bayesian model \(mixjax.bayes\) does not know Related.levels"):
         mj.priors().resolve(related)
+    uneven = replace(design, dispersion=design.X[:, 1:])
+    with pytest.raises(ValueError, match=r"does not know Design.dispersion"):
+        mj.priors().resolve(uneven)
     with pytest.raises(ValueError, match=r"by_level does not know Related.levels"):
         mj.marginal_loglik_by_level(None, related)
