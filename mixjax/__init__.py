@@ -32,6 +32,9 @@ _HOMES = {
     "RandomTerm": "mixjax.design",
     "RepeatedDesign": "mixjax.design",
     "Covariance": "mixjax.covariance.custom",
+    "Relationship": "mixjax.relationship",
+    "pedigree": "mixjax.relationship",
+    "phylogeny": "mixjax.relationship",
     "Labels": "mixjax.design",
     "build_design": "mixjax.formula.build",
     "CrossProducts": "mixjax.products.sums",
@@ -189,6 +192,9 @@ if TYPE_CHECKING:
     from mixjax.products.sharding import shard as shard
     from mixjax.products.sums import CrossProducts as CrossProducts
     from mixjax.products.sums import stack as stack
+    from mixjax.relationship import Relationship as Relationship
+    from mixjax.relationship import pedigree as pedigree
+    from mixjax.relationship import phylogeny as phylogeny
     from mixjax.sampling.bayes import bayes as bayes
     from mixjax.sampling.density import log_posterior as log_posterior
     from mixjax.sampling.posterior import Posterior as Posterior

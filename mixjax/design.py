@@ -14,6 +14,7 @@ import numpy as np
 
 from mixjax.covariance import Covariance, Structure, structure_of
 from mixjax.machine import is_concrete
+from mixjax.relationship import MOST_LEVELS
 
 # A numpy array outside JAX's transformations, a JAX array or tracer inside.
 AnyArray = Any
@@ -30,12 +31,15 @@ class RandomTerm:
         structure: covariance structure of a level's effects, by name or itself; static. "us": unstructured. "diag":
             uncorrelated. "homcs": one variance and one correlation. "cs", "ar1", "hetar1", "toep", "homtoep", "adh",
             "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`. One's own: :class:`mixjax.Covariance`.
+        levels: ``(n_groups, n_groups)`` a factor L of the known covariance ``K = L L'`` of the levels: effect a of
+            level i and effect b of level j have covariance ``K_ij Sigma_ab``. None: levels are independent.
     """
 
     Z: AnyArray
     group: AnyArray
     n_groups: int
     structure: str | Structure | Covariance = "us"
+    levels: AnyArray | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,9 @@ class Chunk(NamedTuple):
     codes: list[np.ndarray]
 
 
-jax.tree_util.register_dataclass(RandomTerm, data_fields=["Z", "group"], meta_fields=["n_groups", "structure"])
+jax.tree_util.register_dataclass(
+    RandomTerm, data_fields=["Z", "group", "levels"], meta_fields=["n_groups", "structure"]
+)
 jax.tree_util.register_dataclass(ResidualTerm, data_fields=["group", "time"], meta_fields=["structure"])
 jax.tree_util.register_dataclass(
     RepeatedDesign,
@@ -271,6 +277,8 @@ def check_design(design: Design) -> None:
     if design.size is not None and is_concrete(design.size) and not (np.asarray(design.size) > 0).all():
         raise ValueError("size must be positive: it is the number of trials of a row; drop rows without trials")
     for t, term in enumerate(design.terms):
+        _check_levels(t, term)
+    for t, term in enumerate(design.terms):
         if not is_concrete(term.group):
             continue
         group = np.asarray(term.group)
@@ -281,6 +289,31 @@ def check_design(design: Design) -> None:
                 f"terms[{t}].group runs from {group.min()} to {group.max()}; with n_groups={term.n_groups} it must lie "
                 f"in 0 .. {term.n_groups - 1}"
             )
+
+
+def _check_levels(t: int, term: RandomTerm) -> None:
+    """Raise ValueError for a factor of the covariance of levels that is none."""
+    if term.levels is None:
+        return
+    shape, m = np.shape(term.levels), term.n_groups
+    if shape != (m, m):
+        raise ValueError(
+            f"terms[{t}].levels must be a factor of the covariance of the levels, ({m}, {m}), got shape {shape}"
+        )
+    if m > MOST_LEVELS:
+        raise ValueError(
+            f"terms[{t}] has {m} levels with a known covariance; its factor is a dense matrix, and the work grows with "
+            f"the cube: {MOST_LEVELS} at most. Leave out levels that no row and no relative of a row needs; larger "
+            "pedigrees are for programs that work with the sparse inverse, such as blupf90, ASReml or sommer"
+        )
+    if is_concrete(term.levels) and not np.isfinite(np.asarray(term.levels)).all():
+        raise ValueError(f"terms[{t}].levels has missing or infinite values")
+
+
+def refuse_known(design: Design, what: str, instead: str) -> None:
+    """Raise ValueError for what levels with a known covariance have no meaning for, or no way to."""
+    if any(term.levels is not None for term in design.terms):
+        raise ValueError(f"{what} is not for random effects whose levels have a known covariance: {instead}")
 
 
 def refuse_trials(design: Design) -> None:

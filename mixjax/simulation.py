@@ -43,7 +43,7 @@ def simulate_responses(
     """Responses of a linear mixed model, drawn anew.
 
     ``y* = offset + X beta + sum_t Z_t b_t + e`` with ``e ~ N(0, sigma^2 / weights)`` and ``b_t ~ N(0, Sigma_t)``,
-    independent from level to level and from term to term.
+    independent from term to term, and from level to level where these have no known covariance.
 
     Args:
         design: arrays of the model; its y is not looked at.
@@ -92,7 +92,7 @@ def simulate_responses(
         return draw_responses(lambda draws: mean + scale * coloured(draws), nobs, nobs, key, n, first)
     if random != "new":
         raise ValueError(f"random must be 'new' (random effects are drawn) or 'fitted' (they are b), got {random!r}")
-    root = columns @ _block_diagonal(design, _checked_roots(design, Sigma))
+    root = columns @ root_of_effects(design, _checked_roots(design, Sigma))
 
     def respond(draws: np.ndarray) -> np.ndarray:
         responses: np.ndarray = (
@@ -234,7 +234,7 @@ def simulate_family(
         return drawn(np.broadcast_to(eta, (n, nobs)), np.arange(first, first + n))
     if random != "new":
         raise ValueError(f"random must be 'new' (random effects are drawn) or 'fitted' (they are b), got {random!r}")
-    root = columns @ _block_diagonal(design, _checked_roots(design, Sigma))
+    root = columns @ root_of_effects(design, _checked_roots(design, Sigma))
 
     def predictors(draws: np.ndarray) -> np.ndarray:
         eta: np.ndarray = fixed + (root @ np.ascontiguousarray(draws.T)).T
@@ -408,10 +408,11 @@ def _checked_modes(design: Design, b: Sequence[Any] | None) -> list[np.ndarray]:
     return modes
 
 
-def _block_diagonal(design: Design, roots: list[np.ndarray]) -> scipy.sparse.csr_array:
-    """Every level's root, in the order of :func:`random_columns`."""
+def root_of_effects(design: Design, roots: list[np.ndarray]) -> scipy.sparse.csr_array:
+    """A root of the covariance of all effects, in the order of :func:`random_columns`: every level's own, or, of levels
+    with a known covariance, that of theirs times it."""
     blocks = [
-        scipy.sparse.kron(scipy.sparse.eye_array(term.n_groups), root)
+        scipy.sparse.kron(scipy.sparse.eye_array(term.n_groups) if term.levels is None else term.levels, root)
         for term, root in zip(design.terms, roots, strict=True)
     ]
     if not blocks:

@@ -4,13 +4,15 @@ import numpy as np
 
 
 def covariance(design, Sigmas, sigma):
-    """``V = sigma^2 W^{-1} + sum_t Z_t (I x Sigma_t) Z_t'``: rows of one group share ``z_i' Sigma_t z_j``."""
+    """``V = sigma^2 W^{-1} + sum_t Z_t (I x Sigma_t) Z_t'``: rows of one group share ``z_i' Sigma_t z_j``, and
+    those of groups with a known covariance their part of it."""
     n = len(design.y)
     weights = np.ones(n) if design.weights is None else np.asarray(design.weights)
     V = np.diag(sigma**2 / weights)
     for term, Sigma in zip(design.terms, Sigmas, strict=True):
         group = np.asarray(term.group)
-        V += np.where(group[:, None] == group, term.Z @ Sigma @ np.transpose(term.Z), 0.0)
+        alike = group[:, None] == group if term.levels is None else (term.levels @ term.levels.T)[np.ix_(group, group)]
+        V += alike * (term.Z @ Sigma @ np.transpose(term.Z))
     return V
 
 

@@ -27,7 +27,10 @@ FUNCTIONS = {
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=(), dispersion=None, residual=None",
-    "RandomTerm": "Z, group, n_groups, structure='us'",
+    "RandomTerm": "Z, group, n_groups, structure='us', levels=None",
+    "Relationship": "matrix, levels=None",
+    "pedigree": "id, sire, dam",
+    "phylogeny": "newick, correlation=False",
     "Covariance": "fun, k, scale='hom', names=(), returns='covariance'",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "

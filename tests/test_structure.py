@@ -17,7 +17,7 @@ ROOMS = [
     "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
     "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
-    "mixjax.covariance", "mixjax.residual", "mixjax.design", "mixjax.bases", "mixjax.optimise",
+    "mixjax.covariance", "mixjax.residual", "mixjax.relationship", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
     "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",

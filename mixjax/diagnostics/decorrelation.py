@@ -16,14 +16,15 @@ def blocks_of(effects: list[Effects], n: int) -> np.ndarray:
     """Codes ``(n,)`` of blocks of rows that share no random effect with rows of another block.
 
     One factor: its levels. Nested factors: those of the outermost. Crossed factors: whatever they tie together.
-    Effects without variance tie nothing.
+    Effects without variance tie nothing; levels with a known covariance are one block.
     """
     tied = [factor for factor in effects if factor.Lambda.any()]
     if not tied:
         return np.arange(n)
     starts = np.cumsum([n, *(factor.n_levels for factor in tied)])
     row = np.tile(np.arange(n), len(tied))
-    level = np.concatenate([start + factor.codes for start, factor in zip(starts[:-1], tied, strict=True)])
+    codes = [factor.codes if factor.levels is None else np.zeros_like(factor.codes) for factor in tied]
+    level = np.concatenate([start + own for start, own in zip(starts[:-1], codes, strict=True)])
     size = int(starts[-1])
     graph = scipy.sparse.coo_array((np.ones(len(row), np.int8), (row, level)), shape=(size, size))
     _, block = scipy.sparse.csgraph.connected_components(graph, directed=False)
@@ -72,7 +73,7 @@ def _forward(effects: list[Effects], rows: np.ndarray, r: np.ndarray) -> np.ndar
     for factor in effects:
         if factor.Lambda.any():
             U, level = factor.U[rows], factor.codes[rows]
-            V += (U @ U.swapaxes(1, 2)) * (level[:, :, None] == level[:, None])
+            V += (U @ U.swapaxes(1, 2)) * factor.covariance_of(level)
     # Bordered by r, the factor's last row is L^{-1} r. Its corner has to exceed r'V^{-1}r, which r'r does not.
     bordered[:, k, :k] = r
     bordered[:, k, k] = 1.0 + 2.0 * (r * r).sum(1)

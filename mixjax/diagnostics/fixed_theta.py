@@ -95,12 +95,17 @@ def effects(fitted: Fitted, rows: Rows) -> scipy.sparse.csr_array:
     stats, blocks = fitted.stats, []
     thetas = split_theta(fitted.estimates.theta, stats.layout.qs)
     for place, basis, theta in zip(stats.layout.terms, stats.Z_bases, thetas, strict=True):
-        q, m = place.q, stats.factors[place.factor].ZZ.shape[2]
+        q, m = place.q, rows.levels[place.factor]
         Lambda = np.zeros((q, q))
         Lambda[triangle(q)] = theta
         Z = rows.Z[place.factor][:, place.start : place.start + q] @ (np.asarray(basis.R) @ Lambda)
         columns = rows.groups[place.factor].astype(np.int64)[:, None] * q + np.arange(q)
         start = np.arange(rows.n + 1) * q
+        if rows.known and (L := rows.known[place.factor]) is not None:
+            shares = (np.asarray(L)[rows.groups[place.factor]][:, :, None] * Z[:, None]).reshape(rows.n, m * q)
+            every = np.tile(np.arange(m * q), rows.n)  # zeros too: all rows have as many entries
+            blocks.append(scipy.sparse.csr_array((shares.ravel(), every, np.arange(rows.n + 1) * m * q), shares.shape))
+            continue
         blocks.append(scipy.sparse.csr_array((Z.ravel(), columns.ravel(), start), shape=(rows.n, m * q)))
     return scipy.sparse.hstack(blocks, format="csr")
 

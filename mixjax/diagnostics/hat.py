@@ -34,6 +34,8 @@ class Effects(NamedTuple):
     Attributes:
         U: ``(n, q)`` rows of ``Z Lambda``. codes: ``(n,)`` levels. n_levels: how many.
         Lambda: ``(q, q)`` relative factor, block by block of the terms. terms: their places among the model's.
+        levels: ``(n_levels, n_levels)`` factor L of the known covariance of the levels, or None. U is as if there were
+            none.
     """
 
     U: np.ndarray
@@ -41,6 +43,25 @@ class Effects(NamedTuple):
     n_levels: int
     Lambda: np.ndarray
     terms: tuple[int, ...]
+    levels: np.ndarray | None = None
+
+    @property
+    def of_levels(self) -> Any:
+        """``(n_levels, n_levels)`` a factor of the covariance of the levels, sparse where it is the identity."""
+        return scipy.sparse.eye_array(self.n_levels) if self.levels is None else self.levels
+
+    def variance_of_levels(self) -> np.ndarray:
+        """``(n_levels,)`` the diagonal of that covariance."""
+        return np.ones(self.n_levels) if self.levels is None else (self.levels**2).sum(1)
+
+    def covariance_of(self, level: np.ndarray) -> np.ndarray:
+        """Of the levels ``(c, k)`` of rows, pair by pair: ``(c, k, k)``."""
+        if self.levels is None:
+            alike: np.ndarray = level[:, :, None] == level[:, None]
+            return alike
+        L = self.levels[level]
+        covariance: np.ndarray = L @ L.swapaxes(1, 2)
+        return covariance
 
 
 class Whitened(NamedTuple):
@@ -57,7 +78,8 @@ class Whitened(NamedTuple):
     @property
     def random_variance(self) -> np.ndarray:
         """``w_i z_i' Sigma z_i / sigma^2``, ``(n,)``; sigma is 1 in generalised models."""
-        return sum(((factor.U**2).sum(1) for factor in self.effects), np.zeros(len(self.root_w)))
+        parts = ((factor.U**2).sum(1) * factor.variance_of_levels()[factor.codes] for factor in self.effects)
+        return sum(parts, np.zeros(len(self.root_w)))
 
 
 class HatDiagonals(NamedTuple):
@@ -105,7 +127,8 @@ def whiten(fitted: AnyFitted) -> Whitened:
         Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
         Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
         term = design.terms[ts[0]]
-        effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts))
+        L = None if term.levels is None else np.asarray(term.levels, np.float64)
+        effects.append(Effects(root_w[:, None] * (Z @ Lambda), np.asarray(term.group), term.n_groups, Lambda, ts, L))
     return Whitened(root_w, Q, effects)
 
 
@@ -140,7 +163,7 @@ def parts_of(Q: np.ndarray, effects: list[Effects], of: int | None = None) -> Ha
         V = rows
     else:
         before = sum(f.n_levels * f.U.shape[1] for f in effects[:of])
-        own = scipy.sparse.kron(scipy.sparse.eye_array(effects[of].n_levels), effects[of].Lambda, format="csr")
+        own = scipy.sparse.kron(effects[of].of_levels, effects[of].Lambda, format="csr")
         after = rows.shape[1] - before - own.shape[1]
         padding = [scipy.sparse.csr_array((own.shape[0], width)) for width in (before, after)]
         probes = scipy.sparse.hstack([padding[0], own, padding[1]], format="csr")
@@ -165,9 +188,10 @@ def _rows(effects: list[Effects]) -> Any:
     for factor in effects:
         n, q = factor.U.shape
         at = factor.codes.astype(np.int64)[:, None] * q + np.arange(q)
-        blocks.append(
-            scipy.sparse.csr_array((factor.U.ravel(), at.ravel(), np.arange(n + 1) * q), (n, factor.n_levels * q))
-        )
+        own = scipy.sparse.csr_array((factor.U.ravel(), at.ravel(), np.arange(n + 1) * q), (n, factor.n_levels * q))
+        if factor.levels is not None:
+            own = (own @ scipy.sparse.kron(factor.levels, scipy.sparse.eye_array(q), format="csr")).tocsr()
+        blocks.append(own)
     rows = scipy.sparse.hstack(blocks, format="csr")
     rows.eliminate_zeros()
     return rows

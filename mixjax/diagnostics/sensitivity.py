@@ -104,7 +104,8 @@ def sensitivity(fitted: Fitted, scale: Scale = "sdcor") -> pd.DataFrame:
 def _of_rows(fitted: Fitted, rows: Rows) -> tuple[np.ndarray, bool, np.ndarray]:
     """The coordinates x ``(k,)`` of the fit; whether there are derivatives; those of x, sigma and beta by the weight of
     every row, ``(n, k + 1 + p)``."""
-    engine, theta = engine_of(rows.stats, fitted.reml), fitted.estimates.theta
+    # Of a known covariance the products of the rows' own effects, not those of its eigenvectors, which rows move.
+    engine, theta = engine_of(rows.sums() if rows.known else rows.stats, fitted.reml), fitted.estimates.theta
     if isinstance(engine, AtOnce) and engine.where is None:
         return engine.run(_at_once, theta, rows)
     x, regular, slopes = engine_of(rows.stats, fitted.reml, at_once=False).run(_slopes, theta)

@@ -78,9 +78,15 @@ def _product_rows(rows: Rows, moments: Moments, at: slice) -> ProductRows:
     first, Q, columns = moments.layout.chain[0], rows.Q[at], []
     for f, q, m in moments.dense:
         dense = np.zeros((len(Q), q * m))
+        if rows.known and (L := rows.known[f]) is not None:
+            shares = rows.Z[f][at][:, :, None] * np.asarray(L)[rows.groups[f][at]][:, None]
+            columns.append(shares.reshape(dense.shape))
+            continue
         dense[np.arange(len(Q))[:, None], rows.groups[f][at][:, None] + m * np.arange(q)] = rows.Z[f][at]
         columns.append(dense)
     others = np.concatenate([*columns, Q, rows.residual[at][:, None]], axis=1)
+    if first == len(rows.Z):  # the empty factor
+        return ProductRows(np.zeros((len(Q), 1)), np.zeros(len(Q), np.intp), others)
     return ProductRows(rows.Z[first][at], rows.groups[first][at], others)
 
 

@@ -464,6 +464,8 @@ def _lambdas_of_factors(entries: list[Any], moments: AnyMoments) -> Lambdas:
         own = slice(place.start, place.start + place.q)
         for row, values in zip(lambdas[place.factor][own], of_term, strict=True):
             row[own] = values
+    if moments.layout.is_led_by_none:
+        lambdas[moments.layout.chain[0]] = [[0.0 * entries[0][0][0]]]
     return lambdas
 
 

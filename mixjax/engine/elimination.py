@@ -152,6 +152,8 @@ def eliminate(lambdas: list[Array], blocks: Arranged) -> Reduced:
 def factor_lambda(lambdas: list[Array], layout: Layout, f: int) -> Array:
     """Block diagonal Lambda of all terms on one grouping factor."""
     own = [Lambda for Lambda, place in zip(lambdas, layout.terms, strict=True) if place.factor == f]
+    if not own:  # the empty factor
+        return jnp.zeros((1, 1), lambdas[0].dtype)
     return own[0] if len(own) == 1 else jax.scipy.linalg.block_diag(*own)
 
 

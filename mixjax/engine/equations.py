@@ -8,6 +8,9 @@ The grouping factor with most levels is eliminated level by level. With ``K_i`` 
 products of that with the effects of the other factors, and ``K_2`` the inverse that is left of those, K has the blocks
 ``K_i + K_i B_i K_2 B_i'K_i``, and ``K_2`` itself. What crosses is held as dense matrices while these are small, else as
 sparse ones; so there is no limit of size, and nothing is compiled.
+
+Where the levels of a factor have a known covariance, its effects here are the independent u of ``b = T u``
+(:mod:`mixjax.products.known`), and an effect z of one level has a share ``T'z`` in all of them.
 """
 
 from __future__ import annotations
@@ -67,7 +70,11 @@ class Equations:
         ends = np.cumsum([0, *(sizes[f] for f in self._others)])
         self._starts = dict(zip(self._others, map(int, ends), strict=False))
         self._r = int(ends[-1])
-        self._is_sparse = sizes[first] * self._r > most_crossed or self._r > most_dense
+        self._known = [stats.transform_of(f) for f in range(len(stats.factors))]
+        known = any(T is not None for T in self._known)
+        if known:
+            most_dense = max(most_dense, self._r)
+        self._is_sparse = not known and (sizes[first] * self._r > most_crossed or self._r > most_dense)
 
         J, U = _by_level(stats, first)
         p = U.shape[2]
@@ -107,6 +114,8 @@ class Equations:
     def covariances(self) -> list[np.ndarray]:
         """Per grouping factor ``(m, w, w)``: conditional covariance of every level's effects given y and beta."""
         found = {self._first: self._K}
+        if (T := self._known[self._first]) is not None:
+            found[self._first] = np.einsum("lr,rab,lr->lab", T, self._K, T, optimize=True)
         if self._r:
             m, w = self._levels[self._first], self._widths[self._first]
             step = max(1, CHUNK // (self._r * w))
@@ -117,6 +126,11 @@ class Equations:
 
     def _variance(self, rows: EffectRows, at: slice, fixed: bool) -> np.ndarray:
         x, z, level = rows.X[at], rows.Z[self._first][at], rows.level[self._first][at]
+        if (T := self._known[self._first]) is not None:  # alone, one effect a level
+            u = T[level] * z
+            own: np.ndarray = (u * u) @ self._K[:, 0, 0]
+            d = x - u @ self._KU[:, 0]
+            return own + np.einsum("mp,pq,mq->m", d, self._S_inverse, d) if fixed else own
         Kz = np.einsum("mab,mb->ma", self._K[level], z)
         total = np.einsum("ma,ma->m", z, Kz)
         d = x - np.einsum("ma,map->mp", z, self._KU[level])
@@ -140,7 +154,11 @@ class Equations:
         z, level = rows.Z[f1][at], rows.level[f1][at]
         rest = np.zeros((len(z), self._r))
         for f, (own, levels, _) in zip(self._others, parts, strict=True):
-            w = self._widths[f]
+            w, T = self._widths[f], self._known[f]
+            if T is not None:
+                shares = T[levels][:, :, None] * own[:, None]
+                rest[:, self._starts[f] : self._starts[f] + shares[0].size] = shares.reshape(len(z), -1)
+                continue
             rest[np.arange(len(z))[:, None], self._starts[f] + levels[:, None] * w + np.arange(w)] = own
         KB = self._KB.reshape(self._levels[f1], self._widths[f1], self._r)
         return rest - (z[:, None] @ KB[level])[:, 0], rest
@@ -243,6 +261,14 @@ class Equations:
     def _own_blocks(self, f: int) -> np.ndarray:
         """Diagonal blocks of ``K_2``, ``(m, w, w)``."""
         m, w, start = self._levels[f], self._widths[f], self._starts[f]
+        if (T := self._known[f]) is not None:
+            assert self._dense is not None
+            own = self._dense[start : start + m * w, start : start + m * w].reshape(m, w, m, w)
+            found = np.empty((len(T), w, w))
+            for a in range(w):
+                for b in range(w):
+                    found[:, a, b] = ((T @ own[:, a, :, b]) * T).sum(1)
+            return found
         if self._dense is not None:
             at = start + np.arange(m * w).reshape(m, w)
             blocks: np.ndarray = self._dense[at[:, :, None], at[:, None]]

@@ -47,10 +47,10 @@ class First(NamedTuple):
 
 
 def directions_of(layout: Layout, f: int) -> list[tuple[int, int]]:
-    """Pairs (a, b), a <= b, of effects of factor f whose covariance is a parameter: those within one term."""
-    return [
-        (place.start + a, place.start + b) for place in layout.terms if place.factor == f for a, b in pairs_of(place.q)
-    ]
+    """Pairs (a, b), a <= b, of effects of factor f whose covariance is a parameter: those within one term. Of the empty
+    factor its one effect, by which nothing changes."""
+    own = [place for place in layout.terms if place.factor == f]
+    return [(place.start + a, place.start + b) for place in own for a, b in pairs_of(place.q)] or [(0, 0)]
 
 
 def eliminate_first(Lambda: list[list[Array | None]], moments: AnyMoments) -> First:

@@ -99,7 +99,7 @@ def incidence(stats: CrossProducts) -> Incidence | None:
         MemoryError: the dense block does not fit into memory.
     """
     layout = stats.layout
-    if not layout.dense or np.ndim(stats.yy):
+    if not layout.dense or np.ndim(stats.yy) or stats.known:  # of a known covariance all levels meet
         return None
     _check_memory(stats)
     first, *others = layout.chain + layout.dense

@@ -52,8 +52,9 @@ def _blocks(stats: CrossProducts, xp: Any) -> tuple[Array, Array, list[Place]]:
     """``Z'Z (g, s, s)`` and ``Z'Q (g, s, p)``, a block per level or one of all effects, and the place of every term."""
     starts, size = {}, 0
     alone = len(stats.factors) == 1
-    for f, products in enumerate(stats.factors):
-        q, _, m = products.ZZ.shape
+    held = [f for f in range(len(stats.factors)) if any(term.factor == f for term in stats.layout.terms)]
+    for f in held:  # all but the empty factor
+        q, _, m = stats.factors[f].ZZ.shape
         starts[f] = (size, 1 if alone else m)
         size += q * m
     places = []
@@ -67,7 +68,8 @@ def _blocks(stats: CrossProducts, xp: Any) -> tuple[Array, Array, list[Place]]:
         return xp.moveaxis(xp.asarray(products.ZZ), -1, 0), xp.moveaxis(xp.asarray(products.ZX), -1, 0), places
     A = xp.zeros((size, size), stats.XX.dtype)
     B = []
-    for (start, m), products in zip(starts.values(), stats.factors, strict=True):
+    for f, (start, m) in starts.items():
+        products = stats.factors[f]
         at = start + np.arange(len(products.ZZ), dtype=np.int32)[:, None] * m + np.arange(m, dtype=np.int32)
         A = set_at(A, (at[:, None], at[None]), xp.asarray(products.ZZ))
         B.append(xp.moveaxis(xp.asarray(products.ZX), 1, -1).reshape(at.size, -1))

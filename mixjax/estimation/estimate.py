@@ -206,7 +206,10 @@ def assemble(engine: Engine, solution: Solution, own: OwnFactors | None = None) 
         sigma=profiled.sigma,
         Sigma=tuple(profiled.sigma**2 * (L @ L.T) for L in own.lambdas),
         vcov=profiled.sigma**2 * (R_inv @ profiled.XX_inverse @ R_inv.T),
-        b=tuple((basis.R_inv @ b).T for basis, b in zip(stats.Z_bases, modes, strict=True)),
+        b=tuple(
+            stats.at_levels(place.factor, basis.R_inv @ b).T
+            for place, basis, b in zip(stats.layout.terms, stats.Z_bases, modes, strict=True)
+        ),
         criterion=profiled.criterion,
         converged=(solution.result == int(Result.CONVERGED)) | (solution.result == int(Result.NONDIFFERENTIABLE)),
         singular=own.deficient,

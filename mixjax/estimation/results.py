@@ -60,7 +60,8 @@ def _modes(batch: Batch, at: slice, x: np.ndarray) -> tuple[np.ndarray, ...]:
     lanes = batch.lanes(at, True)
     with silently():
         _, by_factor = profile_and_modes(np.asarray(x).T, lanes.moments, True, batch.levels(at))
-    modes = [by_factor[place.factor][place.start : place.start + place.q] for place in batch.stats.layout.terms]
-    return tuple(
-        np.moveaxis(linalg.matmul(Z.R_inv, b), -1, 0).swapaxes(1, 2) for Z, b in zip(lanes.bases.Z, modes, strict=True)
-    )
+    stats, found = batch.stats, []
+    for place, Z in zip(stats.layout.terms, lanes.bases.Z, strict=True):
+        b = linalg.matmul(Z.R_inv, by_factor[place.factor][place.start : place.start + place.q])
+        found.append(stats.at_levels(place.factor, np.moveaxis(b, -1, 0)).swapaxes(1, 2))
+    return tuple(found)

@@ -54,7 +54,10 @@ def lmm(
 
     Args:
         formula: ``"y ~ x + (x | g)"``. Fixed effects in formulaic's language; random terms in lme4's: ``(1 | g)``,
-            ``(x | g)``, ``(0 + x | g)``, ``(x || g)``, ``(1 | a/b)``, ``(1 | a:b)``, ``(1 | a*b)``.
+            ``(x | g)``, ``(0 + x | g)``, ``(x || g)``, ``(1 | a/b)``, ``(1 | a:b)``, ``(1 | a*b)``;
+            ``propto(1 | g, K)`` where the covariance of the levels is known but for its scale: K, a
+            :class:`mixjax.Relationship` or a data frame labelled on both axes, is found by its name where the formula
+            is written.
         data: pandas, polars or pyarrow table, or a dict of arrays. Also what comes in chunks: an iterable of tables,
             the path of a parquet file, a pyarrow dataset, a dask data frame; see
             :func:`mixjax.cross_products_from`. The rows of chunks are not kept, so neither are residuals.
@@ -393,7 +396,8 @@ class LMMFit(Inferring, Diagnosing):
         V = self._fitted.residual_covariance(rows)
         for term, Sigma in zip(self.design.terms, self.estimates.Sigma, strict=True):
             Z, group = np.asarray(term.Z)[rows], np.asarray(term.group)[rows]
-            V += (Z @ Sigma @ Z.T) * (group[:, None] == group[None])
+            alike = group[:, None] == group[None] if term.levels is None else term.levels[group] @ term.levels[group].T
+            V += (Z @ Sigma @ Z.T) * alike
         return V
 
     # --- again --------------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def fit_products(
         with float64():
             est = jax.device_get(estimate_with(optimizer, pad(stats), reml, start))
     est = jax.tree.map(np.asarray, est)
-    sizes = [stats.factors[place.factor].ZZ.shape[2] for place in stats.layout.terms]
+    sizes = [stats.n_levels(place.factor) for place in stats.layout.terms]
     est = est._replace(b=tuple(b[:m] for b, m in zip(est.b, sizes, strict=True)))
     result = Result(int(est.result))
     info = OptimizerInfo(

@@ -27,7 +27,7 @@ from mixjax.formula.evaluate import Learnt, columns_of, evaluate, numbers
 from mixjax.formula.own_formulas import own_columns, parse_own
 from mixjax.formula.parse import ParsedFormula, with_structures
 from mixjax.formula.parse import parse as parse_formula
-from mixjax.formula.random_terms import random_terms
+from mixjax.formula.random_terms import TermColumns, random_terms
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.residual_side import dispersion_columns, parse_residual, residual_term
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
@@ -175,7 +175,7 @@ def build(
     design = Design(
         y=response.y,
         X=X,
-        terms=tuple(RandomTerm(part.Z, part.codes, len(part.labels.levels), part.structure) for part in random),
+        terms=tuple(_term(part) for part in random),
         weights=response.weights,
         offset=total_offset,
         size=response.size,
@@ -218,6 +218,11 @@ def build(
         residual_group="" if part is None else part.group.name,
     )
     return Built(design, labels, basis)
+
+
+def _term(part: TermColumns) -> RandomTerm:
+    L = None if part.relationship is None else part.relationship.factor
+    return RandomTerm(part.Z, part.codes, len(part.labels.levels), part.structure, L)
 
 
 def offsets_of(

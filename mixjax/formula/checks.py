@@ -184,6 +184,7 @@ def check_number_of_effects(
     size: np.ndarray | None = None,
     structures: Sequence[Structure] = (),
     repeated: Sequence[bool] = (),
+    known: Sequence[bool] = (),
 ) -> None:
     """Refuse random terms with as many effects as there are rows, where these could not be told from noise.
 
@@ -194,6 +195,7 @@ def check_number_of_effects(
         family: of a generalised linear mixed model; None: linear. size: ``(n,)`` numbers of trials, or None for 1 each.
         structures: of the terms; those are let through whose correlations tell effects of single rows from noise.
         repeated: a level of the term has two rows at one effect, which tell noise from effects that have a structure.
+        known: the levels with rows have a known covariance, by which they are told from noise.
 
     Raises:
         DataError: names the term and the way to go on.
@@ -204,6 +206,8 @@ def check_number_of_effects(
     linear = family is None or family.name == "gaussian"
     single = not linear and family.name == "binomial" and (size is None or (size == 1).all())
     for t, names in enumerate(labels.terms):
+        if known and known[t]:
+            continue
         effects = len(names.levels) * len(names.effects)
         own = structures[t] if structures else None
         structured = own is not None and not isinstance(own, Unstructured | Diagonal)
@@ -245,7 +249,8 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
     seen = [_seen(term) if n <= term.n_groups * np.shape(term.Z)[1] else None for term in design.terms]
     apart = [bool((np.asarray(term.Z) != 0).sum(1).max() == 1) for term in design.terms]  # a row has one effect
     repeated = [own is not None and one and bool(own.max() > 1) for own, one in zip(seen, apart, strict=True)]
-    check_number_of_effects(n, labels, family, design.size, design.structures, repeated)
+    known = [term.levels is not None and _correlated(term) for term in design.terms]
+    check_number_of_effects(n, labels, family, design.size, design.structures, repeated, known)
     for own, structure, names in zip(seen, design.structures, labels.terms, strict=True):
         if own is not None and structure.apart_from_noise:
             _check_seen(own, names)
@@ -264,6 +269,13 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
                     "cannot be estimated; leave it out of the fixed or of the random effects (or pass "
                     "check_identifiable=False to fit it all the same)"
                 )
+
+
+def _correlated(term: RandomTerm) -> bool:
+    """The known covariance of the levels that have rows is not that of independent levels with one variance."""
+    L = np.asarray(term.levels)[np.unique(np.asarray(term.group))]
+    K = L @ L.T
+    return bool(np.abs(K - K[0, 0] * np.eye(len(K))).max() > 1e-8 * np.abs(K).max())
 
 
 def _seen(term: RandomTerm) -> np.ndarray:

@@ -116,6 +116,11 @@ class ChunkReader:
     ):
         available = column_names(first)
         self.parsed, self.context = read_formula(formula, available, caller, trusted, first)
+        if any(part.known for part in self.parsed.random):
+            raise FormulaError(
+                f"{formula!r} has levels with a known covariance (propto), whose eigenvectors all rows together give: "
+                "read the table as a whole"
+            )
         if not self.parsed.random:
             raise FormulaError(f"{formula!r} has no random term such as (1 | g)")
         self.weights, self.offset, self.contrasts = weights, offset, contrasts

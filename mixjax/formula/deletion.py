@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.checks import some_of
-from mixjax.design import Design, Labels, RandomTerm, TermLabels
+from mixjax.design import Design, Labels, TermLabels
 from mixjax.formula.algebra import INTERCEPT, Effects, Term
 from mixjax.formula.build import full_rank
 from mixjax.formula.evaluate import Columns, columns_of
@@ -134,7 +134,7 @@ def design_without(design: Design, labels: Labels, deletion: Deletion) -> tuple[
         del parts[t], columns[t], terms[t], names[t]
     else:
         Z, columns[t] = columns_of(effects, labels.frame, state.context)
-        terms[t] = RandomTerm(Z, terms[t].group, terms[t].n_groups, terms[t].structure)
+        terms[t] = replace(terms[t], Z=Z)
         names[t] = TermLabels(names[t].group, columns[t].names, names[t].levels)
         parts[t] = replace(parts[t], effects=effects)
     text = _text(labels.response, state, parts)
@@ -184,6 +184,11 @@ def _sum(terms: Sequence[Term]) -> str:
 
 
 def _bar(part: RandomPart) -> str:
+    if part.known:
+        (column,) = part.group.columns
+        inner = f"{part.effects.shown} | {_group(Group(column, (column,)))}"
+        inner = inner if part.structure == "us" else f"{part.name or part.structure}({inner})"
+        return f"propto({inner}, {part.known})"
     inner = f"{part.effects.shown} | {_group(part.group)}"
     return f"({inner})" if part.structure == "us" else f"{part.name or part.structure}({inner})"
 

@@ -8,10 +8,11 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
-from mixjax.checks import FormulaError
+from mixjax.checks import DataError, FormulaError
 from mixjax.covariance import BY_OPTION, STRUCTURES, Covariance, canonical
 from mixjax.formula.algebra import Effects, effects, summands
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
+from mixjax.relationship import Relationship, as_relationship
 
 MOST_GROUPS = 100
 
@@ -40,6 +41,8 @@ class RandomPart:
         structure: name of its covariance structure, ``us`` where none is written; one of the caller's own itself,
             once names are read. name: as it is written, where it is none of those known. written: as it is written,
             whichever it is, with lme4's option; empty where none is.
+        known: name of the known covariance of the levels, ``K`` of ``propto(1 | g, K)``; empty where they are
+            independent. relationship: itself, once names are read.
     """
 
     effects: Effects
@@ -48,6 +51,8 @@ class RandomPart:
     structure: str | Covariance = "us"
     name: str = ""
     written: str = ""
+    known: str = ""
+    relationship: Relationship | None = None
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -221,6 +226,8 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     if call is None or call[0] == "I":
         return _bar_term(piece, columns) if piece.outer("|", "||") else None
     name, (first, *options) = call[0], call[1].split(",")
+    if name == "propto":
+        return _known_term(piece, first, options, columns)
     inner = first.unwrapped()
     if not inner.outer("|", "||"):
         return None
@@ -247,6 +254,25 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     return [replace(part, structure=structure, written=written) for part in parts]
 
 
+def _known_term(piece: Piece, first: Piece, options: list[Piece], columns: Collection[str]) -> list[RandomPart]:
+    """``propto(effects | group, K)``; the effects may have a structure, ``propto(diag(1 + x | group), K)``."""
+    words = [t.text.strip("`") for option in options for t in option.tokens]
+    if len(options) != 1 or len(words) != 1 or options[0].tokens[0].kind not in ("name", "quoted"):
+        raise FormulaError(
+            f"'{piece}' must read propto(effects | group, K), with the name of a mixjax.Relationship, or of a data "
+            "frame labelled on both axes, as the second argument"
+        )
+    parts = _random_term(first, columns)
+    if parts is None or any(part.known for part in parts):
+        raise FormulaError(f"'{piece}' must hold one random term before the comma, as in propto(1 | g, K)")
+    if len(parts) > 1 or len(parts[0].group.columns) > 1:
+        raise FormulaError(
+            f"'{piece}': the levels of a known covariance are those of one column; make a column of "
+            f"'{parts[0].group.name}' first"
+        )
+    return [replace(part, known=words[0]) for part in parts]
+
+
 def _no_structure(name: str, written: str) -> FormulaError:
     return FormulaError(
         f"there is no covariance structure '{name}' ('{written}'); there are {', '.join(STRUCTURES)}, and those of "
@@ -267,8 +293,47 @@ def with_structures(parsed: ParsedFormula, caller: Mapping[str, Any]) -> ParsedF
             if not isinstance(own, Covariance):
                 raise _no_structure(part.name, str(part.structure))
             part = replace(part, structure=own)
+        if part.known:
+            part = replace(part, relationship=_relationship(part, caller))
         random.append(part)
-    return replace(parsed, random=tuple(random))
+    return replace(parsed, random=tuple(_apart(random)))
+
+
+def _relationship(part: RandomPart, caller: Mapping[str, Any]) -> Relationship:
+    where = f"'propto({part.effects} | {part.group.name}, {part.known})'"
+    if part.known not in caller:
+        raise FormulaError(
+            f"{where}: there is no '{part.known}' where the formula is written; it is to be a mixjax.Relationship "
+            "(mixjax.pedigree and mixjax.phylogeny make one) or a data frame labelled on both axes. Formulas that are "
+            "not trusted read no names beside columns"
+        )
+    try:
+        found = as_relationship(caller[part.known])
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    if found is None:
+        kind = type(caller[part.known]).__name__
+        raise FormulaError(
+            f"{where}: '{part.known}' is a {kind}; a mixjax.Relationship(matrix, levels) is needed, or a data frame "
+            "labelled on both axes: the levels' names say which row is whose"
+        )
+    return found
+
+
+def _apart(random: list[RandomPart]) -> list[RandomPart]:
+    """Terms of one column with a known covariance and without one, or with another: each grouping factor has a name of
+    its own, ``species`` and ``species (C)``."""
+    of_group: dict[str, list[str]] = {}
+    for part in random:
+        known = of_group.setdefault(part.group.name, [])
+        if part.known not in known:
+            known.append(part.known)
+    return [
+        replace(part, group=Group(f"{part.group.name} ({part.known})", part.group.columns))
+        if part.known and len(of_group[part.group.name]) > 1
+        else part
+        for part in random
+    ]
 
 
 def _bar_term(inner: Piece, columns: Collection[str]) -> list[RandomPart]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import DataError, FormulaError
+from mixjax.checks import DataError, FormulaError, some_of
 from mixjax.covariance import Covariance
 from mixjax.design import TermLabels
 from mixjax.formula.checks import check_columns_of_term, check_structure, warn_of_constant_slopes
 from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, columns_of
-from mixjax.formula.parse import Group, ParsedFormula
+from mixjax.formula.parse import Group, ParsedFormula, RandomPart
 from mixjax.formula.table import combinations
+from mixjax.relationship import Relationship
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TermColumns:
     Attributes:
         Z: ``(n, q)``. codes: ``(n,)`` levels. levels: ``(m, columns)`` names of the values that make every level.
         labels: names. columns: of Z as functions of rows. group, structure: as the formula has them.
+        relationship: known covariance of the levels, which are then all of its own, in its order; or None.
     """
 
     Z: np.ndarray
@@ -33,6 +35,7 @@ class TermColumns:
     columns: Columns
     group: Group
     structure: str | Covariance
+    relationship: Relationship | None = None
 
 
 def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[TermColumns]:
@@ -41,7 +44,9 @@ def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -
     terms = []
     for part in parsed.random:
         if part.group.name not in factors:
-            factors[part.group.name] = _grouping_factor(part.group, frame)
+            factors[part.group.name] = (
+                _grouping_factor(part.group, frame) if part.relationship is None else _known_factor(part, frame)
+            )
         codes, levels, names = factors[part.group.name]
         for block in part.blocks():
             Z, columns = columns_of(block, frame, context)
@@ -50,7 +55,8 @@ def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -
             if part.structure == "us":
                 warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
             labels = TermLabels(part.group.name, columns.names, names)
-            terms.append(TermColumns(Z, codes, levels, labels, columns, part.group, part.structure))
+            own = TermColumns(Z, codes, levels, labels, columns, part.group, part.structure, part.relationship)
+            terms.append(own)
     _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
 
@@ -65,13 +71,35 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.
     return codes, levels, names
 
 
+def _known_factor(part: RandomPart, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Levels of a grouping factor as its known covariance has them; those without rows stay.
+
+    Raises:
+        DataError: the table has levels that the covariance lacks.
+    """
+    relationship = part.relationship
+    assert relationship is not None
+    codes, levels = combinations(frame, part.group.columns)
+    own = [":".join(values) for values in levels]
+    at = {name: i for i, name in enumerate(relationship.levels)}
+    missing = [name for name in own if name not in at]
+    if missing:
+        raise DataError(
+            f"'{part.known}' has no row for {len(missing)} of the {len(own)} levels of '{part.group.columns[0]}' in "
+            f"the table: {some_of([repr(name) for name in missing])}; its levels are "
+            f"{some_of(list(relationship.levels))}. Add them to it (unrelated levels have 0 beside the diagonal), or leave their rows out"
+        )
+    places = np.array([at[name] for name in own])
+    return places[codes], np.array(relationship.levels, object)[:, None], relationship.levels
+
+
 def _check_no_effect_twice(terms: list[TermColumns]) -> None:
     """One effect of one grouping factor in two terms has two variances of which only the sum is known."""
     seen: list[tuple[TermColumns, str]] = []
     for term in terms:
         for effect in term.labels.effects:
             for other, same in seen:
-                if effect == same and np.array_equal(term.codes, other.codes):
+                if effect == same and np.array_equal(term.codes, other.codes) and _alike(term, other):
                     groups = " and ".join(dict.fromkeys(f"'{t.labels.group}'" for t in (other, term)))
                     raise FormulaError(
                         f"effect '{effect}' of group {groups} stands in two random terms with the same levels, so its "
@@ -79,3 +107,10 @@ def _check_no_effect_twice(terms: list[TermColumns]) -> None:
                         f"(1 | {term.labels.group}) + (0 + x | {term.labels.group})"
                     )
             seen.append((term, effect))
+
+
+def _alike(a: TermColumns, b: TermColumns) -> bool:
+    """The levels of two terms have the same covariance."""
+    if a.relationship is None or b.relationship is None:
+        return a.relationship is b.relationship
+    return np.array_equal(a.relationship.matrix, b.relationship.matrix)

@@ -373,9 +373,17 @@ def _trials(state: FormulaState, table: pd.DataFrame) -> np.ndarray | None:
 
 def _codes(state: FormulaState, table: pd.DataFrame, groups: Sequence[str], allow_new: bool) -> dict[str, np.ndarray]:
     columns_of = {part.group.name: part.group.columns for part in state.parsed.random}
+    relationships = {part.group.name: part.known for part in state.parsed.random if part.known}
     codes, unknown = {}, []
     for group in groups:
         codes[group], new = _level_codes(table, columns_of[group], state.levels[group], group)
+        if group in relationships and (codes[group] < 0).any():
+            what = _listed(new) if new else "missing values"
+            raise DataError(
+                f"newdata has {what} of grouping factor '{group}', not among the levels of '{relationships[group]}': "
+                "what such a level shares with the others is not known. Fit with a covariance that has it (levels "
+                "without rows are predicted from their relatives), or predict with random=False"
+            )
         if new:
             unknown.append(f"{_listed(new)} of grouping factor '{group}'")
     if unknown and not allow_new:

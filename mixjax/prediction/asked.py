@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -181,6 +181,7 @@ def rows_asked(
         offset = np.zeros(m) if design.offset is None else np.asarray(design.offset)
         weights = np.ones(m) if design.weights is None else np.asarray(design.weights)
         Z = tuple(np.asarray(t.Z) if own or whole else None for t, own in zip(design.terms, included, strict=True))
+        Z = _of_own_level(fitted, Z, tuple(np.asarray(t.group) for t in design.terms), included)
         level = tuple(np.asarray(t.group) if own else None for t, own in zip(design.terms, included, strict=True))
         noise = 1.0 / weights if noisy else np.zeros(m)
         targets = Targets(np.asarray(design.X), offset, Z, level, noise).with_effects(effects)
@@ -190,7 +191,14 @@ def rows_asked(
 
     labels = fitted.labels
     needed = [own or bool(whole) for own in included]
-    rows = new_rows(labels, newdata, needed, included, allow_new_levels, weights=noisy, trials=trials, psi=psi)
+    # The variance of an effect that is left out depends on its level where these have a known covariance.
+    levels = [
+        own or (bool(whole) and L is not None) for own, L in zip(included, _factors_of_levels(fitted), strict=True)
+    ]
+    rows = new_rows(labels, newdata, needed, levels, allow_new_levels, weights=noisy, trials=trials, psi=psi)
+    scaled = _of_own_level(fitted, rows.Z, rows.level, included)
+    own_levels = tuple(level if own else None for level, own in zip(rows.level, included, strict=True))
+    rows = replace(rows, Z=scaled, level=own_levels)
     if noisy and rows.weights is None and isinstance(fitted, Fitted) and _has_weights(fitted):
         warn(
             "the fit had weights, but the weights of newdata are not known: intervals are for responses of weight 1",
@@ -214,6 +222,28 @@ def rows_asked(
         size = None if size is None else size[rows.estimable]
         of_psi = tuple(None if own is None else own[rows.estimable] for own in of_psi)
     return Asked(targets, rows.index, complete, size, of_psi)
+
+
+def _factors_of_levels(fitted: AnyFitted) -> tuple[Any, ...]:
+    """Per random term a factor of the known covariance of its levels, or None."""
+    if fitted.kept is None:
+        return (None,) * len(fitted.labels.terms)
+    return tuple(term.levels for term in fitted.design.terms)
+
+
+def _of_own_level(
+    fitted: AnyFitted,
+    Z: tuple[np.ndarray | None, ...],
+    level: tuple[np.ndarray | None, ...],
+    included: Sequence[bool],
+) -> tuple[np.ndarray | None, ...]:
+    """Columns of effects that are left out, times the standard deviation of the row's level where that is known."""
+    found = []
+    for own, codes, L, kept in zip(Z, level, _factors_of_levels(fitted), included, strict=True):
+        if own is not None and codes is not None and L is not None and not kept:
+            own = own * np.sqrt((np.asarray(L) ** 2).sum(1))[codes][:, None]
+        found.append(own)
+    return tuple(found)
 
 
 def _has_weights(fitted: Fitted) -> bool:

@@ -70,10 +70,18 @@ class DependentEffects:
             (starts[s] + np.asarray(pair.rows), starts[t] + np.asarray(pair.cols))
             for (s, t), pair in zip(stats.layout.pairs, stats.pairs, strict=True)
         ]
+        self._known = [stats.transform_of(f) for f in range(len(counts))]
+        for s, T in enumerate(self._known):  # a level has a share in all effects
+            if T is not None:
+                edges.append((np.full(counts[s], starts[s]), starts[s] + np.arange(counts[s])))
+        places = zip(rows.level, self._known, strict=True)
+        meets = [
+            level if T is None else np.zeros_like(level) for level, T in places
+        ]  # one of its effects stands for all
         for s in range(len(counts)):  # what a target brings together belongs together
             for t in range(s + 1, len(counts)):
                 both = used[s] & used[t]
-                edges.append((starts[s] + rows.level[s][both], starts[t] + rows.level[t][both]))
+                edges.append((starts[s] + meets[s][both], starts[t] + meets[t][both]))
         a, b = (np.concatenate(part) for part in zip(*edges, strict=True))
         graph = sp.coo_array((np.ones(len(a)), (a, b)), shape=(starts[-1],) * 2)
         n_blocks, block = connected_components(graph, directed=False)
@@ -121,6 +129,11 @@ class DependentEffects:
                 blocks, places = self._at[f]
                 here = np.flatnonzero(self._used[f][at])
                 level = rows.level[f][at][here]
+                if (T := self._known[f]) is not None:
+                    block[here] = blocks[0]
+                    shares = T[level][:, :, None] * own[at][here][:, None]
+                    z[here[:, None], places.reshape(-1)] = shares.reshape(len(here), -1)
+                    continue
                 block[here] = blocks[level]
                 z[here[:, None], places[level]] = own[at][here]
             yield _Some(x, z, block)

@@ -17,7 +17,7 @@ from mixjax.prediction.blocks import CHUNK, DependentEffects, TooLarge
 from mixjax.prediction.targets import Targets, effect_rows, relative_factors
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source, refits
-from mixjax.simulation import draw_responses, random_columns, symmetric_root
+from mixjax.simulation import draw_responses, random_columns, root_of_effects, symmetric_root
 
 KEEP = ("theta", "beta", "sigma", "b", "result")
 
@@ -45,7 +45,7 @@ def bootstrap_errors(fitted: Fitted, targets: Targets, key: Any, n: int) -> Erro
     nobs, m = fitted.nobs, len(targets.X)
     levels = [term.n_groups for term in design.terms]
     q_total = sum(count * len(root) for count, root in zip(levels, roots, strict=True))
-    root = sp.block_diag([sp.kron(sp.eye_array(k), r) for k, r in zip(levels, roots, strict=True)], format="csr")
+    root = root_of_effects(design, roots)
     columns = sp.vstack([random_columns(design), _known_columns(targets, design)], format="csr") @ root
     fixed = np.asarray(design.X) @ est.beta
     fixed = fixed if design.offset is None else fixed + np.asarray(design.offset)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mixjax.bases import Basis, Orthonormal, change_basis
-from mixjax.design import AnyArray, Design, refuse_residual_side
+from mixjax.design import AnyArray, Design, refuse_known, refuse_residual_side
 from mixjax.families import Family, family_of
 from mixjax.machine import is_concrete, namespace
 from mixjax.products.rows import rows_of
@@ -198,6 +198,9 @@ def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> Fam
 def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orthonormal | None = None) -> FamilyRows:
     """:func:`rows` of checked responses, with the basis of X where that is known."""
     refuse_residual_side(design, "the family of a generalised model")
+    refuse_known(
+        design, "a generalised linear mixed model", "only linear ones (mixjax.lmm) have them"
+    )  # fmt: skip
     some = response if np.ndim(response) == 1 else design.X[:, :1].sum(1)
     in_bases = rows_of(replace(design, y=some, weights=None, offset=None), basis_of_X)
     scale = float(np.sqrt(in_bases.n))

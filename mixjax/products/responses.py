@@ -34,6 +34,11 @@ class Responses:
             _sparse_transpose(Z, group, m) for Z, group, m in zip(rows.Z, rows.groups, rows.levels, strict=True)
         ]
         self._classes = _classes(self._shared)
+        # Of a known covariance: from sums by level to those of the effects that the products are of.
+        turned = rows.turned
+        self._forth = (
+            [turned.forth] if turned is not None else [None if L is None else np.asarray(L).T for L in rows.known]
+        )
 
     def products(self, Y: np.ndarray) -> CrossProducts:
         """Products of responses ``Y (B, n)``: y's own in a leading axis, all others shared.
@@ -44,7 +49,7 @@ class Responses:
         B, n = Y.shape
         p = rows.Q.shape[1]
         # Allocated with the responses last, as they are computed, and shown with the responses first.
-        Zy = [np.empty((*f.Zy.shape, B)) for f in shared.factors]
+        Zy = [np.zeros((*f.Zy.shape, B)) for f in shared.factors]
         Xy, yy, beta0 = np.zeros((p, B)), np.empty(B), np.empty((p, B))
         if classes is not None:
             class_Uy, class_yy = np.empty((*classes.Uy_shape, B)), np.empty((*classes.yy_shape, B))
@@ -57,8 +62,10 @@ class Responses:
                 residual, coefficients = _least_squares_of_many(rows, some, size)
                 yy[at] = np.einsum("ib,ib->b", residual, residual)[kept]
             beta0[:, at] = coefficients[:, kept]
-            for total, sums in zip(Zy, self._Z_sums, strict=True):
-                total[..., at] = (sums @ residual).reshape(*total.shape[:2], size)[..., kept]
+            for f, (total, sums, m) in enumerate(zip(Zy, self._Z_sums, rows.levels, strict=False)):
+                by_level = (sums @ residual).reshape(total.shape[0], m, size)
+                forth = self._forth[f] if self._forth else None
+                total[..., at] = (by_level if forth is None else forth @ by_level)[..., kept]
             if classes is not None:
                 Uy, squares = classes.of(Zy[shared.layout.chain[0]][..., at])
                 class_Uy[..., at], class_yy[..., at] = Uy, squares
@@ -67,7 +74,8 @@ class Responses:
         if size >= B:
             work(0)
         else:
-            with ThreadPoolExecutor(n_cores()) as pool:
+            # Large products have threads of their own.
+            with ThreadPoolExecutor(1 if rows.known else n_cores()) as pool:
                 list(pool.map(work, range(0, B, size)))
 
         def first(a: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Numbers are worked on by numpy; inside a JAX transformation the same steps are J
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from mixjax.bases import Basis, Orthonormal, change_basis, change_scale, constan
 from mixjax.covariance import structure_of
 from mixjax.design import Design, check_design
 from mixjax.machine import is_concrete
+from mixjax.products.known import Turned, in_eigenvectors, in_independent_effects, turned
 from mixjax.products.sums import (
     CrossProducts,
     FactorProducts,
@@ -55,6 +56,9 @@ class Rows:
         groups: per grouping factor ``(n,)`` its levels. levels: how many.
         meetings: per pair of factors, in the order of ``layout.pairs``.
         layout: the structure.
+        known: per grouping factor L, a factor of the known covariance of its levels, or None; ``()`` where none is
+            known. Rows, groups and meetings are those of the levels themselves.
+        of_design: what with_response() leaves as it is, found once.
     """
 
     design: Design
@@ -69,6 +73,8 @@ class Rows:
     levels: tuple[int, ...]
     meetings: tuple[Meeting, ...]
     layout: Layout
+    known: tuple[Any, ...] = ()
+    of_design: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -83,6 +89,8 @@ class Rows:
 
     def padded(self) -> Rows:
         """With empty levels, as compiled programs share them; see :func:`~mixjax.products.sums.pad`."""
+        if self.known:
+            return self  # products of effects that no row has for itself
         stats = pad(self.stats)
         pairs = zip(self.meetings, stats.pairs, strict=True)
         return replace(
@@ -104,6 +112,11 @@ class Rows:
         These are case weights, real, not negative. Rows count, so n is their sum; the precision of a row is what it
         was.
         """
+        sums = self._by_level(weights)
+        return in_independent_effects(sums, self.known) if self.known else sums
+
+    def _by_level(self, weights: np.ndarray | None = None) -> CrossProducts:
+        """The sums of every level, whatever is known of their covariance."""
         c, Q, residual = weights, self.Q, self.residual
         p = Q.shape[1]
 
@@ -143,8 +156,22 @@ class Rows:
 
     @cached_property
     def stats(self) -> CrossProducts:
-        """:meth:`sums` of all rows."""
-        return self.sums()
+        """:meth:`sums` of all rows; of a known covariance that is alone those of its eigenvectors."""
+        return self.sums() if self.turned is None else in_eigenvectors(self._by_level(), self.turned)
+
+    @property
+    def turned(self) -> Turned | None:
+        """The eigenvectors of a known covariance that is alone, with one effect a level; None of other models, and
+        where arrays are traced."""
+        if len(self.known) != 1 or self.layout.widths[0] != 1:
+            return None
+        if not all(map(is_concrete, (self.known[0], self.Z[0], self.groups[0]))):
+            return None
+        if "turned" not in self.of_design:
+            squares = sum_by_group(np.asarray(self.Z[0]).T ** 2, self.groups[0], self.levels[0])[0]
+            self.of_design["turned"] = turned(squares, np.asarray(self.known[0], np.float64))
+        found: Turned = self.of_design["turned"]
+        return found
 
     def of_factor(self, f: int, at: Any = slice(None)) -> Any:
         """``Z' [Z X y]`` of single rows: ``(q, q + p + 1, n)``."""
@@ -172,7 +199,7 @@ class Rows:
         Args:
             unit: ``(n,)`` code of every row's unit. deleted: ``(B,)`` the units to leave out, one at a time.
         """
-        stats, p, B = self.stats, self.Q.shape[1], len(deleted)
+        stats, p, B = self._by_level() if self.known else self.stats, self.Q.shape[1], len(deleted)
         place = np.full(unit.max() + 1, -1)
         place[deleted] = np.arange(B)
         at = np.flatnonzero(place[unit] >= 0)
@@ -196,7 +223,7 @@ class Rows:
             size = np.bincount(entry, minlength=pair.ZZ.shape[2])
             left = _subtract(np.asarray(pair.ZZ), self.of_pair(i, at), lane, entry[at], B, size)
             pairs.append(PairProducts(repeated(pair.rows, B), repeated(pair.cols, B), left))
-        return replace(
+        found = replace(
             stats,
             factors=tuple(factors),
             pairs=tuple(pairs),
@@ -209,6 +236,7 @@ class Rows:
             X_basis=jax.tree.map(lambda a: repeated(a, B), stats.X_basis),
             Z_bases=jax.tree.map(lambda a: repeated(a, B), stats.Z_bases),
         )
+        return in_independent_effects(found, self.known) if self.known else found
 
 
 def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
@@ -224,15 +252,16 @@ def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
     check_design(design)
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
     Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True, known=basis)
-    factors, places = _grouping_factors(design)
+    factors, places, known = _grouping_factors(design)
     effects = [
         _effects(term.Z, sqrt_w, place.structure.scaling) for term, place in zip(design.terms, places, strict=True)
     ]
     Zs, Z_bases = [own for own, _ in effects], [basis for _, basis in effects]
     Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(factors))]
     groups, levels = tuple(group for group, _ in factors), tuple(m for _, m in factors)
-    chain, dense = _elimination_order(factors)
+    chain, dense = _elimination_order(factors, known)
     order, meetings, keys = chain + dense, [], []
+    order = [f for f in order if f < len(factors)]  # without the empty factor
     for i, s in enumerate(order):
         for t in order[i + 1 :]:
             meetings.append(_meeting(factors[s], factors[t], s in chain and t in chain))
@@ -240,8 +269,9 @@ def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
     layout = Layout(places, tuple(chain), tuple(dense), tuple(keys))
     residual, beta0 = _least_squares(design, Q, X_basis, sqrt_w)
     return Rows(
-        design, sqrt_w, Q, X_basis, residual, beta0, tuple(Z), tuple(Z_bases), groups, levels, tuple(meetings), layout
-    )
+        design, sqrt_w, Q, X_basis, residual, beta0, tuple(Z), tuple(Z_bases), groups, levels, tuple(meetings), layout,
+        tuple(known) if any(L is not None for L in known) else (),
+    )  # fmt: skip
 
 
 def repeated(leaf: Any, B: int) -> np.ndarray:
@@ -287,28 +317,42 @@ def _least_squares(design: Design, Q: Any, X_basis: Basis, sqrt_w: Any) -> tuple
 # --- grouping --------------------------------------------------------------------------------------------------------
 
 
-def _grouping_factors(design: Design) -> tuple[list[tuple[Any, int]], tuple[TermPlace, ...]]:
-    """The distinct grouping factors ``(group, m)`` and the place of every term."""
+def _grouping_factors(design: Design) -> tuple[list[tuple[Any, int]], tuple[TermPlace, ...], list[Any]]:
+    """The distinct grouping factors ``(group, m)``, the place of every term, and per factor L or None."""
     groups: list[tuple[Any, int]] = []
+    known: list[Any] = []
     width: list[int] = []
     places = []
     for term in design.terms:
         q = np.shape(term.Z)[1]
-        f = next((f for f, (group, m) in enumerate(groups) if m == term.n_groups and _same(group, term.group)), None)
+        alike = (f for f, (group, m) in enumerate(groups) if m == term.n_groups and _same(group, term.group))
+        f = next((f for f in alike if _same(known[f], term.levels)), None)
         if f is None:
+            known.append(term.levels)
             f = len(groups)
             groups.append((np.asarray(term.group) if is_concrete(term.group) else term.group, term.n_groups))
             width.append(0)
         places.append(TermPlace(structure_of(term.structure, q), f, width[f]))
         width[f] += q
-    return groups, tuple(places)
+    return groups, tuple(places), known
 
 
 def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
     return a is b or (is_concrete(a) and is_concrete(b) and np.array_equal(a, b))
 
 
-def _elimination_order(groups: list[tuple[Any, int]]) -> tuple[list[int], list[int]]:
+def _elimination_order(groups: list[tuple[Any, int]], known: list[Any]) -> tuple[list[int], list[int]]:
+    """Chain and dense factors; those with a known covariance are dense, behind the empty factor where all are."""
+    free = [f for f, L in enumerate(known) if L is None]
+    if len(free) < len(groups):
+        chain, dense = (
+            _elimination_order([groups[f] for f in free], [None] * len(free)) if free else ([len(groups)], [])
+        )
+        own = sorted((f for f, L in enumerate(known) if L is not None), key=lambda f: -groups[f][1])
+        return ([free[f] for f in chain], [free[f] for f in dense] + own) if free else (chain, own)
+
     def nested(s: int, t: int) -> bool:
         (inner, m), (outer, _) = groups[s], groups[t]
         if not (is_concrete(inner) and is_concrete(outer)):

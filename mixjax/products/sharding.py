@@ -48,6 +48,11 @@ def shard(stats: CrossProducts, mesh: Mesh) -> CrossProducts:
         raise TypeError("shard() places arrays of numbers; inside jit their places are already decided")
     if np.ndim(stats.yy):
         raise ValueError("these are cross-products of many responses: give the mesh to mixjax.estimate_many")
+    if stats.known:
+        raise ValueError(
+            "shard() spreads independent levels over devices, and the levels of this model have a known covariance: "
+            "fit on one device; many responses are spread by mixjax.estimate_many(mesh=)"
+        )
     mesh = Mesh(mesh.devices, mesh.axis_names)  # axes whose use the compiler decides, not every operation
     first = stats.layout.chain[0]
     m = stats.factors[first].ZZ.shape[-1]

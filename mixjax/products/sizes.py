@@ -62,7 +62,8 @@ def sizes_of(stats: CrossProducts) -> Sizes:
 def is_small(stats: CrossProducts) -> bool:
     """Whether one fit by NumPy is at most some seconds: not too many effects beside those of the first factor."""
     q, m, d, p, _ = sizes_of(stats)
-    return d <= MOST_DENSE_AT_ONCE and q * q * m * (d + p) <= MOST_NUMBERS
+    # Levels with a known covariance have no sparse rows and no other way that is quicker.
+    return (d <= MOST_DENSE_AT_ONCE or bool(stats.known)) and q * q * m * (d + p) <= MOST_NUMBERS
 
 
 def has_many_directions(stats: CrossProducts) -> bool:

@@ -83,9 +83,11 @@ class Layout:
 
     Attributes:
         terms: place of every random term, in the order of the Design.
-        chain: factors eliminated group by group, each nested in the next.
+        chain: factors eliminated group by group, each nested in the next. Where the levels of all factors have known
+            covariances, the empty factor: the last one, one level of one effect that no row has and no term is of.
         dense: the other factors; what crosses the chain becomes one dense block.
-        pairs: the pairs of factors that have :class:`PairProducts`, the one eliminated first in front.
+        pairs: the pairs of factors that have :class:`PairProducts`, the one eliminated first in front. Levels of one
+            factor meet each other, ``(f, f)``, where their effects come of a known covariance.
     """
 
     terms: tuple[TermPlace, ...]
@@ -106,8 +108,14 @@ class Layout:
     @property
     def widths(self) -> list[int]:
         """Number of effects of every factor."""
-        n_factors = 1 + max((place.factor for place in self.terms), default=-1)
-        return [sum(place.q for place in self.terms if place.factor == f) for f in range(n_factors)]
+        n_factors = len(self.chain) + len(self.dense)
+        widths = [sum(place.q for place in self.terms if place.factor == f) for f in range(n_factors)]
+        return [width or 1 for width in widths]  # the empty factor has a column of zeros
+
+    @property
+    def is_led_by_none(self) -> bool:
+        """The first factor is the empty one."""
+        return bool(self.chain) and all(place.factor != self.chain[0] for place in self.terms)
 
     @property
     def k(self) -> int:
@@ -130,6 +138,9 @@ class CrossProducts:
         X_basis: basis of X's columns. Z_bases: one per random term.
         layout: static structure.
         classes: of many responses, where levels share their ``Z'Z``; else None.
+        known: per factor ``T (levels, r)`` where its levels have a known covariance K, else None; ``()`` where none
+            has. Its products are then those of r independent effects u, and the levels' own are ``b = T u``, ``T T' =
+            K`` as far as rows see it (:mod:`mixjax.products.known`).
 
     Many responses of one design stand in a leading axis of Zy, Xy, yy, beta0 and the classes; many designs in one of
     every leaf (:func:`stack`).
@@ -147,6 +158,21 @@ class CrossProducts:
     Z_bases: tuple[Basis, ...]
     layout: Layout
     classes: ClassProducts | None = None
+    known: tuple[AnyArray | None, ...] = ()
+
+    def transform_of(self, f: int) -> AnyArray | None:
+        """T of a factor, or None where its levels are independent."""
+        return self.known[f] if self.known else None
+
+    def n_levels(self, f: int) -> int:
+        """Levels of a factor as the design has them."""
+        T = self.transform_of(f)
+        return int(np.shape(self.factors[f].Zy)[-1] if T is None else np.shape(T)[-2])
+
+    def at_levels(self, f: int, effects: AnyArray) -> AnyArray:
+        """Effects ``(q, r)`` of a factor as the products have them -> those of its levels ``(q, levels)``."""
+        T = self.transform_of(f)
+        return effects if T is None else effects @ T.T
 
     def in_basis(self) -> CrossProducts:
         """The same, their fixed effects to be those of the basis of X, beyond the least-squares coefficients."""
@@ -176,6 +202,7 @@ jax.tree_util.register_dataclass(
         "X_basis",
         "Z_bases",
         "classes",
+        "known",
     ],
     meta_fields=["layout"],
 )
@@ -197,6 +224,11 @@ def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
         raise TypeError("cross-products are added outside jit: which levels occur together is looked up in the data")
     if [f.ZZ.shape for f in a.factors] != [f.ZZ.shape for f in b.factors] or a.layout.terms != b.layout.terms:
         raise ValueError("cross-products of different structure cannot be added: same terms and same levels are needed")
+    if a.known or b.known:
+        raise ValueError(
+            "cross-products of levels with a known covariance cannot be added: they are those of its eigenvectors, "
+            "which depend on all rows; make them of all rows together"
+        )
     if a.XX.shape != b.XX.shape:
         raise ValueError(f"cross-products with {a.XX.shape[0]} and {b.XX.shape[0]} fixed-effects columns cannot add")
     b = _in_bases_of(a, b)
@@ -251,7 +283,8 @@ def pad(stats: CrossProducts) -> CrossProducts:
         size = sizes[s] if nested else bucket(pair.rows.shape[0])
         rows = np.arange(size, dtype=np.int32) if nested else grow(pair.rows, size)
         pairs.append(PairProducts(rows, grow(pair.cols, size), grow(pair.ZZ, size)))
-    return replace(stats, factors=factors, pairs=tuple(pairs))
+    known = tuple(None if T is None else grow(T, size) for T, size in zip(stats.known, sizes, strict=False))
+    return replace(stats, factors=factors, pairs=tuple(pairs), known=known)
 
 
 def stack(all_stats: Sequence[CrossProducts]) -> CrossProducts:
@@ -283,6 +316,11 @@ def stack(all_stats: Sequence[CrossProducts]) -> CrossProducts:
     for i, stats in enumerate(all_stats):
         if np.ndim(stats.yy):
             raise ValueError(f"data set {i} is already a batch; stack() takes cross-products of one response each")
+        if stats.known:
+            raise ValueError(
+                f"data set {i} has levels with a known covariance, whose eigenvectors differ from design to design: "
+                "fit one after the other; many responses of one design are a batch (mixjax.cross_products(design, Y))"
+            )
         if stats.layout.terms != first.layout.terms or stats.XX.shape != first.XX.shape:
             raise ValueError(
                 f"data set {i} has another structure than data set 0: the same random terms and the same number of "

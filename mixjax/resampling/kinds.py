@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixjax.design import refuse_known
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.record import Fitted
 from mixjax.products.clusters import ClusterProducts, by_cluster
@@ -35,6 +36,11 @@ def resampler(fitted: AnyFitted, kind: Kind, key: Any, weights: str = "mammen") 
         raise ValueError(f"weights must be one of {', '.join(map(repr, TWO_POINTS))}, got {weights!r}")
     if kind != "parametric":
         fitted.check_can("resampling of residuals or cases")
+        refuse_known(
+            fitted.design,
+            f"kind={kind!r}",
+            "they depend on each other, and what is drawn level by level would not; use kind='parametric'",
+        )
     if kind == "cases":
         clusters = cluster_products(fitted)
 
@@ -194,6 +200,10 @@ def outermost_term(fitted: AnyFitted) -> int:
     Raises:
         ValueError: there is none, because factors are crossed.
     """
+    refuse_known(
+        fitted.design, "what leaves levels out, or draws them,", "no levels are independent; use kind='parametric', "
+        "with percentile, basic or normal intervals"
+    )  # fmt: skip
     terms, names = fitted.design.terms, [term.group for term in fitted.labels.terms]
     for t, outer in enumerate(terms):
         if all(_is_nested(inner, outer) for inner in terms):

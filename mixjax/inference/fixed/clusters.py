@@ -21,6 +21,7 @@ import pandas as pd
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
 from mixjax.covariance import split_theta, triangle
+from mixjax.design import refuse_known
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.names import values_of_rows
 from mixjax.fitted.record import Fitted
@@ -61,6 +62,10 @@ def clusters_of(fitted: AnyFitted, cluster: Any = None) -> tuple[str, np.ndarray
     Raises:
         ValueError: the clusters are not independent under the model, or there is one only.
     """
+    refuse_known(
+        fitted.design, "a sandwich covariance of clusters", "clusters that hold related levels are dependent, which "
+        "the sandwich would miss; use the covariance of the model, fit.vcov, or bootstrap(kind='parametric')"
+    )  # fmt: skip
     groups = {
         label.group: np.asarray(term.group)
         for label, term in zip(fitted.labels.terms, fitted.design.terms, strict=True)

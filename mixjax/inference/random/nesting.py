@@ -261,9 +261,10 @@ class _WeightedTerm(NamedTuple):
     group: np.ndarray
     n_groups: int
     structure: Structure
+    levels: np.ndarray | None = None
 
     def apply(self, D: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """``Z D Z'`` over pairs of rows in one level, times vectors ``(n, r)``."""
+        """``Z D Z'`` over pairs of rows in one level, or times what levels are known to share, times ``(n, r)``."""
         sums = np.stack(
             [
                 np.bincount(self.group, self.Z[:, a] * v, self.n_groups)
@@ -272,6 +273,9 @@ class _WeightedTerm(NamedTuple):
             ],
             axis=1,
         ).reshape(self.n_groups, vectors.shape[1], -1)
+        if self.levels is not None:
+            flat = sums.reshape(self.n_groups, -1)
+            sums = (self.levels @ (self.levels.T @ flat)).reshape(sums.shape)
         products: np.ndarray = np.einsum("na,nra->nr", self.Z @ D, sums[self.group])
         return products
 
@@ -289,6 +293,7 @@ def _weighted_terms(fit: AnyFitted | Rows) -> list[_WeightedTerm]:
             np.asarray(term.group),
             term.n_groups,
             place.structure,
+            None if term.levels is None else np.asarray(term.levels, np.float64),
         )
         for term, basis, place in zip(design.terms, bases, fit.layout.terms, strict=True)
     ]

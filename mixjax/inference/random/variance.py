@@ -10,6 +10,7 @@ from scipy.linalg import block_diag
 from scipy.special import polygamma
 
 from mixjax.covariance import rank_tolerance, split_theta, triangle
+from mixjax.design import RandomTerm
 from mixjax.families.links import LINEAR, LINKS, mean_derivatives
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -39,12 +40,13 @@ def components(fitted: AnyFitted, approximation: Approximation | None = None) ->
     """Where the variance lies, of a generalised model on the scale of the linear predictor.
 
     That of a random term is its mean over the rows, ``mean_i z_i' Sigma z_i`` (Johnson 2014, Methods Ecol. Evol. 5,
-    944, eq. 10); for random intercepts that is the intercept variance itself. That of the fixed effects is the variance
+    944, eq. 10); for random intercepts that is the intercept variance itself, where levels have a known covariance K
+    times the mean over the rows of its diagonal. That of the fixed effects is the variance
     of their predictions (Nakagawa, Johnson & Schielzeth 2017, J. R. Soc. Interface 14, eq. 2.5).
     """
     X = np.asarray(fitted.design.X)
     random = [
-        np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z).mean()
+        (np.einsum("na,ab,nb->n", term.Z, Sigma, term.Z) * _of_level(term)).mean()
         for term, Sigma in zip(fitted.design.terms, fitted.estimates.Sigma, strict=True)
     ]
     # Differences from a row: of a constant column nothing is left, not its rounding.
@@ -54,6 +56,14 @@ def components(fitted: AnyFitted, approximation: Approximation | None = None) ->
     if approximation is not None:
         raise ValueError("the residual variance of a linear model is no approximation")
     return Components(fixed, np.array(random), fitted.mean_residual_variance)
+
+
+def _of_level(term: RandomTerm) -> np.ndarray | float:
+    """``(n,)`` variance of a row's level where levels have a known covariance, which need not be 1."""
+    if term.levels is None:
+        return 1.0
+    of_level: np.ndarray = (np.asarray(term.levels) ** 2).sum(1)[np.asarray(term.group)]
+    return of_level
 
 
 def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | None = None) -> float:
