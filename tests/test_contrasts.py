@@ -95,7 +95,7 @@ def dense_kenward_roger(fit):
     G = [np.eye(n)]
     for term in fit.design.terms:
         Z, group = np.asarray(term.Z), np.asarray(term.group)
-        same = group[:, None] == group[None]
+        same = group[:, None] == group[None] if term.levels is None else term.levels[group] @ term.levels[group].T
         for a, b in zip(*triangle(Z.shape[1]), strict=True):
             part = np.outer(Z[:, a], Z[:, b])
             G.append((part if a == b else part + part.T) * same)

@@ -62,6 +62,9 @@ def conditional_covariances(lambdas: list[Array], stats: CrossProducts) -> list[
         bases = [
             basis.R_inv for place, basis in zip(stats.layout.terms, stats.Z_bases, strict=True) if place.factor == f
         ]
+        if not bases:  # the empty factor
+            covariances.append(block)
+            continue
         if isinstance(block, np.ndarray):
             T: Any = scipy.linalg.block_diag(*bases)
             covariances.append(np.moveaxis(T @ np.moveaxis(block, -1, 0) @ T.T, 0, -1))

@@ -27,7 +27,7 @@ from mixjax.formula.evaluate import Learnt, columns_of, evaluate, numbers
 from mixjax.formula.own_formulas import own_columns, parse_own
 from mixjax.formula.parse import ParsedFormula, with_structures
 from mixjax.formula.parse import parse as parse_formula
-from mixjax.formula.random_terms import TermColumns, random_terms
+from mixjax.formula.random_terms import TermColumns, random_terms, with_own_groups
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.residual_side import dispersion_columns, parse_residual, residual_term
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
@@ -145,7 +145,7 @@ def build(
     frame, beside, used, n_missing = used_rows(
         parsed, data, available, weights, offset, size, subset, known, caller, contrasts, family
     )
-    parsed = with_contrasts(parsed, frame, contrasts, known)
+    parsed = with_own_groups(with_contrasts(parsed, frame, contrasts, known), frame)
 
     if family is None:
         y, _ = numbers(parsed.response, frame, known, "response")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from mixjax.checks import DataError, FormulaError, some_of
 from mixjax.covariance import Covariance
 from mixjax.design import TermLabels
+from mixjax.formula.algebra import INTERCEPT, Effects
 from mixjax.formula.checks import check_columns_of_term, check_structure, warn_of_constant_slopes
 from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, columns_of
@@ -71,6 +72,21 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.
     return codes, levels, names
 
 
+def with_own_groups(parsed: ParsedFormula, frame: pd.DataFrame) -> ParsedFormula:
+    """glmmTMB's ``propto(0 + g | dummy, K)``, where dummy has one level and the effects are the levels of g, as
+    ``propto(1 | g, K)``."""
+    return replace(parsed, random=tuple(_with_own_group(part, frame) for part in parsed.random))
+
+
+def _with_own_group(part: RandomPart, frame: pd.DataFrame) -> RandomPart:
+    terms, expressions = part.effects.terms, part.effects.expressions
+    one = len(terms) == 1 and len(terms[0]) == 1 and len(expressions) == 1 and part.structure == "us"
+    column = (expressions[0].column or expressions[0].factor_of) if one else None
+    if not part.known or column is None or frame[part.group.columns[0]].nunique() > 1:
+        return part
+    return replace(part, effects=Effects("1", (INTERCEPT,), ()), group=Group(column, (column,)))
+
+
 def _known_factor(part: RandomPart, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Levels of a grouping factor as its known covariance has them; those without rows stay.
 
@@ -84,10 +100,11 @@ def _known_factor(part: RandomPart, frame: pd.DataFrame) -> tuple[np.ndarray, np
     at = {name: i for i, name in enumerate(relationship.levels)}
     missing = [name for name in own if name not in at]
     if missing:
+        known = some_of(list(relationship.levels))
         raise DataError(
             f"'{part.known}' has no row for {len(missing)} of the {len(own)} levels of '{part.group.columns[0]}' in "
-            f"the table: {some_of([repr(name) for name in missing])}; its levels are "
-            f"{some_of(list(relationship.levels))}. Add them to it (unrelated levels have 0 beside the diagonal), or leave their rows out"
+            f"the table: {some_of([repr(name) for name in missing])}; its levels are {known}. Add them to it "
+            "(unrelated levels have 0 beside the diagonal), or leave their rows out"
         )
     places = np.array([at[name] for name in own])
     return places[codes], np.array(relationship.levels, object)[:, None], relationship.levels

@@ -33,11 +33,18 @@ class Turned(NamedTuple):
     Attributes:
         values: ``(r,)`` its eigenvalues. forth: ``(r, m)``, from sums over the rows of every level, such as ``Z'y``, to
             those of the eigenvectors' effects. back: ``(m, r)`` from their effects to those of the levels.
+        unseen: ``(m, k)`` the same of effects that no row has, because levels have no rows or are alike in those that
+            have: ``back back' + unseen unseen' = K``.
     """
 
     values: np.ndarray
     forth: np.ndarray
     back: np.ndarray
+    unseen: np.ndarray
+
+    def seen(self) -> Turned:
+        """Without those, as the fits of many responses need no more."""
+        return self._replace(unseen=self.unseen[:, :0])
 
 
 def turned(squares: np.ndarray, L: np.ndarray) -> Turned:
@@ -51,16 +58,35 @@ def turned(squares: np.ndarray, L: np.ndarray) -> Turned:
     sd = np.sqrt(values)
     forth = np.zeros((len(values), len(squares)))
     forth[:, present] = sd[:, None] * U.T / root
-    return Turned(values, forth, L @ (half.T @ (U / sd)))
+    V = half.T @ (U / sd)  # (m, r), orthonormal
+    return Turned(values, forth, L @ V, _rest(L, V))
+
+
+def _rest(L: np.ndarray, V: np.ndarray) -> np.ndarray:
+    """``E (m, k)`` with ``E E' = L (I - V V') L'``."""
+    m, r = V.shape
+    if r == m:
+        return np.zeros((m, 0))
+    others = np.linalg.qr(V, mode="complete")[0][:, r:]
+    left, sizes, _ = np.linalg.svd(L @ others, full_matrices=False)
+    kept = sizes > np.sqrt(NOTHING) * np.linalg.norm(L, 2)
+    rest: np.ndarray = left[:, kept] * sizes[kept]
+    return rest
 
 
 def in_eigenvectors(stats: CrossProducts, by: Turned) -> CrossProducts:
-    """Products by level of one factor with one effect, of one response or of many -> of its eigenvectors."""
+    """Products by level of one factor with one effect -> of its eigenvectors, then of what no row has."""
     (products,) = stats.factors
-    ZZ = by.values[None, None]
-    ZX = products.ZX @ by.forth.T
+    more = by.unseen.shape[1]
+    parts = (by.values[None, None], products.ZX @ by.forth.T, products.Zy @ by.forth.T)
     alone = replace(stats.layout, chain=(0,), dense=())
-    return replace(stats, factors=(FactorProducts(ZZ, ZX, products.Zy @ by.forth.T),), layout=alone, known=(by.back,))
+    factor = FactorProducts(*(_with_zeros(part, more) for part in parts))
+    return replace(stats, factors=(factor,), layout=alone, known=(np.hstack([by.back, by.unseen]),))
+
+
+def _with_zeros(a: Any, more: int) -> Any:
+    xp = namespace(a)
+    return xp.concatenate([a, xp.zeros((*a.shape[:-1], more), a.dtype)], axis=-1) if more else a
 
 
 def in_independent_effects(stats: CrossProducts, factors: tuple[Any, ...]) -> CrossProducts:

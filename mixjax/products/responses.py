@@ -29,7 +29,7 @@ class Responses:
     """
 
     def __init__(self, rows: Rows):
-        self._rows, self._shared = rows, rows.stats
+        self._rows, self._shared = rows, rows.seen()
         self._Z_sums = [
             _sparse_transpose(Z, group, m) for Z, group, m in zip(rows.Z, rows.groups, rows.levels, strict=True)
         ]

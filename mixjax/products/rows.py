@@ -159,6 +159,10 @@ class Rows:
         """:meth:`sums` of all rows; of a known covariance that is alone those of its eigenvectors."""
         return self.sums() if self.turned is None else in_eigenvectors(self._by_level(), self.turned)
 
+    def seen(self) -> CrossProducts:
+        """:attr:`stats` without effects that no row has."""
+        return self.stats if self.turned is None else in_eigenvectors(self._by_level(), self.turned.seen())
+
     @property
     def turned(self) -> Turned | None:
         """The eigenvectors of a known covariance that is alone, with one effect a level; None of other models, and

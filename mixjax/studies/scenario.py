@@ -137,7 +137,8 @@ class Scenario:
         table = to_pandas(data, column_names(data)).reset_index(drop=True)
         # Constants of the formula keep the values that they had, whatever the caller's variables are by now.
         known = self.labels.state.context
-        context = {**caller_context(), **known.own}
+        relationships = {part.known: part.relationship for part in self.labels.state.parsed.random if part.known}
+        context = {**caller_context(), **known.own, **relationships}
         design, labels = design_of(self.formula, table, **self.options, context=context, trusted=known.trusted)
         refuse_other_columns(self.labels, labels)
         # Terms stand by decreasing number of levels, so that another table may turn their order.
