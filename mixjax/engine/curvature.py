@@ -35,6 +35,7 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import pairs_of
+from mixjax.engine import scalar_lanes
 from mixjax.engine.crossed import AnyMoments, CrossedMoments
 from mixjax.engine.dense_block import (
     LEAST_RATIO,
@@ -72,9 +73,17 @@ def profile_lanes(x: Array, moments: AnyMoments, reml: Array) -> Profiled:
         reml: scalar bool, may be traced.
     """
     lambdas = lambdas_at(x, moments)
+    if scalar_lanes.serves(moments):
+        return scalar_lanes.profiled(_ratio(lambdas, moments), moments, reml)
     first = eliminate_first(lambdas[moments.layout.chain[0]], moments)
     UU, Uy, yy = moments.contract(weights_of(first))
     return finish((UU[:, :, 0], Uy[:, 0], yy[0]), first, lambdas, moments, reml, with_W=False).lanes
+
+
+def _ratio(lambdas: Lambdas, moments: AnyMoments) -> Array:
+    """The variance ratio ``(B,)`` of one effect."""
+    of_lanes: Array = lambdas[moments.layout.chain[0]][0][0] ** 2
+    return of_lanes
 
 
 def profile_and_modes(
@@ -109,8 +118,14 @@ def value_gradient_hessian(x: Array, moments: AnyMoments, reml: Array) -> tuple[
     theorem, which differentiates the criterion itself.
     """
     lambdas = lambdas_at(x, moments)
-    found = _by_covariance(lambdas, moments, reml)
-    jacobian, curvature = chain_to_coordinates(x, found.gradient, found.spots, moments.layout)
+    found: Any
+    if scalar_lanes.serves(moments):
+        found = scalar_lanes.by_ratio(_ratio(lambdas, moments), moments, reml)
+        spots: list[Spot] = [(moments.layout.chain[0], (0, 0))]
+    else:
+        found = _by_covariance(lambdas, moments, reml)
+        spots = found.spots
+    jacobian, curvature = chain_to_coordinates(x, found.gradient, spots, moments.layout)
     back = linalg.transpose(jacobian)
     gradient = linalg.matmul(back, found.gradient[:, None])[:, 0]
     return found.lanes.criterion, gradient, linalg.matmul(back, linalg.matmul(found.Hessian, jacobian)) + curvature

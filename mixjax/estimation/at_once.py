@@ -13,6 +13,7 @@ import numpy as np
 from mixjax import decompositions
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import RowSums
+from mixjax.engine.scalar_lanes import serves
 from mixjax.estimation import search
 from mixjax.estimation.lane_program import INSIDE, Fits, direct_steps, finish, start_in_lanes
 from mixjax.estimation.search import Search
@@ -23,6 +24,8 @@ from mixjax.optimise.results import Result
 
 # Numbers of the largest array of a tile of lanes, so that it stays in the cache, and lanes at most.
 TILE_NUMBERS, MOST_LANES = 2**15, 512
+# The same of lanes with one variance ratio each, which take few operations.
+SCALAR_NUMBERS = 2**17
 # The same of lanes that are matrices of their own each.
 TOGETHER = 2**22
 # What the number of lanes is a multiple of, so that the last bits of a lane do not depend on how many others there are:
@@ -94,6 +97,8 @@ def tile_of(lanes: Lanes) -> int:
         numbers: int = max(u * u * (1 + moments.layout.k), C * q * (u + q + 1))
         size = min(MOST_LANES, TOGETHER // numbers)
         return size // MULTIPLE * MULTIPLE if size >= MULTIPLE else max(1, size)
+    if serves(moments):
+        return max(MULTIPLE, min(MOST_LANES, SCALAR_NUMBERS // max(C, u * u) // MULTIPLE * MULTIPLE))
     numbers = max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
     return max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // numbers // MULTIPLE * MULTIPLE))
 
