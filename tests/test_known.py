@@ -25,6 +25,8 @@ from test_contrasts import dense_kenward_roger
 import mixjax as mj
 from mixjax.covariance import lambdas_of_theta
 from mixjax.engine.engine import AtOnce
+from mixjax.engine.scalar_lanes import serves
+from mixjax.estimation.batch import Batch
 from mixjax.inference.fixed.contrasts import FixedEffects
 from mixjax.inference.random.nesting import place_of
 from mixjax.inference.random.spectral import spectrum
@@ -641,6 +643,31 @@ def test_no_heritability_is_exactly_zero_and_says_so():
         at = [dense_criterion(design, [np.array([[theta]])], True) for theta in (one.theta[0], 0.02, 0.05)]
         close(one.criterion, at[0], 0.0, 1e-8)
         assert not zero[i] or min(at[1:]) > at[0]
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize("p", [2, 3])
+def test_lanes_of_one_ratio_are_the_closed_form(p, reml):
+    """Value, gradient and Hessian of many responses at once, and where ratios are zero or huge, against those of each;
+    whoever the neighbours are."""
+    rng = np.random.default_rng(p)
+    term = mj.RandomTerm(rng.normal(size=(70, 1)), rng.integers(0, 21, 70), 21)
+    X = np.column_stack([np.ones(70), rng.normal(size=(70, 2))])[:, :p]
+    design = mj.Design(y=np.zeros(70), X=X, terms=(term,), weights=rng.uniform(0.5, 2, 70))
+    Y = rng.normal(size=(32, 70))
+    lanes = Batch(mj.cross_products(design, Y), at_once=True).lanes(np.arange(32), reml)
+    assert serves(lanes.moments)
+    x = np.exp(rng.normal(size=(1, 32)))
+    x[0, :4] = 0.0, 1e-4, 1e4, -0.5
+    found = lanes.evaluate(x)
+    for i in (0, 1, 2, 3, 17):
+        one = AtOnce(mj.cross_products(replace(design, y=Y[i])), reml)
+        for a, b in zip(found, one.evaluate(x[:, i : i + 1]), strict=True):
+            close(a[..., i], b[..., 0], 1e-9, 1e-9)
+        close(lanes.profiled(x).delta[:, i], one.profiled(x[:, i]).delta, 1e-9, 1e-12)
+    half = Batch(mj.cross_products(design, Y[16:]), at_once=True).lanes(np.arange(16), reml)
+    for a, b in zip(found, half.evaluate(x[:, 16:]), strict=True):
+        assert (a[..., 16:] == b).all()
 
 
 # --- JAX's road ------------------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def tile_of(lanes: Lanes) -> int:
         size = min(MOST_LANES, TOGETHER // numbers)
         return size // MULTIPLE * MULTIPLE if size >= MULTIPLE else max(1, size)
     if serves(moments):
-        return max(MULTIPLE, min(MOST_LANES, SCALAR_NUMBERS // max(C, u * u) // MULTIPLE * MULTIPLE))
+        scalar: int = max(MULTIPLE, min(MOST_LANES, SCALAR_NUMBERS // max(C, u * u) // MULTIPLE * MULTIPLE))
+        return scalar
     numbers = max(C * q * q, u * u) * (1 + q * (q + 1) // 2)
     return max(MULTIPLE, min(MOST_LANES, TILE_NUMBERS // numbers // MULTIPLE * MULTIPLE))
 

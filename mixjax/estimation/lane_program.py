@@ -22,6 +22,7 @@ from mixjax.covariance import LOWEST
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import Moments, RowSums
+from mixjax.engine.scalar_lanes import serves
 from mixjax.estimation import search
 from mixjax.estimation.search import Search, own_factors, result_code
 from mixjax.estimation.start import minque_start
@@ -36,6 +37,8 @@ STEPS = 3
 INSIDE = 1.2 * LOWEST
 # Arrays over lanes should stay in the cache: so many numbers each.
 CACHED = 2**12
+# The same of lanes with one variance ratio each.
+SCALAR_CACHED = 2**16
 
 
 class Sizes(NamedTuple):
@@ -75,6 +78,9 @@ def sizes_for(moments: Moments, platform: str) -> Sizes:
     if platform != "cpu":
         lanes = max(32, min(2**15, 2**22 // numbers))
         return Sizes(4 * lanes, lanes, lanes, direct)
+    if serves(moments):  # few arrays, and each operation on more lanes costs less
+        lanes = 1 << max(3, min(6, (SCALAR_CACHED // numbers).bit_length() - 1))
+        return Sizes(16 * lanes, lanes, max(16, lanes // 4), direct)
     lanes = 1 << max(3, min(8, (CACHED // numbers).bit_length() - 1 if numbers < CACHED else 3))
     return Sizes(16 * lanes, lanes, max(16, lanes // 4), direct)
 
