@@ -34,7 +34,8 @@ class ByRatio(NamedTuple):
 
 def serves(moments: Any) -> TypeGuard[Moments]:
     """Whether these are such fits, of one design."""
-    if not isinstance(moments, Moments) or moments.dense or not isinstance(moments.sums, LevelSums):
+    # Of Moments themselves: those of another basis (turned.py) contract their sums in a way of their own.
+    if type(moments) is not Moments or moments.dense or not isinstance(moments.sums, LevelSums):
         return False
     U = moments.sums.U
     shared = np.ndim(U) == 4 and U.shape[-1] == 1 and moments.A.shape[-1] == 1

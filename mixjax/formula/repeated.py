@@ -158,6 +158,12 @@ def repetition_of(parsed: ParsedFormula) -> Repetition:
     terms = list(parsed.random)
     if not terms:
         raise FormulaError(f"{parsed.text!r} does not say which rows belong together: add {EXAMPLE}")
+    known = [part for part in terms if part.known]
+    if known:
+        raise FormulaError(
+            f"'propto({_shown(known[0])}, {known[0].known})': subjects of mmrm() are independent; related levels have "
+            "random effects, propto(1 | subject, K) of mixjax.lmm"
+        )
     plain = [part for part in terms if not part.written]
     if plain:
         raise FormulaError(

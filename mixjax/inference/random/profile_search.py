@@ -97,7 +97,7 @@ class OneDataSet:
 
     def __init__(self, stats: CrossProducts, theta: np.ndarray, sigma: np.ndarray):
         """Args: theta ``(k,)``, sigma ``()``, the ML estimates."""
-        self.stats = padded(stats)
+        self.stats = stats if in_lanes_at_once(stats) else padded(stats)
         sigma = np.asarray(sigma, np.float64)[None]
         self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
         self._lanes = one_lane(self.stats, False)
