@@ -183,6 +183,7 @@ SLOW = (
     "test_bayes.py::test_a_structure_is_sampled_inside_itself",
     "test_bayes.py::test_crossed_factors_by_importance_and_by_density",
     "test_contrasts.py::test_tests_in_lanes_are_those_by_automatic_differentiation[[]nested*",
+    "test_known.py::test_heritability_is_differentiable",
 )
 
 
