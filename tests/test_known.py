@@ -590,6 +590,23 @@ def test_intervals(name):
     close(best.fun - ml.criterion, 3.841458820694124, 1e-4)
 
 
+def test_profiles_beside_other_terms():
+    """90 levels of the pedigree beside those of herds and of the animals themselves, without compiling."""
+    fit = fit_of("c_animal_pe_herd", False)
+    found = fit.confint(["sd_Intercept|herd"])
+    end = found.loc["sd_Intercept|herd", "upper"]
+
+    def deviance(logs):
+        Sigma = [np.exp(2 * logs[:1, None]), np.exp(2 * logs[1:2, None]), np.array([[end**2]])]
+        V_inverse = np.linalg.inv(covariance(fit.design, Sigma, np.exp(logs[2])))
+        beta = np.linalg.solve(fit.X.T @ V_inverse @ fit.X, fit.X.T @ V_inverse @ fit.design.y)
+        return -2 * loglik(fit.design, beta, Sigma, np.exp(logs[2]))
+
+    start = np.log([0.8, 0.9, fit.sigma])
+    best = scipy.optimize.minimize(deviance, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-8})
+    close(best.fun - fit.criterion, 3.841458820694124, 1e-4)
+
+
 # --- drawn and refitted ----------------------------------------------------------------------------------------------
 
 

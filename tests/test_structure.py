@@ -34,8 +34,8 @@ ASKED = {
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
-        "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "MOST_DENSE_LANES", "has_closed_form",
-        "in_lanes_at_once", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
+        "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "has_closed_form",
+        "in_lanes_held", "most_dense_held", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
         "MOST_DENSE_DRAWS", "sizes_of",
     },
     "mixjax.estimation": {

@@ -28,7 +28,7 @@ from mixjax.inference.random.held_parameter import Chart, Held, Start, charts_of
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
-from mixjax.products.sizes import MOST_DENSE_LANES, has_closed_form, in_lanes_at_once
+from mixjax.products.sizes import has_closed_form, in_lanes_held, most_dense_held
 from mixjax.products.sums import CrossProducts, Layout, pad
 
 # Lanes of one call: of one data set, where each problem has two, and of many data sets.
@@ -60,8 +60,8 @@ class Conditional(NamedTuple):
 
 def refusal(stats: CrossProducts) -> str | None:
     """Why a model's deviance cannot be minimised here; None where it can."""
-    if not has_closed_form(stats) and not in_lanes_at_once(stats):
-        return f"more than {MOST_DENSE_LANES} effects beside those of the largest factor"
+    if not has_closed_form(stats) and not in_lanes_held(stats):
+        return f"more than {most_dense_held(stats)} effects beside those of the largest factor"
     if not all(s.has_charts for s in stats.layout.structures):
         return "a covariance structure other than unstructured or diagonal"
     return None
@@ -97,7 +97,7 @@ class OneDataSet:
 
     def __init__(self, stats: CrossProducts, theta: np.ndarray, sigma: np.ndarray):
         """Args: theta ``(k,)``, sigma ``()``, the ML estimates."""
-        self.stats = stats if in_lanes_at_once(stats) else padded(stats)
+        self.stats = stats if in_lanes_held(stats) else padded(stats)
         sigma = np.asarray(sigma, np.float64)[None]
         self._starts = estimates_start(np.asarray(theta)[None], sigma, stats.layout.qs), far_start(stats, sigma)
         self._lanes = one_lane(self.stats, False)
@@ -111,7 +111,7 @@ class OneDataSet:
             charts.append(charts_of(self.stats, held, np.repeat([problems[n][1] for n in own], 2), start))
             order += own
         chart = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *charts)
-        found = _least(self.stats, self._lanes, chart, WIDTH, in_lanes_at_once(self.stats))
+        found = _least(self.stats, self._lanes, chart, WIDTH, in_lanes_held(self.stats))
         best = 2 * np.arange(len(order)) + found.deviance.reshape(-1, 2).argmin(1)
         chosen: Conditional = jax.tree.map(lambda x: x[best[np.argsort(order)]], found)
         return chosen
