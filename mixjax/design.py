@@ -278,6 +278,13 @@ def check_design(design: Design) -> None:
         raise ValueError("size must be positive: it is the number of trials of a row; drop rows without trials")
     for t, term in enumerate(design.terms):
         _check_levels(t, term)
+    if design.dispersion is not None or design.residual is not None:
+        refuse_known(
+            design,
+            "a dispersion or a correlation of the residuals",
+            "its products would be others at every value of their parameters; leave out one of the two (weights= go "
+            "with both)",
+        )
     for t, term in enumerate(design.terms):
         if not is_concrete(term.group):
             continue
