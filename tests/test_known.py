@@ -766,9 +766,9 @@ def test_what_needs_independent_levels_is_refused_by_name():
             fit.confint("x", method="bootstrap", kind="bca", key=1, n=20)
     with pytest.raises(ValueError, match=REFUSED):
         mj.glmm("z ~ x + propto(1 | animal, A)", DATA.assign(z=lambda d: d["y"] > 2), family="binomial")
-    for options in ({"dispersion": "~ herd"}, {"residual": "cs(1 | animal)"}):
+    for options in ({"dispersion": "~ herd"}, {"residual": "ar1(t | animal)"}):
         with pytest.raises(ValueError, match=f"a correlation of the residuals is not for .*{REFUSED}"):
-            mj.lmm(SMALL["alone"], DATA, **options)
+            mj.lmm(SMALL["alone"], DATA.assign(t=range(N)), **options)
     with pytest.raises(mj.FormulaError, match="subjects of mmrm\\(\\) are independent"):
         mj.mmrm("y ~ x + propto(us(place | animal), A)", DATA)
     with pytest.raises(mj.FormulaError, match=REFUSED):

@@ -122,7 +122,7 @@ def whiten(fitted: AnyFitted) -> Whitened:
         root_w = np.ones(fitted.nobs) if fitted.rows.sqrt_w is None else fitted.rows.sqrt_w
         Q, lambdas = fitted.rows.Q, fitted.relative_factors
     effects = []
-    for f in range(len(layout.widths)):
+    for f in range(1 + max((place.factor for place in layout.terms), default=-1)):
         ts = tuple(t for t, place in enumerate(layout.terms) if place.factor == f)
         Lambda = scipy.linalg.block_diag(*(lambdas[t] for t in ts))
         Z = np.hstack([np.asarray(design.terms[t].Z, np.float64) for t in ts])
