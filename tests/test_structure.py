@@ -36,7 +36,7 @@ ASKED = {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "has_closed_form",
         "in_lanes_held", "most_dense_held", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
-        "MOST_DENSE_DRAWS", "sizes_of",
+        "MOST_DENSE_DRAWS", "MOST_DENSE_LANES", "sizes_of",
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
