@@ -708,3 +708,33 @@ def test_every_public_method_answers_or_refuses_by_name(name, monkeypatch):
 def test_what_is_not_there_is_refused_by_name(ask, instead):
     with pytest.raises(ValueError, match=instead):
         ask(fit_of("sleepstudy_ar1_intercept"))
+
+
+# --- ordinary regression ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, "w"])
+def test_without_anything_random_it_is_ordinary_regression(weights):
+    data = mj.datasets.load("sleepstudy").assign(w=lambda d: 1.0 + d["Days"] / 3)
+    fit = mj.lmm("Reaction ~ Days", data, dispersion="~ 1", weights=weights)
+    w = np.ones(180) if weights is None else data["w"].to_numpy()
+    X, y, n = fit.X * np.sqrt(w)[:, None], data["Reaction"].to_numpy() * np.sqrt(w), 180
+    beta, rss, *_ = np.linalg.lstsq(X, y, rcond=None)
+    variance = float(rss[0]) / (n - 2)
+    np.testing.assert_allclose(fit.fixef, beta, rtol=1e-12)
+    np.testing.assert_allclose(fit.sigma**2, variance, rtol=1e-12)
+    np.testing.assert_allclose(fit.vcov, variance * np.linalg.inv(X.T @ X), rtol=1e-10)
+    # Satterthwaite's degrees of freedom are those of the t distribution, exactly.
+    np.testing.assert_allclose(fit.test("Days = 0")["df"], n - 2, rtol=1e-12)
+    assert fit.npar == 3
+    ml = fit.refit(reml=False)
+    deviance = n * (1 + np.log(2 * np.pi * rss[0] / n)) - np.log(w).sum()
+    np.testing.assert_allclose(ml.criterion, deviance, rtol=1e-12)
+    larger = mj.lmm("Reaction ~ Days + (1 | Subject)", data, weights=weights)
+    table = mj.compare(fit, larger).to_frame()
+    np.testing.assert_allclose(table["chisq"].iloc[1], deviance - larger.refit(reml=False).criterion, rtol=1e-9)
+    np.testing.assert_allclose(table["p_mixture"].iloc[1], table["p_value"].iloc[1] / 2, rtol=1e-9)
+    np.testing.assert_allclose(larger.ranova()["loglik"].iloc[1], fit.loglik, rtol=1e-10)
+    batch = fit.refit_many(fit.simulate(key=1, n=3))
+    assert batch.converged.all()
+    assert fit.predict({"Days": [3], "w": [1.0]}, interval="prediction")["std_error"].iloc[0] > fit.sigma

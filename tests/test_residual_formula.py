@@ -121,8 +121,7 @@ def test_what_goes_together_and_what_does_not():
     data = sleep()
     plain = mj.lmm(FORMULA, data)
     assert mj.lmm(FORMULA, data, dispersion="~ 1").criterion == plain.criterion
-    with pytest.raises(FormulaError, match="says nothing of the residuals"):
-        mj.lmm("Reaction ~ Days", data, dispersion="~ 1")
+    assert mj.lmm("Reaction ~ Days", data, dispersion="~ 1").npar == 3
     with pytest.raises(FormulaError, match="no random term"):
         mj.lmm("Reaction ~ Days", data)
     with pytest.raises(ValueError, match="leave optimizer= out"):

@@ -171,6 +171,9 @@ class ResidualEngine:
 
     def slopes(self, x: np.ndarray) -> Slopes:
         """How the fixed effects' covariance and the residual sum of squares move with ``x (k,)``, phi included."""
+        if not x.size:  # ordinary regression
+            lanes, _ = self.solution(x)
+            return Slopes(lanes, np.zeros((0, 0)), np.zeros((0, *lanes.XX_inverse.shape)), np.zeros(0))
         x = x[:, None]
         parts = self._parts(x)
         rest, J, lanes = parts.rest, parts.J, parts.lanes

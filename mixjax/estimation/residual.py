@@ -75,6 +75,8 @@ def fit_residual(engine: ResidualEngine, x0: np.ndarray | None = None) -> Residu
         # Without bounds there is nothing to simplify, and no second search comes down from larger variances.
         bounded = any(structure.n_reductions for structure in structures)
         starts = _starts(engine) if x0 is None else [_off_zero(engine, x0)]
+        if not starts[0].size:  # ordinary regression
+            return _assembled(engine, _nothing_to_search())
         found = [
             search.run(engine.evaluate, x[:, None], structures)
             if bounded
@@ -89,6 +91,11 @@ def fit_residual(engine: ResidualEngine, x0: np.ndarray | None = None) -> Residu
             iterations = best.iterations + other.iterations
             best = (other if better.all() else best)._replace(iterations=iterations)
         return _assembled(engine, Solution(*(a[..., 0] for a in best)))
+
+
+def _nothing_to_search() -> Solution:
+    none, zero = np.zeros(0), np.zeros(())
+    return Solution(none, zero, none > 0, zero > 0, zero, np.zeros((), int), np.asarray(int(Result.CONVERGED)))
 
 
 def start_at(engine: ResidualEngine, theta: np.ndarray) -> np.ndarray:

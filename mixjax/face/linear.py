@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from mixjax.checks import DataError, FormulaError, check_options
+from mixjax.checks import DataError, check_options
 from mixjax.covariance import lambdas_of_theta
 from mixjax.design import Design, Labels
 from mixjax.diagnostics.modes import conditional_covariances_by_group, tidy_modes
@@ -74,7 +75,8 @@ def lmm(
             :func:`mixjax.build_design`.
         dispersion: formula of the residual standard deviations on the log scale, ``"~ Sex"`` or ``"~ log(age)"``:
             ``log sd_i = log sigma + W_i gamma``, sigma being that where ``W gamma = 0``; nlme's varIdent, varExp,
-            varPower. With ``weights`` as well, variances are ``sd_i^2 / weight``.
+            varPower. With ``weights`` as well, variances are ``sd_i^2 / weight``. ``"~ 1"`` without a random term is
+            ordinary regression, the null of a comparison.
         residual: correlation of the residuals within groups, ``"ar1(Days | Subject)"`` (whole steps of time, or the
             levels of a category; ``1`` for the order of the rows), ``"car1(time | Subject)"`` (times of any kind,
             correlations not negative), ``"cs(1 | Subject)"`` (one correlation). Grouping factors of random terms must
@@ -111,11 +113,8 @@ def lmm(
     own = None if dispersion is None else {"dispersion": dispersion}
     caller = caller_context()
     built = build(formula, data, weights, offset, subset, contrasts, caller, trusted, None, None, own, residual)
-    if not built.design.terms and not built.design.has_residual_side:
-        raise FormulaError(
-            f"{formula!r} has no random term, and dispersion={dispersion!r} says nothing of the residuals: for "
-            "ordinary regression use statsmodels.formula.api.ols or numpy.linalg.lstsq"
-        )
+    if not built.design.terms and not built.design.has_residual_side:  # dispersion="~ 1": ordinary regression
+        built = built._replace(design=replace(built.design, dispersion=np.zeros((len(built.design.y), 0))))
     if check_identifiable:
         refuse_unidentified(*built)
     rows = rows_of(built.design, built.basis)

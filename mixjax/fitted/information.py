@@ -56,6 +56,9 @@ def information_at(x: Array, free: Array, found: Slopes, df: Array, sigma: AnyAr
     """
     xp = namespace(x, found.Hessian)
     C, H = found.lanes.XX_inverse, found.Hessian
+    if not x.shape[0]:  # sigma alone
+        vcov = sigma**2 * (R_inv @ C @ R_inv.T)
+        return Information(x, free, xp.reshape(0.5 / df, (1, 1)), xp.asarray(True), vcov, 2.0 * vcov[None])
     among = solve_where(free, H, linalg.eye(x.shape[0], H))
     s_slopes = xp.where(free, 0.5 * found.log_rss, 0.0)
     mixed = among @ s_slopes

@@ -135,8 +135,9 @@ def build(
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters, residual)
     if not parsed.random and (family is not None or not (of_parameters or residual)):
+        instead = "" if family is not None else "add dispersion='~ 1', or "
         raise FormulaError(
-            f"{formula!r} has no random term such as (1 | g); for ordinary regression use "
+            f"{formula!r} has no random term such as (1 | g); for ordinary regression {instead}use "
             "statsmodels.formula.api.ols or numpy.linalg.lstsq"
         )
     contrasts = {} if contrasts is None else contrasts
