@@ -2,6 +2,7 @@
 
 from mixjax.covariance.custom import Covariance
 from mixjax.covariance.names import BY_OPTION, STRUCTURES, canonical, structure_of
+from mixjax.covariance.natural import by_natural
 from mixjax.covariance.structures import (
     Diagonal,
     HomogeneousCompoundSymmetry,
@@ -40,6 +41,7 @@ __all__ = [
     "NaturalParameter",
     "Structure",
     "Unstructured",
+    "by_natural",
     "canonical",
     "cut",
     "diagonal_positions",

@@ -146,7 +146,7 @@ class Structure(ABC):
 
     def directions(self) -> np.ndarray | None:
         """``(k, q, q)`` symmetric matrices whose linear combinations hold all covariances of the structure, and no
-        others near them; None where there are no such. Kenward-Roger degrees of freedom need them."""
+        others near them; None where there are no such."""
         return None
 
     # --- natural parameters

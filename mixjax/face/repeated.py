@@ -22,7 +22,7 @@ from mixjax.fitted.search_end import OptimizerInfo
 from mixjax.formula.context import caller_context
 from mixjax.formula.repeated import RepeatedLabels, build_repeated
 from mixjax.inference.fixed import hypotheses
-from mixjax.inference.fixed.contrasts import LINEAR, check_ddf, ddf_note, t_tests
+from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
 from mixjax.inference.fixed.repeated_many import f_tests_of_many, t_tests_of_many
 from mixjax.inference.wald import wald_intervals
 from mixjax.prediction.repeated import predict
@@ -31,8 +31,6 @@ from mixjax.resampling.repeated import bootstrap_visits
 
 if TYPE_CHECKING:
     from mixjax.inference.fixed.marginal_means import MarginalMeans
-
-DDF = ("satterthwaite", "kenward-roger", LINEAR, "wald")
 
 
 def mmrm(

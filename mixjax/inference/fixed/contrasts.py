@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mixjax.fitted.either import AnyRecord
 
 METHODS = ("satterthwaite", "kenward-roger", "wald")
-# Kenward and Roger's without second derivatives of the covariance, of repeated measures.
+# Kenward and Roger's without second derivatives of the covariance.
 LINEAR = "kenward-roger-linear"
 KR = "ddf='kenward-roger'"
 
@@ -122,7 +122,8 @@ def kenward_roger(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast
         :class:`Contrast`.
 
     Raises:
-        ValueError: weights, a covariance structure that is not linear, or too many crossed effects.
+        ValueError: weights, or too many crossed effects; inside JAX's transformations a covariance structure that is
+            not linear in its parameters.
 
     Example:
         >>> import mixjax as mj
@@ -132,7 +133,29 @@ def kenward_roger(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast
     """
     check_products(stats)
     refuse_kenward_roger(stats)
+    if not kr.is_linear(stats):
+        return _one_by_one(est, stats, L)
     return _of_one_or_many(_kenward_roger, est, stats, L)
+
+
+def _one_by_one(est: Estimates, stats: CrossProducts, L: AnyArray) -> Contrast:
+    """Of covariances that are not linear in their parameters: by NumPy, fit by fit."""
+    if not all(map(is_concrete, jax.tree.leaves((est, stats, L)))):
+        raise ValueError(
+            "Kenward-Roger's degrees of freedom of a covariance that is not linear in its parameters are computed by "
+            "NumPy, not inside JAX's transformations; use mixjax.satterthwaite there"
+        )
+    rows = np.atleast_2d(np.asarray(L, np.float64))
+    values = [np.asarray(part, np.float64) for part in (est.theta, est.beta, est.sigma)]
+    if np.ndim(stats.yy) == 0:
+        alone = jax.tree.map(np.asarray, stats)
+        contrast: Contrast = AtOnce(alone, True).run(_kenward_roger, *values, rows)
+        return contrast
+    axes, found = batch_axes(stats), []
+    for i in range(len(values[0])):
+        one = jax.tree.map(lambda a, axis, i=i: np.asarray(a)[i] if axis == 0 else np.asarray(a), stats, axes)
+        found.append(AtOnce(one, True).run(_kenward_roger, *(value[i] for value in values), rows))
+    return Contrast(*(np.stack(parts) for parts in zip(*found, strict=True)))
 
 
 def _wald(engine: Engine, theta: Array, beta: Array, sigma: Array, L: Array) -> Contrast:
@@ -335,8 +358,6 @@ class FixedEffects(NamedTuple):
         check_ddf(ddf)
         if isinstance(fitted, RepeatedFitted):
             return _of_repeated(fitted, ddf)
-        if ddf == LINEAR:
-            raise ValueError(f"ddf={LINEAR!r} is of repeated measures (mixjax.mmrm); here it is 'kenward-roger'")
         if not isinstance(fitted, Fitted):
             if ddf != "wald":
                 raise ValueError(
@@ -351,7 +372,7 @@ class FixedEffects(NamedTuple):
                 )
         if ddf == "wald" or not isinstance(fitted, Fitted) or not fitted.labels.fixed:
             return _by_wald(fitted)
-        return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted)
+        return _by_satterthwaite(fitted) if ddf == "satterthwaite" else _by_kenward_roger(fitted, ddf == LINEAR)
 
 
 def ddf_note(ddf: str) -> str:
@@ -427,13 +448,18 @@ def pooled_df(dfs: np.ndarray) -> float:
     return float(2 * E / (E - len(dfs)))
 
 
-def _by_kenward_roger(fitted: Fitted) -> FixedEffects:
+def _by_kenward_roger(fitted: Fitted, linear: bool = False) -> FixedEffects:
     fitted.check_can("Kenward-Roger degrees of freedom")
     refuse_kenward_roger(fitted.stats)
     if not fitted.reml:
         warn("Kenward-Roger needs REML estimates: the ML fit was refitted by REML for these tests", InferenceWarning)
         fitted = fitted.refitted(True)
-    fit = AtOnce(fitted.stats, True).run(kr.adjust, fitted.estimates.theta, fitted.estimates.sigma)
+    fit = AtOnce(fitted.stats, True).run(kr.adjust, fitted.estimates.theta, fitted.estimates.sigma, linear)
+    if not kr.is_linear(fitted.stats) and not np.isfinite(fit.adjusted).all():
+        raise ValueError(
+            "no Kenward-Roger degrees of freedom: a parameter of a covariance that is not linear in its parameters is "
+            "at its bound; use ddf='satterthwaite', or a smaller model"
+        )
     return _adjusted(np.asarray(fitted.estimates.beta), fit)
 
 

@@ -5,6 +5,10 @@ All that is needed are ``P_i = -X'V^{-1} G_i V^{-1} X``, ``Q_ij = X'V^{-1} G_i V
 ``tr(V^{-1} G_i V^{-1} G_j)``, and these follow from ``N = Z'H^{-1}Z`` and ``T = Z'H^{-1}X``, so from the
 cross-products: level by level with one grouping factor, else for all random effects at once. Nothing changes when the
 G_i are replaced by others of the same span: H itself stands for the one of sigma^2.
+
+A structure whose covariances are not linear in their parameters has the derivatives by variances and correlations at
+the estimates in place of the G_i, and second ones, ``R_ij = X'V^{-1} (d2V / dt_i dt_j) V^{-1} X``, which SAS has too.
+They depend on what the parameters are; without them, in the *linear* form, nothing does.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax import linalg
+from mixjax.covariance import by_natural
 from mixjax.design import AnyArray
 from mixjax.engine.engine import Engine
+from mixjax.engine.whole import Place
 from mixjax.machine import Array, namespace
 from mixjax.products.sums import CrossProducts
 
@@ -40,8 +46,6 @@ class Adjusted(NamedTuple):
 
 def refusal(stats: CrossProducts) -> str | None:
     """Why there are no Kenward-Roger degrees of freedom for a model; None where there are."""
-    if any(structure.directions() is None for structure in stats.layout.structures):
-        return "a random term's covariance is not linear in its parameters"
     if np.ndim(stats.sum_log_weights) == 0 and bool(stats.sum_log_weights != 0):
         return "the fit has weights"
     effects = sum(f.ZZ.shape[-3] * f.ZZ.shape[-1] for f in stats.factors)
@@ -53,15 +57,72 @@ def refusal(stats: CrossProducts) -> str | None:
     return None
 
 
-def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Adjusted:
+def is_linear(stats: CrossProducts) -> bool:
+    """All covariances of random effects are linear in their parameters."""
+    return all(structure.directions() is not None for structure in stats.layout.structures)
+
+
+class _Bends(NamedTuple):
+    """Second derivatives of a term's covariance by its parameters.
+
+    Attributes:
+        first: the place of its first parameter among all. scale: ``(k,)`` of which D is the sum of ``scale_j dD/dt_j``.
+        second: ``(k, k, q, q)``.
+    """
+
+    first: int
+    scale: np.ndarray
+    second: np.ndarray
+
+
+def _at_estimates(
+    engine: Engine, theta: AnyArray, places: list[Place], linear: bool
+) -> tuple[list[Place], list[_Bends]]:
+    """Places with derivatives as units where a structure is not linear; NaN where a parameter is at its bound."""
+    x, free = (np.asarray(part) for part in engine.coordinates(theta))
+    found, bends, at, first = [], [], 0, 0
+    for structure, place in zip(engine.stats.layout.structures, places, strict=True):
+        own, at = slice(at, at + structure.k), at + structure.k
+        if structure.directions() is None:
+            units = np.full((structure.k, structure.q, structure.q), np.nan)
+            if free[own].all():
+                by_entry, second, _ = by_natural(structure, x[own, None], linear)
+                units = _full(by_entry[0].T, structure.q)
+                if second is not None:
+                    F = structure.factor(x[own])
+                    variances = [(F @ F.T)[p.i, p.i] if p.kind == "sd" else 0.0 for p in structure.natural]
+                    k = structure.k
+                    full = _full(np.moveaxis(second[0], 0, -1).reshape(k * k, -1), structure.q)
+                    bends.append(_Bends(first, np.array(variances), full.reshape(k, k, structure.q, structure.q)))
+            place = place._replace(units=units)
+        found.append(place)
+        first += len(place.units)
+    return found, bends
+
+
+def _full(upper: np.ndarray, q: int) -> np.ndarray:
+    """Symmetric ``(r, q, q)`` of upper entries ``(r, pairs)``."""
+    found = np.empty((len(upper), q, q))
+    a, b = np.triu_indices(q)
+    found[:, a, b] = found[:, b, a] = upper
+    return found
+
+
+def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray, linear: bool = False) -> Adjusted:
     """Adjusted covariance at REML estimates ``theta (k,)``, ``sigma ()``.
 
-    Kenward & Roger (1997), section 2, with the R_ij zero since V is linear in its parameters.
+    Kenward & Roger (1997), section 2. Covariances that are not linear in their parameters are NumPy's.
+
+    Args:
+        linear: without second derivatives.
     """
     stats = engine.stats
     xp = namespace(theta, sigma, stats.XX, stats.yy)
     N, T, M, places = engine.whole(theta)
     C = linalg.inverse_small(M)
+    bends: list[_Bends] = []
+    if not is_linear(stats):
+        places, bends = _at_estimates(engine, theta, places, linear)
 
     # Everything relative to sigma^2, direction after direction, H itself as the last.
     directions = [place.units for place in places]
@@ -85,6 +146,8 @@ def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Adjusted:
     W = 2.0 * linalg.inverse_small(information)
     WP = xp.tensordot(W, P, 1)
     U = xp.tensordot(W, Q, 2) - (WP @ CP).sum(0)
+    if bends:
+        U = U - 0.25 * _bent(bends, W, T, places)
     R_inv = xp.asarray(stats.X_basis.R_inv)
 
     def own(X: Array) -> Array:
@@ -93,6 +156,25 @@ def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray) -> Adjusted:
     vcov = sigma**2 * own(C)
     adjusted = vcov + 2.0 * sigma**2 * own(C @ (0.5 * (U + U.T)) @ C)
     return Adjusted(vcov, adjusted, sigma**2 * own(CP @ C), W)
+
+
+def _bent(bends: list[_Bends], W: np.ndarray, T: np.ndarray, places: list[Place]) -> np.ndarray:
+    """``sum_ij W_ij R_ij (p, p)``. W is that of parameters beside H as the direction of sigma^2; beside the identity
+    those of a term move with sigma^2 by its scale."""
+    found = np.zeros((T.shape[2],) * 2)
+    firsts = np.cumsum([0, *(len(place.units) for place in places)])
+    for own in bends:
+        t = int(np.searchsorted(firsts, own.first, "right")) - 1
+        place, k = places[t], len(own.scale)
+        here = slice(own.first, own.first + k)
+        both = np.concatenate([np.eye(k), own.scale[:, None]], axis=1)
+        at = np.r_[np.arange(len(W))[here], len(W) - 1]
+        of_parameters = both @ W[np.ix_(at, at)] @ both.T
+        E = np.tensordot(of_parameters, own.second, 2)
+        part = T[:, place.own].reshape(len(T), place.q, place.m, -1)
+        moved = np.einsum("ab,gbmp->gamp", E, part).reshape(len(T), place.q * place.m, -1)
+        found += _inner(T[:, place.own], moved)
+    return found
 
 
 def df_of_rows(L: Array, fit: Adjusted) -> Array:

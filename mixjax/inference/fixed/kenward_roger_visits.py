@@ -15,7 +15,7 @@ import numpy as np
 
 from mixjax import covariance as cov
 from mixjax import linalg
-from mixjax.covariance import Structure, pairs_of
+from mixjax.covariance import by_natural, pairs_of
 from mixjax.engine.visits import Visits
 from mixjax.inference.fixed.kenward_roger import Adjusted
 
@@ -111,55 +111,3 @@ def _diagonal(parts: list[np.ndarray]) -> np.ndarray:
     for (i, j), (i2, j2), part in zip(ends[:-1], ends[1:], parts, strict=True):
         found[:, i:i2, j:j2] = part
     return found
-
-
-def by_natural(s: Structure, x: np.ndarray, linear: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Derivatives of the entries of Sigma by parameters in which KR is stated: ``(B, J, k)``; second ones ``(B, J, k,
-    k)``, None where they are zero or left out; and of these parameters by the coordinates ``(B, k, k)``.
-
-    Args:
-        x: ``(k, B)`` coordinates.
-    """
-    a, b = np.array(pairs_of(s.q)).T
-    B = x.shape[1]
-    units = s.directions()
-    by_x = np.moveaxis(s.jacobian(x), -1, 0)  # (B, J, k)
-    if units is not None:
-        entries = units[:, a, b].T
-        return np.broadcast_to(entries, (B, *entries.shape)), None, np.linalg.pinv(entries) @ by_x
-    if linear:
-        return by_x, None, np.broadcast_to(np.eye(s.k), (B, s.k, s.k))
-    J, k = len(a), s.k
-    bends = np.empty((B, J, k, k))
-    for j in range(J):
-        unit = np.zeros((J, B))
-        unit[j] = 1.0
-        bends[:, j] = np.moveaxis(s.curvature(x, unit), -1, 0)
-    F = s.factor(x)
-    D = np.moveaxis(linalg.matmul(F, linalg.transpose(F)), -1, 0)
-    at = np.empty((s.q, s.q), int)
-    at[a, b] = at[b, a] = np.arange(J)
-    first, second = np.zeros((B, k, k)), np.zeros((B, k, k, k))
-    for m, parameter in enumerate(s.natural):
-        if parameter.kind == "real":
-            first[:, m, parameter.i] = 1.0
-            continue
-        i, j = parameter.i, parameter.j
-        if parameter.kind == "sd":
-            first[:, m], second[:, m] = by_x[:, at[i, i]], bends[:, at[i, i]]
-            continue
-        # D_ij / sqrt(D_ii D_jj): a product of powers of three entries.
-        scale = np.sqrt(D[:, i, i] * D[:, j, j])[:, None]
-        g, h = by_x[:, at[i, j]] / scale, bends[:, at[i, j]] / scale[..., None]
-        rho = D[:, i, j][:, None] / scale
-        parts = [(by_x[:, at[e, e]] / D[:, e, e, None], bends[:, at[e, e]] / D[:, e, e, None, None]) for e in (i, j)]
-        log = 0.5 * sum(d for d, _ in parts)
-        log2 = 0.5 * sum(d2 - d[:, :, None] * d[:, None] for d, d2 in parts)
-        first[:, m] = g - rho * log
-        mixed = g[:, :, None] * log[:, None]
-        square = log[:, :, None] * log[:, None] - log2
-        second[:, m] = h - mixed - mixed.swapaxes(1, 2) + rho[..., None] * square
-    X = np.linalg.inv(first)  # derivatives of the coordinates by the parameters
-    by_parameter = by_x @ X
-    rest = bends - (by_parameter @ second.reshape(B, k, k * k)).reshape(B, J, k, k)
-    return by_parameter, X.swapaxes(1, 2)[:, None] @ rest @ X[:, None], first
