@@ -6,11 +6,13 @@ compiled program on all cores belongs to :mod:`mixjax.estimation.many`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from mixjax import decompositions
+from mixjax.covariance import Structure
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import RowSums
 from mixjax.engine.scalar_lanes import serves
@@ -19,7 +21,7 @@ from mixjax.estimation.lane_program import INSIDE, Fits, direct_steps, finish, s
 from mixjax.estimation.search import Search
 from mixjax.estimation.start import minque_start
 from mixjax.machine import lanes_of, silently
-from mixjax.optimise.newton import Solution, advance_directly, begin_directly
+from mixjax.optimise.newton import Evaluate, Solution, advance_directly, begin_directly
 from mixjax.optimise.results import Result
 
 # Numbers of the largest array of a tile of lanes, so that it stays in the cache, and lanes at most.
@@ -56,7 +58,7 @@ def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: b
             for _ in range(direct_steps(lanes.moments)):
                 state = advance_directly(state, own.evaluate, is_plain, search.REGION)
                 x[:, at] = state.x[:, : len(at)]
-                _store(found, at, state.solution())
+                store(found, at, state.solution())
                 going = np.flatnonzero(state.going[: len(at)])
                 if not len(going):
                     break
@@ -73,20 +75,40 @@ def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: b
 
 
 def _search(state: Search, at: np.ndarray, lanes: Lanes, one_minimum: bool, found: Solution) -> None:
-    """The full search of replicates ``at``; its ends are put into ``found``."""
-    structures, N = lanes.layout.structures, lanes.moments.yy.shape[-1]
-    own = lanes_of(lanes, padded_lanes(at), N)
+    N = lanes.moments.yy.shape[-1]
+
+    def evaluate(of: np.ndarray) -> Evaluate:
+        own: Lanes = lanes_of(lanes, of, N)
+        return own.evaluate
+
+    search_lanes(state, at, evaluate, lanes.layout.structures, found, one_minimum)
+
+
+def search_lanes(
+    state: Search,
+    at: np.ndarray,
+    evaluate: Callable[[np.ndarray], Evaluate],
+    structures: tuple[Structure, ...],
+    found: Solution,
+    one_minimum: bool = False,
+) -> None:
+    """The full search of lanes ``at``; its ends are put into ``found``. Those that are done leave.
+
+    Args:
+        evaluate: of lanes, as many as given.
+    """
+    own = evaluate(padded_lanes(at))
     while len(at):
-        state = search.advance(state, own.evaluate, structures, one_minimum)
+        state = search.advance(state, own, structures, one_minimum)
         done = state.done[: len(at)]
         if not done.any():
             continue
-        _store(found, at[done], lanes_of(state.best, np.flatnonzero(done)))
+        store(found, at[done], lanes_of(state.best, np.flatnonzero(done)))
         going = np.flatnonzero(~done)
         at = at[going]
         if len(going):
             state = lanes_of(state, padded_lanes(going))
-            own = lanes_of(lanes, padded_lanes(at), N)
+            own = evaluate(padded_lanes(at))
 
 
 def tile_of(lanes: Lanes) -> int:
@@ -109,7 +131,8 @@ def padded_lanes(at: np.ndarray) -> np.ndarray:
     return np.append(at, np.repeat(at[-1], -len(at) % MULTIPLE))
 
 
-def _store(found: Solution, at: np.ndarray, part: Solution) -> None:
+def store(found: Solution, at: np.ndarray, part: Solution) -> None:
+    """Put the first lanes of a part where they belong."""
     for whole, new in zip(found, part, strict=True):
         whole[..., at] = new[..., : len(at)]
 

@@ -17,7 +17,7 @@ from mixjax.bases import in_span
 from mixjax.design import AnyArray, RepeatedDesign
 from mixjax.engine.visits import ManyResponses, ManyTrials, OneResponse, Visits
 from mixjax.estimation import search
-from mixjax.estimation.at_once import padded_lanes
+from mixjax.estimation.at_once import padded_lanes, search_lanes, store
 from mixjax.machine import lanes_of, silently
 from mixjax.optimise.newton import Solution, advance_directly, begin_directly
 from mixjax.optimise.results import Result
@@ -241,14 +241,16 @@ def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
             here = Visits(rows, sums.take(padded_lanes(at)), reml)
             state = advance_directly(state, here.evaluate, is_plain, search.REGION)
             x[:, at] = state.x[:, : len(at)]
-            _store(found, at, state.solution())
+            store(found, at, state.solution())
             going = np.flatnonzero(state.going[: len(at)])
             if not len(going):
                 break
             at, state = at[going], lanes_of(state, padded_lanes(going))
     left = np.flatnonzero((found.result != int(Result.CONVERGED))[:count] & usable[:count])
     if len(left):
-        _search(found, left, x, visits)
+        padded = padded_lanes(left)
+        begun = search.begin(x[:, padded], structures, found.iterations[padded])
+        search_lanes(begun, left, lambda of: Visits(rows, sums.take(of), reml).evaluate, structures, found)
     every = np.arange(count)
     fits = some_of(assembled(visits, found, own), every)
     exact = own.scale[:count] == 0
@@ -259,27 +261,3 @@ def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
         result = np.where(exact, int(Result.NO_NOISE), fits.result)
         fits = fits._replace(result=result, converged=fits.converged & ~exact)
     return fits
-
-
-def _search(found: Solution, at: np.ndarray, x: np.ndarray, visits: Visits) -> None:
-    """The full search of lanes ``at``; its ends are put into ``found``."""
-    assert not isinstance(visits.sums, OneResponse)
-    structures = visits.rows.structures
-    padded = padded_lanes(at)
-    state = search.begin(x[:, padded], structures, found.iterations[padded])
-    while len(at):
-        here = Visits(visits.rows, visits.sums.take(padded_lanes(at)), visits.reml)
-        state = search.advance(state, here.evaluate, structures)
-        done = state.done[: len(at)]
-        if not done.any():
-            continue
-        _store(found, at[done], lanes_of(state.best, np.flatnonzero(done)))
-        going = np.flatnonzero(~done)
-        at = at[going]
-        if len(going):
-            state = lanes_of(state, padded_lanes(going))
-
-
-def _store(found: Solution, at: np.ndarray, part: Solution) -> None:
-    for whole, new in zip(found, part, strict=True):
-        whole[..., at] = new[..., : len(at)]
