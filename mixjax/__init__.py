@@ -77,6 +77,7 @@ _HOMES = {
     "scenario": "mixjax.studies.scenario",
     "scenario_of": "mixjax.studies.scenario",
     "trial": "mixjax.studies.trial",
+    "trial_of": "mixjax.studies.trial",
     "study": "mixjax.studies.study",
     "power": "mixjax.studies.power",
     "power_curve": "mixjax.studies.power",
@@ -211,6 +212,7 @@ if TYPE_CHECKING:
     from mixjax.studies.scenario import simulate as simulate
     from mixjax.studies.study import study as study
     from mixjax.studies.trial import trial as trial
+    from mixjax.studies.trial import trial_of as trial_of
     from mixjax.waiting import show_progress as show_progress
 
 

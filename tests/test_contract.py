@@ -89,6 +89,7 @@ FUNCTIONS = {
     "scenario_of": "fit",
     "trial": "formula, data, beta, sd=1.0, cor=None, Sigma=None, dropout=0.0, dropout_slope=0.0, weights=None, "
     "offset=None, contrasts=None",
+    "trial_of": "fit",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
     "progress=None, engine='auto', family=None, link=None, size=None, nagq=1",

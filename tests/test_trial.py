@@ -156,6 +156,26 @@ def test_bad_use():
                  compared=[("a", "b")], progress=False)  # fmt: skip
 
 
+def test_a_fit_is_a_trial():
+    pilot = layout(40).assign(y=plan(40).simulate(key=3, n=1)[0]).dropna()
+    fit = mj.mmrm(FORMULA, pilot)
+    truth = mj.trial_of(fit)
+    assert truth.nobs == fit.nobs
+    np.testing.assert_allclose(truth.beta, fit.fixef)
+    np.testing.assert_allclose(truth.truth["sd_w2|id"], fit.residual_sd["w2"])
+    np.testing.assert_allclose(truth.simulate(5, 3), fit.simulate(5, 3), rtol=1e-12)
+    more = truth.on(layout(300), dropout=0.2).with_effects({LAST: 1.0})
+    assert more.truth[LAST] == 1.0
+    assert np.isnan(more.simulate(1, 2)).any()
+    power = mj.power(fit, FORMULA, LAST, replicates=60, key=1, progress=False).table["power"].iloc[0]
+    larger = mj.power(more, FORMULA, LAST, replicates=60, key=1, progress=False).table["power"].iloc[0]
+    assert larger > power
+    with pytest.raises(mj.DataError, match="other fixed effects or visits"):
+        truth.on(layout(20, ("w1", "w2")))
+    with pytest.raises(TypeError, match="scenario_of"):
+        mj.trial_of(mj.lmm("y ~ arm + (1 | id)", pilot))
+
+
 def test_command_line(capsys):
     assert main(["fit", "--repeated", "FEV1 ~ ARMCD + ar1(AVISIT | USUBJID)", "fev", "--confint", "wald"]) == 0
     out = capsys.readouterr().out

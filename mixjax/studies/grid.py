@@ -14,8 +14,10 @@ import numpy as np
 from mixjax.checks import check_list, warn
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
+from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.studies.describe import describe
 from mixjax.studies.scenario import scenario_of
+from mixjax.studies.trial import trial_of
 
 MOST_CELLS = 10**5  # each of which has a design
 
@@ -94,7 +96,7 @@ def source_of(source: Any, values: Mapping[str, Any], options: Collection[str]) 
             hint = f", such as {how}, with your own table of predictors"
         raise ValueError(f"the source does not depend on the grid's {names}: pass a function of these{hint}")
     if not hasattr(source, "tables") and is_fit(source):
-        return scenario_of(source)
+        return truth_of(source)
     if not hasattr(source, "tables"):
         raise ValueError(
             "data come from mixjax.scenario(...), from population.rows(n), from a fit, or from a function that returns "
@@ -124,4 +126,10 @@ def warn_of_ignored(cells: list[dict[str, Any]], data: list[Any], unseen: list[s
 
 
 def is_fit(source: Any) -> bool:
-    return isinstance(getattr(source, "record", source), Fitted | GeneralizedFitted)
+    return isinstance(getattr(source, "record", source), Fitted | GeneralizedFitted | RepeatedFitted)
+
+
+def truth_of(fit: Any) -> Any:
+    """A fit with its estimates as the truth: a scenario, or of repeated measures a trial."""
+    record = getattr(fit, "record", fit)
+    return trial_of(record) if isinstance(record, RepeatedFitted) else scenario_of(fit)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import DataError
 from mixjax.covariance import structure_of
 from mixjax.design import RepeatedDesign
-from mixjax.fitted.names import names_of_variances
+from mixjax.fitted.names import known_names, names_of_variances
+from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.formula.context import caller_context
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.formula.repeated import RepeatedLabels
@@ -90,6 +92,47 @@ class Trial:
             gone[:, :, t] = gone[:, :, t - 1] | (U[:, :, t] < leave)
         return np.where(gone[:, subject, visit], np.nan, Y)
 
+    def on(self, data: Any, dropout: Any = None, dropout_slope: float | None = None) -> Trial:
+        """The same parameters on another table of subjects and visits, such as one of more patients.
+
+        Args:
+            data: table with the predictors, visits and subjects, one row for each subject and visit.
+            dropout, dropout_slope: as of :func:`mixjax.trial`; None for the same.
+
+        Raises:
+            DataError, ValueError: a column is missing, or the formula has other columns or visits there.
+        """
+        table = to_pandas(data, column_names(data)).reset_index(drop=True)
+        known = self.labels.state.context
+        context = {**caller_context(), **known.own}
+        design, labels = design_of(self.formula, table, **self.options, context=context, trusted=known.trusted)
+        assert isinstance(labels, RepeatedLabels)
+        if labels.fixed != self.labels.fixed or labels.terms[0].effects != self.labels.terms[0].effects:
+            raise DataError(
+                f"the formula {self.formula!r} has other fixed effects or visits on that table: "
+                f"{', '.join(labels.fixed)}; visits {', '.join(labels.terms[0].effects)}"
+            )
+        if labels.arms != self.labels.arms:
+            raise DataError(f"that table has arms {', '.join(labels.arms)}; the covariances are of "
+                            f"{', '.join(self.labels.arms)}")  # fmt: skip
+        hazards, missing = (self.hazards, self.missing) if dropout is None else _dropout(dropout, design.n_visits)
+        slope = self.slope if dropout_slope is None else float(dropout_slope)
+        return replace(self, table=table, design=design, labels=labels, hazards=hazards, missing=missing, slope=slope)
+
+    def with_effects(self, effects: Mapping[str, float]) -> Trial:
+        """The same with other fixed effects.
+
+        Args:
+            effects: fixed effect -> its value; the others stay.
+
+        Raises:
+            ValueError: a name of no fixed effect, or a value that is not finite.
+        """
+        known = known_names(self.labels)
+        beta = {name: float(value) for name, value in zip(self.labels.fixed, self.beta, strict=True)}
+        changed = {self.labels.fixed[known[name]] if name in known else name: v for name, v in effects.items()}
+        return replace(self, beta=coefficients(beta | changed, self.labels))
+
     def tables(self, key: Any, first: int, count: int) -> tuple[list[pd.DataFrame], np.ndarray]:
         """The table, which all replicates share, and responses ``first .. first + count - 1``."""
         return [self.table], self.simulate(key, count, first)
@@ -166,18 +209,70 @@ def trial(
     assert isinstance(labels, RepeatedLabels)
     T = design.n_visits
     covariances = _covariances(sd, cor, Sigma, labels, T)
-    missing = dropout if callable(dropout) else None
-    hazards = np.broadcast_to(np.asarray(0.0 if missing else dropout, np.float64), (T - 1,)) if np.ndim(
-        0.0 if missing else dropout) == 0 else np.asarray(dropout, np.float64)  # fmt: skip
-    if hazards.shape != (T - 1,) or not ((hazards >= 0) & (hazards < 1)).all():
-        raise ValueError(
-            f"dropout must be a probability, or one for each of the {T - 1} visits after the first, got {dropout!r}"
-        )
+    hazards, missing = _dropout(dropout, T)
     if not np.isfinite(dropout_slope):
         raise ValueError(f"dropout_slope must be a number, got {dropout_slope!r}")
     return Trial(
         formula, table, design, labels, coefficients(beta, labels), covariances, np.array(hazards),
         float(dropout_slope), missing, options,
+    )  # fmt: skip
+
+
+def _dropout(dropout: Any, T: int) -> tuple[np.ndarray, Missing | None]:
+    """Hazards ``(T - 1,)``, and the function that says who is missed, if it is one."""
+    if callable(dropout):
+        return np.zeros(T - 1), dropout
+    hazards = np.asarray(dropout, np.float64)
+    hazards = np.full(T - 1, float(hazards)) if hazards.ndim == 0 else hazards
+    if hazards.shape != (T - 1,) or not ((hazards >= 0) & (hazards < 1)).all():
+        raise ValueError(
+            f"dropout must be a probability, or one for each of the {T - 1} visits after the first, got {dropout!r}"
+        )
+    return hazards, None
+
+
+def trial_of(fit: Any) -> Trial:
+    """A fit of repeated measures with its estimates as the truth, on the rows that it has: visits that were missed are
+    missed again. For power from pilot data; :meth:`Trial.on` takes it to more patients.
+
+    Args:
+        fit: as :func:`mixjax.mmrm` returns it.
+
+    Raises:
+        ValueError: the fit did not converge. DataError: its columns cannot be made again from its table.
+
+    Example:
+        >>> import mixjax as mj
+        >>> fit = mj.mmrm("distance ~ Sex * age + us(age | Subject)", mj.datasets.load("Orthodont"))
+        >>> truth = mj.trial_of(fit).with_effects({"Sex[T.Female]:age": -0.5})
+        >>> round(truth.truth["Sex[T.Female]:age"], 3), truth.simulate(key=1, n=2).shape
+        (-0.5, (2, 108))
+    """
+    record = getattr(fit, "record", fit)
+    if not isinstance(record, RepeatedFitted):
+        raise TypeError("this is for repeated measures, as mixjax.mmrm fits them; of other fits see mixjax.scenario_of")
+    labels, design, est = record.labels, record.design, record.estimates
+    if not est.converged:
+        raise ValueError(f"the fit of {labels.formula!r} did not converge, so its numbers are no estimates")
+    state = labels.state
+    if state.offset_beside or (design.weights is not None and state.weights is None):
+        raise DataError(
+            "weights= or offset= were given to the fit as numbers: make columns of them and name these, or describe "
+            "the trial by mixjax.trial(...)"
+        )
+    table = labels.frame.reset_index(drop=True)
+    options = {"weights": state.weights, "offset": state.offset, "contrasts": dict(state.contrasts) or None}
+    for name, values in ((state.weights, design.weights), (state.offset, design.offset)):
+        if name is not None and name not in table:
+            table[name] = np.asarray(values)
+    options |= {"repeated": True}
+    context = {**caller_context(), **state.context.own}
+    again, read = design_of(labels.formula, table, **options, context=context, trusted=state.context.trusted)
+    assert isinstance(read, RepeatedLabels)
+    Sigma = tuple(np.asarray(S) for S in est.Sigma)
+    return Trial(
+        labels.formula, table, again, read, np.asarray(est.beta), Sigma, np.zeros(design.n_visits - 1), 0.0, None,
+        options,
     )  # fmt: skip
 
 
