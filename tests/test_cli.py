@@ -534,7 +534,7 @@ def test_power_of_a_family(capsys):
         (["--family", "gama"], "did you mean 'gamma'?"),
         (
             ["--family", "gamma", "--link", "inverse", "--exponentiate"],
-            "effects are ratios for the links logit and log",
+            "effects are ratios for the links logit, log, cloglog",
         ),
     ],
 )

@@ -193,7 +193,7 @@ GLMM_METHODS = {
     "ranova": "method='mixture', reduce=True, key=0, n=1000",
     "without": "term",
     "joint_tests": "by=None",
-    "emmeans": "spec, by=None, at=None, scale=None, integrate=False, level=0.95",
+    "emmeans": "spec, by=None, at=None, scale=None, integrate=False, component=None, level=0.95",
     "emtrends": "spec, var, by=None, at=None, level=0.95",
     "confint": "parm=None, level=0.95, method='profile', key=0, n=1000, kind='percentile', exponentiate=False",
     "profile": "parm=None",

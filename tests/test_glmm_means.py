@@ -1,6 +1,8 @@
 """Marginal means of generalised linear mixed models: on the link's scale, the response's, and averaged."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,6 +42,22 @@ DIFFERENCES = pd.DataFrame({
     "lower": [-0.011611996018, -0.010254634831, -0.008748546414, -0.016745031876, -0.010851032038, -0.009473772415],
     "upper": [0.15675658570, 0.16071050003, 0.16780851258, 0.02205630740, 0.02476640852, 0.01807787337],
 })  # fmt: skip
+# pairs(regrid(., "log"), infer = TRUE), Tukey's intervals; summary(regrid(., "log")).
+RISKS = pd.DataFrame({
+    "ratio": [2.361327410, 2.677319080, 4.092707406, 1.133819507, 1.733223181, 1.528658812],
+    "std_error": [0.6432187407, 0.7869154834, 1.6334124359, 0.3977871498, 0.7671413120, 0.6981660156],
+    "lower": [1.1728387764, 1.2582579499, 1.4679957309, 0.4603711099, 0.5559396800, 0.4728711529],
+    "upper": [4.754163360, 5.696794890, 11.410287888, 2.792413875, 5.403576509, 4.941721967],
+    "null": 1.0,
+    "statistic": [3.1543064157, 3.3506349681, 3.5309335258, 0.3579771022, 1.2425910302, 0.9292183479],
+})  # fmt: skip
+LOGS = pd.DataFrame(
+    {
+        "lower": [0.13743030574, 0.04805171928, 0.04061983490, 0.02169697356],
+        "upper": [0.2854062085, 0.1463944393, 0.1347123799, 0.1079258243],
+    }
+)
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +271,197 @@ def test_no_hessian_no_errors(cbpp):
         found = fit.emmeans("period", integrate=True).to_frame()
     assert found["estimate"].notna().all()
     assert found["std_error"].isna().all()
+
+
+# --- ratios of means ------------------------------------------------------------------------------------------------
+
+
+def test_risk_ratios_are_those_of_regrid(cbpp):
+    """Means of the median subject, whose own ratios are of odds."""
+    means = cbpp.emmeans("period", scale="response").regrid("log")
+    found = means.contrasts()
+    np.testing.assert_allclose(found[RISKS.columns], RISKS, rtol=5e-9)
+    np.testing.assert_allclose(means.to_frame()[["lower", "upper"]], LOGS, rtol=5e-9)
+    np.testing.assert_allclose(means.to_frame()[["estimate", "std_error"]], EMMEANS.iloc[:, :2], rtol=1e-8)
+    assert found["contrast"][0] == "1 / 2"
+    assert "scale of the log of the means" in found.attrs["notes"][0]
+    # The log odds of means that nothing was averaged over are the link's scale.
+    odds = cbpp.emmeans("period", scale="response").regrid("logit").contrasts()
+    np.testing.assert_allclose(odds[PAIRS.columns], PAIRS, rtol=5e-9)
+
+
+@pytest.mark.parametrize("transform", ["log", "logit"])
+def test_ratios_of_population_means(cbpp, transform):
+    """By hand from the means and their covariance, which finite differences hold below."""
+    means = cbpp.emmeans("period", integrate=True)
+    V = means.slopes @ means.covariance @ means.slopes.T
+    np.testing.assert_allclose(np.sqrt(np.diag(V)), means.to_frame()["std_error"], rtol=1e-12)
+    m = means.means
+    there, slope = (np.log(m), 1 / m) if transform == "log" else (np.log(m / (1 - m)), 1 / (m * (1 - m)))
+    c = np.array([1.0, 0.0, 0.0, -1.0])
+    error = np.sqrt(c * slope @ V @ (slope * c))
+    regrid = means.regrid(transform)
+    found = regrid.contrasts({"first": c}, adjust="none").iloc[0]
+    ratio = np.exp(there[0] - there[3])
+    np.testing.assert_allclose(found["ratio" if transform == "log" else "odds_ratio"], ratio, rtol=1e-12)
+    np.testing.assert_allclose(found["std_error"], ratio * error, rtol=1e-10)
+    np.testing.assert_allclose(found["statistic"], np.log(ratio) / error, rtol=1e-10)
+    ends = np.exp(np.log(ratio) + scipy.stats.norm.ppf([0.025, 0.975]) * error)
+    np.testing.assert_allclose(found[["lower", "upper"]].astype(float), ends, rtol=1e-10)
+    own = regrid.to_frame()
+    back = np.log(own[["lower", "upper"]]) - (0 if transform == "log" else np.log1p(-own[["lower", "upper"]]))
+    width = np.outer(slope * np.sqrt(np.diag(V)), scipy.stats.norm.ppf([0.025, 0.975]))
+    np.testing.assert_allclose(back, there[:, None] + width, rtol=1e-9)
+    if transform == "logit":  # of a logit link the means' own intervals
+        pd.testing.assert_frame_equal(pd.DataFrame(own), pd.DataFrame(means.to_frame()), rtol=1e-9)
+    assert means.contrasts()["contrast"][0] == "1 - 2"
+
+
+def test_ratios_of_rates_do_not_depend_on_random_intercepts():
+    """Where no effect but the intercept varies, the variance is in all means of a log link alike."""
+    rng = np.random.default_rng(5)
+    table = pd.DataFrame({"g": np.repeat(np.arange(20), 8), "arm": np.tile(list("ab"), 80)})
+    table["y"] = rng.poisson(np.exp(0.5 + 0.4 * (table["arm"] == "b") + 0.5 * rng.normal(size=20)[table["g"]]))
+    fit = mj.glmm("y ~ arm + (1 | g)", table, "poisson")
+    averaged = fit.emmeans("arm", integrate=True).regrid("log").contrasts()
+    median = fit.emmeans("arm", scale="response").contrasts()
+    np.testing.assert_allclose(averaged.iloc[:, 1:], median.iloc[:, 1:], rtol=1e-9)
+
+
+def test_means_without_such_ratios(cbpp, sloped):
+    with pytest.raises(ValueError, match="scale='response' or integrate=True"):
+        cbpp.emmeans("period").regrid("log")
+    with pytest.raises(ValueError, match="'log' or 'logit'"):
+        cbpp.emmeans("period", integrate=True).regrid("probit")
+    with pytest.raises(ValueError, match="odds are of probabilities"):
+        sloped.emmeans("arm", integrate=True).regrid("logit")
+    means = cbpp.emmeans("period", integrate=True)
+    with pytest.raises(ValueError, match=r"\(-0\.1\) have no log"):
+        replace(means, means=np.array([0.1, -0.1, 0.2, 0.3])).regrid("log")
+    with pytest.raises(ValueError, match="sum to zero"):
+        means.regrid("log").contrasts({"mean": [0.25] * 4})
+    lmm = mj.lmm("angle ~ recipe + (1 | recipe:replicate)", mj.datasets.load("cake"))
+    with pytest.raises(ValueError, match="generalised model"):
+        lmm.emmeans("recipe").regrid("log")
+
+
+# --- extra zeros ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def salamanders():
+    table = pd.read_csv(HERE / "data" / "Salamanders.csv")
+    return table.assign(mined=pd.Categorical(table["mined"], ["yes", "no"]))
+
+
+@pytest.mark.parametrize(("name", "family"), [("zip", "poisson"), ("zinb", "nbinom")])
+def test_means_of_extra_zeros_are_those_of_glmmtmb(name, family, salamanders):
+    """glmmTMB 1.1.5, tests/oracle/zi_means.R, whose optimum is good to 1e-5 of a standard error; it has t tests."""
+    want = json.loads((HERE / "oracle" / "zi_means.json").read_text())[name]
+    fit = mj.glmm("count ~ mined + (1 | site)", salamanders, family, ziformula="~ mined")
+    np.testing.assert_allclose(fit.criterion, want["m2logLik"], rtol=0, atol=1e-7)
+    close = {"rtol": 3e-5}
+    cond = fit.emmeans("mined", scale="response", component="cond")
+    np.testing.assert_allclose(cond.to_frame()["std_error"], want["cond_se"], **close)
+    np.testing.assert_allclose(cond.to_frame()["estimate"], next(iter(list(want["cond"].values())[1:])), **close)
+    pair = cond.contrasts().iloc[0]
+    assert pair["contrast"] == want["ratio"]["contrast"]
+    test = [want["ratio_test"][one] for one in ("ratio", "SE", "null", "t.ratio")]
+    np.testing.assert_allclose(pair[["ratio", "std_error", "null", "statistic"]].astype(float), test, **close)
+    assert (fit.emmeans("mined").contrasts()["statistic"] == pair["statistic"]).all()
+    means = fit.emmeans("mined", scale="response")
+    np.testing.assert_allclose(means.to_frame()["estimate"], want["response"]["estimate"], **close)
+    np.testing.assert_allclose(means.to_frame()["std_error"], want["response"]["std_error"], **close)
+    difference = replace(cond, averaged=True).contrasts().iloc[0]
+    np.testing.assert_allclose(
+        difference[["estimate", "std_error"]].astype(float), [want["difference"][one] for one in ("estimate", "SE")],
+        **close,
+    )  # fmt: skip
+    assert "no extra zeros" in cond.title
+    assert "extra zeros among the responses" in means.title
+    assert "median subject" in str(means)
+
+
+@pytest.mark.parametrize("integrate", [False, True])
+def test_means_of_the_response_average_over_both_formulas(salamanders, integrate):
+    """A factor and a number that only ziformula reads; the delta method by finite differences."""
+    fit = mj.glmm("count ~ mined + (1 | site)", salamanders, "poisson", ziformula="~ spp + DOY")
+    means = fit.emmeans("mined", scale="response", integrate=integrate)
+    assert "averaged over spp" in means.title
+    spp, every = sorted(salamanders["spp"].unique()), fit.record.parameters
+    zi = [f"zi~{own}" for own in ["Intercept", *(f"spp[T.{one}]" for one in spp[1:]), "DOY"]]
+    assert list(every.names) == ["sd_Intercept|site", *zi, "Intercept", "mined[T.no]"]
+    day = salamanders["DOY"].mean()
+
+    def by_hand(at):
+        sd, z, beta = at[0], at[1:-2], at[-2:]
+        pi = 1 / (1 + np.exp(-(z[0] + np.append(0.0, z[1:-1]) + z[-1] * day)))
+        mu = np.exp(np.array([beta[0], beta.sum()]) + integrate * sd**2 / 2)
+        return np.outer(mu, 1 - pi)
+
+    point, h = np.array(every.estimate), 1e-5
+    steps = h * np.eye(len(point))
+    found = means.to_frame()
+    np.testing.assert_allclose(found["estimate"], by_hand(point).mean(1), rtol=1e-12)
+    slopes = np.stack([(by_hand(point + e) - by_hand(point - e)).mean(1) / (2 * h) for e in steps], 1)
+    V = slopes @ every.covariance @ slopes.T
+    np.testing.assert_allclose(found["std_error"], np.sqrt(np.diag(V)), rtol=1e-6)
+    m = by_hand(point).mean(1)
+    error = np.sqrt(V[0, 0] / m[0] ** 2 + V[1, 1] / m[1] ** 2 - 2 * V[0, 1] / (m[0] * m[1]))
+    pair = means.regrid("log").contrasts().iloc[0]
+    np.testing.assert_allclose(pair["ratio"], m[0] / m[1], rtol=1e-12)
+    np.testing.assert_allclose(pair["std_error"], m[0] / m[1] * error, rtol=1e-6)
+    # Cells are predictions, with their errors and intervals.
+    cells = fit.emmeans("mined * spp", scale="response", integrate=integrate).to_frame()
+    new = pd.DataFrame(cells[["mined", "spp"]]).assign(DOY=day)
+    want = fit.predict(new, random=False, integrate=integrate, interval="confidence")
+    np.testing.assert_allclose(cells[["estimate", "std_error", "lower", "upper"]], want, rtol=1e-9)
+    # Those of the counts that are no extra zeros know nothing of spp.
+    with pytest.raises(mj.DataError, match="spp"):
+        fit.emmeans("spp", scale="response", component="cond")
+    # Names of levels are no matter.
+    other = salamanders.assign(spp=salamanders["spp"].map({one: f"{k}" for k, one in enumerate(spp[::-1])}))
+    again = mj.glmm("count ~ mined + (1 | site)", other.iloc[::-1], "poisson", ziformula="~ spp + DOY")
+    again = again.emmeans("mined", scale="response", integrate=integrate).to_frame()
+    np.testing.assert_allclose(again[["estimate", "std_error"]], found[["estimate", "std_error"]], rtol=2e-6)
+
+
+def test_averages_over_species_are_those_of_glmmtmb(salamanders):
+    want = json.loads((HERE / "oracle" / "zi_means.json").read_text())["averaged"]
+    fit = mj.glmm("count ~ mined + (1 | site)", salamanders, "poisson", ziformula="~ spp")
+    found = fit.emmeans("mined", scale="response").to_frame()["estimate"]
+    np.testing.assert_allclose(found, np.reshape(want["response"], (7, 2)).mean(0), rtol=2e-5)
+
+
+def test_cells_that_ziformula_leaves_open():
+    rng = np.random.default_rng(8)
+    table = pd.DataFrame({"g": np.repeat(np.arange(25), 16), "a": np.tile(list("uvw" * 5 + "u"), 25)})
+    table["b"] = rng.choice(list("xy"), len(table))
+    table = table[~((table["a"] == "u") & (table["b"] == "y"))]
+    mu = np.exp(1.0 + 0.4 * rng.normal(size=25)[table["g"]])
+    table["y"] = rng.poisson(mu) * (rng.random(len(table)) < 0.7)
+    with pytest.warns(mj.DataWarning, match="ziformula"):
+        fit = mj.glmm("y ~ 1 + (1 | g)", table, "poisson", ziformula="~ a * b")
+    means = fit.emmeans("a", scale="response")
+    assert means.to_frame()["estimate"].isna().tolist() == [True, False, False]
+    assert means.regrid("log").contrasts()["ratio"].isna().tolist() == [True, True, False]
+    assert fit.emmeans("1", scale="response", component="cond").to_frame()["estimate"].notna().all()
+
+
+def test_components_by_name(cbpp, salamanders):
+    fit = mj.glmm("count ~ mined + (1 | site)", salamanders, "poisson", ziformula="~ 1")
+    for arguments, match in (
+        ({"component": "zi", "scale": "response"}, "'cond' or 'response'"),
+        ({"component": "response"}, "scale='response' or integrate=True"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            fit.emmeans("mined", **arguments)
+    with pytest.raises(ValueError, match="models with ziformula="):
+        cbpp.emmeans("period", scale="response", component="cond")
+    plain = fit.emmeans("mined")
+    assert plain.to_frame().equals(fit.emmeans("mined", component="cond").to_frame())
+    with pytest.raises(ValueError, match="odds are of probabilities"):
+        fit.emmeans("mined", integrate=True).regrid("logit")
 
 
 # --- coefficients ---------------------------------------------------------------------------------------------------

@@ -426,7 +426,9 @@ def test_ratios_are_exponentials():
     name = fit.fixef.index[1]
     assert frame["fixed", name, "estimate"] == pytest.approx(np.exp(fit.fixef[name]))
     assert frame["fixed", name, "lower"] == pytest.approx(np.exp(fit.confint(name, method="wald")["lower"].iloc[0]))
-    with pytest.raises(ValueError, match=r"exponentiate=True is for links logit and log.*\(2\) is binomial \(probit\)"):
+    with pytest.raises(
+        ValueError, match=r"exponentiate=True is for links logit, log, cloglog.*\(2\) is binomial \(probit\)"
+    ):
         mj.table([fit, glmm_cases.fit_of("cbpp_probit")], exponentiate=True)
     with pytest.raises(ValueError, match="is gaussian"):
         mj.table(fit_of("penicillin", "REML"), exponentiate=True)

@@ -212,13 +212,16 @@ def _ratio_text(fit: Any) -> str:
     """Odds or rate ratios with Wald intervals."""
     import numpy as np
 
+    from mixjax.families.links import RATIOS
     from mixjax.tables import text_table
 
-    if fit.link not in ("logit", "log"):
-        raise ValueError(f"--exponentiate: effects are ratios for the links logit and log; this one is {fit.link}")
+    if fit.link not in RATIOS:
+        raise ValueError(
+            f"--exponentiate: effects are ratios for the links {', '.join(RATIOS)}; this one is {fit.link}"
+        )
     ends = fit.confint("beta_", level=LEVEL, method="wald")
     table = ends.assign(ratio=fit.fixef.to_numpy())[["ratio", "lower", "upper"]].map(np.exp)
-    what = "Odds ratios" if fit.link == "logit" else "Rate ratios"
+    what = RATIOS[fit.link].coefficients.capitalize()
     shown = table.map(lambda x: f"{x:#.5g}").rename_axis("").reset_index()
     return f"{what} with {100 * LEVEL:g} % intervals (Wald):\n{text_table(shown, left=1)}"
 

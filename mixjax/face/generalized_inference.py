@@ -156,6 +156,7 @@ class GeneralizedInferring:
         at: Mapping[str, Any] | None = None,
         scale: Literal["link", "response"] | None = None,
         integrate: bool = False,
+        component: Literal["cond", "response"] | None = None,
         level: float = 0.95,
     ) -> MarginalMeans:
         """Marginal means of factors, as R's ``emmeans``: of a grid of all levels, with covariates at their means and
@@ -169,10 +170,13 @@ class GeneralizedInferring:
             scale: ``"link"``: of the linear predictor. ``"response"``: means of the median subject; contrasts are odds
                 ratios (logit), ratios (log) or differences. None: the first, or the second with ``integrate=True``.
             integrate: average means over the random effects: the population's means; contrasts are differences.
+            component: with ``ziformula=``, on the scale of the response: ``"cond"``, of counts that are no extra zeros,
+                or of the ``"response"``, extra zeros among them, with differences. None: the latter.
             level: coverage of the intervals.
 
         Returns:
-            MarginalMeans: ``.to_frame()``, ``.contrasts()``, ``.letters()``, ``str()``.
+            MarginalMeans: ``.to_frame()``, ``.contrasts()``, ``.letters()``, ``str()``; of means of the response also
+            ``.regrid("log")`` and ``.regrid("logit")``, whose contrasts are ratios of means and of odds.
 
         Raises:
             DataError: unknown variables or levels, the response, a covariate without values.
@@ -188,7 +192,7 @@ class GeneralizedInferring:
         """
         from mixjax.inference.fixed.generalized_means import emmeans
 
-        return emmeans(self.record, spec, by, at, scale, integrate, level)
+        return emmeans(self.record, spec, by, at, scale, integrate, component, level)
 
     def emtrends(
         self, spec: Any, var: str, by: Any = None, at: Mapping[str, Any] | None = None, level: float = 0.95

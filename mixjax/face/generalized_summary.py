@@ -10,20 +10,18 @@ import pandas as pd
 from mixjax.checks import check_level
 from mixjax.distributions import normal_quantile
 from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
+from mixjax.families.links import RATIOS
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.parameters import component_of, parameters_of_family
 from mixjax.inference.fixed.contrasts import contrast_of
 from mixjax.tables import NotedTable
 
-# Links whose coefficients are logarithms of ratios.
-EXPONENTIATED = {"logit": "odds ratios", "log": "ratios of means", "cloglog": "hazard ratios"}
-
 
 def check_ratios(link: str) -> None:
     """Raise ValueError where exponentials of the coefficients mean nothing."""
-    if link not in EXPONENTIATED:
+    if link not in RATIOS:
         raise ValueError(
-            f"exponentials of coefficients are ratios with links {', '.join(map(repr, EXPONENTIATED))}; of link "
+            f"exponentials of coefficients are ratios with links {', '.join(map(repr, RATIOS))}; of link "
             f"{link!r} they mean nothing"
         )
 
@@ -178,7 +176,7 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
         table["std_error"] = (ratio * table["std_error"]).where(fixed, table["std_error"])
         for name in [own for own in ("estimate", "lower", "upper") if own in table]:
             table[name] = np.exp(table[name].where(fixed)).where(fixed, table[name])
-        notes.append(f"fixed effects are {EXPONENTIATED[fitted.family.link]}")
+        notes.append(f"fixed effects are {RATIOS[fitted.family.link].coefficients}")
     return NotedTable(table, tuple(notes))
 
 

@@ -13,6 +13,7 @@ from mixjax import numerals
 from mixjax.checks import check_count, check_level, listed, some_of
 from mixjax.distributions import t_quantile
 from mixjax.face.summary import coefficient_table
+from mixjax.families.links import RATIOS
 from mixjax.fitted.either import AnyRecord, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import interaction_key, names_of_residuals, names_of_variances
@@ -31,8 +32,6 @@ STATISTICS = {
     "p": (("p_value",), "p values in parentheses", "({})"),
     "statistic": (("statistic",), "test statistics in parentheses", "({})"),
 }
-# Links whose effects are ratios.
-RATIOS = ("logit", "log")
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 # Numbers of a fit as a whole and their decimals; likelihoods as lme4 shows them.
 _WHOLE = {
@@ -105,8 +104,8 @@ def table(
         digits: significant digits of the standard errors, with as many decimals for the estimates; of standard
             deviations; decimals of p values and shares, one less of correlations and test statistics.
         stars: mark p values below 0.05, 0.01 and 0.001.
-        exponentiate: odds or rate ratios instead of the fixed effects of generalised models with a logit or log link,
-            with standard errors by the delta method and the exponentials of the intervals' ends.
+        exponentiate: ratios of odds, means or hazards instead of the fixed effects of generalised models with a logit,
+            log or cloglog link, with standard errors by the delta method and the exponentials of the intervals' ends.
 
     Returns:
         :class:`~mixjax.face.report.ModelTable`: ``str()``, ``to_latex()``, ``to_html()``, ``to_markdown()``, and
@@ -199,7 +198,7 @@ def table(
     frame = pd.DataFrame(np.array(list(numbers.values()), dtype=float), index=index, columns=list(names))
     notes = [*_how(stat, method, level, bool(stars), records), *_warnings(records, names, method)]
     if exponentiate:
-        notes.insert(0, "fixed effects are ratios of odds (logit) or of means (log)")
+        notes.insert(0, "fixed effects are ratios of odds (logit), of means (log) or of hazards (cloglog)")
         if any(record.labels.psi for record in records if isinstance(record, GeneralizedFitted)):
             notes.insert(1, "coefficients of dispersion and of extra zeros stay on the scales of their links")
     return ModelTable(Cells(["", *names], rows, rules=rules), tuple(notes), frame)
@@ -227,7 +226,7 @@ def _check_ratios(records: Sequence[AnyRecord], names: Sequence[str]) -> None:
     for record, name in zip(records, names, strict=True):
         if not isinstance(record, GeneralizedFitted) or record.family.link not in RATIOS:
             raise ValueError(
-                f"exponentiate=True is for links {' and '.join(RATIOS)}, whose effects are ratios; {name} is "
+                f"exponentiate=True is for links {', '.join(RATIOS)}, whose effects are ratios; {name} is "
                 f"{_family(record)}"
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,6 +50,28 @@ LINKS: dict[str, Callable[[Any], Any]] = {
     "cloglog": lambda eta: -_xp(eta).expm1(-_xp(eta).exp(eta)),
     "cauchit": lambda eta: _xp(eta).arctan2(_xp(eta).ones_like(eta), -eta) / math.pi,
 }
+
+
+class Ratio(NamedTuple):
+    """What exponentials of differences of linear predictors are.
+
+    Attributes:
+        column: in a table of contrasts. coefficients: those of a model, in notes. of_means: emmeans, too, turns
+            contrasts of means into these.
+    """
+
+    column: str
+    coefficients: str
+    of_means: bool = True
+
+
+# Links whose differences are logarithms of ratios.
+RATIOS = {
+    "logit": Ratio("odds_ratio", "odds ratios"),
+    "log": Ratio("ratio", "ratios of means"),
+    "cloglog": Ratio("hazard_ratio", "hazard ratios", of_means=False),
+}
+RATIOS_OF_MEANS = {link: ratio.column for link, ratio in RATIOS.items() if ratio.of_means}
 
 # Name -> the linear predictor of a mean.
 LINEAR: dict[str, Callable[[Any], Any]] = {

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError
-from mixjax.inference.fixed.generalized_means import RATIOS
+from mixjax.families.links import RATIOS_OF_MEANS
 from mixjax.inference.fixed.grid import as_text
 from mixjax.inference.fixed.marginal_means import MarginalMeans, check_level_named
 from mixjax.plots.arrows import Arrows, comparison_arrows
@@ -150,7 +150,7 @@ def contrasts(table: pd.DataFrame, *, ax: Any = None) -> Axes | np.ndarray:
         ['B - C', 'A - C', 'A - B']
     """
     columns = table.columns if isinstance(table, pd.DataFrame) else []
-    value = next((name for name in RATIOS.values() if name in columns and "null" in columns), "estimate")
+    value = next((name for name in RATIOS_OF_MEANS.values() if name in columns and "null" in columns), "estimate")
     ratio = value != "estimate"
     if any(name not in columns for name in (value, *NEEDED[1:])):
         raise DataError(

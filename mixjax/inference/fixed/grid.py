@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, FormulaError
-from mixjax.formula.evaluate import evaluate
+from mixjax.formula.evaluate import Columns, evaluate
 from mixjax.formula.state import FormulaState
 from mixjax.formula.syntax import Expression
 from mixjax.formula.table import level_name, refuse_unknown
@@ -38,12 +39,15 @@ class ModelRows(NamedTuple):
 class FixedPart:
     """The fixed part of a fit as a function of rows of a grid.
 
+    Args:
+        beside: other formulas, whose variables are in the grid too.
+
     Attributes:
         variables: columns that fixed effects and offsets read. factors: those with levels -> their values in a grid.
         frame: the rows of the fit. dependence: see :meth:`FormulaState.dependence`.
     """
 
-    def __init__(self, fitted: AnyRecord):
+    def __init__(self, fitted: AnyRecord, beside: Sequence[Columns] = ()):
         self.labels = fitted.labels
         self.state: FormulaState = self.labels.state
         if self.labels.frame is None:
@@ -53,7 +57,9 @@ class FixedPart:
         if not self.labels.fixed:
             raise DataError(f"{self.labels.formula!r} has no fixed effects, so there are no means to estimate")
         self.frame: pd.DataFrame = self.labels.frame
-        self.variables = [str(name) for name in self.frame.columns if name in self.state.predictors]
+        self.parts = (self.state.fixed, *beside)
+        read = {*self.state.predictors, *(name for part in beside for name in part.effects.columns)}
+        self.variables = [str(name) for name in self.frame.columns if name in read]
         self.made: dict[str, str] = {}  # variable -> the factor that the formula makes of several of its values
         self.factors: dict[str, list[Any]] = {}
         for name in self.variables:
@@ -72,9 +78,17 @@ class FixedPart:
         dtype = self.frame[name].dtype
         return pd.api.types.is_numeric_dtype(dtype) and dtype != np.bool_ and not self._factors_of(name)
 
+    def _reading(self, name: str) -> dict[str, tuple[Expression, Columns]]:
+        """What is written of a variable -> the expression and the first formula that has it."""
+        found: dict[str, tuple[Expression, Columns]] = {}
+        for part in self.parts:
+            for e in part.effects.expressions:
+                if name in e.columns:
+                    found.setdefault(e.shown, (e, part))
+        return found
+
     def _factors_of(self, name: str) -> list[Expression]:
-        fixed = self.state.fixed
-        return [e for e in fixed.effects.expressions if name in e.columns and fixed.categories(e) is not None]
+        return [e for e, part in self._reading(name).values() if part.categories(e) is not None]
 
     def _levels(self, name: str) -> list[Any] | None:
         """Values of a factor, one for each level that the formula makes of them; None for a number."""
@@ -94,7 +108,8 @@ class FixedPart:
         table = pd.DataFrame({name: pd.Series(values, dtype=column.dtype)})
         codes = []
         for e in made:
-            value = evaluate(e, table, self.state.context, self.state.fixed.learnt[e.shown])[0]
+            learnt = self._reading(name)[e.shown][1].learnt[e.shown]
+            value = evaluate(e, table, self.state.context, learnt)[0]
             codes.append(pd.factorize(np.asarray(value))[0])
         level = pd.MultiIndex.from_arrays(codes)
         if level.is_unique:
@@ -106,7 +121,7 @@ class FixedPart:
         """Raise DataError where values of a variable do not stand for levels of the factor made of it."""
         if name not in self.made:
             return
-        made, reading = self._factors_of(name), [e for e in self.state.fixed.effects.expressions if name in e.columns]
+        made, reading = self._factors_of(name), self._reading(name)
         if shown or len(made) < len(reading) or made[0].columns != (name,):
             raise DataError(
                 f"the formula makes the factor '{self.made[name]}' of '{name}': make a column of the factor before "
@@ -115,16 +130,31 @@ class FixedPart:
 
     def rows(self, grid: pd.DataFrame) -> ModelRows:
         """Rows of the model matrix. Factors of the grid hold levels, other columns numbers."""
-        table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
-        for name in self.variables:
-            dtype = float if self.is_number(name) else self.frame[name].dtype
-            table[name] = pd.Series(list(grid[name]), dtype=dtype)
+        table = self._table(grid)
         try:
             return ModelRows(self.state.fixed.of(table, ""), self.state.offset_of(table) + self.mean_offset)
         except (FormulaError, DataError) as error:
             raise DataError(
                 f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"
             ) from error
+
+    def rows_of(self, part: Columns, kept: np.ndarray, grid: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Columns of another formula in the rows of a grid: ``(g, r)`` those in the fit, ``kept`` of all, and what
+        these leave open ``(g, d)``."""
+        other = replace(self.state, fixed=part, kept=kept)
+        try:
+            return other.split(part.of(self._table(grid), ""), other.dependence(self.frame))
+        except (FormulaError, DataError) as error:
+            raise DataError(
+                f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"
+            ) from error
+
+    def _table(self, grid: pd.DataFrame) -> pd.DataFrame:
+        table = pd.DataFrame(index=pd.RangeIndex(len(grid)))
+        for name in self.variables:
+            dtype = float if self.is_number(name) else self.frame[name].dtype
+            table[name] = pd.Series(list(grid[name]), dtype=dtype)
+        return table
 
     def effects(self, grid: pd.DataFrame) -> list[np.ndarray]:
         """Columns ``(g, q)`` of every random term in the rows of a grid; numbers that only these read are held at their

@@ -243,6 +243,17 @@ class MarginalMeans(Reported):
         notes = tuple(note.replace("p values and ", "") for note in notes)
         return NotedTable(pd.DataFrame(table).drop(columns=["statistic", "p_value"]), notes)
 
+    def regrid(self, transform: str) -> MarginalMeans:
+        """Of means of the response, see :meth:`mixjax.inference.fixed.generalized_means.ResponseMeans.regrid`.
+
+        Raises:
+            ValueError: these are means of a linear predictor, or of a linear model.
+        """
+        raise ValueError(
+            "regrid() compares means of the response of a generalised model by ratios: take scale='response' or "
+            "integrate=True"
+        )
+
     # --- what they stand on -------------------------------------------------------------------------------------------
 
     def contrast_rows(self, method: Any = "pairwise", ref: Any = None, interaction: Any = None) -> Contrasts:
