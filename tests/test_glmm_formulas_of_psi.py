@@ -6,6 +6,7 @@ its gradient (below 1e-10), whose covariances are differences of that gradient: 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import polygamma
 
 import mixjax as mj
+from mixjax.inference.random.variance import icc as icc_of
 from mixjax.simulation import simulate_family
 
 HERE = Path(__file__).parent
@@ -518,9 +521,37 @@ def test_no_zero_inflation_is_named():
         mj.glmm("y ~ arm + (1 | g)", data, "nbinom", dispformula="~ arm")
 
 
+def test_shares_of_the_variance(epil):
+    """Every row has its own variance at the common mean; by hand."""
+    fit = mj.glmm(EPIL, epil, "nbinom", dispformula="~ trt")
+    size = np.exp(fit.disp["Intercept"] + fit.disp["trt[T.progabide]"] * (epil["trt"] == "progabide"))
+    between = float(fit.Sigma["subject"][0, 0])
+    eta = fit.predict(random=False, scale="link")
+    m = np.exp(eta + between / 2).mean()
+    fixed = eta.var(ddof=1)
+    for approximation, own in (
+        (None, polygamma(1, 1 / (1 / m + 1 / size)).mean()),
+        ("lognormal", np.log1p(1 / m + 1 / size).mean()),
+        ("delta", (1 / m + 1 / size).mean()),
+    ):
+        icc, r2 = fit.icc(approximation=approximation), fit.r2(approximation=approximation)
+        np.testing.assert_allclose(icc["adjusted"], between / (between + own), rtol=1e-12)
+        np.testing.assert_allclose(r2["marginal"], fixed / (fixed + between + own), rtol=1e-12)
+        residual = fit.variance_shares(approximation=approximation).set_index("component")["variance"]["residual"]
+        np.testing.assert_allclose(residual, own, rtol=1e-12)
+    # One dispersion for all rows is that of the fit without the formula.
+    plain = mj.glmm(EPIL, epil, "nbinom")
+    psi = np.append(plain.estimates.psi, 0.0)
+    same = replace(fit.record, estimates=fit.estimates._replace(
+        beta=plain.estimates.beta, psi=psi, Sigma=plain.estimates.Sigma))  # fmt: skip
+    np.testing.assert_allclose(icc_of(same), plain.icc(), rtol=1e-12)
+    table = str(mj.table([fit]))
+    assert "R2 marginal" in table
+
+
 def test_what_is_not_there_yet(both, epil):
     both.emmeans("mined")
-    for refused in (both.profile, both.icc, lambda: mj.scenario_of(both), lambda: both.residuals("working")):
+    for refused in (both.profile, both.icc, both.r2, both.variance_shares, lambda: mj.scenario_of(both), lambda: both.residuals("working")):
         with pytest.raises(ValueError, match="ziformula="):
             refused()
     fit = mj.glmm(EPIL, epil, "nbinom", dispformula="~ trt")

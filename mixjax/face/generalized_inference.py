@@ -400,7 +400,8 @@ class GeneralizedInferring:
             approximation: how the variance of a row on that scale is got (Nakagawa, Johnson & Schielzeth 2017): None
                 for pi^2/3, 1 or pi^2/6 of binomial responses with link logit, probit or cloglog, the trigamma function
                 of counts and gamma responses with link log, the delta method of others; ``"trigamma"``,
-                ``"lognormal"``, ``"delta"``.
+                ``"lognormal"``, ``"delta"``. With ``dispformula=`` the mean over the rows; with ``ziformula=`` there is
+                none.
 
         Example:
             >>> import mixjax as mj

@@ -79,15 +79,23 @@ def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | No
             log link. ``"delta"``: variance over the squared slope of the mean; of one trial of a binomial response.
 
     The mean is that of the rows' means over their random effects, which is what the mean of the response estimates.
+    With ``dispformula=`` every row has the variance of its own dispersion at that mean, and these are averaged over the
+    rows, as the variances of random effects are.
 
     Raises:
-        ValueError: there is no such approximation for the family, or it has no variance, as cauchit's has none.
+        ValueError: there is no such approximation for the family, or it has no variance, as cauchit's has none; a model
+        with ``ziformula=``.
     """
     if approximation is not None and approximation not in APPROXIMATIONS:
         raise ValueError(f"approximation must be None or one of {', '.join(map(repr, APPROXIMATIONS))}, got "
                          f"{approximation!r}")  # fmt: skip
-    family, cure = fitted.family, "take that of a fit without"
-    fitted.rows.refuse_psi_columns("a variance of the response on the scale of the predictor", cure)
+    family = fitted.family
+    if family.plain is not family:
+        raise ValueError(
+            "with ziformula= there is no accepted variance of the response on the scale of the predictor, which icc(), "
+            "r2() and variance_shares() divide by: extra zeros have no predictor, and their logit is another scale. "
+            "Take those of a fit without ziformula=, or compare variances of random effects, fit.varcorr"
+        )
     if family.link not in LINKS:
         raise ValueError(f"link {family.link!r} has no known derivative: there is no variance on its scale")
     if approximation is None:
@@ -109,13 +117,13 @@ def latent_variance(fitted: GeneralizedFitted, approximation: Approximation | No
     )
     mean = float(np.mean(family.integrated_mean(eta, random)))
     one = None if design.size is None else 1.0
-    variance = float(family.variance(mean, one, list(est.psi)))
+    variance = np.asarray(family.variance(mean, one, fitted.psi_by_row), np.float64)  # one for each row, or for all
     if approximation == "trigamma":
-        return float(polygamma(1, mean**2 / variance))
+        return float(np.mean(polygamma(1, mean**2 / variance)))
     if approximation == "lognormal":
-        return float(np.log1p(variance / mean**2))
+        return float(np.mean(np.log1p(variance / mean**2)))
     slope = float(mean_derivatives(family.link, LINEAR[family.link](np.array(mean)))[0])
-    return variance / slope**2
+    return float(np.mean(variance)) / slope**2
 
 
 def icc(fitted: AnyFitted, by_group: bool = False, approximation: Approximation | None = None) -> pd.Series:
