@@ -551,7 +551,7 @@ def test_shares_of_the_variance(epil):
 
 def test_what_is_not_there_yet(both, epil):
     both.emmeans("mined")
-    for refused in (both.profile, both.icc, both.r2, both.variance_shares, lambda: mj.scenario_of(both), lambda: both.residuals("working")):
+    for refused in (both.profile, both.icc, both.r2, both.variance_shares, lambda: both.residuals("working")):
         with pytest.raises(ValueError, match="ziformula="):
             refused()
     fit = mj.glmm(EPIL, epil, "nbinom", dispformula="~ trt")

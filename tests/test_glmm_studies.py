@@ -53,12 +53,12 @@ def test_replicates_are_the_fits_of_their_responses(truth, studied):
     assert studied.counts["converged"].tolist() == [60, 60]
 
 
-def studied_key(truth):
-    """The key of the only cell of a study with key 2."""
+def studied_key(truth, key=2):
+    """The key of the only cell of a study."""
     from mixjax.studies.study import _cells
     from mixjax.studies.task import Task
 
-    return _cells(truth, FORMULA, None, 2, None, (), False, Task(None, {}, None))[0][0].task.key
+    return _cells(truth, FORMULA, None, key, None, (), False, Task(None, {}, None))[0][0].task.key
 
 
 def test_measures_know_the_truth(studied):
@@ -198,3 +198,72 @@ def test_trials_of_cbind_on_another_table_are_named():
     fit = mj.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", mj.datasets.load("cbpp"), "binomial")
     with pytest.raises(mj.DataError, match=r"numbers of trials are known as numbers.*cbind\(successes, failures\)"):
         mj.scenario_of(fit).on(mj.datasets.load("cbpp"))
+
+
+# --- formulas of the family's parameters ------------------------------------------------------------------------------
+
+
+def dispersed(groups=30, rows=12):
+    """Counts with extra zeros and a size by arm, in a table with columns that only the other formulas read."""
+    rng = np.random.default_rng(11)
+    n = groups * rows
+    table = pd.DataFrame({"g": np.repeat(np.arange(groups), rows), "x": rng.normal(size=n).round(2)})
+    table["arm"] = pd.Categorical(np.tile(["b", "a"], n // 2), ["b", "a"])
+    table["site"] = np.tile(np.repeat(["u", "v"], rows // 2), groups)
+    mu = np.exp(1.2 + 0.3 * table["x"] + 0.4 * rng.normal(size=groups)[table["g"]])
+    k = np.where(table["arm"] == "a", 6.0, 1.5)
+    table["y"] = rng.negative_binomial(k, k / (k + mu)) * (rng.random(n) > np.where(table["site"] == "u", 0.15, 0.4))
+    return table
+
+
+@pytest.fixture(scope="module")
+def inflated():
+    return mj.glmm(FORMULA, dispersed(), "nbinom", dispformula="~ arm", ziformula="~ 0 + site")
+
+
+def test_scenarios_of_fits_with_formulas_of_psi(inflated):
+    truth = mj.scenario_of(inflated)
+    np.testing.assert_array_equal(truth.simulate(3, 4), inflated.simulate(3, 4))
+    names = ["sd_Intercept|g", "disp~Intercept", "disp~arm[T.a]", "zi~site[u]", "zi~site[v]"]
+    assert list(truth.truth) == ["Intercept", "x", *names]
+    assert list(inflated.vcov_all) == [*names, "Intercept", "x"]
+    np.testing.assert_allclose([truth.truth[f"zi~{name}"] for name in inflated.zi.index], inflated.zi)
+    assert set(truth.table) == {"g", "x", "arm", "site"}
+    coded = mj.glmm(FORMULA, dispersed(), "nbinom", dispformula="~ arm", contrasts={"arm": "sum"})
+    np.testing.assert_array_equal(mj.scenario_of(coded).simulate(3, 4), coded.simulate(3, 4))
+    # On rows in another order, and twice as many: the same distribution of every row.
+    larger = truth.on(pd.concat([truth.table, truth.table.assign(g=truth.table["g"] + 100)]).iloc[::-1])
+    assert larger.nobs == 2 * truth.nobs
+    drawn = larger.simulate(1, 300).mean(0)[::-1]
+    want = np.tile(np.asarray(inflated.predict(random=False, integrate=True)), 2)
+    for rows in (np.tile(truth.table["site"] == site, 2) for site in "uv"):
+        # Effects of 60 groups are shared: the spread of a mean of groups, over all replicates.
+        error = 3 * inflated.theta[0] / np.sqrt(60 * 300)
+        np.testing.assert_allclose(drawn[rows].mean(), want[rows].mean(), rtol=4 * error)
+    # Other values of the coefficients, which may be negative; numbers of none are refused.
+    never = truth.with_variances({"zi~site[u]": -30.0, "zi~site[v]": -30.0, "disp~arm[T.a]": -0.5})
+    assert never.truth["disp~arm[T.a]"] == -0.5
+    assert (never.simulate(1, 50) == 0).mean() < (truth.simulate(1, 50) == 0).mean() - 0.1
+    with pytest.raises(ValueError, match="must be a number"):
+        truth.with_variances({"zi~site[u]": np.nan})
+    with pytest.raises(mj.DataError, match="site has the categories u, w in the new table"):
+        truth.on(truth.table.replace({"site": {"v": "w"}}))
+    with pytest.raises(mj.DataError, match="site"):
+        truth.on(truth.table.drop(columns="site"))
+
+
+def test_studies_of_fits_with_formulas_of_psi(inflated):
+    """Estimates of the replicates are those of a fit of each."""
+    truth = mj.scenario_of(inflated)
+    found = mj.study(truth, FORMULA, replicates=12, key=4, progress=False)
+    columns = found.raw()
+    many = inflated.refit_many(truth.simulate(studied_key(truth, 4), 12))
+    np.testing.assert_allclose(columns["x"], many.fixef["x"], rtol=1e-6, atol=1e-7)
+    for name in ("disp~arm[T.a]", "zi~site[v]"):
+        np.testing.assert_allclose(columns[name], many.sdcor[name], rtol=1e-5, atol=1e-6)
+    assert {"se(x)", "p(x)"} <= set(columns)
+    # Another family is fitted without the formulas.
+    other = mj.study(truth, FORMULA, replicates=4, key=4, family="poisson", progress=False)
+    assert not any(name.startswith(("zi", "disp", "size")) for name in other.raw())
+    power = mj.power(truth, FORMULA, "x", replicates=12, key=4, progress=False)
+    assert np.isfinite(power.to_frame()["power"]).all()

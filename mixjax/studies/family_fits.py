@@ -12,6 +12,7 @@ from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_many import KEEP, glmm_estimate_many
 from mixjax.families import Family
 from mixjax.fitted.names import names_of_variances
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.optimise.results import failed
 from mixjax.products.family_rows import FamilyRows, rows_in
 from mixjax.studies.task import Fits, Model, Task, named_apart
@@ -42,9 +43,9 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
     layout = rows_in(model.designs[0], family, Y[:1]).layout
     fixed = pd.DataFrame(est.beta, columns=list(model.labels.fixed))
     variances = names_of_variances(model.labels, layout.structures)
-    natural = np.stack([family.natural(list(psi)) for psi in est.psi]) if family.n_psi else np.empty((len(Y), 0))
+    names, own, _ = parameters_of_family(model.labels, family, np.asarray(est.psi).T)
     others = pd.DataFrame({parameter.name: parameter.value(est.Sigma) for parameter in variances})
-    others = others.assign(**dict(zip(family.psi_names, natural.T, strict=True)))
+    others = others.assign(**dict(zip(names, own, strict=True)))
     with np.errstate(invalid="ignore"):
         se = np.sqrt(np.diagonal(est.vcov, axis1=1, axis2=2))
     criterion = np.where(failed(est.result), np.nan, est.criterion)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.covariance import n_theta, triangle
-from mixjax.design import Labels
+from mixjax.design import Design, Labels
 from mixjax.families import Family
 from mixjax.fitted.names import known_names, term_names
 from mixjax.simulation import symmetric_root
@@ -44,6 +44,26 @@ def dispersion_of(given: Any, family: Family) -> dict[str, float]:
             raise ValueError(f"dispersion has {len(own)} numbers; {listed} is wanted")
     family.unconstrained(own)
     return dict(zip(names, own, strict=True))
+
+
+def psi_of(own: Mapping[str, float], design: Design, labels: Labels, family: Family) -> list[Any]:
+    """The family's parameters as it takes them, each a number or, where it has a formula, ``(n,)``.
+
+    Args:
+        own: as :func:`~mixjax.fitted.parameters.parameters_of_family` names them, in that order.
+
+    Raises:
+        ValueError: a value that a parameter cannot have.
+    """
+    values, each = list(own.values()), labels.psi or ((),) * family.n_psi
+    natural, coefficients = list(family.natural([0.0] * family.n_psi)), {}
+    for j, names in enumerate(each):
+        if names:
+            coefficients[j] = np.array([values.pop(0) for _ in names])
+        else:
+            natural[j] = values.pop(0)
+    numbers = family.unconstrained([float(value) for value in natural])
+    return [design.psi_columns[j] @ coefficients[j] if j in coefficients else numbers[j] for j in range(family.n_psi)]
 
 
 def coefficients(beta: Any, labels: Labels) -> np.ndarray:

@@ -14,10 +14,10 @@ from mixjax.formula.evaluate import Columns
 
 def same_columns(design: Design, labels: Labels, again: Design, own: Labels) -> bool:
     """Whether two designs are the same but for their response."""
-    if labels.fixed != own.fixed or labels.terms != own.terms:
+    if labels.fixed != own.fixed or labels.terms != own.terms or labels.psi != own.psi:
         return False
     pairs = [(design.X, again.X), (design.weights, again.weights), (design.offset, again.offset)]
-    pairs += [(design.size, again.size)]
+    pairs += [(design.size, again.size), (design.psi_columns, again.psi_columns)]
     for mine, other in zip(design.terms, again.terms, strict=True):
         pairs += [(mine.Z, other.Z), (mine.group, other.group)]
     return all(_agree(mine, other) for mine, other in pairs)
@@ -41,15 +41,17 @@ def refuse_other_columns(labels: Labels, other: Labels) -> None:
                     f"{e} is computed from all rows of a table and is something else in the new one, so that the "
                     "parameters do not fit: make a column of it before fitting, and name the column in the formula"
                 )
-    if labels.fixed != other.fixed:
-        raise DataError(
-            f"the fixed effects on the new table are {', '.join(other.fixed)}, and the parameters are those of "
-            f"{', '.join(labels.fixed)}: its predictors must be able to tell the same effects apart"
-        )
+    of_psi = [("coefficients of ziformula= and dispformula=", a, b) for a, b in zip(labels.psi, other.psi, strict=True)]
+    for what, was_fixed, is_fixed in (("fixed effects", labels.fixed, other.fixed), *of_psi):
+        if was_fixed != is_fixed:
+            raise DataError(
+                f"the {what} on the new table are {', '.join(is_fixed)}, and the parameters are those of "
+                f"{', '.join(was_fixed)}: its predictors must be able to tell the same effects apart"
+            )
 
 
 def _parts(labels: Labels) -> tuple[Columns, ...]:
-    return (labels.state.fixed, *labels.state.random)
+    return (labels.state.fixed, *labels.state.random, *(part[0] for part in labels.state.psi if part is not None))
 
 
 def _agree(a: Any, b: Any) -> bool:

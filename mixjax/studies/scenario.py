@@ -16,8 +16,9 @@ from mixjax.design import Design, Labels
 from mixjax.families import Family, family_of
 from mixjax.fitted.either import any_record_of
 from mixjax.fitted.names import known_names, names_of_variances
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.fitted.record import Fitted
-from mixjax.formula.build import build_design
+from mixjax.formula.build import build
 from mixjax.formula.context import caller_context
 from mixjax.formula.parse import parse
 from mixjax.formula.reading import column_names, to_pandas
@@ -28,6 +29,7 @@ from mixjax.studies.parameters import (
     covariances_of_sd,
     covariances_of_theta,
     dispersion_of,
+    psi_of,
     residual_deviation,
 )
 from mixjax.studies.same_columns import refuse_other_columns, same_columns
@@ -48,9 +50,9 @@ class Scenario:
         design: as :func:`mixjax.build_design` makes it; the response is none. labels: names beside it.
         beta: ``(p,)``. Sigma: per term ``(q, q)``, absolute.
         dispersion: parameters of the response's distribution: ``sigma``, the residual standard deviation of a linear
-            model, or those of the family.
-        options: ``weights``, ``offset``, ``contrasts``, and of a generalised model ``family`` and ``size``; models are
-            fitted with the same.
+            model, or those of the family; of one with a formula its coefficients, ``zi~x`` and ``disp~x``.
+        options: ``weights``, ``offset``, ``contrasts``, and of a generalised model ``family``, ``size`` and, as
+            ``of_parameters``, the formulas of the family's parameters; models are fitted with the same.
     """
 
     formula: str
@@ -82,7 +84,7 @@ class Scenario:
         """Responses ``(n, nobs)``, of a binomial family counts of successes; see :func:`mixjax.simulate`."""
         if self.family is None:
             return simulate_responses(self.design, self.beta, self.sigma, self.Sigma, key, n, first)
-        psi = self.family.unconstrained(list(self.dispersion.values()))
+        psi = psi_of(self.dispersion, self.design, self.labels, self.family)
         return simulate_family(self.design, self.family, self.beta, self.Sigma, psi, key, n, first)
 
     @property
@@ -189,7 +191,7 @@ class Scenario:
         """
         Sigma, own = changed_variances(values, self.labels, self.design.structures, self.Sigma, self.dispersion)
         if self.family is not None:
-            self.family.unconstrained(list(own.values()))
+            psi_of(own, self.design, self.labels, self.family)
         return replace(self, Sigma=Sigma, dispersion=own)
 
     def __repr__(self) -> str:
@@ -339,11 +341,13 @@ def design_of(
     context: Mapping[str, Any] | None = None,
     trusted: bool | None = None,
     repeated: bool = False,
+    of_parameters: Mapping[str, str] | None = None,
 ) -> tuple[Any, Labels]:
     """Design and labels of a formula whose response is yet to come.
 
     Args:
         repeated: the formula is one of repeated measures, as of :func:`mixjax.mmrm`.
+        of_parameters: formulas of the family's parameters, ``"dispformula"`` and ``"ziformula"``.
         size: trials: a number for all rows, ``(n,)``, or the name of a column.
 
     Raises:
@@ -367,9 +371,11 @@ def design_of(
         built = build_repeated(f"{RESPONSE} ~ {right}", table, weights, offset, None, contrasts, caller, trusted)
         _refuse_missing(built.labels)
         return built.design, replace(built.labels, formula=formula, response=response)
-    design, labels = build_design(
-        f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts, context,
-        trusted, family, size,
+    if family is not None and of_parameters:
+        family = family.plain  # extra zeros come by their formula
+    design, labels, _ = build(
+        f"{RESPONSE} ~ {right}", table.assign(**{RESPONSE: stand_in}), weights, offset, None, contrasts,
+        caller_context() if context is None else context, trusted, family, size, of_parameters,
     )  # fmt: skip
     _refuse_missing(labels)
     return design, replace(labels, formula=formula, response=response)
@@ -445,9 +451,11 @@ def scenario_of(fit: Any) -> Scenario:
     if isinstance(record, Fitted):
         own = {"sigma": float(record.estimates.sigma)}
     else:
-        record.rows.refuse_psi_columns("a scenario of a fit", "draw from the fit itself, fit.simulate()")
-        own = dict(zip(record.family.psi_names, map(float, record.family.natural(record.estimates.psi)), strict=True))
+        names, values, _ = parameters_of_family(labels, record.family, np.asarray(record.estimates.psi))
+        own = dict(zip(names, map(float, values), strict=True))
         options |= {"family": record.family, "size": None}
+        if labels.state.parsed.own:
+            options["of_parameters"] = {option: f"~ {part.shown}" for option, part in labels.state.parsed.own}
         if design.size is not None:
             options["size"] = _as_column(table, labels.state.size, design.size)
     with warnings.catch_warnings():

@@ -76,7 +76,9 @@ class Task:
             found: Mapping[str, Any] = self.source.options
             return found
         known = self.source.options.get("size") if self.family.plain.name == "binomial" else None
-        return {**self.source.options, "family": self.family, "size": known if self.size is None else self.size}
+        # Formulas of the source's family are none of another one.
+        found = {name: value for name, value in self.source.options.items() if name != "of_parameters"}
+        return {**found, "family": self.family, "size": known if self.size is None else self.size}
 
 
 class Model(NamedTuple):

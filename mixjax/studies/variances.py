@@ -13,6 +13,9 @@ from mixjax.fitted.names import VarianceParameter, names_of_variances, term_name
 from mixjax.fitted.parameters import select
 from mixjax.simulation import symmetric_root
 
+# How names of coefficients of formulas of a family's parameters begin.
+COEFFICIENTS = ("zi~", "disp~")
+
 
 def changed_variances(
     values: Mapping[str, Any],
@@ -36,6 +39,7 @@ def changed_variances(
     parameters = names_of_variances(labels, structures)
     names = [*(parameter.name for parameter in parameters), *own]
     kinds = {parameter.name: parameter.kind for parameter in parameters}
+    kinds |= dict.fromkeys([name for name in own if name.startswith(COEFFICIENTS)], "real")
     wanted: dict[str, float] = {}
     for name, value in values.items():
         found = select([name], names, 0)
