@@ -168,6 +168,23 @@ def test_pictures_of_means(cbpp):
     assert sum(len(line.get_xdata()) for line in filled) == 3
 
 
+def test_titles_of_two_columns_of_counts(cbpp):
+    """``cbind()`` is too long for an axis."""
+    pytest.importorskip("matplotlib").use("Agg")
+    from mixjax import plots
+
+    assert cbpp.labels.response == "cbind(incidence, size - incidence)"
+    assert plots.means(cbpp.emmeans("period", scale="response")).get_xlabel() == "proportion of incidence"
+    ax = plots.observed(cbpp)
+    assert ax.get_xlabel() == "mean fitted proportion of incidence by herd"
+    assert ax.get_ylabel() == "mean proportion of incidence"
+    assert plots.residuals(cbpp).get_ylabel() == "quantile residual of proportion of incidence"
+    assert "cbind" not in plots.residuals(cbpp, kind="pearson").get_xlabel()
+    table = mj.datasets.load("cbpp").assign(a_very_long_name_of_cases=lambda d: d["incidence"])
+    long = mj.glmm("cbind(a_very_long_name_of_cases, size - incidence) ~ period + (1 | herd)", table, "binomial")
+    assert plots.observed(long).get_ylabel() == "mean proportion of successes"
+
+
 # --- averaged over random effects -----------------------------------------------------------------------------------
 
 

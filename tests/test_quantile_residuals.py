@@ -113,6 +113,42 @@ def test_what_is_wrong_is_seen():
     assert by_x["p_holm"].iloc[0] < 0.05
 
 
+def test_numbers_are_cut_into_groups():
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"y": rng.normal(size=400), "x": rng.normal(size=400), "g": np.arange(400) // 10})
+    found = quantile_residuals(mj.lmm("y ~ x + (1 | g)", table).record, 1, n=60)
+    by_x = found.by("x")
+    assert by_x["n"].tolist() == [40] * 10
+    assert (by_x.index.left < by_x.index.right).all()
+    assert by_x.index.is_monotonic_increasing
+    # The groups are those of labels given by hand.
+    edges = np.quantile(table["x"], np.arange(1, 4) / 4)
+    by_hand = found.by(np.searchsorted(edges, table["x"].to_numpy()))
+    pd.testing.assert_frame_equal(found.by("x", bins=4).reset_index(drop=True), by_hand.reset_index(drop=True))
+    np.testing.assert_allclose(found.recalculate("x", bins=4).y[0], table["y"][table["x"] <= edges[0]].mean())
+    # Whole numbers may be names of levels, and stay as they are unless asked otherwise.
+    assert len(found.by("g")) == 40
+    assert found.by("g", bins=5)["n"].tolist() == [80] * 5
+    assert len(found.by(np.repeat([1.5, 2.5], 200), bins=5)) == 2
+    ties = np.where(np.arange(400) < 300, 0.5, table["x"])  # edges that are one
+    assert found.by(ties)["n"].sum() == 400
+    with pytest.raises(mj.DataError, match="bins= cuts numbers, and groups has"):
+        found.by(np.array(list("ab") * 200), bins=3)
+    with pytest.raises(mj.DataError, match="1 missing values"):
+        found.by(np.r_[np.nan, np.arange(399.0)], bins=3)
+    with pytest.raises(ValueError, match="bins must be an integer, 2 or more"):
+        found.by("x", bins=1)
+
+
+def test_tests_are_printed_whole():
+    tests = quantile_residuals(fit_of("sleepstudy_slopes", "REML").record, 1, n=40).tests()
+    assert list(tests.columns) == ["statistic", "expected", "p_value"]
+    assert "..." not in str(tests)
+    for note in tests.attrs["notes"]:
+        assert note in str(tests)
+    assert [note.split(":")[0] for note in tests.attrs["notes"]] == list(tests.index)
+
+
 def test_means_of_groups():
     fit = fit_of("sleepstudy_slopes", "REML")
     found = quantile_residuals(fit.record, 1)

@@ -20,7 +20,7 @@ from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.machine import float64
 from mixjax.markup import Report, Reported
 from mixjax.simulation import raw_key
-from mixjax.tables import frame_report
+from mixjax.tables import NotedTable, frame_report
 
 # Numbers in all simulated responses together.
 MOST_NUMBERS = 2**27
@@ -30,6 +30,8 @@ CHECKS = {
     "outliers": "share of responses outside all simulated ones: are there more extremes than the model gives?",
     "zeros": "share of zeros: are there more or fewer than the model gives?",
 }
+# Numbers with more values are cut into so many groups.
+BINS = 10
 # Families of counts, of which zeros are looked at.
 COUNTS = ("poisson", "nbinom")
 
@@ -154,8 +156,8 @@ class QuantileResiduals(Reported):
         Of counts there is a fourth, of the share of zeros.
 
         Returns:
-            DataFrame: ``statistic``, ``expected`` (mean over simulated responses), ``p_value`` (two-sided, of
-            uniformity one-sided) and ``check``, which says what it looks at.
+            DataFrame: ``statistic``, ``expected`` (mean over simulated responses) and ``p_value`` (two-sided, of
+            uniformity one-sided); notes below (``attrs["notes"]``) say what each looks at.
         """
         statistics = {
             "uniformity": _distance(self._ranks),
@@ -165,23 +167,25 @@ class QuantileResiduals(Reported):
         if self.zeros:
             statistics["zeros"] = np.concatenate([[(self.y == 0).mean()], (self.simulated == 0).mean(1)])
         sides = {"uniformity": "above"}
-        rows = {
-            name: row_of(values, sides.get(name, "both")) | {"check": CHECKS[name]}
-            for name, values in statistics.items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index")
+        rows = {name: row_of(values, sides.get(name, "both")) for name, values in statistics.items()}
+        return NotedTable(pd.DataFrame.from_dict(rows, orient="index"), self._check_notes())
 
-    def by(self, groups: Any) -> pd.DataFrame:
+    def by(self, groups: Any, bins: int | None = None) -> pd.DataFrame:
         """Uniformity within every group of rows.
 
         Args:
-            groups: column of the table, or ``(n,)`` labels.
+            groups: column of the table, or ``(n,)`` labels or numbers.
+            bins: cut numbers of more values into so many groups of about equal size. None: ten, of numbers that are not
+                whole and have more than ten values; whole numbers are labels, as those of subjects are.
 
         Returns:
             DataFrame, one row per group: ``n``, ``mean`` residual, ``statistic``, ``expected``, ``p_value``, and
             ``p_holm``, adjusted for the number of groups (Holm 1979).
+
+        Raises:
+            DataError: no such column, or missing labels; ``bins`` of what is no numbers.
         """
-        codes, names = self._groups(groups)
+        codes, names = self._groups(groups, bins)
         rows = []
         for g in range(len(names)):
             ranks = self._ranks[:, codes == g]
@@ -195,20 +199,20 @@ class QuantileResiduals(Reported):
         adjusted[order] = np.minimum(1.0, steps)
         return frame.assign(p_holm=adjusted)
 
-    def recalculate(self, groups: Any) -> QuantileResiduals:
+    def recalculate(self, groups: Any, bins: int | None = None) -> QuantileResiduals:
         """Residuals of the mean response of every group of rows: what is wrong between groups.
 
         Args:
-            groups: column of the table, or ``(n,)`` labels.
+            groups, bins: as of :meth:`by`.
         """
-        codes, names = self._groups(groups)
+        codes, names = self._groups(groups, bins)
         count = np.bincount(codes)
         sums = np.stack([np.bincount(codes, row, len(names)) for row in np.vstack([self.y, self.simulated])]) / count
         return QuantileResiduals(
             sums[0], sums[1:], self.key, pd.DataFrame(index=names), f"{self.what}, means of groups"
         )
 
-    def _groups(self, groups: Any) -> tuple[np.ndarray, pd.Index]:
+    def _groups(self, groups: Any, bins: int | None) -> tuple[np.ndarray, pd.Index]:
         if isinstance(groups, str):
             if self.frame is None or groups not in self.frame:
                 there = "no table was kept" if self.frame is None else f"there are {', '.join(map(str, self.frame))}"
@@ -216,18 +220,20 @@ class QuantileResiduals(Reported):
             groups = self.frame[groups]
         if np.shape(groups) != self.y.shape:
             raise DataError(f"groups must be {len(self.y)} labels, one per row, got shape {np.shape(groups)}")
+        if (cut := _binned(groups, bins)) is not None:
+            return cut
         codes, names = pd.factorize(pd.Series(groups).to_numpy() if not hasattr(groups, "array") else groups, sort=True)
         if (codes < 0).any():
             raise DataError(f"groups has {int((codes < 0).sum())} missing labels")
         return codes, pd.Index(names)
 
     def __str__(self) -> str:
-        frame = self.tests().drop(columns="check")
+        frame = pd.DataFrame(self.tests())
         return "\n".join([self._head(), frame.to_string(float_format=lambda x: f"{x:.4g}"), *self._check_notes()])
 
     def _report(self) -> Report:
         formats = dict.fromkeys(("statistic", "expected"), "{:.4g}")
-        return frame_report(self.tests().drop(columns="check"), [self._head()], self._check_notes(), formats=formats)
+        return frame_report(pd.DataFrame(self.tests()), [self._head()], self._check_notes(), formats=formats)
 
     def _head(self) -> str:
         return f"simulated residuals of {len(self.y)} responses, {len(self.simulated)} simulations, {self.what}"
@@ -236,6 +242,25 @@ class QuantileResiduals(Reported):
         return [f"{name}: {text}" for name, text in CHECKS.items() if name != "zeros" or self.zeros]
 
     __repr__ = __str__
+
+
+def _binned(groups: Any, bins: int | None) -> tuple[np.ndarray, pd.Index] | None:
+    """Numbers cut into groups of about equal size: codes ``(n,)`` and intervals; None of what is to stay as it is."""
+    values = pd.Series(np.asarray(groups)) if not hasattr(groups, "dtype") else pd.Series(groups)
+    numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    if bins is None:
+        if not numeric or values.isna().any() or values.nunique() <= BINS or (values == np.round(values)).all():
+            return None
+        bins = BINS
+    bins = check_count("bins", bins, 2)
+    if not numeric or values.isna().any():
+        what = f"{int(values.isna().sum())} missing values" if numeric else f"{values.dtype} values"
+        raise DataError(f"bins= cuts numbers, and groups has {what}")
+    if values.nunique() <= bins:
+        return None
+    cut = pd.qcut(values.to_numpy(float), bins, precision=4, duplicates="drop")
+    codes, names = pd.factorize(cut, sort=True)
+    return codes, pd.IntervalIndex(list(names))
 
 
 # --- statistics of all data sets, the observed one first ------------------------------------------------------------

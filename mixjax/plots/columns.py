@@ -16,6 +16,9 @@ from mixjax.fitted.names import Spellings, values_of_rows
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.formula.table import factor_codes
 
+# Signs that the name of a response may have in the title of an axis.
+LONGEST = 24
+
 
 class Column(NamedTuple):
     """A variable by rows.
@@ -27,6 +30,14 @@ class Column(NamedTuple):
     name: str
     values: np.ndarray
     levels: list[str] | None
+
+
+def response_name(labels: Labels) -> str:
+    """The response for titles of axes: ``cbind(s, n - s)`` is a proportion of its first part."""
+    pair = () if labels.state is None else labels.state.parsed.pair
+    if not pair:
+        return labels.response
+    return f"proportion of {pair[0]}" if len(str(pair[0])) <= LONGEST else "proportion of successes"
 
 
 def known(fit: Any) -> AnyFitted:
@@ -61,7 +72,7 @@ def residuals_of(
         kind, scale: as of ``fit.residuals``; None for conditional ones on the scale ``usual``, of generalised models
             for quantile residuals.
     """
-    response = record.labels.response
+    response = response_name(record.labels)
     if isinstance(record, GeneralizedFitted):
         if scale is not None:
             raise ValueError(f"residuals of a generalised model have kinds and no scales; got scale={scale!r}")
@@ -164,7 +175,7 @@ def refuse(what: str, name: Any, available: list[str], where: str) -> NoReturn:
 def effect_label(record: AnyFitted, effect: str) -> str:
     """An effect and its units: those of the response, per unit of a covariate; of a generalised model those of the
     linear predictor."""
-    response, frame = record.labels.response, record.labels.frame
+    response, frame = response_name(record.labels), record.labels.frame
     if isinstance(record, GeneralizedFitted):
         response = f"{record.family.link} scale"
     numeric = frame is not None and effect in frame.columns and pd.api.types.is_numeric_dtype(frame[effect])

@@ -24,6 +24,7 @@ from mixjax.plots.canvas import (
     single,
     title,
 )
+from mixjax.plots.columns import response_name
 
 NEEDED = ("estimate", "lower", "upper")
 
@@ -101,7 +102,7 @@ def means(
 
 
 def _what(m: MarginalMeans) -> str:
-    response = m.fitted.labels.response
+    response = response_name(m.fitted.labels)
     return f"slope of {response}" if m.title.startswith("slopes") else response
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from mixjax.diagnostics.residuals import fixed_part
 from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import MaxNLocator, category_ticks, many, palette, thousands
-from mixjax.plots.columns import Column, column, group_name, level_names, linear
+from mixjax.plots.columns import Column, column, group_name, level_names, linear, response_name
 
 MOST_PANELS = 25
 
@@ -79,7 +79,7 @@ def trellis(
         _lines(each, across.values[rows], population[rows], others[rows], colours.ink, dashes, 1.1, "population")
         _lines(each, across.values[rows], own[rows], others[rows], colours.model, "-", 1.6, group)
         each.set_title(level, fontsize="small", pad=3)
-    _label(axes, across, record.labels.response, ax is None)
+    _label(axes, across, response_name(record.labels), ax is None)
     figure = axes[0].get_figure()
     if ax is None:
         some = len(chosen) < len(available) and levels is None

@@ -22,7 +22,7 @@ from mixjax.plots.canvas import (
     thousands,
     title,
 )
-from mixjax.plots.columns import Column, column, group_name, residuals_of, rows_of
+from mixjax.plots.columns import Column, column, group_name, residuals_of, response_name, rows_of
 from mixjax.plots.smooth import local_linear
 
 # Above this number of rows single points cannot be told apart: their density is drawn.
@@ -165,14 +165,14 @@ def observed(fit: Any, group: Any = None, *, ax: Axes | None = None) -> Axes:
     ax.plot(ends, ends, color=colours.ink, lw=1, alpha=0.8)
     area = 12 + 60 * counts / counts.max()
     ax.scatter(fitted, own, s=area, color=colours.data, alpha=0.7, edgecolors="none", label="groups")
-    ax.set_xlabel(f"mean fitted {record.labels.response} by {by.name}")
-    ax.set_ylabel(f"mean {record.labels.response}")
+    ax.set_xlabel(f"mean fitted {response_name(record.labels)} by {by.name}")
+    ax.set_ylabel(f"mean {response_name(record.labels)}")
     return ax
 
 
 def _fitted(record: AnyFitted, kind: str | None) -> Column:
     """The mean that residuals of this kind are from."""
-    response = record.labels.response
+    response = response_name(record.labels)
     if isinstance(record, GeneralizedFitted):
         if kind in (None, "quantile"):
             family = record.family

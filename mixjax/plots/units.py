@@ -20,7 +20,7 @@ from mixjax.plots.canvas import (
     thousands,
     title,
 )
-from mixjax.plots.columns import known, linear, refuse
+from mixjax.plots.columns import known, linear, refuse, response_name
 
 LABELS = {"cooks": "Cook's distance", "mdffits": "MDFFITS", "covtrace": "COVTRACE", "covratio": "COVRATIO"}
 # Of flagged units so many are named; of more units than MANY stems are thin.
@@ -68,7 +68,7 @@ def variance_components(fit: Any, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 1.32 * percents.max())
     ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 100])
     ax.set_xlim(0, 1.32 * percents.max())
-    ax.set_xlabel(f"share of the variance of {record.labels.response} (%)")
+    ax.set_xlabel(f"share of the variance of {response_name(record.labels)} (%)")
     return ax
 
 

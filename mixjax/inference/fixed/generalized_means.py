@@ -233,7 +233,7 @@ class ResponseMeans(MarginalMeans):
             >>> means = fit.emmeans("Days", at={"Days": [9, 0]}, integrate=True).regrid("logit")
             >>> means.contrasts()[["contrast", "odds_ratio", "lower", "upper"]].round(1)
               contrast  odds_ratio  lower  upper
-            0    9 / 0        37.2   13.8  100.2
+            0    9 / 0        37.2   10.3  134.4
         """
         if transform not in TRANSFORMS:
             raise ValueError(f"transform must be 'log' or 'logit', got {transform!r}")
