@@ -158,6 +158,29 @@ def test_the_power_is_that_of_a_t_test_of_slopes(analyses):
             assert abs(row.power - expected) < 4 * np.sqrt(expected * (1 - expected) / 400) + row.singular / 400
 
 
+def test_the_sick_animals_are_r_s(analyses):
+    names, found = analyses[0], json.loads((HERE / "oracle" / "analyses_binomial.json").read_text())
+    herds, both = names["herds"], names["both"]
+    for name, sds in (("herds", [found["herds"]["sd"]]), ("both", found["both"]["sd"][::-1])):
+        np.testing.assert_allclose(names[name].criterion, found[name]["m2logLik"], rtol=0, atol=1e-7)
+        np.testing.assert_allclose(names[name].theta, sds, rtol=2e-4)
+    assert found["both"]["sd_names"] == ["herd", "occasion"]
+    np.testing.assert_allclose(both.fixef, found["both"]["fixef"], rtol=1e-5)
+    np.testing.assert_allclose(both.se, found["both"]["se"], rtol=1e-4)
+    np.testing.assert_allclose(herds.criterion - both.criterion, found["test"]["chisq"], atol=1e-6)
+    period = both.drop1().loc["period"]
+    np.testing.assert_allclose(period[["lrt", "p_value"]], list(found["period"].values()), rtol=1e-6)
+    ratios = names["median"].contrasts("trt.vs.ctrl")
+    agree(ratios, found["ratios"], ("odds_ratio", "std_error", "statistic"), 1e-4)
+    agree(ratios, found["ratios"], ("lower", "upper"), 5e-3)  # of random lattices there, as p values
+    np.testing.assert_allclose(ratios["p_value"], found["ratios"]["p_value"], atol=1e-3)
+    means = names["average"].to_frame()["estimate"]
+    np.testing.assert_allclose(means, found["means"]["average"], rtol=1e-5)
+    np.testing.assert_allclose(names["median"].to_frame()["estimate"], found["means"]["median"], rtol=1e-5)
+    odds = names["average"].regrid("logit").contrasts("trt.vs.ctrl")["odds_ratio"]
+    np.testing.assert_allclose(odds, found["average_ratios"], rtol=1e-5)
+
+
 def test_numbers_printed_in_the_analyses_are_those_of_the_code(analyses):
     names, text = analyses[0], ANALYSES.read_text()
     rows = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in text.splitlines() if row.startswith("|")}
@@ -195,3 +218,20 @@ def test_numbers_printed_in_the_analyses_are_those_of_the_code(analyses):
     for start, name in (("`A`: standard error", "maximal"), ("the same in the supported", "supported")):
         a = names[name].tidy("KR").query("term == 'A'").iloc[0]
         near(start, a["std_error"], a["p_value"])
+    herds, both = names["herds"], names["both"]
+    near("herds alone", herds.criterion)
+    near("occasions: chi-square", herds.criterion - both.criterion)
+    near("standard deviations of herds and occasions", *both.theta[::-1])
+    near("periods: chi-square", both.drop1().loc["period", "lrt"], both.drop1().loc["period", "p_value"])
+    last = names["median"].contrasts("trt.vs.ctrl").iloc[-1]
+    near("period 4 against 1, odds ratio", last["odds_ratio"], last["std_error"])
+    near("its interval, Dunnett's", last["lower"], last["upper"])
+    for start, means in (("sick in periods", "median"), ("sick on average", "average")):
+        near(start, *names[means].to_frame()["estimate"].iloc[[0, 3]])
+    odds = names["average"].regrid("logit").contrasts("trt.vs.ctrl")["odds_ratio"]
+    near("odds ratio of the averages", odds.iloc[-1])
+    spread = herds.overdispersion(key=1, n=1000)["p_value"]
+    assert (
+        f"p is {spread['simulation']:.2f} by simulation, where Pearson's usual ratio has {spread['pearson']:.2f}"
+        in text
+    )
