@@ -562,6 +562,35 @@ def test_what_is_not_there_yet(both, epil):
     assert fit.quantile_residuals(n=20) is not None
 
 
+# Method -> arguments, and of those that refuse what they say.
+ANSWERED = {
+    "summary": (), "tidy": (), "glance": (), "ranef": (), "coef": (), "predict": (), "residuals": (), "augment": (),
+    "anova": (), "drop1": (), "ranova": (), "joint_tests": (), "overdispersion": (0, 20),
+    "zero_inflation": (0, 20), "quantile_residuals": (0, 20), "robust": (), "variance_parameters": (),
+    "laplace_check": (), "simulate": (0, 2), "test": (["mined[T.no] = 0"],), "emmeans": ("mined",),
+}  # fmt: skip
+REFUSED = {
+    "icc": "no accepted variance", "r2": "no accepted variance", "variance_shares": "no accepted variance",
+    "profile": "ziformula=", "confint": "ziformula=", "influence": "not there yet for a model with",
+    "leverage": "not concave at .* see fit.quantile_residuals",
+}  # fmt: skip
+
+
+def test_every_method_answers_or_says_why_not(both):
+    for name, arguments in ANSWERED.items():
+        assert getattr(both, name)(*arguments) is not None, name
+    for name, message in REFUSED.items():
+        with pytest.raises(ValueError, match=message):
+            getattr(both, name)()
+    others = {"bootstrap", "emtrends", "plot", "refit", "refit_many", "without"}
+    methods = {name for name in dir(both) if not name.startswith("_") and callable(getattr(both, name))}
+    assert methods - {*ANSWERED, *REFUSED, *others} <= {"to_latex", "to_html", "to_markdown"}
+    assert list(both.augment())[-1] == ".std_resid"
+    assert both.refit(both.simulate(1, 1)[0]).converged
+    assert both.bootstrap(key=1, n=4).replicates.shape[1] == len(both.vcov_all)
+    assert len(both.refit_many(both.simulate(1, 2))) == 2
+
+
 def test_shapes_of_columns():
     term = mj.RandomTerm(Z=np.ones((12, 1)), group=np.repeat(np.arange(4), 3), n_groups=4)
     y, X = np.arange(12.0), np.ones((12, 1))

@@ -49,7 +49,9 @@ def augmented(fitted: Any) -> pd.DataFrame:
       the last is left out of families whose link has no known derivative.
     * ``.std_resid``, ``.student_resid``: Pearson residuals over all of the standard deviation that the family gives,
       its dispersion too, and that over the root of one minus the leverage.
-    * ``.leverage``, ``.cooksd``: as above, of the linear model at the modes; ``.cooksd`` is lme4's again.
+    * ``.leverage``, ``.cooksd``: as above, of the linear model at the modes; ``.cooksd`` is lme4's again. With
+      ``ziformula=`` there is mostly no such model, a 0 being no reason for one mean, and ``.student_resid`` and these
+      are left out.
 
     Example:
         >>> import mixjax as mj
@@ -115,8 +117,7 @@ def _of_correlated(fitted: Fitted, y: np.ndarray, fixed: np.ndarray, random: np.
 
 
 def _generalized(fitted: GeneralizedFitted) -> pd.DataFrame:
-    own, scaled_ = leverage(fitted).overall, fitted.scaled_residuals
-    left = 1 - own
+    scaled_, zeros = fitted.scaled_residuals, fitted.family.plain is not fitted.family
     columns = {
         ".fitted": fitted.mean,
         ".linear_predictor": np.asarray(fitted.estimates.eta),
@@ -126,9 +127,13 @@ def _generalized(fitted: GeneralizedFitted) -> pd.DataFrame:
         ".pearson_resid": fitted.residuals("pearson"),
         ".response_resid": fitted.residuals("response"),
     }
-    if fitted.family.link in LINKS and fitted.family.plain is fitted.family:
+    if fitted.family.link in LINKS and not zeros:
         columns[".working_resid"] = fitted.residuals("working")
     columns[".std_resid"] = scaled_
+    if zeros:
+        return pd.DataFrame(columns, index=fitted.labels.frame.index)
+    own = leverage(fitted).overall
+    left = 1 - own
     columns[".student_resid"] = np.where(left > NOTHING, scaled_ / np.sqrt(np.maximum(left, NOTHING)), np.nan)
     columns[".leverage"] = own
     columns[".cooksd"] = _cooks(scaled_, own, len(fitted.labels.fixed))

@@ -142,7 +142,8 @@ def working_weights(fitted: GeneralizedFitted) -> np.ndarray:
         if not family.has_expected:
             raise ValueError(
                 f"the log density of family {family.name} is not concave at {int((found < 0).sum())} of the rows, so "
-                "that the fit has no linear model with positive weights at its modes, which leverages are those of"
+                "that the fit has no linear model with positive weights at its modes, which leverages are those of: "
+                "see fit.quantile_residuals()"
             )
         found = np.asarray(family.expected(est.eta, rows.size, psi).w)
     weights: np.ndarray = found if rows.weights is None else found * np.asarray(rows.weights)

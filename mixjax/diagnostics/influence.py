@@ -86,10 +86,12 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
     fitted.check_can("influence")
     if method != "fixed-theta":
         fitted.check_can("refits without units")
-    units, own = units_of(fitted, by), leverage(fitted)
+    units = units_of(fitted, by)
     if isinstance(fitted, GeneralizedFitted):
         without, root = generalized_without(fitted, units.code, method)
+        own = leverage(fitted)
     else:
+        own = leverage(fitted)
         without, root = linear_without(fitted, units.code, method, own.overall)
     if not without.found.all():
         lost = units.names[~without.found]
