@@ -27,7 +27,8 @@ ROOMS = [
 ASKED = {
     "mixjax.engine": {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
-        "Visits", "Place", "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
+        "Visits", "Place",
+        "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
         "ResidualEngine", "Slopes",
         "FixedParts", "Integrated", "integrated", "in_bases", "warn_of_float32", "LevelProducts", "level_products",
         "split",
