@@ -44,6 +44,7 @@ _HOMES = {
     "MarginalParams": "mixjax.engine.marginal",
     "marginal_loglik": "mixjax.engine.marginal",
     "marginal_loglik_by_level": "mixjax.engine.by_level",
+    "group_batches": "mixjax.minibatches",
     "stack": "mixjax.products.sums",
     "shard": "mixjax.products.sharding",
     "estimate": "mixjax.estimation.estimate",
@@ -168,6 +169,7 @@ if TYPE_CHECKING:
     from mixjax.inference.random.exact_lrt import exact_rlrt as exact_rlrt
     from mixjax.inference.random.likelihood_ratio import compare as compare
     from mixjax.lineups import lineup as lineup
+    from mixjax.minibatches import group_batches as group_batches
     from mixjax.optimise.results import Result as Result
     from mixjax.populations.factors import categorical as categorical
     from mixjax.populations.factors import dirichlet as dirichlet

@@ -79,6 +79,10 @@ class Design:
             parameters for these refuses them.
         psi_columns: of a generalised model, for each of the family's parameters psi the ``(n, r)`` columns of a linear
             predictor of its own, of full rank, or None where psi is one number for all rows; ``()``: all are.
+        present: of a linear mixed model ``(n,)`` booleans, False for rows that only fill up a shape: they add nothing,
+            whatever stands in them, and do not count. None: all are there.
+        nested: static. Per term the number of its grouping factor, where each factor is nested in the next: 0 the
+            finest. Needed only where groups are traced, in which nesting cannot be seen; of numbers it is checked.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -96,6 +100,8 @@ class Design:
     psi_columns: tuple[AnyArray | None, ...] = ()
     dispersion: AnyArray | None = None
     residual: ResidualTerm | None = None
+    present: AnyArray | None = None
+    nested: tuple[int, ...] | None = None
 
     @property
     def has_residual_side(self) -> bool:
@@ -171,8 +177,8 @@ jax.tree_util.register_dataclass(
 )
 jax.tree_util.register_dataclass(
     Design,
-    data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns", "dispersion", "residual"],
-    meta_fields=[],
+    data_fields=["y", "X", "terms", "weights", "offset", "size", "psi_columns", "dispersion", "residual", "present"],
+    meta_fields=["nested"],
 )
 
 
@@ -240,7 +246,8 @@ def check_design(design: Design) -> None:
     if n == 0:
         raise ValueError("the design has no rows")
     columns = {"y": design.y, "weights": design.weights, "offset": design.offset, "size": design.size}
-    vectors = {"y", "weights", "offset", "size", *(f"terms[{t}].group" for t in range(len(design.terms)))}
+    columns["present"] = design.present
+    vectors = {*columns, *(f"terms[{t}].group" for t in range(len(design.terms)))}
     for t, term in enumerate(design.terms):
         if len(np.shape(term.Z)) != 2:
             raise ValueError(f"terms[{t}].Z must be (n, q), got shape {np.shape(term.Z)}")
@@ -276,6 +283,8 @@ def check_design(design: Design) -> None:
         raise ValueError("weights must be positive: they are precisions; drop rows that should not count")
     if design.size is not None and is_concrete(design.size) and not (np.asarray(design.size) > 0).all():
         raise ValueError("size must be positive: it is the number of trials of a row; drop rows without trials")
+    if design.present is not None and np.dtype(getattr(design.present, "dtype", object)) != np.bool_:
+        raise ValueError("present must be booleans, False for rows that only fill up a shape")
     for t, term in enumerate(design.terms):
         _check_levels(t, term)
     if design.dispersion is not None or design.residual is not None:
@@ -343,12 +352,28 @@ def refuse_residual_side(design: Design, what: str) -> None:
         )
 
 
-# What the plain model has: independent levels, errors of one variance but for weights.
-_PLAIN = {"y", "X", "terms", "weights", "offset", "size", "psi_columns", "Z", "group", "n_groups", "structure"}
+def refuse_padding(design: Design, what: str) -> None:
+    """Raise ValueError for rows that only fill up a shape, where they would count."""
+    if design.present is not None:
+        raise ValueError(
+            f"the design has rows that are not there (present), which {what} cannot have: pass the design that the "
+            "batches were made of"
+        )
 
 
-def refuse_beyond(design: Design, what: str) -> None:
-    """Raise ValueError for parts of a design or a term that ``what`` knows nothing of, whoever added them."""
+# What the plain model has: independent levels, errors of one variance but for weights. Padded rows are asked apart.
+_PLAIN = {"y", "X", "terms", "weights", "offset", "size", "psi_columns", "present", "nested"}
+_PLAIN |= {"Z", "group", "n_groups", "structure"}
+
+
+def refuse_beyond(design: Design, what: str, padded: bool = False) -> None:
+    """Raise ValueError for parts of a design or a term that ``what`` knows nothing of, whoever added them.
+
+    Args:
+        padded: it knows rows that only fill up a shape.
+    """
+    if not padded:
+        refuse_padding(design, what)
     parts: list[Design | RandomTerm] = [design, *design.terms]
     for part in parts:
         for own in fields(part):

@@ -139,6 +139,7 @@ def over_loopback(code: str) -> list[str]:
 # More structures of what one test of the kind shows already, most of them minutes of compiling derivatives. They are
 # marked slow, like those that say so themselves.
 SLOW = (
+    "test_sklearn.py::test_the_checks_of_estimators[[]encoder of a column]",
     "test_residual.py::test_a_thousand_data_sets",
     "test_sharding.py::test_eight_devices*",
     "test_engines.py::test_estimates_agree[[]False-*",

@@ -26,7 +26,8 @@ FUNCTIONS = {
     "RepeatedEstimates": "beta, vcov, Sigma, criterion, converged, singular, iterations, grad_norm, result, x, scale",
     "build_design": "formula, data, weights=None, offset=None, subset=None, contrasts=None, context=None, "
     "trusted=None, family=None, size=None",
-    "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=(), dispersion=None, residual=None",
+    "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=(), dispersion=None, residual=None, "
+    "present=None, nested=None",
     "RandomTerm": "Z, group, n_groups, structure='us', levels=None",
     "Relationship": "matrix, levels=None",
     "pedigree": "id, sire, dam",
@@ -41,6 +42,7 @@ FUNCTIONS = {
     "MarginalParams": "beta, log_sigma, chol",
     "marginal_loglik": "params, design",
     "marginal_loglik_by_level": "params, design, factor=None",
+    "group_batches": "design, size, key=0",
     "bayes": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
     "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None",
     "priors": "by_name=None, /, *, intercept=None, beta=None, sd=None, cor=None, sigma=None",

@@ -19,9 +19,11 @@ ROOMS = [
     "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
     "mixjax.covariance", "mixjax.residual", "mixjax.relationship", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
+    "mixjax.minibatches",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
     "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",
-    "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.cache", "mixjax.cli", "mixjax.__main__",
+    "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.sklearn",
+    "mixjax.cache", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 # What rooms above ask of the engine, of the sums over rows and of the fits, and nothing else there.
 ASKED = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mixjax import linalg
-from mixjax.design import Design, refuse_beyond, refuse_trials
+from mixjax.design import Design, check_design, refuse_beyond, refuse_trials
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.elimination import arrange, factor_lambda, sum_children
 from mixjax.engine.marginal import MarginalParams, check_shapes
@@ -42,9 +44,12 @@ def marginal_loglik_by_level(params: MarginalParams, design: Design, factor: int
     gives exact losses of some of the levels, scores by level (``jax.jacobian``), and what leaving one level out
     changes. A pure function, as :func:`mixjax.marginal_loglik` is.
 
+    Fixed effects need not be estimable from the design: X may have fewer rows than columns, as in one of
+    :func:`mixjax.group_batches`, where X itself is traced or rows are padded.
+
     Args:
         params: see :class:`~mixjax.MarginalParams`.
-        design: arrays.
+        design: arrays; rows that are not there (``present``) add nothing.
         factor: number of the grouping factor whose levels are meant, factors counted in the order of the terms; None
             for the outermost.
 
@@ -64,15 +69,30 @@ def marginal_loglik_by_level(params: MarginalParams, design: Design, factor: int
         (4,)
     """
     refuse_forked()
+    if design.present is not None or not is_concrete(design.X):
+        params, design = without_fixed(params, design)
     products = level_products(design, factor)
     check_shapes(params, products.stats)
     return loglik_by_level(params, products)
 
 
+def without_fixed(params: MarginalParams, design: Design) -> tuple[MarginalParams, Design]:
+    """The same density with ``X beta`` as part of the offset: no basis of X is needed, which few rows may not have."""
+    check_design(design)
+    xp = np if is_concrete(design.X) and is_concrete(params.beta) else jnp
+    X, beta = xp.asarray(design.X), xp.asarray(params.beta)
+    if beta.shape != X.shape[1:]:
+        raise ValueError(f"beta has shape {beta.shape}; this model needs {X.shape[1:]}")
+    offset = X @ beta
+    if design.offset is not None:
+        offset = offset + (design.offset if is_concrete(design.offset) else jnp.asarray(design.offset))
+    return params._replace(beta=beta[:0]), replace(design, X=X[:, :0], offset=offset)
+
+
 def level_products(design: Design, factor: int | None = None) -> LevelProducts:
     """The sums that :func:`marginal_loglik_by_level` needs; it raises what that raises."""
     refuse_trials(design)
-    refuse_beyond(design, "mixjax.marginal_loglik_by_level")
+    refuse_beyond(design, "mixjax.marginal_loglik_by_level", padded=True)
     rows = rows_of(design)
     layout = rows.layout
     if layout.dense:
@@ -89,17 +109,13 @@ def level_products(design: Design, factor: int | None = None) -> LevelProducts:
             f"density does not split over them; take factor={outer}, or None"
         )
     group, m, Q, residual = rows.groups[outer], rows.levels[outer], rows.Q, rows.residual
-    one = residual * 0.0 + 1.0
-    log_w = 0.0 * one
-    if rows.sqrt_w is not None:
-        log_w = rows.log_w if is_concrete(rows.sqrt_w) else 2.0 * jnp.log(rows.sqrt_w)
     return LevelProducts(
         rows.stats,
         sum_by_group(Q.T[:, None] * Q.T[None], group, m),
         sum_by_group(Q.T * residual, group, m),
         sum_by_group(residual * residual, group, m),
-        sum_by_group(one, group, m),
-        sum_by_group(log_w, group, m),
+        sum_by_group(rows.counts, group, m),
+        sum_by_group(rows.log_w, group, m),
     )
 
 

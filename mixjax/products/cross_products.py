@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.design import Design, refuse_residual_side, refuse_trials
+from mixjax.design import Design, refuse_padding, refuse_residual_side, refuse_trials
 from mixjax.machine import is_concrete
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
@@ -53,6 +53,7 @@ def cross_products(design: Design, y: Any = None) -> CrossProducts:
 
 
 def _of_many(design: Design, Y: Any) -> CrossProducts:
+    refuse_padding(design, "one of many responses")
     B, n = np.shape(Y)
     if n != np.shape(design.X)[0]:
         raise ValueError(f"y has shape {(B, n)}, but X has {np.shape(design.X)[0]} rows; many responses are (B, n)")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mixjax.bases import Basis, Orthonormal, change_basis
-from mixjax.design import AnyArray, Design, refuse_known, refuse_residual_side
+from mixjax.design import AnyArray, Design, refuse_known, refuse_padding, refuse_residual_side
 from mixjax.families import Family, family_of
 from mixjax.machine import is_concrete, namespace
 from mixjax.products.rows import rows_of
@@ -201,6 +201,7 @@ def rows_in(design: Design, family: Family, response: AnyArray, basis_of_X: Orth
     refuse_known(
         design, "a generalised linear mixed model", "only linear ones (mixjax.lmm) have them"
     )  # fmt: skip
+    refuse_padding(design, "a generalised model")
     some = response if np.ndim(response) == 1 else design.X[:, :1].sum(1)
     in_bases = rows_of(replace(design, y=some, weights=None, offset=None), basis_of_X)
     scale = float(np.sqrt(in_bases.n))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from mixjax.bases import Basis, Orthonormal, change_basis, change_scale, constant_column
 from mixjax.covariance import structure_of
-from mixjax.design import Design, check_design
+from mixjax.design import Design, check_design, refuse_known
 from mixjax.machine import is_concrete
 from mixjax.products.known import Turned, in_eigenvectors, in_independent_effects, turned
 from mixjax.products.sums import (
@@ -36,12 +37,13 @@ class Meeting(NamedTuple):
 
     Attributes:
         rows, cols: ``(k,)`` the levels of the pairs, as in :class:`~mixjax.products.sums.PairProducts`.
-        entry: ``(n,)`` the pair of every row; None where groups are traced, and every row has a pair of its own.
+        entry: ``(n,)`` the pair of every row; None where groups are traced, and nothing is known of them: every row has
+            a pair of its own.
     """
 
     rows: Any
     cols: Any
-    entry: np.ndarray | None
+    entry: Any
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Rows:
     """The rows of a design, each in the bases of its cross-products and times the root of its weight.
 
     Attributes:
-        design: the arrays. sqrt_w: ``(n,)`` or None.
+        design: the arrays. sqrt_w: ``(n,)`` or None; 0 for rows that are not there.
         Q: ``(n, p)`` orthonormal basis of X. X_basis: the change to it.
         residual: ``(n,)`` of y on Q. beta0: ``(p,)`` the coefficients of X taken out of it.
         Z: per grouping factor ``(n, q)``, its terms side by side. Z_bases: one per term.
@@ -100,9 +102,18 @@ class Rows:
         )
 
     @cached_property
-    def log_w(self) -> np.ndarray:
-        """``(n,)`` logarithms of the weights."""
-        return np.zeros(self.n) if self.sqrt_w is None else 2.0 * np.log(self.sqrt_w)
+    def log_w(self) -> Any:
+        """``(n,)`` logarithms of the weights; 0 for rows that are not there."""
+        if self.sqrt_w is None:
+            return np.zeros(self.n)
+        xp, present = np if is_concrete(self.sqrt_w) else jnp, self.design.present
+        return 2.0 * xp.log(self.sqrt_w if present is None else xp.where(present, self.sqrt_w, 1.0))
+
+    @cached_property
+    def counts(self) -> Any:
+        """``(n,)`` 1.0, or 0.0 for rows that are not there."""
+        present = self.design.present
+        return np.ones(self.n) if present is None else _numbers(present, self.residual)
 
     # --- sums --------------------------------------------------------------------------------------------------------
 
@@ -139,7 +150,7 @@ class Rows:
             XX=Q.T @ own,
             Xy=own.T @ residual,
             yy=residual @ (residual if c is None else c * residual),
-            n=np.float64(self.n) if c is None else c.sum(),
+            n=self._n_of(c),
             sum_log_weights=self._sum_log_weights(c),
             beta0=self.beta0,
             X_basis=self.X_basis,
@@ -147,12 +158,15 @@ class Rows:
             layout=self.layout,
         )
 
+    def _n_of(self, c: np.ndarray | None) -> Any:
+        if self.design.present is not None:
+            return self.counts.sum() if c is None else c @ self.counts
+        return np.float64(self.n) if c is None else c.sum()
+
     def _sum_log_weights(self, c: np.ndarray | None) -> Any:
         if self.sqrt_w is None:
             return 0.0
-        if c is not None:
-            return c @ self.log_w
-        return 2.0 * (np if is_concrete(self.sqrt_w) else jnp).log(self.sqrt_w).sum()
+        return self.log_w.sum() if c is None else c @ self.log_w
 
     @cached_property
     def stats(self) -> CrossProducts:
@@ -255,6 +269,9 @@ def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
     """
     check_design(design)
     sqrt_w = None if design.weights is None else _sqrt(design.weights)
+    if design.present is not None:
+        there = _numbers(design.present, design.y)
+        sqrt_w = there if sqrt_w is None else there * sqrt_w
     Q, X_basis = change_basis(design.X, sqrt_w, full_rank=True, known=basis)
     factors, places, known = _grouping_factors(design)
     effects = [
@@ -263,7 +280,10 @@ def rows_of(design: Design, basis: Orthonormal | None = None) -> Rows:
     Zs, Z_bases = [own for own, _ in effects], [basis for _, basis in effects]
     Z = [_concatenate([Zs[t] for t, place in enumerate(places) if place.factor == f]) for f in range(len(factors))]
     groups, levels = tuple(group for group, _ in factors), tuple(m for _, m in factors)
-    chain, dense = _elimination_order(factors, known)
+    if design.nested is None:
+        chain, dense = _elimination_order(factors, known)
+    else:
+        chain, dense = _said_chain(design, places, factors), []
     order, meetings, keys = chain + dense, [], []
     order = [f for f in order if f < len(factors)]  # without the empty factor
     for i, s in enumerate(order):
@@ -327,15 +347,23 @@ def _grouping_factors(design: Design) -> tuple[list[tuple[Any, int]], tuple[Term
     known: list[Any] = []
     width: list[int] = []
     places = []
-    for term in design.terms:
+    said: list[int | None] = [None] * len(design.terms) if design.nested is None else [*design.nested]
+    if len(said) != len(design.terms):
+        raise ValueError(f"nested has {len(said)} numbers for {len(design.terms)} terms: one each")
+    numbers: list[int | None] = []
+    for number, term in zip(said, design.terms, strict=True):
         q = np.shape(term.Z)[1]
-        alike = (f for f, (group, m) in enumerate(groups) if m == term.n_groups and _same(group, term.group))
-        f = next((f for f in alike if _same(known[f], term.levels)), None)
+        if number is None:
+            alike = (f for f, (group, m) in enumerate(groups) if m == term.n_groups and _same(group, term.group))
+            f = next((f for f in alike if _same(known[f], term.levels)), None)
+        else:
+            f = numbers.index(number) if number in numbers else None
         if f is None:
             known.append(term.levels)
             f = len(groups)
             groups.append((np.asarray(term.group) if is_concrete(term.group) else term.group, term.n_groups))
             width.append(0)
+            numbers.append(number)
         places.append(TermPlace(structure_of(term.structure, q), f, width[f]))
         width[f] += q
     return groups, tuple(places), known
@@ -358,19 +386,43 @@ def _elimination_order(groups: list[tuple[Any, int]], known: list[Any]) -> tuple
         return ([free[f] for f in chain], [free[f] for f in dense] + own) if free else (chain, own)
 
     def nested(s: int, t: int) -> bool:
-        (inner, m), (outer, _) = groups[s], groups[t]
-        if not (is_concrete(inner) and is_concrete(outer)):
-            return False
-        parent = np.zeros(m, outer.dtype)
-        parent[inner] = outer
-        return bool((parent[inner] == outer).all())
+        return is_concrete(groups[s][0]) and is_concrete(groups[t][0]) and _is_nested(groups[s], groups[t][0])
 
     return order_by_levels([m for _, m in groups], nested)
+
+
+def _is_nested(inner: tuple[np.ndarray, int], outer: np.ndarray) -> bool:
+    group, m = inner
+    parent = np.zeros(m, outer.dtype)
+    parent[group] = outer
+    return bool((parent[group] == outer).all())
+
+
+def _said_chain(design: Design, places: tuple[TermPlace, ...], groups: list[tuple[Any, int]]) -> list[int]:
+    """The factors in the order that ``design.nested`` says; of those that hold numbers, whether it is so."""
+    refuse_known(design, "nested=", "it is said of grouping factors whose levels are independent; leave it out")
+    said = dict(zip(design.nested or (), places, strict=True))
+    chain = [said[number].factor for number in sorted(said)]
+    for place, term in zip(places, design.terms, strict=True):
+        group, m = groups[place.factor]
+        both = is_concrete(group) and is_concrete(term.group)
+        if m != term.n_groups or (both and not np.array_equal(group, term.group)):
+            raise ValueError("terms of one number in nested must have one and the same group and n_groups")
+    for s, t in pairwise(chain):
+        (inner, m), (outer, _) = groups[s], groups[t]
+        if is_concrete(inner) and is_concrete(outer) and not _is_nested((inner, m), outer):
+            raise ValueError(
+                f"nested={design.nested}: levels of grouping factor {s} lie in several levels of factor {t}"
+            )
+    return chain
 
 
 def _meeting(s: tuple[Any, int], t: tuple[Any, int], nested: bool) -> Meeting:
     (group_s, m_s), (group_t, m_t) = s, t
     if not (is_concrete(group_s) and is_concrete(group_t)):
+        if nested:
+            of_level = jnp.full(m_s, m_t, np.int32).at[group_s].set(jnp.asarray(group_t, np.int32))
+            return Meeting(np.arange(m_s, dtype=np.int32), of_level, group_s)
         return Meeting(group_s, group_t, None)
     if nested:
         parent = np.full(m_s, m_t, np.int32)  # a level without rows has no parent: out of range
@@ -398,6 +450,14 @@ def _subtract(
     taken = np.moveaxis(sum_by_group(rows, cell.reshape(-1), len(cells)), -1, 0)
     left[b, :, :, level] = np.where((count == size[level])[:, None, None], 0.0, left[b, :, :, level] - taken)
     return left
+
+
+def _numbers(present: Any, like: Any) -> Any:
+    """Booleans as 1.0 and 0.0, as wide as a traced ``like`` is."""
+    if is_concrete(present):
+        return np.asarray(present, np.float64)
+    dtype = like.dtype if jnp.issubdtype(getattr(like, "dtype", np.int64), jnp.floating) else float
+    return present.astype(dtype)
 
 
 def _sqrt(x: Any) -> Any:

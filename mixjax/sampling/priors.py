@@ -13,7 +13,7 @@ import numpy as np
 from mixjax.bases import constant_column
 from mixjax.checks import some_of
 from mixjax.covariance import Structure
-from mixjax.design import Design, refuse_beyond, refuse_trials
+from mixjax.design import Design, refuse_beyond, refuse_padding, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.products.cross_products import cross_products
 from mixjax.products.sums import CrossProducts
@@ -165,6 +165,7 @@ def default_priors(design: Design, weak: bool = False) -> Priors:
         priors(intercept=student_t(3, 288.7, 59.3), beta=flat(), sd=half_student_t(3, 59.3), cor=lkj(1),
                sigma=half_student_t(3, 59.3))
     """
+    refuse_padding(design, "the spread of the response")
     y = np.asarray(design.y, np.float64)
     y = y if design.offset is None else y - np.asarray(design.offset)
     median = float(np.median(y))
