@@ -123,7 +123,7 @@ class MixedRegressor(RegressorMixin, _Mixed):
         reml: restricted maximum likelihood.
 
     Attributes:
-        fit_: :class:`mixjax.LMMFit`, with standard errors, tests and all else. n_features_in_, feature_names_in_.
+        fit_: :class:`mixjax.LMMFit`, with standard errors, tests and all else.
 
     X is a pandas or polars frame with the columns of the formula, others are not looked at; or an array of numbers,
     whose columns are called ``x0``, ``x1``, ... Missing values are refused.
@@ -177,7 +177,8 @@ class MixedClassifier(ClassifierMixin, _Mixed):
             random effects of zero, the median level's.
 
     Attributes:
-        fit_: :class:`mixjax.GLMMFit`, of the probability of ``classes_[1]``. classes_: ``(2,)`` labels, sorted.
+        fit_: :class:`mixjax.GLMMFit`, of the probability of ``classes_[1]``.
+        classes_: ``(2,)`` labels, sorted.
 
     Example:
         >>> import mixjax as mj
@@ -272,8 +273,9 @@ class MixedEncoder(OneToOneFeatureMixin, TransformerMixin, _OfFrames):
             folds where ``cv`` is a number; ``random_state`` is an int, for the same folds in every call.
 
     Attributes:
-        encodings_: per column a Series, level -> random effect. means_: per column the mean over levels, on the scale
-            of the link. classes_: ``(2,)`` of a binomial target.
+        encodings_: per column a Series, level -> random effect.
+        means_: per column the mean over levels, on the scale of the link.
+        classes_: ``(2,)`` labels of a binomial target.
 
     Example:
         >>> import mixjax as mj

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 NAMES = ("analyses", "populations", "studies", "predictions", "inference", "tables", "tutorial", "embedding",
          "troubleshooting", "generalized", "singular", "convergence", "scaling", "how", "index",
-         "mmrm", "structures", "bayes")  # fmt: skip
+         "mmrm", "structures", "bayes", "scikit_learn")  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
@@ -33,7 +33,35 @@ def names_after(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
+    if page.stem == "scikit_learn":
+        pytest.importorskip("sklearn", reason='pip install "mixjax[sklearn]"')
     names_after(page)
+
+
+def test_what_the_page_on_embedding_says_of_its_examples():
+    names = names_after(ROOT / "docs" / "embedding.md")
+    # One program for all batches, and the residual standard deviation that was drawn.
+    assert names["batch_step"]._cache_size() == names["step"]._cache_size() == 1
+    losses, (_, variances) = names["losses"], names["params"]
+    assert np.mean(losses[:4]) == pytest.approx(1.4, abs=0.1)
+    assert np.mean(losses[-4:]) == pytest.approx(0.5, abs=0.05)
+    assert np.exp(variances.log_sigma) == pytest.approx(0.3, abs=0.03)
+    # Information against its closed form, sigma^2 (X'X)^{-1} + D; no times on a grid are better.
+    L = np.array([[np.exp(3.2), 0.0, 0.0], [1.0, np.exp(1.7), 0.0], [0.0, 0.0, 0.0]])
+
+    def log_det(times):
+        X = np.vander(times, 3, increasing=True)
+        return -np.linalg.slogdet(25.0**2 * np.linalg.inv(X.T @ X) + L @ L.T)[1]
+
+    assert float(names["value"].max()) == pytest.approx(log_det(names["times"]), abs=1e-3)
+    grid = max(
+        log_det(np.array([0.0] * a + [middle] * b + [10.0] * (6 - a - b)))
+        for a in range(1, 5)
+        for b in range(1, 6 - a)
+        for middle in np.arange(0.25, 10.0, 0.25)
+    )
+    assert grid - 0.01 < log_det(names["times"])
+    np.testing.assert_allclose(names["times"], [0, 0, 4.5, 4.5, 4.5, 10], atol=0.1)
 
 
 def test_printed_summary_is_the_real_one():
