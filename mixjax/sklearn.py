@@ -364,7 +364,7 @@ class MixedEncoder(OneToOneFeatureMixin, TransformerMixin, _OfFrames):
     def _encodings(self, frame: pd.DataFrame, target: np.ndarray) -> tuple[dict[str, pd.Series], dict[str, float]]:
         encodings, means = {}, {}
         for name in self._names(frame):
-            code, levels = pd.factorize(frame[name].astype(object), use_na_sentinel=False)
+            code, levels = pd.factorize(_objects(frame[name]), use_na_sentinel=False)
             try:
                 effects, means[name] = _intercepts(code, target, self.family)
             except ValueError as error:
@@ -377,7 +377,7 @@ class MixedEncoder(OneToOneFeatureMixin, TransformerMixin, _OfFrames):
     ) -> dict[str, np.ndarray]:
         found = {}
         for name, own in encodings.items():
-            at = own.index.get_indexer(pd.Index(frame[name].astype(object)))
+            at = own.index.get_indexer(pd.Index(_objects(frame[name]), dtype=object))
             values = np.where(at < 0, 0.0, own.to_numpy()[at])
             found[name] = values + means[name] if self.add_mean else values
         return found
@@ -385,6 +385,13 @@ class MixedEncoder(OneToOneFeatureMixin, TransformerMixin, _OfFrames):
     def _replaced(self, X: Any, frame: pd.DataFrame, values: dict[str, np.ndarray]) -> Any:
         found = frame.assign(**values)
         return found if hasattr(X, "columns") else found.to_numpy()
+
+
+def _objects(column: pd.Series) -> np.ndarray:
+    """Categories as Python's values, all that are missing as one."""
+    values = column.astype(object).to_numpy(copy=True)
+    values[column.isna().to_numpy()] = np.nan
+    return values
 
 
 def _intercepts(code: np.ndarray, target: np.ndarray, family: str) -> tuple[np.ndarray, float]:

@@ -38,6 +38,13 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     names_after(page)
 
 
+def test_what_the_page_on_scikit_learn_says_of_its_scores():
+    pytest.importorskip("sklearn", reason='pip install "mixjax[sklearn]"')
+    names = names_after(ROOT / "docs" / "scikit_learn.md")
+    assert names["known"].mean() == pytest.approx(0.7, abs=0.05)
+    assert abs(names["new"].mean()) < 0.05
+
+
 def test_what_the_page_on_embedding_says_of_its_examples():
     names = names_after(ROOT / "docs" / "embedding.md")
     # One program for all batches, and the residual standard deviation that was drawn.
