@@ -187,6 +187,11 @@ def test_what_cannot_be_is_refused():
         mj.group_batches(replace(design, size=np.ones(len(design.y))), 2)
     with pytest.raises(ValueError, match=r"does not know Design\.dispersion"):
         mj.group_batches(replace(design, dispersion=np.ones((len(design.y), 1))), 2)
+    related = replace(design, terms=(replace(design.terms[0], levels=np.eye(6)),))
+    with pytest.raises(ValueError, match=r"does not know RandomTerm\.levels"):
+        mj.group_batches(related, 2)
+    with pytest.raises(ValueError, match="nested= is not for random effects whose levels have a known"):
+        mj.cross_products(replace(related, nested=(0,)))
     with pytest.raises(ValueError, match="outside JAX's transformations"):
         jax.jit(lambda y: mj.group_batches(replace(design, y=y), 2).scale)(design.y)
     batch = next(mj.group_batches(design, 2).epoch(0)).design
