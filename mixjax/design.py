@@ -235,6 +235,7 @@ def check_design(design: Design) -> None:
 
     Values are looked at only where they are concrete: inside ``jit`` there is nothing to see.
     """
+    check_is_design(design)
     if isinstance(design.terms, RandomTerm):
         raise ValueError("terms must be a tuple of RandomTerm: write terms=(term,)")
     if not design.terms and not design.has_residual_side:
@@ -332,8 +333,55 @@ def refuse_known(design: Design, what: str, instead: str) -> None:
         raise ValueError(f"{what} is not for random effects whose levels have a known covariance: {instead}")
 
 
+def check_repeated_design(design: RepeatedDesign) -> None:
+    """Raise ValueError, naming the culprit, when arrays of repeated measures do not make a model.
+
+    Values are looked at only where they are concrete.
+    """
+    if not isinstance(design, RepeatedDesign):
+        raise TypeError(f"a mixjax.RepeatedDesign is needed, got {type(design).__name__}")
+    if len(np.shape(design.X)) != 2:
+        raise ValueError(f"X must be (n, p), got shape {np.shape(design.X)}")
+    n, S, T = np.shape(design.X)[0], design.n_subjects, design.n_visits
+    if n == 0:
+        raise ValueError("the design has no rows")
+    if design.arm is None and design.n_arms != 1:
+        raise ValueError(f"n_arms is {design.n_arms}, but arm is None: it says the arm of every subject")
+    of_rows = {"y": design.y, "subject": design.subject, "visit": design.visit}
+    of_rows |= {"weights": design.weights, "offset": design.offset}
+    for name, values in of_rows.items():
+        if values is not None and np.shape(values) != (n,):
+            raise ValueError(f"{name} must be ({n},), a number for each row of X, got shape {np.shape(values)}")
+    if design.arm is not None and np.shape(design.arm) != (S,):
+        raise ValueError(f"arm must be ({S},), one for each subject, got shape {np.shape(design.arm)}")
+    for name, values, size in (("subject", design.subject, S), ("visit", design.visit, T),
+                               ("arm", design.arm, design.n_arms)):  # fmt: skip
+        if values is None or not is_concrete(values):
+            continue
+        own = np.asarray(values)
+        if own.dtype.kind not in "iu" or own.min() < 0 or own.max() >= size:
+            raise ValueError(f"{name} must be integers 0 .. {size - 1} (n_{name}s = {size})")
+    if is_concrete(design.subject) and is_concrete(design.visit):
+        cell = np.asarray(design.subject, np.int64) * T + np.asarray(design.visit)
+        found, counts = np.unique(cell, return_counts=True)
+        if (counts > 1).any():
+            subject, visit = divmod(int(found[counts > 1][0]), T)
+            raise ValueError(f"subject {subject} has {int(counts.max())} rows at visit {visit}: one a visit")
+    if design.weights is not None and is_concrete(design.weights) and not (np.asarray(design.weights) > 0).all():
+        raise ValueError("weights must be positive: they are precisions; drop rows that should not count")
+
+
+def check_is_design(design: Design) -> None:
+    """Raise TypeError for what is none, such as arrays of repeated measures."""
+    if not isinstance(design, Design):
+        repeated = isinstance(design, RepeatedDesign)
+        more = ": repeated measures have mixjax.repeated_estimate and mixjax.repeated_loglik" if repeated else ""
+        raise TypeError(f"a mixjax.Design is needed, got {type(design).__name__}{more}")
+
+
 def refuse_trials(design: Design) -> None:
     """Raise ValueError for numbers of trials, which a linear mixed model has no use for."""
+    check_is_design(design)
     if design.size is not None:
         raise ValueError(
             "the design has numbers of trials (size), and a linear mixed model has none: size belongs to the binomial "
@@ -345,6 +393,7 @@ def refuse_trials(design: Design) -> None:
 
 def refuse_residual_side(design: Design, what: str) -> None:
     """Raise ValueError for parameters of the residuals beside sigma, where there is no room for them."""
+    check_is_design(design)
     if design.has_residual_side:
         raise ValueError(
             f"the design has a dispersion or a correlation of residuals, which {what} cannot have: fit it with "
@@ -372,6 +421,7 @@ def refuse_beyond(design: Design, what: str, padded: bool = False) -> None:
     Args:
         padded: it knows rows that only fill up a shape.
     """
+    check_is_design(design)
     if not padded:
         refuse_padding(design, what)
     parts: list[Design | RandomTerm] = [design, *design.terms]

@@ -193,6 +193,14 @@ def _written_out(M: Array) -> tuple[Array, Array]:
     return M, logdet
 
 
+def symmetric_of(upper: np.ndarray, n: int) -> np.ndarray:
+    """``(B, pairs)`` upper entries row by row, to symmetric ``(B, n, n)``."""
+    found = np.empty((len(upper), n, n))
+    a, b = np.triu_indices(n)
+    found[:, a, b] = found[:, b, a] = upper
+    return found
+
+
 def inverse_logdet(M: Array) -> tuple[Array, Array]:
     """Inverse and log-determinant of symmetric positive definite matrices.
 

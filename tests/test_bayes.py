@@ -311,7 +311,7 @@ def test_without_arviz(sleep, monkeypatch):
 
 def test_problems_are_said(sleep):
     worse = mj.Posterior(
-        sleep.record, sleep.priors, sleep.model, sleep.z[:, :40].copy(), sleep.beta[:, :40],
+        sleep.reml_fit, sleep.priors, sleep.model, sleep.z[:, :40].copy(), sleep.beta[:, :40],
         replace(sleep.sampling, method="nuts", divergences=3, khat=np.nan), 1,
     )  # fmt: skip
     worse.z[0] += 3.0
@@ -326,6 +326,13 @@ def test_problems_are_said(sleep):
 
 
 # --- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def test_a_posterior_is_no_fit(sleep):
+    """What is made of fits by maximum likelihood would give its numbers for those of the posterior."""
+    for ask in (mj.table, mj.scenario_of, lambda post: mj.compare(post, post), mj.exact_rlrt):
+        with pytest.raises((TypeError, ValueError), match="Posterior"):
+            ask(sleep)
 
 
 def test_the_mode_where_reml_is_singular(x64):

@@ -89,7 +89,7 @@ FUNCTIONS = {
     "scenario": "formula, data, beta, sigma=None, sd=None, cor=None, theta=None, weights=None, offset=None, "
     "contrasts=None, family=None, link=None, size=None, dispersion=None",
     "scenario_of": "fit",
-    "trial": "formula, data, beta, sd=1.0, cor=None, Sigma=None, dropout=0.0, dropout_slope=0.0, weights=None, "
+    "trial": "formula, data, beta, sd=None, cor=None, Sigma=None, dropout=0.0, dropout_slope=0.0, weights=None, "
     "offset=None, contrasts=None",
     "trial_of": "fit",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
@@ -301,7 +301,7 @@ def test_the_face_of_repeated_measures():
 
 def test_every_attribute_of_a_posterior_is_listed():
     public = {name for name in dir(mj.Posterior) if not name.startswith("_")}
-    properties = {"record", "design", "labels", "shape", "names", "draws", "sigma", "Sigma", "b"}
+    properties = {"reml_fit", "design", "labels", "shape", "names", "draws", "sigma", "Sigma", "b"}
     assert public == {*POSTERIOR_METHODS, *properties}
     for name, expected in POSTERIOR_METHODS.items():
         assert signature(getattr(mj.Posterior, name)) == expected

@@ -269,3 +269,22 @@ def test_models_with_more_than_independent_levels_are_refused():
         mj.priors().resolve(uneven)
     with pytest.raises(ValueError, match=r"by_level does not know Related.levels"):
         mj.marginal_loglik_by_level(None, related)
+
+
+@pytest.mark.parametrize(
+    ("formula", "own", "message"),
+    [
+        ("Reaction ~ Days + (Days | Subject)", {"by_name": {"Intercept": mj.prior.normal(250, 9)}, "intercept": 1},
+         "are one parameter"),
+        ("Reaction ~ 0 + Days + (Days | Subject)", {"intercept": 1}, "has no intercept"),
+        ("Reaction ~ Days + (1 | Subject)", {"cor": mj.prior.lkj(2)}, "no correlations"),
+        ("Reaction ~ 1 + (Days | Subject)", {"beta": mj.prior.flat()}, "no fixed effects beside the intercept"),
+    ],
+)  # fmt: skip
+def test_priors_of_what_the_model_has_not_are_refused(formula, own, message):
+    own = {name: mj.prior.normal(250, 9) if one == 1 else one for name, one in own.items()}
+    given = mj.priors(own.pop("by_name", None), **own)
+    with pytest.raises(ValueError, match=message):
+        mj.bayes(formula, mj.datasets.load("sleepstudy"), priors=given)
+    with pytest.raises(ValueError, match=message):
+        mj.prior_predictive(formula, mj.datasets.load("sleepstudy"), priors=given, draws=2)

@@ -36,7 +36,8 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument(
         "--repeated",
         action="store_true",
-        help="repeated measures without random effects: 'y ~ arm * visit + us(visit | subject)'",
+        help="repeated measures without random effects: 'y ~ arm * visit + us(visit | subject)'; names of visits "
+        "in the order of the numbers in them",
     )
     _add_family(fit)
     fit.add_argument("--size", metavar="COLUMN", help="column with numbers of trials of a binomial response")
@@ -66,7 +67,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     fit.add_argument(
         "--ddf",
         type=ddf_of,
-        choices=("satterthwaite", "kenward-roger", "wald"),
+        choices=("satterthwaite", "kenward-roger", "kenward-roger-linear", "wald"),
         help="p values of the fixed effects, with these degrees of freedom (wald: z tests)",
     )
     fit.add_argument(
@@ -186,7 +187,7 @@ def _add_simulation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ddf",
         type=ddf_of,
-        choices=("satterthwaite", "kenward-roger", "wald"),
+        choices=("satterthwaite", "kenward-roger", "kenward-roger-linear", "wald"),
         help="degrees of freedom of linear models (default: satterthwaite)",
     )
     command.add_argument("--target", type=_share, help="search the smallest number with this power")

@@ -30,6 +30,8 @@ def fit_command(arguments: argparse.Namespace) -> int:
         arguments.encoding,
     )
     data = _with_references(data, arguments)
+    if arguments.repeated:
+        data = _with_order(data, arguments)
     contrasts = dict(arguments.contrasts)
     if len(contrasts) < len(arguments.contrasts):
         raise ValueError("--contrasts names a column more than once")
@@ -152,6 +154,25 @@ def _with_references(data: pd.DataFrame, arguments: argparse.Namespace) -> pd.Da
         names = values.map(level_name, na_action="ignore").astype(object)
         data = data.assign(**{column: pd.Categorical(names, categories=first)})
     return data
+
+
+def _with_order(data: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
+    """The table with visits of text in the order of the numbers in their names, unless --ref says otherwise."""
+    import pandas as pd
+
+    from mixjax.formula.parse import parse
+    from mixjax.formula.repeated import repetition_of
+    from mixjax.formula.table import level_name
+
+    columns = [str(column) for column in data.columns]
+    visit = repetition_of(parse(arguments.formula, columns)).visit
+    if visit not in columns or visit in dict(arguments.ref) or pd.api.types.is_numeric_dtype(data[visit]):
+        return data
+    if isinstance(data[visit].dtype, pd.CategoricalDtype):
+        return data
+    names = data[visit].map(level_name, na_action="ignore")
+    levels = reading.counted(names.dropna().unique())
+    return data.assign(**{visit: pd.Categorical(names.astype(object), categories=levels)})
 
 
 def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, intervals: Any) -> dict[str, Any]:

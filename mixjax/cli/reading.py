@@ -13,6 +13,7 @@ import difflib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,16 @@ def read(
         raise ValueError(f"{name} cannot be read: {error}") from error
     # A first column without a name is what R and pandas write row names to.
     return frame.set_axis(rows, axis=0).drop(columns=[""], errors="ignore")
+
+
+def counted(levels: Iterable[str]) -> list[str]:
+    """Names with numbers in them by these: week2 before week10; others by the alphabet."""
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        parts = re.findall(r"\d+|\D+", name)
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+    return sorted(levels, key=key)
 
 
 def ordered(levels: Iterable[str]) -> list[str]:

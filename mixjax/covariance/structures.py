@@ -168,6 +168,11 @@ class Structure(ABC):
         """The correlations ``(q, q)`` of the structure from those, in their places, that are natural parameters."""
         return cor
 
+    def is_told_by(self, entries: np.ndarray) -> bool:
+        """Whether these entries ``(pairs,)``, True or False for each a <= b row by row, tell all parameters: whether
+        their derivatives have full rank at a covariance like any other."""
+        return bool(entries.all()) or _rank_at_some(self, tuple(np.flatnonzero(entries))) == self.k
+
     # --- one parameter held at a value
 
     # Whether there are charts for that, and so profiles.
@@ -410,3 +415,10 @@ def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
 def near(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
     """Coordinates of all terms from a factor of the covariance of each; see :meth:`Structure.near`."""
     return namespace(*factors).concatenate([s.near(F) for s, F in zip(structures, factors, strict=True)])
+
+
+@cache
+def _rank_at_some(structure: Structure, entries: tuple[int, ...]) -> int:
+    """Rank of the derivatives of some entries of a covariance without zeros."""
+    x = structure.exponentials(0.4 * np.random.default_rng(1).standard_normal((structure.k, 1)))
+    return int(np.linalg.matrix_rank(np.asarray(structure.jacobian(x))[list(entries), :, 0], rtol=1e-8))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax import linalg
-from mixjax.design import Design, check_design, refuse_beyond, refuse_trials
+from mixjax.design import Design, check_design, check_is_design, refuse_beyond, refuse_trials
 from mixjax.engine.criterion import in_bases
 from mixjax.engine.elimination import arrange, factor_lambda, sum_children
 from mixjax.engine.marginal import MarginalParams, check_shapes
@@ -69,6 +69,7 @@ def marginal_loglik_by_level(params: MarginalParams, design: Design, factor: int
         (4,)
     """
     refuse_forked()
+    check_is_design(design)
     if design.present is not None or not is_concrete(design.X):
         params, design = without_fixed(params, design)
     products = level_products(design, factor)

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from mixjax import linalg
-from mixjax.design import AnyArray, RepeatedDesign
+from mixjax.design import AnyArray, RepeatedDesign, check_repeated_design
 from mixjax.machine import Array, namespace, set_at
 
 
@@ -19,11 +20,15 @@ def repeated_loglik(beta: AnyArray, Sigma: AnyArray, design: RepeatedDesign) -> 
     an inverse of ``(T, T)``.
 
     Args:
-        beta: ``(p,)`` fixed effects. Sigma: ``(T, T)``, or ``(n_arms, T, T)``: absolute covariances, positive definite.
+        beta: ``(p,)`` fixed effects. Sigma: ``(n_arms, T, T)``, or ``(T, T)`` for all arms: absolute covariances,
+            positive definite.
         design: arrays of NumPy or JAX.
 
     Returns:
         scalar; NaN where a covariance is not positive definite.
+
+    Raises:
+        ValueError: shapes do not fit, or numbers of subjects, visits or arms are out of range (where not traced).
 
     Example:
         >>> import jax, mixjax as mj, numpy as np
@@ -36,6 +41,14 @@ def repeated_loglik(beta: AnyArray, Sigma: AnyArray, design: RepeatedDesign) -> 
         >>> slope.round(6).tolist()
         [-3.0]
     """
+    check_repeated_design(design)
+    if np.shape(Sigma) not in ((design.n_visits,) * 2, (design.n_arms, *(design.n_visits,) * 2)):
+        raise ValueError(
+            f"Sigma has shape {np.shape(Sigma)}; this model needs ({design.n_arms}, {design.n_visits}, "
+            f"{design.n_visits}), or one ({design.n_visits}, {design.n_visits}) for all arms"
+        )
+    if np.shape(beta) != np.shape(design.X)[1:]:
+        raise ValueError(f"beta has shape {np.shape(beta)}; this model needs {np.shape(design.X)[1:]}")
     xp = namespace(*jax.tree.leaves((beta, Sigma, design)))
     T, S = design.n_visits, design.n_subjects
     y, X = xp.asarray(design.y), xp.asarray(design.X)
@@ -52,7 +65,7 @@ def repeated_loglik(beta: AnyArray, Sigma: AnyArray, design: RepeatedDesign) -> 
     by_visit, seen = set_at(empty, cell, e).reshape(S, T), set_at(empty, cell, 1.0).reshape(S, T)
     Sigma = xp.asarray(Sigma)
     own = Sigma[None] if Sigma.ndim == 2 else Sigma
-    own = own[xp.zeros(S, int) if design.arm is None else xp.asarray(design.arm)]
+    own = own[xp.zeros(S, int) if design.arm is None or len(own) == 1 else xp.asarray(design.arm)]
     V = own * seen[:, :, None] * seen[:, None] + xp.eye(T, dtype=e.dtype) * (1.0 - seen)[:, :, None]
     W, logdet = linalg.inverse_logdet(xp.moveaxis(V, 0, -1))
     rss = (xp.moveaxis(W, -1, 0) * by_visit[:, :, None] * by_visit[:, None]).sum()

@@ -175,16 +175,18 @@ class ManyResponses(_OfOneDesign):
         """Of symmetric ``W (B, J, C, T, T)``, of the patterns ``own``."""
         B, J, _, T, _ = W.shape
         p = self.rows.p
-        upper = W[..., *np.triu_indices(T)].reshape(B * J, -1)
-        moments = self.rows.moments[:, own].swapaxes(0, 1).reshape(upper.shape[1], -1)
-        XX = _symmetric(upper @ moments, p).reshape(B, J, p, p)
+        moments = self.rows.moments[:, own].swapaxes(0, 1)
+        moments = moments.reshape(moments.shape[0] * moments.shape[1], -1 if p else 0)
+        upper = W[..., *np.triu_indices(T)].reshape(B * J, len(moments))
+        XX = linalg.symmetric_of(upper @ moments, p).reshape(B, J, p, p)
         return Contracted(XX, *_with_response(W, self.Xy[:, own], self.yy[:, own]))
 
     def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
         r, s = np.triu_indices(self.rows.p)
         moments = self.rows.moments
         upper = Psi.XX[:, r, s] * np.where(r == s, 1.0, 2.0)
-        pairs = (upper @ moments.reshape(-1, moments.shape[2]).T).reshape(len(W), -1, W.shape[1])
+        each, C, t = moments.shape
+        pairs = (upper @ moments.reshape(each * C, t).T).reshape(len(W), each, C)
         return _pulled(W, pairs.swapaxes(1, 2), Psi, self.Xy, self.yy)
 
 
@@ -247,8 +249,10 @@ class ManyTrials:
     def _contract(self, W: np.ndarray, own: slice) -> Contracted:
         B, J, _, T, _ = W.shape
         p = self.rows.p
-        upper = W[..., *np.triu_indices(T)].reshape(B, J, -1)
-        XX = _symmetric((upper @ self.XX[:, own].reshape(B, upper.shape[2], -1)).reshape(B * J, -1), p)
+        own_XX = self.XX[:, own]
+        _, C, pairs, t = own_XX.shape
+        upper = W[..., *np.triu_indices(T)].reshape(B, J, C * pairs)
+        XX = linalg.symmetric_of((upper @ own_XX.reshape(B, C * pairs, t)).reshape(B * J, t), p)
         return Contracted(XX.reshape(B, J, p, p), *_with_response(W, self.Xy[:, own], self.yy[:, own]))
 
     def pull_back(self, W: np.ndarray, Psi: Contracted) -> np.ndarray:
@@ -271,7 +275,7 @@ def _with_response(W: np.ndarray, Xy: np.ndarray, yy: np.ndarray) -> tuple[np.nd
     """Contractions ``(B, J, p), (B, J)`` of moments with symmetric ``W (B, J, C, T, T)``."""
     B, J = W.shape[:2]
     flat = W.reshape(B, J, -1)
-    return flat @ Xy.reshape(B, flat.shape[2], -1), (flat @ yy.reshape(B, -1, 1))[..., 0]
+    return flat @ Xy.reshape(B, flat.shape[2], Xy.shape[-1]), (flat @ yy.reshape(B, -1, 1))[..., 0]
 
 
 def _pulled(W: np.ndarray, pairs: np.ndarray, Psi: Contracted, Xy: np.ndarray, yy: np.ndarray) -> np.ndarray:
@@ -280,7 +284,7 @@ def _pulled(W: np.ndarray, pairs: np.ndarray, Psi: Contracted, Xy: np.ndarray, y
     a, b = np.triu_indices(T)
     Q = np.empty((B, C, T, T))
     Q[..., a, b] = Q[..., b, a] = pairs * np.where(a == b, 1.0, 0.5)
-    crossed = (Xy.reshape(B, C * T * T, -1) @ Psi.Xy[:, :, None]).reshape(B, C, T, T)
+    crossed = (Xy.reshape(B, C * T * T, Xy.shape[-1]) @ Psi.Xy[:, :, None]).reshape(B, C, T, T)
     Q += crossed + crossed.swapaxes(2, 3) + yy * Psi.yy[:, None, None, None]
     pulled: np.ndarray = W @ Q @ W
     return pulled
@@ -289,14 +293,6 @@ def _pulled(W: np.ndarray, pairs: np.ndarray, Psi: Contracted, Xy: np.ndarray, y
 def _parts(G: np.ndarray) -> Contracted:
     """Of sums with the response behind X's columns."""
     return Contracted(G[..., :-1, :-1], G[..., :-1, -1], G[..., -1, -1])
-
-
-def _symmetric(upper: np.ndarray, p: int) -> np.ndarray:
-    """``(B, t)`` to ``(B, p, p)``."""
-    found = np.empty((len(upper), p, p))
-    r, s = np.triu_indices(p)
-    found[:, r, s] = found[:, s, r] = upper
-    return found
 
 
 class At(NamedTuple):
@@ -436,8 +432,21 @@ class Visits:
         moves = at.XX_inverse[:, None] @ at.J_XX @ at.XX_inverse[:, None]
         B, J, p, _ = moves.shape
         back = np.moveaxis(jacobian, -1, 0).swapaxes(1, 2)
-        slopes: np.ndarray = (back @ moves.reshape(B, J, p * p)).reshape(B, -1, p, p)
+        slopes: np.ndarray = (back @ moves.reshape(B, J, p * p)).reshape(B, back.shape[1], p, p)
         return slopes
+
+    @cached_property
+    def is_told(self) -> np.ndarray:
+        """``(B,)`` whether the pairs of visits that are seen tell every parameter of every arm's covariance; B is 1
+        where lanes share them."""
+        seen = self.sums.patterns.seen * 1.0
+        a, b = np.triu_indices(self.rows.n_visits)
+        both = seen[:, a] * seen[:, b]
+        told = np.ones(len(self.sums.count), bool)
+        for own, structure in zip(self.sums.patterns.of_arms, self.rows.structures, strict=True):
+            pairs, which = np.unique(self.sums.count[:, own] @ both[own] > 0, axis=0, return_inverse=True)
+            told &= np.array([structure.is_told_by(each) for each in pairs])[which.reshape(-1)]
+        return told
 
     @cached_property
     def start(self) -> np.ndarray:

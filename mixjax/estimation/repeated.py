@@ -122,9 +122,10 @@ def assembled(visits: Visits, solution: Solution, own: Scaled) -> RepeatedEstima
     W, logdet = visits.inverses(covariances)
     C, logdet_XX, delta, rss = visits.solve(W)
     R_inv = np.asarray(rows.X_basis.R_inv)
-    value = visits.value(logdet, logdet_XX, rss)
-    solved = (solution.result == int(Result.CONVERGED)) & np.isfinite(value)
-    result = np.where(solved | (solution.result != int(Result.CONVERGED)), solution.result, int(Result.NOT_FINITE))
+    value = np.where(visits.is_told, visits.value(logdet, logdet_XX, rss), np.inf)
+    ended = solution.result == int(Result.CONVERGED)
+    solved = ended & np.isfinite(value)
+    result = np.where((ended & ~solved) | ~visits.is_told, int(Result.NOT_FINITE), solution.result)
     return RepeatedEstimates(
         beta=own.beta0 + s[:, None] * (delta @ R_inv.T),
         vcov=(s**2)[:, None, None] * (R_inv @ C @ R_inv.T),
@@ -150,7 +151,11 @@ def repeated_estimate(design: RepeatedDesign, reml: bool = True) -> RepeatedEsti
         design: NumPy's arrays. reml: restricted maximum likelihood if true.
 
     Returns:
-        :class:`RepeatedEstimates`. Look at ``converged`` or ``result``: nothing is raised for a fit that fails.
+        :class:`RepeatedEstimates`. Look at ``converged`` or ``result``: nothing is raised for a fit that fails, as
+        where nobody has two visits whose covariance is asked for (``NOT_FINITE``).
+
+    Raises:
+        ValueError: the arrays make no model.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -173,7 +178,12 @@ def fit_repeated_many(
 
     Args:
         progress: called with the number of responses done.
+
+    Raises:
+        ValueError: there are none.
     """
+    if not len(Y):
+        raise ValueError("there are no responses to fit")
     parts, done = [], 0
     with silently():
         for own in tiles(rows, Y):
@@ -231,7 +241,7 @@ def _fit_tile(rows: VisitRows, Y: np.ndarray, reml: bool) -> RepeatedEstimates:
     assert not isinstance(visits.sums, OneResponse)
     sums, structures = visits.sums, rows.structures
     x = np.array(visits.start)
-    usable = np.isfinite(x).all(0) & np.isfinite(own.scale) & (own.scale > 0)
+    usable = np.isfinite(x).all(0) & np.isfinite(own.scale) & (own.scale > 0) & visits.is_told
     found = Solution(*(np.array(a) for a in search.begin(x, structures).best))
     at = np.flatnonzero(usable[:count])
     is_plain = partial(search.is_plain, structures=structures, least=LEAST)

@@ -64,7 +64,7 @@ def own_coefficients(fitted: GeneralizedFitted) -> dict[str, pd.DataFrame]:
     return {name: found[name] for name in COMPONENTS if name in found}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneralizedVarCorr(VarCorr):
     """Standard deviations, variances and correlations of the random effects on the scale of the linear predictor.
     ``str()`` gives lme4's table; parameters of the family stand beneath."""
@@ -79,7 +79,7 @@ class GeneralizedVarCorr(VarCorr):
         return [f"{own.capitalize()} parameter for {name}: {x:.4g}" for own, x in dispersion(self.fitted).items()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneralizedSummary(Summary):
     """Everything one wants to read first about a fit. ``str()`` is laid out like lme4's ``summary()``.
 

@@ -12,7 +12,7 @@ from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.tables import NotedTable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VisitCovariances(VarCorr):
     """Standard deviations, variances and correlations of the visits. ``str()`` gives a table."""
 
@@ -22,7 +22,7 @@ class VisitCovariances(VarCorr):
         return []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RepeatedSummary(Summary):
     """Everything one wants to read first about a fit.
 

@@ -33,6 +33,10 @@ MESSAGES = {
         "the criterion has no finite minimum: a covariance runs to one without full rank, as of too few subjects for "
         "so many visits; take a structure with fewer parameters, such as ar1h, toeph or homcs"
     ),
+    Result.STALLED: (
+        "no step lowers the criterion although its gradient has not vanished: the data hardly tell the covariance; "
+        "take a structure with fewer parameters, such as ar1h, toeph or homcs"
+    ),
     Result.MAX_ITERATIONS: (
         "the iteration limit was reached before the gradient vanished: the data hardly tell the covariance; take a "
         "structure with fewer parameters, such as ar1h, toeph or homcs"

@@ -135,11 +135,12 @@ def build(
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters, residual)
     if not parsed.random and (family is not None or not (of_parameters or residual)):
-        instead = "" if family is not None else "add dispersion='~ 1', or "
-        raise FormulaError(
-            f"{formula!r} has no random term such as (1 | g); for ordinary regression {instead}use "
-            "statsmodels.formula.api.ols or numpy.linalg.lstsq"
+        instead = (
+            "for ordinary regression add dispersion='~ 1', or use statsmodels.formula.api.ols"
+            if family is None
+            else "for a generalised linear model without any use statsmodels.formula.api.glm"
         )
+        raise FormulaError(f"{formula!r} has no random term such as (1 | g); {instead}")
     contrasts = {} if contrasts is None else contrasts
     if not isinstance(contrasts, Mapping):
         raise DataError(f"contrasts must be a dict, column -> coding, got {contrasts!r}")

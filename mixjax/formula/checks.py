@@ -219,6 +219,8 @@ def check_number_of_effects(
             why = "the residual variance cannot be told from the random effects"
             if structured and len(names.effects) > 2:
                 why += ", which ar1, hetar1 and adh can by their correlations"
+            if structured or isinstance(own, Unstructured):
+                why += "; a covariance of the rows themselves, without random effects, is mixjax.mmrm's (--repeated)"
         elif single:
             why = "single trials, each 0 or 1, say nothing of effects of single rows"
         elif effects > n and not structured:

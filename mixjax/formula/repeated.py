@@ -278,17 +278,18 @@ def _check_pairs(design: RepeatedDesign, visits: list[str], arms: list[str], rep
         if len(alone):
             raise DataError(f"nobody{where} has a row at {repetition.visit} '{visits[alone[0]]}': there is no variance "
                             "of it to estimate; leave that visit out, or have one covariance for all arms")  # fmt: skip
-        if structure.k < T * (T + 1) // 2:
-            continue
-        if len(seen) <= T:
+        full = structure.k == T * (T + 1) // 2
+        if full and len(seen) <= T:
             raise DataError(
                 f"'{repetition.written}': {len(seen)} {repetition.subject.name}s{where} cannot tell any covariance of "
                 f"{T} visits; take a structure with fewer parameters, such as ar1h, toeph or homcs"
             )
-        a, b = np.nonzero(seen.T @ seen == 0)
-        if len(a):
-            raise DataError(
-                f"'{repetition.written}': nobody{where} has rows at both {repetition.visit} '{visits[a[0]]}' and "
-                f"'{visits[b[0]]}', so their covariance cannot be estimated; take a structure with fewer parameters, "
-                "such as ar1h, toeph or homcs"
-            )
+        both = seen.T @ seen > 0
+        if structure.is_told_by(both[np.triu_indices(T)]):
+            continue
+        a, b = next(zip(*np.nonzero(~both), strict=True))
+        raise DataError(
+            f"'{repetition.written}': nobody{where} has rows at both {repetition.visit} '{visits[a]}' and "
+            f"'{visits[b]}', so that a parameter of the covariance cannot be estimated; take a structure with fewer "
+            f"parameters, such as {'ar1h, toeph or homcs' if full else 'ar1h or homcs'}"
+        )

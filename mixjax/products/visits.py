@@ -16,7 +16,7 @@ import numpy as np
 from mixjax import linalg
 from mixjax.bases import ROUNDING, Basis, Orthonormal, change_basis
 from mixjax.covariance import Structure, structure_of
-from mixjax.design import RepeatedDesign
+from mixjax.design import RepeatedDesign, check_repeated_design
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,18 @@ class Trials:
         design, (B, S, T) = rows.design, (len(there), len(rows.order), rows.n_visits)
         seen = rows.by_visit(there.T) != 0  # (S, T, B)
         arm = rows.patterns.arm[rows.pattern]
-        # A pattern is a number: its arm, then its visits.
-        weights = 2 ** np.arange(T, dtype=np.int64)
-        code = (arm[:, None] * 2 ** np.int64(T) + np.tensordot(weights, seen, (0, 1))).T  # (B, S)
-        codes, which = np.unique(code, return_inverse=True)
-        which = which.reshape(B, S)
-        members = np.zeros((B, len(codes), S))
-        np.put_along_axis(members, which[:, None], 1.0, axis=1)
-        patterns = Patterns(codes[:, None] // weights % 2 == 1, codes // 2**T, design.n_arms)
+        # A pattern is a number, that of its arm and then of its visits, so many at a time as a number has room for.
+        code = np.repeat(arm[None].astype(np.int64), B, axis=0)  # (B, S)
+        for first in range(0, T, MOST_BITS):
+            some = seen[:, first : first + MOST_BITS]
+            weights = 2 ** np.arange(some.shape[1], dtype=np.int64)
+            code = code * 2 ** some.shape[1] + np.tensordot(weights, some, (0, 1)).T
+            _, place, code = np.unique(code, return_index=True, return_inverse=True)
+            code = code.reshape(B, S)
+        members = np.zeros((B, len(place), S))
+        np.put_along_axis(members, code[:, None], 1.0, axis=1)
+        lane, subject = np.divmod(place, S)
+        patterns = Patterns(seen[subject, :, lane], arm[subject], design.n_arms)
         log_w = np.zeros(len(there[0])) if rows.sqrt_w is None else 2.0 * np.log(rows.sqrt_w)
         return Trials(rows, patterns, members, there, there.sum(1), there @ log_w)
 
@@ -205,6 +209,8 @@ class Trials:
         return rest, delta @ rows.X_basis.R_inv.T, full_rank
 
 
+# Visits whose presence is one number.
+MOST_BITS = 30
 # Of the products of X's basis on the rows that are there; beyond it columns depend on each other.
 MOST_CONDITION = 1e12
 
@@ -215,6 +221,7 @@ def visit_rows(design: RepeatedDesign, known: Orthonormal | None = None) -> Visi
     Args:
         known: the basis of X, times the roots of the weights, where it was found before.
     """
+    check_repeated_design(design)
     sqrt_w = None if design.weights is None else np.sqrt(np.asarray(design.weights, np.float64))
     Q, X_basis = change_basis(np.asarray(design.X, np.float64), sqrt_w, full_rank=True, known=known)
     subject, visit = np.asarray(design.subject), np.asarray(design.visit)

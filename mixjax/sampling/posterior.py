@@ -75,7 +75,7 @@ class Posterior(Reported):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     @property
-    def record(self) -> Fitted:
+    def reml_fit(self) -> Fitted:
         """The REML fit of the same model, at which the search for the mode began."""
         return self._fitted
 

@@ -70,8 +70,8 @@ def prior_predictive(
     if priors is not None and not isinstance(priors, Priors):
         raise ValueError(f"priors must be mixjax.priors(...), got {priors!r}")
     design, labels, _ = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
-    own = (Priors() if priors is None else priors).filled(default_priors(design, weak=True))
-    model = own.resolve(design, labels)
+    own = Priors() if priors is None else priors
+    model = own.resolve(design, labels, defaults=default_priors(design, weak=True))
     n = np.shape(design.X)[0]
     check_memory(f"{draws} responses of {n} rows", draws * n * 8, "draw fewer")
     z, beta = draw_parameters(model, draws, np.random.default_rng(key_words(key)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixjax.bases import constant_column
 from mixjax.checks import some_of
-from mixjax.covariance import Structure
+from mixjax.covariance import Structure, structure_of
 from mixjax.design import Design, refuse_beyond, refuse_padding, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.products.cross_products import cross_products
@@ -86,18 +86,24 @@ class Priors:
         }
         return Priors(**own, by_name={**other.by_name, **self.by_name})
 
-    def resolve(self, design: Design, labels: Any = None, integrate: bool = True) -> ModelPriors:
+    def resolve(
+        self, design: Design, labels: Any = None, integrate: bool = True, defaults: Priors | None = None
+    ) -> ModelPriors:
         """The priors of this model's parameters, for :func:`mixjax.log_posterior`.
 
         Args:
             design: the model. labels: its names; without them parameters are ``beta0``, ``sd_e0|term0``, ...
             integrate: integrate over fixed effects whose priors are flat or normal; False: all of them are coordinates.
+            defaults: of what is not said here; None: :func:`mixjax.default_priors`.
 
         Raises:
-            ValueError: a name that the model does not have, a prior with another support than its parameter, or one
-                under which there is no proper posterior.
+            ValueError: a name or class that the model does not have, one parameter by two names, a prior with another
+                support than its parameter, or one under which there is no proper posterior.
         """
-        return _resolved(self.filled(default_priors(design)), design, names_of(design, labels), integrate)
+        names = names_of(design, labels)
+        _check_said(self, design, names)
+        own = self.filled(default_priors(design) if defaults is None else defaults)
+        return _resolved(own, design, names, integrate)
 
 
 def priors(
@@ -260,6 +266,26 @@ def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> Mod
     given = tuple(fixed[j] for j in sampled)
     terms, sigma, given = jax.tree.map(np.float64, (terms, sigma, given))
     return ModelPriors(terms, sigma, given, parts, to_beta, structures)
+
+
+def _check_said(said: Priors, design: Design, names: Names) -> None:
+    """Raise ValueError for classes of which the model has no parameter, and for an intercept that is said twice."""
+    constant = constant_column(np.asarray(design.X, np.float64))
+    if said.intercept is not None and constant is None:
+        raise ValueError(
+            f"this model has no intercept to give a prior to: its fixed effects are {some_of(names.fixed) or 'none'}; "
+            "give theirs by beta= or by name"
+        )
+    if said.intercept is not None and constant is not None and names.fixed[constant] in said.by_name:
+        raise ValueError(
+            f"intercept= and {names.fixed[constant]!r} are one parameter, at the means of the predictors and where "
+            "they are 0: give one of them"
+        )
+    charts = [Chart(structure_of(term.structure, np.shape(term.Z)[1])) for term in design.terms]
+    if said.cor is not None and not any(chart.n_shapes and not chart.is_written for chart in charts):
+        raise ValueError("this model has no correlations of random effects to give a prior to: leave cor= out")
+    if said.beta is not None and not [j for j in range(len(names.fixed)) if j != constant]:
+        raise ValueError("this model has no fixed effects beside the intercept: leave beta= out")
 
 
 class _Asked:

@@ -175,7 +175,8 @@ def sbc(
     rows = rows_of(design, basis)
     refuse(rows.stats)
     check_memory(f"{replicates} data sets of {rows.n} rows", replicates * rows.n * 8, "draw fewer")
-    model = (Priors() if priors is None else priors).filled(default_priors(design, weak=True)).resolve(design, labels)
+    own = Priors() if priors is None else priors
+    model = own.resolve(design, labels, defaults=default_priors(design, weak=True))
     words = key_words(key)
     z, beta = draw_parameters(model, replicates, np.random.default_rng([*words, 0]))
     y, _ = respond(design, model, z, beta, np.random.default_rng([*words, 1]))

@@ -23,7 +23,7 @@ from mixjax.tables import frame_report
 # Sizes that a search looks at beside its first three.
 MOST_STEPS = 12
 # Columns of the table beside the grid's.
-COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed", "separated")
+COLUMNS = ("power", "mcse", "lower", "upper", "replicates", "singular", "failed", "separated", "untested")
 # Failures of which no search is to blame: the likelihood has no maximum.
 ENDLESS = ("failed: SEPARATED", "failed: UNBOUNDED")
 
@@ -35,7 +35,8 @@ class Power(Reported):
     Attributes:
         table: the cell's values, ``power``, its Monte Carlo standard error ``mcse``, Wilson's interval ``lower`` and
             ``upper``, the ``replicates`` with a test, ``singular`` and ``failed`` ones, and of these the ``separated``
-            ones, whose estimates have no finite value, where there are such.
+            ones, whose estimates have no finite value, and ``untested`` ones, fits that converged and have no test, as
+            of degrees of freedom that cannot be found; both where there are such.
         test: what was tested. alpha: its level. study: everything else that was found.
     """
 
@@ -124,7 +125,11 @@ def power(
         p = p[~np.isnan(p)]
         hits = int((p < alpha).sum())
         row: dict[Any, Any] = done.cells.iloc[[i]].to_dict("records")[0]
-        rows.append(row | _share(hits, len(p), level) | dict(zip(names, counts[i].tolist(), strict=True)))
+        row |= _share(hits, len(p), level) | dict(zip(names, counts[i].tolist(), strict=True))
+        row["untested"] = max(0, done.replicates - len(p) - row["failed"])
+        rows.append(row)
+    if not any(row["untested"] for row in rows):
+        rows = [{name: value for name, value in row.items() if name != "untested"} for row in rows]
     return Power(pd.DataFrame(rows), test, alpha, done)
 
 
@@ -403,9 +408,14 @@ def _power_report(head: str, table: pd.DataFrame, notes: Sequence[str]) -> Repor
 
 
 def _failures(table: pd.DataFrame) -> list[str]:
-    if not table["failed"].any():
-        return []
-    which = ""
-    if "separated" in table:
-        which = f" ({int(table['separated'].sum())} because some estimate is infinite)"
-    return [f"{int(table['failed'].sum())} fits failed{which}; they have no test and are not counted as acceptances"]
+    notes = []
+    if table["failed"].any():
+        which = ""
+        if "separated" in table:
+            which = f" ({int(table['separated'].sum())} because some estimate is infinite)"
+        failed = int(table["failed"].sum())
+        notes.append(f"{failed} fits failed{which}; they have no test and are not counted as acceptances")
+    if "untested" in table:
+        untested = int(table["untested"].sum())
+        notes.append(f"{untested} fits converged, but have no degrees of freedom, and so no test: not counted either")
+    return notes

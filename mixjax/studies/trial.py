@@ -18,6 +18,7 @@ from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.formula.context import caller_context
 from mixjax.formula.reading import column_names, to_pandas
 from mixjax.formula.repeated import RepeatedLabels
+from mixjax.formula.table import level_name
 from mixjax.simulation import numpys_draws, simulate_visits
 from mixjax.studies.parameters import coefficients
 from mixjax.studies.scenario import design_of
@@ -83,7 +84,8 @@ class Trial:
         sd = np.sqrt(np.stack([np.diagonal(own) for own in self.Sigma]))[arm]  # (S, T)
         mean = np.asarray(design.X) @ self.beta + (0.0 if design.offset is None else np.asarray(design.offset))
         z = np.zeros((n, S, T))
-        z[:, subject, visit] = (Y - mean) / sd[subject, visit]
+        root_w = 1.0 if design.weights is None else np.sqrt(np.asarray(design.weights))
+        z[:, subject, visit] = root_w * (Y - mean) / sd[subject, visit]
         gone = np.zeros((n, S, T), bool)
         with np.errstate(divide="ignore"):
             odds = np.log(self.hazards) - np.log1p(-self.hazards)
@@ -116,7 +118,7 @@ class Trial:
             raise DataError(f"that table has arms {', '.join(labels.arms)}; the covariances are of "
                             f"{', '.join(self.labels.arms)}")  # fmt: skip
         hazards, missing = (self.hazards, self.missing) if dropout is None else _dropout(dropout, design.n_visits)
-        slope = self.slope if dropout_slope is None else float(dropout_slope)
+        slope = self.slope if dropout_slope is None else _slope(dropout_slope)
         return replace(self, table=table, design=design, labels=labels, hazards=hazards, missing=missing, slope=slope)
 
     def with_effects(self, effects: Mapping[str, float]) -> Trial:
@@ -155,7 +157,7 @@ def trial(
     formula: str,
     data: Any,
     beta: Any,
-    sd: Any = 1.0,
+    sd: Any = None,
     cor: Any = None,
     Sigma: Any = None,
     dropout: Any = 0.0,
@@ -171,11 +173,13 @@ def trial(
 
     Args:
         formula: as for :func:`mixjax.mmrm`; the response need not be in the table.
-        data: table with a row for every subject and visit, missed ones too.
+        data: table with a row for every subject and visit, missed ones too. Visits stand in the order of the numbers or
+            categories of their column; text must have them in the alphabet's.
         beta: fixed effects: ``(p,)`` in the order of the columns, or dict name -> value with every name.
-        sd: standard deviation of the response, a number or one for each visit. cor: correlations of the visits: a
-            number, of all pairs; ``("ar1", rho)``: ``rho^distance``; or a matrix ``(T, T)``.
-        Sigma: covariance ``(T, T)`` instead, or a dict arm -> covariance where the formula has arms.
+        sd: standard deviation of the response, a number or one for each visit; None: 1.
+        cor: correlations of the visits: a number, of all pairs; ``("ar1", rho)``: ``rho^distance``; or a matrix
+            ``(T, T)``.
+        Sigma: covariance ``(T, T)`` instead of sd and cor, or a dict arm -> covariance where the formula has arms.
         dropout: probability that a subject does not come back, for each visit after the first: a number, ``(T - 1,)``
             numbers, or a function of responses ``(n, rows)``, the table and uniform random numbers ``(n, rows)`` that
             returns booleans ``(n, rows)``, which responses are missed.
@@ -208,27 +212,50 @@ def trial(
     design, labels = design_of(formula, table, **options, context=caller_context())
     assert isinstance(labels, RepeatedLabels)
     T = design.n_visits
+    _check_order(table, labels)
     covariances = _covariances(sd, cor, Sigma, labels, T)
     hazards, missing = _dropout(dropout, T)
-    if not np.isfinite(dropout_slope):
-        raise ValueError(f"dropout_slope must be a number, got {dropout_slope!r}")
+    slope = _slope(dropout_slope)
     return Trial(
         formula, table, design, labels, coefficients(beta, labels), covariances, np.array(hazards),
-        float(dropout_slope), missing, options,
+        slope, missing, options,
     )  # fmt: skip
+
+
+def _check_order(table: pd.DataFrame, labels: RepeatedLabels) -> None:
+    """Raise DataError for visits whose names are text in another order than in the table: whose standard deviation is
+    which, and who drops out when, depend on it."""
+    name, visits = labels.repetition.visit, list(labels.terms[0].effects)
+    column = table[name]
+    if isinstance(column.dtype, pd.CategoricalDtype) or pd.api.types.is_numeric_dtype(column):
+        return
+    seen = [level_name(value) for value in column.unique()]
+    if seen != visits:
+        raise DataError(
+            f"'{name}' is text, whose order is the alphabet's, {', '.join(visits)}; in the table it is "
+            f"{', '.join(seen)}: make it a categorical with the order that is meant, "
+            f"pd.Categorical(data['{name}'], categories=[...])"
+        )
 
 
 def _dropout(dropout: Any, T: int) -> tuple[np.ndarray, Missing | None]:
     """Hazards ``(T - 1,)``, and the function that says who is missed, if it is one."""
     if callable(dropout):
         return np.zeros(T - 1), dropout
-    hazards = np.asarray(dropout, np.float64)
+    hazards = _numbers("dropout", dropout)
     hazards = np.full(T - 1, float(hazards)) if hazards.ndim == 0 else hazards
     if hazards.shape != (T - 1,) or not ((hazards >= 0) & (hazards < 1)).all():
         raise ValueError(
             f"dropout must be a probability, or one for each of the {T - 1} visits after the first, got {dropout!r}"
         )
     return hazards, None
+
+
+def _slope(dropout_slope: Any) -> float:
+    slope = _numbers("dropout_slope", dropout_slope)
+    if slope.shape or not np.isfinite(slope):
+        raise ValueError(f"dropout_slope must be a number, got {dropout_slope!r}")
+    return float(slope)
 
 
 def trial_of(fit: Any) -> Trial:
@@ -279,6 +306,8 @@ def trial_of(fit: Any) -> Trial:
 def _covariances(sd: Any, cor: Any, Sigma: Any, labels: RepeatedLabels, T: int) -> tuple[np.ndarray, ...]:
     n_arms = max(1, len(labels.arms))
     if Sigma is not None:
+        if sd is not None or cor is not None:
+            raise ValueError("Sigma is the covariance: leave sd and cor out")
         if isinstance(Sigma, Mapping):
             if set(map(str, Sigma)) != set(labels.arms):
                 raise ValueError(f"Sigma names {', '.join(map(str, Sigma))}; arms of the formula are: "
@@ -286,22 +315,36 @@ def _covariances(sd: Any, cor: Any, Sigma: Any, labels: RepeatedLabels, T: int) 
             by_name = {str(name): own for name, own in Sigma.items()}
             return tuple(_checked(by_name[arm], T, f"Sigma[{arm!r}]") for arm in labels.arms)
         return (_checked(Sigma, T, "Sigma"),) * n_arms
-    deviations = np.asarray(sd, np.float64)
+    if isinstance(sd, Mapping):
+        raise ValueError(f"sd is a number, or one for each of the {T} visits in their order; a dict is for Sigma, arm "
+                         "-> covariance")  # fmt: skip
+    deviations = _numbers("sd", 1.0 if sd is None else sd)
     if deviations.shape not in ((), (T,)) or not (np.isfinite(deviations) & (deviations > 0)).all():
         raise ValueError(f"sd must be a positive number, or one for each of the {T} visits, got {sd!r}")
     deviations = np.broadcast_to(deviations, (T,))
-    if isinstance(cor, Sequence) and len(cor) == 2 and cor[0] == "ar1":
-        R = float(cor[1]) ** np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
-    elif np.ndim(cor) == 0:
+    if isinstance(cor, Sequence) and not isinstance(cor, str) and len(cor) == 2 and isinstance(cor[0], str):
+        if cor[0] != "ar1":
+            raise ValueError(f"cor must be a number, ('ar1', rho) or a matrix ({T}, {T}), got {cor!r}")
+        R = _numbers("cor", cor[1]) ** np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
+    elif cor is None or not _numbers("cor", cor).shape:
         rho = 0.0 if cor is None else float(cor)
         R = np.full((T, T), rho) + (1.0 - rho) * np.eye(T)
     else:
-        R = np.asarray(cor, np.float64)
+        R = _numbers("cor", cor)
+        if R.shape == (T, T) and not np.allclose(np.diagonal(R), 1.0, rtol=0, atol=1e-8):
+            raise ValueError(f"cor has {np.diagonal(R)} on its diagonal, and correlations 1; covariances are Sigma=")
     return (_checked(R * np.outer(deviations, deviations) if R.shape == (T, T) else R, T, "cor"),) * n_arms
 
 
+def _numbers(name: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be of numbers, got {given!r}") from None
+
+
 def _checked(matrix: Any, T: int, what: str) -> np.ndarray:
-    found = np.asarray(matrix, np.float64)
+    found = _numbers(what, matrix)
     if found.shape != (T, T) or not np.allclose(found, found.T, rtol=1e-8, atol=1e-12):
         raise ValueError(f"{what} must be a symmetric matrix of the {T} visits, got shape {found.shape}")
     if not np.linalg.eigvalsh(found).min() > 0:

@@ -328,7 +328,7 @@ def f_test(
     if not len(L):
         return FTest(math.nan, 0.0, math.nan, math.nan)
     rhs = np.broadcast_to(np.asarray(rhs, dtype=np.float64), len(L))
-    basis, values = _basis_of_rows(L, rhs)
+    basis, values = basis_of_rows(L, rhs)
     method = method or FixedEffects.of(fitted, ddf)
     r = len(basis)
     covariance = basis @ method.vcov @ basis.T
@@ -383,7 +383,7 @@ def ddf_note(ddf: str) -> str:
 def check_ddf(ddf: Any) -> None:
     """Raise ValueError for a method that is none."""
     if ddf not in (*METHODS, LINEAR):
-        raise ValueError(f"ddf must be one of {', '.join(map(repr, METHODS))}, got {ddf!r}")
+        raise ValueError(f"ddf must be one of {', '.join(map(repr, (*METHODS, LINEAR)))}, got {ddf!r}")
 
 
 def _by_wald(fitted: AnyRecord) -> FixedEffects:
@@ -410,11 +410,15 @@ def _of_repeated(fitted: RepeatedFitted, ddf: str) -> FixedEffects:
 def _by_satterthwaite(fitted: Fitted | RepeatedFitted) -> FixedEffects:
     info = fitted.information
     own_residuals = isinstance(fitted, Fitted) and fitted.kept is not None and fitted.given.has_residual_side
-    plain = None if own_residuals else f"{KR} or "
+    # Kenward-Roger's needs the same Hessian where rows depend on each other without random effects.
+    plain = None if own_residuals or isinstance(fitted, RepeatedFitted) else f"{KR} or "
+    smaller = "a simpler random part"
+    if isinstance(fitted, RepeatedFitted):
+        smaller = "a structure with fewer parameters, such as ar1h, toeph or homcs"
     if not info.regular:
         warn(
             "the Hessian of the criterion is not positive definite at these estimates: there are no Satterthwaite "
-            f"degrees of freedom; use {'' if plain is None else plain}a simpler random part",
+            f"degrees of freedom; use {'' if plain is None else plain}{smaller}",
             InferenceWarning,
         )
     elif not info.free.all():
@@ -430,10 +434,16 @@ def _by_satterthwaite(fitted: Fitted | RepeatedFitted) -> FixedEffects:
             return values
 
     def joint(L: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
-        _, vectors = np.linalg.eigh(L @ info.vcov @ L.T)
-        return pooled_df(df(vectors[:, -len(basis) :].T @ L)), 1.0
+        return pooled_df(df(uncorrelated_rows(L, info.vcov, len(basis)))), 1.0
 
     return FixedEffects(np.asarray(fitted.estimates.beta), np.asarray(info.vcov), df, joint)
+
+
+def uncorrelated_rows(L: np.ndarray, vcov: np.ndarray, r: int) -> np.ndarray:
+    """``(r, p)`` combinations of the rows of L, of rank r, whose estimates are uncorrelated."""
+    _, vectors = np.linalg.eigh(L @ vcov @ L.T)
+    rows: np.ndarray = vectors[:, -r:].T @ L
+    return rows
 
 
 def pooled_df(dfs: np.ndarray) -> float:
@@ -496,7 +506,7 @@ def _checked(fitted: AnyRecord, L: AnyArray) -> np.ndarray:
     return rows
 
 
-def _basis_of_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def basis_of_rows(L: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An orthonormal basis of the rows, with the values under the hypothesis.
 
     Raises:

@@ -87,25 +87,17 @@ def _at_estimates(
             units = np.full((structure.k, structure.q, structure.q), np.nan)
             if free[own].all():
                 by_entry, second, _ = by_natural(structure, x[own, None], linear)
-                units = _full(by_entry[0].T, structure.q)
+                units = linalg.symmetric_of(by_entry[0].T, structure.q)
                 if second is not None:
                     F = structure.factor(x[own])
                     variances = [(F @ F.T)[p.i, p.i] if p.kind == "sd" else 0.0 for p in structure.natural]
                     k = structure.k
-                    full = _full(np.moveaxis(second[0], 0, -1).reshape(k * k, -1), structure.q)
+                    full = linalg.symmetric_of(np.moveaxis(second[0], 0, -1).reshape(k * k, -1), structure.q)
                     bends.append(_Bends(first, np.array(variances), full.reshape(k, k, structure.q, structure.q)))
             place = place._replace(units=units)
         found.append(place)
         first += len(place.units)
     return found, bends
-
-
-def _full(upper: np.ndarray, q: int) -> np.ndarray:
-    """Symmetric ``(r, q, q)`` of upper entries ``(r, pairs)``."""
-    found = np.empty((len(upper), q, q))
-    a, b = np.triu_indices(q)
-    found[:, a, b] = found[:, b, a] = upper
-    return found
 
 
 def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray, linear: bool = False) -> Adjusted:

@@ -59,7 +59,7 @@ def adjust_visits(visits: Visits, x: np.ndarray, linear: bool = False) -> Adjust
             here = slice(start, start + second.shape[2])
             own_W = of_parameters[:, here, here]
             bend = (second.reshape(B, J, -1) @ own_W.reshape(B, -1, 1))[..., 0]
-            middle[:, own] -= 0.25 * _full(bend, T)[:, None]
+            middle[:, own] -= 0.25 * linalg.symmetric_of(bend, T)[:, None]
         start += slopes[i].shape[2]
     U = U + visits.sums.contract(W @ middle @ W).XX
     R_inv = np.asarray(rows.X_basis.R_inv)
@@ -79,14 +79,6 @@ def inverses(A: np.ndarray) -> np.ndarray:
     both = d[:, :, None] * d[:, None]
     inverse, _ = linalg.inverse_logdet(np.ascontiguousarray(np.moveaxis(A / both, 0, -1)))
     found: np.ndarray = np.moveaxis(inverse, -1, 0) / both
-    return found
-
-
-def _full(upper: np.ndarray, T: int) -> np.ndarray:
-    """Symmetric matrices ``(B, T, T)`` of their upper entries ``(B, J)``."""
-    found = np.empty((len(upper), T, T))
-    a, b = np.triu_indices(T)
-    found[:, a, b] = found[:, b, a] = upper
     return found
 
 

@@ -14,10 +14,12 @@ from mixjax.fitted.information import Information
 from mixjax.inference.fixed import kenward_roger as kr
 from mixjax.inference.fixed.contrasts import (
     LINEAR,
+    basis_of_rows,
     check_ddf,
     pooled_df,
     satterthwaite_df,
     two_sided,
+    uncorrelated_rows,
 )
 from mixjax.inference.fixed.kenward_roger_visits import adjust_visits, inverses
 from mixjax.machine import silently
@@ -52,14 +54,17 @@ def t_tests_of_many(
 def f_tests_of_many(
     rows: VisitRows, reml: bool, Y: np.ndarray, est: RepeatedEstimates, L: np.ndarray, rhs: Any, ddf: str
 ) -> pd.DataFrame:
-    """The joint test of the rows of ``L``, of full row rank, in every fit: num_df, den_df, statistic, p_value."""
-    r = len(L)
+    """The joint test of the rows of ``L``, which may depend on each other, in every fit: num_df, den_df, statistic,
+    p_value."""
+    rhs = np.broadcast_to(np.asarray(rhs, np.float64), len(L))
+    basis, values = basis_of_rows(L, rhs)
+    r = len(basis)
     B = len(est.result)
     statistic, den_df = np.full(B, np.nan), np.full(B, np.inf)
 
     def wald(beta: np.ndarray, vcov: np.ndarray) -> float:
-        difference = L @ beta - rhs
-        return float(difference @ np.linalg.solve(L @ vcov @ L.T, difference)) / r
+        difference = basis @ beta - values
+        return float(difference @ np.linalg.solve(basis @ vcov @ basis.T, difference)) / r
 
     ok = np.flatnonzero(est.converged)
     if ddf == "wald":
@@ -71,12 +76,11 @@ def f_tests_of_many(
                 if not est.converged[i]:
                     continue
                 if isinstance(fit, kr.Adjusted):
-                    df, scale = kr.f_scaling(L, fit)
+                    df, scale = kr.f_scaling(basis, fit)
                     statistic[i], den_df[i] = scale * wald(est.beta[i], fit.adjusted), df
                 else:
-                    _, vectors = np.linalg.eigh(L @ fit.vcov @ L.T)
                     statistic[i] = wald(est.beta[i], fit.vcov)
-                    den_df[i] = pooled_df(satterthwaite_df(vectors.T @ L, fit))
+                    den_df[i] = pooled_df(satterthwaite_df(uncorrelated_rows(L, fit.vcov, r), fit))
     p = np.array([f_tail(F, r, df) if np.isfinite(F) else np.nan for F, df in zip(statistic, den_df, strict=True)])
     columns = {"num_df": float(r), "den_df": np.where(np.isfinite(statistic), den_df, np.nan)}
     return pd.DataFrame(columns | {"statistic": statistic, "p_value": p}, index=pd.RangeIndex(B, name="replicate"))

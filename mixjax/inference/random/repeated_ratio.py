@@ -25,9 +25,12 @@ def compare_repeated(fits: Sequence[Any], refit: Any, method: str, names: Sequen
     records = [getattr(fit, "record", fit) for fit in fits]
     names = names_of(fits, names)
     if not all(isinstance(record, RepeatedFitted) for record in records):
-        raise ValueError("repeated measures (mixjax.mmrm) are compared among themselves: their likelihood is another")
-    if method == "bootstrap":
-        raise ValueError("method='bootstrap' is not there for repeated measures, whose tests are at no bound: 'chi2'")
+        raise ValueError(
+            "fits of repeated measures (mixjax.mmrm) and of models with random effects are not nested, so there is no "
+            "test; compare their fit.aic, with reml=False or where the fixed effects are the same"
+        )
+    if method != "chi2":
+        raise ValueError(f"method={method!r} is not there for repeated measures, whose tests are at no bound: 'chi2'")
     first = records[0]
     for record, name in zip(records[1:], names[1:], strict=True):
         if record.nobs != first.nobs or not np.array_equal(record.design.y, first.design.y):
@@ -40,6 +43,8 @@ def compare_repeated(fits: Sequence[Any], refit: Any, method: str, names: Sequen
             notes.append(f"{', '.join(restricted)} fitted by REML: refitted by maximum likelihood")
     elif len({record.reml for record in records}) > 1:
         raise ValueError("these are fits by REML and by maximum likelihood: use refit='ml'")
+    elif first.reml and not all(is_beside(first.rows, own.rows) for own in records):
+        raise ValueError("fits by REML with different weights or offsets cannot be compared: use refit='ml'")
     elif first.reml and not all(is_in_span(a.rows, b.rows) for a in records for b in records):
         raise ValueError("REML criteria of different fixed effects cannot be compared: use refit='ml'")
     if failed := [name for name, fit in zip(names, records, strict=True) if not fit.estimates.converged]:
@@ -58,7 +63,10 @@ def compare_repeated(fits: Sequence[Any], refit: Any, method: str, names: Sequen
         small, large, df = records[i - 1], records[i], int(npar[i] - npar[i - 1])
         statistic = max(float(criteria[i - 1] - criteria[i]), 0.0)
         faults = [] if df > 0 else ["one has no parameter more than the other"]
-        faults += [] if is_in_span(small.rows, large.rows) else ["fixed effects"]
+        if not is_beside(small.rows, large.rows):
+            faults.append("weights or offset")
+        elif not is_in_span(small.rows, large.rows):
+            faults.append("fixed effects")
         faults += [] if is_special_covariance(small.rows, large.rows) else ["covariances of visits"]
         p = float(chi2_tail(statistic, df)) if not faults else np.nan
         if faults:
@@ -70,7 +78,8 @@ def compare_repeated(fits: Sequence[Any], refit: Any, method: str, names: Sequen
             notes.append(
                 f"{names[i]} against {names[i - 1]}: not nested ({', '.join(faults)}): the test does not apply"
             )
-        tests.append({"chisq": statistic, "df": float(df), "p_value": p})
+        blank = np.nan
+        tests.append({"chisq": blank if faults else statistic, "df": blank if faults else float(df), "p_value": p})
     table = pd.DataFrame(columns, index=names)
     table = table.join(pd.DataFrame(tests, index=names[1:], columns=["chisq", "df", "p_value"]))
     kind = "REML criteria" if records[0].reml else "maximum likelihood"
@@ -79,18 +88,22 @@ def compare_repeated(fits: Sequence[Any], refit: Any, method: str, names: Sequen
     return Comparison(title, formulas, table, tuple(notes))
 
 
-def is_in_span(small: VisitRows, large: VisitRows) -> bool:
-    """Whether the smaller model's fixed effects are combinations of the larger one's, offsets and weights equal."""
-    beside = [
-        np.array_equal(a if a is not None else nothing, b if b is not None else nothing)
-        for a, b, nothing in (
-            (small.design.offset, large.design.offset, 0.0 * np.asarray(small.design.y)),
-            (small.design.weights, large.design.weights, 1.0 + 0.0 * np.asarray(small.design.y)),
+def is_beside(a: VisitRows, b: VisitRows) -> bool:
+    """Whether two models have the same weights and offsets."""
+    return all(
+        np.array_equal(nothing if own is None else own, nothing if other is None else other)
+        for own, other, nothing in (
+            (a.design.offset, b.design.offset, np.zeros(a.n)),
+            (a.design.weights, b.design.weights, np.ones(a.n)),
         )
-    ]
+    )
+
+
+def is_in_span(small: VisitRows, large: VisitRows) -> bool:
+    """Whether the smaller model's fixed effects are combinations of the larger one's, of the same weights."""
     Q = large.Q
     rest = small.Q - Q @ (Q.T @ small.Q)
-    return all(beside) and bool(np.abs(rest).max(initial=0.0) < ALIKE)
+    return bool(np.abs(rest).max(initial=0.0) < ALIKE)
 
 
 def is_special_covariance(small: VisitRows, large: VisitRows) -> bool:
