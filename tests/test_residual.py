@@ -263,7 +263,8 @@ def test_rows_are_whitened(seed, name, angle):
     """``T V T' = I`` with V from the textbook's formula, ``log |T|`` and its derivatives, and colouring undoes it."""
     rng = np.random.default_rng(seed)
     group = rng.integers(0, 4, 15)
-    time = rng.permutation(15) * (1 if name == "ar1" else rng.uniform(0.5, 2.0)) + (name == "car1") * rng.random(15)
+    scale = (1, 2, 3)[seed % 3] if name == "ar1" else rng.uniform(0.5, 2.0)
+    time = rng.permutation(15) * scale + (name == "car1") * rng.random(15)
     own = {"ar1": AR1.of, "car1": CAR1.of}.get(name)
     group[:2] = 0
     correlation = CompoundSymmetry.of(np.unique(group, return_inverse=True)[1]) if own is None else own(group, time)
@@ -283,7 +284,9 @@ def test_rows_are_whitened(seed, name, angle):
     np.testing.assert_allclose(correlation.matrix(rho, np.arange(15)), R, atol=1e-12)
     colour = correlation.colour(rho, np.eye(15))
     np.testing.assert_allclose(colour @ colour.T, R, atol=1e-8)
-    if name == "car1" and abs(angle) < 0.1:
+    slope = (correlation.rho(angle + 1e-6)[0] - correlation.rho(angle - 1e-6)[0]) / 2e-6
+    assert abs(angle) < 0.1 or correlation.rho(angle)[1] == pytest.approx(slope, abs=1e-6)
+    if name != "cs" and abs(angle) < 0.1:
         return  # second derivatives of |s|^2.1 at 0 are seen by no difference
     A, h = rng.normal(size=(15, 3)), 1e-5
     products = [sum(L.T @ right for L, right in pieces) for pieces in transform.products(phi, A)]
@@ -384,6 +387,82 @@ def test_gaps_count_as_distance():
     fit = mj.lmm("Reaction ~ Days", data, residual="ar1(Days | Subject)")
     rho = fit.estimates.residual[0]
     assert fit.marginal_cov([2, 3])[0, 1] == pytest.approx(fit.sigma**2 * rho**3)
+
+
+def ar1_series(rho, seed=1):
+    rng = np.random.default_rng(seed)
+    e = rng.normal(size=(40, 6))
+    for j in range(1, 6):
+        e[:, j] = rho * e[:, j - 1] + np.sqrt(1 - rho**2) * e[:, j]
+    g, t = np.repeat(np.arange(40), 6), np.tile(np.arange(6), 40)
+    return pd.DataFrame({"y": e.ravel(), "x": rng.normal(size=240), "t": t, "g": g})
+
+
+# Visits that are kept: distances 1; 2, 1, 2; 2 and 4, a common divisor; 2 and 3, which have none.
+KEPT = [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [0, 2], [0, 2, 5]]
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("formula", ["y ~ x", "y ~ x + (1 | g)"])
+@pytest.mark.parametrize("rho", [0.6, 0.0, -0.6])
+def test_the_unit_of_time_does_not_matter(rho, formula, kept):
+    """Times in years, or in days that are years apart: the same criterion, and rho per unit. A correlation per unit
+    that is not near 1 is none at such distances, and no search leaves it."""
+    data = ar1_series(rho)
+    data = data[data["t"].isin(kept)]
+    gaps = np.unique(np.diff(kept))
+    for structure in ("ar1", "car1"):
+        fits = {
+            k: mj.lmm(formula, data.assign(t=k * data["t"]), residual=f"{structure}(t | g)") for k in (1, 7, 365, 1440)
+        }
+        assert all(fit.converged for fit in fits.values())
+        own = fits.pop(1)
+        # Even distances have no negative correlations, whatever rho.
+        if structure == "ar1" and own.estimates.residual[0] < 0 and (gaps % 2).any():
+            even = fits.pop(1440)
+            positive = mj.lmm(formula, data, residual="car1(t | g)")
+            assert even.criterion == pytest.approx(positive.criterion, abs=1e-8)
+        for k, fit in fits.items():
+            assert fit.criterion == pytest.approx(own.criterion, abs=1e-8)
+            shortest, found = gaps[0], (own.estimates.residual[0], fit.estimates.residual[0])
+            assert abs(found[1]) ** (k * shortest) == pytest.approx(abs(found[0]) ** shortest, abs=1e-6)
+            np.testing.assert_allclose(fit.se, own.se, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_a_negative_correlation_is_found(kept):
+    """The dense criterion over a grid of rho has no lower point."""
+    data = ar1_series(-0.6)
+    data = data[data["t"].isin(kept)]
+    fit = mj.lmm("y ~ x", data, residual="ar1(t | g)")
+    g = data["g"].to_numpy()
+    X, same = np.stack([np.ones(len(data)), data["x"]], axis=1), g[:, None] == g
+    distance = abs(np.subtract.outer(data["t"].to_numpy(), data["t"].to_numpy()))
+    n, values = len(data), []
+    for rho in (*np.linspace(-0.95, 0.95, 39), fit.estimates.residual[0]):
+        L = np.linalg.cholesky(np.where(same, np.float64(rho) ** distance, 0.0))
+        A, b = np.linalg.solve(L, X), np.linalg.solve(L, data["y"])
+        rss = np.linalg.lstsq(A, b, rcond=None)[1][0]
+        logs = np.linalg.slogdet(A.T @ A)[1] + 2 * np.log(L.diagonal()).sum()
+        values.append((n - 2) * (1 + np.log(2 * np.pi * rss / (n - 2))) + logs)
+    assert fit.criterion == pytest.approx(values[-1], abs=1e-8)
+    assert fit.criterion <= min(values) + 1e-8
+    if (np.diff(kept) % 2).any():
+        assert fit.estimates.residual[0] < -0.3
+
+
+def test_a_search_that_ends_nowhere_does_not_blame_the_table(monkeypatch):
+    nowhere = fit_residual
+
+    def lost(engine, x0=None):
+        found = nowhere(engine, x0)
+        code = np.asarray(int(mj.Result.NOT_FINITE))
+        est = found.estimates._replace(residual=np.full(1, np.nan), converged=np.bool_(False), result=code)
+        return found._replace(estimates=est, x=np.full_like(found.x, np.nan))
+
+    monkeypatch.setattr("mixjax.fitted.residual.fit_residual", lost)
+    with pytest.raises(ValueError, match=r"the fit of .* has no estimates: the criterion is not finite"):
+        mj.lmm("y ~ x", ar1_series(0.5), residual="ar1(t | g)")
 
 
 def test_compound_symmetry_is_a_random_intercept_where_that_has_a_variance():

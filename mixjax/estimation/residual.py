@@ -24,9 +24,6 @@ from mixjax.residual.coordinates import Coordinates
 from mixjax.residual.correlation import AR1, CAR1, CompoundSymmetry, Correlation
 from mixjax.residual.transform import Transform
 
-# Correlations that further searches begin from, where there is one.
-STARTS = (0.8,)
-
 
 class ResidualFit(NamedTuple):
     """Attributes:
@@ -119,9 +116,9 @@ def _starts(engine: ResidualEngine) -> list[np.ndarray]:
     starts = [engine.transform.start()]
     correlation = engine.transform.correlation
     if correlation is not None:
-        for rho in STARTS:
+        for angle in correlation.starts()[1:]:
             other = starts[0].copy()
-            other[-1] = correlation.angle(rho)
+            other[-1] = angle
             starts.append(other)
     if not engine.layout.chain:
         return starts

@@ -346,6 +346,9 @@ def fit_residual_rows(rows: Rows, labels: Labels, reml: bool, start: Any = None)
     est = found.estimates
     result = Result(int(est.result))
     info = OptimizerInfo("trust-region Newton", int(est.iterations), float(est.grad_norm), result.message)
+    if not np.isfinite(found.x).all() or not np.isfinite([*np.asarray(est.residual), est.sigma]).all():
+        # Rows that cannot be transformed would be refused as if the table had missing values.
+        raise ValueError(f"the fit of {labels.formula!r} has no estimates: {result.message}")
     if not est.converged:
         warn_of_convergence(labels.formula, info)
     # The record is made of what its own rows say, which are those of the estimates.

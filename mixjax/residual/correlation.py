@@ -1,6 +1,6 @@
 """Correlations of the residuals of one group, by one parameter: AR(1), CAR(1), compound symmetry.
 
-A correlation is the sine of an angle, or a function of one: every real angle is allowed, and a bound is a stationary
+A correlation is a function of an angle's sine: every real angle is allowed, and a bound is a stationary
 point at a finite place. A structure knows how rows are whitened. Row i becomes ``u_i y_i - v_i y_(i-1)``: of AR(1) and
 CAR(1) with c the correlation of neighbours ``u = 1 / sqrt(1 - c^2)`` and ``v = c u``, and ``u = 1``, ``v = 0`` for the
 first of a group; or ``a y_i + b sum(y)`` of compound symmetry, where every power of the correlation matrix has this
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse
 
-# Where a search begins.
-START = 0.2
+# Where searches begin: correlations of the nearest rows. Random effects can stand for a large one, so there are two.
+STARTS = (0.2, 0.8)
 
 
 class Series(NamedTuple):
@@ -72,6 +73,11 @@ class Correlation(ABC):
     @abstractmethod
     def matrix(self, rho: float, rows: np.ndarray) -> np.ndarray:
         """Correlations ``(r, r)`` of some rows."""
+
+    def starts(self) -> list[float]:
+        """Angles where searches begin. Never a correlation per unit of time: of times in days that are a year apart it
+        would be zero at every distance, with no slope to leave it by."""
+        return [self.angle(rho) for rho in STARTS]
 
     def near_bound(self, angle: float) -> float | None:
         """The angle at which the parameter has a bound that a fit may end on, if ``angle`` is near; or None."""
@@ -132,6 +138,19 @@ class _Serial(Correlation):
         found: np.ndarray = rows[np.maximum(self.before, 0)]
         return found
 
+    @cached_property
+    def _shortest(self) -> float:
+        return float(self.gap[self.before >= 0].min(initial=np.inf))
+
+    def _by_shortest(self, angle: float) -> Series:
+        """Correlations of which that at the shortest distance is the square of the sine."""
+        s, cos, g = abs(np.sin(angle)), np.cos(angle) * np.sign(np.sin(angle)), 2.0 * self.gap / self._shortest
+        c = s**g
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low = np.where(g > 2.0, g * (g - 1.0) * s ** np.maximum(g - 2.0, 0.0), g * (g - 1.0))
+        # g is 2 or more where there is a row before.
+        return Series(c, g * s ** np.maximum(g - 1.0, 0.0) * cos, low * np.cos(angle) ** 2 - g * c)
+
     def _power(self, rho: float, distance: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
@@ -155,26 +174,79 @@ class _Serial(Correlation):
 
 @dataclass(frozen=True, eq=False)
 class AR1(_Serial):
-    """``rho ** distance`` in whole steps of time, ``-1 < rho < 1``: rho is the sine of the angle."""
+    """``rho ** distance`` in whole steps of time, ``-1 < rho < 1``.
+
+    The sine of the angle is the correlation at the shortest distance, so that a unit of time that is a thousand times
+    smaller changes nothing. That can have either sign, and all others are whole powers of it, where the shortest
+    distance divides all others and is odd. Elsewhere no correlation is a stationary point: even distances make all
+    correlations positive, or, as with distances 2 and 3, a negative rho is a branch of its own. Then the correlation at
+    the shortest distance is the square of the sine, as in :class:`CAR1`, and the sign of the sine that of rho.
+    """
 
     name = "ar1"
 
+    @cached_property
+    def _unit(self) -> int:
+        """What divides all distances."""
+        return int(np.gcd.reduce(np.round(self.gap[self.before >= 0]).astype(np.int64), initial=0)) or 1
+
+    @cached_property
+    def _steps(self) -> np.ndarray:
+        steps: np.ndarray = np.where(self.before >= 0, np.round(self.gap).astype(np.int64) // self._unit, 1)
+        return steps
+
+    @property
+    def _has_signs(self) -> bool:
+        """A negative rho is another model than its absolute value."""
+        return self._unit % 2 == 1
+
+    @property
+    def _is_power(self) -> bool:
+        """All correlations are whole powers of the one at the shortest distance, which may be negative."""
+        return self._has_signs and self._shortest <= self._unit
+
     def _correlations(self, angle: float) -> Series:
-        s, cos, g = np.sin(angle), np.cos(angle), self.gap.astype(np.int64)
+        s, cos, g = np.sin(angle), np.cos(angle), self._steps
+        if not self._is_power:
+            own = self._by_shortest(angle)
+            return Series(*(np.where(g % 2 == 1, -part, part) for part in own)) if self._has_signs and s < 0 else own
         low = np.where(g >= 2, g * (g - 1) * np.power(s, np.maximum(g - 2, 0)), 0.0)
         c = np.power(s, g)
         return Series(c, g * np.power(s, g - 1) * cos, low * cos * cos - g * c)
 
     def _left(self, angle: float) -> np.ndarray:
+        power = self._steps if self._is_power else 2.0 * self.gap / self._shortest
         with np.errstate(divide="ignore"):
-            left: np.ndarray = -np.expm1(self.gap * np.log1p(-(np.cos(angle) ** 2)))
+            left: np.ndarray = -np.expm1(power * np.log1p(-(np.cos(angle) ** 2)))
         return left
 
+    @property
+    def _root(self) -> float:
+        """rho is the sine to this power."""
+        return 1.0 / self._unit if self._is_power else 2.0 / self._shortest
+
     def rho(self, angle: float) -> tuple[float, float]:
-        return float(np.sin(angle)), float(np.cos(angle))
+        s, power = float(np.sin(angle)), self._root
+        if self._is_power and power == 1.0:
+            return s, float(np.cos(angle))
+        if s == 0:
+            return 0.0, 0.0
+        sign = np.sign(s) if self._has_signs else 1.0
+        slope = power * abs(s) ** (power - 1.0) * np.cos(angle) * np.sign(s)
+        return float(sign * abs(s) ** power), float(sign * slope)
 
     def angle(self, rho: float) -> float:
-        return float(np.arcsin(rho))
+        sign = np.sign(rho) if self._has_signs else 1.0
+        return float(sign * np.arcsin(abs(rho) ** (1.0 / self._root)))
+
+    def starts(self) -> list[float]:
+        if self._is_power:
+            return [float(np.arcsin(c)) for c in STARTS]
+        angles = [float(np.arcsin(np.sqrt(c))) for c in STARTS]
+        return angles + [-angle for angle in angles if self._has_signs]
+
+    def near_bound(self, angle: float) -> float | None:
+        return None if self._is_power or abs(np.sin(angle)) >= 0.1 else 0.0
 
     def _power(self, rho: float, distance: np.ndarray) -> np.ndarray:
         found: np.ndarray = np.power(rho, np.round(distance).astype(np.int64))
@@ -188,17 +260,8 @@ class CAR1(_Serial):
 
     name = "car1"
 
-    @property
-    def _shortest(self) -> float:
-        return float(self.gap[self.before >= 0].min(initial=np.inf))
-
     def _correlations(self, angle: float) -> Series:
-        s, cos, g = abs(np.sin(angle)), np.cos(angle) * np.sign(np.sin(angle)), 2.0 * self.gap / self._shortest
-        c = s**g
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low = np.where(g > 2.0, g * (g - 1.0) * s ** np.maximum(g - 2.0, 0.0), g * (g - 1.0))
-        # g is 2 or more where there is a row before.
-        return Series(c, g * s ** np.maximum(g - 1.0, 0.0) * cos, low * np.cos(angle) ** 2 - g * c)
+        return self._by_shortest(angle)
 
     def _left(self, angle: float) -> np.ndarray:
         with np.errstate(divide="ignore"):
@@ -214,6 +277,9 @@ class CAR1(_Serial):
 
     def angle(self, rho: float) -> float:
         return float(np.arcsin(rho ** (self._shortest / 2.0)))
+
+    def starts(self) -> list[float]:
+        return [float(np.arcsin(np.sqrt(c))) for c in STARTS]
 
     def near_bound(self, angle: float) -> float | None:
         return 0.0 if abs(np.sin(angle)) < 0.1 else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax.residual.correlation import START, Correlation, Whitening
+from mixjax.residual.correlation import Correlation, Whitening
 
 Factors = list[tuple[np.ndarray, np.ndarray]]
 
@@ -75,7 +75,7 @@ class Transform:
 
     def start(self) -> np.ndarray:
         """Where a search begins: equal standard deviations, and a small correlation."""
-        return np.array([0.0] * self.d + ([] if self.correlation is None else [self.correlation.angle(START)]))
+        return np.array([0.0] * self.d + ([] if self.correlation is None else self.correlation.starts()[:1]))
 
     def natural(self, phi: np.ndarray) -> Natural:
         """The reported parameters at ``phi``."""
