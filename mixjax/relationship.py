@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,8 @@ class Relationship:
     Attributes:
         matrix: ``(m, m)``, symmetric and positive semidefinite. Eigenvalues that are negative by rounding (down to
             -1e-8 of the largest) count as zero.
-        levels: names of its rows and columns, as the grouping factor has them; numbers stand for their names.
+        levels: names of its rows and columns, as the grouping factor has them; numbers stand for their names. A data
+            frame has its own, and these can only say the order.
 
     Raises:
         ValueError: the matrix is not square, finite, symmetric or positive semidefinite, with the number that says so;
@@ -44,21 +45,12 @@ class Relationship:
     levels: tuple[str, ...]
 
     def __init__(self, matrix: Any, levels: Iterable[Any] | None = None):
+        if _is_frame(matrix):
+            matrix, levels = _by_labels(matrix, levels)
         if levels is None:
-            index, columns = getattr(matrix, "index", None), getattr(matrix, "columns", None)
-            if index is None or columns is None:
-                raise ValueError(
-                    "a relationship needs levels, the names of its rows and columns; a pandas DataFrame has them"
-                )
-            rows, levels = names_of(index), names_of(columns)
-            if set(rows) != set(levels) or len(rows) != len(levels):
-                odd = sorted(set(rows) ^ set(levels))
-                raise ValueError(
-                    f"rows and columns of a relationship must have the same labels; in one of the two only: "
-                    f"{_some(odd) if odd else 'labels that stand twice'}"
-                )
-            _refuse_twice(levels)
-            matrix = np.asarray(matrix, np.float64)[[rows.index(name) for name in levels]]
+            raise ValueError(
+                "a relationship needs levels, the names of its rows and columns; a pandas DataFrame has them"
+            )
         names = names_of(levels)
         K = _checked(matrix, names)
         object.__setattr__(self, "matrix", K)
@@ -77,8 +69,34 @@ def as_relationship(value: Any) -> Relationship | None:
     """A relationship from one, or from a DataFrame labelled on both axes; None of anything else."""
     if isinstance(value, Relationship):
         return value
-    is_frame = hasattr(value, "index") and hasattr(value, "columns") and hasattr(value, "to_numpy")
-    return Relationship(value) if is_frame else None
+    return Relationship(value) if _is_frame(value) else None
+
+
+def _is_frame(value: Any) -> bool:
+    return hasattr(value, "index") and hasattr(value, "columns") and hasattr(value, "to_numpy")
+
+
+def _by_labels(frame: Any, levels: Iterable[Any] | None) -> tuple[np.ndarray, list[str]]:
+    """The matrix of a frame labelled on both axes, in the order of ``levels`` or of its columns."""
+    rows, columns = names_of(frame.index), names_of(frame.columns)
+    if set(rows) != set(columns) or len(rows) != len(columns):
+        odd = sorted(set(rows) ^ set(columns))
+        raise ValueError(
+            f"rows and columns of a relationship must have the same labels; in one of the two only: "
+            f"{_some(odd) if odd else 'labels that stand twice'}"
+        )
+    _refuse_twice(columns)
+    names = columns if levels is None else names_of(levels)
+    _refuse_twice(names)
+    odd = [*(name for name in names if name not in set(columns)), *(name for name in columns if name not in set(names))]
+    if odd:
+        raise ValueError(
+            f"levels= and the labels of the data frame differ; in one of the two only: {_some(odd)}. Leave levels= out "
+            "and the labels count; for other names rename the frame's, or pass its matrix (frame.to_numpy())"
+        )
+    row, column = ({name: i for i, name in enumerate(labels)} for labels in (rows, columns))
+    matrix = np.asarray(frame, np.float64)
+    return matrix[np.ix_([row[name] for name in names], [column[name] for name in names])], names
 
 
 def name_of(level: Any) -> str:
@@ -166,14 +184,15 @@ def pedigree(id: Any, sire: Any, dam: Any) -> Relationship:
     Animal Breeding Values, section 2.2). Animals may stand in any order, parents behind their offspring too.
 
     Args:
-        id: ``(m,)`` names of the animals, each once. sire, dam: ``(m,)`` names of their parents, None or NaN where
-            they are not known. One animal may be both (selfing).
+        id: ``(m,)`` names of the animals, each once and none missing. sire, dam: ``(m,)`` names of their parents, None
+            or NaN where they are not known; so are '', 'NA' and other words for that, unless an animal has that name.
+            One animal may be both (selfing).
 
     Returns:
         :class:`Relationship` with the animals in the order of ``id``.
 
     Raises:
-        ValueError: an animal stands twice, is its own ancestor, or a parent is not listed; each is named.
+        ValueError: an animal has no name, stands twice, is its own ancestor, or a parent is not listed; each is named.
 
     Example:
         >>> import mixjax as mj
@@ -181,8 +200,16 @@ def pedigree(id: Any, sire: Any, dam: Any) -> Relationship:
         >>> A.matrix[3].tolist()
         [0.75, 0.25, 0.75, 1.25]
     """
-    animals = names_of(np.asarray(id, object).ravel())
-    parents = [[_parent(p) for p in np.asarray(side, object).ravel()] for side in (sire, dam)]
+    given = list(np.asarray(id, object).ravel())
+    nameless = [i for i, value in enumerate(given) if _is_missing(value) or value == ""]
+    if nameless:
+        raise ValueError(
+            f"id of a pedigree has missing names, first in row {nameless[0]} ({len(nameless)} in all): leave these "
+            "rows out, or give the animals names"
+        )
+    animals = names_of(given)
+    listed = set(animals)
+    parents = [[_parent(p, listed) for p in np.asarray(side, object).ravel()] for side in (sire, dam)]
     if not len(animals) == len(parents[0]) == len(parents[1]):
         raise ValueError(
             f"id, sire and dam must be equally long, got {len(animals)}, {', '.join(map(str, map(len, parents)))}"
@@ -210,9 +237,20 @@ def pedigree(id: Any, sire: Any, dam: Any) -> Relationship:
     return Relationship(A[np.ix_(here, here)], animals)
 
 
-def _parent(value: Any) -> str | None:
-    missing = value is None or value != value or str(value) in ("", "<NA>", "nan", "NA", "NaT")
-    return None if missing else name_of(value)
+# What a parent that is not known is written as in text.
+UNKNOWN = ("", "<NA>", "nan", "NaN", "NA", "NaT", "None")
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, NaT and pandas' NA, but no text."""
+    return value is None or (not isinstance(value, str) and str(value) in ("<NA>", "nan", "NaT"))
+
+
+def _parent(value: Any, listed: set[str]) -> str | None:
+    if _is_missing(value):
+        return None
+    name = name_of(value)
+    return None if name in UNKNOWN and name not in listed else name
 
 
 def _parents_first(animals: Sequence[str], s: Sequence[int], d: Sequence[int]) -> list[int]:
@@ -314,19 +352,36 @@ def _node(name: str) -> str:
     return f"'{name}'" if name else "an inner node"
 
 
-# Comments, quoted names, signs, names and numbers.
-_TOKEN = re.compile(r"\[[^\]]*\]|'(?:[^']|'')*'|[(),:;]|[^\s(),:;\[\]']+")
+# Blanks, comments, quoted names, signs, names and numbers.
+_TOKEN = re.compile(r"\s+|\[[^\]]*\]|'(?:[^']|'')*'|[(),:;]|[^\s(),:;\[\]']+")
+# Characters shown before and behind the place of an error.
+AROUND = 12
 
 
 def _read_newick(text: str) -> tuple[list[int], list[float | None], list[str], list[list[int]]]:
     """Nodes in the order in which they begin, the root first: parents, lengths of the branches above, names, and
     children."""
-    tokens = [token for token in _TOKEN.findall(text) if not token.startswith("[")]
     parent, length, name, children = [-1], [None], [""], [[]]  # type: list[int], list[float | None], list[str], list[list[int]]
-    at, before, ended = 0, "", False
+    at, before, ended, place = 0, "", False, 0
 
     def bad(why: str) -> ValueError:
-        return ValueError(f"this is no Newick tree, such as '((a:1,b:1):2,c:3);': {why}")
+        left = ("..." if place > AROUND else "") + text[max(place - AROUND, 0) : place]
+        right = text[place : place + AROUND] + ("..." if place + AROUND < len(text) else "")
+        return ValueError(
+            f"this is no Newick tree, such as '((a:1,b:1):2,c:3);': {why}, at character {place + 1}: {left} >>> {right}"
+        )
+
+    def pieces() -> Iterator[str]:
+        nonlocal place
+        while place < len(text):
+            found = _TOKEN.match(text, place)
+            if found is None:
+                what = {"[": "a comment that no ']' ends", "'": "a quoted name that no ' ends"}
+                raise bad(what.get(text[place], f"{text[place]!r} belongs to nothing"))
+            token = found.group()
+            if not token.isspace() and not token.startswith("["):
+                yield token
+            place = found.end()
 
     def begin(of: int) -> int:
         parent.append(of)
@@ -336,9 +391,11 @@ def _read_newick(text: str) -> tuple[list[int], list[float | None], list[str], l
         children[of].append(len(parent) - 1)
         return len(parent) - 1
 
-    for token in tokens:
+    for token in pieces():
         if ended:
             raise bad(f"{token!r} stands behind the ';': one tree at a time")
+        if before == ":" and token in (",", ")", ";"):
+            raise bad(f"no length stands behind the ':' of {_node(name[at])}")
         if token == "(":
             if before not in ("", "(", ","):
                 raise bad(f"'(' stands behind {before!r}")
@@ -356,11 +413,15 @@ def _read_newick(text: str) -> tuple[list[int], list[float | None], list[str], l
         elif token == ":":
             if before == ":":
                 raise bad("'::'")
+            if length[at] is not None:
+                raise bad(f"a second length of the branch above {_node(name[at])}")
         elif before == ":":
             try:
                 length[at] = float(token)
             except ValueError:
                 raise bad(f"{token!r} is no length of a branch") from None
+            if "_" in token:  # a number to Python only
+                raise bad(f"{token!r} is no length of a branch")
         else:
             if before not in ("", "(", ",", ")"):
                 raise bad(f"{token!r} stands behind {before!r}")

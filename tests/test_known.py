@@ -863,6 +863,10 @@ BAD_TREES = {
     "(a:1,b:1": "a '\\)' is missing", "(a:1,b:1));": "too many", "(a:1,b);": "above 'b' has no length",
     "((a:1,b:1),c:2);": "above an inner node has no length", "(a:1,b:-1);": "length -1", "(a:1,a:2);": "twice: a",
     "(a:1,:2);": "has no name", "a;": "no brackets", "(a:x,b:1);": "'x' is no length",
+    "(a]:1,b:1);": r"'\]' belongs to nothing, at character 3: \(a >>> \]:1,b:1\);", "(a:1,b:1)[x;": "a comment that no",
+    "('a:1,b:1);": "a quoted name that no", "(a:1:2,b:1);": "a second length of the branch above 'a', at character 5",
+    "(a:1,b:1):1:2;": "a second length of the branch above an inner node", "(a:,b:1);": "no length stands behind",
+    "(a:1,b:1):;": "no length stands behind", "(a:1_0,b:1);": "'1_0' is no length",
     "(a:1,b:1);(c:1,d:1);": "one tree at a time", "(a b:1,c:1);": "'b' stands behind 'a'",
 }  # fmt: skip
 
@@ -882,8 +886,31 @@ def test_pedigrees_that_cannot_be():
         mj.pedigree(["a", "b", "b"], [None] * 3, [None] * 3)
     with pytest.raises(ValueError, match="a dam that is not among the animals: z"):
         mj.pedigree(["a", "b"], [None, "a"], [None, "z"])
+    for missing in (None, np.nan, pd.NA, ""):
+        with pytest.raises(ValueError, match=r"missing names, first in row 1 \(1 in all\)"):
+            mj.pedigree(["a", missing, "b"], [None] * 3, [None] * 3)
     with pytest.raises(ValueError, match="equally long"):
         mj.pedigree(["a", "b"], [None], [None, None])
+
+
+@pytest.mark.parametrize("name", ["NA", "nan", "None", "NaT", "<NA>"])
+def test_a_name_that_is_listed_is_a_name(name):
+    """Words for what is missing are that only where no animal is called so."""
+    A = mj.pedigree([name, "b"], [None, name], [np.nan, pd.NA])
+    assert A.levels == (name, "b")
+    assert A.matrix.tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert mj.pedigree(["a", "b"], [name, "a"], ["", name]).matrix.tolist() == [[1.0, 0.5], [0.5, 1.0]]
+
+
+def test_levels_beside_a_data_frame_say_its_order():
+    frame = pd.DataFrame([[2.0, 0.5], [0.5, 1.0]], ["a", "b"], ["a", "b"])
+    turned = mj.Relationship(frame, levels=["b", "a"])
+    assert turned.levels == ("b", "a")
+    assert turned.matrix.tolist() == [[1.0, 0.5], [0.5, 2.0]]
+    for levels, odd in {("x", "b"): "x, a", ("a",): "b", ("a", "b", "c"): "c"}.items():
+        with pytest.raises(ValueError, match=f"labels of the data frame differ; in one of the two only: {odd}\\."):
+            mj.Relationship(frame, levels=levels)
+    assert mj.Relationship(frame.to_numpy(), ["x", "y"]).levels == ("x", "y")
 
 
 def test_matrices_that_are_no_covariances():
