@@ -13,7 +13,7 @@ import numpy as np
 from mixjax.bases import constant_column
 from mixjax.checks import some_of
 from mixjax.covariance import Structure, structure_of
-from mixjax.design import Design, refuse_beyond, refuse_padding, refuse_trials
+from mixjax.design import Design, refuse_beyond, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.products.cross_products import cross_products
 from mixjax.products.sums import CrossProducts
@@ -164,6 +164,9 @@ def default_priors(design: Design, weak: bool = False) -> Priors:
             ``normal(median, 2.5 s)`` for the intercept, ``normal(0, 2.5 s / sd(x))`` for the coefficient of x,
             ``half_normal(s)`` for standard deviations, ``lkj(2)``; s is then the standard deviation of y.
 
+    Raises:
+        ValueError: the design has what :func:`mixjax.bayes` has no model for.
+
     Example:
         >>> import mixjax as mj
         >>> design, labels = mj.build_design("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
@@ -171,7 +174,7 @@ def default_priors(design: Design, weak: bool = False) -> Priors:
         priors(intercept=student_t(3, 288.7, 59.3), beta=flat(), sd=half_student_t(3, 59.3), cor=lkj(1),
                sigma=half_student_t(3, 59.3))
     """
-    refuse_padding(design, "the spread of the response")
+    _refuse_no_model(design)
     y = np.asarray(design.y, np.float64)
     y = y if design.offset is None else y - np.asarray(design.offset)
     median = float(np.median(y))
@@ -251,9 +254,18 @@ jax.tree_util.register_dataclass(
 )
 
 
-def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> ModelPriors:
+def _refuse_no_model(design: Design) -> None:
+    """Raise ValueError for designs that are not those of a linear mixed model with independent levels and errors."""
+    if not isinstance(design, Design):
+        raise ValueError(
+            f"priors are for the designs of linear mixed models (mixjax.build_design), got {type(design).__name__}"
+        )
     refuse_trials(design)
     refuse_beyond(design, "a Bayesian model (mixjax.bayes)")
+
+
+def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> ModelPriors:
+    _refuse_no_model(design)
     stats = cross_products(design)
     structures = stats.layout.structures
     asked = _Asked(own.by_name)
