@@ -465,6 +465,40 @@ def test_a_search_that_ends_nowhere_does_not_blame_the_table(monkeypatch):
         mj.lmm("y ~ x", ar1_series(0.5), residual="ar1(t | g)")
 
 
+def test_parameters_of_residuals_are_not_dropped():
+    fit = fit_of("orthodont_varident_intercept")
+    with pytest.raises(ValueError, match="parameters of the residuals beside sigma"):
+        mj.to_params(fit.estimates)
+    with pytest.raises(ValueError, match=r"which mixjax.MarginalParams cannot have"):
+        mj.to_params(fit.estimates, fit._fitted.given)
+
+
+def test_effect_sizes_need_one_standard_deviation():
+    """Sigma of a dispersion is that of the reference level, and which one that is must not matter."""
+    fit = fit_of("orthodont_varident_intercept")
+    with pytest.raises(ValueError, match=r"dispersion='~ Sex' standard deviations differ between rows.*sigma=.*edf="):
+        fit.emmeans("Sex").eff_size()
+    contrast, size = (getattr(fit.emmeans("Sex"), name)(**own)["estimate"].iloc[0] for name, own in (
+        ("contrasts", {}), ("eff_size", {"sigma": 2.0, "edf": 30})
+    ))  # fmt: skip
+    assert size == pytest.approx(contrast / 2)
+    plain = fit_of("sleepstudy_gls_ar1").emmeans("Days", at={"Days": [0, 1]})
+    assert abs(plain.eff_size()["estimate"].iloc[0]) == pytest.approx(
+        abs(plain.contrasts()["estimate"].iloc[0]) / fit_of("sleepstudy_gls_ar1").sigma
+    )
+    constant = mj.lmm("distance ~ age * Sex", table("Orthodont"), dispersion="~ 1")
+    assert np.isfinite(constant.emmeans("Sex").eff_size()["estimate"]).all()
+    with pytest.raises(ValueError, match="a fit with dispersion='~ 1' or without random effects has no profiles"):
+        constant.profile()
+
+
+def test_no_responses_are_no_batch():
+    for name in ("orthodont_varident_intercept", "sleepstudy_gls_ar1"):
+        fit = fit_of(name)
+        with pytest.raises(ValueError, match="there are no responses to fit"):
+            fit.refit_many(np.zeros((0, fit.nobs)))
+
+
 def test_compound_symmetry_is_a_random_intercept_where_that_has_a_variance():
     fit = fit_of("sleepstudy_gls_compsymm")
     plain = mj.lmm("Reaction ~ Days + (1 | Subject)", table("sleepstudy"))

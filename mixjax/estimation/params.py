@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mixjax import covariance as cov
 from mixjax import decompositions
-from mixjax.design import Design
+from mixjax.design import Design, refuse_residual_side
 from mixjax.engine.marginal import MarginalParams, structures_of
 from mixjax.estimation.estimate import Estimates
 from mixjax.forks import refuse_forked
@@ -38,6 +39,10 @@ def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> M
         design: the model, or its cross-products. Needed where a covariance has a structure (``diag``, ``ar1``); None
             stands for terms without.
 
+    Raises:
+        ValueError: residuals have a dispersion or a correlation, whose parameters :class:`MarginalParams` has no room
+            for.
+
     Example:
         >>> import mixjax as mj
         >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"), reml=False)
@@ -49,11 +54,23 @@ def to_params(est: Estimates, design: Design | CrossProducts | None = None) -> M
         [(2,)]
     """
     refuse_forked()
+    _refuse_residuals(est, design)
     qs = [Sigma.shape[-1] for Sigma in est.Sigma]
     structures = _structures(design, qs)
     parts = cov.split_theta(jnp.asarray(est.theta), tuple(qs))
     chol = [s.logarithms(s.of_theta(est.sigma * part)) for s, part in zip(structures, parts, strict=True)]
     return MarginalParams(jnp.asarray(est.beta), jnp.log(est.sigma), tuple(chol))
+
+
+def _refuse_residuals(est: Estimates, design: Design | CrossProducts | None) -> None:
+    """Raise ValueError for parameters of the residuals beside sigma, which would be dropped."""
+    if isinstance(design, Design):
+        refuse_residual_side(design, "mixjax.MarginalParams")
+    if est.residual is not None and np.shape(est.residual)[-1]:
+        raise ValueError(
+            "these estimates have parameters of the residuals beside sigma (estimates.residual), which "
+            "mixjax.MarginalParams cannot have: read them from fit.variance_parameters()"
+        )
 
 
 def from_params(p: MarginalParams, design: Design | CrossProducts | None = None) -> Parameters:

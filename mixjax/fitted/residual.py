@@ -141,7 +141,9 @@ class ResidualFitted(Fitted):
         lacking = CANNOT | (CANNOT_CORRELATED if self.is_correlated else {})
         if what in lacking:
             parts = [f"{name}={text!r}" for name, text in self.own_formulas.items()]
-            raise ValueError(f"a fit with {' and '.join(parts)} has no {what}: {lacking[what]}")
+            # A dispersion of the intercept alone has no columns, and is sigma.
+            own = f"with {' and '.join(parts)}" if parts else "with dispersion='~ 1' or without random effects"
+            raise ValueError(f"a fit {own} has no {what}: {lacking[what]}")
         if not self.labels.terms and what in CANNOT_WITHOUT_TERMS:
             raise ValueError(f"a fit without random terms has no {what}: {CANNOT_WITHOUT_TERMS[what]}")
 
@@ -286,6 +288,8 @@ class ResidualFitted(Fitted):
         rows, given = self.residual_engine.rows, self.given
         transform, reml = self.residual_engine.transform, self.reml if reml is None else reml
         Y = np.asarray(Y, np.float64)
+        if not len(Y):
+            raise ValueError("there are no responses to fit")
         own = Y if given.offset is None else Y - given.offset
         with silently():
             exact = in_span(np.where(np.isfinite(own), own, 0.0), np.asarray(given.X), rows.Q, rows.sqrt_w)

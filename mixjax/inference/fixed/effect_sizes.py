@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.repeated import RepeatedFitted
+from mixjax.fitted.residual import ResidualFitted
 
 if TYPE_CHECKING:
     from mixjax.fitted.either import AnyRecord
@@ -15,7 +16,7 @@ def residual_deviation(fitted: AnyRecord, with_degrees: bool) -> tuple[float, fl
     """Sigma of a fit, and the degrees of freedom that it is estimated with, or NaN.
 
     Raises:
-        ValueError: the model has no sigma.
+        ValueError: the model has no sigma, or its sigma is that of some rows only.
     """
     if isinstance(fitted, RepeatedFitted):
         raise ValueError(
@@ -26,6 +27,13 @@ def residual_deviation(fitted: AnyRecord, with_degrees: bool) -> tuple[float, fl
         raise ValueError(
             "a generalised linear mixed model has no residual standard deviation to measure differences by: give "
             "sigma=, or read contrasts() on the scale of the linear predictor"
+        )
+    if isinstance(fitted, ResidualFitted) and fitted.labels.dispersion:
+        # Sigma is that of rows where the dispersion's columns are zero: of a reference level, which is a choice.
+        raise ValueError(
+            f"with dispersion={fitted.own_formulas['dispersion']!r} standard deviations differ between rows, and sigma "
+            f"({float(fitted.estimates.sigma):.4g}) is that of rows where its columns are zero: give the one to "
+            "measure differences by as sigma=, and edf="
         )
     return float(fitted.estimates.sigma), degrees_of_sigma(fitted) if with_degrees else float("nan")
 
