@@ -100,6 +100,7 @@ class Priors:
             ValueError: a name or class that the model does not have, one parameter by two names, a prior with another
                 support than its parameter, or one under which there is no proper posterior.
         """
+        _refuse_no_model(design)
         names = names_of(design, labels)
         _check_said(self, design, names)
         own = self.filled(default_priors(design) if defaults is None else defaults)
@@ -265,7 +266,6 @@ def _refuse_no_model(design: Design) -> None:
 
 
 def _resolved(own: Priors, design: Design, names: Names, integrate: bool) -> ModelPriors:
-    _refuse_no_model(design)
     stats = cross_products(design)
     structures = stats.layout.structures
     asked = _Asked(own.by_name)
