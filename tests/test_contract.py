@@ -32,7 +32,7 @@ FUNCTIONS = {
     "Relationship": "matrix, levels=None",
     "pedigree": "id, sire, dam",
     "phylogeny": "newick, correlation=False",
-    "Covariance": "fun, k, scale='hom', names=(), returns='covariance'",
+    "Covariance": "fun, k, scale='hom', names=(), returns='covariance', natural=None",
     "cross_products": "design, y=None",
     "cross_products_from": "batches, formula, weights=None, offset=None, categories=None, contrasts=None, "
     "progress=None, context=None, trusted=None",

@@ -113,18 +113,34 @@ def test_the_sum_of_the_traces_does_not_see_units_or_scales_of_columns():
     np.testing.assert_allclose(theirs["statistic"], ours["statistic"], rtol=1e-5)
 
 
-def test_own_structure_equals_the_built_in_one():
-    def falling(p, q):
-        return jnp.tanh(p[0]) ** jnp.abs(jnp.arange(q)[:, None] - jnp.arange(q))
+def falling(p, q):
+    return jnp.tanh(p[0]) ** jnp.abs(jnp.arange(q)[:, None] - jnp.arange(q))
 
-    own = mj.Covariance(falling, k=1, names=("z",))
-    fit = mj.lmm("y ~ arm * t + own(0 + visit | subject)", visits())
-    assert own.k == 1
-    np.testing.assert_allclose(fit.criterion, fit_of("ar1").criterion, atol=1e-10)
-    for a, b in zip(adjusted(fit, linear=True)[:2], adjusted(fit_of("ar1"), linear=True)[:2], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
-    ours, theirs = (f.anova(ddf="kenward-roger-linear") for f in (fit, fit_of("ar1")))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+own = mj.Covariance(falling, k=1, names=("rho",), natural=jnp.tanh)
+own_het = mj.Covariance(falling, k=1, scale="het", names=("rho",), natural=jnp.tanh)
+
+
+@pytest.mark.parametrize(("name", "built_in"), [("own", "ar1"), ("own_het", "hetar1")])
+def test_own_structure_equals_the_built_in_one(name, built_in):
+    """To rounding at one covariance, where it reports the same parameters; fits end as near to theirs as a search."""
+    fit, wanted = mj.lmm(f"y ~ arm * t + {name}(0 + visit | subject)", visits()), fit_of(built_in)
+    assert fit.criterion == pytest.approx(wanted.criterion, abs=1e-10)
+    at = wanted.estimates.theta, wanted.estimates.sigma
+    for linear in (False, True):
+        mine, theirs = (AtOnce(each.stats, True).run(kr.adjust, *at, linear) for each in (fit, wanted))
+        for a, b in zip(mine[:2], theirs[:2], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10)
+        for L in (np.eye(4)[1:2], np.eye(4)[1:]):
+            np.testing.assert_allclose(kr.f_scaling(L, mine), kr.f_scaling(L, theirs), rtol=1e-9)
+    for ddf in ("kenward-roger", "kenward-roger-linear", "satterthwaite"):
+        np.testing.assert_allclose(*(each.anova(ddf=ddf) for each in (fit, wanted)), rtol=1e-6)
+    # Another parameter has other second derivatives, and other standard errors.
+    plain = mj.Covariance(falling, k=1, scale=fit.design.terms[0].structure.scale)
+    other = mj.lmm("y ~ arm * t + plain(0 + visit | subject)", visits())
+    assert plain.natural is None
+    a, b = (each.test("arm[T.B] = 0", ddf="kenward-roger")["std_error"] for each in (other, wanted))
+    assert not np.allclose(a, b, rtol=1e-4)
 
 
 def test_beside_another_term_and_in_array_form():

@@ -26,6 +26,7 @@ def scaled_root(p, q):
 
 own = mj.Covariance(powers, k=1, names=["z"])
 own_het = mj.Covariance(powers, k=1, scale="het")
+named = mj.Covariance(powers, k=1, names=["rho"], natural=jnp.tanh)
 rooted = mj.Covariance(scaled_root, k=1, returns="factor")
 
 
@@ -72,6 +73,28 @@ def test_where_it_is_named():
     table = mj.compare(fit_of("homdiag"), fit, fit_of("us")).to_frame()
     assert list(table["npar"]) == [4, 5, 9]
     assert table["p_value"].iloc[1:].notna().all()
+
+
+def test_what_is_reported_may_be_another_function_of_the_parameters():
+    fit, wanted = mj.lmm("y ~ t + named(0 + visit | subject)", three()), fit_of("ar1")
+    mine, theirs = fit.variance_parameters(), wanted.variance_parameters()
+    assert mine.index[-2] == "rho|subject"
+    np.testing.assert_allclose(mine, theirs, rtol=1e-7)
+    Y = wanted.simulate(3, 4)
+    many = [each.refit_many(Y).sdcor.iloc[:, -1] for each in (fit, wanted)]
+    np.testing.assert_allclose(*many, rtol=1e-5)
+    scenario = mj.scenario_of(fit).with_variances({"rho|subject": 0.4, "sd|subject": 2.0})
+    np.testing.assert_allclose(scenario.Sigma[0], 4 * 0.4 ** abs(np.subtract.outer(range(3), range(3))), rtol=1e-9)
+    assert scenario.truth["rho|subject"] == pytest.approx(0.4, abs=1e-9)
+    assert "rho | subject" in str(mj.table([fit]))
+    with pytest.raises(ValueError, match=r"no parameters that are reported as rho = 1\.2"):
+        mj.scenario_of(fit).with_variances({"rho|subject": 1.2})
+    with pytest.raises(ValueError, match="priors are of the parameters themselves"):
+        mj.bayes(
+            "y ~ t + named(0 + visit | subject)", three(), priors=mj.priors({"rho|subject": mj.prior.normal(0, 1)})
+        )
+    plain = [mj.scenario_of(mj.lmm("y ~ t + own(0 + visit | subject)", three())), mj.scenario_of(fit)]
+    np.testing.assert_allclose(*(one.Sigma[0] for one in plain), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
@@ -149,6 +172,9 @@ def test_it_is_the_same_as_itself_only():
         ({"fun": lambda p, q: jnp.eye(q) * jnp.exp(p[0])}, "does not show all of its 1 parameters"),
         ({"fun": lambda p, q: jnp.eye(q)}, "does not show all of its 1 parameters"),
         ({"fun": lambda p, q: 2 * powers(p, q), "scale": "het"}, "must give correlations"),
+        ({"natural": "tanh"}, "natural must be a function"),
+        ({"natural": lambda p: jnp.stack([p[0], p[0]])}, r"natural gives shape \(2,\) for 1 parameters"),
+        ({"natural": lambda p: 0 * p}, "natural is not one for one"),
     ],
 )
 def test_what_is_none(options, message):

@@ -39,9 +39,11 @@ class Covariance:
             ``returns="factor"`` a square root of that.
         k: number of parameters, one or more.
         scale: ``"hom"`` or ``"het"``.
-        names: of the parameters, all different; by default ``p1``, ``p2``, ... They are reported as they are, with
-            standard errors and Wald intervals.
+        names: of the parameters, all different; by default ``p1``, ``p2``, ...
         returns: ``"covariance"`` or ``"factor"``.
+        natural: function ``p (k,) -> (k,)`` in ``jax.numpy``, one for one, to what is reported in place of p, such as
+            ``jnp.tanh`` where that is a correlation: estimates, standard errors, intervals, scenarios; and
+            Kenward-Roger's second derivatives are by these, which the choice of parameters matters to. None: p itself.
 
     In a formula it stands under the name that it has where :func:`mixjax.lmm` is called.
 
@@ -67,6 +69,7 @@ class Covariance:
     scale: Literal["hom", "het"] = "hom"
     names: Sequence[str] = ()
     returns: Literal["covariance", "factor"] = field(default="covariance")
+    natural: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.fun):
@@ -76,6 +79,8 @@ class Covariance:
             raise ValueError(f"scale must be 'hom' or 'het', got {self.scale!r}")
         if self.returns not in ("covariance", "factor"):
             raise ValueError(f"returns must be 'covariance' or 'factor', got {self.returns!r}")
+        if self.natural is not None and not callable(self.natural):
+            raise ValueError(f"natural must be a function p (k,) -> (k,), got {self.natural!r}")
         names = (
             tuple(f"p{j + 1}" for j in range(self.k))
             if isinstance(self.names, tuple) and not self.names
@@ -99,11 +104,13 @@ class Covariance:
 
 
 class _Programs(NamedTuple):
-    """Of lanes in the first axis: shape, root and its slopes, shape with both derivatives, parameters from a shape."""
+    """Of lanes in the first axis: root and its slopes, shape with both derivatives, parameters from a shape, what is
+    reported of parameters with both derivatives."""
 
     root: Callable[..., Any]
     derivatives: Callable[..., Any]
     near: Callable[..., Any]
+    reported: Callable[..., Any]
 
 
 @cache
@@ -160,7 +167,11 @@ def _programs(own: Covariance, q: int) -> _Programs:
     def derivatives(p: Any) -> Any:
         return pairs(p), jax.jacfwd(pairs)(p), jax.jacfwd(jax.jacfwd(pairs))(p)
 
-    return _Programs(*(jit(jax.vmap(fun)) for fun in (root_and_slopes, derivatives, near)))
+    def reported(p: Any) -> Any:
+        natural = own.natural or (lambda p: p)
+        return jnp.asarray(natural(p)), jax.jacfwd(natural)(p), jax.jacfwd(jax.jacfwd(natural))(p)
+
+    return _Programs(*(jit(jax.vmap(fun)) for fun in (root_and_slopes, derivatives, near, reported)))
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,33 @@ class Written(Scaled):
         R, dR, d2R = self._lanes("derivatives", x[self.n_scales :], axes=1)
         return R, dR, d2R
 
+    def reported(self, x: Array) -> tuple[Array, Array, Array]:
+        """What is reported of the shape's parameters at coordinates ``x (k, ...)``: values ``(n_shapes, ...)``, and
+        their first and second derivatives by the parameters, one and two more axes of that length before the lanes."""
+        values, slopes, curves = self._lanes("reported", x[self.n_scales :], axes=1)
+        return values, slopes, curves
+
+    def parameters_of(self, values: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """Parameters ``(n_shapes,)`` that are reported as ``values``, searched for from ``start``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.own.natural is None:
+            return values
+        import scipy.optimize  # slow to load, and hardly ever needed
+
+        def left(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found, slopes, _ = self._lanes("reported", p, axes=1)
+            return np.asarray(found) - values, np.asarray(slopes)
+
+        found = scipy.optimize.root(left, start, jac=True, tol=1e-13)
+        if not np.abs(left(found.x)[0]).max() <= 1e-9 * (1.0 + np.abs(values).max()):
+            given = ", ".join(f"{name} = {value:.6g}" for name, value in zip(self.own.names, values, strict=True))
+            raise ValueError(f"{self} has no parameters that are reported as {given}")
+        solution: np.ndarray = found.x
+        return solution
+
     def near(self, F: Array) -> Array:
         xp, q = namespace(F), self.q
         squares = (F * F).sum(1)
@@ -261,6 +299,12 @@ def _checked(own: Covariance, q: int) -> Written:
     definite = np.linalg.eigvalsh(M)[:, 0] > 1e-12 * np.abs(M).max((1, 2))
     if not definite.all():
         raise ValueError(f"{title} gives a matrix that is not positive definite at p = {_first(points, definite)}")
+    with float64():
+        values, slopes = (np.asarray(part) for part in _programs(own, q).reported(jnp.asarray(points.T))[:2])
+    if values.shape != points.T.shape:
+        raise ValueError(f"natural gives shape {values.shape[1:]} for {own.k} parameters; ({own.k},) is needed")
+    if not np.isfinite(slopes).all() or np.linalg.matrix_rank(slopes, tol=1e-8).min() < own.k:
+        raise ValueError(f"natural is not one for one: its derivatives have no full rank at {points[:, 0].round(3)}")
     unit = np.allclose(np.diagonal(M, axis1=1, axis2=2), 1.0, atol=1e-10)
     if own.scale == "het" and not unit:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mixjax import linalg
+from mixjax.covariance.custom import Written
 from mixjax.covariance.structures import Structure
 from mixjax.covariance.theta import pairs_of
 
@@ -36,9 +37,12 @@ def by_natural(s: Structure, x: np.ndarray, linear: bool) -> tuple[np.ndarray, n
     at = np.empty((s.q, s.q), int)
     at[a, b] = at[b, a] = np.arange(J)
     first, second = np.zeros((B, k, k)), np.zeros((B, k, k, k))
+    if isinstance(s, Written):
+        own = slice(s.n_scales, k)
+        _, slopes, curves = s.reported(x)
+        first[:, own, own], second[:, own, own, own] = np.moveaxis(slopes, -1, 0), np.moveaxis(curves, -1, 0)
     for m, parameter in enumerate(s.natural):
         if parameter.kind == "real":
-            first[:, m, parameter.i] = 1.0
             continue
         i, j = parameter.i, parameter.j
         if parameter.kind == "sd":

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mixjax.checks import DataError
 from mixjax.covariance import NaturalParameter, Structure
+from mixjax.covariance.custom import Written
 from mixjax.design import Labels
 from mixjax.formula.table import row_values
 
@@ -64,11 +65,11 @@ class VarianceParameter(NamedTuple):
     def value(self, Sigma: Sequence[np.ndarray]) -> np.ndarray:
         """Value ``(...)`` at covariances ``(..., q, q)`` of all terms; NaN of a correlation beside a zero variance."""
         own, q = np.asarray(Sigma[self.term]), np.shape(Sigma[self.term])[-1]
-        if self.kind == "real":
+        if isinstance(self.structure, Written) and self.kind == "real":
             values, vectors = np.linalg.eigh(own.reshape(-1, q, q))
             factors = vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
-            x: np.ndarray = self.structure.near(np.moveaxis(factors, 0, -1))
-            value: np.ndarray = x[self.natural.i].reshape(own.shape[:-2])
+            reported, _, _ = self.structure.reported(self.structure.near(np.moveaxis(factors, 0, -1)))
+            value: np.ndarray = np.asarray(reported[self.natural.i - self.structure.n_scales]).reshape(own.shape[:-2])
             return value
         variances = np.diagonal(own, axis1=-2, axis2=-1)
         if self.kind == "sd":

@@ -12,6 +12,7 @@ import pandas as pd
 from mixjax import covariance as cov
 from mixjax.bases import Basis
 from mixjax.covariance import Structure
+from mixjax.covariance.custom import Written
 from mixjax.design import Labels
 from mixjax.engine.coordinates import coordinates_in
 from mixjax.estimation.glmm import GLMMEstimates
@@ -190,7 +191,10 @@ def natural_with_slopes(
         here = slice(start, start + structure.k)
         for parameter in structure.natural:
             if parameter.kind == "real":
-                values[row], slopes[row, start + parameter.i] = part[parameter.i], 1.0
+                assert isinstance(structure, Written)
+                j, own = parameter.i - structure.n_scales, slice(start + structure.n_scales, start + structure.k)
+                reported = structure.reported(part)
+                values[row], slopes[row, own] = reported[0][j], reported[1][j]
             elif parameter.kind == "sd":
                 values[row] = sd[parameter.i]
                 slopes[row, here] = of_sd[:, parameter.i]

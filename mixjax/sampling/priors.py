@@ -13,6 +13,7 @@ import numpy as np
 from mixjax.bases import constant_column
 from mixjax.checks import some_of
 from mixjax.covariance import Structure, structure_of
+from mixjax.covariance.custom import Written
 from mixjax.design import Design, refuse_beyond, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.products.cross_products import cross_products
@@ -345,7 +346,12 @@ def _term_priors(own: Priors, t: int, chart: Chart, names: Names, asked: _Asked)
     of_shapes = [name for name, kind in zip(each, kinds, strict=True) if kind != "sd"]
     whole = asked.take(f"sd|{group}")
     scales = tuple(_checked(name, asked.take(name) or whole or own.sd, "positive") for name in of_scales)
-    if chart.is_written:
+    if isinstance(chart.structure, Written):
+        if chart.structure.own.natural is not None:
+            raise ValueError(
+                f"{chart.structure} reports other numbers than its parameters (natural=), and priors are of the "
+                "parameters themselves: write it without natural= for mixjax.bayes"
+            )
         return TermPriors(scales, tuple(_checked(name, asked.take(name), "real") for name in of_shapes))
     if not chart.n_shapes:
         return TermPriors(scales, ())

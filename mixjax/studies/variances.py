@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mixjax.covariance import Structure
+from mixjax.covariance.custom import Written
 from mixjax.design import Labels
 from mixjax.fitted.names import VarianceParameter, names_of_variances, term_names
 from mixjax.fitted.parameters import select
@@ -79,7 +80,11 @@ def _changed(
     of_shape = [parameter for parameter in parameters if parameter.kind == "real"]
     if of_shape:
         x = structure.near(symmetric_root(Sigma))
-        x[[parameter.natural.i for parameter in of_shape]] = [wanted[parameter.name] for parameter in of_shape]
+        assert isinstance(structure, Written)
+        values = np.array(structure.reported(x)[0])
+        for parameter in of_shape:
+            values[parameter.natural.i - structure.n_scales] = wanted[parameter.name]
+        x[structure.n_scales :] = structure.parameters_of(values, x[structure.n_scales :])
         F = structure.factor(x)
         Sigma = F @ F.T
     sd = np.sqrt(np.diagonal(Sigma))
