@@ -657,3 +657,44 @@ def test_outcomes_begin_at_blocks():
     task = _cells(source, FORMULA, [{"slope": 0.5}], 0, None, (), False, WALD)[0][0].task
     with pytest.raises(ValueError, match="does not begin one"):
         outcomes(task, 100, 5)
+
+
+@pytest.mark.parametrize("weights", [None, "w"])
+@pytest.mark.parametrize("reml", [True, False])
+def test_models_without_random_effects_are_ordinary_regressions(weights, reml):
+    """As mixjax.lmm(dispersion="~ 1") fits them, and as the null of a likelihood ratio."""
+    data = mj.datasets.load("sleepstudy")
+    data = data.assign(w=1.0 + data["Days"] % 3)
+    own = mj.scenario("y ~ Days + (1 | Subject)", data, beta=[250, 2], sd=[10.0], sigma=25, weights=weights)
+    models = {"none": "y ~ Days", "one": "y ~ Days + (1 | Subject)"}
+    raw = mj.study(own, models, replicates=5, key=1, reml=reml, compared=[("none", "one")],
+                   common=True, progress=False).raw()  # fmt: skip
+    fits = [
+        [mj.lmm(formula, data.assign(y=y), reml=False, weights=weights, **more)
+         for formula, more in (("y ~ Days", {"dispersion": "~ 1"}), ("y ~ Days + (1 | Subject)", {}))]
+        for y in own.simulate(1, 5)
+    ]  # fmt: skip
+    for i, (none, one) in enumerate(fits):
+        again = none.refit(reml=reml)
+        row = raw.iloc[i]
+        np.testing.assert_allclose(row[["none::Intercept", "none::Days"]].astype(float), again.fixef, rtol=1e-9)
+        np.testing.assert_allclose(row["none::sigma"], again.sigma, rtol=1e-9)
+        test = again.test("Days = 0")
+        for column in ("se", "df", "p"):
+            name = {"se": "std_error", "df": "df", "p": "p_value"}[column]
+            np.testing.assert_allclose(row[f"none::{column}(Days)"], test[name].iloc[0], rtol=1e-7)
+        np.testing.assert_allclose(row["lrt(one|none)"], max(0.0, none.criterion - one.criterion), atol=1e-6)
+
+
+def test_a_variance_that_is_not_there_is_found_as_often_as_a_test_says():
+    data = mj.datasets.load("sleepstudy")
+    none = mj.scenario("y ~ Days + (1 | Subject)", data, beta=[250, 2], sd=[0.0], sigma=25)
+    models = {"none": "y ~ Days", "one": "y ~ Days + (1 | Subject)"}
+    found = mj.power(none, models, "mixture", replicates=2000, key=1, progress=False).table.iloc[0]
+    # The mixture is asymptotic: of 18 subjects P(no variance is estimated) is above a half, and the level below 0.05.
+    assert 0.03 < found["power"] < 0.05 + 4.5 * np.sqrt(0.05 * 0.95 / 2000)
+    with pytest.raises(ValueError, match="not a special case"):
+        mj.study(none, {"a": "y ~ Days", "b": "y ~ 1 + (1 | Subject)"}, replicates=2, compared=[("a", "b")],
+                 progress=False)  # fmt: skip
+    several = mj.study(none, {"a": "y ~ 1", "b": "y ~ Days"}, replicates=500, compared=[("a", "b")], progress=False)
+    assert several.to_frame("rejection").query("term == 'b|a'")["value"].iloc[0] > 0.5

@@ -26,7 +26,7 @@ from mixjax.fitted.names import Spellings
 from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.inference.random.likelihood_ratio import mixture_p
-from mixjax.inference.random.nesting import is_within, place_of
+from mixjax.inference.random.nesting import Place, in_span, place_of
 from mixjax.machine import float64
 from mixjax.optimise.results import failed
 from mixjax.products.cross_products import cross_products
@@ -35,6 +35,7 @@ from mixjax.products.sums import CrossProducts, pad, stack
 from mixjax.resampling.replicates import fit_drawn
 from mixjax.resampling.statistic import Statistic
 from mixjax.studies.family_fits import family_fits
+from mixjax.studies.plain_fits import plain_fits
 from mixjax.studies.repeated_fits import difference_of_repeated, repeated_fits
 from mixjax.studies.scenario import design_of
 from mixjax.studies.task import Fits, Model, Task, named_apart
@@ -75,8 +76,7 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
         raise ValueError(f"nagq={task.nagq!r} is for generalised models: name the family=")
     for name, model in models.items():
         prefix = f"{name}::" if several else ""
-        fit = repeated_fits if task.options.get("repeated") else _linear_fits if model.family is None else family_fits
-        fits[name] = fit(task, model, Y, mesh)
+        fits[name] = _fits_of(task, model)(task, model, Y, mesh)
         columns |= {prefix + column: values for column, values in _columns_of(task, model, fits[name]).items()}
     deviances: dict[str, np.ndarray] = {}
     for smaller, larger in task.compared:
@@ -90,7 +90,7 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
 
 
 def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any]) -> Model:
-    found = [design_of(formula, table, **options) for table in tables]
+    found = [design_of(formula, table, **options, may_be_plain=True) for table in tables]
     for _, labels in found[1:]:
         if labels.fixed != found[0][1].fixed:
             different = sorted(set(labels.fixed) ^ set(found[0][1].fixed))
@@ -99,6 +99,14 @@ def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any])
                 "predictors whose categories are all there in every draw, or x='fixed'"
             )
     return Model([design for design, _ in found], found[0][1], options.get("family"))
+
+
+def _fits_of(task: Task, model: Model) -> Callable[[Task, Model, np.ndarray, Any], Fits]:
+    if task.options.get("repeated"):
+        return repeated_fits
+    if model.family is not None:
+        return family_fits
+    return _linear_fits if model.designs[0].terms else plain_fits
 
 
 def _linear_fits(task: Task, model: Model, Y: np.ndarray, mesh: Any) -> Fits:
@@ -192,10 +200,14 @@ def _difference(small: Model, large: Model) -> tuple[int, int | None]:
     """
     if isinstance(small.designs[0], RepeatedDesign):
         return difference_of_repeated(small, large), 0
-    rows = [rows_of(replace(model.designs[0], size=None)) for model in (small, large)]
-    npar = [own.design.X.shape[1] + own.stats.layout.k for own in rows]
-    place = place_of(*rows)
-    if npar[1] <= npar[0] or not place.nested or not is_within(*rows):
+    designs = [model.designs[0] for model in (small, large)]
+    structures = [design.structures for design in designs]
+    npar = [np.shape(d.X)[1] + sum(s.k for s in own) for d, own in zip(designs, structures, strict=True)]
+    if all(structures):
+        place = place_of(*(rows_of(replace(design, size=None)) for design in designs))
+    else:  # without random effects all of those of the larger model have no variance
+        place = Place(not structures[0], sum(s.n_reductions for s in structures[1]))
+    if npar[1] <= npar[0] or not place.nested or not in_span(*(np.asarray(d.X, np.float64) for d in designs)):
         raise ValueError(
             f"{small.labels.formula!r} is not a special case of {large.labels.formula!r}: compare the smaller model "
             "with a larger one that contains it"

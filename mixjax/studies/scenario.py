@@ -40,6 +40,9 @@ RESPONSE = "_response_"
 # So many parameters of a kind are shown.
 SHOWN = 20
 
+# What makes a linear model without random effects one that may be fitted: a residual variance of its own.
+PLAIN = {"dispersion": "~ 1"}
+
 
 @dataclass(frozen=True, repr=False)
 class Scenario:
@@ -342,10 +345,12 @@ def design_of(
     trusted: bool | None = None,
     repeated: bool = False,
     of_parameters: Mapping[str, str] | None = None,
+    may_be_plain: bool = False,
 ) -> tuple[Any, Labels]:
     """Design and labels of a formula whose response is yet to come.
 
     Args:
+        may_be_plain: a linear model may be one without random effects.
         repeated: the formula is one of repeated measures, as of :func:`mixjax.mmrm`.
         of_parameters: formulas of the family's parameters, ``"dispformula"`` and ``"ziformula"``.
         size: trials: a number for all rows, ``(n,)``, or the name of a column.
@@ -371,6 +376,8 @@ def design_of(
         built = build_repeated(f"{RESPONSE} ~ {right}", table, weights, offset, None, contrasts, caller, trusted)
         _refuse_missing(built.labels)
         return built.design, replace(built.labels, formula=formula, response=response)
+    if may_be_plain and family is None and not of_parameters and not parse(written, column_names(table)).random:
+        of_parameters = PLAIN
     if family is not None and of_parameters:
         family = family.plain  # extra zeros come by their formula
     design, labels, _ = build(

@@ -421,7 +421,7 @@ def _labels_of(formula: str, task: Task) -> Labels:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the study itself tells of columns left out
         table = own.table if hasattr(own, "table") else own.tables(0, 0, 1)[0][0]
-        return design_of(formula, table, **task.options)[1]
+        return design_of(formula, table, **task.options, may_be_plain=True)[1]
 
 
 def _chunk(chunk: int | None, cells: list[tuple[Cell, dict[str, float]]]) -> int:
