@@ -257,16 +257,18 @@ def test_own_structure_equals_the_built_in_one():
     import jax.numpy as jnp
 
     own = mj.Covariance(
-        lambda p, q: jnp.tanh(p[0]) ** jnp.abs(jnp.arange(q)[:, None] - jnp.arange(q)), k=1, scale="hom", names=("rho",)
-    )
+        lambda p, q: jnp.tanh(p[0]) ** jnp.abs(jnp.arange(q)[:, None] - jnp.arange(q)),
+        k=1, names=("rho",), natural=jnp.tanh,
+    )  # fmt: skip
     data = fev()
     fit = mj.mmrm("FEV1 ~ ARMCD * AVISIT + own(AVISIT | USUBJID)", data)
     built_in = mj.mmrm("FEV1 ~ ARMCD * AVISIT + ar1(AVISIT | USUBJID)", data)
     assert own.k == 1
     np.testing.assert_allclose(fit.criterion, built_in.criterion, atol=1e-10)
     np.testing.assert_allclose(fit.estimates.Sigma[0], built_in.estimates.Sigma[0], rtol=1e-7)
-    for ddf in ("satterthwaite", "kenward-roger-linear"):
+    for ddf in ("satterthwaite", "kenward-roger", "kenward-roger-linear"):
         np.testing.assert_allclose(fit.anova(ddf=ddf), built_in.anova(ddf=ddf), rtol=1e-6)
+    np.testing.assert_allclose(fit.variance_parameters(), built_in.variance_parameters(), rtol=1e-6)
 
 
 @settings(max_examples=12, deadline=None)
