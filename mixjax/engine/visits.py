@@ -135,8 +135,29 @@ class OneResponse(_OfOneDesign):
         return self.rows.sum_by_pattern((A @ full) @ A.swapaxes(1, 2))[None]
 
 
+class _OfSomePatterns(Protocol):
+    @property
+    def patterns(self) -> Patterns: ...
+
+    def _contract(self, W: np.ndarray, own: slice) -> Contracted:
+        """Of symmetric ``W (B, J, C, T, T)``, of the patterns ``own``."""
+        ...
+
+
+class _ByPatterns:
+    """Contractions with W of all patterns, and with the derivatives of W by an arm's entries of those of the arm."""
+
+    def contract(self: _OfSomePatterns, W: np.ndarray) -> Contracted:
+        found = self._contract(W[:, None], slice(0, len(self.patterns.seen)))
+        return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
+
+    def directions(self: _OfSomePatterns, W: np.ndarray) -> Contracted:
+        found = [self._contract(_directions(W[:, own]), own) for own in self.patterns.of_arms]
+        return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+
+
 @dataclass(frozen=True)
-class ManyResponses(_OfOneDesign):
+class ManyResponses(_OfOneDesign, _ByPatterns):
     """Second moments between visits, by pattern: ``Xy (B, C, T, T, p)`` of columns at one visit and responses at
     another, ``yy (B, C, T, T)``; those of X all lanes share."""
 
@@ -162,17 +183,7 @@ class ManyResponses(_OfOneDesign):
         """Some of the lanes."""
         return ManyResponses(self.rows, self.Xy[at], self.yy[at])
 
-    def contract(self, W: np.ndarray) -> Contracted:
-        every = slice(0, len(self.patterns.seen))
-        found = self._contract(W[:, None], every)
-        return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
-
-    def directions(self, W: np.ndarray) -> Contracted:
-        found = [self._contract(_directions(W[:, own]), own) for own in self.patterns.of_arms]
-        return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
-
     def _contract(self, W: np.ndarray, own: slice) -> Contracted:
-        """Of symmetric ``W (B, J, C, T, T)``, of the patterns ``own``."""
         B, J, _, T, _ = W.shape
         p = self.rows.p
         moments = self.rows.moments[:, own].swapaxes(0, 1)
@@ -191,7 +202,7 @@ class ManyResponses(_OfOneDesign):
 
 
 @dataclass(frozen=True)
-class ManyTrials:
+class ManyTrials(_ByPatterns):
     """As :class:`ManyResponses`, of lanes whose subjects miss visits of their own: moments of X differ too.
 
     Attributes:
@@ -214,15 +225,11 @@ class ManyTrials:
         rows, patterns = trials.rows, trials.patterns
         B, C, S = trials.members.shape
         (_, T, p), seen = rows.X_by_visit.shape, patterns.seen * 1.0
-        r, s = np.triu_indices(p)
-        flat = trials.members.reshape(B * C, S)
-        XX = np.empty((B, C, T * (T + 1) // 2, len(r)))
-        X = rows.X_by_visit
-        for v, (a, b) in enumerate(zip(*np.triu_indices(T), strict=True)):
-            products = X[:, a][:, r] * X[:, b][:, s]
-            if a != b:
-                products = products + X[:, b][:, r] * X[:, a][:, s]
-            XX[:, :, v] = (flat @ products).reshape(B, C, -1) * (seen[:, a] * seen[:, b])[:, None]
+        a, b = np.triu_indices(T)
+        flat, X = trials.members.reshape(B * C, S), rows.X_by_visit
+        XX = np.empty((B, C, len(a), p * (p + 1) // 2))
+        for v, products in enumerate(rows.products_of_visits()):
+            XX[:, :, v] = (flat @ products).reshape(XX[:, :, v].shape) * (seen[:, a[v]] * seen[:, b[v]])[:, None]
         Y = rows.by_visit(residuals.T).transpose(2, 0, 1)  # (B, S, T)
         own = trials.members[:, :, :, None] * Y[:, None]  # (B, C, S, T)
         Xy = X.reshape(S, T * p).T @ own.transpose(2, 0, 1, 3).reshape(S, -1)
@@ -237,14 +244,6 @@ class ManyTrials:
         """Some of the lanes."""
         names = ("count", "n", "sum_log_weights", "XX", "Xy", "yy")
         return replace(self, **{name: getattr(self, name)[at] for name in names})
-
-    def contract(self, W: np.ndarray) -> Contracted:
-        found = self._contract(W[:, None], slice(0, len(self.patterns.seen)))
-        return Contracted(found.XX[:, 0], found.Xy[:, 0], found.yy[:, 0])
-
-    def directions(self, W: np.ndarray) -> Contracted:
-        found = [self._contract(_directions(W[:, own]), own) for own in self.patterns.of_arms]
-        return Contracted(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
 
     def _contract(self, W: np.ndarray, own: slice) -> Contracted:
         B, J, _, T, _ = W.shape

@@ -7,6 +7,7 @@ there is one response.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -127,15 +128,15 @@ class VisitRows:
     def moments(self) -> np.ndarray:
         """``(pairs, C, t)``: sums over the subjects of a pattern of products of two columns of X's basis, the upper
         ones, at visits a and b, and at b and a."""
-        X, T = self.X_by_visit, self.n_visits
+        return np.stack([self.sum_by_pattern(products) for products in self.products_of_visits()])
+
+    def products_of_visits(self) -> Iterator[np.ndarray]:
+        """Of every subject ``(S, t)``, what :attr:`moments` sums, for each two visits a <= b."""
+        X = self.X_by_visit
         r, s = np.triu_indices(self.p)
-        found = np.empty((T * (T + 1) // 2, len(self.patterns.seen), len(r)))
-        for v, (a, b) in enumerate(zip(*np.triu_indices(T), strict=True)):
+        for a, b in zip(*np.triu_indices(self.n_visits), strict=True):
             products = X[:, a][:, r] * X[:, b][:, s]
-            if a != b:
-                products = products + X[:, b][:, r] * X[:, a][:, s]
-            found[v] = self.sum_by_pattern(products)
-        return found
+            yield products if a == b else products + X[:, b][:, r] * X[:, a][:, s]
 
     def sum_by_pattern(self, values: np.ndarray) -> np.ndarray:
         """``(S, ...)`` of the subjects to ``(C, ...)``."""
