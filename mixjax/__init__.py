@@ -32,6 +32,7 @@ _HOMES = {
     "RandomTerm": "mixjax.design",
     "RepeatedDesign": "mixjax.design",
     "Covariance": "mixjax.covariance.custom",
+    "Kernel": "mixjax.kernels",
     "Relationship": "mixjax.relationship",
     "pedigree": "mixjax.relationship",
     "phylogeny": "mixjax.relationship",
@@ -168,6 +169,7 @@ if TYPE_CHECKING:
     from mixjax.inference.random.exact_lrt import exact_lrt as exact_lrt
     from mixjax.inference.random.exact_lrt import exact_rlrt as exact_rlrt
     from mixjax.inference.random.likelihood_ratio import compare as compare
+    from mixjax.kernels import Kernel as Kernel
     from mixjax.lineups import lineup as lineup
     from mixjax.minibatches import group_batches as group_batches
     from mixjax.optimise.results import Result as Result

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mixjax.covariance import Covariance, Structure, structure_of
+from mixjax.kernels import Kernel
 from mixjax.machine import is_concrete
 from mixjax.relationship import MOST_LEVELS
 
@@ -33,6 +34,9 @@ class RandomTerm:
             "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`. One's own: :class:`mixjax.Covariance`.
         levels: ``(n_groups, n_groups)`` a factor L of the known covariance ``K = L L'`` of the levels: effect a of
             level i and effect b of level j have covariance ``K_ij Sigma_ab``. None: levels are independent.
+        kernel: the correlation of levels by the distance of their places, whose parameters are estimated, of a term
+            with one effect; static. None: it has none. coordinates: ``(n_groups, d)`` the places. within:
+            ``(n_groups,)`` codes: levels of different ones are independent.
     """
 
     Z: AnyArray
@@ -40,6 +44,9 @@ class RandomTerm:
     n_groups: int
     structure: str | Structure | Covariance = "us"
     levels: AnyArray | None = None
+    kernel: Kernel | None = None
+    coordinates: AnyArray | None = None
+    within: AnyArray | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,11 @@ class Design:
         return self.dispersion is not None or self.residual is not None
 
     @property
+    def has_kernels(self) -> bool:
+        """Some levels are correlated by distance."""
+        return any(term.kernel is not None for term in self.terms)
+
+    @property
     def structures(self) -> tuple[Structure, ...]:
         """The covariance structure of every term."""
         return tuple(structure_of(term.structure, np.shape(term.Z)[1]) for term in self.terms)
@@ -167,7 +179,9 @@ class Chunk(NamedTuple):
 
 
 jax.tree_util.register_dataclass(
-    RandomTerm, data_fields=["Z", "group", "levels"], meta_fields=["n_groups", "structure"]
+    RandomTerm,
+    data_fields=["Z", "group", "levels", "coordinates", "within"],
+    meta_fields=["n_groups", "structure", "kernel"],
 )
 jax.tree_util.register_dataclass(ResidualTerm, data_fields=["group", "time"], meta_fields=["structure"])
 jax.tree_util.register_dataclass(
@@ -288,7 +302,13 @@ def check_design(design: Design) -> None:
         raise ValueError("present must be booleans, False for rows that only fill up a shape")
     for t, term in enumerate(design.terms):
         _check_levels(t, term)
+        _check_kernel(t, term)
     if design.dispersion is not None or design.residual is not None:
+        if design.has_kernels:
+            raise ValueError(
+                "a term with a kernel does not go together with a dispersion or a correlation of the residuals; leave "
+                "out one of the two (weights= go with both)"
+            )
         refuse_known(
             design,
             "a dispersion or a correlation of the residuals",
@@ -325,6 +345,34 @@ def _check_levels(t: int, term: RandomTerm) -> None:
         )
     if is_concrete(term.levels) and not np.isfinite(np.asarray(term.levels)).all():
         raise ValueError(f"terms[{t}].levels has missing or infinite values")
+
+
+def _check_kernel(t: int, term: RandomTerm) -> None:
+    """Raise ValueError for a kernel without places, or for more than it can be."""
+    if term.kernel is None:
+        if term.coordinates is not None or term.within is not None:
+            raise ValueError(f"terms[{t}] has coordinates or within, which a kernel needs, but no kernel")
+        return
+    m = term.n_groups
+    if not isinstance(term.kernel, Kernel):
+        raise ValueError(f"terms[{t}].kernel must be a mixjax.Kernel, got {term.kernel!r}")
+    if np.shape(term.Z)[1] != 1 or term.levels is not None:
+        raise ValueError(f"terms[{t}] has a kernel: it is of one effect, whose levels have no other known covariance")
+    for name, own, shape in (
+        ("coordinates", term.coordinates, "(n_groups, d)"),
+        ("within", term.within, "(n_groups,)"),
+    ):
+        if own is None or np.ndim(own) != 1 + (name == "coordinates") or len(own) != m:
+            found = None if own is None else np.shape(own)
+            raise ValueError(f"terms[{t}].{name} must be {shape} with n_groups = {m}, got shape {found}")
+        if not is_concrete(own) or not np.isfinite(np.asarray(own, np.float64)).all():
+            raise ValueError(f"terms[{t}].{name} must be finite numbers, not traced ones")
+    if m > MOST_LEVELS:
+        raise ValueError(
+            f"terms[{t}] has {m} places; their covariance is a dense matrix, and the work grows with the cube: "
+            f"{MOST_LEVELS} at most. Round coordinates, or average places that are close; larger maps are for programs "
+            "that approximate the covariance, such as GPBoost, spaMM or sdmTMB"
+        )
 
 
 def refuse_known(design: Design, what: str, instead: str) -> None:
@@ -392,12 +440,23 @@ def refuse_trials(design: Design) -> None:
 
 
 def refuse_residual_side(design: Design, what: str) -> None:
-    """Raise ValueError for parameters of the residuals beside sigma, where there is no room for them."""
+    """Raise ValueError for parameters beside covariances and sigma, of residuals or of kernels, where there is no room
+    for them."""
     check_is_design(design)
+    refuse_kernels(design, what)
     if design.has_residual_side:
         raise ValueError(
             f"the design has a dispersion or a correlation of residuals, which {what} cannot have: fit it with "
             "mixjax.lmm"
+        )
+
+
+def refuse_kernels(design: Design, what: str) -> None:
+    """Raise ValueError for correlations by distance, where there is no room for their parameters."""
+    if design.has_kernels:
+        raise ValueError(
+            f"the design has a term with a kernel, whose parameters {what} cannot have: fit it with mixjax.lmm; at "
+            "known parameters the term is one with a known covariance, RandomTerm(levels=L), L L' = K"
         )
 
 

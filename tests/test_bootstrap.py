@@ -346,7 +346,7 @@ def test_leverage_of_weighted_rows():
     design = random_design(STRUCTURES["one factor, q=2, weights"], seed=2)
     beta = np.array([0.3, -0.2])
     record = unfitted(design)
-    record = replace(record, estimates=mj.Estimates._make([None, beta] + [None] * 11))
+    record = replace(record, estimates=mj.Estimates._make([None, beta] + [None] * 12))
     W = np.diag(design.weights)
     hat = design.X @ np.linalg.solve(design.X.T @ W @ design.X, design.X.T @ W)
     r = design.y - design.offset - design.X @ beta

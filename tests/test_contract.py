@@ -28,7 +28,8 @@ FUNCTIONS = {
     "trusted=None, family=None, size=None",
     "Design": "y, X, terms, weights=None, offset=None, size=None, psi_columns=(), dispersion=None, residual=None, "
     "present=None, nested=None",
-    "RandomTerm": "Z, group, n_groups, structure='us', levels=None",
+    "RandomTerm": "Z, group, n_groups, structure='us', levels=None, kernel=None, coordinates=None, within=None",
+    "Kernel": "name, smoothness=None",
     "Relationship": "matrix, levels=None",
     "pedigree": "id, sire, dam",
     "phylogeny": "newick, correlation=False",
@@ -65,7 +66,7 @@ FUNCTIONS = {
     "estimate_many": "stats, reml=True, start=None, chunk=None, mesh=None, keep=('theta', 'beta', 'sigma', "
     "'criterion', 'converged', 'singular', 'iterations', 'grad_norm', 'result'), engine='auto'",
     "Estimates": "theta, beta, sigma, Sigma, vcov, b, criterion, converged, singular, iterations, grad_norm, result, "
-    "residual=None",
+    "residual=None, kernels=None",
     "rows": "design, family, y=None",
     "GLMMParams": "beta, chol, psi=()",
     "glmm_loglik": "params, data, nagq=1",

@@ -17,7 +17,7 @@ ROOMS = [
     "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
     "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
-    "mixjax.covariance", "mixjax.residual", "mixjax.relationship", "mixjax.design", "mixjax.bases", "mixjax.optimise",
+    "mixjax.covariance", "mixjax.residual", "mixjax.kernels", "mixjax.relationship", "mixjax.design", "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.minibatches",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
@@ -31,7 +31,7 @@ ASKED = {
         "Engine", "AtOnce", "engine_of", "Lanes", "Equations", "EffectRows", "factors_in_bases",
         "Visits", "Place",
         "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
-        "ResidualEngine", "Slopes",
+        "ResidualEngine", "KernelEngine", "Slopes",
         "FixedParts", "Integrated", "integrated", "in_bases", "warn_of_float32", "LevelProducts", "level_products",
         "split",
     },
@@ -51,6 +51,7 @@ ASKED = {
         "fits_without", "predictors_at_modes",
         "RepeatedEstimates", "fit_repeated", "fit_repeated_many", "visits_of", "visits_in_parts",
         "fit_residual", "residual_engine", "start_at", "transformed_rows",
+        "fit_kernels", "fit_at", "kernel_engine", "KernelFit", "design_at", "AT_BOUND",
     },
 }  # fmt: skip
 CORE = (
@@ -62,6 +63,7 @@ CORE = (
     "mixjax.optimise",
     "mixjax.covariance",
     "mixjax.residual",
+    "mixjax.kernels",
     "mixjax.families",
     "mixjax.products",
     "mixjax.engine",

@@ -180,7 +180,7 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
 
     With tests the standard errors are those of their method, as in the summary.
     """
-    from mixjax.fitted.names import names_of_residuals
+    from mixjax.fitted.names import names_of_kernels, names_of_residuals
 
     frame = fit.varcorr.to_frame()
     found = {
@@ -207,6 +207,8 @@ def _as_json(fit: Any, ddf: str | None, tests: Any, method: str | None, interval
         residual = names_of_residuals(fit.labels)
         if residual:
             own["residual"] = _plain(fit.variance_parameters()["estimate"][list(residual)])
+        if kernels := names_of_kernels(fit.labels):
+            own["kernels"] = _plain(fit.variance_parameters()["estimate"][list(kernels)])
     else:
         own = {"dispersion": fit.dispersion.to_dict(), "theta": fit.theta.tolist()}
     found |= {

@@ -45,6 +45,8 @@ class Estimates(NamedTuple):
         result: ``()`` code, see ``mixjax.Result``.
         residual: ``(r,)`` parameters of the residuals beside sigma, coefficients of a dispersion, then a correlation;
             None where there are none.
+        kernels: ``(r,)`` parameters of correlations by distance, term by term: range, then smoothness where it is
+            estimated; None where there are none.
     """
 
     theta: AnyArray
@@ -60,6 +62,7 @@ class Estimates(NamedTuple):
     grad_norm: AnyArray
     result: AnyArray
     residual: AnyArray | None = None
+    kernels: AnyArray | None = None
 
 
 def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None) -> Estimates:

@@ -66,6 +66,11 @@ def _refuse_residuals(est: Estimates, design: Design | CrossProducts | None) -> 
     """Raise ValueError for parameters of the residuals beside sigma, which would be dropped."""
     if isinstance(design, Design):
         refuse_residual_side(design, "mixjax.MarginalParams")
+    if est.kernels is not None:
+        raise ValueError(
+            "these estimates have parameters of correlations by distance (estimates.kernels), which "
+            "mixjax.MarginalParams cannot have: read them from fit.variance_parameters()"
+        )
     if est.residual is not None and np.shape(est.residual)[-1]:
         raise ValueError(
             "these estimates have parameters of the residuals beside sigma (estimates.residual), which "

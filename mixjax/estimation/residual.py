@@ -80,14 +80,7 @@ def fit_residual(engine: ResidualEngine, x0: np.ndarray | None = None) -> Residu
             else newton.minimise(engine.evaluate, x[:, None])
             for x in starts
         ]
-        best = found[0]
-        for other in found[1:]:
-            better = (other.result == int(Result.CONVERGED)) & (
-                (best.result != int(Result.CONVERGED)) | (other.value < best.value - newton.value_tolerance(np.float64))
-            )
-            iterations = best.iterations + other.iterations
-            best = (other if better.all() else best)._replace(iterations=iterations)
-        return _assembled(engine, Solution(*(a[..., 0] for a in best)))
+        return _assembled(engine, Solution(*(a[..., 0] for a in search.best_of(found))))
 
 
 def _nothing_to_search() -> Solution:

@@ -125,6 +125,18 @@ def run(
     return best
 
 
+def best_of(ends: list[Solution]) -> Solution:
+    """The best of searches of one lane from several starts; its iterations count all of them."""
+    best = ends[0]
+    for other in ends[1:]:
+        better = (other.result == int(Result.CONVERGED)) & (
+            (best.result != int(Result.CONVERGED)) | (other.value < best.value - newton.value_tolerance(np.float64))
+        )
+        iterations = best.iterations + other.iterations
+        best = (other if better.all() else best)._replace(iterations=iterations)
+    return best
+
+
 def _begin_at(x0: Array, structures: tuple[Structure, ...]) -> newton.State:
     xp = namespace(x0)
     length = xp.sqrt((x0 * x0).sum(0))

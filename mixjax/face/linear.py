@@ -20,6 +20,7 @@ from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
 from mixjax.fitted.batch import BatchFit, with_fixed
+from mixjax.fitted.kernels import fit_kernel_rows
 from mixjax.fitted.names import modes_by_group, responses_of_rows, term_names, values_of_fit
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.record import Fitted, fit_products, fit_rows
@@ -120,6 +121,8 @@ def lmm(
     rows = rows_of(built.design, built.basis)
     if built.design.has_residual_side:
         return LMMFit(fit_residual_rows(rows, built.labels, reml, start))
+    if built.design.has_kernels:
+        return LMMFit(fit_kernel_rows(rows, built.labels, reml, start))
     return LMMFit(fit_rows(rows, built.labels, reml, start, optimizer))
 
 

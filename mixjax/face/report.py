@@ -16,7 +16,7 @@ from mixjax.face.summary import coefficient_table
 from mixjax.families.links import RATIOS
 from mixjax.fitted.either import AnyRecord, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
-from mixjax.fitted.names import interaction_key, names_of_residuals, names_of_variances
+from mixjax.fitted.names import further_of, interaction_key, names_of_further, names_of_variances
 from mixjax.fitted.options import ddf_of
 from mixjax.fitted.parameters import parameters_of_family
 from mixjax.fitted.record import Fitted
@@ -297,10 +297,9 @@ def _random(record: AnyRecord) -> dict[Key, tuple[str, float]]:
         label = f"{kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     if isinstance(record, Fitted):
-        for name, value in zip(
-            names_of_residuals(record.labels), np.atleast_1d(np.asarray(record.estimates.residual)), strict=False
-        ):
-            found[(), "residual", (name,), 0] = (name.replace("|", " | "), float(value))
+        for name, value in zip(names_of_further(record.labels), further_of(record.estimates), strict=True):
+            own, _, of = name.partition("|")
+            found[(), "residual", (name,), 0] = (f"{own} | {of}" if of else own, float(value))
         return found | {((), "sigma", (), 0): ("sigma", float(record.estimates.sigma))}
     if isinstance(record, RepeatedFitted):
         return found

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mixjax.diagnostics.residuals import conditional_residuals
 from mixjax.fitted.either import AnyRecord
-from mixjax.fitted.names import names_of_residuals, term_names
+from mixjax.fitted.names import names_of_further, names_of_kernels, term_names
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.search_end import FitStatistics
 from mixjax.inference.fixed.contrasts import ddf_note
@@ -136,13 +136,13 @@ class Summary(Reported):
     covariances: ClassVar[str] = "Random effects"
 
     def __str__(self) -> str:
-        residuals = residual_table(self.fitted)
+        further, head = further_table(self.fitted), _head_of_further(self.fitted)
         parts = [
             "\n".join(self._head()),
             self._fit_statistics_text(),
             self._scaled_residuals() if self.fitted.kept is not None else "",
             f"{self.covariances}:\n" + str(self._varcorr()) + "\n" + self._counts(),
-            *([] if residuals is None else ["Residuals:\n" + text_table(residuals, left=1)]),
+            *([] if further is None else [f"{head}:\n{text_table(further, left=1)}"]),
             "Fixed effects:\n" + self._fixed_text(),
             *(f"{head}:\n{text_table(self._table_of(rows), left=1)}" for head, rows in self._components().items()),
         ]
@@ -156,14 +156,14 @@ class Summary(Reported):
 
     def _report(self) -> Report:
         fixed = self._fixed_table(p_value) if self.fitted.labels.fixed else None
-        residuals = residual_table(self.fitted)
+        further, head = further_table(self.fitted), _head_of_further(self.fitted)
         parts = [
             *self._head(),
             ", ".join(f"{name} {value}" for name, value in self._fit_statistics().items()),
             Cells.of(self._varcorr().table(), left=2, title=self.covariances),
             *self._varcorr().beneath(),
             self._counts(),
-            *([] if residuals is None else [Cells.of(residuals, left=1, title="Residuals")]),
+            *([] if further is None else [Cells.of(further, left=1, title=head)]),
             "Fixed effects: none" if fixed is None else Cells.of(fixed, left=1, title="Fixed effects"),
             *(Cells.of(self._table_of(rows, p_value), left=1, title=head) for head, rows in self._components().items()),
         ]
@@ -253,12 +253,16 @@ class Summary(Reported):
         if self.fitted.estimates.singular:
             notes.append("singular fit: a covariance of random effects has less than full rank (a variance 0, or a "
                          "correlation at its bound)")  # fmt: skip
-        if (table := residual_table(self.fitted)) is not None:
+        if (table := further_table(self.fitted)) is not None:
             at_bound = table.loc[(table["Std. Error"] == "") & (table["Estimate"].astype(float) == 0), ""]
             notes += [f"{name} is at its bound, 0" for name in at_bound]
         if not self.fitted.estimates.converged:
             notes.append(f"NOT CONVERGED: {self.fitted.optimizer.message}")
         return notes
+
+
+def _head_of_further(fitted: Any) -> str:
+    return "Correlations by distance" if names_of_kernels(fitted.labels) else "Residuals"
 
 
 def _of_residuals(fitted: Any) -> list[str]:
@@ -267,18 +271,19 @@ def _of_residuals(fitted: Any) -> list[str]:
     return [f"{heads[name]}: {text}" for name, text in getattr(fitted, "own_formulas", {}).items() if name in heads]
 
 
-def residual_parameters(fitted: Any) -> pd.DataFrame:
-    """Estimates and standard errors of the residuals' parameters beside sigma, by name; without rows if none."""
-    found, names = fitted.variance_parameters, names_of_residuals(fitted.labels)
+def further_parameters(fitted: Any) -> pd.DataFrame:
+    """Estimates and standard errors of what :func:`~mixjax.fitted.names.names_of_further` names; without rows if
+    none."""
+    found, names = fitted.variance_parameters, names_of_further(fitted.labels)
     at = [found.names.index(name) for name in names]
     return pd.DataFrame({"estimate": found.estimate[at], "std_error": found.std_error[at]}, index=list(names))
 
 
-def residual_table(fitted: Any) -> pd.DataFrame | None:
+def further_table(fitted: Any) -> pd.DataFrame | None:
     """The same as text; None where there are none."""
-    if not names_of_residuals(fitted.labels):
+    if not names_of_further(fitted.labels):
         return None
-    frame = residual_parameters(fitted)
+    frame = further_parameters(fitted)
     shown = {
         "": list(frame.index),
         "Estimate": [f"{x:.5f}" for x in frame["estimate"]],
@@ -304,13 +309,16 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
     Columns ``effect`` ("fixed" or "ran_pars"), ``group``, ``term``, ``estimate``, ``std_error``, ``statistic``,
     ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
     of freedom and p-values need a method for the degrees of freedom and are NaN without one. Parameters of residuals
-    beside sigma have ``effect`` "residual".
+    beside sigma have ``effect`` "residual"; those of correlations by distance are ``range`` and ``smoothness``.
     """
     notes = () if tests is None else tests.attrs.get("notes", ())
     more = None
-    if names_of_residuals(fitted.labels):
-        own = residual_parameters(fitted)
+    if names_of_further(fitted.labels):
+        own = further_parameters(fitted)
         more = own.rename_axis("term").reset_index().assign(effect="residual")
+        if names_of_kernels(fitted.labels):
+            more[["term", "group"]] = [name.split("|", 1) for name in more["term"]]
+            more["effect"] = "ran_pars"
     return tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes, more)
 
 

@@ -14,7 +14,7 @@ from mixjax.design import Labels
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.families import Family
-from mixjax.fitted.names import by_effect, names_apart, names_of_residuals, names_of_variances, terms_of_group
+from mixjax.fitted.names import by_effect, further_of, names_apart, names_of_further, names_of_variances, terms_of_group
 from mixjax.fitted.parameters import parameters_of_family
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, counts_of
@@ -80,14 +80,14 @@ class BatchFit(Reported):
     def sdcor(self) -> pd.DataFrame:
         """Standard deviations and correlations of the random effects, then sigma, or the parameters of the family.
 
-        Columns ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., parameters of the residuals, ``sigma``. A
-        correlation with an effect of zero variance is NaN.
+        Columns ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., parameters of residuals or of kernels,
+        ``sigma``. A correlation with an effect of zero variance is NaN.
         """
         variances = names_of_variances(self.labels, self.structures)
         columns = {parameter.name: parameter.value(self.estimates.Sigma) for parameter in variances}
-        residual = getattr(self.estimates, "residual", None)
-        if residual is not None:
-            columns |= dict(zip(names_of_residuals(self.labels), np.asarray(residual).T, strict=True))
+        further = further_of(self.estimates)
+        if further.size:
+            columns |= dict(zip(names_of_further(self.labels), further.T, strict=True))
         others = self._family_parameters()
         columns |= dict(zip(names_apart(list(others), columns), others.values(), strict=True))
         return pd.DataFrame(columns, index=range(len(self)))

@@ -87,6 +87,11 @@ class GeneralizedFitted(FitStatistics):
         return self.kept
 
     @property
+    def given(self) -> Design:
+        """The same: what takes either kind of record asks for this."""
+        return self.kept
+
+    @property
     def family(self) -> Family:
         """The distribution of the response."""
         return self.rows.family

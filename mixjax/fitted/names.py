@@ -102,6 +102,30 @@ def names_of_residuals(labels: Labels) -> tuple[str, ...]:
     return (*(f"disp~{name}" for name in labels.dispersion), *correlation)
 
 
+def names_of_further(labels: Labels) -> tuple[str, ...]:
+    """Parameters beside standard deviations, correlations and sigma: of residuals, or of correlations by distance."""
+    return (*names_of_residuals(labels), *names_of_kernels(labels))
+
+
+def further_of(est: Any) -> np.ndarray:
+    """Their estimates ``(..., r)``."""
+    own = getattr(est, "residual", None) if getattr(est, "kernels", None) is None else est.kernels
+    return np.zeros(0) if own is None else np.asarray(own)
+
+
+def names_of_kernels(labels: Labels) -> tuple[str, ...]:
+    """The parameters of correlations by distance: ``range|exp(u + v | 1)``, ``smoothness|mat(u + v | 1)``."""
+    if labels.state is None:
+        return ()
+    kernels = {part.group.name: part.kernel for part in labels.state.parsed.random}
+    return tuple(
+        f"{name}|{term.group}"
+        for term in labels.terms
+        if (own := kernels.get(term.group)) is not None
+        for name in own.kernel.parameters
+    )
+
+
 def values_of_rows(labels: Labels, name: str, values: Any, numbers: bool = True) -> np.ndarray:
     """A column for the rows of a fit, ``(nobs,)``: of those rows, or of all rows of the table that the fit was made of.
 

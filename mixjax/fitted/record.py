@@ -13,7 +13,7 @@ import scipy.linalg
 from mixjax.bases import in_span
 from mixjax.checks import check_start
 from mixjax.covariance import lambdas_of_theta
-from mixjax.design import Design, Labels, refuse_trials
+from mixjax.design import Design, Labels, refuse_kernels, refuse_trials
 from mixjax.engine.engine import Engine, engine_of
 from mixjax.engine.equations import Equations, factors_in_bases
 from mixjax.estimation.choice import EngineName
@@ -174,6 +174,10 @@ class Fitted(FitStatistics):
         """``(m,)`` residual variances of new rows, relative to sigma^2, from weights and columns of the dispersion."""
         return np.ones(m) if weights is None else 1.0 / weights
 
+    def knowing(self, newdata: Any) -> Fitted:
+        """The same fit with levels of a new table that follow from where they are; itself where there are none."""
+        return self
+
     # --- again ------------------------------------------------------------------------------------------------------
 
     def simulate(self, key: Any, n: int, first: int = 0, random: Literal["new", "fitted"] = "new") -> np.ndarray:
@@ -267,6 +271,7 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
 def fit_rows(rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any) -> Fitted:
     """As :func:`fit_design`, of rows in their bases."""
     refuse_trials(rows.design)
+    refuse_kernels(rows.design, "mixjax.fit_design")
     return fit_products(rows.stats, labels, reml, start, optimizer, rows.design)
 
 

@@ -3,26 +3,24 @@ rows, and beside it what the parameters of the residuals add."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from mixjax.bases import in_span
 from mixjax.checks import check_start
 from mixjax.design import Design, Labels, refuse_trials
 from mixjax.engine.equations import EffectRows, Equations
 from mixjax.engine.residual import ResidualEngine
-from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.residual import fit_residual, residual_engine, start_at, transformed_rows
+from mixjax.fitted.further import FurtherFitted, variance_parameters_with
 from mixjax.fitted.information import Information, information_at
-from mixjax.fitted.names import names_of_residuals, names_of_variances
-from mixjax.fitted.parameters import VarianceParameters, inside, natural_with_slopes
+from mixjax.fitted.names import names_of_residuals
+from mixjax.fitted.parameters import VarianceParameters
 from mixjax.fitted.record import Fitted
 from mixjax.fitted.search_end import OptimizerInfo, warn_of_convergence
-from mixjax.formula.checks import check_noise, check_varies
 from mixjax.machine import silently
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
@@ -74,26 +72,15 @@ class FixedEquations:
 
 
 @dataclass(frozen=True)
-class ResidualFitted(Fitted):
+class ResidualFitted(FurtherFitted):
     """One fit whose residuals have parameters beside sigma.
 
     ``stats`` and ``rows`` are those of the rows scaled and whitened at the estimates, so that what takes the variance
     parameters as known is that of the plain record. ``design`` has the precisions of the rows at the estimates as its
     weights; ``kept`` and ``given`` are the design as it was.
-
-    Attributes:
-        x: ``(k,)`` the optimiser's coordinates, those of the residuals last. free: ``(k,)``.
     """
 
-    x: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    free: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-
     # --- the data ---------------------------------------------------------------------------------------------------
-
-    @property
-    def given(self) -> Design:
-        assert self.kept is not None
-        return self.kept
 
     @cached_property
     def residual_engine(self) -> ResidualEngine:
@@ -174,30 +161,11 @@ class ResidualFitted(Fitted):
 
     @cached_property
     def variance_parameters(self) -> VarianceParameters:
-        engine, info = self.residual_engine, self.information
-        k, layout = engine.k, engine.layout
-        parameters = names_of_variances(self.labels, layout.structures)
-        natural = engine.transform.natural(self.phi)
-        sigma = float(self.estimates.sigma)
-        middling = sigma / np.exp(natural.log_sigma)
-        n, r = len(parameters), engine.transform.k
-        with silently():
-            relative, by_x = natural_with_slopes(self.x[:k], layout.structures, engine.rows.Z_bases)
-            is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
-            values = np.concatenate([np.where(is_sd, middling * relative, relative), natural.values, [sigma]])
-            slopes = np.zeros((n + r + 1, k + r + 1))
-            slopes[:n, :k] = np.where(is_sd[:, None], middling * by_x, by_x)
-            slopes[:n, -1] = np.where(is_sd, values[:n], 0.0)
-            slopes[n : n + r, k : k + r] = natural.slopes
-            slopes[-1, k : k + r], slopes[-1, -1] = sigma * natural.by_phi, sigma
-            covariance = slopes @ info.covariance @ slopes.T
-        own = ["real"] * engine.transform.d + ["cor"] * (r - engine.transform.d)
-        kinds = (*(parameter.kind for parameter in parameters), *own, "sigma")
-        free = inside(kinds, values, covariance)
-        free[n : n + r] &= self.free[k:]
-        covariance = np.where(free & free[:, None] & info.regular, covariance, np.nan)
-        names = (*(parameter.name for parameter in parameters), *names_of_residuals(self.labels), "sigma")
-        return VarianceParameters(names, kinds, values, covariance, free)
+        engine = self.residual_engine
+        transform = engine.transform
+        kinds = ["real"] * transform.d + ["cor"] * (transform.k - transform.d)
+        natural, names = transform.natural(self.phi), names_of_residuals(self.labels)
+        return variance_parameters_with(self, engine.layout.structures, engine.rows.Z_bases, natural, names, kinds)
 
     @cached_property
     def equations(self) -> Equations:
@@ -251,78 +219,15 @@ class ResidualFitted(Fitted):
             colour=None if correlation is None else colour,
         )  # fmt: skip
 
-    def refitted(self, reml: bool) -> Fitted:
-        if reml == self.reml:
-            return self
-        return fit_residual_rows(self.residual_engine.rows, self.labels, reml)
+    what = "a dispersion or a correlation of residuals"
+    extra = "residual"
 
-    def refit(self, y: np.ndarray, reml: bool | None = None) -> Fitted:
-        given, labels, rows = self.given, self.labels, self.residual_engine.rows
-        check_varies(y, labels.response)
-        y = np.asarray(y, np.float64)
-        own = y if given.offset is None else y - given.offset
-        check_noise(own, np.asarray(given.X), rows.Q, given.weights, labels.response)
-        if labels.response in labels.frame:
-            labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
-        return fit_residual_rows(rows.with_response(y), labels, self.reml if reml is None else reml)
+    def fit_of(self, rows: Rows, labels: Labels, reml: bool) -> Fitted:
+        return fit_residual_rows(rows, labels, reml)
 
-    def with_design(self, design: Design, labels: Labels) -> Fitted:
-        """Another model of the same response and the same residuals, fitted by the same criterion; weights of the
-        design are not looked at."""
-        return fit_residual_rows(rows_of(replace(design, weights=self.given.weights)), labels, self.reml)
-
-    def fit_many(
-        self,
-        Y: np.ndarray,
-        keep: tuple[str, ...],
-        reml: bool | None = None,
-        engine: EngineName = "auto",
-        chunk: int | None = None,
-    ) -> Estimates:
-        """One response after another, by NumPy, from the estimates of the fit; see :func:`mixjax.estimate_many`."""
-        if engine == "jax":
-            raise ValueError(
-                "engine='jax' has no program for fits with a dispersion or a correlation of residuals; they are "
-                "fitted one after another by NumPy: leave engine= out"
-            )
-        rows, given = self.residual_engine.rows, self.given
-        transform, reml = self.residual_engine.transform, self.reml if reml is None else reml
-        Y = np.asarray(Y, np.float64)
-        if not len(Y):
-            raise ValueError("there are no responses to fit")
-        own = Y if given.offset is None else Y - given.offset
-        with silently():
-            exact = in_span(np.where(np.isfinite(own), own, 0.0), np.asarray(given.X), rows.Q, rows.sqrt_w)
-        nothing = _nothing_like(self.estimates)
-        fits = []
-        for y, no_noise in zip(Y, exact, strict=True):
-            if no_noise or not np.isfinite(y).all():
-                code = Result.NO_NOISE if no_noise and np.isfinite(y).all() else Result.NOT_FINITE
-                fits.append(nothing._replace(result=np.asarray(int(code))))
-                continue
-            fits.append(fit_residual(ResidualEngine(rows.with_response(y), transform, reml), self.x).estimates)
-        kept = {*keep, "residual"}
-
-        def stacked(name: str) -> Any:
-            if name not in kept:
-                return None
-            values = [getattr(est, name) for est in fits]
-            if isinstance(values[0], tuple):
-                return tuple(np.stack(parts) for parts in zip(*values, strict=True))
-            return np.stack(values)
-
-        return Estimates._make(stacked(name) for name in Estimates._fields)
-
-
-def _nothing_like(est: Estimates) -> Estimates:
-    """What is known of a response that cannot be fitted."""
-
-    def nan(value: Any) -> Any:
-        return tuple(map(nan, value)) if isinstance(value, tuple) else np.full(np.shape(value), np.nan)
-
-    return Estimates(*map(nan, est))._replace(
-        converged=np.bool_(False), singular=np.bool_(False), iterations=np.asarray(0)
-    )
+    def estimates_of(self, y: np.ndarray, reml: bool) -> Estimates:
+        engine = self.residual_engine
+        return fit_residual(ResidualEngine(engine.rows.with_response(y), engine.transform, reml), self.x).estimates
 
 
 def _rows_at(engine: ResidualEngine, phi: np.ndarray, weighted: Design) -> Rows:

@@ -224,7 +224,8 @@ def build(
 
 def _term(part: TermColumns) -> RandomTerm:
     L = None if part.relationship is None else part.relationship.factor
-    return RandomTerm(part.Z, part.codes, len(part.labels.levels), part.structure, L)
+    m = len(part.labels.levels)
+    return RandomTerm(part.Z, part.codes, m, part.structure, L, part.kernel, part.coordinates, part.within)
 
 
 def offsets_of(

@@ -251,7 +251,7 @@ def check_identifiable(design: Design, labels: Labels, basis: Orthonormal, famil
     seen = [_seen(term) if n <= term.n_groups * np.shape(term.Z)[1] else None for term in design.terms]
     apart = [bool((np.asarray(term.Z) != 0).sum(1).max() == 1) for term in design.terms]  # a row has one effect
     repeated = [own is not None and one and bool(own.max() > 1) for own, one in zip(seen, apart, strict=True)]
-    known = [term.levels is not None and _correlated(term) for term in design.terms]
+    known = [term.kernel is not None or (term.levels is not None and _correlated(term)) for term in design.terms]
     check_number_of_effects(n, labels, family, design.size, design.structures, repeated, known)
     for own, structure, names in zip(seen, design.structures, labels.terms, strict=True):
         if own is not None and structure.apart_from_noise:

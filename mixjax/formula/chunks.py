@@ -116,6 +116,8 @@ class ChunkReader:
     ):
         available = column_names(first)
         self.parsed, self.context = read_formula(formula, available, caller, trusted, first)
+        if any(part.kernel for part in self.parsed.random):
+            raise FormulaError("correlations by distance need the rows themselves, a whole table: chunks are summed up")
         if any(part.known for part in self.parsed.random):
             raise FormulaError(
                 f"{formula!r} has levels with a known covariance (propto), whose eigenvectors all rows together give: "

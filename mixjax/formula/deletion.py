@@ -184,6 +184,8 @@ def _sum(terms: Sequence[Term]) -> str:
 
 
 def _bar(part: RandomPart) -> str:
+    if part.kernel is not None:
+        return part.group.name
     if part.known:
         (column,) = part.group.columns
         inner = f"{part.effects.shown} | {_group(Group(column, (column,)))}"

@@ -10,8 +10,9 @@ from typing import Any
 
 from mixjax.checks import DataError, FormulaError
 from mixjax.covariance import BY_OPTION, STRUCTURES, Covariance, canonical
-from mixjax.formula.algebra import Effects, effects, summands
+from mixjax.formula.algebra import INTERCEPT, Effects, effects, summands
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
+from mixjax.kernels import KERNELS, Kernel
 from mixjax.relationship import Relationship, as_relationship
 
 MOST_GROUPS = 100
@@ -31,6 +32,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class KernelPart:
+    """A correlation of levels by distance, as written.
+
+    Attributes:
+        kernel: itself. coordinates: columns that say the place of a level. within: grouping factor whose levels are
+            independent of each other, or None where all places see each other.
+    """
+
+    kernel: Kernel
+    coordinates: tuple[str, ...]
+    within: Group | None
+
+
+@dataclass(frozen=True)
 class RandomPart:
     """One random term as written, its group expanded.
 
@@ -43,6 +58,7 @@ class RandomPart:
             whichever it is, with lme4's option; empty where none is.
         known: name of the known covariance of the levels, ``K`` of ``propto(1 | g, K)``; empty where they are
             independent. relationship: itself, once names are read.
+        kernel: correlation of the levels by distance, or None.
     """
 
     effects: Effects
@@ -53,6 +69,7 @@ class RandomPart:
     written: str = ""
     known: str = ""
     relationship: Relationship | None = None
+    kernel: KernelPart | None = None
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -231,6 +248,8 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     inner = first.unwrapped()
     if not inner.outer("|", "||"):
         return None
+    if name in KERNELS:
+        return [_kernel_term(piece, name, inner, options)]
     hom = None
     for option in options:
         words = [t.text for t in option.tokens]
@@ -271,6 +290,59 @@ def _known_term(piece: Piece, first: Piece, options: list[Piece], columns: Colle
             f"'{parts[0].group.name}' first"
         )
     return [replace(part, known=words[0]) for part in parts]
+
+
+def _kernel_term(piece: Piece, name: str, inner: Piece, options: list[Piece]) -> RandomPart:
+    """``exp(u + v | 1)``, ``ou(time | animal)``, ``mat(u + v | plot, nu = 1.5)``: columns that say where a level is,
+    and the groups in which levels see each other."""
+    sides = inner.split("|", "||")
+    if len(sides) != 2 or inner.outer("||"):
+        raise FormulaError(f"'{piece}' must read {name}(u + v | g), or {name}(u + v | 1) where all places are one map")
+    left, right = sides
+    names = []
+    for part in left.split("+"):
+        if len(part.tokens) != 1 or part.tokens[0].kind not in ("name", "quoted"):
+            raise FormulaError(
+                f"'{piece}': before the bar stand the columns that say where a level is, {name}(u + v | ...), not "
+                f"'{part}'; make a column of it first. The effect itself is the intercept of a place"
+            )
+        names.append(part.tokens[0].text.strip("`"))
+    if len(set(names)) < len(names):
+        raise FormulaError(f"'{piece}' names a column twice")
+    if name == "ou" and len(names) > 1:
+        raise FormulaError(f"'{piece}': ou is a process in time, of one column; in several dimensions write exp")
+    groups = [None] if str(right) == "1" else _groups(right)
+    if len(groups) > 1:
+        raise FormulaError(f"'{piece}': one grouping factor is needed after the bar; write the term twice")
+    (within,) = groups
+    if within is not None and set(names) & set(within.columns):
+        raise FormulaError(f"'{piece}': a column that says the place cannot be in the grouping factor too")
+    kernel = Kernel(name, _smoothness(piece, name, options))
+    columns = (*(() if within is None else within.columns), *names)
+    held = "" if kernel.smoothness is None else f", nu = {kernel.smoothness:g}"
+    group = Group(f"{name}({' + '.join(names)} | {within.name if within else 1}{held})", columns)
+    return RandomPart(Effects("1", (INTERCEPT,), ()), group, False, kernel=KernelPart(kernel, tuple(names), within))
+
+
+def _smoothness(piece: Piece, name: str, options: list[Piece]) -> float | None:
+    """The number of ``nu = 1.5``."""
+    if not options:
+        return None
+    words = [t.text for t in options[0].tokens]
+    try:
+        if len(options) > 1 or words[:2] != ["nu", "="] or len(words) != 3:
+            raise ValueError
+        nu = float(words[2])
+    except ValueError:
+        raise FormulaError(
+            f"'{piece}': '{', '.join(map(str, options))}' is not understood; there is only the smoothness, mat(u + v | "
+            "g, nu = 1.5), which is estimated where it is left out"
+        ) from None
+    try:
+        Kernel(name, nu)
+    except ValueError as error:
+        raise FormulaError(f"'{piece}': {error}") from None
+    return nu
 
 
 def _no_structure(name: str, written: str) -> FormulaError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,9 @@ from mixjax.formula.checks import check_columns_of_term, check_structure, warn_o
 from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, columns_of
 from mixjax.formula.parse import Group, ParsedFormula, RandomPart
+from mixjax.formula.reading import read_columns
 from mixjax.formula.table import combinations
+from mixjax.kernels import Kernel
 from mixjax.relationship import Relationship
 
 
@@ -27,6 +30,8 @@ class TermColumns:
         Z: ``(n, q)``. codes: ``(n,)`` levels. levels: ``(m, columns)`` names of the values that make every level.
         labels: names. columns: of Z as functions of rows. group, structure: as the formula has them.
         relationship: known covariance of the levels, which are then all of its own, in its order; or None.
+        kernel: correlation of the levels by distance, or None; coordinates ``(m, d)`` and within ``(m,)`` say where
+            they are.
     """
 
     Z: np.ndarray
@@ -37,17 +42,23 @@ class TermColumns:
     group: Group
     structure: str | Covariance
     relationship: Relationship | None = None
+    kernel: Kernel | None = None
+    coordinates: np.ndarray | None = None
+    within: np.ndarray | None = None
 
 
 def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -> list[TermColumns]:
     """The random terms by decreasing number of levels; those of one factor share its codes."""
     factors: dict[str, tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = {}
+    places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     terms = []
     for part in parsed.random:
         if part.group.name not in factors:
             factors[part.group.name] = (
                 _grouping_factor(part.group, frame) if part.relationship is None else _known_factor(part, frame)
             )
+            if part.kernel is not None:
+                places[part.group.name] = _places(part, frame, factors[part.group.name][0])
         codes, levels, names = factors[part.group.name]
         for block in part.blocks():
             Z, columns = columns_of(block, frame, context)
@@ -57,6 +68,9 @@ def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -
                 warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
             labels = TermLabels(part.group.name, columns.names, names)
             own = TermColumns(Z, codes, levels, labels, columns, part.group, part.structure, part.relationship)
+            if part.kernel is not None:
+                coordinates, within = places[part.group.name]
+                own = replace(own, kernel=part.kernel.kernel, coordinates=coordinates, within=within)
             terms.append(own)
     _check_no_effect_twice(terms)
     return sorted(terms, key=lambda term: -len(term.labels.levels))
@@ -70,6 +84,74 @@ def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.
             f"grouping factor '{group.name}' has one level ('{names[0]}'); a variance between levels needs two or more"
         )
     return codes, levels, names
+
+
+def _places(part: RandomPart, frame: pd.DataFrame, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates ``(m, d)`` of the levels of a term with a kernel, and codes ``(m,)`` of what they lie in.
+
+    Raises:
+        DataError: a column that says where a level is holds no numbers; all places are alone in their groups.
+    """
+    assert part.kernel is not None
+    first = np.unique(codes, return_index=True)[1]
+    coordinates = coordinates_of(part, frame)[first]
+    if part.kernel.within is None:
+        return coordinates, np.zeros(len(first), np.int64)
+    within = combinations(frame, part.kernel.within.columns)[0][first]
+    if np.bincount(within).max() < 2:
+        raise DataError(
+            f"'{part.group.name}': no level of '{part.kernel.within.name}' has two places, so nothing is known of a "
+            "correlation by distance; use a coarser grouping factor, or 1 where all places are one map"
+        )
+    return coordinates, within
+
+
+class NewPlaces(NamedTuple):
+    """Places that a fit does not know.
+
+    Attributes:
+        levels: ``(k, columns)`` names of the values that make each. coordinates: ``(k, d)``. within: ``(k,)`` codes of
+            the fit.
+    """
+
+    levels: np.ndarray
+    coordinates: np.ndarray
+    within: np.ndarray
+
+
+def new_places(part: RandomPart, newdata: Any, known: np.ndarray, places: Any) -> NewPlaces:
+    """Places of a new table that are not among the levels of a term with a kernel, in groups that are.
+
+    Args:
+        known: ``(m, columns)`` names of the values that make every level. places: with ``within (m,)`` of these.
+    """
+    assert part.kernel is not None
+    frame = pd.DataFrame(read_columns(newdata, part.group.columns)[0]).dropna()
+    codes, levels = combinations(frame, part.group.columns)
+    first = np.unique(codes, return_index=True)[1]
+    inside = 0 if part.kernel.within is None else len(part.kernel.within.columns)
+    of_group = {tuple(own[:inside]): int(code) for own, code in zip(known, places.within, strict=True)}
+    seen = {tuple(own) for own in known}
+    new = [i for i, own in enumerate(levels) if tuple(own) not in seen and tuple(own[:inside]) in of_group]
+    if not new:
+        return NewPlaces(levels[:0], places.coordinates[:0], places.within[:0])
+    coordinates = coordinates_of(part, frame)[first[new]]
+    return NewPlaces(levels[new], coordinates, np.array([of_group[tuple(levels[i][:inside])] for i in new]))
+
+
+def coordinates_of(part: RandomPart, frame: pd.DataFrame) -> np.ndarray:
+    """``(n, d)`` where the rows are."""
+    assert part.kernel is not None
+    columns = []
+    for name in part.kernel.coordinates:
+        column = frame[name]
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+            raise DataError(
+                f"'{part.group.name}': column '{name}' holds {column.dtype}, and numbers are needed to say how far "
+                "apart places are"
+            )
+        columns.append(np.asarray(column, np.float64))
+    return np.stack(columns, axis=1)
 
 
 def with_own_groups(parsed: ParsedFormula, frame: pd.DataFrame) -> ParsedFormula:
@@ -128,6 +210,8 @@ def _check_no_effect_twice(terms: list[TermColumns]) -> None:
 
 def _alike(a: TermColumns, b: TermColumns) -> bool:
     """The levels of two terms have the same covariance."""
+    if a.kernel is not None or b.kernel is not None:
+        return a.kernel == b.kernel
     if a.relationship is None or b.relationship is None:
         return a.relationship is b.relationship
     return np.array_equal(a.relationship.matrix, b.relationship.matrix)

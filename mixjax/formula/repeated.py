@@ -164,6 +164,12 @@ def repetition_of(parsed: ParsedFormula) -> Repetition:
             f"'propto({_shown(known[0])}, {known[0].known})': subjects of mmrm() are independent; related levels have "
             "random effects, propto(1 | subject, K) of mixjax.lmm"
         )
+    kernels = [part.group.name for part in terms if part.kernel]
+    if kernels:
+        raise FormulaError(
+            f"'{kernels[0]}': mmrm() has covariances between common visits; one of residuals by distance in time is "
+            "residual='car1(time | subject)' of mixjax.lmm, and a process beside the residuals is a term of its formula"
+        )
     plain = [part for part in terms if not part.written]
     if plain:
         raise FormulaError(

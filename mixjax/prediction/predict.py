@@ -88,6 +88,8 @@ def predict(
         1     356.1       72.3  214.4  497.7
     """
     _check_arguments(allow_new_levels, interval, level, method, key, n)
+    if newdata is not None:
+        fitted = fitted.knowing(newdata)
     included = effects_included(fitted.labels, random)
     whole = "interval of a new response" if interval == "prediction" else None
     asked = rows_asked(fitted, newdata, included, allow_new_levels, whole)

@@ -68,10 +68,8 @@ def _rest(L: np.ndarray, V: np.ndarray) -> np.ndarray:
     if r == m:
         return np.zeros((m, 0))
     others = np.linalg.qr(V, mode="complete")[0][:, r:]
-    left, sizes, _ = np.linalg.svd(L @ others, full_matrices=False)
-    kept = sizes > np.sqrt(NOTHING) * np.linalg.norm(L, 2)
-    rest: np.ndarray = left[:, kept] * sizes[kept]
-    return rest
+    rest: np.ndarray = L @ others
+    return rest[:, np.linalg.norm(rest, axis=0) > np.sqrt(NOTHING) * np.linalg.norm(L)]
 
 
 def in_eigenvectors(stats: CrossProducts, by: Turned) -> CrossProducts:

@@ -259,7 +259,7 @@ class _Kept:
             "Sigma",
             *["vcov"] * (linear or function is not None),
             *["b"] * modes,
-            *["residual"] * (linear and fitted.estimates.residual is not None),  # type: ignore[union-attr]
+            *(name for name in ("residual", "kernels") if getattr(fitted.estimates, name, None) is not None),
         }
         self.fields = tuple(name for name in own._fields if name in kept)
         self._statistic = None

@@ -16,12 +16,12 @@ from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.many import estimate_many
 from mixjax.fitted.either import AnyFitted
+from mixjax.fitted.further import FurtherFitted
 from mixjax.fitted.record import Fitted
-from mixjax.fitted.residual import ResidualFitted
 from mixjax.products.responses import Responses
 from mixjax.products.sums import CrossProducts
 from mixjax.resampling.family_data import FamilyResponses, FamilySamples
-from mixjax.resampling.residual_data import ResidualResponses
+from mixjax.resampling.further_data import FurtherResponses
 from mixjax.waiting import Waiting
 
 # Numbers that the data sets of one chunk may hold together, and how many data sets there are at most.
@@ -29,7 +29,7 @@ NUMBERS = 2**23
 MOST = 2**14
 
 # Many data sets that one model is fitted to.
-Data: TypeAlias = CrossProducts | FamilyResponses | FamilySamples | ResidualResponses
+Data: TypeAlias = CrossProducts | FamilyResponses | FamilySamples | FurtherResponses
 
 
 class Drawn(NamedTuple):
@@ -92,7 +92,7 @@ def fit_drawn(
 ) -> Estimates: ...
 @overload
 def fit_drawn(
-    data: ResidualResponses, n: int, keep: Sequence[str], reml: bool, engine: EngineName = "auto", mesh: Any = None
+    data: FurtherResponses, n: int, keep: Sequence[str], reml: bool, engine: EngineName = "auto", mesh: Any = None
 ) -> Estimates: ...
 @overload
 def fit_drawn(
@@ -111,6 +111,6 @@ def fit_drawn(
 
 def data_of_responses(fitted: AnyFitted) -> Callable[[np.ndarray], Data]:
     """Responses ``(B, nobs)`` of the rows of a fit -> data sets of its model."""
-    if isinstance(fitted, ResidualFitted):
-        return partial(ResidualResponses, fitted)
+    if isinstance(fitted, FurtherFitted):
+        return partial(FurtherResponses, fitted)
     return Responses(fitted.rows).products if isinstance(fitted, Fitted) else partial(FamilyResponses, fitted)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, DataWarning
-from mixjax.design import Design, Labels
+from mixjax.design import Design, Labels, refuse_kernels
 from mixjax.families import Family, family_of
 from mixjax.fitted.either import any_record_of
 from mixjax.fitted.names import known_names, names_of_variances
@@ -385,6 +385,7 @@ def design_of(
         caller_context() if context is None else context, trusted, family, size, of_parameters,
     )  # fmt: skip
     _refuse_missing(labels)
+    refuse_kernels(design, "a scenario")
     return design, replace(labels, formula=formula, response=response)
 
 

@@ -86,7 +86,7 @@ def _hypothesis(fitted: Fitted, deletion: Deletion) -> np.ndarray:
         (own,) = [term.columns for term in terms_of(fitted.labels) if term.name == deletion.name]
         return np.eye(p)[own]
     X = np.asarray(fitted.design.X)
-    small, _ = design_without(fitted.design, fitted.labels, deletion)
+    small, _ = design_without(fitted.given, fitted.labels, deletion)
     X0 = np.asarray(small.X)
     lengths = np.linalg.norm(X, axis=0)
     Q0 = np.linalg.qr(X0 / np.linalg.norm(X0, axis=0))[0] if X0.shape[1] else np.zeros((len(X), 0))
@@ -109,7 +109,7 @@ def _ratio_tests(fitted: AnyFitted, deletions: list[Deletion]) -> pd.DataFrame:
         notes.append("the fit by REML was refitted by maximum likelihood")
     rows: dict[str, dict[str, Any]] = {"<none>": _statistics(large)}
     for deletion in deletions:
-        design, labels = design_without(fitted.design, fitted.labels, deletion)
+        design, labels = design_without(fitted.given, fitted.labels, deletion)
         small = large.with_design(design, labels)
         df = large.npar - small.npar
         lrt = max(0.0, float(small.estimates.criterion - large.estimates.criterion))

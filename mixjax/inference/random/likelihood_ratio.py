@@ -19,10 +19,12 @@ from mixjax.inference.random.nesting import (
     Bounds,
     Place,
     are_formulas_within,
+    are_kernels_within,
     are_residuals_within,
     bounds_of,
     check_same_data,
     check_same_likelihood,
+    free_kernels,
     is_within,
     logdet_X,
     place_of,
@@ -256,6 +258,7 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
     faults = [] if pair.df > 0 else ["one has no parameter more than the other"]
     faults += [] if is_within(pair.small, pair.large) else ["fixed effects"]
     faults += [] if place.nested else ["random effects"]
+    faults += [] if are_kernels_within(pair.small, pair.large) else ["correlations by distance"]
     if isinstance(pair.small, Fitted) and isinstance(pair.large, Fitted):
         faults += [] if are_residuals_within(pair.small, pair.large) else ["residuals"]
         if place.zeros is not None and residual_bounds(pair.small, pair.large):
@@ -301,6 +304,8 @@ def _test(pair: _Pair, method: str, notes: list[str]) -> tuple[dict[str, float],
 
 def _no_mixture(pair: _Pair, place: Place) -> str | None:
     """Why the weights of a mixture are not known, or None."""
+    if free := free_kernels(pair.small, pair.large):
+        return f"the range of {' and of '.join(map(repr, free))} means nothing where {pair.smaller} holds"
     if place.zeros is None:
         return "the larger model can write the same covariance in several ways"
     if place.zeros > 1:

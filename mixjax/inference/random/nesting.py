@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
 from mixjax.covariance import Structure
-from mixjax.design import Design, ResidualTerm
+from mixjax.design import Design, RandomTerm, ResidualTerm
 from mixjax.families import Family
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -210,6 +210,34 @@ def logdet_X(fit: AnyFitted) -> float:
     return float(np.linalg.slogdet(stats.XX)[1] + 2.0 * stats.X_basis.logdet)
 
 
+# --- correlations by distance ----------------------------------------------------------------------------------------
+
+
+def are_kernels_within(small: AnyFitted, large: AnyFitted) -> bool:
+    """Whether every correlation by distance of the one model is among those of the other."""
+    return all(any(_is_kernel_of(a, b) for b in _with_kernels(large)) for a in _with_kernels(small))
+
+
+def free_kernels(small: AnyFitted | None, large: AnyFitted) -> list[str]:
+    """Correlations by distance of the larger model that mean nothing where the smaller one holds, by name."""
+    own = [] if small is None else _with_kernels(small)
+    names = [names.group for names, term in zip(large.labels.terms, _given(large).terms, strict=True) if term.kernel]
+    return [
+        name for name, b in zip(names, _with_kernels(large), strict=True) if not any(_is_kernel_of(a, b) for a in own)
+    ]
+
+
+def _with_kernels(fit: AnyFitted) -> list[RandomTerm]:
+    return [term for term in _given(fit).terms if term.kernel is not None] if fit.kept is not None else []
+
+
+def _is_kernel_of(a: RandomTerm, b: RandomTerm) -> bool:
+    assert a.kernel is not None
+    assert b.kernel is not None
+    pairs = ((a.group, b.group), (a.coordinates, b.coordinates), (a.within, b.within))
+    return a.kernel.is_case_of(b.kernel) and all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
 # --- random effects --------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +252,7 @@ def place_of(small: AnyFitted | Rows, large: AnyFitted | Rows) -> Place:
     """
     rng = np.random.default_rng(0)
     probes = rng.standard_normal((len(small.design.X), PROBES))
-    terms0, terms1 = _weighted_terms(small), _weighted_terms(large)
+    terms0, terms1 = _weighted_terms(small, large), _weighted_terms(large, large)
     if not terms0 or not terms1:  # of models that have parameters of residuals
         return Place(not terms0, sum(term.structure.n_reductions for term in terms1))
     spans = [_span(term.structure, rng) for term in terms1]
@@ -280,7 +308,8 @@ class _WeightedTerm(NamedTuple):
         return products
 
 
-def _weighted_terms(fit: AnyFitted | Rows) -> list[_WeightedTerm]:
+def _weighted_terms(fit: AnyFitted | Rows, large: AnyFitted | Rows) -> list[_WeightedTerm]:
+    """Correlations by distance are those of the larger model at its estimates, in both."""
     design, generalised = _given(fit), isinstance(fit, GeneralizedFitted)
     scale = np.sqrt(_or(None if generalised else design.weights, 1.0, len(design.X)))[:, None]
     if isinstance(fit, Fitted):
@@ -293,10 +322,19 @@ def _weighted_terms(fit: AnyFitted | Rows) -> list[_WeightedTerm]:
             np.asarray(term.group),
             term.n_groups,
             place.structure,
-            None if term.levels is None else np.asarray(term.levels, np.float64),
+            _levels_of(term, large),
         )
         for term, basis, place in zip(design.terms, bases, fit.layout.terms, strict=True)
     ]
+
+
+def _levels_of(term: RandomTerm, large: AnyFitted | Rows) -> np.ndarray | None:
+    if term.kernel is None:
+        return None if term.levels is None else np.asarray(term.levels, np.float64)
+    for own, at_estimates in zip(_given(large).terms, large.design.terms, strict=True):
+        if own.kernel is not None and _is_kernel_of(term, own):
+            return np.asarray(at_estimates.levels, np.float64)
+    return None
 
 
 def _covariance(structure: Structure, x: np.ndarray) -> np.ndarray:

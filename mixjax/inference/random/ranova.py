@@ -18,7 +18,7 @@ from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.record import Fitted
 from mixjax.formula.deletion import Deletion, design_without, find_deletion, random_deletions
 from mixjax.inference.random.likelihood_ratio import bootstrap_null, criterion_of, mixture_p
-from mixjax.inference.random.nesting import logdet_X, place_of
+from mixjax.inference.random.nesting import free_kernels, logdet_X, place_of
 from mixjax.optimise.results import Result, failed, note_of_failures
 from mixjax.products.responses import Responses
 from mixjax.resampling.replicates import Drawn, Source, data_of_responses, refits
@@ -141,7 +141,7 @@ def without(fitted: F, term: str) -> F:
 
 
 def _reduced(fitted: AnyFitted, deletion: Deletion) -> tuple[Design, Labels]:
-    design, labels = design_without(fitted.design, fitted.labels, deletion)
+    design, labels = design_without(fitted.given, fitted.labels, deletion)
     if not design.terms and not design.has_residual_side:
         others = "ordinary regression, statsmodels.formula.api.ols or numpy.linalg.lstsq"
         if not isinstance(fitted, Fitted):
@@ -175,6 +175,8 @@ def _statistics(npar: int, criterion: float) -> dict[str, float]:
 
 def _no_mixture(small: _Smaller, large: AnyFitted) -> str | None:
     """Why the weights of a mixture are not known, or None."""
+    if free := free_kernels(small.record, large):
+        return f"the range of {' and of '.join(map(repr, free))} means nothing without it"
     if small.record is None:
         # Where a variance is 0 the correlations beside it are not known.
         zeros = sum(structure.n_reductions for structure in large.layout.structures)

@@ -1,4 +1,4 @@
-"""Data sets for models whose residuals have parameters beside sigma: as replicates are drawn."""
+"""Data sets for models with parameters beside covariances and sigma: as replicates are drawn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates
-from mixjax.fitted.residual import ResidualFitted
+from mixjax.fitted.further import FurtherFitted
 
 
 @dataclass(frozen=True)
-class ResidualResponses:
+class FurtherResponses:
     """Many responses ``Y (B, nobs)`` of the rows of a fit."""
 
-    fitted: ResidualFitted
+    fitted: FurtherFitted
     Y: np.ndarray
 
     def fits(self, n: int, keep: Sequence[str], engine: EngineName) -> Estimates:
