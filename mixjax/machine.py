@@ -219,6 +219,17 @@ def float64(on: bool = True) -> AbstractContextManager[None]:
     return scope
 
 
+def on_device() -> bool:
+    """Whether programs run on an accelerator: one at a time, each on all of it, with memory of its own."""
+    return jax.default_backend() != "cpu"
+
+
+def n_workers() -> int:
+    """Threads by which programs are worked off: one a core, since XLA lets go of Python's lock; none beside the caller
+    for an accelerator, which works while the caller goes on."""
+    return 1 if on_device() else n_cores()
+
+
 def n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
