@@ -27,6 +27,7 @@ _HOMES = {
     "families": "mixjax.families",
     "enable_compilation_cache": "mixjax.cache",
     "show_progress": "mixjax.waiting",
+    "show_versions": "mixjax.versions",
     # functional core: arrays in, arrays out
     "Design": "mixjax.design",
     "RandomTerm": "mixjax.design",
@@ -217,6 +218,7 @@ if TYPE_CHECKING:
     from mixjax.studies.study import study as study
     from mixjax.studies.trial import trial as trial
     from mixjax.studies.trial import trial_of as trial_of
+    from mixjax.versions import show_versions as show_versions
     from mixjax.waiting import show_progress as show_progress
 
 

@@ -8,6 +8,7 @@ what the two do not share: loops, updates of entries, and how programs are compi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, wraps
@@ -159,16 +160,20 @@ QUICK = {"xla_cpu_use_fusion_emitters": False}
 LANES = {**QUICK, "xla_cpu_prefer_vector_width": 512, "xla_cpu_multi_thread_eigen": False}
 
 
-def jit(fun: Callable[P, R], compiler_options: dict[str, Any] = QUICK, **options: Any) -> Callable[P, R]:
-    """``jax.jit`` with compiler options that suit small programs on CPUs, where they can be had.
+# Options that this XLA turned out not to know: fusion emitters have had none since jaxlib 0.11.2.
+_unknown: set[str] = set()
 
-    JAX takes compiler options only outside its transformations, and XLA only those that it knows: in all other cases
-    this is ``jax.jit``. Settings of JAX that look for mistakes in the caller's code, of ranks that are promoted and of
+
+def jit(fun: Callable[P, R], compiler_options: dict[str, Any] = QUICK, **options: Any) -> Callable[P, R]:
+    """``jax.jit`` with compiler options that suit small programs on CPUs, as far as they can be had.
+
+    JAX takes compiler options only outside its transformations, and XLA only those that it knows: without any left this
+    is ``jax.jit``. Settings of JAX that look for mistakes in the caller's code, of ranks that are promoted and of
     NaN, do not hold inside: lanes stand behind all other axes, and NaN is what a fit that fails has.
     """
     plain = jax.jit(fun, **options)
-    quick = jax.jit(fun, **options, compiler_options=compiler_options)
-    known = True
+    # By the options that are known: as a rule one.
+    quick: dict[tuple[str, ...], Any] = {}
 
     @wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -177,19 +182,27 @@ def jit(fun: Callable[P, R], compiler_options: dict[str, Any] = QUICK, **options
             return run(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal known
         # Inside jit even a constant is traced.
         outside = all(map(is_concrete, jax.tree.leaves((args, kwargs)))) and is_concrete(jnp.zeros(()))
-        if known and outside and jax.default_backend() == "cpu":
-            try:
-                return quick(*args, **kwargs)
-            except jax.errors.JaxRuntimeError as error:
-                if "No such compile option" not in str(error):
-                    raise
-                known = False
+        if outside and jax.default_backend() == "cpu":
+            while known := tuple(name for name in compiler_options if name not in _unknown):
+                if known not in quick:
+                    those = {name: compiler_options[name] for name in known}
+                    quick[known] = jax.jit(fun, **options, compiler_options=those)
+                try:
+                    return quick[known](*args, **kwargs)
+                except jax.errors.JaxRuntimeError as error:
+                    named = re.search(r"No such compile option: '(\w+)'", str(error))
+                    if named is None or named[1] not in known:
+                        raise
+                    _unknown.add(named[1])
+                    del quick[known]
         return plain(*args, **kwargs)
 
-    call._cache_size = lambda: plain._cache_size() + quick._cache_size()  # type: ignore[attr-defined]
+    def programs() -> int:
+        return int(sum(made._cache_size() for made in (plain, *quick.values())))
+
+    call._cache_size = programs  # type: ignore[attr-defined]
     return call
 
 
@@ -204,6 +217,17 @@ def float64(on: bool = True) -> AbstractContextManager[None]:
     refuse_forked()
     scope: AbstractContextManager[None] = jax.enable_x64(on)
     return scope
+
+
+def on_device() -> bool:
+    """Whether programs run on an accelerator: one at a time, each on all of it, with memory of its own."""
+    return jax.default_backend() != "cpu"
+
+
+def n_workers() -> int:
+    """Threads by which programs are worked off: one a core, since XLA lets go of Python's lock; none beside the caller
+    for an accelerator, which works while the caller goes on."""
+    return 1 if on_device() else n_cores()
 
 
 def n_cores() -> int:

@@ -12,10 +12,14 @@ import sys
 import textwrap
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
-# Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile. XLA
+# ends a process that gives it a flag it does not know, as it does not know this one since jaxlib 0.11.2.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false" * ([*map(int, version("jaxlib").split(".")[:3])] < [0, 11, 2])
+)
 # LLVM at its least, as JAX's own tests have it: compiling is most of what a test costs, what is compiled is the same.
 # tests/test_engines.py compiles as users do. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has all tests do so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -40,6 +44,7 @@ import pytest
 import mixjax as mj
 
 HERE = Path(__file__).parent
+FLAGS = os.environ["XLA_FLAGS"]
 # Pieces of a process's address space after which its programs are forgotten.
 MOST_MAPS = 20_000
 # Bytes of compiled programs that are kept for later runs.
@@ -127,7 +132,7 @@ def over_loopback(code: str) -> list[str]:
     jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
     assert jax.process_count() == 2 and len(jax.devices()) == 4
     """
-    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
+    flags = f"--xla_force_host_platform_device_count=2 {FLAGS}"
     printed = []
     for process in processes_of(textwrap.dedent(join) + textwrap.dedent(code), 2, XLA_FLAGS=flags):
         out, err = process.communicate(timeout=300)
@@ -188,7 +193,21 @@ SLOW = (
 )
 
 
+# What versions of other packages can break, in some minutes: tables, formulas and pictures, both roads of a fit,
+# batches, derivatives, posteriors, stores, scikit-learn, every example of a docstring.
+VERSIONS = {
+    f"test_{name}.py"
+    for name in (
+        "formula", "coding", "columns", "expressions", "datasets", "streams", "fit", "oracle", "estimate", "many",
+        "optimise", "means", "hypotheses", "tables", "model_table", "plots", "glmm", "glmm_estimate", "mmrm", "bayes",
+        "store", "sklearn", "contract", "structure", "docstrings", "versions", "release",
+    )
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.path.name in VERSIONS:
+            item.add_marker(pytest.mark.versions)
         if any(fnmatchcase(item.nodeid.rpartition("tests/")[2] or item.nodeid, pattern) for pattern in SLOW):
             item.add_marker(pytest.mark.slow)

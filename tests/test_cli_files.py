@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,7 @@ def test_decimal_commas_point_to_the_option_that_reads_them(tmp_path, capsys):
     assert "1743.6" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="this system has no such name for its standard input")
 def test_a_pipe_is_read_once(tmp_path):
     command = [sys.executable, "-m", "mixjax", "fit", FORMULA, "/dev/stdin", "--no-cache"]
     text = table("sleepstudy").to_csv(index=False)

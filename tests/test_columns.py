@@ -178,7 +178,8 @@ OTHER = {
     "decimals of polars": (pl.Series([decimal.Decimal("1.5"), None]), [1.5, None], float),
     "fractions": ([fractions.Fraction(1, 2), None, 3], [0.5, None, 3.0], float),
     "numbers of jax": ([jnp.float32(0.5), 1], [0.5, 1.0], float),
-    "128 bits of polars": (pl.Series([1, 2], dtype=pl.Int128), [1, 2], np.int64),
+    # polars has them since 1.18
+    **({"128 bits of polars": (pl.Series([1, 2], dtype=pl.Int128), [1, 2], np.int64)} if hasattr(pl, "Int128") else {}),
     "real complex numbers": (np.array([1 + 0j, np.nan]), [1.0, None], float),
     "real complex objects": ([1 + 0j, 2, None], [1.0, 2.0, None], float),
     "array of jax": (jnp.arange(2), [0, 1], np.int64),

@@ -101,6 +101,7 @@ FUNCTIONS = {
     "population": "*, functions=None, **variables",
     "enable_compilation_cache": "path=None",
     "show_progress": "on=None",
+    "show_versions": "",
     "datasets.load": "name",
     "families.binomial": "link='logit'",
     "families.poisson": "link='log'",

@@ -9,7 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import over_loopback, run_python
+from conftest import FLAGS, over_loopback, run_python
 from designs import STRUCTURES, random_design
 
 import mixjax as mj
@@ -21,7 +21,7 @@ TWO = ("levels_of_two_processes", "many_fits_of_two_processes")
 @pytest.fixture(scope="module")
 def failures():
     """name -> what failed, or None, of the checks on eight devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
     return json.loads(run_python(f"import on_devices; on_devices.run({EIGHT})", XLA_FLAGS=flags).splitlines()[-1])
 
 

@@ -10,6 +10,7 @@ from conftest import fit_of, table
 
 pytest.importorskip("sklearn", reason='pip install "mixjax[sklearn]"')
 
+from sklearn import __version__
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LinearRegression
@@ -49,6 +50,8 @@ INTERCEPT_ONLY = "a model of an intercept and one random intercept explains litt
 )
 def test_the_checks_of_estimators(estimator, cannot):
     """All that are not named here hold, and those that are do not."""
+    if __version__.startswith(("1.6.", "1.7.")):  # their check takes a mean from whole numbers in their place
+        cannot = {**cannot, "check_positive_only_tag_during_fit": "fails before the estimator is asked"}
     found = check_estimator(estimator, expected_failed_checks=cannot, on_skip=None)
     assert {check["check_name"] for check in found if check["status"] == "xfail"} == set(cannot)
     assert sum(check["status"] == "passed" for check in found) >= 40

@@ -23,7 +23,7 @@ ROOMS = [
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
     "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",
     "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.sklearn",
-    "mixjax.cache", "mixjax.cli", "mixjax.__main__",
+    "mixjax.cache", "mixjax.versions", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
 # What rooms above ask of the engine, of the sums over rows and of the fits, and nothing else there.
 ASKED = {

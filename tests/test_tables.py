@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import HERE, fit_of, table
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mixjax as mj
@@ -306,12 +306,14 @@ def test_column(values, digits, by, texts):
 @given(
     st.lists(st.floats(1e-6, 1e6) | st.floats(-1e6, -1e-6) | st.just(0.0), min_size=1, max_size=6), st.integers(1, 8)
 )
+@example([0.5078125, 8.568167686462402e-06], 4)
 def test_rounding_keeps_the_digits_that_were_asked_for(values, digits):
     """Half a unit of the last digit of the smallest number that counts, or, with an exponent, of each."""
     sizes = [abs(x) for x in values if x]
     texts = numerals.column(values, digits)
+    exponents = numerals.common_decimals(values, digits) > numerals.MOST_DECIMALS
     for x, text in zip(values, texts, strict=True):
-        least = min((size for size in sizes if size >= 1e-6 * max(sizes)), default=1.0)
+        least = np.inf if exponents else min((size for size in sizes if size >= 1e-6 * max(sizes)), default=1.0)
         assert abs(float(text) - x) <= 0.5000001 * 10.0 ** (np.floor(np.log10(min(least, abs(x) or 1.0))) + 2 - digits)
         assert (float(text) == 0) == (x == 0)
         assert not re.fullmatch(r"-0\.?0*", text)

@@ -56,7 +56,7 @@ def _read(name: str) -> pd.DataFrame:
     import pandas as pd  # mixjax.datasets.NAMES is read without pandas
 
     folder = files(__name__)
-    levels = json.loads((folder / "levels.json").read_text())[name]
+    levels = json.loads((folder / "levels.json").read_text("utf-8"))[name]
     suffix = ".csv.gz" if name == "InstEval" else ".csv"
     with (folder / f"{name}{suffix}").open("rb") as stream:
         frame = pd.read_csv(

@@ -177,8 +177,9 @@ def _memory() -> float:
     if device.platform != "cpu":
         limit: float = (device.memory_stats() or {}).get("bytes_limit", np.inf)
         return limit
-    names = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"}
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if names <= set(os.sysconf_names) else np.inf
+    there = np.inf
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no such call
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # a container may have less
         there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return there

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from mixjax.estimation.lane_program import Sizes, put, sizes_for, slice_of
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, silently
 from mixjax.products.sizes import in_blocks, in_lanes_at_once, is_small
 from mixjax.products.sums import CrossProducts
+
+T = TypeVar("T")
 
 # Replicates of one design that NumPy has in memory as lanes, and their numbers: 128 MB.
 AT_ONCE, NUMBERS = 4096, 2**24
@@ -38,7 +40,7 @@ class Blocks:
     @property
     def workers(self) -> int:
         """Threads that blocks are worked on by."""
-        return n_cores() if self.platform == "cpu" else 2
+        return n_cores() if self.platform == "cpu" else 1
 
     @property
     def n_blocks(self) -> int:
@@ -80,14 +82,27 @@ def parts_of(batch: Batch) -> Iterator[slice]:
         yield slice(first, min(first + size, batch.B))
 
 
-def for_blocks(blocks: Blocks, work: Callable[[int], None], workers: int) -> None:
-    """Work on blocks by a pool of threads: XLA lets go of Python's lock, and one program runs on one core at a time.
-    The first block is done before all others: it compiles, and makes room for results."""
+def for_blocks(blocks: Blocks, begin: Callable[[int], T], end: Callable[[int, T], None], workers: int) -> None:
+    """Begin every block's program, and fetch what it gives when it is done.
+
+    By a pool of threads on a CPU: XLA lets go of Python's lock, and one program runs on one core at a time; the first
+    block is done before all others: it compiles, and makes room for results. A device needs no threads: it works on the
+    next block while the last one is fetched.
+    """
+    if workers == 1:
+        last: T | None = None
+        for block in range(blocks.n_blocks):
+            found = begin(block)
+            if last is not None:
+                end(block - 1, last)
+            last = found
+        end(blocks.n_blocks - 1, last)  # type: ignore[arg-type]
+        return
     x64 = jax.config.read("jax_enable_x64")
 
     def scoped(block: int) -> None:
         with float64(x64):  # the scope is each thread's own
-            work(block)
+            end(block, begin(block))
 
     scoped(0)
     with ThreadPoolExecutor(workers) as pool:
@@ -132,13 +147,15 @@ def over_lanes(
     blocks = Blocks(stats, jax.default_backend())
     results: list[Any] = [None] * blocks.n_blocks
 
-    def work(block: int) -> None:
-        index = blocks.index(block)
-        own = tuple(last(a[index]) for a in of_each)
-        values = _in_tiles(fun, blocks.lanes(block, reml), own, tuple(of_all), blocks.sizes)
+    def begin(block: int) -> tuple[Array, ...]:
+        own = tuple(last(a[blocks.index(block)]) for a in of_each)
+        values: tuple[Array, ...] = _in_tiles(fun, blocks.lanes(block, reml), own, tuple(of_all), blocks.sizes)
+        return values
+
+    def end(block: int, values: tuple[Array, ...]) -> None:
         results[block] = [np.asarray(value)[..., : blocks.count(block)] for value in values]
 
-    for_blocks(blocks, work, blocks.workers)
+    for_blocks(blocks, begin, end, blocks.workers)
     return tuple(np.moveaxis(np.concatenate(parts, -1), -1, 0) for parts in zip(*results, strict=True))
 
 

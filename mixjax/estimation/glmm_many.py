@@ -35,7 +35,7 @@ from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature, zero_roots
 from mixjax.estimation.glmm_quadrature_lanes import falls_to_zero, joint_of
 from mixjax.estimation.glmm_search import Ends, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
-from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_cores, silently
+from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_workers, on_device, silently
 from mixjax.optimise.newton import gradient_tolerance, is_semidefinite
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows, cells
@@ -46,10 +46,12 @@ KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iteration
 FROM_HESSIAN = ("vcov", "vcov_all")
 # Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most.
 TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**16, 512
+# A device has no cache to stay in, and takes long vectors: 128 MB for each row function.
+TILE_NUMBERS_ON_DEVICE, MOST_LANES_ON_DEVICE = 2**24, 2**15
 LEAST_LANES = 16
 # Distance from the minimum, in standard errors, from which one exact Newton step is enough.
 NEAR = 1e-4
-# Lanes of the full search, and of one call of a program in it.
+# Lanes of the full search, and of one call of a program in it; on a device as many as a tile has.
 SEARCHED, PROBED = 256, 64
 # Seconds for which NumPy may work before a program, which takes 3 to 10 to compile, is worth it.
 COMPILING = 4.0
@@ -181,9 +183,12 @@ class _Lanes:
         self.B, self.exact = len(Y), any(name in keep for name in FROM_HESSIAN)
         self.arrays: dict[str, Any] = {}
         self.index = filled(np.asarray(model.effects.index))  # type: ignore[attr-defined]
-        numbers = TILE_NUMBERS if compiled_ else TILE_NUMBERS_AT_ONCE
-        lanes = int(max(LEAST_LANES, min(MOST_LANES, numbers // self.index.size)))
+        device = compiled_ and on_device()
+        numbers = TILE_NUMBERS_ON_DEVICE if device else TILE_NUMBERS if compiled_ else TILE_NUMBERS_AT_ONCE
+        most = MOST_LANES_ON_DEVICE if device else MOST_LANES
+        lanes = int(max(LEAST_LANES, min(most, numbers // self.index.size)))
         self.lanes = 1 << (lanes.bit_length() - 1)
+        self.searched, self.probed = (self.lanes, self.lanes) if device else (SEARCHED, PROBED)
 
     def of(self, at: np.ndarray) -> Model:
         """The model of replicates ``at``, in lanes."""
@@ -230,9 +235,9 @@ class _Lanes:
             queue = [np.zeros(0, int)]
 
         def look(first: int) -> None:
-            self._search(*(part[..., first : first + SEARCHED] for part in queue))
+            self._search(*(part[..., first : first + self.searched] for part in queue))
 
-        self._over(look, range(0, len(queue[0]), SEARCHED))
+        self._over(look, range(0, len(queue[0]), self.searched))
         return GLMMEstimates._make(self.arrays.get(name) for name in GLMMEstimates._fields)
 
     def _directly(self, at: np.ndarray, state: Direct | None, start: Any, steps: int, least: float = INSIDE) -> Direct:
@@ -260,7 +265,12 @@ class _Lanes:
         """The first one alone: it compiles, and makes the arrays that the others fill."""
         for first in firsts[:1]:
             work(first)
-        with ThreadPoolExecutor(n_cores()) as pool:
+        workers = n_workers()
+        if workers == 1:
+            for first in firsts[1:]:
+                work(first)
+            return
+        with ThreadPoolExecutor(workers) as pool:
             list(pool.map(work, firsts[1:]))
 
     # --- the full search
@@ -273,8 +283,8 @@ class _Lanes:
             if not self.compiled:
                 return fun(self.of(at[lanes]), x, fixed, v, longest, *more)
             parts = []
-            for first in range(0, len(lanes), PROBED):
-                part = np.minimum(np.arange(first, first + PROBED), len(lanes) - 1)
+            for first in range(0, len(lanes), self.probed):
+                part = np.minimum(np.arange(first, first + self.probed), len(lanes) - 1)
                 mine = (a[..., part] for a in (x, fixed, v, longest))
                 own = self._run(fun, self.of(at[lanes[part]]), *mine, *more)
                 parts.append(jax.tree.map(np.asarray, own))
@@ -329,7 +339,7 @@ class _Lanes:
         zero = (ends.solution.x == 0).all(0)
         for some, singular in ((np.flatnonzero(~lost & ~zero), False), (np.flatnonzero(~lost & zero), True)):
             # Those of long responses are fewer in a tile of direct steps.
-            size = min(PROBED, self.lanes) if self.compiled else PROBED
+            size = min(self.probed, self.lanes) if self.compiled else self.probed
             for first in range(0, len(some), size):
                 part = some[first : first + size]
                 padded = np.resize(part, size) if self.compiled else part
@@ -363,9 +373,9 @@ class _Lanes:
     def _joint(self, at: np.ndarray, *end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradients and Hessians at ends by quadrature: fixed, x, v."""
         found = []
-        for first in range(0, len(at), PROBED):
-            part = np.arange(first, min(first + PROBED, len(at)))
-            padded = np.resize(part, PROBED) if self.compiled else part
+        for first in range(0, len(at), self.probed):
+            part = np.arange(first, min(first + self.probed, len(at)))
+            padded = np.resize(part, self.probed) if self.compiled else part
             model, own = self.of(at[padded]), lanes_of(end, padded)
             both = self._run(joint_of, model, *own, self.nagq)
             found.append(tuple(np.asarray(one)[..., : len(part)] for one in both))

@@ -153,12 +153,15 @@ def _inputs(blocks: Blocks, block: int, reml: bool, start: np.ndarray | None) ->
 
 
 def _on_threads(blocks: Blocks, reml: bool, start: np.ndarray | None, results: Results, workers: int) -> None:
-    def work(block: int) -> None:
-        lanes, begin = _inputs(blocks, block, reml, start)
-        fits = _fit_block(lanes, np.int32(blocks.count(block)), begin, blocks.one_minimum, blocks.sizes)
+    def begin(block: int) -> Fits:
+        lanes, theta = _inputs(blocks, block, reml, start)
+        fits: Fits = _fit_block(lanes, np.int32(blocks.count(block)), theta, blocks.one_minimum, blocks.sizes)
+        return fits
+
+    def end(block: int, fits: Fits) -> None:
         results.put(blocks.at(block), jax.device_get(fits))
 
-    for_blocks(blocks, work, workers)
+    for_blocks(blocks, begin, end, workers)
 
 
 def _on_mesh(blocks: Blocks, reml: bool, start: np.ndarray | None, results: Results, mesh: Mesh) -> None:

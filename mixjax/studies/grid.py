@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mixjax.checks import check_list, warn
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -61,6 +62,13 @@ def _plain_values(name: str, values: Any) -> list[Any]:
     if not found:
         raise ValueError(f"grid[{name!r}] must be a list of values, and is empty")
     return [value.item() if isinstance(value, np.generic) else value for value in found]
+
+
+def cell_of(cells: pd.DataFrame, i: int) -> dict[Any, Any]:
+    """The values of cell i. pandas before 3 makes no records of a table without columns, which a study without a grid
+    has."""
+    records: list[dict[Any, Any]] = cells.iloc[[i]].to_dict("records")
+    return records[0] if records else {}
 
 
 def named(values: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from mixjax.checks import DataError, InferenceWarning, check_count, check_level,
 from mixjax.fitted.names import Spellings
 from mixjax.markup import Report, Reported
 from mixjax.studies.describe import describe
-from mixjax.studies.grid import MOST_CELLS, combinations, source_of
+from mixjax.studies.grid import MOST_CELLS, cell_of, combinations, source_of
 from mixjax.studies.study import OPTIONS, Study, names_of_effects, study
 from mixjax.tables import frame_report
 
@@ -124,7 +124,7 @@ def power(
         p = done.raw(i, [column])[column].to_numpy()
         p = p[~np.isnan(p)]
         hits = int((p < alpha).sum())
-        row: dict[Any, Any] = done.cells.iloc[[i]].to_dict("records")[0]
+        row: dict[Any, Any] = cell_of(done.cells, i)
         row |= _share(hits, len(p), level) | dict(zip(names, counts[i].tolist(), strict=True))
         row["untested"] = max(0, done.replicates - len(p) - row["failed"])
         rows.append(row)

@@ -31,7 +31,7 @@ from mixjax.optimise.results import Result, failed
 from mixjax.populations.sample import PopulationRows
 from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
-from mixjax.studies.grid import combinations, named, source_of, warn_of_ignored
+from mixjax.studies.grid import cell_of, combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
 from mixjax.studies.outcomes import BLOCK, outcomes
 from mixjax.studies.scenario import design_of
@@ -96,7 +96,7 @@ class Study(Reported):
                     continue
                 codes = columns[column]
                 lost = failed(codes)
-                row: dict[Any, Any] = self.cells.iloc[[i]].to_dict("records")[0]
+                row: dict[Any, Any] = cell_of(self.cells, i)
                 row |= {"model": model, "replicates": len(codes)}
                 singular = columns[f"{model}::singular" if model else "singular"]
                 row |= {"converged": int((~lost).sum()), "singular": int(singular.sum()), "failed": int(lost.sum())}

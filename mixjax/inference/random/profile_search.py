@@ -25,7 +25,7 @@ from mixjax.engine.lanes import Lanes
 from mixjax.estimation.batch import Batch, one_lane
 from mixjax.estimation.choice import chosen_engine
 from mixjax.inference.random.held_parameter import Chart, Held, Start, charts_of
-from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_cores, namespace, silently
+from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_workers, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
 from mixjax.products.sizes import has_closed_form, in_lanes_held, most_dense_held
@@ -166,7 +166,7 @@ def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once
     def search(at: np.ndarray, limit: int) -> _Found:
         calls = [at[i : i + width] for i in range(0, len(at), width)]
         # LAPACK's calls wait for the threads that they themselves occupy.
-        workers = 1 if len(chart.start) > ROTATIONS_UP_TO else min(n_cores(), len(calls))
+        workers = 1 if len(chart.start) > ROTATIONS_UP_TO else min(n_workers(), len(calls))
         if workers == 1:
             parts = [call(part, limit) for part in calls]
         else:
