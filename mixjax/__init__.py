@@ -106,6 +106,8 @@ _HOMES = {
     # Bayesian models
     "bayes": "mixjax.sampling.bayes",
     "Posterior": "mixjax.sampling.posterior",
+    "bayes_mmrm": "mixjax.sampling.bayes_mmrm",
+    "MMRMPosterior": "mixjax.sampling.mmrm_posterior",
     "prior": "mixjax.sampling.prior",
     "priors": "mixjax.sampling.priors",
     "default_priors": "mixjax.sampling.priors",
@@ -202,7 +204,9 @@ if TYPE_CHECKING:
     from mixjax.relationship import pedigree as pedigree
     from mixjax.relationship import phylogeny as phylogeny
     from mixjax.sampling.bayes import bayes as bayes
+    from mixjax.sampling.bayes_mmrm import bayes_mmrm as bayes_mmrm
     from mixjax.sampling.density import log_posterior as log_posterior
+    from mixjax.sampling.mmrm_posterior import MMRMPosterior as MMRMPosterior
     from mixjax.sampling.posterior import Posterior as Posterior
     from mixjax.sampling.predictive import prior_predictive as prior_predictive
     from mixjax.sampling.prior import prior as prior

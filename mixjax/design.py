@@ -474,11 +474,11 @@ _PLAIN = {"y", "X", "terms", "weights", "offset", "size", "psi_columns", "presen
 _PLAIN |= {"Z", "group", "n_groups", "structure"}
 
 
-def refuse_beyond(design: Design, what: str, padded: bool = False) -> None:
+def refuse_beyond(design: Design, what: str, padded: bool = False, known: frozenset[str] = frozenset()) -> None:
     """Raise ValueError for parts of a design or a term that ``what`` knows nothing of, whoever added them.
 
     Args:
-        padded: it knows rows that only fill up a shape.
+        padded: it knows rows that only fill up a shape. known: other parts that it knows.
     """
     check_is_design(design)
     if not padded:
@@ -487,7 +487,7 @@ def refuse_beyond(design: Design, what: str, padded: bool = False) -> None:
     for part in parts:
         for own in fields(part):
             value = getattr(part, own.name)
-            if own.name not in _PLAIN and value is not None and not (isinstance(value, tuple) and not value):
+            if own.name not in _PLAIN | known and value is not None and not (isinstance(value, tuple) and not value):
                 raise ValueError(
                     f"{what} does not know {type(part).__name__}.{own.name}: it is for linear mixed models with "
                     "independent levels and independent errors; mixjax.lmm fits the model"

@@ -45,9 +45,13 @@ FUNCTIONS = {
     "marginal_loglik_by_level": "params, design, factor=None",
     "group_batches": "design, size, key=0",
     "bayes": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
+    "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None, "
+    "dispersion=None, residual=None, sigma=None",
+    "bayes_mmrm": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
     "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None",
-    "priors": "by_name=None, /, *, intercept=None, beta=None, sd=None, cor=None, sigma=None",
-    "default_priors": "design, weak=False",
+    "priors": "by_name=None, /, *, intercept=None, beta=None, sd=None, cor=None, sigma=None, dispersion=None, "
+    "rho=None, zi=None, family=None",
+    "default_priors": "design, weak=False, family=None",
     "prior_predictive": "formula, data, priors=None, draws=1000, key=0, *, weights=None, offset=None, subset=None, "
     "contrasts=None, trusted=None",
     "sbc": "formula, data, priors=None, replicates=1000, draws=100, key=0, *, weights=None, offset=None, "
@@ -59,6 +63,7 @@ FUNCTIONS = {
     "prior.half_normal": "scale=1.0",
     "prior.half_student_t": "df, scale=1.0",
     "prior.exponential": "rate=1.0",
+    "prior.log_normal": "loc=0.0, scale=1.0",
     "prior.lkj": "eta=1.0",
     "to_params": "est, design=None",
     "from_params": "p, design=None",
@@ -272,8 +277,8 @@ def signature(function) -> str:
 
 
 def test_every_public_function_is_listed():
-    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "datasets", "Labels", "CrossProducts", "Result",
-              "__version__", "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
+    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "MMRMPosterior",
+              "Labels", "datasets", "CrossProducts", "Result", "__version__", "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
               "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 
@@ -307,6 +312,15 @@ def test_every_attribute_of_a_posterior_is_listed():
     assert public == {*POSTERIOR_METHODS, *properties}
     for name, expected in POSTERIOR_METHODS.items():
         assert signature(getattr(mj.Posterior, name)) == expected
+
+
+def test_every_attribute_of_a_posterior_of_repeated_measures_is_listed():
+    public = {name for name in dir(mj.MMRMPosterior) if not name.startswith("_")}
+    own = {**POSTERIOR_METHODS, "ranef": "", "simulate": "n=None, key=None"}
+    own["predict"] = "newdata=None, interval='confidence', level=0.95, draws=False, key=None"
+    assert public == {*own, "reml_fit", "design", "labels", "shape", "names", "draws", "Sigma"}
+    for name, expected in own.items():
+        assert signature(getattr(mj.MMRMPosterior, name)) == expected
 
 
 @pytest.mark.parametrize("name", METHODS)

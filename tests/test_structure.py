@@ -33,7 +33,7 @@ ASKED = {
         "covariances_with_slopes", "conditional_covariances", "coordinates_in", "is_regular", "solve_where",
         "ResidualEngine", "KernelEngine", "Slopes",
         "FixedParts", "Integrated", "integrated", "in_bases", "warn_of_float32", "LevelProducts", "level_products",
-        "split",
+        "split", "integrate_fixed", "family_loglik", "ResidualRows", "VisitSums",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
@@ -50,7 +50,7 @@ ASKED = {
         "GLMMEstimates", "glmm_estimate_many", "conditional_covariances", "mode_slopes",
         "fits_without", "predictors_at_modes",
         "RepeatedEstimates", "fit_repeated", "fit_repeated_many", "visits_of", "visits_in_parts",
-        "fit_residual", "residual_engine", "start_at", "transformed_rows",
+        "fit_residual", "residual_engine", "start_at", "transformed_rows", "transform_of", "correlation_of",
         "fit_kernels", "fit_at", "kernel_engine", "KernelFit", "design_at", "AT_BOUND",
     },
 }  # fmt: skip

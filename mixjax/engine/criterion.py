@@ -68,13 +68,12 @@ def criterion(theta: Array, stats: CrossProducts, reml: bool = True) -> Array:
     """
     refuse_forked()
     check_products(stats)
-    warn_of_float32(stats)
+    warn_of_float32(stats.XX)
     return _criterion(theta, stats, reml)
 
 
-def warn_of_float32(stats: CrossProducts) -> None:
-    """Warn, at the place that called the caller, where cross-products are or become single precision."""
-    leaf = stats.XX
+def warn_of_float32(leaf: Array) -> None:
+    """Warn, at the place that called the caller, where an array of the data is or becomes single precision."""
     single = np.dtype(leaf.dtype).itemsize < 8 or not jax.config.read("jax_enable_x64")
     if single and is_concrete(leaf):
         warnings.warn(

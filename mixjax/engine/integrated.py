@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mixjax import linalg
 from mixjax.engine.criterion import in_bases
-from mixjax.engine.elimination import arrange, eliminate
+from mixjax.engine.elimination import Reduced, arrange, eliminate
 from mixjax.machine import Array
 from mixjax.products.sums import CrossProducts
 
@@ -63,13 +63,25 @@ def integrated(
         factors: per term ``(q, q)``, any factor of its absolute covariance, of Z's own columns.
         log_sigma: ``()``. given: ``(s,)`` the other fixed effects.
     """
+    lambdas = in_bases([F / jnp.exp(log_sigma) for F in factors], stats)
+    reduced = eliminate(lambdas, arrange(stats))
+    return integrate_fixed(reduced, log_sigma, given, stats.beta0, stats.n, stats.sum_log_weights, parts)
+
+
+def integrate_fixed(
+    reduced: Reduced, log_sigma: Array, given: Array, beta0: Array, n: Array, sum_log_weights: Array, parts: FixedParts
+) -> Integrated:
+    """As :func:`integrated`, of what is left when random effects are out.
+
+    Args:
+        reduced: relative to ``sigma^2``. beta0: ``(p,)`` the least-squares coefficients taken out of y.
+    """
     sigma = jnp.exp(log_sigma)
-    reduced = eliminate(in_bases([F / sigma for F in factors], stats), arrange(stats))
-    at = jnp.asarray(parts.of_beta) @ stats.beta0  # least squares
+    at = jnp.asarray(parts.of_beta) @ beta0  # least squares
     s = parts.given.shape[1]
     moved = jnp.asarray(parts.given) @ (given - at[:s])
     rest = reduced.yy - 2.0 * moved @ reduced.Xy + moved @ reduced.XX @ moved
-    constant = stats.n * (math.log(2.0 * math.pi) + 2.0 * log_sigma) - stats.sum_log_weights
+    constant = n * (math.log(2.0 * math.pi) + 2.0 * log_sigma) - sum_log_weights
     loglik = -0.5 * (constant + reduced.logdet + rest / sigma**2)
     r = parts.Q.shape[1]
     if not r:

@@ -303,6 +303,17 @@ def in_bases(beta: Array, psi: Array, lambdas: list[Array], rows: FamilyRows) ->
     return Point(rows.fixed_in_bases(beta, jnp.asarray(psi, beta.dtype).reshape(-1)), own)
 
 
+def family_loglik(factors: list[Array], beta: Array, psi: Array, data: FamilyRows, nagq: int = 1) -> Array:
+    """Log-likelihood by Laplace's approximation, inside programs.
+
+    Args:
+        factors: per term ``(q, q)``, any factor of its covariance, of Z's own columns. beta: ``(p,)``. psi: ``(s,)``.
+        nagq: quadrature nodes an effect, where :func:`glmm_loglik` has it.
+    """
+    found: Array = -0.5 * objective(in_bases(beta, psi, factors, data), data, nagq=nagq)
+    return found
+
+
 def glmm_loglik(params: GLMMParams, data: FamilyRows, nagq: int = 1) -> Array:
     """Log-likelihood of a generalised linear mixed model by Laplace's approximation or quadrature, all constants kept.
 

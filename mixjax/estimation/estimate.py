@@ -99,7 +99,7 @@ def estimate(stats: CrossProducts, reml: bool = True, start: Array | None = None
         (True, 5.5)
     """
     check_products(stats)
-    warn_of_float32(stats)
+    warn_of_float32(stats.XX)
     estimates: Estimates = compiled(fit)(Engine(stats, reml, incidence(stats)), start)
     return estimates
 

@@ -108,7 +108,7 @@ def estimate_many(
             return many_at_once(stats, bool(reml), start, keep)
     waiting = Waiting(f"fitting {B} data sets; the first time, a program is compiled for their structure")
     with waiting, float64(np.asarray(stats.yy).dtype == np.float64 or jax.config.read("jax_enable_x64")):
-        warn_of_float32(stats)
+        warn_of_float32(stats.XX)
         if not in_blocks(stats):
             return _one_by_one(stats, reml, start, keep)
         blocks = Blocks(stats, _platform(mesh))

@@ -141,6 +141,7 @@ class Asked:
         size: ``(m,)`` numbers of trials of new responses, or None where there are none, they are not known or not
             needed.
         psi: per parameter of the family ``(m, r)`` its columns, or None; ``()`` where they are not needed.
+        dispersion: ``(m, d)`` columns of the dispersion of residuals of new responses, or None.
     """
 
     targets: Targets
@@ -148,6 +149,7 @@ class Asked:
     complete: np.ndarray
     size: np.ndarray | None
     psi: tuple[np.ndarray | None, ...] = ()
+    dispersion: np.ndarray | None = None
 
 
 def rows_asked(
@@ -187,7 +189,8 @@ def rows_asked(
         targets = Targets(np.asarray(design.X), offset, Z, level, noise).with_effects(effects)
         size = None if design.size is None else np.asarray(design.size)
         of_psi = tuple(own if wanted else None for own, wanted in zip(design.psi_columns, psi, strict=False))
-        return Asked(targets, fitted.labels.frame.index, np.ones(m, bool), size, of_psi)
+        W = fitted.given.dispersion if noisy and isinstance(fitted, Fitted) else None
+        return Asked(targets, fitted.labels.frame.index, np.ones(m, bool), size, of_psi, W)
 
     labels = fitted.labels
     needed = [own or bool(whole) for own in included]
@@ -209,7 +212,7 @@ def rows_asked(
     if noisy and isinstance(fitted, Fitted):
         noise = fitted.noise(rows.weights, rows.dispersion, m)
     targets = Targets(rows.X, rows.offset, rows.Z, rows.level, noise).with_effects(effects)
-    complete, size, of_psi = rows.complete.copy(), rows.size, rows.psi
+    complete, size, of_psi, W = rows.complete.copy(), rows.size, rows.psi, rows.dispersion if noisy else None
     if not rows.estimable.all():
         bad = int((~rows.estimable).sum())
         warn(
@@ -221,7 +224,8 @@ def rows_asked(
         targets = targets.take(rows.estimable)
         size = None if size is None else size[rows.estimable]
         of_psi = tuple(None if own is None else own[rows.estimable] for own in of_psi)
-    return Asked(targets, rows.index, complete, size, of_psi)
+        W = None if W is None else W[rows.estimable]
+    return Asked(targets, rows.index, complete, size, of_psi, W)
 
 
 def _factors_of_levels(fitted: AnyFitted) -> tuple[Any, ...]:

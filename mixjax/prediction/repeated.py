@@ -96,6 +96,45 @@ def predict(
     return pd.DataFrame({name: _on_all(value, complete) for name, value in columns.items()}, index)
 
 
+class NewPlaces(NamedTuple):
+    """Rows with their visits, for predictions over a posterior.
+
+    Attributes:
+        X: ``(m, p)``. offset: ``(m,)``. estimable: ``(m,)``. labels: of all rows, an index. complete:
+            which of them are the m.
+        visit, arm: ``(m,)``, zero where they were not asked for. weights: ``(m,)`` or None.
+    """
+
+    X: np.ndarray
+    offset: np.ndarray
+    estimable: np.ndarray
+    labels: pd.Index
+    complete: np.ndarray
+    visit: np.ndarray
+    arm: np.ndarray
+    weights: np.ndarray | None
+
+
+def new_places(fitted: RepeatedFitted, newdata: Any, with_visits: bool) -> NewPlaces:
+    """The rows of the fit, or of a new table, with their visits and arms where these are needed."""
+    design, labels = fitted.design, fitted.labels
+    if newdata is None:
+        n, offset = fitted.nobs, design.offset
+        places = _places(fitted, None, np.ones(n, bool), False)
+        return NewPlaces(
+            np.asarray(design.X), np.zeros(n) if offset is None else np.asarray(offset), np.ones(n, bool),
+            labels.frame.index, np.ones(n, bool), places.visit, places.arm, design.weights,
+        )  # fmt: skip
+    weighted = with_visits and labels.state.weights is not None
+    rows = new_rows(replace(labels, terms=()), newdata, (), (), weights=weighted)
+    zero = np.zeros(len(rows.X), int)
+    places = _places(fitted, newdata, rows.complete, False) if with_visits else Places(zero, zero, zero)
+    return NewPlaces(
+        rows.X, rows.offset, rows.estimable, rows.index, rows.complete, places.visit, places.arm,
+        rows.weights if with_visits else None,
+    )  # fmt: skip
+
+
 def _on_all(values: np.ndarray, complete: np.ndarray) -> np.ndarray:
     found = np.full(len(complete), np.nan)
     found[complete] = values

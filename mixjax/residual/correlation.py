@@ -79,6 +79,17 @@ class Correlation(ABC):
         would be zero at every distance, with no slope to leave it by."""
         return [self.angle(rho) for rho in STARTS]
 
+    @property
+    def shortest(self) -> float:
+        """The shortest distance of two rows of a group in time; 1 where there is no time."""
+        return 1.0
+
+    @property
+    @abstractmethod
+    def least(self) -> float | None:
+        """Bound from below of the correlation at the shortest distance, which says all others; None where a negative
+        one is a branch of its own."""
+
     def near_bound(self, angle: float) -> float | None:
         """The angle at which the parameter has a bound that a fit may end on, if ``angle`` is near; or None."""
         return None
@@ -141,6 +152,10 @@ class _Serial(Correlation):
     @cached_property
     def _shortest(self) -> float:
         return float(self.gap[self.before >= 0].min(initial=np.inf))
+
+    @property
+    def shortest(self) -> float:
+        return self._shortest
 
     def _by_shortest(self, angle: float) -> Series:
         """Correlations of which that at the shortest distance is the square of the sine."""
@@ -205,6 +220,10 @@ class AR1(_Serial):
         """All correlations are whole powers of the one at the shortest distance, which may be negative."""
         return self._has_signs and self._shortest <= self._unit
 
+    @property
+    def least(self) -> float | None:
+        return -1.0 if self._is_power else None if self._has_signs else 0.0
+
     def _correlations(self, angle: float) -> Series:
         s, cos, g = np.sin(angle), np.cos(angle), self._steps
         if not self._is_power:
@@ -260,6 +279,10 @@ class CAR1(_Serial):
 
     name = "car1"
 
+    @property
+    def least(self) -> float | None:
+        return 0.0
+
     def _correlations(self, angle: float) -> Series:
         return self._by_shortest(angle)
 
@@ -310,6 +333,10 @@ class CompoundSymmetry(Correlation):
         ones = np.ones(len(group))
         sums = scipy.sparse.csr_array((ones, (group, np.arange(len(group)))), shape=(len(counts), len(group)))
         return cls(group, counts, sums)
+
+    @property
+    def least(self) -> float | None:
+        return float(-1.0 / (self.counts.max() - 1.0))
 
     @property
     def _range(self) -> tuple[float, float]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from mixjax.checks import check_count
+from mixjax.checks import ConvergenceWarning, check_count
 from mixjax.covariance import lambdas_of_theta
+from mixjax.engine.residual_rows import ResidualRows
+from mixjax.estimation.residual import transform_of
 from mixjax.fitted.record import Fitted, fit_rows
+from mixjax.fitted.residual import ResidualFitted, fit_residual_rows
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable
 from mixjax.formula.context import caller_context
@@ -20,9 +25,10 @@ from mixjax.products.rows import rows_of
 from mixjax.products.sizes import MOST_DENSE_DRAWS, MOST_DENSE_LANES, sizes_of
 from mixjax.products.sums import CrossProducts, pad
 from mixjax.sampling import importance, nuts
-from mixjax.sampling.density import look
+from mixjax.sampling.density import Data, look
+from mixjax.sampling.draws import Sampling
 from mixjax.sampling.mode import mode
-from mixjax.sampling.posterior import Posterior, Sampling
+from mixjax.sampling.posterior import Posterior
 from mixjax.sampling.priors import ModelPriors, Priors, default_priors
 from mixjax.simulation import as_key, key_words
 from mixjax.waiting import Waiting
@@ -53,6 +59,9 @@ def bayes(
     subset: Any = None,
     contrasts: Mapping[str, str] | None = None,
     trusted: bool | None = None,
+    dispersion: str | None = None,
+    residual: str | None = None,
+    sigma: float | None = None,
 ) -> Posterior:
     """Draws from the posterior of a linear mixed model.
 
@@ -72,6 +81,9 @@ def bayes(
             else NUTS.
         integrate: False samples all fixed effects too.
         max_doublings: of a trajectory of NUTS.
+        dispersion, residual: as in :func:`mixjax.lmm`.
+        sigma: a residual standard deviation that is known, that of a row of weight 1: ``sigma=1`` with ``weights`` of
+            ``1 / se^2`` is a meta-analysis of estimates with standard errors se.
 
     Returns:
         :class:`~mixjax.sampling.posterior.Posterior`: ``summary()``, ``draws``, ``b``, ``ranef()``, ``predict()``,
@@ -95,23 +107,69 @@ def bayes(
         >>> post.summary().loc["sigma", ["mean", "sd"]].round().tolist()
         [26.0, 2.0]
     """
-    _check_arguments(priors, method, target, integrate)
+    check_arguments(priors, method, target, integrate)
     draws, chains = check_count("draws", draws, 4), check_count("chains", chains, 1)
     warmup, max_doublings = check_count("warmup", warmup, 1), check_count("max_doublings", max_doublings, 1, 15)
-    built = build(formula, data, weights, offset, subset, contrasts, caller_context(), trusted)
-    check_identifiable(*built)
+    if sigma is not None and dispersion is None and residual is None:
+        sigma = check_known_sigma(sigma)
+    elif sigma is not None:
+        raise ValueError("sigma= is known, and dispersion= and residual= are parameters of residuals: leave one out")
+    own_formulas = None if dispersion is None else {"dispersion": dispersion}
+    built = build(
+        formula, data, weights, offset, subset, contrasts, caller_context(), trusted, None, None, own_formulas, residual
+    )
+    if not built.design.terms and not built.design.has_residual_side:
+        raise ValueError(
+            "dispersion='~ 1' has no parameters, and without a random term there is nothing but a regression to sample"
+        )
+    if sigma is None:
+        check_identifiable(*built)
     rows = rows_of(built.design, built.basis)
-    refuse(rows.stats)
     own = Priors() if priors is None else priors
-    model = own.resolve(built.design, built.labels, integrate)
-    fitted = fit_rows(rows, built.labels, True, None, None)
-    own = own.filled(default_priors(built.design))
+    model = own.resolve(built.design, built.labels, integrate, sigma=sigma)
+    own = own.filled(
+        default_priors(built.design) if sigma is None else replace(default_priors(built.design), sigma=None)
+    )
+    if built.design.has_residual_side:
+        fitted: Fitted = fit_residual_rows(rows, built.labels, True)
+        data_: Data = ResidualRows.of(rows, transform_of(built.design))
+    else:
+        refuse(rows.stats)
+        with warnings.catch_warnings():
+            if sigma is not None:  # the fit estimates sigma, and serves as a start only
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = fit_rows(rows, built.labels, True, None, None)
+        data_ = pad(fitted.stats)
+    few = not built.design.terms or sizes_of(rows.stats).d <= MOST_DENSE_LANES
+    is_quick = few and model.dim <= importance.MOST_COORDINATES
+    how = Options(draws, chains, warmup, target, method, max_doublings, is_quick)
     with Waiting(f"drawing from the posterior of {formula!r}; the first time, a program is compiled"), float64():
-        z, sampling = _sampled(fitted, model, as_key(key), draws, chains, warmup, target, method, max_doublings)
-        beta = fixed_effects(z, pad(fitted.stats), model, np.random.default_rng([*key_words(key), 0]))
+        z, sampling = sampled(_start(fitted, model), data_, model, as_key(key), how)
+        beta = fixed_effects(z, data_, model, np.random.default_rng([*key_words(key), 0]))
     post = Posterior(fitted, own, model, z, beta, sampling, key)
     post.warn()
     return post
+
+
+def check_known_sigma(sigma: Any) -> float:
+    """The number, if it is one that a standard deviation may be."""
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float | np.integer | np.floating):
+        raise ValueError(f"sigma must be a number, the known residual standard deviation of weight 1, got {sigma!r}")
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma must be positive, got {sigma!r}")
+    return float(sigma)
+
+
+class Options(NamedTuple):
+    """How posteriors are drawn from; see :func:`bayes`. is_quick: importance sampling may be tried first."""
+
+    draws: int
+    chains: int
+    warmup: int
+    target: float
+    method: Method
+    max_doublings: int
+    is_quick: bool
 
 
 def refuse(stats: CrossProducts) -> None:
@@ -124,7 +182,8 @@ def refuse(stats: CrossProducts) -> None:
         )
 
 
-def _check_arguments(priors: Any, method: Any, target: Any, integrate: Any) -> None:
+def check_arguments(priors: Any, method: Any, target: Any, integrate: Any = True) -> None:
+    """Raise ValueError for what is none."""
     if priors is not None and not isinstance(priors, Priors):
         raise ValueError(f"priors must be mixjax.priors(...), got {priors!r}")
     if method not in METHODS:
@@ -139,47 +198,49 @@ def _start(fitted: Fitted, model: ModelPriors) -> np.ndarray:
     """Coordinates near the REML estimates, well inside."""
     est, stats = fitted.estimates, fitted.stats
     sigma = float(est.sigma)
+    own = (np.asarray(est.residual) if isinstance(fitted, ResidualFitted) else np.zeros(0)).tolist()
+    if isinstance(fitted, ResidualFitted):
+        mean = np.asarray(model.means)
+        sigma *= float(np.exp(mean @ own[: len(mean)]))
+    if model.sigma is None:
+        # Sigma and variances of random effects may be one in the fit: half of the variance is theirs.
+        known = float(np.exp(model.held))
+        spread = np.sqrt(float(stats.yy) / max(1.0, float(stats.n) - len(est.beta)))
+        lambdas = [0.7 * spread / known * np.asarray(basis.R_inv) for basis in stats.Z_bases]
+        sigma = known
+    else:
+        lambdas = lambdas_of_theta(np.asarray(est.theta) * float(est.sigma) / sigma, stats.layout.qs)
     parts = []
-    lambdas = lambdas_of_theta(np.asarray(est.theta), stats.layout.qs)
     for chart, Lambda, basis in zip(model.charts, lambdas, stats.Z_bases, strict=True):
         of_columns = np.sqrt((np.asarray(basis.R) ** 2).sum(axis=0))
         parts.append(chart.near(sigma * Lambda, FLOOR * sigma / np.where(of_columns > 0, of_columns, 1.0)))
-    given = (np.asarray(model.parts.of_beta) @ np.asarray(stats.beta0))[: len(model.fixed)]
-    return np.concatenate([*parts, [np.log(sigma)], given])
+    given = (np.asarray(model.parts.of_beta) @ np.asarray(est.beta))[: len(model.fixed)]
+    log_sigma = [np.log(sigma)] if model.sigma is not None else []
+    others = [one.start(value) for one, value in zip(model.others, own, strict=True)]
+    return np.concatenate([*parts, log_sigma, others, given])
 
 
-def _sampled(
-    fitted: Fitted,
-    model: ModelPriors,
-    key: Any,
-    draws: int,
-    chains: int,
-    warmup: int,
-    target: float,
-    method: Method,
-    max_doublings: int,
-) -> tuple[np.ndarray, Sampling]:
+def sampled(start: np.ndarray, data: Data, model: ModelPriors, key: Any, how: Options) -> tuple[np.ndarray, Sampling]:
+    """Draws ``(chains, draws, dim)``; call in the float64 scope."""
     begun = time.perf_counter()
-    if method == "nuts":
+    if how.method == "nuts":
         nuts.blackjax()
-    stats: CrossProducts = pad(fitted.stats)
-    at = mode(_start(fitted, model), stats, model)
-    is_quick = model.dim <= importance.MOST_COORDINATES and sizes_of(stats).d <= MOST_DENSE_LANES
-    if method == "importance" or (method == "auto" and is_quick):
+    at = mode(start, data, model)
+    if how.method == "importance" or (how.method == "auto" and how.is_quick):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-        found = importance.sample(at, stats, model, rng, draws * chains)
-        limit = importance.TRUSTED if method == "importance" else importance.PREFERRED
+        found = importance.sample(at, data, model, rng, how.draws * how.chains)
+        limit = importance.TRUSTED if how.method == "importance" else importance.PREFERRED
         if found.khat <= limit:
             seconds = time.perf_counter() - begun
-            how = Sampling("importance", khat=found.khat, ess=found.ess, seconds=seconds)
-            return found.z.reshape(chains, draws, -1), how
-        if method == "importance":
+            made = Sampling("importance", khat=found.khat, ess=found.ess, seconds=seconds)
+            return found.z.reshape(how.chains, how.draws, -1), made
+        if how.method == "importance":
             raise ValueError(
                 f"importance sampling is not to be trusted here: Pareto k-hat is {found.khat:.2f} (more than {limit}); "
                 "use method='nuts'"
             )
-    drawn = nuts.sample(at, stats, model, key, chains, draws, warmup, target, max_doublings)
-    how = Sampling(
+    drawn = nuts.sample(at, data, model, key, how.chains, how.draws, how.warmup, how.target, how.max_doublings)
+    made = Sampling(
         "nuts",
         int(drawn.divergent.sum()),
         float(drawn.steps.mean()),
@@ -187,10 +248,10 @@ def _sampled(
         first_call=drawn.first_call,
         seconds=time.perf_counter() - begun,
     )
-    return drawn.z, how
+    return drawn.z, made
 
 
-def fixed_effects(z: np.ndarray, stats: CrossProducts, model: ModelPriors, rng: np.random.Generator) -> np.ndarray:
+def fixed_effects(z: np.ndarray, stats: Data, model: ModelPriors, rng: np.random.Generator) -> np.ndarray:
     """``(chains, draws, p)``: those that were sampled, and the others drawn given each draw."""
     flat = z.reshape(-1, z.shape[-1])
     S, given = len(flat), flat[:, model.dim - len(model.fixed) :]

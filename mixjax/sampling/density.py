@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixjax.design import Design, RepeatedDesign
 from mixjax.engine.criterion import warn_of_float32
-from mixjax.engine.integrated import Integrated, integrated
+from mixjax.engine.integrated import Integrated, integrate_fixed, integrated
+from mixjax.engine.laplace import family_loglik
+from mixjax.engine.residual_rows import ResidualRows
+from mixjax.engine.visit_sums import VisitSums
+from mixjax.estimation.residual import transform_of
 from mixjax.forks import refuse_forked
-from mixjax.machine import Array, jit
+from mixjax.machine import Array, is_concrete, jit
+from mixjax.products.family_rows import FamilyRows
+from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, check_products
+from mixjax.products.visits import visit_rows
 from mixjax.sampling.charts import Chart
 from mixjax.sampling.prior import LKJ, Normal, log_of_logistic
 from mixjax.sampling.priors import ModelPriors, Priors, TermPriors
 
+# What the density may be of: cross-products; rows whose residuals have parameters; repeated measures; rows of a family.
+Data = CrossProducts | ResidualRows | VisitSums | FamilyRows
 
-def log_posterior(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
+
+def log_posterior(z: Array, stats: Any, priors: ModelPriors) -> Array:
     """Log posterior density of the unconstrained parameters, up to a constant: the entry for samplers of any kind.
 
     A pure function: ``jit``, ``grad``, ``hessian`` and ``vmap`` work. Random effects are integrated out, and fixed
-    effects with flat or normal priors too; the Jacobians of the coordinates are included. Rows do not enter: what an
-    evaluation costs depends on the numbers of levels and effects.
+    effects with flat or normal priors too; the Jacobians of the coordinates are included. Of cross-products no row
+    enters: what an evaluation costs depends on the numbers of levels and effects.
 
     Args:
         z: ``(priors.dim,)`` per random term the logarithms of its standard deviations, then its correlations without
-            bounds (:mod:`mixjax.sampling.charts`); log sigma; the fixed effects that are not integrated out.
-        stats: cross-products of the data.
+            bounds (:mod:`mixjax.sampling.charts`); log sigma; parameters of the residuals or of the family
+            (:mod:`mixjax.sampling.others`); the fixed effects that are not integrated out.
+        stats: cross-products of the data; :func:`mixjax.rows` of a generalised linear mixed model, whose random effects
+            are integrated out by Laplace's approximation; a design with a dispersion or a correlation of residuals; a
+            :class:`mixjax.RepeatedDesign`.
         priors: of this model: ``mj.priors(...).resolve(design)``. The response may be another one, X and Z may not.
 
     Returns:
@@ -50,18 +64,51 @@ def log_posterior(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
         -877.714 (4,)
     """
     refuse_forked()
-    check_products(stats)
+    data = _data_of(stats)
     if not isinstance(priors, ModelPriors):
         own = ".resolve(design, labels)" if isinstance(priors, Priors) else ""
         raise TypeError(f"the priors of a model are needed: mixjax.priors(...){own or '.resolve(design)'}")
     if np.shape(z) != (priors.dim,):
         raise ValueError(f"z has shape {np.shape(z)}; this model has {priors.dim} coordinates: ({priors.dim},)")
-    warn_of_float32(stats)
-    return _log_posterior(z, stats, priors)
+    _check_fits(data, priors)
+    warn_of_float32(data.Q if isinstance(data, FamilyRows) else data.beta0)
+    return _log_posterior(z, data, priors)
+
+
+def _data_of(stats: Any) -> Data:
+    if isinstance(stats, RepeatedDesign) or (isinstance(stats, Design) and stats.has_residual_side):
+        if not all(map(is_concrete, jax.tree.leaves(stats))):
+            raise TypeError("a design that is traced has no log posterior: pass its cross-products, or keep it outside")
+        if isinstance(stats, RepeatedDesign):
+            return VisitSums.of(visit_rows(stats))
+        return ResidualRows.of(rows_of(stats), transform_of(stats))
+    if isinstance(stats, ResidualRows | VisitSums | FamilyRows):
+        return stats
+    check_products(stats)
+    found: CrossProducts = stats
+    return found
+
+
+def _check_fits(data: Data, priors: ModelPriors) -> None:
+    """Raise ValueError where priors are those of a model of another kind, of which parameters would be left aside."""
+    others = len(priors.others)
+    if isinstance(data, FamilyRows):
+        fits = priors.sigma is None and others == data.n_psi and not priors.parts.Q.shape[1]
+    elif isinstance(data, VisitSums):
+        fits = priors.sigma is None and not others
+    elif isinstance(data, ResidualRows):
+        fits = len(priors.means) == data.W.shape[1] and others == data.W.shape[1] + bool(data.kind)
+    else:
+        fits = not others
+    if not fits:
+        raise ValueError(
+            "the priors are of another model than the data: pass what priors.resolve() was given, with its dispersion, "
+            "its correlation of residuals or its family"
+        )
 
 
 @jit
-def _log_posterior(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
+def _log_posterior(z: Array, stats: Data, priors: ModelPriors) -> Array:
     return density(jnp.asarray(z), stats, priors)
 
 
@@ -72,26 +119,63 @@ class Parts(NamedTuple):
     log_prior: Array
 
 
-def density(z: Array, stats: CrossProducts, priors: ModelPriors) -> Array:
+def density(z: Array, stats: Data, priors: ModelPriors) -> Array:
     """As :func:`log_posterior`, inside programs."""
     parts = parts_of(z, stats, priors)
     total: Array = parts.likelihood.loglik + parts.log_prior
     return total
 
 
-def parts_of(z: Array, stats: CrossProducts, priors: ModelPriors) -> Parts:
+def parts_of(z: Array, stats: Data, priors: ModelPriors) -> Parts:
     """The log posterior with what it is made of."""
+    return Parts(likelihood_of(z, stats, priors), log_prior(z, priors))
+
+
+def likelihood_of(z: Array, stats: Data, priors: ModelPriors) -> Integrated:
+    """The likelihood, with what is integrated out."""
     terms, log_sigma, given = priors.cut(z)
     factors = [chart.factor(part) for chart, part in zip(priors.charts, terms, strict=True)]
-    return Parts(integrated(factors, log_sigma, given, stats, priors.parts), log_prior(z, priors))
+    if isinstance(stats, FamilyRows):
+        beta, psi = family_parameters(z, priors)
+        loglik = family_loglik(factors, beta, psi, stats)
+        return Integrated(loglik, jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros((0, 0)))
+    if isinstance(stats, VisitSums):
+        reduced = stats.reduced(factors)
+        return integrate_fixed(reduced, log_sigma, given, stats.beta0, stats.n, stats.sum_log_weights, priors.parts)
+    if isinstance(stats, ResidualRows):
+        stats = stats.products(stats.whitener(*residual_parameters(z, priors)))
+    return integrated(factors, log_sigma, given, stats, priors.parts)
+
+
+def residual_parameters(z: Array, priors: ModelPriors) -> tuple[Array, Array | None]:
+    """Coefficients of the dispersion ``(d,)``, and the correlation of residuals at the shortest distance."""
+    gamma, c = priors.residual_of(z)
+    return jnp.stack(gamma) if gamma else jnp.zeros(0), c
+
+
+def family_parameters(z: Array, priors: ModelPriors) -> tuple[Array, Array]:
+    """Of a generalised model: fixed effects ``(p,)``, and coefficients of the family's parameters ``(s,)``."""
+    beta: Array = jnp.asarray(priors.to_beta) @ priors.cut(z)[2]
+    psi = [
+        own if one.kind == "positive" else one.value(own)
+        for one, own in zip(priors.others, priors.others_of(z), strict=True)
+    ]
+    return beta, jnp.stack(psi) if psi else jnp.zeros(0)
 
 
 def log_prior(z: Array, priors: ModelPriors) -> Array:
     """Log density of the coordinates under the priors; of fixed effects only those that are sampled."""
     terms, log_sigma, given = priors.cut(z)
-    total = priors.sigma.log_prob(jnp.exp(log_sigma)) + log_sigma
+    total = jnp.zeros(())
+    if priors.sigma is not None:
+        shift: Array = 0.0
+        if len(priors.means):
+            shift = (jnp.asarray(priors.prior_at) - priors.means) @ residual_parameters(z, priors)[0]
+        total = priors.sigma.log_prob(jnp.exp(log_sigma + shift)) + log_sigma + shift
     for chart, own, part in zip(priors.charts, priors.terms, terms, strict=True):
         total = total + _of_term(part, chart, own)
+    for other, part in zip(priors.others, priors.others_of(z), strict=True):
+        total = total + other.log_density(part)
     for i, one in enumerate(priors.fixed):
         total = total + one.log_prob(given[i])
     return total
@@ -135,7 +219,7 @@ class Looked(NamedTuple):
 
 
 @jit
-def look(z: Array, stats: CrossProducts, priors: ModelPriors) -> Looked:
+def look(z: Array, stats: Data, priors: ModelPriors) -> Looked:
     """At ``z (N, dim)``."""
 
     def one(z: Array) -> Looked:
@@ -159,7 +243,7 @@ def _root(M: Array) -> Array:
 
 
 @jit
-def value_gradient_hessian(z: Array, stats: CrossProducts, priors: ModelPriors) -> tuple[Array, Array, Array]:
+def value_gradient_hessian(z: Array, stats: Data, priors: ModelPriors) -> tuple[Array, Array, Array]:
     """Of the log posterior at ``z (dim,)``."""
 
     def with_gradient(z: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaln
 
-from mixjax.products.sums import CrossProducts
-from mixjax.sampling.density import look
+from mixjax.sampling.density import Data, look
 from mixjax.sampling.mode import Mode
 from mixjax.sampling.priors import ModelPriors
 from mixjax.sampling.psis import smoothed
@@ -71,7 +70,7 @@ class Mixture(NamedTuple):
 
 def sample(
     mode: Mode,
-    stats: CrossProducts,
+    stats: Data,
     priors: ModelPriors,
     rng: np.random.Generator,
     draws: int,
@@ -118,7 +117,7 @@ def _resampled(z: np.ndarray, w: np.ndarray, n: int, rng: np.random.Generator) -
 
 
 def _proposed(
-    proposal: list[Mixture], stats: CrossProducts, priors: ModelPriors, rng: np.random.Generator, n: int
+    proposal: list[Mixture], stats: Data, priors: ModelPriors, rng: np.random.Generator, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points ``(n, dim)`` and the logs of their importance ratios; a density that is not finite counts as zero."""
     counts = [round(part.weight * n) for part in proposal[1:]]

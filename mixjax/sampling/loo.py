@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
+from mixjax.design import Design
 from mixjax.engine.by_level import LevelProducts, split
 from mixjax.engine.criterion import in_bases
+from mixjax.engine.residual_rows import ResidualRows
 from mixjax.machine import float64, jit
 from mixjax.markup import Report, Reported
+from mixjax.products.rows import rows_of
+from mixjax.residual.transform import Transform
 from mixjax.sampling.psis import smoothed
 
 # k-hat above which a unit's weights are not to be trusted.
@@ -97,3 +102,42 @@ def _at_draws(factors: Any, log_sigma: Any, beta: Any, products: LevelProducts) 
         return split(lambdas, log_sigma, stats.X_basis.R @ (beta - stats.beta0), products)
 
     return jax.vmap(one)(factors, log_sigma, beta)
+
+
+def log_lik_of_residuals(
+    design: Design,
+    transform: Transform,
+    group: np.ndarray,
+    m: int,
+    factors: list[np.ndarray],
+    sigma: np.ndarray,
+    gamma: np.ndarray,
+    c: np.ndarray | None,
+    beta: np.ndarray,
+) -> np.ndarray:
+    """As :func:`log_lik_by_level`, of the m levels of ``group (n,)``, where residuals have parameters.
+
+    Args:
+        sigma: ``(S,)`` where the dispersion's columns are at their means. gamma: ``(S, d)``. c: ``(S,)`` or None.
+    """
+    data, S = ResidualRows.of(rows_of(design), transform), len(sigma)
+    size = max(1, min(S, NUMBERS // max(1, data.columns.size * data.columns.shape[1])))
+    found = np.empty((S, m))
+    with float64():
+        for first in range(0, S, size):
+            at = np.minimum(np.arange(first, first + size), S - 1)
+            lambdas = [np.moveaxis(F, -1, 0)[at] / sigma[at, None, None] for F in factors]
+            own = None if c is None else c[at]
+            block = _of_residuals(lambdas, np.log(sigma[at]), beta[at], gamma[at], own, data, group, m=m)
+            found[first : first + size] = np.asarray(block)[: min(size, S - first)]
+    return found
+
+
+@partial(jit, static_argnames=("m",))
+def _of_residuals(
+    lambdas: Any, log_sigma: Any, beta: Any, gamma: Any, c: Any, data: ResidualRows, group: Any, m: int
+) -> Any:
+    def one(lambdas: Any, log_sigma: Any, beta: Any, gamma: Any, c: Any) -> Any:
+        return data.log_densities(lambdas, log_sigma, beta, gamma, c, group, m)
+
+    return jax.vmap(one, in_axes=(0, 0, 0, 0, None if c is None else 0))(lambdas, log_sigma, beta, gamma, c)

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixjax.products.sums import CrossProducts
-from mixjax.sampling.density import value_gradient_hessian
+from mixjax.sampling.density import Data, value_gradient_hessian
 from mixjax.sampling.priors import ModelPriors
 
 # A step in whitened coordinates is no longer than this; the search ends where the next one is shorter than TOLERANCE.
@@ -30,7 +29,7 @@ class Mode(NamedTuple):
     converged: bool
 
 
-def mode(start: np.ndarray, stats: CrossProducts, priors: ModelPriors) -> Mode:
+def mode(start: np.ndarray, stats: Data, priors: ModelPriors) -> Mode:
     """Find the mode near ``start (dim,)``; call in the float64 scope."""
     n_log = len(start) - len(priors.fixed)
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.machine import Array, jit
-from mixjax.products.sums import CrossProducts
-from mixjax.sampling.density import density
+from mixjax.sampling.density import Data, density
 from mixjax.sampling.mode import Mode
 from mixjax.sampling.priors import ModelPriors
 
@@ -71,7 +70,7 @@ def blackjax() -> Any:
 
 def sample(
     mode: Mode,
-    stats: CrossProducts,
+    stats: Data,
     priors: ModelPriors,
     key: Any,
     chains: int,
@@ -144,7 +143,7 @@ def _chunk(
     first: Array,
     centre: Array,
     root: Array,
-    stats: CrossProducts,
+    stats: Data,
     priors: ModelPriors,
     target: Array,
     adapting: Array,

@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import InferenceWarning, check_count, check_level, check_memory, warn
+from mixjax.checks import check_count, check_level, check_memory
 from mixjax.design import Design, Labels
 from mixjax.engine.by_level import level_products
-from mixjax.fitted.names import names_apart, term_names, terms_of_group
+from mixjax.estimation.residual import transform_of
+from mixjax.fitted.names import modes_by_group, term_names
 from mixjax.fitted.record import Fitted
-from mixjax.markup import Report, Reported
 from mixjax.prediction.asked import check_asked, effects_included, rows_asked
-from mixjax.sampling import convergence
-from mixjax.sampling.effects import draw_effects
-from mixjax.sampling.loo import Loo, log_lik_by_level, loo_of
-from mixjax.sampling.predictive import respond
-from mixjax.sampling.priors import ModelPriors, Priors, names_of
-from mixjax.simulation import key_words
-from mixjax.tables import NotedTable, frame_report
-
-# Beyond these, numbers are not to be trusted.
-MOST_RHAT, LEAST_ESS = 1.01, 400
+from mixjax.sampling.draws import Draws, Sampling
+from mixjax.sampling.effects import draw_effects, draw_effects_of_residuals
+from mixjax.sampling.loo import Loo, log_lik_by_level, log_lik_of_residuals
+from mixjax.sampling.predictive import Noise, noise_of, respond
+from mixjax.sampling.priors import ModelPriors, Names, Priors, names_of
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the draws were made.
-
-    Attributes:
-        method: ``"nuts"`` or ``"importance"``.
-        divergences: transitions that went astray; where there are any, part of the posterior was not reached.
-        steps: mean number of gradients for a draw. step_size: of the integrator, in whitened coordinates.
-        khat: Pareto shape of the importance weights, NaN of chains. ess: effective number of weighted draws, NaN of
-            chains.
-        first_call, seconds: of the first call of the sampling program, in which it is compiled or loaded, and of all.
-    """
-
-    method: str
-    divergences: int = 0
-    steps: float = float("nan")
-    step_size: float = float("nan")
-    khat: float = float("nan")
-    ess: float = float("nan")
-    first_call: float = 0.0
-    seconds: float = 0.0
-
-
-class Posterior(Reported):
+class Posterior(Draws):
     """Draws from the posterior of a linear mixed model, as :func:`mixjax.bayes` returns them.
 
     Standard deviations are absolute. Draws stand in arrays ``(chains, draws, ...)``.
@@ -76,13 +46,19 @@ class Posterior(Reported):
 
     @property
     def reml_fit(self) -> Fitted:
-        """The REML fit of the same model, at which the search for the mode began."""
+        """The REML fit of the same model, at which the search for the mode began.
+
+        Raises:
+            ValueError: sigma is known, which no fit has.
+        """
+        if self.model.sigma is None:
+            raise ValueError("a posterior with a known sigma has no REML fit: that would estimate it")
         return self._fitted
 
     @property
     def design(self) -> Design:
         """Arrays of the model."""
-        return self._fitted.design
+        return self._fitted.given
 
     @property
     def labels(self) -> Labels:
@@ -90,143 +66,37 @@ class Posterior(Reported):
         return self._fitted.labels
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Chains and draws of each."""
-        return self.z.shape[0], self.z.shape[1]
+    def _names(self) -> Names:
+        return names_of(self.design, self.labels)
 
     # --- draws of the parameters --------------------------------------------------------------------------------------
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Fixed effects, standard deviations and correlations, sigma."""
-        names = names_of(self.design, self.labels)
-        variances = [n for t, chart in enumerate(self.model.charts) for n in names.of_term(t, chart.structure)]
-        variances.append("sigma")
-        return (*names_apart(self.labels.fixed, variances), *variances)
-
-    @cached_property
-    def draws(self) -> np.ndarray:
-        """``(chains, draws, parameters)`` in the order of :attr:`names`."""
-        terms, log_sigma, _ = self.model.cut(np.moveaxis(self.z, -1, 0))
-        natural = [chart.natural(part) for chart, part in zip(self.model.charts, terms, strict=True)]
-        variances = np.concatenate([*natural, np.exp(log_sigma)[None]])
-        return np.concatenate([self.beta, np.moveaxis(variances, 0, -1)], axis=-1)
-
     @property
     def sigma(self) -> np.ndarray:
-        """``(chains, draws)`` residual standard deviations."""
-        sigma: np.ndarray = np.exp(self.model.cut(np.moveaxis(self.z, -1, 0))[1])
+        """``(chains, draws)`` residual standard deviations, where columns of a dispersion are 0."""
+        sigma: np.ndarray = np.exp(self.model.log_sigma_of(np.moveaxis(self.z, -1, 0)))
         return sigma
 
     @property
     def Sigma(self) -> dict[str, np.ndarray]:
-        """Dict term -> ``(chains, draws, q, q)`` covariances of its random effects, absolute."""
-        names, shape = term_names(self.labels), self.shape
-        return {
-            name: np.einsum("acs,bcs->sab", F, F).reshape(*shape, *F.shape[:2])
-            for name, F in zip(names, self._factors, strict=True)
-        }
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row for every draw: ``chain``, ``draw``, and a column for each parameter."""
-        chains, draws = self.shape
-        places = pd.MultiIndex.from_product([range(chains), range(draws)], names=["chain", "draw"])
-        flat = self.draws.reshape(chains * draws, -1)
-        return pd.DataFrame(flat, index=places, columns=list(self.names)).reset_index()
-
-    @property
-    def _factors(self) -> list[np.ndarray]:
-        """Per term ``(q, q, S)``."""
-        terms, _, _ = self.model.cut(self.z.reshape(-1, self.z.shape[-1]).T)
-        return [chart.factor(part) for chart, part in zip(self.model.charts, terms, strict=True)]
+        """Dict term -> ``(chains, draws, q, q)`` covariances of its random effects, absolute; of levels with a known
+        covariance, times that."""
+        return self._covariances(term_names(self.labels))
 
     def _flat(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Factors ``(q, q, S)``, sigma ``(S,)``, beta ``(S, p)``."""
-        return self._factors, self.sigma.ravel(), self.beta.reshape(-1, self.beta.shape[-1])
-
-    def _rng(self, purpose: int, key: Any = None) -> np.random.Generator:
-        return np.random.default_rng([*key_words(self._key if key is None else key), purpose])
-
-    # --- summaries ----------------------------------------------------------------------------------------------------
-
-    def summary(self, level: float = 0.95) -> pd.DataFrame:
-        """Mean, standard deviation and central interval of every parameter, and how far the draws can be trusted.
-
-        Args:
-            level: of the intervals, between quantiles.
-
-        Returns:
-            data frame ``mean``, ``sd``, ``lower``, ``upper``, ``ess_bulk``, ``ess_tail``, ``rhat``, a row for each
-            parameter; notes below it: method, divergences, and what is wrong. R-hat and effective sample sizes are
-            those of Vehtari et al. (2021); of draws by importance there is one size, and no R-hat.
-        """
-        check_level(level)
-        x = self.draws
-        tails = (0.5 - level / 2, 0.5 + level / 2)
-        lower, upper = np.quantile(x, tails, axis=(0, 1))
-        columns = {"mean": x.mean((0, 1)), "sd": x.std((0, 1), ddof=1), "lower": lower, "upper": upper}
-        frame = pd.DataFrame({**columns, **self._trust}, index=list(self.names))
-        return NotedTable(frame, self.notes(level))
+        return self._factors, self.sigma.ravel(), self._beta
 
     @cached_property
-    def _trust(self) -> dict[str, np.ndarray]:
-        x, n = self.draws, len(self.names)
-        if self.sampling.method == "importance":
-            both = np.full(n, self.sampling.ess)
-            return {"ess_bulk": both, "ess_tail": both, "rhat": np.full(n, np.nan)}
-        return {
-            "ess_bulk": convergence.ess_bulk(x), "ess_tail": convergence.ess_tail(x), "rhat": convergence.rhat(x),
-        }  # fmt: skip
+    def _noise(self) -> Noise:
+        return noise_of(self.design, self.model, self._z)
 
     def notes(self, level: float = 0.95) -> tuple[str, ...]:
         """What stands below the summary."""
-        how, (chains, draws) = self.sampling, self.shape
-        if how.method == "importance":
-            made = f"{chains * draws} draws by importance sampling; Pareto k-hat {how.khat:.2f}"
-        else:
-            made = (
-                f"{chains} chains of {draws} draws by NUTS, {how.steps:.1f} gradients a draw; "
-                f"{how.divergences or 'no'} divergences"
-            )
-        return (
-            f"{100 * level:g} % intervals between quantiles",
-            made,
-            *(f"warning: {text}" for text in self.problems()),
-        )
-
-    def problems(self) -> list[str]:
-        """What speaks against the draws, in sentences; empty where nothing does."""
-        how, trust, found = self.sampling, self._trust, []
-        if how.divergences:
-            found.append(
-                f"{how.divergences} of {self.z.shape[0] * self.z.shape[1]} transitions diverged: part of the posterior "
-                "may not have been reached; raise target= towards 0.99, or give tighter priors"
-            )
-        worst = float(np.nanmax(trust["rhat"])) if np.isfinite(trust["rhat"]).any() else float("nan")
-        if worst > MOST_RHAT:
-            name = self.names[int(np.nanargmax(trust["rhat"]))]
-            found.append(f"R-hat of {name} is {worst:.3f} (more than {MOST_RHAT}): chains have not mixed; more warmup=")
-        least = np.minimum(trust["ess_bulk"], trust["ess_tail"])
-        if np.nanmin(least) < LEAST_ESS:
-            name = self.names[int(np.nanargmin(least))]
-            found.append(f"the effective sample size of {name} is {np.nanmin(least):.0f}: take more draws=")
-        if how.khat > 0.7:
-            found.append(f"Pareto k-hat of the weights is {how.khat:.2f} (more than 0.7): use method='nuts'")
-        return found
-
-    def warn(self) -> None:
-        """An :class:`~mixjax.InferenceWarning` for each of :meth:`problems`."""
-        for text in self.problems():
-            warn(text, InferenceWarning)
-
-    def _report(self) -> Report:
-        frame = pd.DataFrame(self.summary()).rename(columns={"mean": "estimate", "sd": "std_error"})
-        heads = ["Mean", "SD", "Lower", "Upper", "Bulk ESS", "Tail ESS", "R-hat"]
-        formats = {"ess_bulk": "{:.0f}", "ess_tail": "{:.0f}", "rhat": "{:.3f}"}
-        return frame_report(frame, [f"Posterior of {self.labels.formula}"], self.notes(), heads=heads, formats=formats)
-
-    def __repr__(self) -> str:
-        return self._report().text()
+        found = super().notes(level)
+        if self.model.sigma is not None:
+            return found
+        return (*found[:2], f"residual standard deviation known: {float(self.sigma.flat[0]):g}", *found[2:])
 
     # --- random effects -----------------------------------------------------------------------------------------------
 
@@ -234,7 +104,14 @@ class Posterior(Reported):
     def b(self) -> dict[str, np.ndarray]:
         """Dict term -> ``(chains, draws, levels, q)`` random effects, drawn exactly and jointly given each draw of the
         other parameters."""
-        drawn = draw_effects(self.design, *self._flat(), self._rng(1))
+        factors, _, beta = self._flat()
+        design, noise, rng = self.design, self._noise, self._rng(1)
+        if not design.terms:
+            return {}
+        if design.has_residual_side:
+            drawn = draw_effects_of_residuals(design, factors, noise.middling, noise.gamma, noise.c, beta, rng)
+        else:
+            drawn = draw_effects(design, factors, noise.middling, beta, rng)
         return {
             name: own.reshape(*self.shape, *own.shape[1:])
             for name, own in zip(term_names(self.labels), drawn, strict=True)
@@ -247,15 +124,8 @@ class Posterior(Reported):
         """
         if stat not in ("mean", "sd"):
             raise ValueError(f"stat must be 'mean' or 'sd', got {stat!r}; draws are in .b")
-        names, found = term_names(self.labels), {}
-        for group, ts in terms_of_group(self.labels).items():
-            parts = [getattr(self.b[names[t]], {"mean": "mean", "sd": "std"}[stat])(axis=(0, 1)) for t in ts]
-            found[group] = pd.DataFrame(
-                np.hstack(parts),
-                index=list(self.labels.terms[ts[0]].levels),
-                columns=[effect for t in ts for effect in self.labels.terms[t].effects],
-            )
-        return found
+        parts = [getattr(own, {"mean": "mean", "sd": "std"}[stat])(axis=(0, 1)) for own in self.b.values()]
+        return modes_by_group(self.labels, parts)
 
     # --- predictions --------------------------------------------------------------------------------------------------
 
@@ -281,16 +151,25 @@ class Posterior(Reported):
 
         Returns:
             data frame ``mean``, ``sd``, ``lower``, ``upper`` with the index of newdata; or an array.
+
+        Raises:
+            ValueError: draws of new responses whose residuals are correlated; :meth:`simulate` has those of the rows
+                of the fit.
         """
         check_asked(allow_new_levels, interval)
         check_level(level)
         if interval is None:
             raise ValueError("interval must be 'confidence' or 'prediction'")
+        if draws and interval == "prediction" and self.design.residual is not None:
+            raise ValueError(
+                "draws of new responses would be independent from row to row, and residuals of this model are not: "
+                "simulate() has those of the rows of the fit; intervals row by row are right"
+            )
         included = effects_included(self.labels, random)
         whole = "new response" if interval == "prediction" else None
         asked = rows_asked(self._fitted, newdata, included, allow_new_levels, whole)
-        targets, (factors, sigma, beta) = asked.targets, self._flat()
-        S, m = len(sigma), len(targets.X)
+        targets, (factors, _, beta) = asked.targets, self._flat()
+        S, m = len(beta), len(targets.X)
         check_memory(f"{S} draws of {m} rows", S * m * 8, "predict fewer rows at a time")
         flat = (
             tuple(own.reshape(S, *own.shape[2:]) for own in self.b.values()) if any(w.any() for w in included) else ()
@@ -302,7 +181,8 @@ class Posterior(Reported):
             if Z is not None and Z.any():
                 values = values + np.einsum("mq,qrs,smr->sm", Z, F, rng.standard_normal((S, m, F.shape[0])))
         if targets.noise.any():
-            values = values + sigma[:, None] * np.sqrt(targets.noise) * rng.standard_normal((S, m))
+            sd = np.sqrt(targets.noise) * self._relative_noise(asked.dispersion)
+            values = values + sd * rng.standard_normal((S, m))
         rows = len(asked.index)
         if draws:
             out = np.full((S, rows), np.nan)
@@ -328,16 +208,23 @@ class Posterior(Reported):
         S = self.z.shape[0] * self.z.shape[1]
         count = S if n is None else check_count("n", n, 1, S)
         new = random == "new"
-        responses: np.ndarray = (
-            self._of_new_levels(key) if new else self.predict(interval="prediction", draws=True, key=key)
-        )
-        chosen: np.ndarray = responses[np.linspace(0, S - 1, count).round().astype(int)]
-        return chosen
+        at = np.linspace(0, S - 1, count).round().astype(int)
+        if new:
+            return respond(self.design, self.model, self._z[at], self._beta[at], self._rng(3, key))[0]
+        noise = self._noise.take(at)
+        responses: np.ndarray = self.predict(draws=True)[at] + noise.sample(self.design, self._rng(2, key))
+        return responses
 
-    def _of_new_levels(self, key: Any) -> np.ndarray:
-        """Rows of a level share its new effects."""
-        z, beta = self.z.reshape(-1, self.z.shape[-1]), self.beta.reshape(-1, self.beta.shape[-1])
-        return respond(self.design, self.model, z, beta, self._rng(3, key))[0]
+    def _relative_noise(self, W: np.ndarray | None) -> np.ndarray:
+        """``(S, m)`` or ``(S, 1)`` by what the root of a target's noise, which is relative to sigma and has the
+        dispersion of the fit, is to be multiplied."""
+        sigma = self.sigma.ravel()[:, None]
+        if W is None:
+            return sigma
+        d = W.shape[1]
+        away = self._noise.gamma - np.asarray(self._fitted.estimates.residual)[:d]
+        relative: np.ndarray = sigma * np.exp(away @ W.T)
+        return relative
 
     # --- cross-validation ---------------------------------------------------------------------------------------------
 
@@ -350,21 +237,59 @@ class Posterior(Reported):
                 the outermost of nested ones.
         """
         factors, sigma, beta = self._flat()
+        design, noise = self.design, self._noise
         if by is None:
-            design = self.design
-            mean = self.predict(draws=True)
-            sd = sigma[:, None] * (1.0 if design.weights is None else 1.0 / np.sqrt(np.asarray(design.weights)))
-            values = -0.5 * ((np.asarray(design.y) - mean) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2.0 * np.pi)
+            if design.residual is not None:
+                raise ValueError(
+                    "residuals of this model are correlated, and the density of a row given its random effects depends "
+                    "on other rows: leave out whole levels, by=a grouping factor"
+                )
+            sd = noise.sd(design)
+            values = -0.5 * ((np.asarray(design.y) - self.predict(draws=True)) / sd) ** 2
+            values = values - np.log(sd) - 0.5 * np.log(2.0 * np.pi)
+        elif design.has_residual_side:
+            group, m = self._independent_rows(by)
+            values = log_lik_of_residuals(
+                design, transform_of(design), group, m, factors, noise.middling, noise.gamma, noise.c, beta
+            )
         else:
             values = log_lik_by_level(self._products_by(by), factors, sigma, beta)
         found: np.ndarray = values.reshape(*self.shape, -1)
         return found
 
-    def _products_by(self, by: str) -> Any:
+    def _independent_rows(self, by: str) -> tuple[np.ndarray, int]:
+        """Levels of a factor that rows of different levels are independent by: the outermost of nested ones, or that of
+        the correlation of residuals where there are no random terms."""
+        if self.labels.terms:
+            self._check_factor(by)
+            layout = self._fitted.layout
+            factor = layout.terms[[term.group for term in self.labels.terms].index(by)].factor
+            if layout.dense or factor != layout.chain[-1]:
+                raise ValueError(
+                    f"loo(by={by!r}) integrates over random effects level by level, and levels of {by!r} share random "
+                    "effects with others: it is for one grouping factor, or the outermost of nested ones"
+                )
+            term = self.design.terms[[term.group for term in self.labels.terms].index(by)]
+            return np.asarray(term.group), term.n_groups
+        if by != self.labels.residual_group or self.design.residual is None:
+            of = (
+                f"that of the residuals, {self.labels.residual_group!r}"
+                if self.labels.residual_group
+                else "there is none"
+            )
+            raise ValueError(f"by must be a grouping factor of the model: {of}; got {by!r}")
+        codes = np.unique(np.asarray(self.design.residual.group), return_inverse=True)[1].reshape(-1)
+        return codes, int(codes.max()) + 1
+
+    def _check_factor(self, by: str) -> None:
         groups = [term.group for term in self.labels.terms]
         if by not in groups:
             known = ", ".join(map(repr, dict.fromkeys(groups)))
             raise ValueError(f"by must be a grouping factor of the model, {known}; got {by!r}")
+
+    def _products_by(self, by: str) -> Any:
+        self._check_factor(by)
+        groups = [term.group for term in self.labels.terms]
         factor = self._fitted.layout.terms[groups.index(by)].factor
         try:
             return level_products(self.design, factor)
@@ -390,19 +315,10 @@ class Posterior(Reported):
             InferenceWarning: k-hat of some unit is above 0.7.
         """
         log_lik = self.log_lik(by)
-        labels = self.labels
         if by is None:
-            units, index = "rows", labels.frame.index
-        else:
-            units = by
-            index = list(next(term.levels for term in labels.terms if term.group == by))
-        flat = log_lik.reshape(-1, log_lik.shape[-1])
-        total = len(flat)
-        size = self.sampling.ess if self.sampling.method == "importance" else np.mean(convergence.ess_mean(self.draws))
-        found = loo_of(flat, units, index, min(1.0, float(size) / total))
-        if found.n_bad:
-            warn(found._report().notes[0], InferenceWarning)
-        return found
+            return self._loo(log_lik, "rows", self.labels.frame.index)
+        levels = [term.levels for term in self.labels.terms if term.group == by]
+        return self._loo(log_lik, by, list(levels[0]) if levels else range(log_lik.shape[-1]))
 
     # --- arviz --------------------------------------------------------------------------------------------------------
 
@@ -416,41 +332,9 @@ class Posterior(Reported):
         Raises:
             ImportError: arviz is not installed.
         """
-        arviz = _arviz()
-        draws = {name: self.draws[..., i] for i, name in enumerate(self.names)}
-        coords: dict[str, list[str]] = {}
-        dims: dict[str, list[str]] = {}
-        for name, own, term in zip(self.b, self.b.values(), self.labels.terms, strict=True):
-            draws[f"b_{name}"] = own
-            dims[f"b_{name}"] = [f"level_{name}", f"effect_{name}"]
-            coords |= {f"level_{name}": list(term.levels), f"effect_{name}": list(term.effects)}
-        response = self.labels.response
-        groups = {"posterior": draws, "observed_data": {response: np.asarray(self.design.y)}}
+        more = {}
         if log_likelihood:
-            groups["log_likelihood"] = {response: self.log_lik()}
+            more["log_likelihood"] = self.log_lik()
         if predictive:
-            groups["posterior_predictive"] = {response: self.simulate().reshape(*self.shape, -1)}
-        by_keyword = "posterior" in inspect.signature(arviz.from_dict).parameters
-        return arviz.from_dict(**groups, coords=coords, dims=dims) if by_keyword else arviz.from_dict(
-            groups, coords=coords, dims=dims
-        )  # fmt: skip
-
-    def plot(self, kind: str = "trace", **options: Any) -> Any:
-        """A picture by ArviZ: its function ``plot_<kind>``, of the parameters: ``"trace"``, ``"pair"``, ``"forest"``,
-        ``"rank"``, ...
-
-        Args:
-            options: of that function; ``var_names`` are by default all parameters but random effects.
-        """
-        function = getattr(_arviz(), f"plot_{kind}", None)
-        if function is None:
-            raise ValueError(f"arviz has no picture {kind!r}")
-        return function(self.to_arviz(), **{"var_names": list(self.names), **options})
-
-
-def _arviz() -> Any:
-    try:
-        import arviz
-    except ImportError:
-        raise ImportError("this needs arviz: pip install 'mixjax[bayes]'") from None
-    return arviz
+            more["posterior_predictive"] = self.simulate().reshape(*self.shape, -1)
+        return self._to_arviz(self.b, np.asarray(self.design.y), more)

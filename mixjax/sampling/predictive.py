@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtr, ndtri
 
 from mixjax.checks import check_count, check_memory
 from mixjax.design import Design
+from mixjax.estimation.residual import correlation_of
 from mixjax.fitted.names import names_apart
 from mixjax.formula.build import build
 from mixjax.formula.context import caller_context
 from mixjax.sampling.charts import Chart
+from mixjax.sampling.effects import fresh_effects
 from mixjax.sampling.prior import LKJ, Normal
 from mixjax.sampling.priors import ModelPriors, Priors, TermPriors, default_priors, names_of
 from mixjax.simulation import key_words, random_columns
@@ -75,10 +76,11 @@ def prior_predictive(
     n = np.shape(design.X)[0]
     check_memory(f"{draws} responses of {n} rows", draws * n * 8, "draw fewer")
     z, beta = draw_parameters(model, draws, np.random.default_rng(key_words(key)))
-    terms, log_sigma, _ = model.cut(z.T)
+    terms, _, _ = model.cut(z.T)
     variances = np.concatenate(
-        [*(chart.natural(part) for chart, part in zip(model.charts, terms, strict=True)), np.exp(log_sigma)[None]]
-    )
+        [*(chart.natural(part) for chart, part in zip(model.charts, terms, strict=True)),
+         np.exp(model.log_sigma_of(z.T))[None]]
+    )  # fmt: skip
     own_names = names_of(design, labels)
     of_terms = [name for t, s in enumerate(model.structures) for name in own_names.of_term(t, s)]
     columns = [*names_apart(labels.fixed, [*of_terms, "sigma"]), *of_terms, "sigma"]
@@ -101,7 +103,9 @@ def draw_parameters(model: ModelPriors, n: int, rng: np.random.Generator) -> tup
     for chart, own in zip(model.charts, model.terms, strict=True):
         parts += [np.log(one.sample(rng, n)) for one in own.scales]
         parts += list(_shapes(chart, own, n, rng))
-    parts.append(np.log(model.sigma.sample(rng, n)))
+    if model.sigma is not None:
+        parts.append(np.log(model.sigma.sample(rng, n)))
+    parts += [one.sample(rng, n) for one in model.others]
     given = [one.sample(rng, n) for one in model.fixed]
     mean, sd = np.asarray(model.parts.mean), np.asarray(model.parts.precision) ** -0.5
     inner = mean + sd * rng.standard_normal((n, len(mean)))
@@ -125,16 +129,55 @@ def _shapes(chart: Chart, own: TermPriors, n: int, rng: np.random.Generator) -> 
             u = rng.beta(a, b, n)
         else:
             assert isinstance(one, Normal)
-            u = (_inside(one, chart.low, n, rng) - chart.low) / (1.0 - chart.low)
+            u = (one.sample_between(rng, n, chart.low, 1.0) - chart.low) / (1.0 - chart.low)
         found[i] = (np.log(np.maximum(u, tiny)) - np.log(np.maximum(1.0 - u, 1e-16))) / chart.slope
     return found
 
 
-def _inside(one: Normal, low: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Of a normal cut to a range, by its distribution function."""
-    a, b = ndtr((low - one.loc) / one.scale), ndtr((1.0 - one.loc) / one.scale)
-    drawn: np.ndarray = np.clip(one.loc + one.scale * ndtri(a + (b - a) * rng.random(n)), low, 1.0)
-    return drawn
+class Noise(NamedTuple):
+    """Residuals at S draws.
+
+    Attributes:
+        middling: ``(S,)`` standard deviations, where columns of the dispersion are at their means. gamma: ``(S, d)``
+            its coefficients. c: ``(S,)`` correlations at the shortest distance, rho: as they are reported; or None.
+    """
+
+    middling: np.ndarray
+    gamma: np.ndarray
+    c: np.ndarray | None
+    rho: np.ndarray | None
+
+    def take(self, at: np.ndarray) -> Noise:
+        """Some of the draws."""
+        return Noise(*(None if own is None else own[at] for own in self))  # type: ignore[arg-type]
+
+    def sd(self, design: Design) -> np.ndarray:
+        """``(S, nobs)`` standard deviations."""
+        sd = self.middling[:, None] * (1.0 if design.weights is None else 1.0 / np.sqrt(np.asarray(design.weights)))
+        if design.dispersion is not None and self.gamma.shape[1]:
+            W = np.asarray(design.dispersion, np.float64)
+            sd = sd * np.exp(self.gamma @ (W - W.mean(axis=0)).T)
+        return np.broadcast_to(sd, (len(self.middling), np.shape(design.X)[0]))
+
+    def sample(self, design: Design, rng: np.random.Generator) -> np.ndarray:
+        """``(S, nobs)``, correlated as residuals are."""
+        sd = self.sd(design)
+        drawn = rng.standard_normal(sd.shape)
+        correlation = correlation_of(design)
+        if correlation is not None and self.rho is not None:
+            drawn = np.stack(
+                [correlation.colour(float(rho), own[:, None])[:, 0] for rho, own in zip(self.rho, drawn, strict=True)]
+            )
+        errors: np.ndarray = sd * drawn
+        return errors
+
+
+def noise_of(design: Design, model: ModelPriors, z: np.ndarray) -> Noise:
+    """Residuals at coordinates ``z (S, dim)``."""
+    middling = np.exp(model.cut(z.T)[1])
+    gamma, c = model.residual_of(z.T) if design.has_residual_side else ([], None)
+    rho = None if c is None else model.others[-1].reported(model.others_of(z.T)[-1])
+    return Noise(middling, np.stack(gamma, axis=1) if gamma else np.zeros((len(z), 0)), c, rho)
 
 
 def respond(
@@ -142,15 +185,14 @@ def respond(
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Responses ``(S, nobs)`` and random effects, per term ``(S, levels, q)``, at parameters ``z (S, dim)``, ``beta (S,
     p)``."""
-    terms, log_sigma, _ = model.cut(z.T)
-    S, n = len(z), np.shape(design.X)[0]
+    terms, _, _ = model.cut(z.T)
+    S = len(z)
     b = tuple(
-        np.einsum("abs,smb->sma", chart.factor(part), rng.standard_normal((S, term.n_groups, chart.structure.q)))
+        fresh_effects(chart.factor(part), term, rng)
         for chart, part, term in zip(model.charts, terms, design.terms, strict=True)
     )
-    flat = np.concatenate([own.reshape(S, -1) for own in b], axis=1)
+    flat = np.concatenate([np.zeros((S, 0)), *(own.reshape(S, -1) for own in b)], axis=1)
     mean = beta @ np.asarray(design.X).T + np.asarray((random_columns(design) @ flat.T).T)
-    sd = np.ones(n) if design.weights is None else 1.0 / np.sqrt(np.asarray(design.weights))
     offset = 0.0 if design.offset is None else np.asarray(design.offset)
-    y: np.ndarray = mean + offset + np.exp(log_sigma)[:, None] * sd * rng.standard_normal((S, n))
+    y: np.ndarray = mean + offset + noise_of(design, model, z).sample(design, rng)
     return y, b

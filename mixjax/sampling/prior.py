@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betaln, gammaln, log_ndtr
+from scipy.special import ndtr, ndtri
 
 from mixjax.machine import Array
 
@@ -81,6 +82,12 @@ class Normal(Prior):
         flip = a + b > 0
         a, b = jnp.where(flip, -b, a), jnp.where(flip, -a, b)
         return log_ndtr(b) + jnp.log1p(-jnp.exp(log_ndtr(a) - log_ndtr(b)))
+
+    def sample_between(self, rng: np.random.Generator, size: int, low: float, high: float) -> np.ndarray:
+        """Draws ``(size,)`` cut to an interval, by the distribution function."""
+        a, b = ndtr((low - self.loc) / self.scale), ndtr((high - self.loc) / self.scale)
+        drawn: np.ndarray = np.clip(self.loc + self.scale * ndtri(a + (b - a) * rng.random(size)), low, high)
+        return drawn
 
 
 @_registered
@@ -160,6 +167,24 @@ class Exponential(Prior):
 
 @_registered
 @dataclass(frozen=True, repr=False)
+class LogNormal(Prior):
+    """The exponential of a normal."""
+
+    loc: float
+    scale: float
+    support = "positive"
+    name = "log_normal"
+
+    def log_prob(self, x: Array) -> Array:
+        log = jnp.log(x)
+        return -0.5 * ((log - self.loc) / self.scale) ** 2 - jnp.log(self.scale) - 0.5 * LOG_2PI - log
+
+    def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        return np.exp(rng.normal(self.loc, self.scale, size))
+
+
+@_registered
+@dataclass(frozen=True, repr=False)
 class LKJ(Prior):
     """Density proportional to ``det(R)^(eta - 1)`` over the correlation matrices R of a term's structure."""
 
@@ -212,6 +237,11 @@ class prior:
     def exponential(rate: float = 1.0) -> Prior:
         """Of a standard deviation: mean ``1 / rate``."""
         return Exponential(_positive("rate", rate))
+
+    @staticmethod
+    def log_normal(loc: float = 0.0, scale: float = 1.0) -> Prior:
+        """Of a positive parameter: its logarithm is ``normal(loc, scale)``."""
+        return LogNormal(_number("loc", loc), _positive("scale", scale))
 
     @staticmethod
     def lkj(eta: float = 1.0) -> Prior:
