@@ -183,7 +183,7 @@ class ResidualFitted(Fitted):
         n, r = len(parameters), engine.transform.k
         with silently():
             relative, by_x = natural_with_slopes(self.x[:k], layout.structures, engine.rows.Z_bases)
-            is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
+            is_sd = np.array([parameter.is_scaled for parameter in parameters], bool)
             values = np.concatenate([np.where(is_sd, middling * relative, relative), natural.values, [sigma]])
             slopes = np.zeros((n + r + 1, k + r + 1))
             slopes[:n, :k] = np.where(is_sd[:, None], middling * by_x, by_x)

@@ -9,7 +9,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from mixjax.checks import DataError, FormulaError
-from mixjax.covariance import BY_OPTION, STRUCTURES, Covariance, canonical
+from mixjax.covariance import BY_OPTION, DIMENSIONS, STRUCTURES, Covariance, canonical, with_dimensions
 from mixjax.formula.algebra import Effects, effects, summands
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 from mixjax.relationship import Relationship, as_relationship
@@ -231,6 +231,8 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
     inner = first.unwrapped()
     if not inner.outer("|", "||"):
         return None
+    if name in DIMENSIONS:
+        return _dimensional_term(piece, name, inner, options, columns)
     hom = None
     for option in options:
         words = [t.text for t in option.tokens]
@@ -252,6 +254,21 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
         return [replace(part, structure=f"{piece}", name=name, written=name) for part in parts]
     written = name if hom is None else structure
     return [replace(part, structure=structure, written=written) for part in parts]
+
+
+def _dimensional_term(
+    piece: Piece, name: str, inner: Piece, options: list[Piece], columns: Collection[str]
+) -> list[RandomPart]:
+    """``rr(effects | group, d = 2)`` and ``fa(...)``; glmmTMB's ``rr(effects | group, 2)`` too."""
+    words = [t.text for option in options for t in option.tokens]
+    number = words[2] if len(words) == 3 and words[:2] == ["d", "="] else words[0] if len(words) == 1 else ""
+    if options and not (len(options) == 1 and number.isdigit() and int(number) > 0):
+        raise FormulaError(f"'{piece}' is not understood: {name} has one option, the number of dimensions, d = 2")
+    parts = _bar_term(inner, columns)
+    if parts[0].independent:
+        raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
+    structure = with_dimensions(name, int(number) if options else DIMENSIONS[name])
+    return [replace(part, structure=structure, written=structure) for part in parts]
 
 
 def _known_term(piece: Piece, first: Piece, options: list[Piece], columns: Collection[str]) -> list[RandomPart]:
