@@ -228,6 +228,21 @@ def test_an_independent_search_over_a_dense_likelihood(term):
     assert fit.criterion == pytest.approx(end.fun, abs=1e-7)
 
 
+@pytest.mark.parametrize("d", [1, 2])
+def test_one_row_at_every_effect_is_probabilistic_principal_components(d):
+    """Tipping & Bishop (1999, J. R. Stat. Soc. B 61, eqs. 7-8): sigma^2 is the mean of the eigenvalues left out."""
+    one = regular().drop_duplicates(["unit", "trait"])
+    fit = mj.lmm(f"y ~ 0 + trait + rr(0 + trait | unit, d = {d})", one, reml=False)
+    Y = one.pivot(index="unit", columns="trait", values="y").to_numpy()
+    values, vectors = np.linalg.eigh(np.cov(Y.T, bias=True))
+    noise = values[: 4 - d].mean()
+    kept = vectors[:, 4 - d :]
+    assert fit.sigma**2 == pytest.approx(noise, rel=1e-7)
+    np.testing.assert_allclose(fit.Sigma["unit"], kept * (values[4 - d :] - noise) @ kept.T, atol=1e-6)
+    with pytest.raises(mj.DataError, match="cannot be told"):
+        mj.lmm("y ~ 0 + trait + fa(0 + trait | unit)", one)
+
+
 def test_all_dimensions_are_an_unstructured_covariance():
     fit, us = (mj.lmm(f"y ~ trait + {t}", regular()) for t in ("rr(0 + trait | unit, d = 4)", "(0 + trait | unit)"))
     assert fit.npar == us.npar

@@ -120,6 +120,11 @@ class ReducedRank(Loadings):
         return self.d
 
     @property
+    def apart_from_noise(self) -> bool:
+        """Noise is all that there is in the other directions."""
+        return self.d < self.q
+
+    @property
     def deviations(self) -> tuple[int, ...]:
         rows, columns = places_of(self.q, self.d)
         return tuple(map(int, np.flatnonzero(rows == columns)))
@@ -177,10 +182,6 @@ class FactorAnalytic(Loadings):
         rows, columns = places_of(self.q, self.d)
         diagonal = np.flatnonzero(rows == columns)
         return tuple(map(int, [*diagonal, *range(self.n_loadings, self.k)]))
-
-    @property
-    def apart_from_noise(self) -> bool:
-        return False
 
     def _wide(self, x: Array) -> Array:
         """``[L  diag(r)]``, ``(q, d + q, ...)``."""
