@@ -185,11 +185,13 @@ jax.tree_util.register_dataclass(
 
 @dataclass(frozen=True)
 class TermLabels:
-    """Names of one random term: its grouping factor, its effects (q), its levels (n_groups)."""
+    """Names of one random term: its grouping factor, its effects (q), its levels (n_groups); whether it is the
+    penalised part of a smooth, which has one level, ``""``."""
 
     group: str
     effects: tuple[str, ...]
     levels: tuple[str, ...]
+    smooth: bool = False
 
 
 @dataclass(frozen=True)

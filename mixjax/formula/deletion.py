@@ -14,7 +14,7 @@ import numpy as np
 
 from mixjax.checks import some_of
 from mixjax.covariance import dimensions_of, with_dimensions
-from mixjax.design import Design, Labels, TermLabels
+from mixjax.design import Design, Labels
 from mixjax.formula.algebra import INTERCEPT, Effects, Term
 from mixjax.formula.build import full_rank
 from mixjax.formula.evaluate import Columns, columns_of
@@ -44,7 +44,8 @@ class Deletion(NamedTuple):
 def fixed_deletions(labels: Labels) -> list[Deletion]:
     """The terms of the fixed effects that no other term contains, each by itself, in the order of the columns."""
     own: Effects = labels.state.fixed.effects
-    return [Deletion(":".join(term), None, _less(own, term)) for term in _marginal(own)]
+    lines = {(f"{term.group}.fx1",) for term in labels.terms if term.smooth}  # within the rest of their smooths
+    return [Deletion(":".join(term), None, _less(own, term)) for term in _marginal(own) if term not in lines]
 
 
 def random_deletions(labels: Labels, reduce: bool = True) -> list[Deletion]:
@@ -141,7 +142,7 @@ def design_without(design: Design, labels: Labels, deletion: Deletion) -> tuple[
     else:
         Z, columns[t] = columns_of(effects, labels.frame, state.context)
         terms[t] = replace(terms[t], Z=Z, structure=deletion.structure or terms[t].structure)
-        names[t] = TermLabels(names[t].group, columns[t].names, names[t].levels)
+        names[t] = replace(names[t], effects=columns[t].names)
         parts[t] = replace(parts[t], effects=effects, structure=deletion.structure or parts[t].structure)
     text = _text(labels.response, state, parts)
     parsed = replace(state.parsed, text=text, fixed=state.fixed.effects, random=tuple(parts))
@@ -190,6 +191,8 @@ def _sum(terms: Sequence[Term]) -> str:
 
 
 def _bar(part: RandomPart) -> str:
+    if part.smooth is not None:
+        return part.effects.shown
     if part.known:
         (column,) = part.group.columns
         inner = f"{part.effects.shown} | {_group(Group(column, (column,)))}"

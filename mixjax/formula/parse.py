@@ -11,6 +11,7 @@ from typing import Any
 from mixjax.checks import DataError, FormulaError
 from mixjax.covariance import BY_OPTION, DIMENSIONS, STRUCTURES, Covariance, canonical, with_dimensions
 from mixjax.formula.algebra import Effects, effects, summands
+from mixjax.formula.smooths import SmoothPart, smooth_part
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 from mixjax.relationship import Relationship, as_relationship
 
@@ -43,6 +44,7 @@ class RandomPart:
             whichever it is, with lme4's option; empty where none is.
         known: name of the known covariance of the levels, ``K`` of ``propto(1 | g, K)``; empty where they are
             independent. relationship: itself, once names are read.
+        smooth: the smooth whose penalised part it is; None of any other.
     """
 
     effects: Effects
@@ -53,6 +55,7 @@ class RandomPart:
     written: str = ""
     known: str = ""
     relationship: Relationship | None = None
+    smooth: SmoothPart | None = None
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -94,6 +97,7 @@ class ParsedFormula:
         own: formulas of the family's parameters, or of the dispersion of residuals, each with the name of the option
             that it is.
         residual: the correlation of residuals, or None.
+        smooths: penalised smooths; once a table is read they stand among the fixed and the random effects too.
     """
 
     text: str
@@ -104,12 +108,14 @@ class ParsedFormula:
     pair: tuple[Expression, ...] = ()
     own: tuple[tuple[str, Effects], ...] = ()
     residual: ResidualPart | None = None
+    smooths: tuple[SmoothPart, ...] = ()
 
     @property
     def predictors(self) -> tuple[Expression, ...]:
         """All expressions but the response."""
         time = None if self.residual is None else self.residual.time
-        return (*self.effects, *self.offsets, *([] if time is None else [time]))
+        smooth = chain.from_iterable(part.expressions for part in self.smooths)
+        return (*self.effects, *self.offsets, *([] if time is None else [time]), *smooth)
 
     @property
     def effects(self) -> tuple[Expression, ...]:
@@ -145,7 +151,14 @@ def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
     fixed: list[tuple[str, Piece]] = []
     offsets: list[Expression] = []
     random: list[RandomPart] = []
+    smooths: list[SmoothPart] = []
     for sign, piece in _summands(right):
+        smooth = smooth_part(piece, columns)
+        if smooth is not None:
+            if sign == "-":
+                raise FormulaError(f"'{piece}' is subtracted; leave it out instead")
+            smooths.append(smooth)
+            continue
         terms = _random_term(piece, columns)
         call = piece.call()
         if terms is not None:
@@ -164,7 +177,9 @@ def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
             fixed.append((sign, piece))
     left = expression(response, columns)
     pair = _pair(response, columns)
-    return ParsedFormula(text, left, effects(fixed, columns), tuple(offsets), tuple(random), pair)
+    return ParsedFormula(
+        text, left, effects(fixed, columns), tuple(offsets), tuple(random), pair, smooths=tuple(smooths)
+    )
 
 
 def _pair(response: Piece, columns: Collection[str]) -> tuple[Expression, ...]:
