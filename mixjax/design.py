@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixjax.covariance import Covariance, Structure, structure_of
+from mixjax.covariance import Covariance, FactorAnalytic, ReducedRank, Structure, structure_of
 from mixjax.kernels import Kernel
 from mixjax.machine import is_concrete
 from mixjax.relationship import MOST_LEVELS
@@ -31,7 +31,8 @@ class RandomTerm:
         n_groups: number of levels; static, because it is a shape.
         structure: covariance structure of a level's effects, by name or itself; static. "us": unstructured. "diag":
             uncorrelated. "homcs": one variance and one correlation. "cs", "ar1", "hetar1", "toep", "homtoep", "adh",
-            "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`. One's own: :class:`mixjax.Covariance`.
+            "homdiag": see docs/structures.md and :mod:`mixjax.covariance.names`. "rr(d=2)": of reduced rank, "fa(d=1)":
+            factor-analytic, d dimensions. One's own: :class:`mixjax.Covariance`.
         levels: ``(n_groups, n_groups)`` a factor L of the known covariance ``K = L L'`` of the levels: effect a of
             level i and effect b of level j have covariance ``K_ij Sigma_ab``. None: levels are independent.
         kernel: the correlation of levels by the distance of their places, whose parameters are estimated, of a term
@@ -198,11 +199,13 @@ jax.tree_util.register_dataclass(
 
 @dataclass(frozen=True)
 class TermLabels:
-    """Names of one random term: its grouping factor, its effects (q), its levels (n_groups)."""
+    """Names of one random term: its grouping factor, its effects (q), its levels (n_groups); whether it is the
+    penalised part of a smooth, which has one level, ``""``."""
 
     group: str
     effects: tuple[str, ...]
     levels: tuple[str, ...]
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -391,6 +394,8 @@ def check_repeated_design(design: RepeatedDesign) -> None:
     if len(np.shape(design.X)) != 2:
         raise ValueError(f"X must be (n, p), got shape {np.shape(design.X)}")
     n, S, T = np.shape(design.X)[0], design.n_subjects, design.n_visits
+    if isinstance(structure_of(design.structure, T), ReducedRank | FactorAnalytic):
+        raise ValueError("'rr' and 'fa' are structures of random effects; errors of repeated measures have 'us'")
     if n == 0:
         raise ValueError("the design has no rows")
     if design.arm is None and design.n_arms != 1:

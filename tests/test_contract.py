@@ -278,7 +278,9 @@ def signature(function) -> str:
 
 def test_every_public_function_is_listed():
     others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "MMRMPosterior",
-              "Labels", "datasets", "CrossProducts", "Result", "__version__", "FormulaError", "DataError", "DataWarning", "ConvergenceWarning",
+              "Labels", "datasets", "CrossProducts", "Result", "__version__", "FormulaError", "DataError",
+              "DataWarning",
+              "ConvergenceWarning",
               "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 

@@ -9,7 +9,7 @@ from test_structures_fits import three, visits
 
 import mixjax as mj
 from mixjax.checks import DataError, DataWarning, FormulaError
-from mixjax.covariance import STRUCTURES
+from mixjax.covariance import STRUCTURES, canonical
 from mixjax.formula.parse import parse
 
 
@@ -21,7 +21,11 @@ def structure_of(term):
 @pytest.mark.parametrize(
     ("written", "structure"),
     [
-        *((f"{name}(0 + f | g)", name) for name in STRUCTURES),
+        *((f"{name}(0 + f | g)", canonical(name)) for name in STRUCTURES),
+        ("rr(0 + f | g)", "rr(d=2)"),
+        ("rr(0 + f | g, d = 3)", "rr(d=3)"),
+        ("rr(0 + f | g, 1)", "rr(d=1)"),
+        ("fa(0 + f | g)", "fa(d=1)"),
         ("cs(0 + f | g, hom = TRUE)", "homcs"),
         ("cs(0 + f | g, hom = FALSE)", "cs"),
         ("csh(0 + f | g)", "cs"),

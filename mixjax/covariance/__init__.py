@@ -1,7 +1,16 @@
 """From the parameters of a random term to the covariance of its effects, and back."""
 
 from mixjax.covariance.custom import Covariance
-from mixjax.covariance.names import BY_OPTION, STRUCTURES, canonical, structure_of
+from mixjax.covariance.factors import FactorAnalytic, ReducedRank
+from mixjax.covariance.names import (
+    BY_OPTION,
+    DIMENSIONS,
+    STRUCTURES,
+    canonical,
+    dimensions_of,
+    structure_of,
+    with_dimensions,
+)
 from mixjax.covariance.natural import by_natural
 from mixjax.covariance.structures import (
     Diagonal,
@@ -12,6 +21,7 @@ from mixjax.covariance.structures import (
     cut,
     factors_of,
     near,
+    wide_start,
 )
 from mixjax.covariance.theta import (
     HIGHEST,
@@ -32,19 +42,23 @@ from mixjax.covariance.theta import (
 
 __all__ = [
     "BY_OPTION",
+    "DIMENSIONS",
     "HIGHEST",
     "LOWEST",
     "STRUCTURES",
     "Covariance",
     "Diagonal",
+    "FactorAnalytic",
     "HomogeneousCompoundSymmetry",
     "NaturalParameter",
+    "ReducedRank",
     "Structure",
     "Unstructured",
     "by_natural",
     "canonical",
     "cut",
     "diagonal_positions",
+    "dimensions_of",
     "factors_of",
     "lambda_of_theta",
     "lambdas_of_theta",
@@ -59,4 +73,6 @@ __all__ = [
     "theta_of_lambda",
     "theta_of_lambdas",
     "triangle",
+    "wide_start",
+    "with_dimensions",
 ]

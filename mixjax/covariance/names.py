@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mixjax.covariance.correlated import (
     AnteDependence,
     Autoregressive,
@@ -11,6 +13,7 @@ from mixjax.covariance.correlated import (
     Toeplitz,
 )
 from mixjax.covariance.custom import Covariance
+from mixjax.covariance.factors import FactorAnalytic, Loadings, ReducedRank
 from mixjax.covariance.structures import (
     Diagonal,
     HomogeneousCompoundSymmetry,
@@ -30,7 +33,11 @@ STRUCTURES: dict[str, type[Structure]] = {
     "homtoep": HomogeneousToeplitz,
     "toep": Toeplitz,
     "adh": AnteDependence,
+    "rr": ReducedRank,
+    "fa": FactorAnalytic,
 }
+# Of those with dimensions, how many there are where the formula does not say.
+DIMENSIONS = {"rr": 2, "fa": 1}
 
 # Other names of the same, of mmrm, SAS and lme4.
 ALIASES = {"csh": "cs", "ar1h": "hetar1", "toeph": "toep", "homar1": "ar1", "hetcs": "cs", "hettoep": "toep"}
@@ -50,6 +57,10 @@ def canonical(name: str, hom: bool | None = None) -> str | None:
         hom: lme4's option, one variance for all effects; None where it is not given.
     """
     if hom is None:
+        if dimensions_of(name) is not None:
+            return name
+        if name in DIMENSIONS:
+            return with_dimensions(name, DIMENSIONS[name])
         known = ALIASES.get(name, name)
         return known if known in STRUCTURES else None
     if name in BY_OPTION:
@@ -57,6 +68,17 @@ def canonical(name: str, hom: bool | None = None) -> str | None:
     # Said twice: homcs(..., hom = TRUE).
     twice = [pair[not hom] for pair in BY_OPTION.values() if pair[not hom] == ALIASES.get(name, name)]
     return twice[0] if twice else None
+
+
+def with_dimensions(name: str, d: int) -> str:
+    """``rr(d=2)``: the name of a structure with so many dimensions."""
+    return f"{name}(d={d})"
+
+
+def dimensions_of(name: object) -> tuple[str, int] | None:
+    """``rr(d=2)`` taken apart; None of any other name."""
+    found = re.fullmatch(r"(\w+)\(d=(\d+)\)", name) if isinstance(name, str) else None
+    return (found[1], int(found[2])) if found and found[1] in DIMENSIONS else None
 
 
 def structure_of(name: str | Structure | Covariance, q: int) -> Structure:
@@ -76,4 +98,10 @@ def structure_of(name: str | Structure | Covariance, q: int) -> Structure:
     if known is None:
         names = ", ".join(map(repr, STRUCTURES))
         raise ValueError(f"there is no covariance structure {name!r}; there are {names}")
-    return Unstructured(1) if q == 1 else STRUCTURES[known](q)
+    if q == 1:
+        return Unstructured(1)
+    of = dimensions_of(known)
+    if of is not None:
+        kinds: dict[str, type[Loadings]] = {"rr": ReducedRank, "fa": FactorAnalytic}
+        return kinds[of[0]](q, of[1])
+    return STRUCTURES[known](q)

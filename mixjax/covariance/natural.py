@@ -1,4 +1,5 @@
-"""Derivatives of covariances by variances and correlations, which Kenward-Roger's adjustment is stated in."""
+"""Derivatives of covariances by variances and correlations, or by loadings and specific variances, which
+Kenward-Roger's adjustment is stated in."""
 
 from __future__ import annotations
 
@@ -45,6 +46,12 @@ def by_natural(s: Structure, x: np.ndarray, linear: bool) -> tuple[np.ndarray, n
         if parameter.kind == "real":
             continue
         i, j = parameter.i, parameter.j
+        if parameter.kind == "loading":
+            first[:, m, m] = 1.0
+            continue
+        if parameter.kind == "specific":  # as a variance
+            first[:, m, m], second[:, m, m, m] = 2.0 * x[m], 2.0
+            continue
         if parameter.kind == "sd":
             first[:, m], second[:, m] = by_x[:, at[i, i]], bends[:, at[i, i]]
             continue

@@ -44,12 +44,14 @@ class NaturalParameter(NamedTuple):
 
     Attributes:
         kind: ``"sd"``, a standard deviation, ``"cor"``, a correlation, or ``"real"``, a coordinate itself, number i.
+            ``"loading"`` of effect i on dimension j, and ``"specific"``, the standard deviation that effect i has by
+            itself: coordinates of the user's columns, in their places.
         i, j: of effect i; of effects i and j, i the later one. Of several that are equal, one of them.
         shared: all effects, or all pairs, have it. lag: all pairs that are as far apart as i and j.
         label: the name of a coordinate.
     """
 
-    kind: Literal["sd", "cor", "real"]
+    kind: Literal["sd", "cor", "real", "loading", "specific"]
     i: int
     j: int = -1
     shared: bool = False
@@ -69,6 +71,8 @@ class NaturalParameter(NamedTuple):
         neighbours."""
         if self.kind == "real":
             return f"{self.label}|{group}"
+        if self.kind in ("loading", "specific"):
+            return f"{self.kind}{self.j + 1 if self.kind == 'loading' else ''}_{effects[self.i]}|{group}"
         if self.lag:
             return f"{self.kind}_lag{self.i - self.j}|{group}"
         of = effects[self.i] if self.kind == "sd" else f"{effects[self.i]}.{effects[self.j]}"
@@ -118,10 +122,25 @@ class Structure(ABC):
             F: any square root, not only a triangular one; numpy's or JAX's, with trailing axes or without.
         """
 
+    def exactly(self, F: Array) -> Array:
+        """Coordinates of the covariance ``F F'`` of this structure, at its bounds where it is up to rounding; NaN where
+        they are not found."""
+        return self.settled(self.near(F))
+
     @property
     def deviations(self) -> tuple[int, ...]:
         """Coordinates that are standard deviations."""
         return tuple(range(self.k))
+
+    @property
+    def rank(self) -> int:
+        """The highest rank that a covariance of the structure has; a fit of less is singular."""
+        return self.q
+
+    def wide_start(self, scale: float, like: Array) -> Array:
+        """Coordinates ``(k,)`` of the kind of ``like`` at which a search may begin where nothing is known: effects of
+        this standard deviation."""
+        return self.near(scale * namespace(like).eye(self.q, dtype=like.dtype))
 
     def factor(self, x: Array) -> Array:
         """``Lambda (q, q, ...)``."""
@@ -217,6 +236,11 @@ class Structure(ABC):
         """How many ways there are to lower the rank of D; each is tried after the one before."""
         return len(self.deviations)
 
+    def n_zeros(self, made: np.ndarray) -> int:
+        """How many variances are zero, or other parameters at their bounds, where the reductions ``made
+        (n_reductions,)`` hold: of one alone the likelihood ratio is a mixture of two chi-squares."""
+        return int(np.count_nonzero(made))
+
     def sizes(self, x: Array) -> Array:
         """``(n_reductions, B)``: what each would set to zero, on the scale of the singular values of a factor."""
         return abs(x[np.array(self.deviations, np.int32)])
@@ -228,6 +252,12 @@ class Structure(ABC):
         which[list(self.deviations), 0] = np.arange(self.n_reductions)
         x = namespace(x, c).where((which >= 0) & (which == c), 0.0, x)
         return x, (x != 0) | (which < 0)
+
+    def is_inside(self, x: Array, least: float) -> Array:
+        """``(B,)`` what reductions would set to zero is above ``least``."""
+        F = self.factor(x)
+        one = namespace(x).eye(self.q, dtype=x.dtype)[..., None]
+        return decompositions.is_positive(linalg.matmul(F, linalg.transpose(F)) - least**2 * one)
 
     def settled(self, x: Array) -> Array:
         """Coordinates ``(k, ...)`` with what is a bound up to rounding exactly there."""
@@ -415,6 +445,11 @@ def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
 def near(factors: list[Array], structures: tuple[Structure, ...]) -> Array:
     """Coordinates of all terms from a factor of the covariance of each; see :meth:`Structure.near`."""
     return namespace(*factors).concatenate([s.near(F) for s, F in zip(structures, factors, strict=True)])
+
+
+def wide_start(scale: float, structures: tuple[Structure, ...], like: Array) -> Array:
+    """Of all terms; see :meth:`Structure.wide_start`."""
+    return namespace(like).concatenate([s.wide_start(scale, like) for s in structures])
 
 
 @cache

@@ -34,7 +34,7 @@ def coordinates_in(theta: Array, layout: Layout, bases: Sequence[AnyArray]) -> t
     parts, free = [], []
     lambdas = cov.lambdas_of_theta(theta, layout.qs)
     for structure, Lambda, R in zip(layout.structures, lambdas, bases, strict=True):
-        x = structure.settled(structure.near(linalg.matmul(xp.asarray(R), Lambda)))
+        x = structure.exactly(linalg.matmul(xp.asarray(R), Lambda))
         x, own = structure.reduced(x, xp.full(x.shape[1], -1))
         parts.append(x)
         free.append(own & structure.moving(x))

@@ -198,7 +198,7 @@ def covariance_start(model: Model, fixed: Array) -> Array:
         assert isinstance(effects, Crossed)
         roots = _of_diagonals(g, A, effects, float(np.min(scale)), most)
     x = cov.near(roots, structures)
-    fallback = cov.near([0.5 * xp.eye(s.q, dtype=fixed.dtype) for s in structures], structures)
+    fallback = cov.wide_start(0.5, structures, fixed)
     return xp.where(xp.isfinite(x).all(0), x, scale * fallback[:, None])
 
 

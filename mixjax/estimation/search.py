@@ -93,7 +93,7 @@ def advance(
     doubtful = ended & ~search.again & ~(converged & (new.free.all(0) | one_minimum))
     if is_nowhere(doubtful):
         return Search(state, search.again, best, search.done | ended)
-    start = cov.near([far * xp.eye(s.q, dtype=state.trial.dtype) for s in structures], structures)
+    start = cov.wide_start(far, structures, state.trial)
     restart = _begin_at(xp.broadcast_to(start[:, None], state.trial.shape), structures)
     state = newton.where(doubtful, restart, state)
     return Search(state, search.again | doubtful, best, search.done | (ended & ~doubtful))
@@ -101,14 +101,8 @@ def advance(
 
 def is_plain(x: Array, structures: tuple[Structure, ...], least: float = NEAR_ZERO) -> Array:
     """``(B,)`` the singular values of every term's Lambda are above ``least``: no reduction of rank would be tried."""
-    xp = namespace(x)
-    clear = [
-        decompositions.is_positive(
-            linalg.matmul(L, linalg.transpose(L)) - least**2 * xp.eye(len(L), dtype=x.dtype)[..., None]
-        )
-        for L in cov.factors_of(x, structures)
-    ]
-    return xp.stack(clear).all(0)
+    parts = zip(structures, cov.cut(x, structures), strict=True)
+    return namespace(x).stack([s.is_inside(part, least) for s, part in parts]).all(0)
 
 
 def run(
@@ -166,7 +160,8 @@ class OwnFactors(NamedTuple):
     """Covariances of the effects of Z's own columns.
 
     Attributes:
-        lambdas: per term its lower-triangular Lambda ``(q, q, ...)``. deficient: ``(...)`` one has less than full rank.
+        lambdas: per term its lower-triangular Lambda ``(q, q, ...)``. deficient: ``(...)`` one has less rank than
+            covariances of its structure have.
         smooth: ``(...)`` all vary smoothly with the covariances.
     """
 
@@ -178,14 +173,15 @@ class OwnFactors(NamedTuple):
 def own_factors(x: Array, bases: tuple[Basis, ...], layout: Layout) -> OwnFactors:
     """From the optimiser's coordinates ``(k, ...)`` to the user's columns; axes behind the first may be absent."""
     xp = namespace(x)
-    pairs = [own_factor(basis.R_inv, F) for basis, F in zip(bases, cov.factors_of(x, layout.structures), strict=True)]
+    factors = zip(bases, cov.factors_of(x, layout.structures), layout.structures, strict=True)
+    pairs = [own_factor(basis.R_inv, F, s.rank) for basis, F, s in factors]
     lambdas = [factor for factor, _ in pairs]
     smooth = [s.has_derivatives(factor) for s, factor in zip(layout.structures, lambdas, strict=True)]
     return OwnFactors(lambdas, xp.stack([d for _, d in pairs]).any(0), xp.stack(smooth).all(0))
 
 
-def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
-    """Lower-triangular factor for the user's columns of Z, and whether it has less than full rank.
+def own_factor(R_inv: Array, Lambda: Array, full: int) -> tuple[Array, Array]:
+    """Lower-triangular factor for the user's columns of Z, and whether it has less than the rank ``full``.
 
     Rank is judged in the basis of Z: there it does not depend on where a slope's column has its zero. In a singular
     factor a row that is nothing but rounding becomes zero.
@@ -195,12 +191,13 @@ def own_factor(R_inv: Array, Lambda: Array) -> tuple[Array, Array]:
     """
     xp = namespace(Lambda)
     rtol = rank_tolerance(Lambda.dtype)
-    deficient = (~(decompositions.lower_factor(Lambda, rtol) != 0).any(0)).any(0)
+    rank = (decompositions.lower_factor(Lambda, rtol) != 0).any(0).sum(0)
+    deficient = rank < len(Lambda)
     own = linalg.matmul(R_inv, Lambda)
     longest = (Lambda * Lambda).sum(1).max(0)
     rounding = rtol**2 * xp.abs(R_inv).sum(1) ** 2 * longest
     own = xp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
-    return decompositions.lower_factor(own, xp.where(deficient, rtol, 0.0)), deficient
+    return decompositions.lower_factor(own, xp.where(deficient, rtol, 0.0)), rank < full
 
 
 def result_code(solution: Solution, own: OwnFactors) -> Array:

@@ -63,7 +63,7 @@ def minque_start(moments: Moments) -> Array:
         parts.append(vectors * root[None])
     structures = moments.layout.structures
     x = cov.near(parts, structures)
-    fallback = cov.near([xp.eye(s.q, dtype=x.dtype) for s in structures], structures)
+    fallback = cov.wide_start(1.0, structures, x)
     return xp.where(xp.isfinite(x).all(0), x, fallback[:, None])
 
 

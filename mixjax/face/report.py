@@ -291,9 +291,10 @@ def _random(record: AnyRecord) -> dict[Key, tuple[str, float]]:
         effects = [] if plain else [term.effects[place] for place in places]
         effects = [natural.label] if natural.kind == "real" else effects
         effects = [f"lag {natural.i - natural.j}"] if natural.lag else effects
-        key: Key = (interaction_key(term.group), parameter.kind, frozenset(map(interaction_key, effects)))
+        what = f"loading {natural.j + 1}" if natural.kind == "loading" else natural.kind
+        key: Key = (interaction_key(term.group), what, frozenset(map(interaction_key, effects)))
         again = sum(other[:3] == key for other in found)
-        kind = "" if parameter.kind == "real" else parameter.kind
+        kind = "" if what == "real" else what
         label = f"{kind} {', '.join(effects)}".strip() + f" | {term.group}" + f" ({again + 1})" * bool(again)
         found[*key, again] = (label, float(parameter.value(record.estimates.Sigma)))
     if isinstance(record, Fitted):
@@ -349,8 +350,11 @@ def _side_by_side(fits: Sequence[Mapping[Key, tuple[str, Any]]]) -> dict[Key, tu
 def _by_group(rows: Mapping[Key, Any]) -> dict[Key, Any]:
     """Rows of one group together, its standard deviations before its correlations, sigma last."""
     groups = list(dict.fromkeys(key[0] for key in rows))
-    kinds = ["sd", "cor", "real", "residual", "sigma"]
-    order = sorted(rows, key=lambda key: (key[1] in ("sigma", "residual"), groups.index(key[0]), kinds.index(key[1])))
+    kinds = ["sd", "cor", "loading", "specific", "real", "residual", "sigma"]
+    order = sorted(
+        rows,
+        key=lambda key: (key[1] in ("sigma", "residual"), groups.index(key[0]), kinds.index(key[1].split()[0])),
+    )
     return {key: rows[key] for key in order}
 
 

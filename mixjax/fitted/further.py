@@ -153,7 +153,7 @@ def variance_parameters_with(
     middling = sigma / np.exp(natural.log_sigma)
     with silently():
         relative, by_x = natural_with_slopes(fitted.x[:k], tuple(structures), Z_bases)
-        is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
+        is_sd = np.array([parameter.is_scaled for parameter in parameters], bool)
         values = np.concatenate([np.where(is_sd, middling * relative, relative), natural.values, [sigma]])
         slopes = np.zeros((n + r + 1, k + r + 1))
         slopes[:n, :k] = np.where(is_sd[:, None], middling * by_x, by_x)

@@ -59,17 +59,26 @@ class VarianceParameter(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``"sd"``, ``"cor"``, or ``"real"`` of a structure of the user's own."""
-        return self.natural.kind
+        """How its values are spread: as ``"sd"``, specific ones too, as ``"cor"``, or ``"real"``, of loadings and of a
+        structure of the user's own."""
+        return {"loading": "real", "specific": "sd"}.get(self.natural.kind, self.natural.kind)
+
+    @property
+    def is_scaled(self) -> bool:
+        """It has the units of the response, and is relative to sigma where covariances are."""
+        return self.natural.kind in ("sd", "loading", "specific")
 
     def value(self, Sigma: Sequence[np.ndarray]) -> np.ndarray:
         """Value ``(...)`` at covariances ``(..., q, q)`` of all terms; NaN of a correlation beside a zero variance."""
         own, q = np.asarray(Sigma[self.term]), np.shape(Sigma[self.term])[-1]
-        if isinstance(self.structure, Written) and self.kind == "real":
+        if self.natural.kind in ("real", "loading", "specific"):
             values, vectors = np.linalg.eigh(own.reshape(-1, q, q))
             factors = vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
-            reported, _, _ = self.structure.reported(self.structure.near(np.moveaxis(factors, 0, -1)))
-            value: np.ndarray = np.asarray(reported[self.natural.i - self.structure.n_scales]).reshape(own.shape[:-2])
+            x = self.structure.near(np.moveaxis(factors, 0, -1))
+            place = self.structure.natural.index(self.natural)
+            if isinstance(self.structure, Written):
+                x, place = self.structure.reported(x)[0], self.natural.i - self.structure.n_scales
+            value: np.ndarray = np.asarray(x[place]).reshape(own.shape[:-2])
             return value
         variances = np.diagonal(own, axis1=-2, axis2=-1)
         if self.kind == "sd":

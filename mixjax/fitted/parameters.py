@@ -32,7 +32,7 @@ class VarianceParameters:
         names: ``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ..., ``sigma``; of every term column by column of
             the lower triangle, as in lme4.
         kinds: ``"sd"``, ``"cor"``, ``"sigma"`` of each; of a family's parameters ``"positive"`` or ``"real"``,
-            as of a structure of the user's own.
+            as of loadings and of a structure of the user's own.
         estimate: ``(k,)`` absolute. covariance: ``(k, k)`` of them, asymptotic; NaN on the boundary, and where the
             Hessian is not positive definite.
         free: ``(k,)`` False on the boundary.
@@ -72,7 +72,7 @@ def variance_parameters(labels: Labels, stats: CrossProducts, info: Information,
     kinds = (*(parameter.kind for parameter in parameters), "sigma")
     with silently():
         relative, by_x = natural_with_slopes(info.x, stats.layout.structures, stats.Z_bases)
-        is_sd = np.array([parameter.kind == "sd" for parameter in parameters], bool)
+        is_sd = np.array([parameter.is_scaled for parameter in parameters], bool)
         values = np.append(np.where(is_sd, sigma * relative, relative), sigma)
         slopes = np.zeros((len(values), len(info.x) + 1))
         slopes[:-1, :-1] = np.where(is_sd[:, None], sigma * by_x, by_x)
@@ -190,7 +190,11 @@ def natural_with_slopes(
         of_sd = moves.diagonal(axis1=1, axis2=2) / (2.0 * sd)
         here = slice(start, start + structure.k)
         for parameter in structure.natural:
-            if parameter.kind == "real":
+            if parameter.kind in ("loading", "specific"):  # coordinates of columns that are on scales of their own
+                j, scale = structure.natural.index(parameter), basis.R_inv[parameter.i, parameter.i]
+                moving = structure.reduced(part[:, None], np.full(1, -1))[1][j, 0]
+                values[row], slopes[row, start + j] = scale * part[j], scale if moving else np.nan
+            elif parameter.kind == "real":
                 assert isinstance(structure, Written)
                 j, own = parameter.i - structure.n_scales, slice(start + structure.n_scales, start + structure.k)
                 reported = structure.reported(part)

@@ -120,7 +120,7 @@ class RepeatedFitted(FitStatistics):
         unit = Basis(one, one, 0.0)
         with silently():
             values, slopes = natural_with_slopes(info.x, self.structures, (unit,) * len(self.structures))
-            units = np.where(np.array(kinds) == "sd", scale, 1.0)
+            units = np.where([parameter.is_scaled for parameter in parameters], scale, 1.0)
             values, slopes = units * values, units[:, None] * slopes
             covariance = slopes @ info.covariance @ slopes.T
         free = inside(kinds, values, covariance)

@@ -31,6 +31,7 @@ from mixjax.formula.random_terms import TermColumns, random_terms, with_own_grou
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.residual_side import dispersion_columns, parse_residual, residual_term
 from mixjax.formula.response import Response, check_family, check_pair, read_response, rows_with_trials
+from mixjax.formula.smooth_terms import with_smooths
 from mixjax.formula.state import FormulaState, kinds_of
 from mixjax.formula.syntax import Expression, expression
 from mixjax.formula.table import (
@@ -134,7 +135,7 @@ def build(
     check_family(family, size)
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters, residual)
-    if not parsed.random and (family is not None or not (of_parameters or residual)):
+    if not (parsed.random or parsed.smooths) and (family is not None or not (of_parameters or residual)):
         instead = (
             "for ordinary regression add dispersion='~ 1', or use statsmodels.formula.api.ols"
             if family is None
@@ -147,7 +148,7 @@ def build(
     frame, beside, used, n_missing = used_rows(
         parsed, data, available, weights, offset, size, subset, known, caller, contrasts, family
     )
-    parsed = with_own_groups(with_contrasts(parsed, frame, contrasts, known), frame)
+    parsed = with_smooths(with_own_groups(with_contrasts(parsed, frame, contrasts, known), frame), frame)
 
     if family is None:
         y, _ = numbers(parsed.response, frame, known, "response")

@@ -123,6 +123,11 @@ class ChunkReader:
                 f"{formula!r} has levels with a known covariance (propto), whose eigenvectors all rows together give: "
                 "read the table as a whole"
             )
+        if self.parsed.smooths:
+            raise FormulaError(
+                f"{formula!r} has a smooth, whose knots all rows together give: read the table as a whole, or write "
+                "bs(x, knots = [...])"
+            )
         if not self.parsed.random:
             raise FormulaError(f"{formula!r} has no random term such as (1 | g)")
         self.weights, self.offset, self.contrasts = weights, offset, contrasts

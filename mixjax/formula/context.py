@@ -19,6 +19,7 @@ import pandas as pd
 
 from mixjax.checks import DataError, FormulaError, listed
 from mixjax.formula.coding import Contrasts
+from mixjax.formula.smooths import FUNCTIONS as SMOOTHS
 from mixjax.formula.syntax import Expression
 
 
@@ -71,6 +72,7 @@ def by_row() -> tuple[Any, ...]:
 
 # What R users write and nobody here understands.
 CURES = {
+    "s": "a smooth s(x) is a summand of the model's own formula, by itself; one for each level of f is s(x, by = f)",
     "ns": "use cr(x, df=...) or bs(x, df=...)",
     "cut": "make a column with pandas.cut first",
     "relevel": "order the categories of the column; the first is the base",
@@ -108,7 +110,7 @@ class Context:
     def environment(self) -> dict[str, Any]:
         """The names that an expression sees beside columns."""
         names = known() if self.trusted else [name for name in (*SAFE, "contr") if name in known()]
-        functions = {name: known()[name] for name in names}
+        functions = {name: known()[name] for name in names} | SMOOTHS
         return {"__builtins__": builtins.__dict__ if self.trusted else {}, **functions, **self.own}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.checks import some_of
-from mixjax.design import Design, Labels, TermLabels
+from mixjax.covariance import dimensions_of, with_dimensions
+from mixjax.design import Design, Labels
 from mixjax.formula.algebra import INTERCEPT, Effects, Term
 from mixjax.formula.build import full_rank
 from mixjax.formula.evaluate import Columns, columns_of
@@ -31,17 +32,20 @@ class Deletion(NamedTuple):
         name: ``recipe`` of the fixed effects, ``(1 | Subject)`` or ``Days in (Days | Subject)`` of the random ones.
         place: number of the random term; None for the fixed effects.
         effects: what stays of the random term, or of the fixed effects; None where the random term goes as a whole.
+        structure: the covariance structure of what stays, where that is another.
     """
 
     name: str
     place: int | None
     effects: Effects | None
+    structure: str | None = None
 
 
 def fixed_deletions(labels: Labels) -> list[Deletion]:
     """The terms of the fixed effects that no other term contains, each by itself, in the order of the columns."""
     own: Effects = labels.state.fixed.effects
-    return [Deletion(":".join(term), None, _less(own, term)) for term in _marginal(own)]
+    lines = {(f"{term.group}.fx1",) for term in labels.terms if term.smooth}  # within the rest of their smooths
+    return [Deletion(":".join(term), None, _less(own, term)) for term in _marginal(own) if term not in lines]
 
 
 def random_deletions(labels: Labels, reduce: bool = True) -> list[Deletion]:
@@ -49,8 +53,9 @@ def random_deletions(labels: Labels, reduce: bool = True) -> list[Deletion]:
 
     Args:
         reduce: of a term with several effects one goes at a time, if no other contains it; the only one of a factor,
-            ``(0 + f | g)``, leaves the constant behind, if that is in no other term of g. Otherwise, and of terms
-            that have one variance for all effects, whole terms.
+            ``(0 + f | g)``, leaves the constant behind, if that is in no other term of g. Of ``rr`` and ``fa`` with
+            several dimensions one dimension goes. Otherwise, and of terms that have one variance for all effects, whole
+            terms.
     """
     state: FormulaState = labels.state
     found = []
@@ -58,8 +63,10 @@ def random_deletions(labels: Labels, reduce: bool = True) -> list[Deletion]:
     for t, part in enumerate(parts):
         effects, written = part.effects, _bar(part)
         reducible = reduce and part.structure in ("us", "diag")
-        terms = _marginal(effects)
-        if not reducible or (not terms and effects.terms == (INTERCEPT,)):
+        terms, of = _marginal(effects), dimensions_of(part.structure)
+        if reduce and of is not None and of[1] > 1:
+            found.append(Deletion(f"d = {of[1]} in {written}", t, effects, with_dimensions(of[0], of[1] - 1)))
+        elif not reducible or (not terms and effects.terms == (INTERCEPT,)):
             found.append(Deletion(written, t, None))
         elif part.structure == "diag":
             # Each variance is a parameter of its own, the constant's too.
@@ -134,9 +141,9 @@ def design_without(design: Design, labels: Labels, deletion: Deletion) -> tuple[
         del parts[t], columns[t], terms[t], names[t]
     else:
         Z, columns[t] = columns_of(effects, labels.frame, state.context)
-        terms[t] = replace(terms[t], Z=Z)
-        names[t] = TermLabels(names[t].group, columns[t].names, names[t].levels)
-        parts[t] = replace(parts[t], effects=effects)
+        terms[t] = replace(terms[t], Z=Z, structure=deletion.structure or terms[t].structure)
+        names[t] = replace(names[t], effects=columns[t].names)
+        parts[t] = replace(parts[t], effects=effects, structure=deletion.structure or parts[t].structure)
     text = _text(labels.response, state, parts)
     parsed = replace(state.parsed, text=text, fixed=state.fixed.effects, random=tuple(parts))
     levels = {name: state.levels[name] for name in dict.fromkeys(term.group for term in names)}
@@ -186,13 +193,20 @@ def _sum(terms: Sequence[Term]) -> str:
 def _bar(part: RandomPart) -> str:
     if part.kernel is not None:
         return part.group.name
+    if part.smooth is not None:
+        return part.effects.shown
     if part.known:
         (column,) = part.group.columns
         inner = f"{part.effects.shown} | {_group(Group(column, (column,)))}"
-        inner = inner if part.structure == "us" else f"{part.name or part.structure}({inner})"
+        inner = inner if part.structure == "us" else _structured(part, inner)
         return f"propto({inner}, {part.known})"
     inner = f"{part.effects.shown} | {_group(part.group)}"
-    return f"({inner})" if part.structure == "us" else f"{part.name or part.structure}({inner})"
+    return f"({inner})" if part.structure == "us" else _structured(part, inner)
+
+
+def _structured(part: RandomPart, inner: str) -> str:
+    of = dimensions_of(part.structure)
+    return f"{part.name or part.structure}({inner})" if of is None else f"{of[0]}({inner}, d = {of[1]})"
 
 
 def _group(group: Group) -> str:

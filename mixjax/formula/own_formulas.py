@@ -53,6 +53,8 @@ def parse_own(option: str, text: Any, columns: Any) -> Effects | None:
             f"{option}={text!r} has a random term ({parsed.random[0].effects} | {parsed.random[0].group.name}), and "
             "here are fixed effects only: leave it out, or make a fixed effect of the factor"
         )
+    if parsed.smooths:
+        raise FormulaError(f"{option}={text!r} has a smooth, and here are fixed effects only: bs(x, df = 4) is one")
     if parsed.offsets:
         raise FormulaError(f"{option}={text!r} has an offset, and here are terms with coefficients only: leave it out")
     found = parsed.fixed

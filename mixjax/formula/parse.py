@@ -9,8 +9,9 @@ from itertools import chain, pairwise
 from typing import Any
 
 from mixjax.checks import DataError, FormulaError
-from mixjax.covariance import BY_OPTION, STRUCTURES, Covariance, canonical
+from mixjax.covariance import BY_OPTION, DIMENSIONS, STRUCTURES, Covariance, canonical, with_dimensions
 from mixjax.formula.algebra import INTERCEPT, Effects, effects, summands
+from mixjax.formula.smooths import SmoothPart, smooth_part
 from mixjax.formula.syntax import Expression, Piece, Token, expression, read
 from mixjax.kernels import KERNELS, Kernel
 from mixjax.relationship import Relationship, as_relationship
@@ -59,6 +60,7 @@ class RandomPart:
         known: name of the known covariance of the levels, ``K`` of ``propto(1 | g, K)``; empty where they are
             independent. relationship: itself, once names are read.
         kernel: correlation of the levels by distance, or None.
+        smooth: the smooth whose penalised part it is; None of any other.
     """
 
     effects: Effects
@@ -70,6 +72,7 @@ class RandomPart:
     known: str = ""
     relationship: Relationship | None = None
     kernel: KernelPart | None = None
+    smooth: SmoothPart | None = None
 
     def blocks(self) -> list[Effects]:
         """The effects that may correlate. ``x + f || g``: one block each for the intercept, x, and the levels of f."""
@@ -111,6 +114,7 @@ class ParsedFormula:
         own: formulas of the family's parameters, or of the dispersion of residuals, each with the name of the option
             that it is.
         residual: the correlation of residuals, or None.
+        smooths: penalised smooths; once a table is read they stand among the fixed and the random effects too.
     """
 
     text: str
@@ -121,12 +125,14 @@ class ParsedFormula:
     pair: tuple[Expression, ...] = ()
     own: tuple[tuple[str, Effects], ...] = ()
     residual: ResidualPart | None = None
+    smooths: tuple[SmoothPart, ...] = ()
 
     @property
     def predictors(self) -> tuple[Expression, ...]:
         """All expressions but the response."""
         time = None if self.residual is None else self.residual.time
-        return (*self.effects, *self.offsets, *([] if time is None else [time]))
+        smooth = chain.from_iterable(part.expressions for part in self.smooths)
+        return (*self.effects, *self.offsets, *([] if time is None else [time]), *smooth)
 
     @property
     def effects(self) -> tuple[Expression, ...]:
@@ -162,7 +168,14 @@ def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
     fixed: list[tuple[str, Piece]] = []
     offsets: list[Expression] = []
     random: list[RandomPart] = []
+    smooths: list[SmoothPart] = []
     for sign, piece in _summands(right):
+        smooth = smooth_part(piece, columns)
+        if smooth is not None:
+            if sign == "-":
+                raise FormulaError(f"'{piece}' is subtracted; leave it out instead")
+            smooths.append(smooth)
+            continue
         terms = _random_term(piece, columns)
         call = piece.call()
         if terms is not None:
@@ -181,7 +194,9 @@ def _parse(text: str, columns: frozenset[str]) -> ParsedFormula:
             fixed.append((sign, piece))
     left = expression(response, columns)
     pair = _pair(response, columns)
-    return ParsedFormula(text, left, effects(fixed, columns), tuple(offsets), tuple(random), pair)
+    return ParsedFormula(
+        text, left, effects(fixed, columns), tuple(offsets), tuple(random), pair, smooths=tuple(smooths)
+    )
 
 
 def _pair(response: Piece, columns: Collection[str]) -> tuple[Expression, ...]:
@@ -250,6 +265,8 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
         return None
     if name in KERNELS:
         return [_kernel_term(piece, name, inner, options)]
+    if name in DIMENSIONS:
+        return _dimensional_term(piece, name, inner, options, columns)
     hom = None
     for option in options:
         words = [t.text for t in option.tokens]
@@ -271,6 +288,21 @@ def _random_term(piece: Piece, columns: Collection[str]) -> list[RandomPart] | N
         return [replace(part, structure=f"{piece}", name=name, written=name) for part in parts]
     written = name if hom is None else structure
     return [replace(part, structure=structure, written=written) for part in parts]
+
+
+def _dimensional_term(
+    piece: Piece, name: str, inner: Piece, options: list[Piece], columns: Collection[str]
+) -> list[RandomPart]:
+    """``rr(effects | group, d = 2)`` and ``fa(...)``; glmmTMB's ``rr(effects | group, 2)`` too."""
+    words = [t.text for option in options for t in option.tokens]
+    number = words[2] if len(words) == 3 and words[:2] == ["d", "="] else words[0] if len(words) == 1 else ""
+    if options and not (len(options) == 1 and number.isdigit() and int(number) > 0):
+        raise FormulaError(f"'{piece}' is not understood: {name} has one option, the number of dimensions, d = 2")
+    parts = _bar_term(inner, columns)
+    if parts[0].independent:
+        raise FormulaError(f"'{piece}': a covariance structure and '||' exclude each other; write '|'")
+    structure = with_dimensions(name, int(number) if options else DIMENSIONS[name])
+    return [replace(part, structure=structure, written=structure) for part in parts]
 
 
 def _known_term(piece: Piece, first: Piece, options: list[Piece], columns: Collection[str]) -> list[RandomPart]:

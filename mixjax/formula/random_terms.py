@@ -66,7 +66,7 @@ def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -
             check_structure(part.structure, columns, f"{block} | {part.group.name}")
             if part.structure == "us":
                 warn_of_constant_slopes(Z, columns.names, codes, f"({block} | {part.group.name})", part.group.name)
-            labels = TermLabels(part.group.name, columns.names, names)
+            labels = TermLabels(part.group.name, columns.names, names, part.smooth is not None)
             own = TermColumns(Z, codes, levels, labels, columns, part.group, part.structure, part.relationship)
             if part.kernel is not None:
                 coordinates, within = places[part.group.name]
@@ -79,7 +79,7 @@ def random_terms(parsed: ParsedFormula, frame: pd.DataFrame, context: Context) -
 def _grouping_factor(group: Group, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     codes, levels = combinations(frame, group.columns)
     names = tuple(":".join(values) for values in levels)
-    if len(names) < 2:
+    if len(names) < 2 and group.columns:
         raise DataError(
             f"grouping factor '{group.name}' has one level ('{names[0]}'); a variance between levels needs two or more"
         )

@@ -80,6 +80,11 @@ def build_repeated(
     """
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data)
+    if parsed.smooths:
+        raise FormulaError(
+            f"'{parsed.smooths[0].text}': a smooth is a random effect, and mmrm() has none; bs(x, df = 4) is a fixed "
+            "effect, and lmm() with residual= has both"
+        )
     repetition = repetition_of(parsed)
     contrasts = {} if contrasts is None else contrasts
     if not isinstance(contrasts, Mapping):

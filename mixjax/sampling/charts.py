@@ -24,6 +24,7 @@ import numpy as np
 from mixjax.covariance import Diagonal, HomogeneousCompoundSymmetry, Structure, Unstructured, stack_of
 from mixjax.covariance.correlated import AnteDependence, CompoundSymmetry
 from mixjax.covariance.custom import Written
+from mixjax.covariance.factors import Loadings
 from mixjax.covariance.scaled import Scaled
 from mixjax.machine import Array, namespace
 
@@ -35,6 +36,11 @@ class Chart:
     """Coordinates of one structure: ``n_scales`` logarithms, then ``n_shapes`` others."""
 
     def __init__(self, structure: Structure):
+        if isinstance(structure, Loadings):
+            raise ValueError(
+                "mixjax.bayes has no priors of loadings ('rr' and 'fa'): their signs and rotations make posteriors of "
+                "several peaks; use 'us', or mixjax.lmm with a bootstrap"
+            )
         self.structure = structure
         q = structure.q
         self.n_scales = sum(parameter.kind == "sd" for parameter in structure.natural)

@@ -206,7 +206,7 @@ def _difference(small: Model, large: Model) -> tuple[int, int | None]:
     if all(structures):
         place = place_of(*(rows_of(replace(design, size=None)) for design in designs))
     else:  # without random effects all of those of the larger model have no variance
-        place = Place(not structures[0], sum(s.n_reductions for s in structures[1]))
+        place = Place(not structures[0], sum(s.n_zeros(np.ones(s.n_reductions, bool)) for s in structures[1]))
     if npar[1] <= npar[0] or not place.nested or not in_span(*(np.asarray(d.X, np.float64) for d in designs)):
         raise ValueError(
             f"{small.labels.formula!r} is not a special case of {large.labels.formula!r}: compare the smaller model "

@@ -77,6 +77,13 @@ def _changed(
     wanted: Mapping[str, float],
     term: str,
 ) -> np.ndarray:
+    if any(parameter.natural.kind in ("loading", "specific") for parameter in parameters):
+        x = structure.near(symmetric_root(Sigma))
+        for parameter in parameters:
+            x[structure.natural.index(parameter.natural)] = wanted[parameter.name]
+        F = structure.factor(x)
+        found: np.ndarray = F @ F.T
+        return found
     of_shape = [parameter for parameter in parameters if parameter.kind == "real"]
     if of_shape:
         x = structure.near(symmetric_root(Sigma))

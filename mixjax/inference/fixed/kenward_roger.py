@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax import linalg
-from mixjax.covariance import by_natural
+from mixjax.covariance import NaturalParameter, by_natural
 from mixjax.design import AnyArray
 from mixjax.engine.engine import Engine
 from mixjax.engine.whole import Place
@@ -90,7 +90,7 @@ def _at_estimates(
                 units = linalg.symmetric_of(by_entry[0].T, structure.q)
                 if second is not None:
                     F = structure.factor(x[own])
-                    variances = [(F @ F.T)[p.i, p.i] if p.kind == "sd" else 0.0 for p in structure.natural]
+                    variances = [_share(p, F, value) for p, value in zip(structure.natural, x[own], strict=True)]
                     k = structure.k
                     full = linalg.symmetric_of(np.moveaxis(second[0], 0, -1).reshape(k * k, -1), structure.q)
                     bends.append(_Bends(first, np.array(variances), full.reshape(k, k, structure.q, structure.q)))
@@ -98,6 +98,13 @@ def _at_estimates(
         found.append(place)
         first += len(place.units)
     return found, bends
+
+
+def _share(parameter: NaturalParameter, F: np.ndarray, x: float) -> float:
+    """What a covariance is the sum of derivatives times, each by one parameter of it."""
+    if parameter.kind == "sd":
+        return float((F[parameter.i] ** 2).sum())
+    return {"loading": 0.5 * x, "specific": x * x}.get(parameter.kind, 0.0)
 
 
 def adjust(engine: Engine, theta: AnyArray, sigma: AnyArray, linear: bool = False) -> Adjusted:

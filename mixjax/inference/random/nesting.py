@@ -254,7 +254,7 @@ def place_of(small: AnyFitted | Rows, large: AnyFitted | Rows) -> Place:
     probes = rng.standard_normal((len(small.design.X), PROBES))
     terms0, terms1 = _weighted_terms(small, large), _weighted_terms(large, large)
     if not terms0 or not terms1:  # of models that have parameters of residuals
-        return Place(not terms0, sum(term.structure.n_reductions for term in terms1))
+        return Place(not terms0, sum(s.n_zeros(np.ones(s.n_reductions, bool)) for s in (t.structure for t in terms1)))
     spans = [_span(term.structure, rng) for term in terms1]
     kernels = [term.apply(D, probes).ravel() for term, span in zip(terms1, spans, strict=True) for D in span]
     residual = [] if isinstance(small, GeneralizedFitted) else [probes.ravel()]
@@ -437,5 +437,5 @@ def _zeros(
         if x is None or np.abs(_covariance(term.structure, x) - D).max() > tolerance * scale:
             return None
         sizes = np.asarray(term.structure.sizes(x[:, None]))
-        zeros += int(np.sum(sizes <= np.sqrt(ROUNDING * scale)))
+        zeros += term.structure.n_zeros((sizes <= np.sqrt(ROUNDING * scale))[:, 0])
     return zeros

@@ -179,7 +179,7 @@ def _no_mixture(small: _Smaller, large: AnyFitted) -> str | None:
         return f"the range of {' and of '.join(map(repr, free))} means nothing without it"
     if small.record is None:
         # Where a variance is 0 the correlations beside it are not known.
-        zeros = sum(structure.n_reductions for structure in large.layout.structures)
+        zeros = sum(s.n_zeros(np.ones(s.n_reductions, bool)) for s in large.layout.structures)
         return None if zeros == 1 else f"{zeros} standard deviations are 0, or correlations not known"
     place = place_of(small.record, large)
     if not place.nested or place.zeros is None:
