@@ -146,6 +146,7 @@ def over_loopback(code: str) -> list[str]:
 SLOW = (
     "test_sklearn.py::test_the_checks_of_estimators[[]encoder of a column]",
     "test_residual.py::test_a_thousand_data_sets",
+    "test_glmm_formulas_of_psi.py::test_profiles_are_conditional_minima[[]nbinom*",
     "test_sharding.py::test_eight_devices*",
     "test_engines.py::test_estimates_agree[[]False-*",
     "test_engines.py::test_estimates_agree[[]True-two*",

@@ -17,6 +17,7 @@ import pytest
 from scipy.special import polygamma
 
 import mixjax as mj
+from mixjax.estimation.glmm_held import HeldSearch, Parameter, unconditional
 from mixjax.inference.random.variance import icc as icc_of
 from mixjax.simulation import simulate_family
 
@@ -551,12 +552,10 @@ def test_shares_of_the_variance(epil):
 
 def test_what_is_not_there_yet(both, epil):
     both.emmeans("mined")
-    for refused in (both.profile, both.icc, both.r2, both.variance_shares, lambda: both.residuals("working")):
+    for refused in (both.icc, both.r2, both.variance_shares, lambda: both.residuals("working")):
         with pytest.raises(ValueError, match="ziformula="):
             refused()
     fit = mj.glmm(EPIL, epil, "nbinom", dispformula="~ trt")
-    with pytest.raises(ValueError, match="influence is not there yet for a model with dispformula="):
-        fit.influence("subject")
     assert fit.emmeans("trt", scale="response").to_frame()["estimate"].notna().all()
     assert np.isfinite(fit.leverage()).to_numpy().all()
     assert fit.quantile_residuals(n=20) is not None
@@ -567,11 +566,12 @@ ANSWERED = {
     "summary": (), "tidy": (), "glance": (), "ranef": (), "coef": (), "predict": (), "residuals": (), "augment": (),
     "anova": (), "drop1": (), "ranova": (), "joint_tests": (), "overdispersion": (0, 20),
     "zero_inflation": (0, 20), "quantile_residuals": (0, 20), "robust": (), "variance_parameters": (),
-    "laplace_check": (), "simulate": (0, 2), "test": (["mined[T.no] = 0"],), "emmeans": ("mined",),
+    "laplace_check": (), "simulate": (0, 2),
+    "profile": ("sd_Intercept|site",), "confint": ("mined[T.no]",), "influence": ("site",),
+    "test": (["mined[T.no] = 0"],), "emmeans": ("mined",),
 }  # fmt: skip
 REFUSED = {
     "icc": "no accepted variance", "r2": "no accepted variance", "variance_shares": "no accepted variance",
-    "profile": "ziformula=", "confint": "ziformula=", "influence": "not there yet for a model with",
     "leverage": "not concave at .* see fit.quantile_residuals",
 }  # fmt: skip
 
@@ -605,3 +605,79 @@ def test_shapes_of_columns():
         rows(np.ones((12, 2)))
     with pytest.raises(ValueError, match="must be"):
         rows(np.ones(12))
+
+
+# --- profiles and influence ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("poisson", {"ziformula": "~ mined"}), ("nbinom", {"ziformula": "~ 1", "dispformula": "~ mined"})],
+)
+def test_profiles_are_conditional_minima(salamanders, family, options, x64):
+    """At a limit the criterion is a quantile higher, and stationary in all other parameters: by JAX's derivatives."""
+    fit = mj.glmm(COUNT, salamanders, family, **options)
+    rows, s, p = fit.record.rows, len(fit.estimates.psi), len(fit.fixef)
+    found = fit.profile()
+    limits = found.confint()
+
+    @jax.jit
+    def criterion(values):
+        return mj.glmm_criterion(values[:1], values[1 + s :], rows, values[1 : 1 + s])
+
+    slope = jax.jit(jax.grad(criterion))
+    for place, name in enumerate(limits.index):
+        curve = found._curves[name]
+        for limit in limits.loc[name]:
+            if not np.isfinite(limit):  # no extra zeros at all are within reach
+                assert name == "zi~Intercept"
+                continue
+            at = jnp.asarray(curve.conditional[curve.values.index(limit)])
+            assert float(criterion(at)) - fit.criterion == pytest.approx(1.959963984540054**2, abs=2e-6)
+            assert np.abs(np.delete(slope(at), place)).max() < 2e-3
+    assert len(limits) == 1 + s + p
+
+
+def test_a_zero_coefficient_is_the_smaller_model(salamanders):
+    """zi~mined held at 0 is ziformula='~ 1'."""
+    large = mj.glmm(COUNT, salamanders, "poisson", ziformula="~ mined")
+    small = mj.glmm(COUNT, salamanders, "poisson", ziformula="~ 1")
+    name = "zi~mined[T.no]"
+    search = HeldSearch(large.record.rows, "observed")
+    at = search.minimise(Parameter("psi", i=1), 0.0, unconditional(large.estimates, (1,)))
+    assert list(large.zi.index) == ["Intercept", name.split("~")[1]]
+    assert at.criterion == pytest.approx(small.criterion, abs=1e-8)
+    np.testing.assert_allclose(at.beta, small.fixef, rtol=1e-5)
+    np.testing.assert_allclose(at.psi, [small.zi.iloc[0], 0.0], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("poisson", {"ziformula": "~ mined"}),
+        ("nbinom", {"dispformula": "~ mined"}),
+        ("nbinom", {"ziformula": "~ 1", "dispformula": "~ mined"}),
+    ],
+)
+def test_influence_is_that_of_refits(salamanders, family, options):
+    fit = mj.glmm(COUNT, salamanders, family, **options)
+    found = fit.influence("site")
+    assert (found.result == "CONVERGED").all()
+    for site in ("VF-1", "R-2"):
+        without = mj.glmm(COUNT, salamanders[salamanders["site"] != site], family, **options)
+        np.testing.assert_allclose(found.dfbeta.loc[site], fit.fixef - without.fixef, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(found.dispersion.loc[site], without.estimates.psi, rtol=1e-6)
+        np.testing.assert_allclose(found.se.loc[site], without.se, rtol=1e-6)
+    assert found.leverages.isna().all(axis=None) == ("ziformula" in options)
+    step = fit.influence("site", method="one-step") if options.keys() == {"dispformula"} else found
+    assert np.corrcoef(step.cooks, found.cooks)[0, 1] > 0.9
+
+
+def test_a_unit_that_alone_tells_a_coefficient_of_psi(salamanders):
+    """Without it the columns of the dispersion have less than full rank, and it is said."""
+    table = salamanders.assign(alone=(salamanders["site"] == "R-2") * 1.0)
+    fit = mj.glmm(COUNT, table, "nbinom", dispformula="~ alone")
+    with pytest.warns(mj.InferenceWarning, match="R-2"):
+        found = fit.influence("site")
+    assert found.result["R-2"] == "RANK_DEFICIENT"
+    assert (found.result.drop("R-2") == "CONVERGED").all()

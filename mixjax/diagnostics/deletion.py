@@ -54,8 +54,13 @@ def dominant_in(block: np.ndarray, unit: np.ndarray) -> set[int]:
 def estimable(design: Design, unit: np.ndarray, u: int) -> bool:
     """X keeps its rank without unit u, by the rule that a fit of the other rows goes by."""
     left = unit != u
-    X, weights = np.asarray(design.X)[left], design.weights
-    return bool(orthonormal_columns(X, None if weights is None else np.sqrt(np.asarray(weights)[left]))[2].all())
+    weights = design.weights
+    return is_of_full_rank(np.asarray(design.X)[left], None if weights is None else np.sqrt(np.asarray(weights)[left]))
+
+
+def is_of_full_rank(X: np.ndarray, sqrt_w: np.ndarray | None = None) -> bool:
+    """By the rule that fits go by."""
+    return bool(orthonormal_columns(X, sqrt_w)[2].all())
 
 
 def batches(rows: Rows, unit: np.ndarray, most: int | None = None) -> Iterator[tuple[np.ndarray, CrossProducts]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixjax.diagnostics.deletion import dominant_in, estimable
+from mixjax.diagnostics.deletion import dominant_in, is_of_full_rank
 from mixjax.diagnostics.refits import COMPUTED, NO_STEP, Without, nowhere
 from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_deletion import fits_without
@@ -35,8 +35,6 @@ def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str
     if method == "one-step" and (fitted.reml or fitted.nagq == 0):
         own = "reml=True" if fitted.reml else "nagq=0"
         raise ValueError(f"one step is of the likelihood of all parameters together, this fit has {own}: use 'exact'")
-    cure = "compare this fit with those of tables without the unit, glmm(..., subset=...)"
-    fitted.rows.refuse_psi_columns("influence", cure)
     R, vcov = fitted.rows.X_basis.R, fitted.estimates.vcov
     if not (fitted.estimates.converged and np.isfinite(vcov).all()):
         message = fitted.optimizer.message.rstrip(".")
@@ -45,14 +43,22 @@ def generalized_without(fitted: GeneralizedFitted, unit: np.ndarray, method: str
     return _without(fitted, unit, method == "exact"), root
 
 
+def _columns(fitted: GeneralizedFitted) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Columns of the fixed effects, and of each of the family's parameters that has some: as they are, and an
+    orthonormal basis of them."""
+    rows, design = fitted.rows, fitted.design
+    pairs = [(design.X, rows.Q), *zip(design.psi_columns, rows.psi_columns, strict=True)]
+    return [
+        (np.asarray(X), np.asarray(Q) / np.linalg.norm(Q, axis=0)) for X, Q in pairs if X is not None and Q is not None
+    ]
+
+
 def _without(fitted: GeneralizedFitted, unit: np.ndarray, exact: bool) -> Without:
     rows, est = fitted.rows, fitted.estimates
     nagq = 0 if fitted.reml else fitted.nagq
     U = int(unit.max()) + 1
     out = nowhere(fitted, U)
-    lost = [
-        u for u in dominant_in(rows.Q / np.linalg.norm(rows.Q, axis=0), unit) if not estimable(fitted.design, unit, u)
-    ]
+    lost = [u for X, Q in _columns(fitted) for u in dominant_in(Q, unit) if not is_of_full_rank(X[unit != u])]
     deleted = np.setdiff1d(np.arange(U), lost)
 
     def refit(weighted: FamilyRows) -> GLMMEstimates:

@@ -18,6 +18,7 @@ from mixjax.diagnostics.units import units_of
 from mixjax.fitted.either import AnyFitted, any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import known_names, term_names
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.markup import Report, Reported
 from mixjax.tables import frame_report
 
@@ -89,10 +90,11 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
     units = units_of(fitted, by)
     if isinstance(fitted, GeneralizedFitted):
         without, root = generalized_without(fitted, units.code, method)
-        own = leverage(fitted)
+        # With extra zeros there is no linear model at the modes, which leverages are of.
+        leverages = np.full((fitted.nobs, 4), np.nan) if fitted.family.plain is not fitted.family else _each(fitted)
     else:
-        own = leverage(fitted)
-        without, root = linear_without(fitted, units.code, method, own.overall)
+        leverages = _each(fitted)
+        without, root = linear_without(fitted, units.code, method, leverages[:, 0])
     if not without.found.all():
         lost = units.names[~without.found]
         shown = ", ".join(str(u) for u in lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -101,7 +103,6 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
             "from the others does not speak of these units",
             InferenceWarning,
         )
-    leverages = np.stack([own.overall, own.fixed, own.random, own.random_unconfounded], axis=1)
     means = np.stack([np.bincount(units.code, weights=column) for column in leverages.T], axis=1)
     count = np.bincount(units.code)
     return Influence(
@@ -113,6 +114,12 @@ def influence(fitted: Any, by: Any = None, method: Method = "exact") -> Influenc
         pd.DataFrame(means / count[:, None], units.names, list(LEVERAGES)),
         without,
     )
+
+
+def _each(fitted: AnyFitted) -> np.ndarray:
+    """Leverages ``(n, 4)`` of the rows, in the order of LEVERAGES."""
+    own = leverage(fitted)
+    return np.stack([own.overall, own.fixed, own.random, own.random_unconfounded], axis=1)
 
 
 def _measures(root: np.ndarray, without: Without) -> np.ndarray:
@@ -149,7 +156,8 @@ class Influence(Reported):
         units: names of the units: the table's own index for rows, levels for groups.
         rows: how many rows each unit has.
         measures: columns ``cooks``, ``mdffits``, ``covtrace``, ``covratio``; see :func:`influence`.
-        leverages: ``leverage_overall``, ``_fixed``, ``_random``, ``_random_unconfounded``, of the fit of all rows;
+        leverages: ``leverage_overall``, ``_fixed``, ``_random``, ``_random_unconfounded``, of the fit of all rows, NaN
+            where that has extra zeros;
             means over the rows of a unit.
     """
 
@@ -276,8 +284,8 @@ class Influence(Reported):
         own = self.fitted
         if not isinstance(own, GeneralizedFitted):
             return {"sigma2": sigma**2}
-        values = np.asarray(own.family.natural(list(psi.T))).reshape(-1, len(psi))
-        return dict(zip(own.family.psi_names, values, strict=True))
+        names, values, _ = parameters_of_family(own.labels, own.family, psi.T)
+        return dict(zip(names, values, strict=True))
 
     def _variances(self, sigma: np.ndarray, psi: np.ndarray, Sigma: Sequence[np.ndarray]) -> pd.DataFrame:
         names, varies = entry_names(self.fitted, term_names(self.fitted.labels), "var", "cov")

@@ -56,7 +56,7 @@ class Without(NamedTuple):
 def nowhere(fitted: AnyFitted, U: int) -> Without:
     """NaN for all units, as if each left X without full rank."""
     est, p = fitted.estimates, len(fitted.labels.fixed)
-    n_psi = fitted.family.n_psi if isinstance(fitted, GeneralizedFitted) else 0
+    n_psi = fitted.rows.n_psi if isinstance(fitted, GeneralizedFitted) else 0
 
     def nan(*shape: int) -> np.ndarray:
         return np.full(shape, np.nan)

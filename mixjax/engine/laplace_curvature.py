@@ -38,6 +38,7 @@ class Data(NamedTuple):
     Attributes:
         y, size, weights, offset: as in :class:`~mixjax.products.family_rows.FamilyRows`. X: ``(p, *rows, 1)``.
         psi: per parameter of the family its columns ``(r, *rows, 1)``, or None where it is one number; ``()``: all are.
+        psi_offset: beside columns, per parameter a known part ``(*rows, 1)``, or None; ``()``: none has.
     """
 
     y: Array
@@ -46,6 +47,7 @@ class Data(NamedTuple):
     offset: Array | None
     X: Array
     psi: tuple[Array | None, ...] = ()
+    psi_offset: tuple[Array | None, ...] = ()
 
     def predictor(self, delta: Array, of_effects: Array) -> Array:
         """``eta``, from ``delta (p, L)`` and the rows' ``z'b``."""

@@ -127,8 +127,14 @@ class Model:
 
     def psi_by_row(self, psi: Array) -> Sequence[Array]:
         """The family's parameters, each ``(L,)`` or ``(*rows, L)``, of their coefficients."""
-        return [sum((Q * g for Q, g in zip(Q_j, own, strict=True)), 0.0) if Q_j is not None else own[0]
-                for Q_j, own in self._of_psi(psi)] if self.data.psi else psi  # fmt: skip
+        if not self.data.psi:
+            found: Sequence[Array] = psi
+            return found
+        known = [0.0 if part is None else part for part in self.data.psi_offset] or [0.0] * len(self.data.psi)
+        return [
+            own[0] if Q_j is None else sum((Q * g for Q, g in zip(Q_j, own, strict=True)), part)
+            for (Q_j, own), part in zip(self._of_psi(psi), known, strict=True)
+        ]
 
     def _of_psi(self, values: Any) -> list[tuple[Array | None, Any]]:
         """Columns of each of the family's parameters, and its part of ``values``."""

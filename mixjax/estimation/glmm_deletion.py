@@ -136,7 +136,7 @@ class _Deletions:
         self.lanes = wide if lanes else 1
         # Where all rows end: coordinates, which of them are free, fixed effects and psi, modes.
         x, self.free = coordinates_in(est.theta, rows.layout, [Z.R for Z in rows.Z_bases])
-        self.x, self.fixed = x[:, None], np.concatenate([rows.X_basis.R @ est.beta, est.psi])[:, None]
+        self.x, self.fixed = x[:, None], rows.fixed_in_bases(est.beta, est.psi)[:, None]
         nowhere = np.zeros((*model.effects.effect_shape, 1))
         lambdas = cov.factors_of(self.x, rows.layout.structures)
         self.v = find_modes(model, lambdas, self.fixed, nowhere, INNER_LAST).v
@@ -149,7 +149,7 @@ class _Deletions:
         p, count = self.rows.p, np.zeros(self.U, int)
         Sigma = tuple(nan(q, q) for q in self.rows.layout.qs)
         none = np.full(self.U, int(Result.STALLED))
-        psi = nan(self.rows.family.n_psi)
+        psi = nan(self.rows.n_psi)
         return Deleted(nan(p), nan(p, p), psi, nan(len(est.theta)), Sigma, nan(), count > 0, count.copy(), none)
 
     def without(self, at: np.ndarray) -> Model:
@@ -335,7 +335,7 @@ class _Deletions:
         x, fixed, value, H, free = (lanes_of(part, fine) for part in (x, fixed, value, H, free))
         own = own_factors(x, _wide_bases(self.rows), self.rows.layout)
         inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        found.fixed[at], found.psi[at] = fixed[:p].T, fixed[p:].T
+        found.fixed[at], found.psi[at] = fixed[:p].T, self.rows.psi_of_bases(fixed[p:]).T
         found.covariance[at] = np.moveaxis(2.0 * inverse[:p, :p], -1, 0)
         found.theta[at], found.criterion[at] = cov.theta_of_lambdas(own.lambdas).T, value
         found.singular[at] = own.deficient

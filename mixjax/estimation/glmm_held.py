@@ -7,6 +7,7 @@ covariance structure with one coordinate less (:mod:`mixjax.covariance.held`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from mixjax.families.held import HeldFamily
 from mixjax.machine import Array, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
-from mixjax.products.family_rows import FamilyRows
+from mixjax.products.family_rows import FamilyRows, places_of
 
 # Twice what the last steps of modes and fixed effects may promise where a value counts.
 SURE = 1e-6
@@ -107,23 +108,30 @@ class HeldSearch:
             delta = to_basis @ np.delete(beta, what.i)
         else:
             delta = rows.X_basis.R @ beta
-        if what.kind == "psi":
+        psi_back: Callable[[np.ndarray], np.ndarray] = rows.psi_of_bases
+        if what.kind == "psi" and rows.psi_columns:
+            model, psi, psi_back = self._coefficient_out(model, what.i, value, psi)
+        elif what.kind == "psi":
             psi = np.delete(psi, what.i)
             model = replace(model, family=HeldFamily(rows.family.link, rows.family, what.i, value))
+        else:
+            psi = rows.fixed_in_bases(beta, psi)[p:]
         charts = [self._chart(t, what, value, near.factors[t]) for t in range(len(near.factors))]
         structures = tuple(own.structure for own in charts)
         places = zip(rows.layout.terms, structures, strict=True)
         layout = replace(rows.layout, terms=tuple(place._replace(structure=own) for place, own in places))
         model = replace(model, effects=replace(model.effects, layout=layout))  # type: ignore[type-var]
-        fixed = np.concatenate([delta, np.clip(psi, -MOST_PSI, MOST_PSI)])[:, None]
+        numbers = psi if rows.psi_columns else np.clip(psi, -MOST_PSI, MOST_PSI)
+        fixed = np.concatenate([delta, numbers])[:, None]
         end = _least(model, fixed, near.v, charts)
         at = end.fixed[:, 0]
         if what.kind == "fixed":
             beta = np.insert(back @ at[: p - 1], what.i, value)
-            psi = at[p - 1 :]
+            psi = psi_back(at[p - 1 :])
         else:
             beta = rows.X_basis.R_inv @ at[:p]
-            psi = np.insert(at[p:], what.i, value) if what.kind == "psi" else at[p:]
+            held_number = what.kind == "psi" and not rows.psi_columns
+            psi = np.insert(at[p:], what.i, value) if held_number else psi_back(at[p:])
         factors = [Z.R_inv @ own for Z, own in zip(rows.Z_bases, end.factors, strict=True)]
         return ConditionalFit(end.value, end.converged, beta, psi, tuple(factors), end.v)
 
@@ -135,6 +143,40 @@ class HeldSearch:
             model = model_of(replace(rows, Q=rows.Q @ U), self._curvature)
             self._without[j] = np.linalg.inv(T), T, model
         return self._without[j]
+
+    def _coefficient_out(
+        self, model: Model, i: int, value: float, psi: np.ndarray
+    ) -> tuple[Model, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+        """The model with coefficient i of the family's parameters held: its part is known, and its column leaves the
+        others. With the coefficients ``(s - 1,)`` in the bases, and the way back from these to all of the user's."""
+        rows = self.rows
+        places = places_of(rows.psi_widths)
+        (j,) = [j for j, place in enumerate(places) if place.start <= i < place.stop]
+        own, own_columns, start = rows.psi_columns[j], list(model.data.psi), places[j].start
+        keep = np.delete(np.arange(places[j].stop - start), i - start)
+        if own is None:
+            U, T, offset = np.zeros((rows.n, 0)), np.zeros((0, 0)), np.full(rows.n, value)
+        else:
+            R = np.asarray(rows.psi_bases[j].R)  # type: ignore[union-attr]
+            V, T = np.linalg.qr(R[:, keep])
+            U, offset = own @ V, own @ R[:, i - start] * value
+        shape = _placed(model, offset).shape
+        own_columns[j] = np.stack([_placed(model, column) for column in U.T]) if len(keep) else np.zeros((0, *shape))
+        known: list[Any] = [None] * len(own_columns)
+        known[j] = _placed(model, offset)
+        data = model.data._replace(psi=tuple(own_columns), psi_offset=tuple(known))
+        others = rows.fixed_in_bases(np.zeros(rows.p), psi)[rows.p :]
+        free = np.concatenate([others[:start], T @ psi[start + keep], others[places[j].stop :]])
+
+        def back(at: np.ndarray) -> np.ndarray:
+            inside = slice(start, start + len(keep))
+            whole = np.concatenate([at[:start], np.zeros(len(keep) + 1), at[inside.stop :]])
+            found: np.ndarray = np.array(rows.psi_of_bases(whole))
+            found[start + keep] = np.linalg.solve(T, at[inside])
+            found[i] = value
+            return found
+
+        return replace(model, data=data), free, back
 
     def _chart(self, t: int, what: Parameter, value: float, factor: np.ndarray) -> Held:
         """A term's covariance for a search from a factor of it; of other terms than the one with the parameter all

@@ -131,15 +131,6 @@ class FamilyRows:
             found.append(psi[place][0] if not varies else None if own is None else own @ psi[place])
         return found
 
-    def refuse_psi_columns(self, what: str, cure: str) -> None:
-        """Raise ValueError where parameters of the family have columns of their own, which ``what`` cannot have yet."""
-        if any(own is not None for own in self.psi_columns):
-            names = zip(self.family.psi_names, self.psi_columns, strict=True)
-            options = dict.fromkeys(
-                "ziformula=" if name == "zero_inflation" else "dispformula=" for name, own in names if own is not None
-            )
-            raise ValueError(f"{what} is not there yet for a model with {' and '.join(options)}: {cure}")
-
     def with_response(self, y: AnyArray) -> FamilyRows:
         """The same rows with another response ``(n,)``, or many ``(B, n)``."""
         return replace(self, y=y)

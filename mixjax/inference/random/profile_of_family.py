@@ -10,6 +10,7 @@ from mixjax.estimation.glmm_held import ConditionalFit, HeldSearch, Parameter, u
 from mixjax.estimation.glmm_held_quadrature import HeldQuadrature
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import names_apart, names_of_variances
+from mixjax.fitted.parameters import parameters_of_family
 from mixjax.inference.random.held_parameter import Held, Start, value_of
 from mixjax.inference.random.profile_curve import Curve
 
@@ -28,7 +29,7 @@ class FamilyProfiles:
     def __init__(self, fitted: GeneralizedFitted):
         self.least = float(fitted.estimates.criterion)
         self.curves = _curves(fitted)
-        self._rows, self._family = fitted.rows, fitted.family
+        self._rows, self._family, self._labels = fitted.rows, fitted.family, fitted.labels
         laplace = fitted.nagq == 1
         self._search = (
             HeldSearch(fitted.rows, fitted.curvature) if laplace else HeldQuadrature(fitted.rows, fitted.nagq)
@@ -56,15 +57,15 @@ class FamilyProfiles:
     def _value(self, curve: Curve, fit: ConditionalFit) -> float:
         held = curve.held
         if held.kind in ("positive", "real"):
-            return float(self._family.natural(list(fit.psi))[held.i])
+            return float(parameters_of_family(self._labels, self._family, np.asarray(fit.psi))[1][held.i])
         at = Start(tuple(own[None] for own in fit.factors), np.ones(1))
         return float(value_of(held, self._rows, at, fit.beta[None])[0])
 
 
 def refusal(fitted: GeneralizedFitted) -> str | None:
     """Why a model has no profiles; None where it has."""
-    if fitted.labels.psi:
-        return "it has dispformula= or ziformula="
+    if fitted.labels.psi and fitted.nagq > 1:
+        return f"it has dispformula= or ziformula= and was fitted with nagq={fitted.nagq}"
     if fitted.nagq == 0:
         return "it was fitted with nagq=0, whose fixed effects are not at the minimum"
     if fitted.nagq > 1 and fitted.layout.qs != (1,):
