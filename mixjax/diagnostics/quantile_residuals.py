@@ -15,7 +15,6 @@ import pandas as pd
 from scipy.special import ndtri
 
 from mixjax.checks import DataError, check_count
-from mixjax.design import refuse_smooths
 from mixjax.fitted.either import any_record_of
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.machine import float64
@@ -97,10 +96,6 @@ def quantile_residuals(
     fitted, n = any_record_of(fitted), check_count("n", n, 1)
     if random not in ("new", "fitted"):
         raise ValueError(f"random must be 'new' or 'fitted', got {random!r}")
-    if random == "new":
-        refuse_smooths(
-            fitted.labels, "random='new'", "curves drawn anew are others than that of the data; use random='fitted'"
-        )
     y = np.asarray(fitted.design.y, np.float64)
     if n * fitted.nobs > MOST_NUMBERS:
         raise ValueError(

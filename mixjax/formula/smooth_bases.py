@@ -194,8 +194,8 @@ def _radial(r: np.ndarray) -> np.ndarray:
 
 
 def _thin_plate(x: np.ndarray, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    B: np.ndarray = _radial(x[:, None] - places) @ weights[:-2]
-    return B + weights[-2] + x[:, None] * weights[-1]
+    B: np.ndarray = _radial(x[:, None] - places) @ weights[:-2] + weights[-2] + x[:, None] * weights[-1]
+    return B
 
 
 def _last_reflected(A: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mixjax.checks import check_count
 from mixjax.covariance import lambdas_of_theta
+from mixjax.design import refuse_smooths
 from mixjax.fitted.record import Fitted, fit_rows
 from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable
@@ -103,6 +104,7 @@ def bayes(
     rows = rows_of(built.design, built.basis)
     refuse(rows.stats)
     own = Priors() if priors is None else priors
+    refuse_smooths(built.labels, "mixjax.bayes", "its predictions know random effects of levels only; use mixjax.lmm")
     model = own.resolve(built.design, built.labels, integrate)
     fitted = fit_rows(rows, built.labels, True, None, None)
     own = own.filled(default_priors(built.design))
