@@ -384,6 +384,13 @@ def refuse_known(design: Design, what: str, instead: str) -> None:
         raise ValueError(f"{what} is not for random effects whose levels have a known covariance: {instead}")
 
 
+def refuse_smooths(labels: Labels, what: str, instead: str) -> None:
+    """Raise ValueError for what has no meaning, or another, where curves are random effects of one level."""
+    own = [term.group for term in labels.terms if term.smooth]
+    if own:
+        raise ValueError(f"{what} of a model with a smooth, {own[0]}: not there, because {instead}")
+
+
 def check_repeated_design(design: RepeatedDesign) -> None:
     """Raise ValueError, naming the culprit, when arrays of repeated measures do not make a model.
 

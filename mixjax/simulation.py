@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 
 from mixjax.checks import MOST, check_count, check_memory
-from mixjax.design import Design, RepeatedDesign, check_design
+from mixjax.design import Design, Labels, RepeatedDesign, check_design
 from mixjax.families import Family
 from mixjax.machine import LANES, float64, jit, n_cores
 
@@ -418,3 +418,18 @@ def root_of_effects(design: Design, roots: list[np.ndarray]) -> scipy.sparse.csr
     if not blocks:
         return scipy.sparse.csr_array((0, 0))
     return scipy.sparse.csr_array(scipy.sparse.block_diag(blocks, format="csr"))
+
+
+def with_curves(
+    design: Design, labels: Labels, Sigma: Sequence[np.ndarray], b: Sequence[np.ndarray]
+) -> tuple[Design, tuple[np.ndarray, ...]]:
+    """The design and the covariances of a model whose smooths are held where they are: their curves are part of the
+    offset, and their effects have no variance."""
+    offset, left = np.zeros(len(np.asarray(design.X))), list(Sigma)
+    for t, (label, term) in enumerate(zip(labels.terms, design.terms, strict=True)):
+        if label.smooth:
+            offset = offset + (np.asarray(term.Z) * np.asarray(b[t])[np.asarray(term.group)]).sum(axis=1)
+            left[t] = np.zeros_like(Sigma[t])
+    if not any(label.smooth for label in labels.terms):
+        return design, tuple(left)
+    return replace(design, offset=offset + (0.0 if design.offset is None else np.asarray(design.offset))), tuple(left)

@@ -85,7 +85,7 @@ def augmented(fitted: Any) -> pd.DataFrame:
     columns[".cooksd"] = _cooks(columns[".std_resid"], columns[".leverage"], len(fitted.labels.fixed))
     if fitted.given.has_residual_side:
         columns[".norm_resid"] = fitted.whitened(resid)
-    if len({term.group for term in fitted.labels.terms}) == 1:
+    if len({term.group for term in fitted.labels.terms}) == 1 and not fitted.labels.terms[0].smooth:
         own = least_squares(fitted)
         ls = y - own.fitted
         codes = np.asarray(fitted.design.terms[0].group)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from mixjax.bases import orthonormal_columns
 from mixjax.checks import DataError
+from mixjax.design import refuse_smooths
 from mixjax.diagnostics.modes import conditional_covariances_by_group
 from mixjax.fitted.names import by_effect, terms_of_group
 from mixjax.fitted.record import Fitted, record_of
@@ -130,6 +131,7 @@ def group_of(fitted: Fitted, group: str | None) -> tuple[str, np.ndarray, int]:
     Raises:
         DataError: there is no such factor.
     """
+    refuse_smooths(fitted.labels, "levels by themselves", "their rows share its curve with all others")
     names = [term.group for term in fitted.labels.terms]
     if group is None:
         group = names[0]

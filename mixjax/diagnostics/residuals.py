@@ -26,6 +26,15 @@ def fixed_part(fitted: AnyFitted) -> np.ndarray:
     return fixed
 
 
+def population_mean(fitted: AnyFitted) -> np.ndarray:
+    """The same with the curves of smooths, which are random effects in name only, ``(n,)``."""
+    mean = fixed_part(fitted)
+    for label, term, b in zip(fitted.labels.terms, fitted.design.terms, fitted.estimates.b, strict=True):
+        if label.smooth:
+            mean = mean + (np.asarray(term.Z) * b[term.group]).sum(axis=1)
+    return mean
+
+
 def random_part(fitted: AnyFitted) -> np.ndarray:
     """``Z b``: what the predicted random effects of a row's own levels add to that, ``(n,)``."""
     total = np.zeros(len(fitted.design.y))

@@ -57,6 +57,37 @@ class Examining:
         :func:`mixjax.diagnostics.leverage.leverage`."""
         return pd.DataFrame(leverage(self.record)._asdict(), index=self.record.labels.frame.index)
 
+    def smooths(self) -> pd.DataFrame:
+        """The penalised smooths ``s(x)`` of the formula: basis, effective degrees of freedom ``edf``, standard
+        deviation of the penalised effects ``sd``, smoothing parameter ``lambda``; see
+        :func:`mixjax.prediction.smooths.smooth_table`.
+
+        Raises:
+            ValueError: the formula has none.
+        """
+        from mixjax.prediction.smooths import smooth_table
+
+        return smooth_table(self.record)
+
+    def smooth(self, name: str | None = None, at: Any = None, n: int = 100, level: float = 0.95) -> pd.DataFrame:
+        """The curve of a smooth with pointwise errors; see :func:`mixjax.prediction.smooths.smooth_curve`.
+
+        Args:
+            name: ``"s(x)"``, ``"s(x):f[a]"``; None where there is one.
+            at: values of the variable, ``(n,)``; None: n of them, equally spaced over those of the fit.
+            n: how many. level: of the band.
+
+        Returns:
+            DataFrame: the variable, ``estimate`` (0 on average over the rows of the fit), ``std_error``, ``lower``,
+            ``upper``; of a generalised model on the scale of the linear predictor.
+
+        Raises:
+            ValueError: there is no such smooth, or ``at`` holds no numbers.
+        """
+        from mixjax.prediction.smooths import smooth_curve
+
+        return smooth_curve(self.record, name, at, n, level)
+
     def plot(self, group: str | None = None) -> Any:
         """Four panels: residuals, their normal quantiles, their sizes, normal quantiles of random effects; see
         :mod:`mixjax.plots` for these and more.

@@ -22,7 +22,7 @@ from mixjax.tables import NotedTable, text_table
 
 def group_sizes(fitted: Fitted) -> dict[str, int]:
     """Number of levels of every grouping factor."""
-    return {term.group: len(term.levels) for term in fitted.labels.terms}
+    return {term.group: len(term.levels) for term in fitted.labels.terms if not term.smooth}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class VarCorr(Reported):
             term_names(self.fitted.labels), self.fitted.labels.terms, self.fitted.estimates.Sigma, strict=True
         ):
             sd = np.sqrt(np.diag(Sigma))
+            if labels.smooth:  # one variance of many independent effects
+                rows.append((name, "smooth", None, Sigma[0, 0], sd[0]))
+                continue
             rows += [(name, e, None, Sigma[i, i], sd[i]) for i, e in enumerate(labels.effects)]
             for i in range(len(sd)):
                 for j in range(i + 1, len(sd)):
@@ -58,14 +61,15 @@ class VarCorr(Reported):
     def table(self) -> pd.DataFrame:
         """The printed table, cells as text."""
         labels, estimates = self.fitted.labels.terms, self.fitted.estimates
-        sds = [np.sqrt(np.diag(Sigma)) for Sigma in estimates.Sigma]
+        shown = [Sigma[:1, :1] if t.smooth else Sigma for t, Sigma in zip(labels, estimates.Sigma, strict=True)]
+        sds = [np.sqrt(np.diag(Sigma)) for Sigma in shown]
         every = np.concatenate([*sds, self._residual()])
         sd_text, var_text = fixed_decimals(every, 5), fixed_decimals(every**2, 5)
         width = max((len(sd) for sd in sds), default=1)
         rows, k = [], 0
-        for name, term, Sigma in zip(term_names(self.fitted.labels), labels, estimates.Sigma, strict=True):
+        for name, term, Sigma in zip(term_names(self.fitted.labels), labels, shown, strict=True):
             cor = correlation(Sigma)
-            for i, effect in enumerate(term.effects):
+            for i, effect in enumerate(("smooth",) if term.smooth else term.effects):
                 cells = [f"{c:.2f}" if np.isfinite(c) else "NaN" for c in cor[i, :i]]
                 cells += [""] * (width - 1 - len(cells))
                 rows.append([name if i == 0 else "", effect, var_text[k], sd_text[k], *cells])

@@ -34,7 +34,7 @@ from mixjax.formula.separation import separation_of
 from mixjax.optimise.results import Result
 from mixjax.products.family_rows import FamilyRows, rows_in
 from mixjax.products.sums import CrossProducts, Layout
-from mixjax.simulation import simulate_family
+from mixjax.simulation import simulate_family, with_curves
 
 # Parameters of families that multiply the variance of every row alike, which R's Pearson residuals leave out.
 SCALES = ("dispersion", "sigma")
@@ -262,9 +262,8 @@ class GeneralizedFitted(FitStatistics):
         :func:`~mixjax.simulation.simulate_family`."""
         est = self.estimates
         b = est.b if random == "fitted" else None
-        return simulate_family(
-            self.design, self.family, est.beta, est.Sigma, self.psi_by_row, key, n, first, random=random, b=b
-        )
+        design, Sigma = (self.design, est.Sigma) if b else with_curves(self.design, self.labels, est.Sigma, est.b)
+        return simulate_family(design, self.family, est.beta, Sigma, self.psi_by_row, key, n, first, random=random, b=b)
 
     def fit_many(
         self, Y: np.ndarray, keep: tuple[str, ...], engine: EngineName = "auto", fits: int | None = None

@@ -29,7 +29,7 @@ from mixjax.optimise.results import Result
 from mixjax.products.responses import Responses
 from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sums import CrossProducts, Layout, pad
-from mixjax.simulation import simulate_responses
+from mixjax.simulation import simulate_responses, with_curves
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,15 @@ class Fitted(FitStatistics):
     # --- again ------------------------------------------------------------------------------------------------------
 
     def simulate(self, key: Any, n: int, first: int = 0, random: Literal["new", "fitted"] = "new") -> np.ndarray:
-        """Responses ``(n, nobs)`` drawn from the fit; see :func:`~mixjax.simulation.simulate_responses`."""
+        """Responses ``(n, nobs)`` drawn from the fit; see :func:`~mixjax.simulation.simulate_responses`. Curves of
+        smooths are part of the mean, and stay."""
         est = self.estimates
-        b = est.b if random == "fitted" else None
-        return simulate_responses(self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=b)
+        if random == "fitted":
+            return simulate_responses(
+                self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=est.b
+            )
+        design, Sigma = with_curves(self.design, self.labels, est.Sigma, est.b)
+        return simulate_responses(design, est.beta, est.sigma, Sigma, key, n, first)
 
     def refitted(self, reml: bool) -> Fitted:
         """The same data fitted by this criterion; itself where that is its own."""

@@ -25,7 +25,7 @@ from mixjax.machine import silently
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sums import CrossProducts
-from mixjax.simulation import simulate_responses
+from mixjax.simulation import simulate_responses, with_curves
 
 # What such a fit does not have, and what to do instead. Of correlated residuals more.
 CANNOT = {
@@ -214,8 +214,9 @@ class ResidualFitted(FurtherFitted):
             return correlation.colour(float(self._residual[-1]), np.ascontiguousarray(draws.T)).T
 
         b = est.b if random == "fitted" else None
+        design, Sigma = (self.design, est.Sigma) if b else with_curves(self.design, self.labels, est.Sigma, est.b)
         return simulate_responses(
-            self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=b,
+            design, est.beta, est.sigma, Sigma, key, n, first, random=random, b=b,
             colour=None if correlation is None else colour,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from mixjax.formula.algebra import INTERCEPT, Effects, Term
 from mixjax.formula.build import full_rank
 from mixjax.formula.evaluate import Columns, columns_of
 from mixjax.formula.parse import Group, RandomPart
+from mixjax.formula.smooths import LINE
 from mixjax.formula.state import FormulaState
 
 # One plain column of ones.
@@ -220,5 +221,10 @@ def _group(group: Group) -> str:
 
 def _text(response: str, state: FormulaState, parts: Sequence[RandomPart]) -> str:
     offsets = [f"offset({e.shown})" for e, _ in state.offsets]
-    right = [state.fixed.effects.shown, *offsets, *map(_bar, parts)]
+    lines = [e.shown for e in state.fixed.effects.expressions if LINE in e.functions]
+    there = {f"{part.group.name}.fx1" for part in parts if part.smooth is not None}
+    shown = state.fixed.effects.shown
+    for line in lines:  # beside its smooth a line is not shown, without it is
+        shown = shown.replace(f" + {line}", "").replace(f"{line} + ", "").replace(line, "1")
+    right = [shown, *(line for line in lines if line not in there), *offsets, *map(_bar, parts)]
     return f"{response} ~ {' + '.join(right)}"

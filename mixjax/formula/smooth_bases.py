@@ -26,9 +26,11 @@ class Smooth:
     """A smooth that has met the rows of its fit.
 
     Attributes:
-        bs: ``"cr"``, ``"ps"`` or ``"tp"``. places: of "cr" ``(k,)`` and of "ps" ``(k + 4,)`` knots, of "tp" the distinct
-            values less their mean. weights: what the functions of "cr" and "tp" are made of. shift: that mean.
-        line: ``(k,)`` the basis functions' part in the line. bend: ``(k, k - 2)`` in the columns of independent effects.
+        bs: ``"cr"``, ``"ps"`` or ``"tp"``.
+        places: of "cr" ``(k,)`` and of "ps" ``(k + 4,)`` knots, of "tp" the distinct values less their mean.
+        weights: what the functions of "cr" and "tp" are made of. shift: that mean.
+        line: ``(k,)`` the basis functions' part in the line. bend: ``(k, k - 2)`` in the columns of independent
+            effects.
     """
 
     bs: str
@@ -162,8 +164,8 @@ def _thin_plate_basis(x: np.ndarray, counts: np.ndarray, k: int) -> tuple[np.nda
     """Wood (2003, J. R. Stat. Soc. B 65): the k - 2 directions of the radial functions that matter most, then 1 and x.
 
     Returns:
-        From radial functions, 1 and x to the basis ``(n + 2, k)``; penalty ``(k, k)``; basis ``(n, k)``. Mean squares of
-        its columns over all rows, of which there are ``counts`` of every value, are 1.
+        From radial functions, 1 and x to the basis ``(n + 2, k)``; penalty ``(k, k)``; basis ``(n, k)``. Mean squares
+        of its columns over all rows, of which there are ``counts`` of every value, are 1.
     """
     E = _radial(x[:, None] - x)
     if 2 * k >= len(x) or len(x) < 100:
@@ -192,8 +194,8 @@ def _radial(r: np.ndarray) -> np.ndarray:
 
 
 def _thin_plate(x: np.ndarray, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    B: np.ndarray = _radial(x[:, None] - places) @ weights[:-2]
-    return B + weights[-2] + x[:, None] * weights[-1]
+    B: np.ndarray = _radial(x[:, None] - places) @ weights[:-2] + weights[-2] + x[:, None] * weights[-1]
+    return B
 
 
 def _last_reflected(A: np.ndarray) -> np.ndarray:

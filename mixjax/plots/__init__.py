@@ -6,6 +6,7 @@ notebook, does that.
 """
 
 from mixjax.plots.comparisons import contrasts, means
+from mixjax.plots.curves import smooths
 from mixjax.plots.levels import caterpillar, shrinkage
 from mixjax.plots.lines import trellis
 from mixjax.plots.panel import overview
@@ -31,6 +32,7 @@ __all__ = [
     "residuals",
     "scale_location",
     "shrinkage",
+    "smooths",
     "trellis",
     "variance_components",
 ]

@@ -61,6 +61,8 @@ def caterpillar(
     check_level(level)
     record = known(fit)
     group = group_name(record.labels, group, "caterpillar(group=)")
+    if any(term.smooth and term.group == group for term in record.labels.terms):
+        raise DataError(f"caterpillar(group=): {group} is a smooth, which plots.smooths(fit) draws")
     frames, covariances = fit.ranef(condvar=True)
     frame, condvar = frames[group], covariances[group]
     effects = effect_names(list(frame.columns), effect, group, "caterpillar(effect=)")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mixjax.diagnostics.residuals import fixed_part
+from mixjax.diagnostics.residuals import fixed_part, population_mean
 from mixjax.fitted.record import Fitted
 from mixjax.plots.canvas import MaxNLocator, category_ticks, many, palette, thousands
 from mixjax.plots.columns import Column, column, group_name, level_names, linear, response_name
@@ -68,7 +68,7 @@ def trellis(
     else:
         chosen = level_names(available, levels, group, "trellis(levels=)")
     codes = np.asarray(record.design.terms[t].group)
-    own, population = group_mean(record, group), fixed_part(record)
+    own, population = group_mean(record, group), population_mean(record)
     others = _others(record, across)
     axes = many(len(chosen), ax, "a trellis", int(ncols), (2.0, 1.9), sharex=True, sharey=True)
     colours, y = palette(), np.asarray(record.design.y)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixjax.checks import InferenceWarning, warn
-from mixjax.diagnostics.residuals import conditional_mean, fixed_part
+from mixjax.diagnostics.residuals import conditional_mean, population_mean
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.plots.canvas import (
@@ -176,12 +176,12 @@ def _fitted(record: AnyFitted, kind: str | None) -> Column:
     if isinstance(record, GeneralizedFitted):
         if kind in (None, "quantile"):
             family = record.family
-            mean = np.asarray(family.response_mean(family.mean(fixed_part(record)), record.psi_by_row))
+            mean = np.asarray(family.response_mean(family.mean(population_mean(record)), record.psi_by_row))
             return Column(f"fitted {response} (random effects zero)", mean, None)
         return Column(f"fitted {response} (conditional mean)", record.mean, None)
     if kind in (None, "conditional"):
         return Column(f"fitted {response} (conditional mean)", conditional_mean(record), None)
-    return Column(f"fitted {response} (population mean)", fixed_part(record), None)
+    return Column(f"fitted {response} (population mean)", population_mean(record), None)
 
 
 def _size(across: Column) -> tuple[float, float]:

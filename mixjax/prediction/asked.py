@@ -40,15 +40,15 @@ def check_asked(allow_new_levels: Any, interval: Any) -> None:
 
 
 def effects_included(labels: Labels, random: Any) -> list[np.ndarray]:
-    """Per random term ``(q,)``, which of its effects ``random`` asks for."""
+    """Per random term ``(q,)``, which of its effects ``random`` asks for. Smooths are part of every mean."""
     terms = labels.terms
     if isinstance(random, bool | np.bool_):
-        return [np.full(len(term.effects), bool(random)) for term in terms]
+        return [np.full(len(term.effects), bool(random) or term.smooth) for term in terms]
     names = [random] if isinstance(random, str) else random
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"random must be True, False, or names of grouping factors or terms, got {random!r}")
     own = term_names(labels)
-    wanted = [np.zeros(len(term.effects), bool) for term in terms]
+    wanted = [np.full(len(term.effects), term.smooth) for term in terms]
     for name in names:
         matches = [t for t, term in enumerate(terms) if term.group == name]
         matches = matches or [t for t, one in enumerate(own) if one == name]

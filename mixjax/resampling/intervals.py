@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from mixjax.design import refuse_smooths
 from mixjax.fitted.either import AnyFitted
 from mixjax.optimise.results import failed
 from mixjax.resampling.kinds import cluster_products, outermost_term
@@ -96,6 +97,7 @@ def jackknife(fitted: AnyFitted, refit: Callable[[Data, int], tuple[Any, Any, An
             level.
     """
     fitted.check_can("resampling of residuals or cases")
+    refuse_smooths(fitted.labels, "kind='bca'", "no level can be left out as independent; use kind='percentile'")
     clusters, term = cluster_products(fitted), outermost_term(fitted)
     M, name = clusters.M, fitted.labels.terms[term].group
     if M < 3:

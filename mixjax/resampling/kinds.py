@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixjax.design import refuse_known
+from mixjax.design import refuse_known, refuse_smooths
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.record import Fitted
 from mixjax.products.clusters import ClusterProducts, by_cluster
@@ -36,6 +36,7 @@ def resampler(fitted: AnyFitted, kind: Kind, key: Any, weights: str = "mammen") 
         raise ValueError(f"weights must be one of {', '.join(map(repr, TWO_POINTS))}, got {weights!r}")
     if kind != "parametric":
         fitted.check_can("resampling of residuals or cases")
+        refuse_smooths(fitted.labels, f"kind={kind!r}", "levels are not independent beside it; use kind='parametric'")
         refuse_known(
             fitted.design,
             f"kind={kind!r}",

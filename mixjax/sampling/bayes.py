@@ -13,6 +13,7 @@ import numpy as np
 
 from mixjax.checks import ConvergenceWarning, check_count
 from mixjax.covariance import lambdas_of_theta
+from mixjax.design import refuse_smooths
 from mixjax.engine.residual_rows import ResidualRows
 from mixjax.estimation.residual import transform_of
 from mixjax.fitted.record import Fitted, fit_rows
@@ -126,6 +127,7 @@ def bayes(
         check_identifiable(*built)
     rows = rows_of(built.design, built.basis)
     own = Priors() if priors is None else priors
+    refuse_smooths(built.labels, "mixjax.bayes", "its predictions know random effects of levels only; use mixjax.lmm")
     model = own.resolve(built.design, built.labels, integrate, sigma=sigma)
     own = own.filled(
         default_priors(built.design) if sigma is None else replace(default_priors(built.design), sigma=None)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import DataError, FormulaError
+from mixjax.design import refuse_smooths
 from mixjax.formula.evaluate import Columns, evaluate
 from mixjax.formula.state import FormulaState
 from mixjax.formula.syntax import Expression
@@ -49,6 +50,11 @@ class FixedPart:
 
     def __init__(self, fitted: AnyRecord, beside: Sequence[Columns] = ()):
         self.labels = fitted.labels
+        refuse_smooths(
+            self.labels,
+            "means over a grid",
+            "they would leave its curve out; fit.test() tests differences, fit.predict(rows, random=False) gives means",
+        )
         self.state: FormulaState = self.labels.state
         if self.labels.frame is None:
             raise DataError(

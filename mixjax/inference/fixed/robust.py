@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import InferenceWarning, warn
+from mixjax.design import refuse_smooths
 from mixjax.distributions import f_tail, t_quantile, t_tail
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.inference.fixed.clusters import NOTHING, Moments, clusters_of, moments_of
@@ -172,6 +173,9 @@ def robust(fitted: Any, cluster: Any = None, kind: str = "CR2", L: Any = None) -
     """
     fitted = record_of(fitted)
     fitted.check_can("cluster-robust covariances")
+    refuse_smooths(
+        fitted.labels, "robust errors", "rows of all clusters share its curve; bs(x, df=4) is a fixed effect"
+    )
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     terms = list(fitted.labels.fixed)

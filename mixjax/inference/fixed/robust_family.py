@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mixjax.checks import check_level
+from mixjax.design import refuse_smooths
 from mixjax.distributions import normal_quantile
 from mixjax.estimation.glmm_scores import cluster_scores
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -99,6 +100,9 @@ def robust_family(fitted: GeneralizedFitted, cluster: Any = None, kind: str = "C
         >>> fit.robust().to_frame()["std_error"].round(3).to_dict()
         {'Intercept': 0.897, 'Days': 0.132}
     """
+    refuse_smooths(
+        fitted.labels, "robust errors", "rows of all clusters share its curve; bs(x, df=4) is a fixed effect"
+    )
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if fitted.reml or fitted.nagq == 0:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import linalg as dense
 
 from mixjax.checks import check_count
+from mixjax.covariance.structures import HomogeneousDiagonal
 from mixjax.fitted.record import Fitted, record_of
 from mixjax.formula.build import read_formula
 from mixjax.formula.context import caller_context
@@ -227,6 +228,8 @@ def _by(reml: bool, fits: Sequence[Fitted], names: Sequence[str]) -> tuple[list[
 
 def _term(fit: Fitted) -> str:
     (term,) = fit.labels.terms
+    if term.smooth:
+        return term.group
     effect = "1" if term.effects == ("Intercept",) else f"0 + {term.effects[0]}"
     return f"({effect} | {term.group})"
 
@@ -238,7 +241,8 @@ def _without_own_residuals(fit: Any) -> Fitted:
 
 
 def _check_one_effect(fit: Fitted) -> None:
-    if fit.stats.layout.qs != (1,):
+    structures = fit.stats.layout.structures
+    if len(structures) != 1 or not (structures[0].q == 1 or isinstance(structures[0], HomogeneousDiagonal)):
         effects = [f"{effect}|{term.group}" for term in fit.labels.terms for effect in term.effects]
         raise ValueError(
             f"m has the random effects {', '.join(effects)}; the exact test needs a model with one of them alone. For "

@@ -306,6 +306,10 @@ def _no_mixture(pair: _Pair, place: Place) -> str | None:
     """Why the weights of a mixture are not known, or None."""
     if free := free_kernels(pair.small, pair.large):
         return f"the range of {' and of '.join(map(repr, free))} means nothing where {pair.smaller} holds"
+    others = {term.group for term in pair.small.labels.terms}
+    added = [term.group for term in pair.large.labels.terms if term.smooth and term.group not in others]
+    if added:
+        return f"{added[0]} has one level, and no limit of many; exact_rlrt() is exact where it is alone"
     if place.zeros is None:
         return "the larger model can write the same covariance in several ways"
     if place.zeros > 1:

@@ -89,7 +89,7 @@ def ranova(
         row["lrt"] = difference if difference > rounding else 0.0
         df = fitted.npar - small.npar
         row |= {"df": float(df), "p_value": float(chi2_tail(row["lrt"], df))}
-        reason = _no_mixture(small, fitted)
+        reason = _of_smooth(fitted, deletion) or _no_mixture(small, fitted)
         row["p_mixture"] = np.nan if reason else mixture_p(row["lrt"], df)
         if reason:
             unknown.append(f"{deletion.name} ({reason})")
@@ -171,6 +171,12 @@ def _smaller(fitted: AnyFitted, deletion: Deletion) -> _Smaller:
 
 def _statistics(npar: int, criterion: float) -> dict[str, float]:
     return {"npar": npar, "loglik": -criterion / 2, "aic": criterion + 2 * npar}
+
+
+def _of_smooth(large: AnyFitted, deletion: Deletion) -> str | None:
+    if deletion.place is None or not large.labels.terms[deletion.place].smooth:
+        return None
+    return "a smooth has one level: exact_rlrt() is exact where it is alone"
 
 
 def _no_mixture(small: _Smaller, large: AnyFitted) -> str | None:

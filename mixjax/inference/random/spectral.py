@@ -56,17 +56,16 @@ def spectrum(products: CrossProducts, reml: bool, dropped: int = 0) -> Spectrum:
     rows for every distinct ``z'z``; a balanced design costs next to nothing.
 
     Args:
-        products: of one random term with one effect. Their scale cancels: lambda is maximised over.
+        products: of one random term with one effect, or several of one variance. Their scale cancels: lambda is
+            maximised over.
         reml: of the restricted likelihood.
         dropped: fixed effects that the null leaves out.
 
     Raises:
         ValueError: nothing of Z is left beside X.
     """
-    factor = products.factors[0]
-    d = np.asarray(factor.ZZ, np.float64)[0, 0]
     p = products.XX.shape[0]
-    U = np.asarray(factor.ZX, np.float64)[0]
+    d, U = _independent(products)
     if p:
         U = dense.solve_triangular(dense.cholesky(products.XX, lower=True), U, lower=True)
     largest = d.max()
@@ -94,6 +93,18 @@ def spectrum(products: CrossProducts, reml: bool, dropped: int = 0) -> Spectrum:
         return Spectrum(mu, df, mu[1:], df[1:], residual, 0)
     xi, xi_df = _merge(d, np.ones(len(d)), largest)
     return Spectrum(mu, df, xi, xi_df, float(products.n), dropped)
+
+
+def _independent(products: CrossProducts) -> tuple[np.ndarray, np.ndarray]:
+    """``Z'Z (m,)`` and ``Z'X (p, m)`` of effects that meet no other: of one each level, or, where several of a level
+    have one variance, of their principal axes."""
+    factor = products.factors[0]
+    ZZ, ZX = np.asarray(factor.ZZ, np.float64), np.asarray(factor.ZX, np.float64)
+    if len(ZZ) == 1:
+        return ZZ[0, 0], ZX[0]
+    values, axes = np.linalg.eigh(np.moveaxis(ZZ, -1, 0))  # (m, q), (m, q, q)
+    turned = np.einsum("mab,apm->pmb", axes, ZX)
+    return np.maximum(values, 0.0).reshape(-1), turned.reshape(ZX.shape[1], -1)
 
 
 def _classes(values: np.ndarray, gap: float) -> list[np.ndarray]:

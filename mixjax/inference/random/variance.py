@@ -10,7 +10,7 @@ from scipy.linalg import block_diag
 from scipy.special import polygamma
 
 from mixjax.covariance import rank_tolerance, split_theta, triangle
-from mixjax.design import RandomTerm
+from mixjax.design import RandomTerm, refuse_smooths
 from mixjax.families.links import LINEAR, LINKS, mean_derivatives
 from mixjax.fitted.either import AnyFitted
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -137,6 +137,11 @@ def icc(fitted: AnyFitted, by_group: bool = False, approximation: Approximation 
         Series with ``adjusted``: random / (random + residual), and ``unadjusted``: with the variance of the fixed
         effects in the denominator. By group: a Series over grouping factors, which add up to ``adjusted``.
     """
+    refuse_smooths(
+        fitted.labels,
+        "intraclass correlations",
+        "a curve is no variance between levels; set that of fit.predict(random=False) beside those of fit.varcorr",
+    )
     fixed, random, residual = components(fitted, approximation)
     total = random.sum() + residual
     if by_group:
@@ -156,6 +161,11 @@ def r2(fitted: AnyFitted, approximation: Approximation | None = None) -> pd.Seri
         Series with ``marginal``: fixed / (fixed + random + residual), and ``conditional``: (fixed + random) / the same;
         see :func:`components`.
     """
+    refuse_smooths(
+        fitted.labels,
+        "R squared",
+        "a curve is no variance between levels; set that of fit.predict(random=False) beside those of fit.varcorr",
+    )
     fixed, random, residual = components(fitted, approximation)
     total = fixed + random.sum() + residual
     return pd.Series({"marginal": fixed / total, "conditional": (fixed + random.sum()) / total}, name="r2")
@@ -184,6 +194,11 @@ def shares(fitted: AnyFitted, approximation: Approximation | None = None) -> pd.
         2  residual              0.063
         3     fixed              0.000
     """
+    refuse_smooths(
+        fitted.labels,
+        "shares of variance",
+        "a curve is no variance between levels; set that of fit.predict(random=False) beside those of fit.varcorr",
+    )
     fixed, random, residual = components(fitted, approximation)
     terms = fitted.labels.terms
     variance = np.array([*random, residual, fixed])
