@@ -191,6 +191,10 @@ SLOW = (
     "test_bayes.py::test_crossed_factors_by_importance_and_by_density",
     "test_contrasts.py::test_tests_in_lanes_are_those_by_automatic_differentiation[[]nested*",
     "test_known.py::test_heritability_is_differentiable",
+    "test_cuda_lowering.py::test_cuda_lowering[[]estimate: nested-float32]",
+    "test_cuda_lowering.py::test_cuda_lowering[[]estimate: crossed-float32]",
+    "test_cuda_lowering.py::test_cuda_lowering[[]estimate of many responses, from their rows-float32]",
+    "test_cuda_lowering.py::test_cuda_lowering[[]derivative through estimate-float32]",
 )
 
 

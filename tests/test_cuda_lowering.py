@@ -130,6 +130,12 @@ def gradient_through_estimate():
     return jax.grad(lambda stats: mj.estimate(stats).beta[1], allow_int=True), s.stats
 
 
+def responses_on_the_device():
+    """What the host would do otherwise, the sums over rows, too."""
+    design = sleepstudy().fit.design
+    return jax.vmap(lambda y: mj.estimate(mj.cross_products(design, y)).beta), np.zeros((8, 180))
+
+
 def crossed_by_sparse_rows():
     rng = np.random.default_rng(0)
     group, item = rng.integers(0, 90, 900), rng.integers(0, 70, 900)
@@ -241,6 +247,7 @@ PROGRAMS = {
     "marginal_loglik and gradient": marginal_loglik,
     **{f"estimate: {name}": estimate(name) for name in ("one factor, q=2, weights", "nested", "crossed")},
     "derivative through estimate": gradient_through_estimate,
+    "estimate of many responses, from their rows": responses_on_the_device,
     "estimate: crossed by sparse rows": crossed_by_sparse_rows,
     "lanes of linear models": lanes_of_lmm,
     "Satterthwaite of many": satterthwaite_of_many,
