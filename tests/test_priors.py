@@ -59,7 +59,7 @@ def natural_of(chart, z):
     return jnp.stack(found)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - {"rr", "fa"}))
 def test_jacobians_against_automatic_differentiation(name, x64):
     """Densities of coordinates are those of standard deviations and correlations times the Jacobian; up to a constant
     that says how lkj is normalised."""
@@ -87,7 +87,7 @@ def test_jacobians_against_automatic_differentiation(name, x64):
         assert np.ptp(found) < 1e-9
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - {"rr", "fa"}))
 def test_coordinates_of_a_covariance_lead_back_to_it(name):
     chart = Chart(structure_of(name, 3))
     z = 0.4 * np.random.default_rng(2).normal(size=chart.k)
