@@ -788,7 +788,7 @@ def test_every_method_of_a_fit_works_or_refuses(name, monkeypatch):
     refused = set()
     for method in METHODS:
         arguments = ARGUMENTS.get(method, ())
-        if arguments is None or method == "refit_many":
+        if arguments is None or method in ("refit_many", "smooth", "smooths"):  # a curve is none of these formulas'
             continue
         try:
             found = getattr(fit, method)(*arguments)

@@ -76,6 +76,24 @@ def test_kenward_roger_at_sas_own_optimum_has_its_digits():
     assert abs(ORACLE["sas"]["ar1"]["kr"]["std_error"] / ORACLE["sas"]["ar1"]["kr_linear"]["std_error"] - 1) > 1e-3
 
 
+@pytest.mark.parametrize("written", ["car1", "ar1"])
+def test_residuals_along_a_line_are_sas_ar1(written):
+    """Exponential correlation in one dimension, at whole times, is AR(1). SAS's SP(EXP), whose distances are in a
+    plane, is no model of residuals here."""
+    data = fev().assign(time=lambda d: d["AVISIT"].astype(str).str[-1].astype(float))
+    fit, own = mj.lmm("FEV1 ~ ARMCD", data, residual=f"{written}(time | USUBJID)"), ORACLE["sas"]["ar1"]
+    assert fit.criterion == pytest.approx(own["criterion"], abs=1e-8)
+    table = fit.variance_parameters()["estimate"]
+    np.testing.assert_allclose([table["rho|USUBJID"], table["sigma"] ** 2], [0.3904, 84.4289], atol=5e-5)  # as printed
+    ours = fit.test("ARMCD[T.TRT] = 0").iloc[0]
+    np.testing.assert_allclose(ours["estimate"], own["kr"]["estimate"], rtol=1e-6)
+    np.testing.assert_allclose(
+        ours["df"], own["kr"]["df"], rtol=2e-6
+    )  # of one contrast Satterthwaite's are Kenward-Roger's
+    with pytest.raises(ValueError, match="no Kenward-Roger"):
+        fit.test("ARMCD[T.TRT] = 0", ddf="kenward-roger")
+
+
 MODELS = {
     "r_us": ("y ~ base + arm * visit + us(visit | patient)", trial),
     "r_csh": ("y ~ base + arm * visit + csh(visit | patient)", trial),

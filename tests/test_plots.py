@@ -601,6 +601,11 @@ def test_power_curve_has_points_intervals_curve_and_target():
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
+
+def curved(data):
+    return mj.lmm("Reaction ~ s(Days, k = 6) + (1 | Subject)", data)
+
+
 DRAWN = {
     "residuals": lambda fit, ax: plots.residuals(fit, ax=ax),
     "residuals by group": lambda fit, ax: plots.residuals(fit, "Subject", ax=ax),
@@ -610,6 +615,7 @@ DRAWN = {
     "qq_ranef": lambda fit, ax: plots.qq_ranef(fit, ax=ax),
     "caterpillar": lambda fit, ax: plots.caterpillar(fit, effect="Days", ax=ax),
     "shrinkage": lambda fit, ax: plots.shrinkage(own_estimates(fit), ax=ax),
+    "smooths": lambda fit, ax: plots.smooths(curved(fit.labels.frame), ax=ax),
     "trellis": lambda fit, ax: plots.trellis(fit, "Days", levels="308", ax=ax),
     "profile_zeta": lambda fit, ax: plots.profile_zeta(parabola(), "Days", ax=ax),
     "profile_density": lambda fit, ax: plots.profile_density(parabola(), "Days", ax=ax),

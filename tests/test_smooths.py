@@ -268,6 +268,9 @@ def test_the_curve_against_its_straight_line():
     test = mj.exact_rlrt(fit, n=2000)
     assert test.statistic == pytest.approx(row["lrt"], abs=1e-8)
     assert test.p_value < 0.001
+    mA, m = fit_of("cr"), mj.lmm("y ~ s(x, bs = 'cr')", curve())
+    beside = mj.exact_rlrt(m, mA.without("s(x)"), mA, n=500)
+    assert beside.statistic == pytest.approx(mA.ranova().loc["s(x)", "lrt"], abs=1e-8)
     both = mj.compare(mj.lmm("y ~ x + (1 | g)", curve(), reml=False), fit_of("cr", False))
     assert "has one level" in str(both)
 

@@ -130,7 +130,9 @@ class ReducedRank(Loadings):
         return tuple(map(int, np.flatnonzero(rows == columns)))
 
     def entries(self, x: Array) -> list[list[Array | None]]:
-        found: list[list[Array | None]] = [[None] * self.q for _ in range(self.q)]
+        # No column is None all over: sums over one would have no terms.
+        zero = 0.0 * x[0]
+        found: list[list[Array | None]] = [[zero if j <= i else None for j in range(self.q)] for i in range(self.q)]
         for value, i, j in zip(x, *places_of(self.q, self.d), strict=True):
             found[i][j] = value
         return found

@@ -35,9 +35,9 @@ def smooths(
     Example:
         >>> import mixjax as mj
         >>> from mixjax import plots
-        >>> fit = mj.lmm("y ~ s(x) + (1 | g)", data)  # doctest: +SKIP
-        >>> plots.smooths(fit).get_ylabel()  # doctest: +SKIP
-        's(x)'
+        >>> fit = mj.lmm("Reaction ~ s(Days, k = 8) + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> plots.smooths(fit).get_ylabel()
+        's(Days) (Reaction)'
     """
     record = known(fit)
     names = smooth_names(record)

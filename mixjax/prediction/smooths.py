@@ -52,6 +52,13 @@ def smooth_table(fitted: AnyFitted) -> pd.DataFrame:
     Returns:
         DataFrame, one row per smooth: ``basis``, ``k``, ``edf``, ``sd`` of the penalised effects, and ``lambda``, the
         smoothing parameter: the residual variance, of a generalised model 1, over ``sd^2``.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.prediction.smooths import smooth_table
+        >>> fit = mj.lmm("Reaction ~ s(Days, k = 8) + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> smooth_table(fit.record)["edf"].round(2).to_dict()
+        {'s(Days)': 1.25}
     """
     rows = {}
     for place in _places(fitted):
@@ -87,6 +94,13 @@ def smooth_curve(
     Returns:
         DataFrame: the variable by its name, ``estimate``, ``std_error``, ``lower``, ``upper``; of a generalised model
         on the scale of the linear predictor.
+
+    Example:
+        >>> import mixjax as mj
+        >>> from mixjax.prediction.smooths import smooth_curve
+        >>> fit = mj.lmm("Reaction ~ s(Days, k = 8) + (Days | Subject)", mj.datasets.load("sleepstudy"))
+        >>> smooth_curve(fit.record, at=[0, 4.5, 9]).round(1)["estimate"].tolist()
+        [-46.3, -0.5, 47.9]
     """
     check_level(level)
     n = check_count("n", n, 2)
