@@ -101,7 +101,7 @@ FUNCTIONS = {
     "trial_of": "fit",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
-    "progress=None, engine='auto', family=None, link=None, size=None, nagq=1",
+    "progress=None, engine='auto', family=None, link=None, size=None, nagq=1, estimator='likelihood', priors=None",
     "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
     "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
     "population": "*, functions=None, **variables",

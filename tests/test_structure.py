@@ -22,7 +22,7 @@ ROOMS = [
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.minibatches",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
-    "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",
+    "mixjax.populations", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling", "mixjax.studies",
     "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.sklearn",
     "mixjax.cache", "mixjax.versions", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip

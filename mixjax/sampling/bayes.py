@@ -197,6 +197,16 @@ def refuse(stats: CrossProducts) -> None:
         )
 
 
+def start_at(spread: float, stats: CrossProducts, model: ModelPriors) -> np.ndarray:
+    """Coordinates where every random effect and the residual have a share of the standard deviation ``spread`` of y."""
+    parts = [
+        chart.near(0.4 * spread * np.asarray(basis.R_inv), 1e-3 * spread / np.sqrt((np.asarray(basis.R) ** 2).sum(0)))
+        for chart, basis in zip(model.charts, stats.Z_bases, strict=True)
+    ]
+    given = (np.asarray(model.parts.of_beta) @ np.asarray(stats.beta0))[: len(model.fixed)]
+    return np.concatenate([*parts, [np.log(0.7 * spread)], given])
+
+
 def _start(fitted: Fitted, model: ModelPriors) -> np.ndarray:
     """Coordinates near the REML estimates, well inside."""
     est, stats = fitted.estimates, fitted.stats
