@@ -189,6 +189,7 @@ SLOW = (
     "test_log_posterior.py::test_normal_priors_against_the_dense_integral[[]False-crossed]",
     "test_bayes.py::test_a_structure_is_sampled_inside_itself",
     "test_bayes_glmm.py::test_the_no_u_turn_sampler_on_ticks",
+    "test_bayes_glmm.py::test_crossed_effects_against_a_grid",
     "test_bayes_glmm.py::test_quadrature_in_place_of_laplace",
     "test_bayes_glmm.py::test_effects_and_levels_of_one_factor_against_integrals",
     "test_bayes_glmm.py::test_the_density_is_likelihood_and_priors*",
