@@ -108,6 +108,7 @@ _HOMES = {
     "Posterior": "mixjax.sampling.posterior",
     "bayes_mmrm": "mixjax.sampling.bayes_mmrm",
     "MMRMPosterior": "mixjax.sampling.mmrm_posterior",
+    "GLMMPosterior": "mixjax.sampling.glmm_posterior",
     "prior": "mixjax.sampling.prior",
     "priors": "mixjax.sampling.priors",
     "default_priors": "mixjax.sampling.priors",
@@ -206,6 +207,7 @@ if TYPE_CHECKING:
     from mixjax.sampling.bayes import bayes as bayes
     from mixjax.sampling.bayes_mmrm import bayes_mmrm as bayes_mmrm
     from mixjax.sampling.density import log_posterior as log_posterior
+    from mixjax.sampling.glmm_posterior import GLMMPosterior as GLMMPosterior
     from mixjax.sampling.mmrm_posterior import MMRMPosterior as MMRMPosterior
     from mixjax.sampling.posterior import Posterior as Posterior
     from mixjax.sampling.predictive import prior_predictive as prior_predictive

@@ -46,7 +46,8 @@ FUNCTIONS = {
     "group_batches": "design, size, key=0",
     "bayes": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
     "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None, "
-    "dispersion=None, residual=None, sigma=None",
+    "dispersion=None, residual=None, sigma=None, family=None, link=None, size=None, nagq=1, ziformula=None, "
+    "dispformula=None",
     "bayes_mmrm": "formula, data, priors=None, draws=1000, chains=4, key=0, *, warmup=300, target=0.8, method='nuts', "
     "integrate=True, max_doublings=10, weights=None, offset=None, subset=None, contrasts=None, trusted=None",
     "priors": "by_name=None, /, *, intercept=None, beta=None, sd=None, cor=None, sigma=None, dispersion=None, "
@@ -100,7 +101,7 @@ FUNCTIONS = {
     "trial_of": "fit",
     "study": "source, models, grid=None, replicates=1000, key=0, *, truth=None, reml=True, ddf=None, "
     "null=None, compared=(), statistic=None, common=False, store=None, executor=None, mesh=None, chunk=None, "
-    "progress=None, engine='auto', family=None, link=None, size=None, nagq=1",
+    "progress=None, engine='auto', family=None, link=None, size=None, nagq=1, estimator='likelihood', priors=None",
     "power": "source, model, test, grid=None, replicates=1000, key=0, alpha=0.05, level=0.95, **options",
     "power_curve": "source, model, test, over, target=None, replicates=1000, key=0, alpha=0.05, **options",
     "population": "*, functions=None, **variables",
@@ -281,11 +282,9 @@ def signature(function) -> str:
 
 
 def test_every_public_function_is_listed():
-    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "MMRMPosterior",
+    others = {"LMMFit", "GLMMFit", "MMRMFit", "BatchFit", "Posterior", "MMRMPosterior", "GLMMPosterior",
               "Labels", "datasets", "CrossProducts", "Result", "__version__", "FormulaError", "DataError",
-              "DataWarning",
-              "ConvergenceWarning",
-              "InferenceWarning", *VARIABLES}  # fmt: skip
+              "DataWarning", "ConvergenceWarning", "InferenceWarning", *VARIABLES}  # fmt: skip
     assert {name.split(".")[0] for name in FUNCTIONS} | others == set(mj.__all__)
 
 
@@ -327,6 +326,16 @@ def test_every_attribute_of_a_posterior_of_repeated_measures_is_listed():
     assert public == {*own, "reml_fit", "design", "labels", "shape", "names", "draws", "Sigma"}
     for name, expected in own.items():
         assert signature(getattr(mj.MMRMPosterior, name)) == expected
+
+
+def test_every_attribute_of_a_generalized_posterior_is_listed():
+    public = {name for name in dir(mj.GLMMPosterior) if not name.startswith("_")}
+    own = {**POSTERIOR_METHODS, "laplace_check": ""}
+    own["predict"] += ", scale='response', size=None"
+    properties = {"reml_fit", "ml_fit", "design", "labels", "shape", "names", "draws", "sigma", "Sigma", "b", "family"}
+    assert public == {*own, *properties}
+    for name, expected in own.items():
+        assert signature(getattr(mj.GLMMPosterior, name)) == expected
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -22,7 +22,7 @@ ROOMS = [
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.minibatches",
     "mixjax.fitted", "mixjax.resampling", "mixjax.inference.fixed", "mixjax.inference.random", "mixjax.inference",
-    "mixjax.populations", "mixjax.studies", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling",
+    "mixjax.populations", "mixjax.prediction", "mixjax.diagnostics", "mixjax.sampling", "mixjax.studies",
     "mixjax.plots", "mixjax.lineups", "mixjax.streams", "mixjax.face", "mixjax.sklearn",
     "mixjax.cache", "mixjax.versions", "mixjax.cli", "mixjax.__main__",
 ]  # fmt: skip
@@ -35,11 +35,13 @@ ASKED = {
         "ResidualEngine", "KernelEngine", "Slopes",
         "FixedParts", "Integrated", "integrated", "in_bases", "warn_of_float32", "LevelProducts", "level_products",
         "split", "integrate_fixed", "family_loglik", "ResidualRows", "VisitSums",
+        "FamilyTarget", "NODES", "PAIRS", "density_of_rows", "effects_at", "has_quadrature", "left_out",
+        "log_densities_by_level",
     },
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "has_closed_form",
-        "in_lanes_held", "most_dense_held", "FamilyRows", "rows_in", "VisitRows", "visit_rows",
+        "in_lanes_held", "most_dense_held", "FamilyRows", "places_of", "rows_in", "VisitRows", "visit_rows",
         "MOST_DENSE_DRAWS", "MOST_DENSE_LANES", "sizes_of",
     },
     "mixjax.estimation": {

@@ -112,7 +112,7 @@ def predict(
         return pd.Series(on_rows(asked.index, asked.complete, estimate), index=asked.index, name="fitted")
     errors = _errors(fitted, asked.targets, at)
     if new_response:
-        n = _trials(fitted, asked, size, newdata, trials)
+        n = trials_of(fitted, asked, size, newdata, trials)
         found = _of_responses(fitted, at, errors, psi, estimate, level, n)
     elif scale == "response" and fitted.family.plain is not fitted.family:
         found = _with_zeros(fitted, asked, at, errors, psi, estimate, integrate, level)
@@ -323,7 +323,7 @@ def _of_responses(
     return np.sqrt(mixture.mean_square(estimate)), lower, upper
 
 
-def _trials(fitted: GeneralizedFitted, asked: Asked, size: Any, newdata: Any, trials: bool) -> np.ndarray | None:
+def trials_of(fitted: GeneralizedFitted, asked: Asked, size: Any, newdata: Any, trials: bool) -> np.ndarray | None:
     """Numbers of trials of the predicted rows, None for one each."""
     if size is None:
         if trials and asked.size is None and newdata is not None and fitted.design.size is not None:

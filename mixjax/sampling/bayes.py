@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from mixjax.checks import ConvergenceWarning, check_count
@@ -25,19 +23,15 @@ from mixjax.machine import float64
 from mixjax.products.rows import rows_of
 from mixjax.products.sizes import MOST_DENSE_DRAWS, MOST_DENSE_LANES, sizes_of
 from mixjax.products.sums import CrossProducts, pad
-from mixjax.sampling import importance, nuts
-from mixjax.sampling.density import Data, look
-from mixjax.sampling.draws import Sampling
-from mixjax.sampling.mode import mode
+from mixjax.sampling import importance
+from mixjax.sampling.bayes_glmm import bayes_glmm
+from mixjax.sampling.chain import Method, Options, check_arguments, fixed_effects, sampled
+from mixjax.sampling.density import Data
 from mixjax.sampling.posterior import Posterior
 from mixjax.sampling.priors import ModelPriors, Priors, default_priors
 from mixjax.simulation import as_key, key_words
 from mixjax.waiting import Waiting
 
-Method = Literal["nuts", "importance", "auto"]
-METHODS = ("nuts", "importance", "auto")
-# Draws in one call of the program that looks at them.
-BATCH = 1024
 # Standard deviations that a search starts from at least, times the root mean square of their column, by sigma.
 FLOOR = 0.2
 
@@ -63,15 +57,26 @@ def bayes(
     dispersion: str | None = None,
     residual: str | None = None,
     sigma: float | None = None,
+    family: Any = None,
+    link: str | None = None,
+    size: Any = None,
+    nagq: int = 1,
+    ziformula: str | None = None,
+    dispformula: str | None = None,
 ) -> Posterior:
-    """Draws from the posterior of a linear mixed model.
+    """Draws from the posterior of a linear mixed model, or with a family of a generalised one.
 
     What is sampled are the variance parameters alone: random effects are integrated out of the likelihood, and so are
     fixed effects whose prior is flat or normal. They are drawn afterwards, exactly, given every draw of the others. So
     the sampler moves in a few dimensions, in which the posterior is nearly normal.
 
+    With a family random effects are integrated out by Laplace's approximation, or by quadrature, and all fixed effects
+    are sampled. Some draws are then weighted by the likelihood itself, and what that says of the approximation stands
+    in the summary.
+
     Args:
-        formula, data, weights, offset, subset, contrasts, trusted: as in :func:`mixjax.lmm`.
+        formula, data, weights, offset, subset, contrasts, trusted: as in :func:`mixjax.lmm`, with a family as in
+            :func:`mixjax.glmm`.
         priors: :func:`mixjax.priors`; None for :func:`mixjax.default_priors`, which are brms's.
         draws: of each chain, kept. chains: run side by side. warmup: iterations before, rounded up to hundreds.
         key: int or JAX key. The same key gives the same draws.
@@ -85,17 +90,21 @@ def bayes(
         dispersion, residual: as in :func:`mixjax.lmm`.
         sigma: a residual standard deviation that is known, that of a row of weight 1: ``sigma=1`` with ``weights`` of
             ``1 / se^2`` is a meta-analysis of estimates with standard errors se.
+        family, link, size, ziformula, dispformula: as in :func:`mixjax.glmm`; None for a linear mixed model.
+        nagq: with a family, nodes of quadrature an effect, of models with one grouping factor and up to three effects;
+            1 is Laplace's approximation.
 
     Returns:
-        :class:`~mixjax.sampling.posterior.Posterior`: ``summary()``, ``draws``, ``b``, ``ranef()``, ``predict()``,
-        ``loo()``, ``to_arviz()``.
+        :class:`~mixjax.Posterior`: ``summary()``, ``draws``, ``b``, ``ranef()``, ``predict()``, ``loo()``,
+        ``to_arviz()``; with a family :class:`~mixjax.GLMMPosterior`, which also has ``laplace_check()``.
 
     Raises:
         ValueError: an argument, a prior, or a model that this cannot do; FormulaError, DataError as in
             :func:`mixjax.lmm`. ImportError: blackjax is not installed (extra ``bayes``).
 
     Warns:
-        InferenceWarning: transitions diverged, chains have not mixed, or the effective sample size is small.
+        InferenceWarning: transitions diverged, chains have not mixed, the effective sample size is small, or Laplace's
+        approximation does not do.
 
     The first call in a process compiles a program for the structure of the model, some 8-10 s for NUTS and 1-2 s
     for importance sampling; other data, priors, numbers of draws then need none.
@@ -111,13 +120,29 @@ def bayes(
     check_arguments(priors, method, target, integrate)
     draws, chains = check_count("draws", draws, 4), check_count("chains", chains, 1)
     warmup, max_doublings = check_count("warmup", warmup, 1), check_count("max_doublings", max_doublings, 1, 15)
+    caller = caller_context()
+    if family is not None:
+        refused = {"dispersion": dispersion, "residual": residual, "sigma": sigma}
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(f"{name}= is for linear mixed models, and family= was given: leave one of them out")
+        how = Options(draws, chains, warmup, target, method, max_doublings, is_quick=True)
+        return bayes_glmm(
+            formula, data, family, link, size, priors, key, how, nagq, weights, offset, subset, contrasts, caller,
+            trusted, ziformula, dispformula,
+        )  # fmt: skip
+    for name, value in {"link": link, "size": size, "ziformula": ziformula, "dispformula": dispformula}.items():
+        if value is not None:
+            raise ValueError(f"{name}= belongs to generalised models: give family= too")
+    if nagq != 1:
+        raise ValueError("nagq= belongs to generalised models: random effects of a linear one are integrated exactly")
     if sigma is not None and dispersion is None and residual is None:
         sigma = check_known_sigma(sigma)
     elif sigma is not None:
         raise ValueError("sigma= is known, and dispersion= and residual= are parameters of residuals: leave one out")
     own_formulas = None if dispersion is None else {"dispersion": dispersion}
     built = build(
-        formula, data, weights, offset, subset, contrasts, caller_context(), trusted, None, None, own_formulas, residual
+        formula, data, weights, offset, subset, contrasts, caller, trusted, None, None, own_formulas, residual
     )
     if not built.design.terms and not built.design.has_residual_side:
         raise ValueError(
@@ -162,18 +187,6 @@ def check_known_sigma(sigma: Any) -> float:
     return float(sigma)
 
 
-class Options(NamedTuple):
-    """How posteriors are drawn from; see :func:`bayes`. is_quick: importance sampling may be tried first."""
-
-    draws: int
-    chains: int
-    warmup: int
-    target: float
-    method: Method
-    max_doublings: int
-    is_quick: bool
-
-
 def refuse(stats: CrossProducts) -> None:
     """Raise ValueError for models that cannot be sampled in reasonable time."""
     n_dense = sizes_of(stats).d
@@ -184,16 +197,14 @@ def refuse(stats: CrossProducts) -> None:
         )
 
 
-def check_arguments(priors: Any, method: Any, target: Any, integrate: Any = True) -> None:
-    """Raise ValueError for what is none."""
-    if priors is not None and not isinstance(priors, Priors):
-        raise ValueError(f"priors must be mixjax.priors(...), got {priors!r}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0.1 <= target < 1:
-        raise ValueError(f"target must be an acceptance between 0.1 and 1, such as 0.8, got {target!r}")
-    if not isinstance(integrate, bool | np.bool_):
-        raise ValueError(f"integrate must be True or False, got {integrate!r}")
+def start_at(spread: float, stats: CrossProducts, model: ModelPriors) -> np.ndarray:
+    """Coordinates where every random effect and the residual have a share of the standard deviation ``spread`` of y."""
+    parts = [
+        chart.near(0.4 * spread * np.asarray(basis.R_inv), 1e-3 * spread / np.sqrt((np.asarray(basis.R) ** 2).sum(0)))
+        for chart, basis in zip(model.charts, stats.Z_bases, strict=True)
+    ]
+    given = (np.asarray(model.parts.of_beta) @ np.asarray(stats.beta0))[: len(model.fixed)]
+    return np.concatenate([*parts, [np.log(0.7 * spread)], given])
 
 
 def _start(fitted: Fitted, model: ModelPriors) -> np.ndarray:
@@ -220,51 +231,3 @@ def _start(fitted: Fitted, model: ModelPriors) -> np.ndarray:
     log_sigma = [np.log(sigma)] if model.sigma is not None else []
     others = [one.start(value) for one, value in zip(model.others, own, strict=True)]
     return np.concatenate([*parts, log_sigma, others, given])
-
-
-def sampled(start: np.ndarray, data: Data, model: ModelPriors, key: Any, how: Options) -> tuple[np.ndarray, Sampling]:
-    """Draws ``(chains, draws, dim)``; call in the float64 scope."""
-    begun = time.perf_counter()
-    if how.method == "nuts":
-        nuts.blackjax()
-    at = mode(start, data, model)
-    if how.method == "importance" or (how.method == "auto" and how.is_quick):
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-        found = importance.sample(at, data, model, rng, how.draws * how.chains)
-        limit = importance.TRUSTED if how.method == "importance" else importance.PREFERRED
-        if found.khat <= limit:
-            seconds = time.perf_counter() - begun
-            made = Sampling("importance", khat=found.khat, ess=found.ess, seconds=seconds)
-            return found.z.reshape(how.chains, how.draws, -1), made
-        if how.method == "importance":
-            raise ValueError(
-                f"importance sampling is not to be trusted here: Pareto k-hat is {found.khat:.2f} (more than {limit}); "
-                "use method='nuts'"
-            )
-    drawn = nuts.sample(at, data, model, key, how.chains, how.draws, how.warmup, how.target, how.max_doublings)
-    made = Sampling(
-        "nuts",
-        int(drawn.divergent.sum()),
-        float(drawn.steps.mean()),
-        drawn.step_size,
-        first_call=drawn.first_call,
-        seconds=time.perf_counter() - begun,
-    )
-    return drawn.z, made
-
-
-def fixed_effects(z: np.ndarray, stats: Data, model: ModelPriors, rng: np.random.Generator) -> np.ndarray:
-    """``(chains, draws, p)``: those that were sampled, and the others drawn given each draw."""
-    flat = z.reshape(-1, z.shape[-1])
-    S, given = len(flat), flat[:, model.dim - len(model.fixed) :]
-    r = model.parts.Q.shape[1]
-    drawn = np.empty((S, r))
-    for first in range(0, S if r else 0, BATCH):
-        at = np.minimum(np.arange(first, first + BATCH), S - 1)
-        found = look(flat[at], stats, model)
-        own = slice(first, min(first + BATCH, S))
-        count = own.stop - first
-        mean, root = np.asarray(found.mean)[:count], np.asarray(found.root)[:count]
-        drawn[own] = mean + np.einsum("sab,sb->sa", root, rng.standard_normal((count, r)))
-    beta: np.ndarray = np.concatenate([given, drawn], axis=1) @ np.asarray(model.to_beta).T
-    return beta.reshape(*z.shape[:2], beta.shape[1])

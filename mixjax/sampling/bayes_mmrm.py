@@ -15,7 +15,7 @@ from mixjax.formula.repeated import build_repeated
 from mixjax.machine import float64
 from mixjax.products.visits import visit_rows
 from mixjax.sampling import importance
-from mixjax.sampling.bayes import Method, Options, check_arguments, fixed_effects, sampled
+from mixjax.sampling.chain import Method, Options, check_arguments, fixed_effects, sampled
 from mixjax.sampling.mmrm_posterior import MMRMPosterior
 from mixjax.sampling.priors import ModelPriors, Priors, default_priors
 from mixjax.simulation import as_key, key_words

@@ -10,6 +10,7 @@ import numpy as np
 
 from mixjax.design import Design, RepeatedDesign
 from mixjax.engine.criterion import warn_of_float32
+from mixjax.engine.family_draws import FamilyTarget, Place
 from mixjax.engine.integrated import Integrated, integrate_fixed, integrated
 from mixjax.engine.laplace import family_loglik
 from mixjax.engine.residual_rows import ResidualRows
@@ -26,7 +27,7 @@ from mixjax.sampling.prior import LKJ, Normal, log_of_logistic
 from mixjax.sampling.priors import ModelPriors, Priors, TermPriors
 
 # What the density may be of: cross-products; rows whose residuals have parameters; repeated measures; rows of a family.
-Data = CrossProducts | ResidualRows | VisitSums | FamilyRows
+Data = CrossProducts | ResidualRows | VisitSums | FamilyTarget
 
 
 def log_posterior(z: Array, stats: Any, priors: ModelPriors) -> Array:
@@ -71,7 +72,7 @@ def log_posterior(z: Array, stats: Any, priors: ModelPriors) -> Array:
     if np.shape(z) != (priors.dim,):
         raise ValueError(f"z has shape {np.shape(z)}; this model has {priors.dim} coordinates: ({priors.dim},)")
     _check_fits(data, priors)
-    warn_of_float32(data.Q if isinstance(data, FamilyRows) else data.beta0)
+    warn_of_float32(data.rows.Q if isinstance(data, FamilyTarget) else data.beta0)
     return _log_posterior(z, data, priors)
 
 
@@ -82,7 +83,9 @@ def _data_of(stats: Any) -> Data:
         if isinstance(stats, RepeatedDesign):
             return VisitSums.of(visit_rows(stats))
         return ResidualRows.of(rows_of(stats), transform_of(stats))
-    if isinstance(stats, ResidualRows | VisitSums | FamilyRows):
+    if isinstance(stats, FamilyRows):
+        return FamilyTarget(stats)
+    if isinstance(stats, ResidualRows | VisitSums | FamilyTarget):
         return stats
     check_products(stats)
     found: CrossProducts = stats
@@ -92,8 +95,8 @@ def _data_of(stats: Any) -> Data:
 def _check_fits(data: Data, priors: ModelPriors) -> None:
     """Raise ValueError where priors are those of a model of another kind, of which parameters would be left aside."""
     others = len(priors.others)
-    if isinstance(data, FamilyRows):
-        fits = priors.sigma is None and others == data.n_psi and not priors.parts.Q.shape[1]
+    if isinstance(data, FamilyTarget):
+        fits = priors.sigma is None and others == data.rows.n_psi and not priors.parts.Q.shape[1]
     elif isinstance(data, VisitSums):
         fits = priors.sigma is None and not others
     elif isinstance(data, ResidualRows):
@@ -134,11 +137,11 @@ def parts_of(z: Array, stats: Data, priors: ModelPriors) -> Parts:
 def likelihood_of(z: Array, stats: Data, priors: ModelPriors) -> Integrated:
     """The likelihood, with what is integrated out."""
     terms, log_sigma, given = priors.cut(z)
-    factors = [chart.factor(part) for chart, part in zip(priors.charts, terms, strict=True)]
-    if isinstance(stats, FamilyRows):
-        beta, psi = family_parameters(z, priors)
-        loglik = family_loglik(factors, beta, psi, stats)
+    if isinstance(stats, FamilyTarget):
+        at = place_of(z, priors)
+        loglik = family_loglik(at.factors, at.beta, at.psi, stats.rows, stats.nagq)
         return Integrated(loglik, jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros((0, 0)))
+    factors = [chart.factor(part) for chart, part in zip(priors.charts, terms, strict=True)]
     if isinstance(stats, VisitSums):
         reduced = stats.reduced(factors)
         return integrate_fixed(reduced, log_sigma, given, stats.beta0, stats.n, stats.sum_log_weights, priors.parts)
@@ -153,14 +156,16 @@ def residual_parameters(z: Array, priors: ModelPriors) -> tuple[Array, Array | N
     return jnp.stack(gamma) if gamma else jnp.zeros(0), c
 
 
-def family_parameters(z: Array, priors: ModelPriors) -> tuple[Array, Array]:
-    """Of a generalised model: fixed effects ``(p,)``, and coefficients of the family's parameters ``(s,)``."""
-    beta: Array = jnp.asarray(priors.to_beta) @ priors.cut(z)[2]
+def place_of(z: Array, priors: ModelPriors) -> Place:
+    """Of a generalised model: factors of covariances, fixed effects, coefficients of the family's parameters."""
+    terms, _, given = priors.cut(z)
+    factors = [chart.factor(part) for chart, part in zip(priors.charts, terms, strict=True)]
+    beta: Array = jnp.asarray(priors.to_beta) @ given
     psi = [
         own if one.kind == "positive" else one.value(own)
         for one, own in zip(priors.others, priors.others_of(z), strict=True)
     ]
-    return beta, jnp.stack(psi) if psi else jnp.zeros(0)
+    return Place(factors, beta, jnp.stack(psi) if psi else jnp.zeros(0))
 
 
 def log_prior(z: Array, priors: ModelPriors) -> Array:

@@ -23,7 +23,8 @@ from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad
 from mixjax.sampling import importance, nuts
-from mixjax.sampling.bayes import fixed_effects, refuse
+from mixjax.sampling.bayes import refuse
+from mixjax.sampling.chain import fixed_effects
 from mixjax.sampling.mode import mode
 from mixjax.sampling.predictive import draw_parameters, respond
 from mixjax.sampling.priors import ModelPriors, Priors, default_priors, names_of

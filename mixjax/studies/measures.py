@@ -16,7 +16,7 @@ from scipy import stats
 MEASURES = ("mean", "bias", "empirical_se", "model_se", "relative_error_se", "rmse", "coverage", "rejection")
 # Columns of the replicates that are no estimates.
 OTHERS = ("result", "singular")
-TEST = re.compile(r"(se|df|p|p_mixture|lrt)\((.*)\)")
+TEST = re.compile(r"(se|df|p|p_mixture|lrt|above)\((.*)\)")
 
 
 class Value(NamedTuple):

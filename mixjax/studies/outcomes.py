@@ -34,6 +34,7 @@ from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad, stack
 from mixjax.resampling.replicates import fit_drawn
 from mixjax.resampling.statistic import Statistic
+from mixjax.studies.bayes_fits import bayes_fits
 from mixjax.studies.family_fits import family_fits
 from mixjax.studies.plain_fits import plain_fits
 from mixjax.studies.repeated_fits import difference_of_repeated, repeated_fits
@@ -102,6 +103,8 @@ def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any])
 
 
 def _fits_of(task: Task, model: Model) -> Callable[[Task, Model, np.ndarray, Any], Fits]:
+    if task.estimator == "bayes":
+        return bayes_fits
     if task.options.get("repeated"):
         return repeated_fits
     if model.family is not None:
@@ -130,7 +133,7 @@ def _linear_fits(task: Task, model: Model, Y: np.ndarray, mesh: Any) -> Fits:
 
 def _columns_of(task: Task, model: Model, fits: Fits) -> dict[str, np.ndarray]:
     """Of one model; see :func:`outcomes`."""
-    labels, (est, parameters, se, df, _) = model.labels, fits
+    labels, est, parameters, se, df = model.labels, fits.estimates, fits.parameters, fits.se, fits.df
     lost = failed(est.result)
     columns: dict[str, np.ndarray] = {"result": est.result.astype(np.int8), "singular": est.singular & ~lost}
     columns |= {name: np.where(lost, np.nan, values) for name, values in parameters.items()}
@@ -138,8 +141,9 @@ def _columns_of(task: Task, model: Model, fits: Fits) -> dict[str, np.ndarray]:
     for j, name in enumerate(labels.fixed):
         # Not the p value of a compiled program: its iterations depend on the other replicates of a block.
         with np.errstate(invalid="ignore", divide="ignore"):
-            p = two_sided((est.beta[:, j] - null[j]) / se[:, j], df[:, j])
-        for column, values in (("se", se[:, j]), ("df", df[:, j]), ("p", p)):
+            p = two_sided((est.beta[:, j] - null[j]) / se[:, j], df[:, j]) if fits.p is None else fits.p[:, j]
+        of_test = [("se", se[:, j]), ("df", df[:, j]), ("p", p)]
+        for column, values in of_test if fits.above is None else [*of_test, ("above", fits.above[:, j])]:
             columns[f"{column}({name})"] = np.where(lost, np.nan, values)
     if task.statistic is not None:
         statistic = Statistic(task.statistic, jax.tree.map(lambda a: a[0], est))

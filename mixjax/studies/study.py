@@ -29,6 +29,7 @@ from mixjax.machine import float64
 from mixjax.markup import Report, Reported
 from mixjax.optimise.results import Result, failed
 from mixjax.populations.sample import PopulationRows
+from mixjax.sampling.priors import Priors
 from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import cell_of, combinations, named, source_of, warn_of_ignored
@@ -189,6 +190,8 @@ def study(
     link: str | None = None,
     size: Any = None,
     nagq: int = 1,
+    estimator: str = "likelihood",
+    priors: Priors | None = None,
 ) -> Study:
     """Simulate data again and again, fit them, and see how estimators and tests do.
 
@@ -225,6 +228,11 @@ def study(
             what the source says, as a scenario or a fit of such a model does; otherwise models are linear.
         size: trials of a binomial response: a number, or the name of a column; with ``family``.
         nagq: of generalised models, as for :func:`mixjax.glmm`; 1 is Laplace's approximation.
+        estimator: ``"likelihood"``, or ``"bayes"`` for posteriors of linear mixed models under ``priors``
+            (:func:`mixjax.priors`; None for :func:`mixjax.default_priors` of every data set): estimates are posterior
+            means, ``se()`` posterior standard deviations, ``p()`` twice the smaller tail probability beside the null,
+            so that ``"rejection"`` counts central intervals that leave it out, and ``above()`` the probability of a
+            fixed effect above it. Without ``compared``, ``statistic``, ``ddf``, ``mesh``; there is no coverage.
 
     Returns:
         :class:`Study`. Fits that failed, separated responses among them, are counted and never taken for acceptances.
@@ -255,7 +263,10 @@ def study(
     if family is None and (link is not None or size is not None):
         raise ValueError("link= and size= belong to a family: name it, family='binomial'")
     own_family = None if family is None else family_of(family, link)
-    common_to_all = Task(None, {}, None, (), reml, ddf, dict(null or {}), statistic, engine, 0, own_family, size, nagq)
+    _check_estimator(estimator, priors)
+    common_to_all = Task(
+        None, {}, None, (), reml, ddf, dict(null or {}), statistic, engine, 0, own_family, size, nagq, estimator, priors
+    )
     cells = _cells(source, models, grid, key, truth, compared, common, common_to_all)
     if mesh is not None and executor is not None:
         raise ValueError("give either an executor, whose workers use their own devices, or a mesh of this process's")
@@ -335,6 +346,13 @@ def study(
             )
     frame = pd.DataFrame(values_of, index=pd.RangeIndex(len(cells)))
     return Study(frame, replicates, truths, tuple(kept.notes) if kept else (), read)
+
+
+def _check_estimator(estimator: Any, priors: Any) -> None:
+    if estimator not in ("likelihood", "bayes"):
+        raise ValueError(f"estimator must be 'likelihood' or 'bayes', got {estimator!r}")
+    if priors is not None and (estimator != "bayes" or not isinstance(priors, Priors)):
+        raise ValueError(f"priors must be mixjax.priors(...), with estimator='bayes'; got {priors!r}")
 
 
 # Names of the study's own arguments, which no name of a grid stands for.

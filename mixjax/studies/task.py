@@ -14,6 +14,7 @@ from mixjax.design import Labels
 from mixjax.estimation.choice import EngineName
 from mixjax.estimation.estimate import Estimates
 from mixjax.families import Family
+from mixjax.sampling.priors import Priors
 
 
 class Source(Protocol):
@@ -53,6 +54,7 @@ class Task:
             or dict of those; or None.
         engine: of the fits, as for :func:`mixjax.estimate_many`. fits: number of replicates that ``"auto"`` goes by.
         family, size: of generalised models to fit; None: what the source says. nagq: quadrature nodes an effect.
+        estimator: ``"likelihood"``, or ``"bayes"`` with ``priors``, None for the default ones.
     """
 
     source: Any
@@ -68,6 +70,8 @@ class Task:
     family: Family | None = None
     size: Any = None
     nagq: int = 1
+    estimator: str = "likelihood"
+    priors: Priors | None = None
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -97,6 +101,8 @@ class Fits(NamedTuple):
         estimates: with a leading axis. parameters: name -> estimates ``(B,)``, those of variances after the fixed
             effects. se, df: of the fixed effects ``(B, p)``. deviances: computes those by ML ``(B,)``, NaN where a fit
             failed.
+        p: ``(B, p)`` where they are no t tests: twice the smaller tail probability beside the null. above: ``(B, p)``
+            posterior probabilities that a fixed effect is above it.
     """
 
     estimates: Any
@@ -104,6 +110,8 @@ class Fits(NamedTuple):
     se: np.ndarray
     df: np.ndarray
     deviances: Callable[[], np.ndarray]
+    p: np.ndarray | None = None
+    above: np.ndarray | None = None
 
 
 def named_apart(fixed: pd.DataFrame, others: pd.DataFrame) -> dict[str, np.ndarray]:
