@@ -136,4 +136,5 @@ def test_the_forms_ask_for_versions():
 def test_what_the_sdist_has_is_there():
     build = tomllib.loads(text_of("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]
     assert {"/tests", "/benchmarks", "/docs", "/.ci"} <= set(build["sdist"]["include"])
-    assert all((ROOT / path.lstrip("/")).exists() for path in build["sdist"]["include"])
+    # The package itself is not there where an installed one is tested.
+    assert all((ROOT / path[1:]).exists() for path in build["sdist"]["include"] if path != "/mixjax")
