@@ -47,8 +47,17 @@ def finite_differences(f, x, h=1e-5):
 
 
 def with_derivatives(f):
-    """Value, gradient and Hessian by the first argument, in one program."""
-    return jax.jit(lambda x, *others: (*jax.value_and_grad(f)(x, *others), jax.hessian(f)(x, *others)))
+    """Value, gradient and Hessian by the first argument, in one program that holds the likelihood once."""
+
+    def gradient(x, *others):
+        value, slope = jax.value_and_grad(f)(x, *others)
+        return slope, (value, slope)
+
+    def all_three(x, *others):
+        H, (value, slope) = jax.jacfwd(gradient, has_aux=True)(x, *others)
+        return value, slope, H
+
+    return jax.jit(all_three)
 
 
 @pytest.mark.parametrize("reml", [True, False])
