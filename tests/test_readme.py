@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 NAMES = ("analyses", "populations", "studies", "predictions", "inference", "tables", "tutorial", "embedding",
          "troubleshooting", "generalized", "singular", "convergence", "scaling", "how", "index",
-         "mmrm", "structures", "smooths", "bayes", "scikit_learn")  # fmt: skip
+         "mmrm", "structures", "smooths", "bayes", "scikit_learn", "tour")  # fmt: skip
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
