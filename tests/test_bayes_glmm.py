@@ -414,6 +414,11 @@ def test_what_belongs_to_families_is_refused_without_one(option):
         mj.bayes("Yield ~ 1 + (1 | Batch)", table("Dyestuff"), nagq=5)
 
 
+def test_smooths_are_refused():
+    with pytest.raises(ValueError, match=r"smooth, s\(cHEIGHT\).*mixjax.glmm"):
+        mj.bayes("TICKS ~ s(cHEIGHT) + (1 | BROOD)", table("grouseticks"), family="poisson")
+
+
 def test_crossed_factors_have_no_quadrature():
     data = table("grouseticks")
     with pytest.raises(ValueError, match="one grouping factor"):

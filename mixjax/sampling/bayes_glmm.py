@@ -10,6 +10,7 @@ import numpy as np
 
 from mixjax.checks import ConvergenceWarning, DataError
 from mixjax.covariance import lambdas_of_theta
+from mixjax.design import refuse_smooths
 from mixjax.engine.family_draws import FamilyTarget, has_quadrature
 from mixjax.families import Family, family_of, zero_inflated
 from mixjax.fitted.generalized import GeneralizedFitted, fit_family_rows
@@ -67,6 +68,7 @@ def bayes_glmm(
         inflated = zero_inflated(own)
     given = {option: text for option, text in formulas.items() if text is not None}
     built = build(formula, data, weights, offset, subset, contrasts, caller, trusted, own, size, given)
+    refuse_smooths(built.labels, "mixjax.bayes", "its predictions know random effects of levels only; use mixjax.glmm")
     check_identifiable(*built, own)
     if len(built.design.psi_columns) > own.n_psi:
         own = inflated
