@@ -14,7 +14,7 @@ from mixjax.machine import n_cores
 NEEDED = ("jax", "jaxlib", "optax", "numpy", "pandas", "formulaic", "scipy")
 OPTIONAL = (
     "pyarrow", "polars", "dask", "distributed", "tqdm", "matplotlib", "blackjax", "arviz", "scikit-learn",
-    "jax-cuda12-plugin", "jax-cuda13-plugin",
+    "equinox", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin",
 )  # fmt: skip
 # The environment decides precision, platform and threads. Others may hold secrets, and are not read.
 SETTINGS = (
