@@ -56,13 +56,16 @@ class ResidualTerm:
 
     Attributes:
         structure: ``"ar1"``: ``rho ** distance`` in whole steps; ``"car1"``: the same at any times, rho not negative;
-            ``"cs"``: one correlation. Static.
-        group: ``(n,)`` codes ``0 .. m - 1``. time: ``(n,)``, no two alike in a group; None for "cs".
+            ``"cs"``: one correlation; ``"exp"``, ``"gau"``, ``"mat"``: by distance (:class:`mixjax.Kernel`). Static.
+        group: ``(n,)`` codes ``0 .. m - 1``. time: ``(n,)``, no two alike in a group; ``(n, d)`` places of those by
+            distance; None for "cs".
+        smoothness: of "mat"; static.
     """
 
     structure: str
     group: AnyArray
     time: AnyArray | None = None
+    smoothness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ jax.tree_util.register_dataclass(
     data_fields=["Z", "group", "levels", "coordinates", "within"],
     meta_fields=["n_groups", "structure", "kernel"],
 )
-jax.tree_util.register_dataclass(ResidualTerm, data_fields=["group", "time"], meta_fields=["structure"])
+jax.tree_util.register_dataclass(ResidualTerm, data_fields=["group", "time"], meta_fields=["structure", "smoothness"])
 jax.tree_util.register_dataclass(
     RepeatedDesign,
     data_fields=["y", "X", "subject", "visit", "arm", "weights", "offset"],
@@ -280,7 +283,9 @@ def check_design(design: Design) -> None:
         columns["dispersion"] = design.dispersion
     if design.residual is not None:
         columns |= {"residual.group": design.residual.group, "residual.time": design.residual.time}
-        vectors |= {"residual.group", "residual.time"}
+        own, vectors = design.residual.time, vectors | {"residual.group"}
+        if own is None or len(np.shape(own)) != 2:  # those by distance have places
+            vectors |= {"residual.time"}
     for j, own in enumerate(design.psi_columns):
         if own is not None and len(np.shape(own)) != 2:
             raise ValueError(f"psi_columns[{j}] must be (n, r), got shape {np.shape(own)}")

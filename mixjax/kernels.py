@@ -216,9 +216,9 @@ class Places(NamedTuple):
     @staticmethod
     def of(kernel: Kernel, coordinates: np.ndarray, within: np.ndarray) -> Places:
         """With bounds by the distances between places that see each other; other places may be added later."""
-        least, largest = _extremes(coordinates, within)
-        extremes = (float(np.log(least)), float(np.log(largest)))
-        return Places(kernel, Bounds.of(kernel, least, largest), extremes, coordinates, within)
+        least, largest = extremes(coordinates, within)
+        logs = (float(np.log(least)), float(np.log(largest)))
+        return Places(kernel, Bounds.of(kernel, least, largest), logs, coordinates, within)
 
     def correlation(self, angles: np.ndarray) -> np.ndarray:
         """``K (m, m)``."""
@@ -226,7 +226,8 @@ class Places(NamedTuple):
         return np.where(self.within[:, None] == self.within, K, 0.0)
 
 
-def _extremes(coordinates: np.ndarray, within: np.ndarray) -> tuple[float, float]:
+def extremes(coordinates: np.ndarray, within: np.ndarray) -> tuple[float, float]:
+    """The least and the largest distance between different places that see each other."""
     least, largest = np.inf, 0.0
     order = np.argsort(within, kind="stable")
     for own in np.split(order, np.flatnonzero(np.diff(within[order])) + 1):

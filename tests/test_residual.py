@@ -852,3 +852,106 @@ def test_without_anything_random_it_is_ordinary_regression(weights):
     batch = fit.refit_many(fit.simulate(key=1, n=3))
     assert batch.converged.all()
     assert fit.predict({"Days": [3], "w": [1.0]}, interval="prediction")["std_error"].iloc[0] > fit.sigma
+
+
+# --- by distance -----------------------------------------------------------------------------------------------------
+
+
+def by_distance(**options):
+    return mj.lmm("y ~ time + (1 | animal)", tracks(), **options)
+
+
+def tracks():
+    return pd.read_csv(HERE / "data" / "tracks.csv")
+
+
+def test_an_exponential_correlation_in_time_is_car1():
+    """The same model by whitening with the row before and by dense blocks."""
+    one, other = by_distance(residual="car1(time | animal)"), by_distance(residual="exp(time | animal)")
+    assert other.criterion == pytest.approx(one.criterion, abs=1e-9)
+    np.testing.assert_allclose(other.fixef, one.fixef, rtol=1e-8)
+    np.testing.assert_allclose(other.vcov, one.vcov, rtol=1e-7)
+    values, errors = (own.variance_parameters().T.to_numpy() for own in (one, other))
+    rho, range_ = values[0][1], errors[0][1]
+    assert np.exp(-1.0 / range_) == pytest.approx(rho, rel=1e-7)
+    # The delta method between the two charts.
+    assert errors[1][1] * rho / range_**2 == pytest.approx(values[1][1], rel=1e-6)
+    np.testing.assert_allclose(other.marginal_cov(), one.marginal_cov(), rtol=1e-6, atol=1e-10)
+    np.testing.assert_allclose(
+        other.residuals(scale="normalized"), one.residuals(scale="normalized"), rtol=1e-6, atol=1e-8
+    )
+    assert other.test("time = 0").df.iloc[0] == pytest.approx(one.test("time = 0").df.iloc[0], rel=1e-6)
+    assert other.npar == one.npar
+    assert list(other.variance_parameters().index)[1] == "range|animal"
+
+
+def test_sas_spatial_exponential():
+    """SAS PROC MIXED of mmrm's example, distances in the plane of two columns (openpharma/mmrm at ec290b2,
+    design/ddfm_covtype): criterion where SAS stopped, parameters and the degrees of freedom of one contrast."""
+    data = pd.read_csv(HERE / "data" / "fev_places.csv")
+    fit = mj.lmm("FEV1 ~ ARMCD", data, residual="exp(VISITN + VISITN2 | USUBJID)")
+    assert fit.criterion == pytest.approx(3872.29178394, abs=1e-6)
+    assert fit.criterion <= 3872.29178394 + 1e-8
+    assert fit.variance_parameters()["estimate"]["range|USUBJID"] == pytest.approx(1.0898, abs=5e-5)
+    assert fit.sigma**2 == pytest.approx(83.3648, abs=1e-3)
+    test = fit.test("ARMCD[T.TRT] = 0").iloc[0]
+    assert test["estimate"] == pytest.approx(4.21488979997259, rel=1e-6)
+    assert test["df"] == pytest.approx(195.584197921463, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["exp", "gau", "mat"])
+def test_derivatives_by_distance(kernel):
+    option = ", nu = 1.5" if kernel == "mat" else ""
+    fit = by_distance(residual=f"{kernel}(time | animal{option})", dispersion="~ time")
+    engine, x = fit.record.residual_engine, fit.record.x + 0.1
+    _, gradient, H = engine.evaluate(x[:, None])
+    h = 1e-5
+    ends = [(engine.evaluate((x + h * d)[:, None]), engine.evaluate((x - h * d)[:, None])) for d in np.eye(len(x))]
+    slopes = [(a[0][0] - b[0][0]) / (2 * h) for a, b in ends]
+    np.testing.assert_allclose(gradient[:, 0], slopes, rtol=1e-5, atol=1e-4)
+    curves = np.array([(a[1] - b[1])[:, 0] / (2 * h) for a, b in ends])
+    np.testing.assert_allclose(H[..., 0], curves, rtol=1e-5, atol=1e-3)
+    # The dense criterion of the marginal covariance.
+    design, beta = fit.record.given, fit.fixef.to_numpy()
+    V, r = fit.marginal_cov(), design.y - design.X @ beta
+    V = np.asarray(V)
+    n, p = design.X.shape
+    dense = np.linalg.slogdet(V)[1] + r @ np.linalg.solve(V, r) + (n - p) * np.log(2 * np.pi)
+    dense += np.linalg.slogdet(design.X.T @ np.linalg.solve(V, design.X))[1]
+    assert fit.criterion == pytest.approx(dense, abs=1e-7)
+
+
+def test_draws_by_distance():
+    fit = by_distance(residual="gau(time | animal)")
+    own, rows = fit.record.residual_engine.transform.correlation, np.arange(fit.nobs)
+    range_ = float(fit.estimates.residual[-1])
+    L = own.colour(range_, np.eye(fit.nobs))
+    np.testing.assert_allclose(L @ L.T, own.matrix(range_, rows), atol=1e-12)
+    batch = fit.refit_many(fit.simulate(1, 4))
+    assert batch.converged.all()
+    assert "range|animal" in batch.sdcor
+
+
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        ("mat(u + v | 1)", "of residuals the smoothness is held"),
+        ("exp(u + v | row)", "has one row"),
+        ("exp(w | 1)", "no column 'w'"),
+        ("exp(u | 1)", "are at one place"),
+        ("exp(log(u) | 1)", "make a column of it first"),
+        ("gau(site | 1)", "numbers are needed"),
+    ],
+)
+def test_bad_residuals_by_distance(residual, message):
+    data = pd.read_csv(HERE / "data" / "sites.csv").groupby("site", as_index=False).first()
+    data = data.assign(row=np.arange(len(data)).astype(str), u=data["u"].round(1))
+    with pytest.raises(ValueError, match=message):
+        mj.lmm("y ~ x", data.assign(u=data["u"].round() if residual == "exp(u | 1)" else data["u"]), residual=residual)
+
+
+def test_residuals_by_distance_are_refused_where_they_must_be():
+    with pytest.raises(ValueError, match="have different levels of"):
+        mj.lmm("y ~ time + ou(time | animal)", tracks(), residual="exp(time | animal)")
+    with pytest.raises(ValueError, match="have no posteriors"):
+        mj.bayes("y ~ time + (1 | animal)", tracks(), residual="exp(time | animal)", key=1)

@@ -17,7 +17,7 @@ ROOMS = [
     "mixjax.forks", "mixjax.checks", "mixjax.waiting", "mixjax.distributions", "mixjax.numerals", "mixjax.markup",
     "mixjax.tables", "mixjax.datasets",
     "mixjax.machine", "mixjax.families", "mixjax.linalg", "mixjax.decompositions",
-    "mixjax.covariance", "mixjax.residual", "mixjax.kernels", "mixjax.relationship", "mixjax.design",
+    "mixjax.covariance", "mixjax.kernels", "mixjax.residual", "mixjax.relationship", "mixjax.design",
     "mixjax.bases", "mixjax.optimise",
     "mixjax.products", "mixjax.engine", "mixjax.formula", "mixjax.estimation", "mixjax.simulation",
     "mixjax.minibatches",

@@ -85,6 +85,10 @@ class ResidualRows:
             kind, group, before = "serial", np.asarray(correlation.group), correlation.before
             power = np.where(before >= 0, correlation.gap / correlation.shortest, 1.0)
             odd = np.round(power).astype(int) % 2 == 1
+        elif correlation is not None:
+            raise ValueError(
+                f"correlations of residuals by distance ({correlation.name}) have no posteriors; mixjax.lmm fits them"
+            )
         return ResidualRows(
             columns=np.concatenate([*rows.Z, rows.Q, rows.residual[:, None]], axis=1),
             W=transform.W - transform.W.mean(0),

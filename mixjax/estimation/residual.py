@@ -15,11 +15,13 @@ from mixjax.estimation import search
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.estimation.start import minque_start
+from mixjax.kernels import KERNELS, Kernel
 from mixjax.machine import silently
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Solution
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows
+from mixjax.residual.by_distance import ByDistance
 from mixjax.residual.coordinates import Coordinates
 from mixjax.residual.correlation import AR1, CAR1, CompoundSymmetry, Correlation
 from mixjax.residual.transform import Transform
@@ -52,6 +54,8 @@ def correlation_of(design: Design) -> Correlation | None:
     if term.structure == "cs":
         return CompoundSymmetry.of(group)
     time = np.asarray(term.time, np.float64)
+    if term.structure in KERNELS:
+        return ByDistance(Kernel(term.structure, term.smoothness), group, time)
     return AR1.of(group, time) if term.structure == "ar1" else CAR1.of(group, time)
 
 

@@ -80,8 +80,9 @@ def lmm(
             ordinary regression, the null of a comparison.
         residual: correlation of the residuals within groups, ``"ar1(Days | Subject)"`` (whole steps of time, or the
             levels of a category; ``1`` for the order of the rows), ``"car1(time | Subject)"`` (times of any kind,
-            correlations not negative), ``"cs(1 | Subject)"`` (one correlation). Grouping factors of random terms must
-            be constant within its groups. With either the formula needs no random term. See docs/structures.md.
+            correlations not negative), ``"cs(1 | Subject)"`` (one correlation), ``"exp(u + v | Subject)"``, ``"gau"``,
+            ``"mat(..., nu = 1.5)"`` (by distance). Grouping factors of random terms must be constant within its groups.
+            With either the formula needs no random term. See docs/structures.md.
 
     Returns:
         LMMFit.

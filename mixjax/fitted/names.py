@@ -15,6 +15,7 @@ from mixjax.covariance import NaturalParameter, Structure
 from mixjax.covariance.custom import Written
 from mixjax.design import Labels
 from mixjax.formula.table import row_values
+from mixjax.kernels import KERNELS
 
 
 def term_names(labels: Labels) -> list[str]:
@@ -106,8 +107,9 @@ def names_of_variances(labels: Labels, structures: Sequence[Structure]) -> tuple
 
 def names_of_residuals(labels: Labels) -> tuple[str, ...]:
     """The parameters of the residuals beside sigma: ``disp~Sex[T.Female]``, of the logarithm of the standard deviation,
-    and ``rho|Subject``."""
-    correlation = (f"rho|{labels.residual_group}",) if labels.residual else ()
+    and ``rho|Subject``, or ``range|Subject`` of one by distance."""
+    name = "range" if labels.residual.partition("(")[0] in KERNELS else "rho"
+    correlation = (f"{name}|{labels.residual_group}",) if labels.residual else ()
     return (*(f"disp~{name}" for name in labels.dispersion), *correlation)
 
 

@@ -163,7 +163,7 @@ class ResidualFitted(FurtherFitted):
     def variance_parameters(self) -> VarianceParameters:
         engine = self.residual_engine
         transform = engine.transform
-        kinds = ["real"] * transform.d + ["cor"] * (transform.k - transform.d)
+        kinds = ["real"] * transform.d + ([] if transform.correlation is None else [transform.correlation.kind])
         natural, names = transform.natural(self.phi), names_of_residuals(self.labels)
         return variance_parameters_with(self, engine.layout.structures, engine.rows.Z_bases, natural, names, kinds)
 

@@ -318,6 +318,11 @@ def columns_read(
             if name not in available:
                 refuse_unknown(name, available, f"grouping factor of residual='{parsed.residual.text}'", data)
         groups += parsed.residual.group.columns
+        if parsed.residual.kernel is not None:
+            for name in parsed.residual.kernel.coordinates:
+                if name not in available:
+                    refuse_unknown(name, available, f"residual='{parsed.residual.text}'", data)
+            groups += parsed.residual.kernel.coordinates
     own = dict.fromkeys([*(name for name in read if name in available), *groups])
     return list(own), [name for name in read if name not in available]
 

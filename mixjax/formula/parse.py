@@ -45,6 +45,13 @@ class KernelPart:
     coordinates: tuple[str, ...]
     within: Group | None
 
+    @property
+    def shown(self) -> str:
+        """As tables call it, ``exp(u + v | 1)``."""
+        held = "" if self.kernel.smoothness is None else f", nu = {self.kernel.smoothness:g}"
+        group = "1" if self.within is None else self.within.name
+        return f"{self.kernel.name}({' + '.join(self.coordinates)} | {group}{held})"
+
 
 @dataclass(frozen=True)
 class RandomPart:
@@ -90,14 +97,17 @@ class ResidualPart:
     """The correlation of residuals as written.
 
     Attributes:
-        text: as given. structure: ``"ar1"``, ``"car1"`` or ``"cs"``. time: None where there is none, or where the order
-            of the rows counts. group: grouping factor.
+        text: as given. structure: ``"ar1"``, ``"car1"``, ``"cs"``, or the name of a kernel. time: None where there is
+            none, or where the order of the rows counts. group: grouping factor; without columns where all rows are one
+            group.
+        kernel: of one by distance.
     """
 
     text: str
     structure: str
     time: Expression | None
     group: Group
+    kernel: KernelPart | None = None
 
 
 @dataclass(frozen=True)
@@ -325,6 +335,14 @@ def _known_term(piece: Piece, first: Piece, options: list[Piece], columns: Colle
 
 
 def _kernel_term(piece: Piece, name: str, inner: Piece, options: list[Piece]) -> RandomPart:
+    """A random effect of every place."""
+    kernel = kernel_part(piece, name, inner, options)
+    within = kernel.within
+    columns = (*(() if within is None else within.columns), *kernel.coordinates)
+    return RandomPart(Effects("1", (INTERCEPT,), ()), Group(kernel.shown, columns), False, kernel=kernel)
+
+
+def kernel_part(piece: Piece, name: str, inner: Piece, options: list[Piece]) -> KernelPart:
     """``exp(u + v | 1)``, ``ou(time | animal)``, ``mat(u + v | plot, nu = 1.5)``: columns that say where a level is,
     and the groups in which levels see each other."""
     sides = inner.split("|", "||")
@@ -349,11 +367,7 @@ def _kernel_term(piece: Piece, name: str, inner: Piece, options: list[Piece]) ->
     (within,) = groups
     if within is not None and set(names) & set(within.columns):
         raise FormulaError(f"'{piece}': a column that says the place cannot be in the grouping factor too")
-    kernel = Kernel(name, _smoothness(piece, name, options))
-    columns = (*(() if within is None else within.columns), *names)
-    held = "" if kernel.smoothness is None else f", nu = {kernel.smoothness:g}"
-    group = Group(f"{name}({' + '.join(names)} | {within.name if within else 1}{held})", columns)
-    return RandomPart(Effects("1", (INTERCEPT,), ()), group, False, kernel=KernelPart(kernel, tuple(names), within))
+    return KernelPart(Kernel(name, _smoothness(piece, name, options)), tuple(names), within)
 
 
 def _smoothness(piece: Piece, name: str, options: list[Piece]) -> float | None:

@@ -15,7 +15,7 @@ from mixjax.formula.algebra import INTERCEPT, Effects
 from mixjax.formula.checks import check_columns_of_term, check_structure, warn_of_constant_slopes
 from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, columns_of
-from mixjax.formula.parse import Group, ParsedFormula, RandomPart
+from mixjax.formula.parse import Group, KernelPart, ParsedFormula, RandomPart
 from mixjax.formula.reading import read_columns
 from mixjax.formula.table import combinations
 from mixjax.kernels import Kernel
@@ -94,7 +94,7 @@ def _places(part: RandomPart, frame: pd.DataFrame, codes: np.ndarray) -> tuple[n
     """
     assert part.kernel is not None
     first = np.unique(codes, return_index=True)[1]
-    coordinates = coordinates_of(part, frame)[first]
+    coordinates = coordinates_of(part.group.name, part.kernel, frame)[first]
     if part.kernel.within is None:
         return coordinates, np.zeros(len(first), np.int64)
     within = combinations(frame, part.kernel.within.columns)[0][first]
@@ -135,19 +135,18 @@ def new_places(part: RandomPart, newdata: Any, known: np.ndarray, places: Any) -
     new = [i for i, own in enumerate(levels) if tuple(own) not in seen and tuple(own[:inside]) in of_group]
     if not new:
         return NewPlaces(levels[:0], places.coordinates[:0], places.within[:0])
-    coordinates = coordinates_of(part, frame)[first[new]]
+    coordinates = coordinates_of(part.group.name, part.kernel, frame)[first[new]]
     return NewPlaces(levels[new], coordinates, np.array([of_group[tuple(levels[i][:inside])] for i in new]))
 
 
-def coordinates_of(part: RandomPart, frame: pd.DataFrame) -> np.ndarray:
-    """``(n, d)`` where the rows are."""
-    assert part.kernel is not None
+def coordinates_of(term: str, kernel: KernelPart, frame: pd.DataFrame) -> np.ndarray:
+    """``(n, d)`` where the rows are; ``term`` as messages call it."""
     columns = []
-    for name in part.kernel.coordinates:
+    for name in kernel.coordinates:
         column = frame[name]
         if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
             raise DataError(
-                f"'{part.group.name}': column '{name}' holds {column.dtype}, and numbers are needed to say how far "
+                f"'{term}': column '{name}' holds {column.dtype}, and numbers are needed to say how far "
                 "apart places are"
             )
         columns.append(np.asarray(column, np.float64))

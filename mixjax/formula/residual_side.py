@@ -15,13 +15,17 @@ from mixjax.formula.algebra import INTERCEPT
 from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, numbers
 from mixjax.formula.own_formulas import OwnColumns
-from mixjax.formula.parse import ResidualPart, expand_groups
-from mixjax.formula.random_terms import TermColumns
-from mixjax.formula.syntax import expression, read
+from mixjax.formula.parse import Group, KernelPart, ResidualPart, expand_groups, kernel_part
+from mixjax.formula.random_terms import TermColumns, coordinates_of
+from mixjax.formula.syntax import Piece, expression, read
 from mixjax.formula.table import combinations, level_name
+from mixjax.kernels import KERNELS
 
 # Name -> an example.
-STRUCTURES = {"ar1": "ar1(Days | Subject)", "car1": "car1(time | Subject)", "cs": "cs(1 | Subject)"}
+STRUCTURES = {
+    "ar1": "ar1(Days | Subject)", "car1": "car1(time | Subject)", "cs": "cs(1 | Subject)",
+    "exp": "exp(u + v | plot)", "gau": "gau(u + v | plot)", "mat": "mat(u + v | plot, nu = 1.5)",
+}  # fmt: skip
 # Structures that mixjax.mmrm has.
 BY_VISIT = "us, csh, toeph, ... by visits: mixjax.mmrm"
 
@@ -85,6 +89,8 @@ def parse_residual(text: Any, columns: Collection[str]) -> ResidualPart:
         )
     if name not in STRUCTURES:
         raise FormulaError(f"there is no residual structure '{name}' ({text!r}): {known}")
+    if name in KERNELS:
+        return _by_distance(piece, name, inside)
     parts = inside.split("|", "||")
     if len(parts) != 2 or not all(part.tokens for part in parts) or inside.outer("||"):
         raise FormulaError(f"residual={text!r} must read {STRUCTURES[name]}: time before the bar, the group after it")
@@ -108,6 +114,18 @@ def parse_residual(text: Any, columns: Collection[str]) -> ResidualPart:
     return ResidualPart(f"{piece}", name, expression(parts[0], columns), group)
 
 
+def _by_distance(piece: Piece, name: str, inside: Piece) -> ResidualPart:
+    first, *options = inside.split(",")
+    kernel = kernel_part(piece, name, first.unwrapped(), options)
+    if kernel.kernel.k > 1:
+        raise FormulaError(
+            f"residual='{piece}': of residuals the smoothness is held: write mat(..., nu = 0.5), 1.5, 2.5, and compare "
+            "their criteria"
+        )
+    group = Group("1", ()) if kernel.within is None else kernel.within
+    return ResidualPart(kernel.shown, name, None, group, kernel)
+
+
 def residual_term(part: ResidualPart, frame: pd.DataFrame, context: Context, terms: Sequence[TermColumns]) -> Any:
     """The structure on the rows of a table.
 
@@ -115,8 +133,10 @@ def residual_term(part: ResidualPart, frame: pd.DataFrame, context: Context, ter
         DataError: no group has two rows; times are no times, or repeat within a group; a random term is not constant
             within groups, or is the same as the structure.
     """
-    codes, levels = combinations(frame, part.group.columns)
-    names = [":".join(values) for values in levels]
+    codes, names = np.zeros(len(frame), np.int64), ["all rows"]
+    if part.group.columns:
+        codes, levels = combinations(frame, part.group.columns)
+        names = [":".join(values) for values in levels]
     if np.bincount(codes).max() < 2:
         raise DataError(
             f"residual='{part.text}': every level of '{part.group.name}' has one row, and one residual has no "
@@ -141,6 +161,8 @@ def residual_term(part: ResidualPart, frame: pd.DataFrame, context: Context, ter
             )
     if part.structure == "cs":
         return ResidualTerm("cs", codes)
+    if part.kernel is not None:
+        return _places(part, part.kernel, frame, codes, names)
     time = _times(part, frame, context, codes)
     order = np.lexsort((time, codes))
     twice = np.flatnonzero((np.diff(codes[order]) == 0) & (np.diff(time[order]) == 0))
@@ -153,6 +175,22 @@ def residual_term(part: ResidualPart, frame: pd.DataFrame, context: Context, ter
             "add what tells these rows apart to the grouping factor, or make times that differ"
         )
     return ResidualTerm(part.structure, codes, time)
+
+
+def _places(
+    part: ResidualPart, kernel: KernelPart, frame: pd.DataFrame, codes: np.ndarray, names: Sequence[str]
+) -> ResidualTerm:
+    at = coordinates_of(part.text, kernel, frame)
+    both = np.column_stack([codes, at])
+    _, first, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
+    if (counts > 1).any():
+        row = int(first[counts > 1][0])
+        raise DataError(
+            f"residual='{part.text}': two rows of {names[codes[row]]!r} are at one place ({int((counts > 1).sum())} "
+            "such places), and their residuals would have correlation 1: a random effect with this structure "
+            f"leaves independent residuals beside it, '+ {part.text}' in the formula"
+        )
+    return ResidualTerm(part.structure, codes, at, kernel.kernel.smoothness)
 
 
 def _has_constant(Z: np.ndarray, codes: np.ndarray) -> bool:

@@ -53,6 +53,7 @@ class Correlation(ABC):
     name: ClassVar[str]
     # Kinds of the parameter: see VarianceParameters.
     label: ClassVar[str] = "rho"
+    kind: ClassVar[str] = "cor"
 
     @abstractmethod
     def whitening(self, angle: float) -> Whitening:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixjax.residual.by_distance import ByDistance
 from mixjax.residual.correlation import Correlation, Whitening
 
 Factors = list[tuple[np.ndarray, np.ndarray]]
@@ -108,7 +109,9 @@ class Transform:
 
     def rows(self, phi: np.ndarray, A: np.ndarray) -> np.ndarray:
         """``T A (n, c)``."""
-        scaled = A / self.deviations(phi)[:, None]
+        scaled: np.ndarray = A / self.deviations(phi)[:, None]
+        if isinstance(self.correlation, ByDistance):
+            return self.correlation.whiten(float(phi[-1]), scaled)
         return scaled if self.correlation is None else self._apply(self._at(phi), 0, scaled)
 
     def products(self, phi: np.ndarray, A: np.ndarray) -> list[Factors]:
@@ -126,6 +129,8 @@ class Transform:
             slopes = [(-2.0 * B[:, i : i + 1] * Y, Y) for i in range(d)]
             curves = [(4.0 * B[:, i : i + 1] * B[:, j : j + 1] * Y, Y) for i, j in pairs(d)]
             return [[one] for one in [(Y, Y), *slopes, *curves]]
+        if isinstance(self.correlation, ByDistance):
+            return self._products_by_distance(self.correlation, float(phi[-1]), Y)
         at = self._at(phi)
         scaled = [-B[:, i : i + 1] * Y for i in range(d)]
         T = self._apply(at, 0, Y)
@@ -140,6 +145,24 @@ class Transform:
         for i, j in pairs(k):
             own = second(i, j)
             found.append([(own, T), (T, own), (first[i], first[j]), (first[j], first[i])])
+        return found
+
+    def _products_by_distance(self, own: ByDistance, angle: float, Y: np.ndarray) -> list[Factors]:
+        """The same of ``Y'M Y``, from M and the derivatives of its inverse; rows of a group count together."""
+        B, d = self._basis[0], self.d
+        S = own.solve(angle, Y)
+        P, P2 = own.moved(angle, 1, S), own.moved(angle, 2, S)
+        scaled = [-B[:, i : i + 1] * Y for i in range(d)]
+        solved = [own.solve(angle, part) for part in scaled]
+        found: list[Factors] = [[(Y, S)], *([(part, S), (S, part)] for part in scaled), [(-S, P)]]
+        for i, j in pairs(self.k):
+            if j < d:
+                twice = -B[:, j : j + 1] * scaled[i]
+                found.append([(twice, S), (S, twice), (scaled[i], solved[j]), (scaled[j], solved[i])])
+            elif i < d:
+                found.append([(-solved[i], P), (-P, solved[i])])
+            else:
+                found.append([(2.0 * P, own.solve(angle, P)), (-S, P2)])
         return found
 
     def _at(self, phi: np.ndarray) -> Whitening:
@@ -157,7 +180,9 @@ class Transform:
         gradient, Hessian = np.zeros(self.k), np.zeros((self.k, self.k))
         if self.correlation is None:
             return LogDeterminant(0.0, gradient, Hessian)
-        value, gradient[-1], Hessian[-1, -1] = self._at(phi).logdet
+        own = self.correlation
+        found = own.logdet(float(phi[-1])) if isinstance(own, ByDistance) else self._at(phi).logdet
+        value, gradient[-1], Hessian[-1, -1] = found
         return LogDeterminant(value, gradient, Hessian)
 
 
