@@ -456,6 +456,10 @@ def _model_of(design: Any, labels: Any, family: Family | None, sigma: float | No
     others = [("dispersion", j, Other(Flat(), "real", sd if sd > 0 else 1.0)) for j, sd in enumerate(W.std(axis=0))]
     correlation = correlation_of(design)
     if correlation is not None:
+        if correlation.kind != "cor":
+            raise ValueError(
+                f"correlations of residuals by distance ({correlation.name}) have no posteriors; mixjax.lmm fits them"
+            )
         if correlation.least is None:
             raise ValueError(
                 "residuals of 'ar1' at distances of which the shortest does not divide all others have no prior: a "
