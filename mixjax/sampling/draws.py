@@ -49,6 +49,21 @@ class Sampling:
     seconds: float = 0.0
 
 
+def of_rows(values: np.ndarray, index: pd.Index, complete: np.ndarray, level: float, draws: bool) -> Any:
+    """Draws ``(S, m)`` of the complete rows of a table: with NaN in the others, or as a data frame ``mean``, ``sd``,
+    ``lower``, ``upper`` between quantiles."""
+    if draws:
+        out = np.full((len(values), len(index)), np.nan)
+        out[:, complete] = values
+        return out
+    lower, upper = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
+    columns = {"mean": values.mean(0), "sd": values.std(0, ddof=1), "lower": lower, "upper": upper}
+    frame = pd.DataFrame(np.nan, index=index, columns=list(columns))
+    for name, column in columns.items():
+        frame.loc[complete, name] = column
+    return frame
+
+
 class Draws(Reported):
     """Draws from a posterior, in arrays ``(chains, draws, ...)``. What a kind of model adds is a class of its own."""
 

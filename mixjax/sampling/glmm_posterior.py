@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import pandas as pd
 
 from mixjax.checks import check_count, check_level, check_memory
 from mixjax.design import Design, Labels
@@ -20,7 +19,7 @@ from mixjax.machine import float64, jit
 from mixjax.prediction.asked import check_asked, effects_included, rows_asked
 from mixjax.prediction.generalized import trials_of
 from mixjax.products.family_rows import FamilyRows, places_of
-from mixjax.sampling.draws import Sampling
+from mixjax.sampling.draws import Sampling, of_rows
 from mixjax.sampling.effects import fresh_effects
 from mixjax.sampling.laplace_shift import LaplaceShift, laplace_shift
 from mixjax.sampling.laplace_shift import places_of as places_at
@@ -248,16 +247,7 @@ class GLMMPosterior(Posterior):
                 values = values if n is None else values / n
             else:
                 values = np.asarray(family.response_mean(np.asarray(family.mean(values)), psi))
-        if draws:
-            out = np.full((S, len(asked.index)), np.nan)
-            out[:, asked.complete] = values
-            return out
-        lower, upper = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
-        columns = {"mean": values.mean(0), "sd": values.std(0, ddof=1), "lower": lower, "upper": upper}
-        frame = pd.DataFrame(np.nan, index=asked.index, columns=list(columns))
-        for name, column in columns.items():
-            frame.loc[asked.complete, name] = column
-        return frame
+        return of_rows(values, asked.index, asked.complete, level, draws)
 
     def _responses(
         self, eta: np.ndarray, size: np.ndarray | None, psi: list[np.ndarray], rng: np.random.Generator

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import pandas as pd
 
 from mixjax.checks import check_count, check_level, check_memory
 from mixjax.design import RepeatedDesign
@@ -16,7 +15,7 @@ from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.formula.repeated import RepeatedLabels
 from mixjax.machine import float64, jit
 from mixjax.prediction.repeated import new_places
-from mixjax.sampling.draws import Draws, Sampling
+from mixjax.sampling.draws import Draws, Sampling, of_rows
 from mixjax.sampling.loo import Loo
 from mixjax.sampling.priors import ModelPriors, Names, Priors, names_of
 
@@ -123,16 +122,7 @@ class MMRMPosterior(Draws):
             if rows.weights is not None:
                 sd = sd / np.sqrt(rows.weights)
             values = values + sd * self._rng(2, key).standard_normal((S, m))
-        if draws:
-            out = np.full((S, len(rows.labels)), np.nan)
-            out[:, rows.complete] = values
-            return out
-        lower, upper = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
-        columns = {"mean": values.mean(0), "sd": values.std(0, ddof=1), "lower": lower, "upper": upper}
-        frame = pd.DataFrame(np.nan, index=rows.labels, columns=list(columns))
-        for name, column in columns.items():
-            frame.loc[rows.complete, name] = column
-        return frame
+        return of_rows(values, rows.labels, rows.complete, level, draws)
 
     def simulate(self, n: int | None = None, key: Any = None) -> np.ndarray:
         """Posterior predictive responses of the rows of the fit ``(n, nobs)``, of new subjects with the same visits,

@@ -16,7 +16,7 @@ from mixjax.estimation.residual import transform_of
 from mixjax.fitted.names import modes_by_group, term_names
 from mixjax.fitted.record import Fitted
 from mixjax.prediction.asked import check_asked, effects_included, rows_asked
-from mixjax.sampling.draws import Draws, Sampling
+from mixjax.sampling.draws import Draws, Sampling, of_rows
 from mixjax.sampling.effects import draw_effects, draw_effects_of_residuals
 from mixjax.sampling.loo import Loo, log_lik_by_level, log_lik_of_residuals
 from mixjax.sampling.predictive import Noise, noise_of, respond
@@ -183,17 +183,7 @@ class Posterior(Draws):
         if targets.noise.any():
             sd = np.sqrt(targets.noise) * self._relative_noise(asked.dispersion)
             values = values + sd * rng.standard_normal((S, m))
-        rows = len(asked.index)
-        if draws:
-            out = np.full((S, rows), np.nan)
-            out[:, asked.complete] = values
-            return out
-        lower, upper = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2), axis=0)
-        columns = {"mean": values.mean(0), "sd": values.std(0, ddof=1), "lower": lower, "upper": upper}
-        frame = pd.DataFrame(np.nan, index=asked.index, columns=list(columns))
-        for name, column in columns.items():
-            frame.loc[asked.complete, name] = column
-        return frame
+        return of_rows(values, asked.index, asked.complete, level, draws)
 
     def simulate(
         self, n: int | None = None, random: Literal["fitted", "new"] = "fitted", key: Any = None
