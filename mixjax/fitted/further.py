@@ -23,6 +23,18 @@ from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
 from mixjax.residual.transform import Natural
 
+# What such a fit does not have, and what to do instead.
+CANNOT = {
+    "profiles": "use confint(method='wald') or confint(method='bootstrap')",
+    "Kenward-Roger degrees of freedom": "use ddf='satterthwaite'",
+    "refits without units": "use influence(method='fixed-theta'), or fit the table without the rows in question",
+    "sensitivities": "use influence(method='fixed-theta')",
+    "exact likelihood ratio tests": "use mixjax.compare(..., method='bootstrap')",
+    "second-order or bootstrap prediction errors": "use method='henderson'",
+    "resampling of residuals or cases": "use kind='parametric', and intervals other than 'bca'",
+    "scenarios": "use fit.simulate() and fit.refit_many(), or bootstrap()",
+}
+
 
 @dataclass(frozen=True)
 class FurtherFitted(Fitted):

@@ -14,7 +14,7 @@ from mixjax.design import Design, Labels, refuse_trials
 from mixjax.engine.kernels import KernelEngine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.kernels import AT_BOUND, KernelFit, design_at, fit_at, fit_kernels, kernel_engine, start_at
-from mixjax.fitted.further import FurtherFitted, variance_parameters_with
+from mixjax.fitted.further import CANNOT, FurtherFitted, variance_parameters_with
 from mixjax.fitted.information import Information, information_at
 from mixjax.fitted.names import names_of_kernels
 from mixjax.fitted.parameters import VarianceParameters
@@ -30,18 +30,6 @@ from mixjax.residual.transform import Natural
 
 # New places of one prediction.
 MOST_NEW = 2000
-
-# What such a fit does not have, and what to do instead.
-CANNOT = {
-    "profiles": "use confint(method='wald') or confint(method='bootstrap')",
-    "Kenward-Roger degrees of freedom": "use ddf='satterthwaite'",
-    "refits without units": "use influence(method='fixed-theta'), or fit the table without the rows in question",
-    "sensitivities": "use influence(method='fixed-theta')",
-    "exact likelihood ratio tests": "use mixjax.compare(..., method='bootstrap')",
-    "second-order or bootstrap prediction errors": "use method='henderson'",
-    "resampling of residuals or cases": "use kind='parametric', and intervals other than 'bca'",
-    "scenarios": "use fit.simulate() and fit.refit_many(), or bootstrap()",
-}
 
 
 @dataclass(frozen=True)

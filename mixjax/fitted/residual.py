@@ -15,7 +15,7 @@ from mixjax.engine.equations import EffectRows, Equations
 from mixjax.engine.residual import ResidualEngine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.residual import fit_residual, residual_engine, start_at, transformed_rows
-from mixjax.fitted.further import FurtherFitted, variance_parameters_with
+from mixjax.fitted.further import CANNOT, FurtherFitted, variance_parameters_with
 from mixjax.fitted.information import Information, information_at
 from mixjax.fitted.names import names_of_residuals
 from mixjax.fitted.parameters import VarianceParameters
@@ -27,17 +27,7 @@ from mixjax.products.rows import Rows, rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.simulation import simulate_responses, with_curves
 
-# What such a fit does not have, and what to do instead. Of correlated residuals more.
-CANNOT = {
-    "profiles": "use confint(method='wald') or confint(method='bootstrap')",
-    "Kenward-Roger degrees of freedom": "use ddf='satterthwaite'",
-    "refits without units": "use influence(method='fixed-theta'), or fit the table without the rows in question",
-    "sensitivities": "use influence(method='fixed-theta')",
-    "exact likelihood ratio tests": "use mixjax.compare(..., method='bootstrap')",
-    "second-order or bootstrap prediction errors": "use method='henderson'",
-    "resampling of residuals or cases": "use kind='parametric', and intervals other than 'bca'",
-    "scenarios": "use fit.simulate() and fit.refit_many(), or bootstrap()",
-}
+# What fits with correlated residuals, and those without random terms, do not have besides.
 CANNOT_CORRELATED = {
     "refits without units": "fit the table without the rows in question",
     "influence": "fit the table without the rows in question",
