@@ -308,10 +308,16 @@ def test_new_places_of_known_and_of_unknown_animals():
     close(alone["std_error"], np.sqrt(x @ fit.vcov.to_numpy() @ x + sd_a**2 + sd**2 + sigma**2), 1e-8)
 
 
-def test_too_many_new_places(monkeypatch):
+def test_many_new_places_go_in_parts(monkeypatch):
+    new = {"x": np.zeros(5), "u": np.arange(5.0), "v": np.zeros(5)}
+    whole = fitted("exp").predict(new, interval="confidence")
     monkeypatch.setattr("mixjax.fitted.kernels.MOST_NEW", 2)
-    with pytest.raises(mj.DataError, match="predict in parts"):
-        fitted("exp").predict({"x": np.zeros(3), "u": np.arange(3.0), "v": np.zeros(3)})
+    parts = fitted("exp").predict(new, interval="confidence")
+    close(parts, whole, 1e-9)
+    assert list(parts.index) == list(whole.index)
+    monkeypatch.setattr("mixjax.fitted.kernels.MOST_LEVELS", 51)
+    with pytest.raises(mj.DataError, match="51 in all"):
+        fitted("exp").predict(new)
 
 
 def test_satterthwaite():
@@ -472,6 +478,7 @@ BAD = {
     "y ~ x + exp(w | 1)": "there is no column 'w'",
     "y ~ x + exp(u | site2/x)": "one grouping factor",
     "y ~ x + exp(u | u)": "cannot be in the grouping factor too",
+    "y ~ x + exp(0 | 1)": "names no column",
     "y ~ x + exp(u + v | 1) + exp(u + v | 1)": "two random terms with the same levels",
 }
 

@@ -440,3 +440,18 @@ def test_linear_and_generalised_fits_stand_side_by_side():
     assert cells["Family"] == ["gaussian", "binomial (logit)"]
     assert cells["Estimated by"] == ["REML", "Laplace"]
     assert any("cannot be compared" in note for note in both.notes)
+
+
+def test_fits_of_repeated_measures_keep_their_degrees_of_freedom():
+    data = mj.datasets.load("fev").dropna(subset="FEV1")
+    formula = "FEV1 ~ ARMCD * AVISIT + ar1h(AVISIT | USUBJID)"
+    roger, plain = mj.mmrm(formula, data, ddf="kenward-roger"), mj.mmrm(formula, data)
+    both = mj.table([roger, plain], "p")
+    for column, fit in zip(both.to_frame(), (roger, plain), strict=True):
+        values = both.to_frame().loc["fixed", column].unstack()["p_value"]
+        np.testing.assert_allclose(
+            values[list(fit.fixef.index)], fit.tidy().set_index("term")["p_value"][list(fit.fixef.index)], rtol=1e-10
+        )
+    assert "(1): kenward-roger degrees of freedom" in str(both)
+    assert "kenward-roger degrees of freedom" in str(mj.table(roger))
+    assert "satterthwaite degrees of freedom" in str(mj.table(roger, "p", ddf="satterthwaite"))

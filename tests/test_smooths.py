@@ -151,7 +151,7 @@ def test_one_for_every_level_of_a_factor():
         np.testing.assert_allclose(found["estimate"], wanted[level]["fit"], atol=1e-8)
         np.testing.assert_allclose(found["std_error"], wanted[level]["se"], rtol=1e-8)
     np.testing.assert_allclose(fit.smooths()["edf"], wanted["edf"], rtol=1e-8)
-    with pytest.raises(ValueError, match="there is no smooth None; there are 's"):
+    with pytest.raises(ValueError, match="name the smooth; there are 's"):
         fit.smooth()
     with pytest.raises(mj.DataError, match=r"\['c'\]|'c'"):
         fit.predict({"x": [0.5], "f": ["c"], "g": ["g01"]})

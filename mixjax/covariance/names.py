@@ -81,6 +81,11 @@ def dimensions_of(name: object) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found and found[1] in DIMENSIONS else None
 
 
+def name_of(structure: Structure) -> str:
+    """The name of a structure in :data:`STRUCTURES`, or that of its class."""
+    return next((name for name, kind in STRUCTURES.items() if type(structure) is kind), type(structure).__name__)
+
+
 def structure_of(name: str | Structure | Covariance, q: int) -> Structure:
     """The structure of a name, or the structure itself, for q effects. Of one effect there is only one.
 

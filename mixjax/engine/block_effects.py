@@ -447,11 +447,24 @@ class Crossed:
                     found[i, j] = by_level + (KJ[i] * KJ[j].T).sum()
                 elif first:
                     found[i, j] = found[j, i] = (grams[i] * sides[j]).sum()
-                elif not other:
-                    found[i, j] = sum(
-                        (gain.N22[np.ix_(b, u)] * gain.N22[np.ix_(a, v)]).sum() for u, v in spot for a, b in other_spot
-                    )
+        self._fill_dense(found, gain.N22)
         return found
+
+    def _fill_dense(self, found: Array, N22: Array) -> None:
+        """The entries of dense factors among each other: sums of products of blocks, of all effects of two factors at
+        once."""
+        of_factor: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+        for i, (f, pair) in enumerate(self.pairs):
+            if f != self.first:
+                of_factor.setdefault(f, []).append((i, pair))
+        at = {f: np.stack(self._dense_at(f)) for f in of_factor}  # (q, m)
+        for f, own in of_factor.items():
+            for g, others in of_factor.items():
+                block = N22[at[g].ravel()[:, None], at[f].ravel()].reshape(*at[g].shape, *at[f].shape)
+                sums = np.einsum("bxuy,axvy->bauv", block, block, optimize=True)
+                for i, (u, v) in own:
+                    for j, (a, b) in others:
+                        found[i, j] = sum(sums[d, c, s, t] for s, t in orders_of(u, v) for c, d in orders_of(a, b))
 
 
 def crossed(rows: FamilyRows) -> Crossed:

@@ -145,7 +145,7 @@ def table(
     """
     if hasattr(stat, "record"):
         raise ValueError("several fits are given as one list, table([m0, m1]), or with their names, table({'A': m0})")
-    records, names = _models(fits, names)
+    records, names, own_ddf = _models(fits, names)
     if stat is not None and stat not in STATISTICS:
         raise ValueError(f"stat must be one of {', '.join(map(repr, STATISTICS))} or None, got {stat!r}")
     if not isinstance(stars, bool | np.bool_):
@@ -158,8 +158,10 @@ def table(
     check_level(level)
     digits = check_count("digits", digits, 1, 12)
     needs_df = stat in ("ci", "p") or bool(stars)
-    method = "satterthwaite" if ddf is None and needs_df else ddf
-    fixed = _side_by_side([_fixed(record, method, level, exponentiate) for record in records])
+    methods = [_ddf_of(ddf, own, needs_df) for own in own_ddf]
+    fixed = _side_by_side(
+        [_fixed(record, method, level, exponentiate) for record, method in zip(records, methods, strict=True)]
+    )
     random = _side_by_side([_random(record) for record in records])
     groups = _side_by_side([_groups(record) for record in records])
     whole = [_whole(record) for record in records]
@@ -196,7 +198,7 @@ def table(
             rows.append([label, *("yes" if flag else "no" for flag in flags)])
     index = pd.MultiIndex.from_tuples(list(numbers), names=["part", "row", "value"])
     frame = pd.DataFrame(np.array(list(numbers.values()), dtype=float), index=index, columns=list(names))
-    notes = [*_how(stat, method, level, bool(stars), records), *_warnings(records, names, method)]
+    notes = [*_how(stat, methods, level, bool(stars), records, names), *_warnings(records, names, methods)]
     if exponentiate:
         notes.insert(0, "fixed effects are ratios of odds (logit), of means (log) or of hazards (cloglog)")
         if any(record.labels.psi for record in records if isinstance(record, GeneralizedFitted)):
@@ -231,8 +233,16 @@ def _check_ratios(records: Sequence[AnyRecord], names: Sequence[str]) -> None:
             )
 
 
-def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyRecord], list[str]]:
-    """Records and names of one fit, some, or a dict."""
+def _ddf_of(asked: str | None, own: str | None, needs_df: bool) -> str | None:
+    """The degrees of freedom of one fit: those asked for, else its own, else Satterthwaite's where some are needed."""
+    if asked is not None:
+        return asked
+    return own if needs_df or own != "satterthwaite" else None
+
+
+def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyRecord], list[str], list[str | None]]:
+    """Records and names of one fit, some, or a dict; and the degrees of freedom of each for its tests, of fits of
+    repeated measures their own."""
     if isinstance(fits, Mapping):
         if names is not None:
             raise ValueError("names= is for a list of fits; the keys of a dict are their names")
@@ -241,16 +251,20 @@ def _models(fits: Any, names: Sequence[str] | None) -> tuple[list[AnyRecord], li
         fits = [fits]
     found = [getattr(fit, "record", fit) for fit in fits]
     records = [record if isinstance(record, RepeatedFitted) else any_record_of(record) for record in found]
+    repeated = [isinstance(record, RepeatedFitted) for record in records]
+    ddf = [
+        getattr(fit, "ddf", "satterthwaite") if r else "satterthwaite" for fit, r in zip(fits, repeated, strict=True)
+    ]
     if not records:
         raise ValueError("there are no fits; give one or more, as mixjax.lmm, glmm or mmrm returns them")
     if names is None:
-        return records, [f"({i + 1})" for i in range(len(records))]
+        return records, [f"({i + 1})" for i in range(len(records))], ddf
     names = [names] if isinstance(names, str) else list(map(str, names))
     if len(names) != len(records):
         raise ValueError(f"names must be one for each of the {len(records)} fits, got {listed(names)}")
     if len(set(names)) < len(names):
         raise ValueError(f"names must be different, got {listed(names)}")
-    return records, names
+    return records, names, ddf
 
 
 # --- numbers of one fit ---------------------------------------------------------------------------------------------
@@ -402,22 +416,30 @@ def _placed(texts: Sequence[str], found: Sequence[Any]) -> list[str]:
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 
-def _how(stat: str | None, ddf: str | None, level: float, stars: bool, records: Sequence[AnyRecord]) -> list[str]:
+def _how(
+    stat: str | None, ddf: Sequence[str | None], level: float, stars: bool, records: Sequence[AnyRecord],
+    names: Sequence[str],
+) -> list[str]:  # fmt: skip
     """The statistics below the estimates, and their method."""
     parts = []
     if stat is not None:
         what = STATISTICS[stat][1]
         parts.append(f"{100 * level:g} % {what}" if stat == "ci" else what)
-    if ddf is not None:
-        linear = [not isinstance(record, GeneralizedFitted) for record in records]
-        parts += [ddf_note(ddf)] * any(linear) + ["z tests of generalised models"] * (not all(linear))
+    linear = [not isinstance(record, GeneralizedFitted) for record in records]
+    used = {name: own for name, own, is_linear in zip(names, ddf, linear, strict=True) if is_linear and own}
+    if len(set(used.values())) == 1:
+        parts.append(ddf_note(next(iter(used.values()))))
+    else:
+        parts += [f"{name}: {ddf_note(own)}" for name, own in used.items()]
+    if any(own is not None for own in ddf):
+        parts += ["z tests of generalised models"] * (not all(linear))
     return [", ".join(parts)] * bool(parts) + ["* p < 0.05, ** p < 0.01, *** p < 0.001"] * stars
 
 
-def _warnings(records: Sequence[AnyRecord], names: Sequence[str], ddf: str | None) -> list[str]:
+def _warnings(records: Sequence[AnyRecord], names: Sequence[str], methods: Sequence[str | None]) -> list[str]:
     """Notes on the fits, one by one and beside each other."""
     notes = []
-    for record, name in zip(records, names, strict=True):
+    for record, name, ddf in zip(records, names, methods, strict=True):
         if not record.estimates.converged:
             notes.append(f"{name} NOT CONVERGED: {record.optimizer.message}")
         if record.estimates.singular:

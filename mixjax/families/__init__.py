@@ -261,6 +261,11 @@ def _named(family: Any, link: str | None) -> Family:
         raise ValueError(
             f"{family!r}, with variance proportional to the mean, is not here; 'nbinom' is NB2: mu + mu^2 / size"
         )
+    if plain.startswith(("truncated", "hurdle")):
+        raise ValueError(
+            f"{family!r} is not here: no truncated and no hurdle families; zero inflation is ziformula=, and a density "
+            "of one's own is mixjax.families.custom"
+        )
     if plain not in _SPELLINGS:
         near = difflib.get_close_matches(plain, _SPELLINGS, n=1)
         hint = f"; did you mean {_SPELLINGS[near[0]]!r}?" if near else ""

@@ -53,6 +53,10 @@ BESIDE_ZEROS = (
     "explanation turns into the other Laplace's approximation breaks: try fewer random effects, ziformula='~ 1', or "
     "start= with small standard deviations"
 )
+POISSON = (
+    "the size of the negative binomial family runs to infinity: the counts vary no more than Poisson ones do, so take "
+    "family='poisson'"
+)
 RESIDUALS = ("response", "pearson", "deviance", "working")
 
 
@@ -363,6 +367,8 @@ def _message(est: GLMMEstimates, rows: FamilyRows, design: Design, labels: Label
         )
         if options:
             return "; and ".join(CURES[option] for option in options)
+        if family.plain.name == "nbinom" and float(np.min(rows.psi_by_row(est.psi)[0])) > ENDLESS[0]:
+            return POISSON
     if result != Result.UNBOUNDED and family.plain is not family:
         return f"{result.message}; {BESIDE_ZEROS}"
     found = separation_of(design, labels, family.name)

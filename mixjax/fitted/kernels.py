@@ -21,14 +21,14 @@ from mixjax.fitted.parameters import VarianceParameters
 from mixjax.fitted.record import Fitted, fit_rows
 from mixjax.fitted.search_end import OptimizerInfo, warn_of_convergence
 from mixjax.formula.random_terms import new_places
-from mixjax.formula.reading import column_names
+from mixjax.formula.reading import column_names, to_pandas
 from mixjax.machine import silently
 from mixjax.optimise.results import Result
 from mixjax.products.rows import Rows, rows_of
 from mixjax.relationship import MOST_LEVELS
 from mixjax.residual.transform import Natural
 
-# New places of one prediction.
+# Rows of a new table whose places are made known at once.
 MOST_NEW = 2000
 
 
@@ -95,6 +95,15 @@ class KernelFitted(FurtherFitted):
         )
 
     # --- other places -----------------------------------------------------------------------------------------------
+
+    def in_parts(self, newdata: Any) -> list[Any] | None:
+        available = column_names(newdata)
+        if not all(name in available for part in self.labels.state.parsed.random for name in part.group.columns):
+            return None
+        frame = to_pandas(newdata, available)
+        if len(frame) <= MOST_NEW:
+            return None
+        return [frame.iloc[i : i + MOST_NEW] for i in range(0, len(frame), MOST_NEW)]
 
     def knowing(self, newdata: Any) -> Fitted:
         """The same fit with the places of a new table among its levels, which no row of the fit is at: their effects
@@ -193,8 +202,8 @@ def _warn_of_bounds(record: KernelFitted) -> None:
 
 
 def _check_number(group: str, new: int, known: int) -> None:
-    if new > MOST_NEW or new + known > MOST_LEVELS:
+    if new + known > MOST_LEVELS:
         raise DataError(
-            f"newdata has {new} places that '{group}' does not know, and {known} are known: at most {MOST_NEW} new "
-            f"ones at a time, {MOST_LEVELS} in all, because all of them make one dense matrix; predict in parts"
+            f"newdata has {new} places that '{group}' does not know, and {known} are known: {MOST_LEVELS} in all at a "
+            "time, because all of them make one dense matrix; predict fewer rows at a time"
         )

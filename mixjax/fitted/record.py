@@ -174,6 +174,10 @@ class Fitted(FitStatistics):
         """``(m,)`` residual variances of new rows, relative to sigma^2, from weights and columns of the dispersion."""
         return np.ones(m) if weights is None else 1.0 / weights
 
+    def in_parts(self, newdata: Any) -> list[Any] | None:
+        """The rows of a new table in parts, where they are too many to be known at once; else None."""
+        return None
+
     def knowing(self, newdata: Any) -> Fitted:
         """The same fit with levels of a new table that follow from where they are; itself where there are none."""
         return self

@@ -351,12 +351,16 @@ def kernel_part(piece: Piece, name: str, inner: Piece, options: list[Piece]) -> 
     left, right = sides
     names = []
     for part in left.split("+"):
+        if str(part) == "0":  # as glmmTMB writes it, exp(0 + u + v | g)
+            continue
         if len(part.tokens) != 1 or part.tokens[0].kind not in ("name", "quoted"):
             raise FormulaError(
                 f"'{piece}': before the bar stand the columns that say where a level is, {name}(u + v | ...), not "
                 f"'{part}'; make a column of it first. The effect itself is the intercept of a place"
             )
         names.append(part.tokens[0].text.strip("`"))
+    if not names:
+        raise FormulaError(f"'{piece}' names no column that says where a level is: write {name}(u + v | ...)")
     if len(set(names)) < len(names):
         raise FormulaError(f"'{piece}' names a column twice")
     if name == "ou" and len(names) > 1:
@@ -393,8 +397,8 @@ def _smoothness(piece: Piece, name: str, options: list[Piece]) -> float | None:
 
 def _no_structure(name: str, written: str) -> FormulaError:
     return FormulaError(
-        f"there is no covariance structure '{name}' ('{written}'); there are {', '.join(STRUCTURES)}, and those of "
-        "one's own (mixjax.Covariance)"
+        f"there is no covariance structure '{name}' ('{written}'); there are {', '.join(STRUCTURES)}, propto, by "
+        f"distance {', '.join(KERNELS)}, and those of one's own (mixjax.Covariance)"
     )
 
 

@@ -96,8 +96,8 @@ def expressions_of(part: SmoothPart, frame: pd.DataFrame) -> list[tuple[str, Exp
         column = frame[part.by]
         if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             raise DataError(
-                f"'{part.text}': by = {part.by} is numeric, and smooths are by the levels of a factor: make a "
-                "categorical column of it"
+                f"'{part.text}': by = {part.by} is numeric, and smooths are by the levels of a factor, a "
+                "categorical column; a coefficient of a number that varies along the smooth is not here (mgcv has it)"
             )
         codes, found = level_names(column)
         levels = [found[code] for code in np.unique(codes)]

@@ -89,6 +89,10 @@ def predict(
     """
     _check_arguments(allow_new_levels, interval, level, method, key, n)
     if newdata is not None:
+        parts = fitted.in_parts(newdata)
+        if parts is not None:
+            found = [predict(fitted, p, random, allow_new_levels, interval, level, method, key, n) for p in parts]
+            return pd.concat(found)
         fitted = fitted.knowing(newdata)
     included = effects_included(fitted.labels, random)
     whole = "interval of a new response" if interval == "prediction" else None

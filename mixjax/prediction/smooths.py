@@ -110,7 +110,8 @@ def smooth_curve(
     key = "" if name is None else "".join(str(name).split())
     found = next((place for own, place in places.items() if "".join(own.split()) == key), None)
     if found is None:
-        raise ValueError(f"there is no smooth {name!r}; there are {', '.join(map(repr, places))}")
+        which = "name the smooth" if name is None else f"there is no smooth {name!r}"
+        raise ValueError(f"{which}; there are {', '.join(map(repr, places))}")
     state: FormulaState = fitted.labels.state
     smooth = found.part.smooth
     assert smooth is not None

@@ -135,6 +135,12 @@ def _unknown(name: str, labels: Labels) -> NoReturn:
             f"there is no fixed effect '{name}': '{level.rstrip(']')}' is the base level of '{factor}', which the "
             f"others are differences from, or none of its levels; there are {', '.join(others)}"
         )
+    straight = [effect for effect in labels.fixed if effect.startswith(f"{name}.fx")]
+    if straight:
+        raise ValueError(
+            f"'{name}' is a smooth: {', '.join(straight)} is its straight part, and its curve is a random term. "
+            "ranova() and mixjax.exact_rlrt test the curve against the straight line, mixjax.compare the whole term"
+        )
     known = known_names(labels)
     close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
     suggested = dict.fromkeys(repr(labels.fixed[known[spelling]]) for spelling in close)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixjax.covariance.names import name_of
 from mixjax.estimation.glmm_held import ConditionalFit, HeldSearch, Parameter, unconditional
 from mixjax.estimation.glmm_held_quadrature import HeldQuadrature
 from mixjax.fitted.generalized import GeneralizedFitted
@@ -70,8 +71,8 @@ def refusal(fitted: GeneralizedFitted) -> str | None:
         return "it was fitted with nagq=0, whose fixed effects are not at the minimum"
     if fitted.nagq > 1 and fitted.layout.qs != (1,):
         return f"it was fitted with nagq={fitted.nagq}, and quadrature has profiles of one random effect a level"
-    if not all(structure.has_charts for structure in fitted.layout.structures):
-        return "a covariance structure other than unstructured or diagonal"
+    if (other := next((s for s in fitted.layout.structures if not s.has_charts), None)) is not None:
+        return f"a covariance structure other than unstructured or diagonal ({name_of(other)})"
     if not fitted.estimates.converged:
         return "the fit did not converge, so there is no minimum to begin at"
     return None

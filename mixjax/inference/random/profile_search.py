@@ -19,6 +19,7 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax import linalg
 from mixjax.covariance import Structure, pairs_of
+from mixjax.covariance.names import name_of
 from mixjax.decompositions import ROTATIONS_UP_TO
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
@@ -62,8 +63,8 @@ def refusal(stats: CrossProducts) -> str | None:
     """Why a model's deviance cannot be minimised here; None where it can."""
     if not has_closed_form(stats) and not in_lanes_held(stats):
         return f"more than {most_dense_held(stats)} effects beside those of the largest factor"
-    if not all(s.has_charts for s in stats.layout.structures):
-        return "a covariance structure other than unstructured or diagonal"
+    if (other := next((s for s in stats.layout.structures if not s.has_charts), None)) is not None:
+        return f"a covariance structure other than unstructured or diagonal ({name_of(other)})"
     return None
 
 
