@@ -36,7 +36,8 @@ def cross_products_from(
             folder of them (extra ``parquet``), a pyarrow dataset, or a dask data frame.
         formula: as for :func:`mixjax.lmm`. Expressions must be functions of one row: ``log(x)``, not ``center(x)``.
         weights, offset: names of columns.
-        categories: all categories of columns that the effects read as categories. Otherwise a source that can be read
+        categories: all categories of columns that the effects read as categories, and all levels of grouping factors,
+            also those that no row has: parts with the same ones can be added. Otherwise a source that can be read
             twice is, and of one that cannot the first chunk must show them all. Levels of grouping factors may first
             appear in any chunk.
         contrasts: as for :func:`mixjax.lmm`.
@@ -100,7 +101,8 @@ def cross_products_from(
     if not stats.yy > 1e-20 * max(1.0, float(np.abs(sums.level)) ** 2) * sums.n:
         raise DataError(f"the fixed effects reproduce the response '{reader.parsed.response}' exactly")
     order = sorted(range(len(terms)), key=lambda t: -len(terms[t].levels))
-    stats = _in_order(stats, order)
+    named = (names, *(terms[t].levels for t in order))
+    stats = replace(_in_order(stats, order), names=named)
     labels = Labels(
         formula=formula,
         response=reader.parsed.response.shown,

@@ -218,3 +218,36 @@ def test_a_file_that_is_no_parquet_file(tmp_path):
     mj.datasets.load("sleepstudy").to_csv(path, index=False)
     with pytest.raises(mj.DataError, match=r"sleep.csv' is no parquet file.* pandas.read_csv\('.*sleep.csv'\)"):
         mj.lmm("Reaction ~ Days + (Days | Subject)", path)
+
+
+def parts_of_groups():
+    rng = np.random.default_rng(1)
+    data = pd.DataFrame({"g": np.repeat(np.arange(20), 10), "x": rng.normal(size=200)})
+    return data.assign(y=data["x"] + 2 * rng.normal(size=20)[data["g"]] + rng.normal(size=200))
+
+
+def test_sums_of_other_levels_are_not_added():
+    data = parts_of_groups()
+    halves = [mj.cross_products_from([own], "y ~ x + (1 | g)")[0] for own in (data[data.g < 10], data[data.g >= 10])]
+    with pytest.raises(ValueError, match=r"other columns or levels cannot be added \(0, 1, 2, 3, 4 in one"):
+        sum(halves)
+
+
+def test_parts_with_all_levels_add_up():
+    data = parts_of_groups()
+    every = {"g": list(range(20))}
+    halves = [
+        mj.cross_products_from([own], "y ~ x + (1 | g)", categories=every)[0]
+        for own in (data[data.g < 10], data[data.g >= 10])
+    ]
+    whole = mj.lmm("y ~ x + (1 | g)", data)
+    with jax.enable_x64():
+        est = mj.estimate(halves[0] + halves[1])
+    assert float(est.criterion) == pytest.approx(whole.criterion, rel=1e-10)
+    np.testing.assert_allclose(est.beta, whole.fixef, rtol=1e-7)
+
+
+def test_a_group_that_is_text_in_one_chunk():
+    data = parts_of_groups()
+    with pytest.raises(mj.DataError, match="column 'g' holds text in one chunk"):
+        mj.lmm("y ~ x + (1 | g)", [data[:100], data[100:].assign(g=lambda d: d["g"].astype(str))])

@@ -10,6 +10,7 @@ import numpy as np
 
 from mixjax.design import AnyArray, Design
 from mixjax.forks import refuse_forked
+from mixjax.machine import is_concrete
 
 
 def predict(est: Any, design: Design) -> AnyArray:
@@ -27,7 +28,8 @@ def predict(est: Any, design: Design) -> AnyArray:
         ``(n,)`` means.
 
     Raises:
-        ValueError: columns, levels or effects of the design are not those of the estimates.
+        ValueError: columns, levels or effects of the design are not those of the estimates. Where groups are traced,
+            rows of a level that there is not are NaN.
 
     Example:
         >>> import mixjax as mj, numpy as np
@@ -54,6 +56,15 @@ def predict(est: Any, design: Design) -> AnyArray:
     mean = xp.asarray(design.X) @ xp.asarray(est.beta)
     if design.offset is not None:
         mean = mean + xp.asarray(design.offset)
-    for term, b in zip(design.terms, est.b, strict=True):
-        mean = mean + (xp.asarray(term.Z) * xp.asarray(b)[xp.asarray(term.group)]).sum(axis=-1)
+    for t, (term, b) in enumerate(zip(design.terms, est.b, strict=True)):
+        group = xp.asarray(term.group)
+        there = (group >= 0) & (group < term.n_groups)
+        if is_concrete(term.group) and not np.asarray(there).all():
+            bad = int(np.asarray(group)[~np.asarray(there)][0])
+            raise ValueError(
+                f"terms[{t}].group has level {bad}, and the estimates have 0 .. {term.n_groups - 1}: a new level has "
+                "random effects of zero, so give its rows Z = 0 and any level"
+            )
+        effects = xp.where(there[..., None], xp.asarray(b)[xp.clip(group, 0, term.n_groups - 1)], xp.nan)
+        mean = mean + (xp.asarray(term.Z) * effects).sum(axis=-1)
     return mean

@@ -13,6 +13,7 @@ import pandas as pd
 from mixjax.bases import Orthonormal, orthonormal_columns
 from mixjax.checks import DataError, FormulaError, some_of, warn
 from mixjax.design import Design, Labels, RandomTerm
+from mixjax.families import family_of
 from mixjax.formula.algebra import Effects
 from mixjax.formula.checks import (
     check_noise,
@@ -100,6 +101,7 @@ def build_design(
         ((180, 2), ('Intercept', 'Days'))
     """
     caller = caller_context() if context is None else context
+    family = family_of(family, linear=True) if isinstance(family, str) else family
     return build(formula, data, weights, offset, subset, contrasts, caller, trusted, family, size)[:2]
 
 

@@ -161,6 +161,8 @@ class ChunkReader:
     def begin(self, first: Any, categories: Mapping[str, list[Any]]) -> None:
         """Settle the columns by the first table and the categories of all tables."""
         self.categories = dict(categories)
+        for levels in self.groups.values():
+            levels.take(self.categories)
         frame = self.frame(first, count=False)
         if not len(frame):
             missing = to_pandas(first, self.used).isna().sum()
@@ -342,6 +344,12 @@ class Levels:
         """Number of levels so far."""
         return len(self.combinations[-1] if self.combinations else self.values[0])
 
+    def take(self, categories: Mapping[str, list[Any]]) -> None:
+        """All levels of a factor of one column where they are said, also those that no row will show."""
+        (column, *others) = self.group.columns
+        if column in categories and not others:
+            self.values[0], self.ordered[0] = pd.Index(categories[column]), list(categories[column])
+
     def codes(self, frame: pd.DataFrame) -> np.ndarray:
         """The level of every row; new ones get the next numbers."""
         codes = self._codes_of(0, frame)
@@ -360,7 +368,14 @@ class Levels:
             codes, self.values[k] = _number(own, np.asarray(categories, object)[used], self.values[k])
         else:
             own, values = pd.factorize(column)
-            codes, self.values[k] = _number(own, values, self.values[k])
+            known = self.values[k]
+            if len(known) and len(values) and isinstance(values[0], str) != isinstance(known[0], str):
+                text = values[0] if isinstance(values[0], str) else known[0]
+                raise DataError(
+                    f"column '{self.group.columns[k]}' holds text in one chunk ({text!r}) and numbers in another: read "
+                    "it as one of the two in all chunks"
+                )
+            codes, self.values[k] = _number(own, values, known)
         return codes
 
     def order(self) -> np.ndarray:

@@ -183,6 +183,12 @@ def rows(design: Design, family: Family | str, y: AnyArray | None = None) -> Fam
     response = design.y if y is None else y
     if np.shape(response)[-1:] != np.shape(design.X)[:1] or np.ndim(response) not in (1, 2):
         raise ValueError(f"y has shape {np.shape(response)}, but X has {np.shape(design.X)[0]} rows: (n,) or (B, n)")
+    counts = known.plain.name == "binomial" and design.size is None and is_concrete(response)
+    if counts and np.asarray(response).max(initial=0.0) >= 2.0:
+        raise ValueError(
+            f"y goes up to {np.asarray(response).max():g}, and a binomial response without size is 0 or 1: give the "
+            "design's size, the numbers of trials"
+        )
     return rows_in(design, known, response)
 
 

@@ -7,7 +7,7 @@ They are additive over rows: ``a + b`` holds the rows of both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +141,8 @@ class CrossProducts:
         known: per factor ``T (levels, r)`` where its levels have a known covariance K, else None; ``()`` where none
             has. Its products are then those of r independent effects u, and the levels' own are ``b = T u``, ``T T' =
             K`` as far as rows see it (:mod:`mixjax.products.known`).
+        names: of the columns of X and of the levels of every term, where they were read from tables, so that sums of
+            other levels are not added; lost by whatever JAX does with the arrays.
 
     Many responses of one design stand in a leading axis of Zy, Xy, yy, beta0 and the classes; many designs in one of
     every leaf (:func:`stack`).
@@ -159,6 +161,7 @@ class CrossProducts:
     layout: Layout
     classes: ClassProducts | None = None
     known: tuple[AnyArray | None, ...] = ()
+    names: tuple[tuple[str, ...], ...] | None = field(default=None, compare=False, repr=False)
 
     def transform_of(self, f: int) -> AnyArray | None:
         """T of a factor, or None where its levels are independent."""
@@ -205,6 +208,7 @@ jax.tree_util.register_dataclass(
         "known",
     ],
     meta_fields=["layout"],
+    drop_fields=["names"],
 )
 
 
@@ -224,6 +228,14 @@ def add(a: CrossProducts, b: CrossProducts) -> CrossProducts:
         raise TypeError("cross-products are added outside jit: which levels occur together is looked up in the data")
     if [f.ZZ.shape for f in a.factors] != [f.ZZ.shape for f in b.factors] or a.layout.terms != b.layout.terms:
         raise ValueError("cross-products of different structure cannot be added: same terms and same levels are needed")
+    if a.names and b.names and a.names != b.names:
+        here, there = next((x, y) for x, y in zip(a.names, b.names, strict=True) if x != y)
+        apart = [name for name in dict.fromkeys((*here, *there)) if (name in here) != (name in there)]
+        what = f"{', '.join(apart[:5])} in one of them only" if apart else "in another order"
+        raise ValueError(
+            f"cross-products of other columns or levels cannot be added ({what}): give both the same, also those that "
+            "no row of a part has, by cross_products_from(..., categories={'g': [...]}), or read all chunks in one call"
+        )
     if a.known or b.known:
         raise ValueError(
             "cross-products of levels with a known covariance cannot be added: they are those of its eigenvectors, "

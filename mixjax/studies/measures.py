@@ -140,14 +140,40 @@ def _of(
     prefix = f"{model}::" if model else ""
     if f"{prefix}se({name})" in columns:
         se, df = columns[f"{prefix}se({name})"], columns[f"{prefix}df({name})"]
-        found |= {
-            "model_se": lambda: model_se(se[there]),
-            "relative_error_se": lambda: relative_error_se(value, se[there]),
-        }
+        with_se = se[there & ~np.isnan(se)]
+        if len(with_se):
+            found |= {
+                "model_se": lambda: model_se(with_se),
+                "relative_error_se": lambda: relative_error_se(value, with_se),
+            }
         tested = there & ~np.isnan(df)
         if known and tested.any():
             found["coverage"] = lambda: proportion(covers(x[tested], se[tested], df[tested], truth[name], level))
     return [(name, measure, found[measure]()) for measure in measures if measure in found]
+
+
+def untested(frame: pd.DataFrame) -> tuple[str, ...]:
+    """A note where converged fits have no standard error or no test, which these measures then leave out."""
+    own = frame[
+        frame["measure"].isin(["model_se", "coverage", "rejection"]) & ~frame["term"].str.endswith(" (mixture)")
+    ]
+    keys = [name for name in frame.columns if name not in ("measure", "value", "mcse", "replicates")]
+    every = frame[frame["measure"].isin(["mean", "bias", "empirical_se"])]
+    if own.empty or every.empty:
+        return ()
+    both = (
+        own.groupby(keys, dropna=False)["replicates"]
+        .min()
+        .to_frame("tested")
+        .join(every.groupby(keys, dropna=False)["replicates"].max().rename("fitted"), how="inner")
+    )
+    lost = (both["fitted"] - both["tested"]).max()
+    if not lost > 0:
+        return ()
+    return (
+        f"up to {int(lost)} converged fits of a cell have no standard error or degrees of freedom: model_se, coverage "
+        "and rejection are of the others (column replicates)",
+    )
 
 
 def split(column: str) -> tuple[str, str]:

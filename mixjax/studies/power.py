@@ -357,11 +357,10 @@ def _search(
 
 
 def _smallest(curve: Curve | None, table: pd.DataFrame, name: str, sizes: list[int], target: float) -> int | None:
-    """Smallest allowed size with enough power, by the curve; by the table where there is no curve."""
-    if curve is not None and curve.slope > 0:
-        enough = [size for size in sizes if curve.power(size) >= target]
-    else:
-        enough = sorted(int(size) for size in table.loc[table["power"] >= target, name])
+    """Smallest allowed size with enough power, by the curve; by the table where there is no curve, or where this falls
+    short at a size that was simulated and has enough."""
+    enough = [size for size in sizes if curve.power(size) >= target] if curve is not None and curve.slope > 0 else []
+    enough = enough or sorted(int(size) for size in table.loc[table["power"] >= target, name])
     return enough[0] if enough else None
 
 

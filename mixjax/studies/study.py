@@ -33,7 +33,7 @@ from mixjax.sampling.priors import Priors
 from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import cell_of, combinations, named, source_of, warn_of_ignored
-from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise
+from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise, untested
 from mixjax.studies.outcomes import BLOCK, outcomes
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
@@ -147,12 +147,16 @@ class Study(Reported):
 
     def _summary(self) -> tuple[str, pd.DataFrame, list[str]]:
         """The line above, measures by cell, model and term, and the lines below."""
-        frame = self.to_frame(("bias", "empirical_se", "model_se", "coverage", "rejection"))
+        frame = self.to_frame(("mean", "bias", "empirical_se", "model_se", "coverage", "rejection"))
+        missing = untested(frame)
         # As text where a value is none, or cannot be compared: a row of the table must not be lost.
         for name in self.cells.columns:
             frame[name] = [v if isinstance(v, str | int | float) and v == v else str(v) for v in frame[name]]
         index = [*self.cells.columns, *(["model"] if (frame["model"] != "").any() else []), "term"]
         wide = frame.pivot_table(index=index, columns="measure", values="value", sort=False)
+        if "bias" in wide and "mean" in wide:  # where there is a truth the mean says nothing more
+            wide["mean"] = wide["mean"].where(wide["bias"].isna())
+            wide = wide.dropna(axis=1, how="all")
         columns = [m for m in MEASURES if m in wide]
         error = frame["mcse"].groupby(frame["measure"]).max()
         head = f"{self.replicates} replicates of {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
@@ -161,7 +165,7 @@ class Study(Reported):
         lines += [
             f"{int(counts['failed'].sum())} fits failed, {int(counts['singular'].sum())} are singular (see .counts)"
         ]
-        return head, wide[columns], [*lines, *self.notes]
+        return head, wide[columns], [*lines, *missing, *self.notes]
 
     __repr__ = __str__
 
