@@ -698,3 +698,20 @@ def test_a_variance_that_is_not_there_is_found_as_often_as_a_test_says():
                  progress=False)  # fmt: skip
     several = mj.study(none, {"a": "y ~ 1", "b": "y ~ Days"}, replicates=500, compared=[("a", "b")], progress=False)
     assert several.to_frame("rejection").query("term == 'b|a'")["value"].iloc[0] > 0.5
+
+
+def test_fits_without_tests_are_said():
+    """One patient in an arm or two: some fits converge without degrees of freedom."""
+    table = pd.DataFrame({"id": np.arange(14), "arm": np.where(np.arange(14) % 2, "b", "a")})
+    visits = pd.DataFrame({"visit": pd.Categorical(["w2", "w4", "w8"], ordered=True)})
+    plan = mj.trial(
+        "y ~ 0 + visit + visit:arm + us(visit | id)", table.merge(visits, how="cross"), beta=[0] * 6,
+        sd=[1, 1.1, 1.2], cor=("ar1", 0.6), dropout=[0.35, 0.35], dropout_slope=0.3,
+    )  # fmt: skip
+    found = mj.study(plan, "y ~ 0 + visit + visit:arm + us(visit | id)", replicates=300, key=1, progress=False)
+    frame = found.to_frame().set_index(["term", "measure"])
+    own = frame.loc["visit[w8]:arm[T.b]"]
+    assert np.isfinite(own.loc["model_se", "value"])
+    lost = own.loc["mean", "replicates"] - own.loc["rejection", "replicates"]
+    assert ("have no standard error or degrees of freedom" in str(found)) == (lost > 0)
+    assert lost > 0

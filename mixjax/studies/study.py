@@ -148,10 +148,10 @@ class Study(Reported):
     def _summary(self) -> tuple[str, pd.DataFrame, list[str]]:
         """The line above, measures by cell, model and term, and the lines below."""
         frame = self.to_frame(("mean", "bias", "empirical_se", "model_se", "coverage", "rejection"))
-        missing = untested(frame)
         # As text where a value is none, or cannot be compared: a row of the table must not be lost.
         for name in self.cells.columns:
             frame[name] = [v if isinstance(v, str | int | float) and v == v else str(v) for v in frame[name]]
+        missing = untested(frame)
         index = [*self.cells.columns, *(["model"] if (frame["model"] != "").any() else []), "term"]
         wide = frame.pivot_table(index=index, columns="measure", values="value", sort=False)
         if "bias" in wide and "mean" in wide:  # where there is a truth the mean says nothing more
