@@ -122,7 +122,8 @@ class Design:
     @property
     def has_kernels(self) -> bool:
         """Some levels are correlated by distance."""
-        return any(term.kernel is not None for term in self.terms)
+        terms = (self.terms,) if isinstance(self.terms, RandomTerm) else self.terms
+        return any(term.kernel is not None for term in terms)
 
     @property
     def structures(self) -> tuple[Structure, ...]:

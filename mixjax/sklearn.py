@@ -61,7 +61,9 @@ def _as_numbers(y: Any) -> np.ndarray:
     try:
         numbers = np.asarray(y, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the target must be numbers: {error}") from error
+        raise ValueError(
+            f"the target must be numbers: {error} (classes are for MixedClassifier and MixedEncoder(family='binomial'))"
+        ) from error
     if not np.isfinite(numbers).all():
         raise ValueError("Input y contains NaN or infinity: drop these rows first")
     return numbers

@@ -352,7 +352,7 @@ def test_a_crossed_design_with_structures():
 @pytest.mark.parametrize(
     ("formula", "message"),
     [
-        ("y ~ x + ou(0 + x | g)", "no covariance structure 'ou'.*there are us, diag"),
+        ("y ~ x + sph(0 + x | g)", "no covariance structure 'sph'.*there are us, diag"),
         ("y ~ x + cs(0 + x | g, hom = 1)", "only hom = TRUE"),
         ("y ~ x + toeplitz(x | g)", "no covariance structure 'toeplitz'"),
         ("y ~ x + homcs(x | g, hom = FALSE)", "'hom = FALSE'.*not understood"),

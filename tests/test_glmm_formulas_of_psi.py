@@ -582,7 +582,7 @@ def test_every_method_answers_or_says_why_not(both):
     for name, message in REFUSED.items():
         with pytest.raises(ValueError, match=message):
             getattr(both, name)()
-    others = {"bootstrap", "emtrends", "plot", "refit", "refit_many", "without"}
+    others = {"bootstrap", "emtrends", "plot", "refit", "refit_many", "without", "smooth", "smooths"}
     methods = {name for name in dir(both) if not name.startswith("_") and callable(getattr(both, name))}
     assert methods - {*ANSWERED, *REFUSED, *others} <= {"to_latex", "to_html", "to_markdown"}
     assert list(both.augment())[-1] == ".std_resid"
