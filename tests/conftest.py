@@ -23,15 +23,6 @@ os.environ.setdefault(
 # LLVM at its least, as JAX's own tests have it: compiling is most of what a test costs, what is compiled is the same.
 # tests/test_engines.py compiles as users do. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has all tests do so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Workers share the cores: threads of BLAS wait for each other by spinning, and where every worker has as many as there
-# are cores, small products take ten times the CPU time. Before NumPy is loaded.
-os.environ.update(
-    {
-        name: str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        if name not in os.environ and "PYTEST_XDIST_WORKER_COUNT" in os.environ
-    }
-)
 # Workers, the processes that they start and later runs share compiled programs: a program is found by what it computes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
 os.environ.setdefault("MIXJAX_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -57,7 +48,13 @@ MOST_PROGRAMS = 2**30
 ORACLES = sorted(path.stem.removeprefix("lmm_") for path in (HERE / "oracle").glob("lmm_*.json"))
 
 
-def pytest_configure():
+def pytest_configure(config):
+    # Workers share the cores: threads of BLAS wait for each other by spinning, and where every worker has as many as
+    # there are cores, small products take ten times the CPU time. Here, since a worker that gets so far as this file
+    # may have loaded NumPy already: plugins of installed packages do.
+    if workers := config.getoption("numprocesses", None):
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // workers)))
     own = HERE.parent / ".pytest_cache" / "programs"
     if "PYTEST_XDIST_WORKER" in os.environ or not own.exists():
         return
