@@ -14,9 +14,9 @@ import mixjax as mj
 from mixjax.covariance import STRUCTURES, Unstructured, structure_of
 from mixjax.sampling.charts import Chart
 from mixjax.sampling.density import _of_term, log_prior
+from mixjax.sampling.model_priors import TermPriors
 from mixjax.sampling.predictive import draw_parameters
 from mixjax.sampling.prior import LKJ, Prior
-from mixjax.sampling.priors import TermPriors
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 AGAINST_SCIPY = {

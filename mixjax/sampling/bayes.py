@@ -27,8 +27,9 @@ from mixjax.sampling import importance
 from mixjax.sampling.bayes_glmm import bayes_glmm
 from mixjax.sampling.chain import Method, Options, check_arguments, fixed_effects, sampled
 from mixjax.sampling.density import Data
+from mixjax.sampling.model_priors import ModelPriors
 from mixjax.sampling.posterior import Posterior
-from mixjax.sampling.priors import ModelPriors, Priors, default_priors
+from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import as_key, key_words
 from mixjax.waiting import Waiting
 

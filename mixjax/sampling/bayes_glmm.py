@@ -25,8 +25,9 @@ from mixjax.products.sizes import MOST_DENSE_DRAWS
 from mixjax.sampling import importance
 from mixjax.sampling.chain import Options, sampled
 from mixjax.sampling.glmm_posterior import GLMMPosterior
+from mixjax.sampling.model_priors import ModelPriors
 from mixjax.sampling.prior import Flat
-from mixjax.sampling.priors import ModelPriors, Priors, default_priors
+from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import as_key
 from mixjax.waiting import Waiting
 

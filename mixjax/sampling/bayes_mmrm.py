@@ -17,7 +17,8 @@ from mixjax.products.visits import visit_rows
 from mixjax.sampling import importance
 from mixjax.sampling.chain import Method, Options, check_arguments, fixed_effects, sampled
 from mixjax.sampling.mmrm_posterior import MMRMPosterior
-from mixjax.sampling.priors import ModelPriors, Priors, default_priors
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import as_key, key_words
 from mixjax.waiting import Waiting
 

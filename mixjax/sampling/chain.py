@@ -12,7 +12,8 @@ from mixjax.sampling import importance, nuts
 from mixjax.sampling.density import Data, look
 from mixjax.sampling.draws import Sampling
 from mixjax.sampling.mode import mode
-from mixjax.sampling.priors import ModelPriors, Priors
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.priors import Priors
 
 Method = Literal["nuts", "importance", "auto"]
 METHODS = ("nuts", "importance", "auto")

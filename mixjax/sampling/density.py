@@ -23,8 +23,9 @@ from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, check_products
 from mixjax.products.visits import visit_rows
 from mixjax.sampling.charts import Chart
+from mixjax.sampling.model_priors import ModelPriors, TermPriors
 from mixjax.sampling.prior import LKJ, Normal, log_of_logistic
-from mixjax.sampling.priors import ModelPriors, Priors, TermPriors
+from mixjax.sampling.priors import Priors
 
 # What the density may be of: cross-products; rows whose residuals have parameters; repeated measures; rows of a family.
 Data = CrossProducts | ResidualRows | VisitSums | FamilyTarget

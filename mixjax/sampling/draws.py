@@ -18,7 +18,9 @@ from mixjax.fitted.names import names_apart
 from mixjax.markup import Report, Reported
 from mixjax.sampling import convergence
 from mixjax.sampling.loo import Loo, loo_of
-from mixjax.sampling.priors import ModelPriors, Names, Priors
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import Names
+from mixjax.sampling.priors import Priors
 from mixjax.simulation import key_words
 from mixjax.tables import NotedTable, frame_report
 

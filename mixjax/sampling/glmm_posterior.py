@@ -24,8 +24,10 @@ from mixjax.sampling.effects import fresh_effects
 from mixjax.sampling.laplace_shift import LaplaceShift, laplace_shift
 from mixjax.sampling.laplace_shift import places_of as places_at
 from mixjax.sampling.loo import Loo
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import Names, names_of
 from mixjax.sampling.posterior import Posterior
-from mixjax.sampling.priors import ModelPriors, Names, Priors, names_of
+from mixjax.sampling.priors import Priors
 from mixjax.simulation import as_key, random_columns
 
 # Draws in one call of the programs.

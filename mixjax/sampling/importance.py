@@ -15,7 +15,7 @@ from scipy.special import gammaln
 
 from mixjax.sampling.density import Data, look
 from mixjax.sampling.mode import Mode
-from mixjax.sampling.priors import ModelPriors
+from mixjax.sampling.model_priors import ModelPriors
 from mixjax.sampling.psis import smoothed
 
 # Degrees of freedom of all proposals, proposals in one call of the program, in a round that fits the mixture, and for

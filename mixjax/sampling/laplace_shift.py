@@ -14,7 +14,7 @@ from mixjax.machine import float64, jit
 from mixjax.markup import Report, Reported
 from mixjax.products.family_rows import FamilyRows
 from mixjax.sampling.density import place_of
-from mixjax.sampling.priors import ModelPriors
+from mixjax.sampling.model_priors import ModelPriors
 from mixjax.sampling.psis import smoothed
 
 # k-hat of the weights, and shift of a mean in posterior standard deviations, beyond which draws are not to be trusted.

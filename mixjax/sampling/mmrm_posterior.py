@@ -17,7 +17,9 @@ from mixjax.machine import float64, jit
 from mixjax.prediction.repeated import new_places
 from mixjax.sampling.draws import Draws, Sampling, of_rows
 from mixjax.sampling.loo import Loo
-from mixjax.sampling.priors import ModelPriors, Names, Priors, names_of
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import Names, names_of
+from mixjax.sampling.priors import Priors
 
 # Draws in one call of the program.
 BATCH = 256

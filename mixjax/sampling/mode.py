@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.sampling.density import Data, value_gradient_hessian
-from mixjax.sampling.priors import ModelPriors
+from mixjax.sampling.model_priors import ModelPriors
 
 # A step in whitened coordinates is no longer than this; the search ends where the next one is shorter than TOLERANCE.
 LONGEST, TOLERANCE, STEPS = 2.0, 1e-6, 100

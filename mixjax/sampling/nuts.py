@@ -19,7 +19,7 @@ import numpy as np
 from mixjax.machine import Array, jit
 from mixjax.sampling.density import Data, density
 from mixjax.sampling.mode import Mode
-from mixjax.sampling.priors import ModelPriors
+from mixjax.sampling.model_priors import ModelPriors
 
 # Draws of a chain in one call of the program.
 CHUNK = 100

@@ -19,8 +19,10 @@ from mixjax.prediction.asked import check_asked, effects_included, rows_asked
 from mixjax.sampling.draws import Draws, Sampling, of_rows
 from mixjax.sampling.effects import draw_effects, draw_effects_of_residuals
 from mixjax.sampling.loo import Loo, log_lik_by_level, log_lik_of_residuals
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import Names, names_of
 from mixjax.sampling.predictive import Noise, noise_of, respond
-from mixjax.sampling.priors import ModelPriors, Names, Priors, names_of
+from mixjax.sampling.priors import Priors
 
 
 class Posterior(Draws):

@@ -17,8 +17,10 @@ from mixjax.formula.build import build
 from mixjax.formula.context import caller_context
 from mixjax.sampling.charts import Chart
 from mixjax.sampling.effects import fresh_effects
+from mixjax.sampling.model_priors import ModelPriors, TermPriors
+from mixjax.sampling.names import names_of
 from mixjax.sampling.prior import LKJ, Normal
-from mixjax.sampling.priors import ModelPriors, Priors, TermPriors, default_priors, names_of
+from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import key_words, random_columns
 
 

@@ -1,10 +1,9 @@
-"""Priors of a model's parameters: by name or by class, and as the density needs them."""
+"""Priors of a model's parameters: by name or by class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,79 +17,18 @@ from mixjax.design import Design, RepeatedDesign, refuse_beyond, refuse_trials
 from mixjax.engine.integrated import FixedParts
 from mixjax.estimation.residual import correlation_of
 from mixjax.families import Family, family_of
-from mixjax.fitted.names import names_of_residuals
-from mixjax.fitted.parameters import component_of, parameters_of_family
 from mixjax.products.family_rows import rows_in
 from mixjax.products.rows import rows_of
 from mixjax.products.visits import visit_rows
 from mixjax.sampling.charts import Chart
+from mixjax.sampling.model_priors import ModelPriors, TermPriors
+from mixjax.sampling.names import Names, names_of
 from mixjax.sampling.others import Other
 from mixjax.sampling.prior import LKJ, Flat, HalfStudentT, LogNormal, Normal, Prior, StudentT, prior
 
 CLASSES = ("intercept", "beta", "sd", "cor", "sigma", "dispersion", "rho", "zi", "family")
 # brms's least scale, and degrees of freedom.
 LEAST_SCALE, DF = 2.5, 3.0
-
-
-class Names(NamedTuple):
-    """Names of a model's parameters.
-
-    Attributes:
-        fixed: of the columns of X. groups: per term its name. effects: per term those of its effects. others: of
-            residuals, or of the family.
-    """
-
-    fixed: tuple[str, ...]
-    groups: tuple[str, ...]
-    effects: tuple[tuple[str, ...], ...]
-    others: tuple[str, ...] = ()
-
-    def of_term(self, t: int, structure: Structure) -> list[str]:
-        """``sd_Days|Subject``, ``cor_Days.Intercept|Subject``, ... of a term's natural parameters."""
-        return [parameter.name(self.effects[t], self.groups[t]) for parameter in structure.natural]
-
-
-def names_of(design: Any, labels: Any = None, family: Family | None = None) -> Names:
-    """Names from labels, or numbers where there are none."""
-    others = _names_of_others(design, labels, family)
-    if labels is None:
-        p = np.shape(design.X)[1]
-        qs = (
-            [design.n_visits] * design.n_arms
-            if isinstance(design, RepeatedDesign)
-            else [np.shape(term.Z)[1] for term in design.terms]
-        )
-        effects = tuple(tuple(f"e{i}" for i in range(q)) for q in qs)
-        groups = tuple(f"term{t}" for t in range(len(effects)))
-        return Names(tuple(f"beta{j}" for j in range(p)), groups, effects, others)
-    groups_ = [term.group for term in labels.terms]
-    earlier = [groups_[:t].count(group) for t, group in enumerate(groups_)]
-    terms = tuple(f"{group}.{k}" if k else group for group, k in zip(groups_, earlier, strict=True))
-    return Names(tuple(labels.fixed), terms, tuple(tuple(term.effects) for term in labels.terms), others)
-
-
-def _names_of_others(design: Any, labels: Any, family: Family | None) -> tuple[str, ...]:
-    if isinstance(design, RepeatedDesign):
-        return ()
-    if family is not None:
-        columns = design.psi_columns or (None,) * family.n_psi
-        if labels is not None:
-            psi = np.zeros(sum(1 if own is None else np.shape(own)[1] for own in columns))
-            return tuple(parameters_of_family(labels, family, psi)[0])
-        return tuple(
-            name
-            for own, of_family in zip(columns, family.psi_names, strict=True)
-            for name in (
-                [of_family] if own is None else [f"{component_of(of_family)}~w{j}" for j in range(np.shape(own)[1])]
-            )
-        )
-    if labels is not None:
-        return names_of_residuals(labels)
-    d = 0 if design.dispersion is None else np.shape(design.dispersion)[1]
-    return (*(f"disp~w{j}" for j in range(d)), *(("rho",) if design.residual is not None else ()))
-
-
-# --- what users say ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -304,106 +242,7 @@ def _of_columns(W: np.ndarray, scale: float) -> tuple[Prior, ...]:
     return tuple(Normal(0.0, scale / sd) if sd > 0 else StudentT(DF, 0.0, 2.5) for sd in W.std(axis=0))
 
 
-# --- what the density needs ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TermPriors:
-    """Of one random term.
-
-    Attributes:
-        scales: of every standard deviation. shapes: LKJ of all correlations, or one prior for each.
-    """
-
-    scales: tuple[Prior, ...]
-    shapes: Prior | tuple[Prior, ...]
-
-
-@dataclass(frozen=True)
-class ModelPriors:
-    """Priors of one model's parameters, in the order of its coordinates ``z (dim,)``: per term logarithms of standard
-    deviations, then correlations as :mod:`mixjax.sampling.charts` has them; log sigma; others as
-    :mod:`mixjax.sampling.others` has them, of residuals or of a family; fixed effects that are sampled. A JAX pytree
-    whose leaves are the priors' numbers.
-
-    Attributes:
-        terms: per random term, or per arm of repeated measures. sigma: its prior, or None where it is known, or the
-            model has none. fixed: of the sampled fixed effects.
-        parts: fixed effects that are sampled and integrated. to_beta: ``(p, p)`` from these, sampled first, to beta.
-        others: parameters of residuals or of the family, coefficients of a dispersion first.
-        held: log sigma where that is known. means: ``(d,)`` of the columns of the dispersion: log sigma is that of rows
-            with these. prior_at: ``(d,)`` of the rows whose sigma has the prior.
-        structures: of the terms.
-    """
-
-    terms: tuple[TermPriors, ...]
-    sigma: Prior | None
-    fixed: tuple[Prior, ...]
-    parts: FixedParts
-    to_beta: Any
-    others: tuple[Other, ...]
-    held: Any
-    means: Any
-    prior_at: Any
-    structures: tuple[Structure, ...]
-
-    @cached_property
-    def charts(self) -> tuple[Chart, ...]:
-        """Of every term."""
-        return tuple(map(Chart, self.structures))
-
-    @property
-    def dim(self) -> int:
-        """Number of coordinates."""
-        has_sigma = self.sigma is not None
-        return sum(chart.k for chart in self.charts) + has_sigma + len(self.others) + len(self.fixed)
-
-    @property
-    def at_sigma(self) -> int:
-        """Coordinates in front of log sigma, those of covariances."""
-        return sum(chart.k for chart in self.charts)
-
-    def cut(self, z: Any) -> tuple[list[Any], Any, Any]:
-        """Coordinates ``(dim, ...)`` of every term, log sigma, and sampled fixed effects."""
-        parts, at = [], 0
-        for chart in self.charts:
-            parts.append(z[at : at + chart.k])
-            at += chart.k
-        if self.sigma is None:
-            log_sigma = 0.0 * z[0] + self.held
-        else:
-            log_sigma, at = z[at], at + 1
-        return parts, log_sigma, z[at + len(self.others) :]
-
-    def others_of(self, z: Any) -> list[Any]:
-        """Coordinates ``(dim, ...)`` of the others."""
-        at = self.at_sigma + (self.sigma is not None)
-        return [z[at + i] for i in range(len(self.others))]
-
-    def residual_of(self, z: Any) -> tuple[list[Any], Any]:
-        """Coefficients of the dispersion, and the correlation of residuals at the shortest distance or None."""
-        values = [one.value(own) for one, own in zip(self.others, self.others_of(z), strict=True)]
-        d = len(self.means)
-        return values[:d], values[d] if len(values) > d else None
-
-    def log_sigma_of(self, z: np.ndarray) -> np.ndarray:
-        """Log sigma as it is reported, of rows where columns of the dispersion are 0."""
-        found: np.ndarray = self.cut(z)[1]
-        for mean, gamma in zip(np.asarray(self.means), self.residual_of(z)[0] if len(self.means) else [], strict=True):
-            found = found - mean * gamma
-        return found
-
-    @property
-    def proper(self) -> bool:
-        """All priors are proper, so that one can draw from them."""
-        return bool(np.all(np.asarray(self.parts.precision) > 0)) and all(one.proper for one in self.fixed)
-
-
-jax.tree_util.register_dataclass(TermPriors, data_fields=["scales", "shapes"], meta_fields=[])
-jax.tree_util.register_dataclass(
-    ModelPriors, data_fields=[f.name for f in fields(ModelPriors)][:-1], meta_fields=["structures"]
-)
-
+# --- resolved for a model -------------------------------------------------------------------------------------------
 
 # Parts of a design that are no model of independent levels and errors, and that priors know nevertheless.
 KNOWN = frozenset({"levels", "dispersion", "residual"})

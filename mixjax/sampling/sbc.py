@@ -26,8 +26,10 @@ from mixjax.sampling import importance, nuts
 from mixjax.sampling.bayes import refuse
 from mixjax.sampling.chain import fixed_effects
 from mixjax.sampling.mode import mode
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import names_of
 from mixjax.sampling.predictive import draw_parameters, respond
-from mixjax.sampling.priors import ModelPriors, Priors, default_priors, names_of
+from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import key_words
 from mixjax.tables import NotedTable
 from mixjax.waiting import Waiting

@@ -21,7 +21,9 @@ from mixjax.sampling import convergence, importance, nuts
 from mixjax.sampling.bayes import refuse, start_at
 from mixjax.sampling.chain import fixed_effects
 from mixjax.sampling.mode import mode
-from mixjax.sampling.priors import ModelPriors, Priors, names_of
+from mixjax.sampling.model_priors import ModelPriors
+from mixjax.sampling.names import names_of
+from mixjax.sampling.priors import Priors
 from mixjax.studies.task import Fits, Model, Task, named_apart
 
 # Draws of each posterior; proposals of a round that fits the mixture, and rounds; draws of each of four chains where
