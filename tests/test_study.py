@@ -335,6 +335,47 @@ def test_replicates_are_the_fits_of_the_simulated_responses(both):
         np.testing.assert_allclose(row["p(large|small)"], stats.chi2.sf(ml[0] - ml[1], 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("cell", "replicate"), [(0, 0), (1, 7), (1, BLOCK + 3)])
+def test_the_data_of_a_replicate_are_those_that_were_fitted(both, cell, replicate):
+    fit = mj.lmm(FORMULA, both.data(cell, replicate))
+    row = both.raw(cell).loc[replicate]
+    assert row["large::x"] == pytest.approx(fit.fixef["x"], rel=1e-6)
+    assert row["large::sigma"] == pytest.approx(fit.sigma, rel=1e-6)
+
+
+def test_data_of_counts_of_drop_out_and_of_new_predictors():
+    cbpp = mj.datasets.load("cbpp")
+    herds = mj.glmm("incidence / size ~ period + (1 | herd)", cbpp, family="binomial", weights="size")
+    formula = "incidence / size ~ period + (1 | herd)"
+    found = mj.study(mj.scenario_of(herds), formula, replicates=4, key=1, progress=False)
+    again = mj.glmm(formula, found.data(replicate=3), family="binomial", weights="size")
+    assert found.raw()["sd_Intercept|herd"][3] == pytest.approx(again.tidy()["estimate"].iloc[-1], abs=1e-5)
+
+    made = {"cluster": mj.factor(12, balance="blocks"), "treated": mj.bernoulli(0.5)}
+    drawn = mj.population(**made, y=mj.response("treated", error_scale=1)).rows(60, x="new")
+    found = mj.study(drawn, "y ~ treated + (1 | cluster)", replicates=4, key=1, ddf="wald", progress=False)
+    again = mj.lmm("y ~ treated + (1 | cluster)", found.data(replicate=2))
+    assert found.raw()["treated"][2] == pytest.approx(again.fixef["treated"], rel=1e-6)
+
+    visits = pd.DataFrame({"id": np.repeat(np.arange(40), 3), "visit": [*["w1", "w2", "w3"] * 40]})
+    formula = "y ~ 0 + visit + us(visit | id)"
+    truth = mj.trial(formula, visits, [0, 0, 0], cor=("ar1", 0.5), sd=1, dropout=0.2)
+    found = mj.study(truth, formula, replicates=3, key=1, progress=False)
+    data = found.data(replicate=1)
+    with pytest.warns(mj.DataWarning, match="missing"):
+        again = mj.mmrm(formula, data)
+    assert data["y"].isna().any()
+    assert found.raw()["visit[w3]"][1] == pytest.approx(again.fixef["visit[w3]"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("cell", "replicate", "message"), [
+    (2, 0, "cell is a row of .cells, 0 to 1"), (0, BLOCK + 300, "replicate is a number from 0 to 1323"),
+    (0, -1, "replicate is"), (0, True, "replicate is")])  # fmt: skip
+def test_data_that_there_are_not(both, cell, replicate, message):
+    with pytest.raises(ValueError, match=message):
+        both.data(cell, replicate)
+
+
 def test_bits_do_not_depend_on_the_split(both):
     models = {"small": "y ~ 1 + (x | g)", "large": FORMULA}
     options = {"key": 5, "compared": [("small", "large")], "progress": False}

@@ -73,17 +73,55 @@ class Study(Reported):
     truths: list[dict[str, float]] = field(repr=False)
     notes: tuple[str, ...]
     _read: Callable[[int, list[str] | None], dict[str, np.ndarray]] = field(repr=False)
+    _tasks: list[Task] = field(repr=False)
 
     def raw(self, cell: int = 0, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Replicates of one cell, by its row in ``cells``: see :func:`mixjax.studies.outcomes.outcomes`.
 
         NaN where a fit failed.
         """
+        names = [columns] if isinstance(columns, str) else columns
+        frame = pd.DataFrame(self._read(self._row(cell), None if names is None else list(names)))
+        return frame.rename_axis("replicate")
+
+    def data(self, cell: int = 0, replicate: int = 0) -> pd.DataFrame:
+        """The data set of one replicate, simulated again: to look at one that failed, or to fit it by other means.
+
+        Args:
+            cell: row of ``cells``. replicate: its number, the row of :meth:`raw`.
+
+        Returns:
+            The predictors, and the response in a column named as the left side of the formula: on the scale of the
+            model, of ``successes / size`` the successes, NaN where a trial has no visit.
+
+        Example:
+            >>> import mixjax as mj, numpy as np, pandas as pd
+            >>> table = pd.DataFrame({"x": np.tile(np.arange(4.0), 6), "g": np.repeat(np.arange(6), 4)})
+            >>> formula = "y ~ x + (1 | g)"
+            >>> truth = mj.scenario(formula, table, beta=[1, 0.5], sd=1, sigma=1)
+            >>> found = mj.study(truth, formula, replicates=20, key=1, progress=False)
+            >>> again = mj.lmm(formula, found.data(0, 7))
+            >>> bool(np.isclose(again.fixef["x"], found.raw()["x"][7]))
+            True
+        """
+        task = self._tasks[self._row(cell)]
+        if (
+            isinstance(replicate, bool)
+            or not isinstance(replicate, int | np.integer)
+            or not 0 <= replicate < self.replicates
+        ):
+            raise ValueError(f"replicate is a number from 0 to {self.replicates - 1}, got {replicate!r}")
+        place = int(replicate) % BLOCK
+        with float64():
+            tables, Y = task.source.tables(task.key, int(replicate) - place, place + 1)
+        left = next(iter(task.models.values())).partition("~")[0].strip()
+        data: pd.DataFrame = tables[-1].assign(**{left.partition("/")[0].strip(): np.asarray(Y[-1])})
+        return data
+
+    def _row(self, cell: Any) -> int:
         if isinstance(cell, bool) or not isinstance(cell, int | np.integer) or not 0 <= cell < len(self.cells):
             raise ValueError(f"cell is a row of .cells, 0 to {len(self.cells) - 1}, got {cell!r}")
-        names = [columns] if isinstance(columns, str) else columns
-        frame = pd.DataFrame(self._read(int(cell), None if names is None else list(names)))
-        return frame.rename_axis("replicate")
+        return int(cell)
 
     @cached_property
     def counts(self) -> pd.DataFrame:
@@ -349,7 +387,7 @@ def study(
                 f"truth names {some_of(nothing)}, which no model estimates; estimates are {some_of(_estimates(there))}"
             )
     frame = pd.DataFrame(values_of, index=pd.RangeIndex(len(cells)))
-    return Study(frame, replicates, truths, tuple(kept.notes) if kept else (), read)
+    return Study(frame, replicates, truths, tuple(kept.notes) if kept else (), read, [cell.task for cell, _ in cells])
 
 
 def _check_estimator(estimator: Any, priors: Any) -> None:
