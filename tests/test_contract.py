@@ -127,7 +127,7 @@ METHODS = {
     "icc": "by_group=False",
     "r2": "",
     "summary": "ddf=None",
-    "tidy": "ddf=None",
+    "tidy": "ddf=None, conf_int=False, level=0.95",
     "test": "L, ddf='satterthwaite', joint=None, adjust='none', level=0.95",
     "joint_tests": "by=None, ddf='satterthwaite'",
     "anova": "type='III', ddf='satterthwaite'",
@@ -222,7 +222,7 @@ GLMM_METHODS = {
 }
 MMRM_METHODS = {
     "summary": "ddf=None",
-    "tidy": "ddf=None",
+    "tidy": "ddf=None, conf_int=False, level=0.95",
     "glance": "",
     "variance_parameters": "",
     "test": "L, ddf=None, joint=None, adjust='none', level=0.95",

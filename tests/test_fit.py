@@ -89,6 +89,14 @@ def test_tidy_glance_augment(sleep):
         "Intercept", "Days", "sd__Intercept", "sd__Days", "cor__Intercept.Days", "sd__Observation"]  # fmt: skip
     assert list(tidy["effect"]) == ["fixed"] * 2 + ["ran_pars"] * 4
     np.testing.assert_allclose(tidy["statistic"][:2], sleep.fixef / sleep.se)
+    for ddf, level in ((None, 0.95), ("kenward-roger", 0.9)):
+        found = sleep.tidy(ddf, conf_int=True, level=level)
+        own = sleep.confint("beta_", level, method="wald", ddf=ddf or "wald")
+        np.testing.assert_allclose(found[["lower", "upper"]][:2].astype(float), own, rtol=1e-13)
+        assert found["lower"][2:].isna().all()
+        assert f"{100 * level:g} % intervals" in str(found)
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        sleep.tidy(conf_int=True, level=95)
     glance = sleep.glance()
     assert glance.shape[0] == 1
     assert glance["nobs"][0] == 180

@@ -479,6 +479,8 @@ def test_every_method_of_a_fit_answers():
     assert fit.confint("theta_").shape == (10, 2)
     assert fit.confint("beta_", method="bootstrap", n=20).shape == (10, 2)
     assert fit.conf_int().shape == (10, 2)
+    intervals = fit.tidy(conf_int=True)[["lower", "upper"]][:10].astype(float)
+    np.testing.assert_allclose(intervals, fit.confint("beta_"), rtol=1e-13)
     assert fit.tidy().shape[0] == 20
     assert fit.glance().loc[0, "subjects"] == 197
     assert fit.augment()[".normalized"].notna().all()

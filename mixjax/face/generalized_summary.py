@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mixjax.checks import check_level
-from mixjax.distributions import normal_quantile
-from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
+from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table, with_intervals
 from mixjax.families.links import RATIOS
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.parameters import component_of, parameters_of_family
@@ -165,10 +163,8 @@ def generalized_tidy(fitted: GeneralizedFitted, exponentiate: bool = False, leve
         table = pd.concat(parts, ignore_index=True)[["effect", "component", *table.columns[1:]]]
     fixed = (table["effect"] == "fixed").to_numpy()
     if level is not None:
-        check_level(level)
-        width = normal_quantile(0.5 + level / 2) * table["std_error"].where(fixed)
-        table = table.assign(lower=table["estimate"] - width, upper=table["estimate"] + width)
-        notes.append(f"{100 * level:g} % intervals of the fixed effects")
+        table = with_intervals(NotedTable(table, tuple(notes)), level)
+        notes = list(table.attrs["notes"])
     if exponentiate:
         if components:
             fixed = fixed & (table["component"] == "cond").to_numpy()

@@ -331,9 +331,21 @@ class LMMFit(Inferring, Diagnosing):
         """
         return Summary(self._fitted, self._tests(ddf), ddf)
 
-    def tidy(self, ddf: str | None = None) -> pd.DataFrame:
-        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value; ``ddf`` as above."""
-        return tidy(self._fitted, self._tests(ddf))
+    def tidy(self, ddf: str | None = None, conf_int: bool = False, level: float = 0.95) -> pd.DataFrame:
+        """Estimates in rows, as broom.mixed's ``tidy()``: effect, group, term, estimate, std_error, statistic, df,
+        p_value.
+
+        Args:
+            ddf: as for :meth:`summary`. conf_int: also Wald intervals of the fixed effects, ``lower`` and ``upper``, by
+                the degrees of freedom of ``ddf``, normal without it. level: their coverage.
+
+        Example:
+            >>> import mixjax as mj
+            >>> fit = mj.lmm("Reaction ~ Days + (Days | Subject)", mj.datasets.load("sleepstudy"))
+            >>> fit.tidy(ddf="satterthwaite", conf_int=True).loc[1, ["lower", "upper"]].astype(float).round(2).tolist()
+            [7.21, 13.73]
+        """
+        return tidy(self._fitted, self._tests(ddf), level if conf_int else None)
 
     def _tests(self, ddf: str | None) -> pd.DataFrame | None:
         names = self.labels.fixed

@@ -244,9 +244,13 @@ class MMRMFit:
         """Tables to read: ``print(fit.summary())``; HTML in notebooks."""
         return RepeatedSummary(self._fitted, self._tests(ddf), self._method(ddf))
 
-    def tidy(self, ddf: str | None = None) -> pd.DataFrame:
-        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value."""
-        return repeated_tidy(self._fitted, self._tests(ddf))
+    def tidy(self, ddf: str | None = None, conf_int: bool = False, level: float = 0.95) -> pd.DataFrame:
+        """Estimates in rows: effect, group, term, estimate, std_error, statistic, df, p_value.
+
+        Args:
+            conf_int: also intervals of the fixed effects, ``lower`` and ``upper``, by ``df``. level: their coverage.
+        """
+        return repeated_tidy(self._fitted, self._tests(ddf), level if conf_int else None)
 
     def glance(self) -> pd.DataFrame:
         """One row: nobs, npar, loglik, aic, bic, criterion, ..."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table
+from mixjax.face.summary import Summary, VarCorr, coefficient_table, likelihood_statistics, tidy_table, with_intervals
 from mixjax.fitted.repeated import RepeatedFitted
 from mixjax.tables import NotedTable
 
@@ -68,9 +68,12 @@ class RepeatedSummary(Summary):
         return f"Number of obs: {rows.n}, {repetition.subject.name}: {len(rows.order)}, visits: {visits}"
 
 
-def repeated_tidy(fitted: RepeatedFitted, tests: pd.DataFrame) -> pd.DataFrame:
-    """Estimates in rows, as broom's ``tidy()``: fixed effects, standard deviations and correlations of visits."""
-    return tidy_table(coefficient_table(fitted, tests), VisitCovariances(fitted), tests.attrs.get("notes", ()))
+def repeated_tidy(fitted: RepeatedFitted, tests: pd.DataFrame, level: float | None = None) -> pd.DataFrame:
+    """Estimates in rows, as broom's ``tidy()``: fixed effects, standard deviations and correlations of visits.
+    ``level``: of intervals of the fixed effects, or None for none."""
+    notes = tests.attrs.get("notes", ())
+    table = tidy_table(coefficient_table(fitted, tests), VisitCovariances(fitted), notes)
+    return table if level is None else with_intervals(table, level)
 
 
 def repeated_glance(fitted: RepeatedFitted) -> pd.DataFrame:

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from mixjax.checks import check_level
 from mixjax.diagnostics.residuals import conditional_residuals
+from mixjax.distributions import t_quantile
 from mixjax.fitted.either import AnyRecord
 from mixjax.fitted.names import names_of_further, names_of_kernels, term_names
 from mixjax.fitted.record import Fitted
@@ -307,13 +309,14 @@ def likelihood_statistics(fitted: FitStatistics) -> dict[str, str]:
     }
 
 
-def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
+def tidy(fitted: Fitted, tests: pd.DataFrame | None = None, level: float | None = None) -> pd.DataFrame:
     """Estimates in rows, as broom.mixed's ``tidy()``.
 
     Columns ``effect`` ("fixed" or "ran_pars"), ``group``, ``term``, ``estimate``, ``std_error``, ``statistic``,
     ``df``, ``p_value``. Random-effects rows are standard deviations ``sd__x`` and correlations ``cor__x.z``; degrees
     of freedom and p-values need a method for the degrees of freedom and are NaN without one. Parameters of residuals
     beside sigma have ``effect`` "residual"; those of correlations by distance are ``range`` and ``smoothness``.
+    ``level``: of intervals of the fixed effects, or None for none.
     """
     notes = () if tests is None else tests.attrs.get("notes", ())
     more = None
@@ -323,7 +326,8 @@ def tidy(fitted: Fitted, tests: pd.DataFrame | None = None) -> pd.DataFrame:
         if names_of_kernels(fitted.labels):
             more[["term", "group"]] = [name.split("|", 1) for name in more["term"]]
             more["effect"] = "ran_pars"
-    return tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes, more)
+    table = tidy_table(coefficient_table(fitted, tests), VarCorr(fitted), notes, more)
+    return table if level is None else with_intervals(table, level)
 
 
 def tidy_table(
@@ -343,6 +347,16 @@ def tidy_table(
     both = [part for part in (fixed, random, more) if part is not None and len(part)]
     columns = ["effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value"]
     return NotedTable(pd.concat(both, ignore_index=True).reindex(columns=columns), notes)
+
+
+def with_intervals(table: pd.DataFrame, level: float) -> pd.DataFrame:
+    """The rows of :func:`tidy` with Wald intervals ``lower`` and ``upper`` of the fixed effects, by their degrees of
+    freedom where there are any."""
+    check_level(level)
+    df = table["df"].astype(float).fillna(np.inf)
+    width = t_quantile(0.5 + level / 2, df) * table["std_error"].where(table["effect"] == "fixed")
+    notes = (*table.attrs.get("notes", ()), f"{100 * level:g} % intervals of the fixed effects")
+    return NotedTable(table.assign(lower=table["estimate"] - width, upper=table["estimate"] + width), notes)
 
 
 def glance(fitted: Fitted) -> pd.DataFrame:
