@@ -473,6 +473,7 @@ BAD = {
     "y ~ x + exp(u + v | 1, nu = 2)": "'exp' has no smoothness",
     "y ~ x + exp(u || 1)": "all places are one map",
     "y ~ x + exp(site2 | 1)": "column 'site2' holds",
+    "y ~ x + ou(when | 1)": "column 'when' holds datetime64.*for example days",
     "y ~ x + exp(u | site2)": "no level of 'site2' has two places",
     "y ~ x + exp(u + u | 1)": "names a column twice",
     "y ~ x + exp(w | 1)": "there is no column 'w'",
@@ -485,7 +486,10 @@ BAD = {
 
 @pytest.mark.parametrize("formula", BAD)
 def test_bad_formulas(formula):
-    data = table("sites").assign(site2=lambda d: [f"{u:g}_{v:g}" for u, v in zip(d["u"], d["v"], strict=True)])
+    data = table("sites").assign(
+        site2=lambda d: [f"{u:g}_{v:g}" for u, v in zip(d["u"], d["v"], strict=True)],
+        when=lambda d: pd.date_range("2026-01-01", periods=len(d)),
+    )
     with pytest.raises(ValueError, match=BAD[formula]):
         mj.lmm(formula, data)
 

@@ -17,7 +17,7 @@ from mixjax.formula.context import Context
 from mixjax.formula.evaluate import Columns, columns_of
 from mixjax.formula.parse import Group, KernelPart, ParsedFormula, RandomPart
 from mixjax.formula.reading import read_columns
-from mixjax.formula.table import combinations
+from mixjax.formula.table import combinations, content, refuse_dates
 from mixjax.kernels import Kernel
 from mixjax.relationship import Relationship
 
@@ -141,13 +141,13 @@ def new_places(part: RandomPart, newdata: Any, known: np.ndarray, places: Any) -
 
 def coordinates_of(term: str, kernel: KernelPart, frame: pd.DataFrame) -> np.ndarray:
     """``(n, d)`` where the rows are; ``term`` as messages call it."""
+    refuse_dates(frame, kernel.coordinates)
     columns = []
     for name in kernel.coordinates:
         column = frame[name]
         if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
             raise DataError(
-                f"'{term}': column '{name}' holds {column.dtype}, and numbers are needed to say how far "
-                "apart places are"
+                f"'{term}' needs numbers that say how far apart places are, and column '{name}' holds {content(column)}"
             )
         columns.append(np.asarray(column, np.float64))
     return np.stack(columns, axis=1)
