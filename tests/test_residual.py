@@ -940,7 +940,7 @@ def test_draws_by_distance():
         ("exp(w | 1)", "no column 'w'"),
         ("exp(u | 1)", "are at one place"),
         ("exp(log(u) | 1)", "make a column of it first"),
-        ("gau(site | 1)", "numbers are needed"),
+        ("gau(site | 1)", "needs numbers that say how far apart places are.*'site' holds text"),
     ],
 )
 def test_bad_residuals_by_distance(residual, message):
