@@ -254,8 +254,8 @@ def test_what_has_no_profile_is_refused():
         mj.glmm("y ~ x + (x | g)", data(), "poisson", nagq=3).confint()
     with pytest.raises(ValueError, match="nagq=0, whose fixed effects are not at the minimum"):
         mj.glmm("y ~ x + (1 | g)", data(), "poisson", nagq=0).confint()
-    with pytest.raises(ValueError, match="structure other than unstructured or diagonal"):
-        mj.glmm("y ~ x + homcs(0 + x + I(x ** 2) | g)", data(), "poisson").confint()
+    with pytest.raises(ValueError, match="written for the covariance structure 'rr'"):
+        mj.glmm("y ~ x + rr(0 + x + I(x ** 2) | g, d = 1)", data(), "poisson").confint()
     lost = pd.DataFrame({"y": [0.0] * 10 + [1.0] * 10, "x": np.arange(20.0), "g": np.arange(20) % 5})
     with pytest.warns(mj.ConvergenceWarning):
         separated = mj.glmm("y ~ x + (1 | g)", lost, "binomial")

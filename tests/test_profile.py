@@ -273,5 +273,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no profiles for this model"):
         fit_of("insteval", "ML").profile()
     large = fit_of("insteval", "ML")
-    with pytest.raises(ValueError, match="no profiles for this model"):
+    with pytest.raises(ValueError, match="no profiles of many data sets of this model"):
         zeta_of_many(large.stats, large.estimates, Held("sigma"), 1.0)

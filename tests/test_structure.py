@@ -41,7 +41,7 @@ ASKED = {
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "has_closed_form",
-        "in_lanes_held", "most_dense_held", "FamilyRows", "places_of", "rows_in", "VisitRows", "visit_rows",
+        "in_lanes_held", "is_small_held", "most_dense_held", "FamilyRows", "places_of", "rows_in", "VisitRows", "visit_rows",
         "MOST_DENSE_DRAWS", "MOST_DENSE_LANES", "sizes_of",
     },
     "mixjax.estimation": {
@@ -54,7 +54,7 @@ ASKED = {
         "fits_without", "predictors_at_modes",
         "RepeatedEstimates", "fit_repeated", "fit_repeated_many", "visits_of", "visits_in_parts",
         "fit_residual", "residual_engine", "start_at", "transformed_rows", "transform_of", "correlation_of",
-        "fit_kernels", "fit_at", "kernel_engine", "KernelFit", "design_at", "AT_BOUND",
+        "fit_kernels", "fit_at", "kernel_engine", "KernelFit", "design_at", "AT_BOUND", "NEAR_ZERO",
     },
 }  # fmt: skip
 CORE = (

@@ -372,7 +372,7 @@ def test_every_method_answers(call, name):
 
 
 def test_profiles_are_refused_by_name():
-    with pytest.raises(ValueError, match="unstructured or diagonal"):
+    with pytest.raises(ValueError, match=r"covariance structure 'rr'.*'wald'"):
         fit_of("rr1").confint()
 
 

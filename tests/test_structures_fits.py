@@ -257,8 +257,6 @@ def test_what_follows_from_a_fit(name):
     assert (wald["lower"] < wald["upper"]).all()
     cor = [row for row in names if row.startswith("cor")]
     assert wald.loc[cor].abs().to_numpy().max() <= 1.0
-    with pytest.raises(ValueError, match=r"structure other than unstructured or diagonal.*'wald'"):
-        fit.confint(method="profile")
     # Another value of one parameter is another covariance of the same structure.
     wanted = {cor[0]: 0.25, "sigma": 2.0}
     scenario = mj.scenario_of(fit).with_variances(wanted)

@@ -30,35 +30,71 @@ named = mj.Covariance(powers, k=1, names=["rho"], natural=jnp.tanh)
 rooted = mj.Covariance(scaled_root, k=1, returns="factor")
 
 
-@pytest.mark.parametrize("name", ["own", "own_het"])
-def test_an_autoregression_of_ones_own(name):
-    """The built-in one to 1e-10: criterion, estimates, errors, degrees of freedom, many fits, a generalised model."""
-    built_in = {"own": "ar1", "own_het": "hetar1"}[name]
-    fit = mj.lmm(f"y ~ t + {name}(0 + visit | subject)", three())
-    wanted = fit_of(built_in)
-    assert fit.criterion == pytest.approx(wanted.criterion, abs=1e-10)
-    np.testing.assert_allclose(fit.Sigma["subject"], wanted.Sigma["subject"], atol=1e-9)
+named_het = mj.Covariance(powers, k=1, scale="het", names=["rho"], natural=jnp.tanh)
+BUILT_IN = {"named": "ar1", "named_het": "hetar1"}
+
+
+def growing(p, q):
+    sd = jnp.exp(p[1] * jnp.arange(q))
+    return sd[:, None] * powers(p, q) * sd
+
+
+both = mj.Covariance(growing, k=2, names=["a", "b"], natural=lambda p: jnp.stack([p[0] + p[1], p[0] - p[1]]))
+
+
+def same(a, b, rtol=1e-10):
+    """Numbers of two tables, or arrays; what is nearly zero, as a p value may be, to as much of one."""
+    numbers = [x.select_dtypes(float).to_numpy() if hasattr(x, "select_dtypes") else np.asarray(x) for x in (a, b)]
+    np.testing.assert_allclose(*numbers, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", list(BUILT_IN))
+def test_an_autoregression_of_ones_own_is_the_built_in_one(name):
+    """To 1e-10 in everything. Of many responses, whose last step squares a scaled gradient of 1e-5 and more where the
+    one before foretells it, parameters to 1e-8."""
+    fit, wanted = mj.lmm(f"y ~ t + {name}(0 + visit | subject)", three()), fit_of(BUILT_IN[name])
     assert fit.npar == wanted.npar
-    mine, theirs = (each.variance_parameters() for each in (fit, wanted))
-    assert list(mine.index[-2:]) == ["z|subject" if name == "own" else "p1|subject", "sigma"]
-    others = [row for row in mine.index if "sd" in row or row == "sigma"]
-    np.testing.assert_allclose(mine.loc[others], theirs.loc[others], rtol=1e-7)
-    z, rho = mine.iloc[-2], theirs.loc["cor_lag1|subject"]
-    np.testing.assert_allclose([np.tanh(z["estimate"]), z["std_error"]],
-                               [rho["estimate"], rho["std_error"] / (1 - rho["estimate"] ** 2)], rtol=1e-7)  # fmt: skip
-    np.testing.assert_allclose(fit.test("t = 0")["df"], wanted.test("t = 0")["df"], rtol=1e-7)
-    intervals = fit.confint(method="wald").iloc[-4], wanted.confint(method="wald").loc["cor_lag1|subject"]
-    np.testing.assert_allclose(np.tanh(intervals[0]), intervals[1], rtol=1e-7)
-    Y = wanted.simulate(3, 1)
+    same(fit.criterion, wanted.criterion)
+    same(fit.Sigma["subject"], wanted.Sigma["subject"])
+    same(fit.variance_parameters(), wanted.variance_parameters())
+    same(fit.vcov, wanted.vcov)
+    for ddf in ("satterthwaite", "kenward-roger"):
+        same(fit.tidy(ddf=ddf), wanted.tidy(ddf=ddf))
+        same(fit.test("t = 0", ddf=ddf), wanted.test("t = 0", ddf=ddf))
+    same(fit.confint(method="wald"), wanted.confint(method="wald"))
+    same(fit.ranef()["subject"], wanted.ranef()["subject"], 1e-9)
+    Y = wanted.simulate(3, 20)
     many = [each.refit_many(Y) for each in (fit, wanted)]
-    np.testing.assert_allclose(many[0].criterion, many[1].criterion, atol=1e-8)
-    if name == "own":
-        np.testing.assert_allclose(np.tanh(many[0].sdcor["z|subject"]), many[1].sdcor["cor_lag1|subject"], rtol=1e-5)
-        glmm = [
-            mj.glmm(f"count ~ t + {each}(0 + visit | subject)", three(), family="poisson").criterion
-            for each in ("own", "ar1")
-        ]
-        assert glmm[0] == pytest.approx(glmm[1], abs=1e-9)
+    same(many[0].criterion, many[1].criterion, 1e-9)
+    same(many[0].sdcor, many[1].sdcor, 1e-8)
+
+
+def test_parameters_as_they_are():
+    """Without ``natural=`` it is the same model, whose parameter is Fisher's z."""
+    fit, wanted = mj.lmm("y ~ t + own(0 + visit | subject)", three()), fit_of("ar1")
+    same(fit.criterion, wanted.criterion)
+    mine, theirs = (each.variance_parameters() for each in (fit, wanted))
+    assert list(mine.index) == ["sd|subject", "z|subject", "sigma"]
+    z, rho = mine.loc["z|subject"], theirs.loc["cor_lag1|subject"]
+    slope = 1 - rho["estimate"] ** 2
+    same([np.tanh(z["estimate"]), z["std_error"]], [rho["estimate"], rho["std_error"] / slope])
+    intervals = [each.confint(method="wald").iloc[1] for each in (fit, wanted)]
+    same(np.tanh(intervals[0]), intervals[1])
+    het = mj.lmm("y ~ t + own_het(0 + visit | subject)", three()).variance_parameters()
+    assert list(het.index[-2:]) == ["p1|subject", "sigma"]
+    glmm = [
+        mj.glmm(f"count ~ t + {each}(0 + visit | subject)", three(), family="poisson").criterion
+        for each in ("own", "ar1")
+    ]
+    assert glmm[0] == pytest.approx(glmm[1], abs=1e-9)
+
+
+def test_what_is_reported_together_has_plain_intervals():
+    """Of two parameters of which each is reported as a function of both there is no scale of one."""
+
+    fit = mj.lmm("y ~ t + both(0 + visit | subject)", three())
+    table, ends = fit.variance_parameters().loc["a|subject"], fit.confint(method="wald").loc["a|subject"]
+    same(ends, table["estimate"] + 1.959963984540054 * table["std_error"] * np.array([-1, 1]))
 
 
 def test_where_it_is_named():

@@ -40,6 +40,7 @@ class Loadings(Structure):
     d: int = 1
 
     scaling = "each"
+    has_sections = False
 
     @property
     def n_loadings(self) -> int:

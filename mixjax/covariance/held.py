@@ -59,7 +59,7 @@ class HeldStructure(Structure):
 class Held(NamedTuple):
     """A structure, where its search starts ``(k,)``, and which of its coordinates ``(k,)`` must stay positive."""
 
-    structure: HeldStructure
+    structure: Structure
     start: np.ndarray
     positive: np.ndarray
 

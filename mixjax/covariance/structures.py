@@ -183,6 +183,10 @@ class Structure(ABC):
             if row == column or self.correlated
         )
 
+    def parameter(self, kind: str, i: int, j: int) -> NaturalParameter:
+        """That of the natural parameters."""
+        return next(own for own in self.natural if (own.kind, own.i, own.j) == (kind, i, j))
+
     def completed(self, cor: np.ndarray) -> np.ndarray:
         """The correlations ``(q, q)`` of the structure from those, in their places, that are natural parameters."""
         return cor
@@ -194,8 +198,9 @@ class Structure(ABC):
 
     # --- one parameter held at a value
 
-    # Whether there are charts for that, and so profiles.
+    # Whether there are charts for that, and profiles of many data sets at once; whether there are others, one by one.
     has_charts: ClassVar[bool] = False
+    has_sections: ClassVar[bool] = True
 
     def chart(self, R: np.ndarray, factor: np.ndarray, first: Sequence[int], cor: Any = None) -> TermChart:
         """Coordinates for a search with the standard deviation of one effect, or the correlation of two, held.

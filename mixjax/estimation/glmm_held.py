@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixjax import covariance as cov
-from mixjax.covariance import diagonal_positions
+from mixjax.covariance import diagonal_positions, sections
 from mixjax.covariance.held import Held, with_correlation, with_deviation
+from mixjax.covariance.sections import TIMES
 from mixjax.engine.laplace_fit import INNER_LAST, MIDDLE_LAST, MOST_PSI, evaluate, nothing_known
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
@@ -33,8 +34,8 @@ SURE = 1e-6
 
 
 class Parameter(NamedTuple):
-    """What is held: ``"sd"`` of effect i of a term, ``"cor"`` of effects i and j, ``"psi"`` i of the family (as it is
-    estimated, a logarithm), ``"fixed"`` effect i."""
+    """What is held: ``"sd"`` of effect i of a term, ``"cor"`` of effects i and j, ``"real"``, coordinate i of a
+    structure of the user's own, ``"psi"`` i of the family (as it is estimated, a logarithm), ``"fixed"`` effect i."""
 
     kind: str
     term: int = -1
@@ -84,19 +85,30 @@ class HeldSearch:
             near: where the search begins.
         """
         with silently():
-            found = self._search(what, value, near)
+            found = self._searched(what, value, near)
             shapes = [len(own) for own in near.factors]
             inside = [Z.R @ own for Z, own in zip(self.rows.Z_bases, found.factors, strict=True)]
-            small = [np.linalg.svd(own, compute_uv=False).min() < search.NEAR_ZERO for own in inside]
+            small = [
+                not np.isfinite(own).all() or np.linalg.svd(own, compute_uv=False).min() < search.NEAR_ZERO
+                for own in inside
+            ]
             only = what.kind == "sd" and shapes == [1]
             if only or (found.converged and not any(small)):
                 return found
             far = [Z.R_inv * FAR for Z in self.rows.Z_bases]
-            other = self._search(what, value, near._replace(factors=tuple(far), v=None))
+            other = self._searched(what, value, near._replace(factors=tuple(far), v=None))
             better = other.criterion < found.criterion or not found.converged
             return other if other.converged and better else found
 
-    def _search(self, what: Parameter, value: float, near: ConditionalFit) -> ConditionalFit:
+    def _searched(self, what: Parameter, value: float, near: ConditionalFit) -> ConditionalFit:
+        for _ in range(TIMES):
+            near, goes_on = self._search(what, value, near)
+            if not goes_on:
+                break
+        return near
+
+    def _search(self, what: Parameter, value: float, near: ConditionalFit) -> tuple[ConditionalFit, bool]:
+        """Where a search ends; whether it is to go on from there."""
         rows, p = self.rows, self.rows.p
         model, beta, psi = self._model, near.beta, near.psi
         back = np.eye(p)
@@ -116,14 +128,18 @@ class HeldSearch:
             model = replace(model, family=HeldFamily(rows.family.link, rows.family, what.i, value))
         else:
             psi = rows.fixed_in_bases(beta, psi)[p:]
-        charts = [self._chart(t, what, value, near.factors[t]) for t in range(len(near.factors))]
+        found = [self._chart(t, what, value, near.factors[t]) for t in range(len(near.factors))]
+        charts = [own for own in found if own is not None]
+        if len(charts) < len(found):  # the structure has no such covariance
+            return near._replace(criterion=np.inf, converged=False), False
         structures = tuple(own.structure for own in charts)
         places = zip(rows.layout.terms, structures, strict=True)
         layout = replace(rows.layout, terms=tuple(place._replace(structure=own) for place, own in places))
         model = replace(model, effects=replace(model.effects, layout=layout))  # type: ignore[type-var]
         numbers = psi if rows.psi_columns else np.clip(psi, -MOST_PSI, MOST_PSI)
         fixed = np.concatenate([delta, numbers])[:, None]
-        end = _least(model, fixed, near.v, charts)
+        is_bent = any(isinstance(own, sections.Section) and own.is_bent for own in structures)
+        end = _least(model, fixed, near.v, charts, sections.ON_ONE if is_bent else MOST_ITERATIONS)
         at = end.fixed[:, 0]
         if what.kind == "fixed":
             beta = np.insert(back @ at[: p - 1], what.i, value)
@@ -133,7 +149,8 @@ class HeldSearch:
             held_number = what.kind == "psi" and not rows.psi_columns
             psi = np.insert(at[p:], what.i, value) if held_number else psi_back(at[p:])
         factors = [Z.R_inv @ own for Z, own in zip(rows.Z_bases, end.factors, strict=True)]
-        return ConditionalFit(end.value, end.converged, beta, psi, tuple(factors), end.v)
+        goes_on = is_bent and not end.converged and bool(np.isfinite(end.value))
+        return ConditionalFit(end.value, end.converged, beta, psi, tuple(factors), end.v), goes_on
 
     def _column_out(self, j: int) -> tuple[np.ndarray, np.ndarray, Model]:
         """The model without a column of X: from its basis to the other fixed effects, the way back, and the model."""
@@ -178,19 +195,23 @@ class HeldSearch:
 
         return replace(model, data=data), free, back
 
-    def _chart(self, t: int, what: Parameter, value: float, factor: np.ndarray) -> Held:
+    def _chart(self, t: int, what: Parameter, value: float, factor: np.ndarray) -> Held | None:
         """A term's covariance for a search from a factor of it; of other terms than the one with the parameter all
-        coordinates of a chart are free."""
+        coordinates are free."""
         structure, basis = self.rows.layout.terms[t].structure, self.rows.Z_bases[t]
-        here = what.term == t
         R, R_inv, start = np.asarray(basis.R), np.asarray(basis.R_inv), factor[None]
-        if here and what.kind == "sd":
+        if what.term != t:
+            return sections.free(structure, R, factor)
+        if not structure.has_charts:
+            parameter = structure.parameter(what.kind, what.i, what.j)
+            if what.kind == "sd" and value == 0:
+                return sections.without(structure, parameter, R, factor)
+            return sections.at_value(structure, parameter, value, R, factor)
+        if what.kind == "sd":
             return with_deviation(structure.chart(R, start, [what.i]), R_inv, what.i, value)
-        if here and what.kind == "cor":
-            chart = structure.chart(R, start, [what.j, what.i], np.array([value]))
-            first, second = diagonal_positions(structure.q)[:2]
-            return with_correlation(chart, (int(first), int(second)))
-        return with_correlation(structure.chart(R, start, []), (-1, -1))
+        chart = structure.chart(R, start, [what.j, what.i], np.array([value]))
+        first, second = diagonal_positions(structure.q)[:2]
+        return with_correlation(chart, (int(first), int(second)))
 
 
 def _placed(model: Model, values: np.ndarray) -> np.ndarray:
@@ -207,7 +228,7 @@ class _End(NamedTuple):
     v: np.ndarray
 
 
-def _least(model: Model, fixed: np.ndarray, v: np.ndarray | None, charts: list[Held]) -> _End:
+def _least(model: Model, fixed: np.ndarray, v: np.ndarray | None, charts: list[Held], most: int) -> _End:
     """The minimum of a model's criterion over its coordinates, by the trust region."""
     structures, memory = model.layout.structures, nothing_known(model, fixed)
     if v is not None:
@@ -227,7 +248,7 @@ def _least(model: Model, fixed: np.ndarray, v: np.ndarray | None, charts: list[H
     x, converged = start, True
     if len(start):
         radius = search.REGION * max(float(np.sqrt((start**2).sum())), 0.2)
-        solution = newton.minimise(by_x, start, None, MOST_ITERATIONS, radius)
+        solution = newton.minimise(by_x, start, None, most, radius)
         x, converged = solution.x, int(solution.result[0]) == Result.CONVERGED
     last = evaluate(model, x, memory, INNER_LAST, MIDDLE_LAST)
     value: Any = last.value[0]

@@ -306,7 +306,7 @@ class GeneralizedInferring:
 
         Raises:
             ValueError: a fit by quadrature with several random effects a level, with ``nagq=0``, or one that did not
-                converge; a covariance structure other than unstructured or diagonal.
+                converge; ``rr`` or ``fa``.
 
         Example:
             >>> import mixjax as mj

@@ -284,8 +284,8 @@ class Inferring:
             Profile: ``.confint(level)``, ``.to_frame()`` (parameter, value, zeta), ``.zeta(name, values)``.
 
         Raises:
-            ValueError: a covariance structure other than unstructured or diagonal; more than 3 effects a level of the
-                largest grouping factor or more than 64 of the others.
+            ValueError: ``rr`` or ``fa``; more than 32 random effects beside those of the largest grouping factor (64
+                with up to 3 effects a level of that, 128 with other structures than ``us`` and ``diag``).
 
         Example:
             >>> import mixjax as mj

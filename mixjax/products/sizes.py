@@ -22,7 +22,8 @@ MOST_DENSE_AT_ONCE, MOST_NUMBERS = 1024, 2**27
 MOST_SLOPES = 2**23
 # Effects beside the first factor's up to which NumPy works on lanes side by side: responses of one design, and designs.
 MOST_DENSE_LANES, MOST_DENSE_STACKED = 32, 256
-# The same of one data set whose levels have a known covariance, with a parameter held in every lane: some seconds.
+# The same of one data set whose levels have a known covariance, or searched one by one, with a parameter held: some
+# seconds.
 MOST_DENSE_HELD = 128
 # Effects beside the first factor's up to which the posterior is sampled: every gradient inverts a matrix of that size,
 # in each chain, thousands of times.
@@ -85,15 +86,22 @@ def in_lanes_at_once(stats: CrossProducts) -> bool:
     return size.d <= MOST_DENSE_LANES and size.products <= MOST_PRODUCTS
 
 
-def most_dense_held(stats: CrossProducts) -> int:
-    """Effects beside the first factor's up to which NumPy works on lanes of one data set with a parameter held."""
-    return MOST_DENSE_HELD if stats.known else MOST_DENSE_LANES
+def most_dense_held(stats: CrossProducts, one_by_one: bool = False) -> int:
+    """Effects beside the first factor's up to which NumPy works on lanes of one data set with a parameter held, or on
+    one search after the other."""
+    return MOST_DENSE_HELD if stats.known or one_by_one else MOST_DENSE_LANES
 
 
 def in_lanes_held(stats: CrossProducts) -> bool:
     """Whether it does."""
     size = sizes_of(stats)
     return size.d <= most_dense_held(stats) and size.products <= MOST_PRODUCTS
+
+
+def is_small_held(stats: CrossProducts) -> bool:
+    """Whether NumPy works on one data set with a parameter held, one search after the other."""
+    size = sizes_of(stats)
+    return size.d <= most_dense_held(stats, one_by_one=True) and size.products <= MOST_PRODUCTS
 
 
 def has_closed_form(stats: CrossProducts) -> bool:

@@ -18,14 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 from mixjax.covariance import diagonal_positions
+from mixjax.covariance.custom import Written
 from mixjax.design import AnyArray
 from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import CrossProducts
 
 
 class Held(NamedTuple):
-    """A parameter: ``kind`` "sd", "cor", "sigma" or "fixed", of a family "positive" or "real"; its term; effects i (and
-    j), or the column of X, or the number among the family's."""
+    """A parameter: ``kind`` "sd", "cor", "real" (of a structure of the user's own), "sigma" or "fixed", of a family,
+    which is no term, "positive" or "real"; its term; effects i (and j), the coordinate, the column of X, or the number
+    among the family's."""
 
     kind: str
     term: int = -1
@@ -52,6 +54,12 @@ def value_of(held: Held, stats: CrossProducts | FamilyRows, at: Start, beta: np.
     if held.kind == "fixed":
         return beta[:, held.i].copy()
     F, R_inv = at.factors[held.term], np.asarray(stats.Z_bases[held.term].R_inv)
+    if held.kind == "real":
+        structure = stats.layout.structures[held.term]
+        assert isinstance(structure, Written)
+        x = structure.near(np.moveaxis(np.asarray(stats.Z_bases[held.term].R) @ F, 0, -1))
+        reported = np.asarray(structure.reported(x)[0])[held.i - structure.n_scales]
+        return np.where((F != 0).any((1, 2)), reported, np.nan)
     unit = np.sqrt((R_inv**2).sum(-1))
     lengths = np.sqrt((F**2).sum(-1))
     lengths = np.where(lengths > ZERO * unit, lengths, 0.0)
@@ -119,7 +127,7 @@ def charts_of(stats: CrossProducts, held: Held, value: np.ndarray, start: Start)
         rows.append(row)
     if held.kind == "sigma":
         log_variance = 2 * np.log(value)
-    v, multiple = _taken_out(stats, held, value)
+    v, multiple = taken_out(stats, held, value)
     return Chart(
         maps=tuple(_last(M) for M in maps),
         alive=_last(np.concatenate(alive, 1)),
@@ -139,7 +147,7 @@ def _last(x: np.ndarray) -> np.ndarray:
 # --- a fixed effect -------------------------------------------------------------------------------------------------
 
 
-def _taken_out(stats: CrossProducts, held: Held, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def taken_out(stats: CrossProducts, held: Held, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How X's basis Q and y change as ``value`` times a column of X is taken out of y, and the column out of X.
 
     The other columns of X span ``Q (I - v v')``, v being what is left of the held column after a regression on them;

@@ -17,7 +17,8 @@ from mixjax.fitted.parameters import select
 from mixjax.fitted.record import Fitted
 from mixjax.inference.random import profile_of_family, profile_search
 from mixjax.inference.random.held_parameter import Held, value_of
-from mixjax.inference.random.profile_curve import Curve
+from mixjax.inference.random.profile_by_section import OneByOne
+from mixjax.inference.random.profile_curve import Curve, curve_of
 from mixjax.inference.random.profile_of_family import FamilyProfiles, end_of
 from mixjax.inference.random.profile_search import OneDataSet
 from mixjax.markup import Report, Reported
@@ -84,7 +85,7 @@ class Profile(Reported):
         for curve, _ in ends:
             self._caps[curve.held.term, curve.held.i] = (curve.zetas[0] ** 2, curve.conditional[0])
         chosen = [self._curves[name] for name in self._chosen if name in self._curves]
-        self._evaluate([(c, end) for c in chosen if c.held.kind == "cor" for end in (-1.0, 1.0)])
+        self._evaluate([(c, end) for c in chosen if c.looks_at_ends for end in (c.low, c.high)])
 
     def _evaluate(self, points: Sequence[tuple[Curve, float]]) -> None:
         points = [(curve, value) for curve, value in points if value not in curve.values]
@@ -93,14 +94,13 @@ class Profile(Reported):
         least = self._searched.least
         for (curve, value), deviance, good, others in zip(points, *self._searched.minimise(points), strict=True):
             rise = deviance - least
-            if curve.held.kind == "cor":
-                # As one of the two variances vanishes its correlation may be anything.
-                caps = [self._caps[curve.held.term, e] for e in (curve.held.i, curve.held.j)]
+            caps = [self._caps[curve.held.term, e] for e in curve.without_meaning]
+            if caps:
                 cap, at_zero = min(caps, key=lambda pair: pair[0])
-                if rise > cap:
+                if rise > cap and (np.isfinite(rise) or curve.looks_at_ends):
                     rise, good, others = cap, True, at_zero.copy()
             others[self._all.index(curve)] = value
-            if not good or not np.isfinite(rise):
+            if (not good or not np.isfinite(rise)) and (curve.looks_at_ends or value not in curve.ends):
                 self._failed.add(curve.name)
             if rise < -1e-6 * max(1.0, abs(least)) ** 0.5:
                 warn(
@@ -149,11 +149,14 @@ class Profile(Reported):
             curve, ends = self._curves[name], []
             for side, bound in ((-1.0, curve.low), (1.0, curve.high)):
                 reached = curve.error(side * z) <= 1e-4
-                at_bound = curve.values[0 if side < 0 else -1] == bound
+                last = 0 if side < 0 else -1
+                at_bound = curve.values[last] == bound and bool(np.isfinite(curve.zetas[last]))
                 if not reached and at_bound:
                     boundary.append(name)
                 if not reached and at_bound and isinstance(self._searched, FamilyProfiles):
                     bound = end_of(curve, bound)
+                if not reached and not at_bound:
+                    self._failed.add(name)
                 ends.append(curve.at(side * z) if reached else bound if at_bound else np.nan)
             rows[name] = ends
         frame = pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
@@ -259,9 +262,9 @@ def zeta_of_many(
         >>> bool(converged.all()), bool(80 <= (abs(zeta) < 1.96).sum() <= 100)
         (True, True)
     """
-    reason = profile_search.refusal(stats)
+    reason = profile_search.refusal(stats, together=True)
     if reason:
-        raise ValueError(f"no profiles for this model: {reason}")
+        raise ValueError(f"no profiles of many data sets of this model: {reason}")
     theta, sigma, least = (np.asarray(a) for a in (est.theta, est.sigma, est.criterion))
     found = profile_search.minimise_many(stats, theta, sigma, held, value)
     rise, converged = found.deviance - least, found.converged
@@ -284,7 +287,8 @@ class _LinearProfiles:
 
     def __init__(self, fitted: Fitted):
         est = fitted.estimates
-        self._data = OneDataSet(fitted.stats, est.theta, est.sigma)
+        plain = all(structure.has_charts for structure in fitted.layout.structures)
+        self._data = (OneDataSet if plain else OneByOne)(fitted.stats, est.theta, est.sigma)
         self.least, self.curves = float(est.criterion), _curves(fitted)
 
     def minimise(self, points: Sequence[tuple[Curve, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -301,14 +305,8 @@ def _curves(fitted: Fitted) -> list[Curve]:
     units = [sigma * np.sqrt((np.asarray(basis.R_inv) ** 2).sum(1)) for basis in fitted.stats.Z_bases]
     parameters = names_of_variances(fitted.labels, fitted.stats.layout.structures)
     for parameter, estimate, se in zip(parameters, variance.estimate[:-1], variance.std_error[:-1], strict=True):
-        natural, known = parameter.natural, np.isfinite(se)
-        held = Held(natural.kind, parameter.term, natural.i, natural.j)
-        if natural.kind == "sd":
-            step = se if known else 0.1 * units[parameter.term][natural.i]
-            curves.append(Curve(parameter.name, held, float(estimate), 0.0, np.inf, float(step)))
-        else:
-            value = float(np.clip(estimate, -1, 1))
-            curves.append(Curve(parameter.name, held, value, -1.0, 1.0, se if known else 0.1))
+        unit = units[parameter.term][parameter.natural.i] if parameter.kind == "sd" else 1.0
+        curves.append(curve_of(parameter, float(estimate), float(se), float(unit)))
     se = variance.std_error[-1]
     curves.append(Curve("sigma", Held("sigma"), sigma, 0.0, np.inf, se if np.isfinite(se) else 0.1 * sigma))
     errors = np.sqrt(np.diag(fitted.estimates.vcov))

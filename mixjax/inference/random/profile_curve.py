@@ -7,10 +7,33 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from mixjax.covariance.sections import range_of
+from mixjax.fitted.names import VarianceParameter
 from mixjax.inference.random.held_parameter import Held
 
 # A bracket of this relative width, beyond which searches fail, is not made narrower.
 NARROW = 1e-3
+
+
+def curve_of(parameter: VarianceParameter, estimate: float, se: float, unit: float) -> Curve:
+    """The curve of a parameter of a random term.
+
+    Args:
+        se: NaN where it is not known. unit: a standard deviation that would be one in the basis of the term.
+    """
+    natural, structure, known = parameter.natural, parameter.structure, np.isfinite(se)
+    low, high = ends = range_of(natural, structure)
+    step = se if known else 0.1 * unit
+    sds = [other for other in structure.natural if other.kind == "sd"]
+    own: tuple[int, ...] = ()
+    if natural.kind != "sd" and len(sds) == 1:  # all effects share it
+        own = (sds[0].i,)
+    elif natural.kind == "cor":
+        estimate = float(np.clip(estimate, low, high))
+        own = (natural.i, natural.j) if structure.has_charts else ()
+    looks = natural.kind == "cor" and structure.has_charts
+    held = Held(natural.kind, parameter.term, natural.i, natural.j)
+    return Curve(parameter.name, held, estimate, low, high, step, own, ends, looks)
 
 
 @dataclass(eq=False)
@@ -21,6 +44,9 @@ class Curve:
         held: the parameter. low, high: its bounds, or where nobody looks any further. step: a first distance from the
             estimate, about one standard error.
         conditional: the estimates of all parameters at every value.
+        without_meaning: effects of its term, without whose variance, of any of them, the parameter may be anything.
+        ends: of the parameter's range itself. looks_at_ends: these are worth a search before there is need of them, and
+            searches do not fail.
     """
 
     name: str
@@ -29,6 +55,9 @@ class Curve:
     low: float
     high: float
     step: float
+    without_meaning: tuple[int, ...] = ()
+    ends: tuple[float, float] = (-np.inf, np.inf)
+    looks_at_ends: bool = False
     values: list[float] = field(default_factory=list)
     zetas: list[float] = field(default_factory=list)
     conditional: list[np.ndarray] = field(default_factory=list)
@@ -67,7 +96,7 @@ class Curve:
         last, halved = self._before.get(target, (np.inf, False))
         halves = error > 0.25 * last and not halved
         inside = None
-        if not halves and (np.diff(z[near]) > 0).all() and np.isfinite(z[near]).all():
+        if not halves and np.isfinite(z[near]).all() and (np.diff(z[near]) > 0).all():
             inside = float(PchipInterpolator(z[near], v[near])(target))
             if not min(a, b) < inside < max(a, b):
                 inside = None

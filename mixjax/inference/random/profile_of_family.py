@@ -13,7 +13,7 @@ from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import names_apart, names_of_variances
 from mixjax.fitted.parameters import parameters_of_family
 from mixjax.inference.random.held_parameter import Held, Start, value_of
-from mixjax.inference.random.profile_curve import Curve
+from mixjax.inference.random.profile_curve import Curve, curve_of
 
 # Standard errors from an estimate, and logarithms of a family's parameter, beyond which nobody looks: an interval whose
 # end is not reached there has none.
@@ -45,7 +45,7 @@ class FamilyProfiles:
         for curve, value in points:
             held, known = curve.held, self._known[curve.held]
             _, near = min(known, key=lambda pair: abs(pair[0] - value))
-            kind = "psi" if held.kind in ("positive", "real") else held.kind
+            kind = held.kind if held.term >= 0 or held.kind == "fixed" else "psi"
             at = float(np.log(value)) if held.kind == "positive" else value
             fit = self._search.minimise(Parameter(kind, held.term, held.i, held.j), at, near)
             if fit.converged:
@@ -57,7 +57,7 @@ class FamilyProfiles:
 
     def _value(self, curve: Curve, fit: ConditionalFit) -> float:
         held = curve.held
-        if held.kind in ("positive", "real"):
+        if held.term < 0 and held.kind != "fixed":
             return float(parameters_of_family(self._labels, self._family, np.asarray(fit.psi))[1][held.i])
         at = Start(tuple(own[None] for own in fit.factors), np.ones(1))
         return float(value_of(held, self._rows, at, fit.beta[None])[0])
@@ -71,8 +71,8 @@ def refusal(fitted: GeneralizedFitted) -> str | None:
         return "it was fitted with nagq=0, whose fixed effects are not at the minimum"
     if fitted.nagq > 1 and fitted.layout.qs != (1,):
         return f"it was fitted with nagq={fitted.nagq}, and quadrature has profiles of one random effect a level"
-    if (other := next((s for s in fitted.layout.structures if not s.has_charts), None)) is not None:
-        return f"a covariance structure other than unstructured or diagonal ({name_of(other)})"
+    if (other := next((s for s in fitted.layout.structures if not (s.has_charts or s.has_sections)), None)) is not None:
+        return f"none are written for the covariance structure {name_of(other)!r}"
     if not fitted.estimates.converged:
         return "the fit did not converge, so there is no minimum to begin at"
     return None
@@ -92,15 +92,14 @@ def _curves(fitted: GeneralizedFitted) -> list[Curve]:
                 low, high = estimate - FARTHEST * step, estimate + FARTHEST * step
             curves.append(Curve(name, held, estimate, float(low), float(high), step))
             continue
-        natural = parameters[place].natural
-        held = Held(natural.kind, parameters[place].term, natural.i, natural.j)
-        if kind == "sd":
-            unit = float(units[held.term][held.i])
-            step = float(se) if known else 0.1 * unit
-            curves.append(Curve(name, held, estimate, 0.0, max(estimate + FARTHEST * step, 100.0 * unit), step))
-        else:
-            step = float(se) if known else 0.1
-            curves.append(Curve(name, held, float(np.clip(estimate, -1, 1)), -1.0, 1.0, step))
+        parameter = parameters[place]
+        unit = float(units[parameter.term][parameter.natural.i]) if kind == "sd" else 1.0
+        curve = curve_of(parameter, estimate, float(se), unit)
+        if np.isinf(curve.low):
+            curve.low = estimate - FARTHEST * curve.step
+        if np.isinf(curve.high):
+            curve.high = max(estimate + FARTHEST * curve.step, 100.0 * unit)
+        curves.append(curve)
     errors = np.sqrt(np.diag(fitted.estimates.vcov))
     for j, name in enumerate(names_apart(fitted.labels.fixed, variance.names)):
         value, reach = float(fitted.estimates.beta[j]), FARTHEST * float(errors[j])
@@ -110,7 +109,7 @@ def _curves(fitted: GeneralizedFitted) -> list[Curve]:
 
 def end_of(curve: Curve, bound: float) -> float:
     """The end of an interval that reaches a curve's bound: infinite where that is only as far as anybody looked."""
-    if curve.held.kind == "cor" or (curve.held.kind == "sd" and bound == 0.0):
+    if bound in curve.ends:
         return bound
     if bound == curve.high:
         return np.inf

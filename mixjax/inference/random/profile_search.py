@@ -29,7 +29,7 @@ from mixjax.inference.random.held_parameter import Chart, Held, Start, charts_of
 from mixjax.machine import LANES, Array, float64, jit, lanes_of, n_workers, namespace, silently
 from mixjax.optimise import newton
 from mixjax.optimise.results import Result
-from mixjax.products.sizes import has_closed_form, in_lanes_held, most_dense_held
+from mixjax.products.sizes import has_closed_form, in_lanes_held, is_small_held, most_dense_held
 from mixjax.products.sums import CrossProducts, Layout, pad
 
 # Lanes of one call: of one data set, where each problem has two, and of many data sets.
@@ -59,13 +59,21 @@ class Conditional(NamedTuple):
         return Start(self.factors, self.sigma)
 
 
-def refusal(stats: CrossProducts) -> str | None:
-    """Why a model's deviance cannot be minimised here; None where it can."""
-    if not has_closed_form(stats) and not in_lanes_held(stats):
-        return f"more than {most_dense_held(stats)} effects beside those of the largest factor"
-    if (other := next((s for s in stats.layout.structures if not s.has_charts), None)) is not None:
-        return f"a covariance structure other than unstructured or diagonal ({name_of(other)})"
-    return None
+def refusal(stats: CrossProducts, together: bool = False) -> str | None:
+    """Why a model's deviance cannot be minimised here; None where it can.
+
+    Args:
+        together: many data sets at once, which needs charts of all covariance structures.
+    """
+    structures = stats.layout.structures
+    for s in structures:
+        if not s.has_charts and (together or not s.has_sections):
+            return f"none are written for the covariance structure {name_of(s)!r}"
+    if all(s.has_charts for s in structures):
+        fits, most = has_closed_form(stats) or in_lanes_held(stats), most_dense_held(stats)
+    else:
+        fits, most = is_small_held(stats), most_dense_held(stats, one_by_one=True)
+    return None if fits else f"more than {most} effects beside those of the largest factor"
 
 
 def padded(stats: CrossProducts) -> CrossProducts:
@@ -151,20 +159,20 @@ def minimise_many(
 def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once: bool) -> Conditional:
     """Search every lane, in calls of at most ``width`` lanes."""
     if at_once:
-        return _conditional(stats, chart, _minimise_at_once(lanes, chart, LONG))
+        return conditional_of(stats, chart, _minimise_at_once(lanes, chart, LONG))
     B = chart.start.shape[-1]
     own = sum(a.size // B for a in jax.tree.leaves(lanes) if B > 1 and np.shape(a)[-1:] == (B,))
     width = int(max(2, min(width, 2 ** int(np.log2(max(2, MOST_NUMBERS // max(1, own)))))))
 
-    def call(at: np.ndarray, limit: int) -> _Found:
+    def call(at: np.ndarray, limit: int) -> Found:
         index = np.append(at, np.repeat(at[-1], width - len(at)))
         with float64():  # the scope is each thread's own
             part = jax.tree.map(lambda a: a[..., index] if B > 1 and np.shape(a)[-1:] == (B,) else a, lanes)
             found = _minimise(part, jax.tree.map(lambda a: a[..., index], chart), limit)
-            first: _Found = jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
+            first: Found = jax.tree.map(lambda a: np.asarray(a)[..., : len(at)], found)
             return first
 
-    def search(at: np.ndarray, limit: int) -> _Found:
+    def search(at: np.ndarray, limit: int) -> Found:
         calls = [at[i : i + width] for i in range(0, len(at), width)]
         # LAPACK's calls wait for the threads that they themselves occupy.
         workers = 1 if len(chart.start) > ROTATIONS_UP_TO else min(n_workers(), len(calls))
@@ -173,7 +181,7 @@ def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once
         else:
             with ThreadPoolExecutor(workers) as pool:
                 parts = list(pool.map(lambda part: call(part, limit), calls))
-        joined: _Found = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *parts)
+        joined: Found = jax.tree.map(lambda *leaves: np.concatenate(leaves, -1), *parts)
         return joined
 
     several = width < B
@@ -184,10 +192,10 @@ def _least(stats: CrossProducts, lanes: Lanes, chart: Chart, width: int, at_once
         chart.start[:, left] = found.z[:, left]
         for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(search(left, LONG)), strict=True):
             whole[..., left] = part
-    return _conditional(stats, chart, found)
+    return conditional_of(stats, chart, found)
 
 
-def _conditional(stats: CrossProducts, chart: Chart, found: _Found) -> Conditional:
+def conditional_of(stats: CrossProducts, chart: Chart, found: Found) -> Conditional:
     """On the scale of the user's columns."""
     finite = (found.result != int(Result.NOT_FINITE)) & np.isfinite(found.value)
     deviance = np.where(finite, found.value, np.inf)
@@ -203,7 +211,7 @@ def _conditional(stats: CrossProducts, chart: Chart, found: _Found) -> Condition
 # --- the program ----------------------------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Results with lanes last, in the bases of the products."""
 
     value: AnyArray
@@ -215,18 +223,18 @@ class _Found(NamedTuple):
 
 
 @partial(jit, compiler_options=LANES)
-def _minimise(lanes: Lanes, chart: Chart, limit: AnyArray) -> _Found:
+def _minimise(lanes: Lanes, chart: Chart, limit: AnyArray) -> Found:
     chart = jax.tree.map(jnp.asarray, chart)
     lanes = jax.tree.map(jnp.asarray, lanes).turned(chart.v, chart.s)
     evaluate = partial(_evaluate, lanes=lanes, chart=chart)
-    return _found(newton.minimise(evaluate, chart.start, None, limit, _region(chart)), lanes, chart)
+    return _found(newton.minimise(evaluate, chart.start, None, limit, region_of(chart)), lanes, chart)
 
 
-def _minimise_at_once(lanes: Lanes, chart: Chart, limit: int) -> _Found:
+def _minimise_at_once(lanes: Lanes, chart: Chart, limit: int) -> Found:
     """By NumPy; lanes that are done are dropped where they are many."""
     B = chart.start.shape[-1]
     with silently():
-        state = newton.begin(chart.start, _region(chart))
+        state = newton.begin(chart.start, region_of(chart))
         found = newton.Solution(*(np.array(a) for a in newton.solution_of(state)))
         at, own = np.arange(B), (lanes.turned(chart.v, chart.s), chart)
         while len(at):
@@ -244,20 +252,24 @@ def _minimise_at_once(lanes: Lanes, chart: Chart, limit: int) -> _Found:
         return _found(found, lanes.turned(chart.v, chart.s), chart)
 
 
-def _region(chart: Chart) -> Array:
+def region_of(chart: Chart) -> Array:
     """The first trust regions ``(B,)``."""
     xp = namespace(chart.start)
     return 0.5 * xp.maximum(xp.sqrt((chart.start**2).sum(0)), 0.2)
 
 
-def _found(solution: newton.Solution, lanes: Lanes, chart: Chart) -> _Found:
-    xp, structures = namespace(chart.start), lanes.layout.structures
-    factors = _factors(solution.x, chart, structures)
-    at = lanes.profiled(cov.near(factors, structures))
+def _found(solution: newton.Solution, lanes: Lanes, chart: Chart) -> Found:
+    return found_of(solution, _factors(solution.x, chart, lanes.layout.structures), lanes, chart)
+
+
+def found_of(solution: newton.Solution, factors: list[Array], lanes: Lanes, chart: Chart) -> Found:
+    """What belongs to the minimum, of whose covariances these are ``factors``."""
+    xp = namespace(chart.start)
+    at = lanes.profiled(cov.near(factors, lanes.layout.structures))
     given = ~xp.isnan(chart.log_variance)
     variance = xp.exp(xp.where(given, chart.log_variance, 0.0)) / _held_variance(factors, chart)
     sigma = xp.sqrt(xp.where(given, variance, at.rss / lanes.moments.n))
-    return _Found(solution.value, solution.result, solution.x, tuple(factors), sigma, at.delta)
+    return Found(solution.value, solution.result, solution.x, tuple(factors), sigma, at.delta)
 
 
 def _factors(z: Array, chart: Chart, structures: tuple[Structure, ...]) -> list[Array]:
@@ -273,9 +285,41 @@ def _held_variance(factors: list[Array], chart: Chart) -> Array:
 
 
 def _evaluate(z: Array, lanes: Lanes, chart: Chart) -> tuple[Array, Array, Array]:
-    xp, structures = namespace(z, chart.start), lanes.layout.structures
-    parts = cov.cut(z, structures)
-    factors = _factors(z, chart, structures)
+    xp = namespace(z, chart.start)
+    factors = _factors(z, chart, lanes.layout.structures)
+    at = at_entries(factors, lanes, chart)
+    jacobian, curvature, start, k = [], [], 0, z.shape[0]
+    column = 0
+    for M, F in zip(chart.maps, factors, strict=True):
+        q, own = len(F), M.shape[2]
+        slopes = xp.stack(
+            [(M[a] * F[b][:, None] + F[a][:, None] * M[b]).sum(0) for a, b in pairs_of(q)]
+        )  # (pairs, k_t, B)
+        jacobian.append(_amid(slopes, column, k, 1))
+        along = [
+            at.gradient[start + n] * ((M[a][:, :, None] * M[b][:, None] + M[b][:, :, None] * M[a][:, None]).sum(0))
+            for n, (a, b) in enumerate(pairs_of(q))
+        ]
+        curvature.append(_amid(_amid(sum(along), column, k, 0), column, k, 1))
+        start += q * (q + 1) // 2
+        column += own
+    g_z, H_z = by_coordinates(at, xp.concatenate(jacobian), sum(curvature))
+    alive = chart.alive
+    H_z = xp.where(alive[:, None] & alive, H_z, xp.eye(k, dtype=z.dtype)[..., None])
+    outside = (chart.positive & (z <= 0)).any(0)
+    return xp.where(outside, xp.inf, at.value), xp.where(alive, g_z, 0.0), H_z
+
+
+class AtEntries(NamedTuple):
+    """Value ``(B,)``, gradient ``(J, B)`` and Hessian ``(J, J, B)`` by the entries of D, sigma eliminated."""
+
+    value: Array
+    gradient: Array
+    Hessian: Array
+
+
+def at_entries(factors: list[Array], lanes: Lanes, chart: Chart) -> AtEntries:
+    xp = namespace(*factors, chart.start)
     given = ~xp.isnan(chart.log_variance)
     # D_ii and its derivatives by the entries of D.
     d = _held_variance(factors, chart)
@@ -288,29 +332,15 @@ def _evaluate(z: Array, lanes: Lanes, chart: Chart) -> tuple[Array, Array, Array
     s_DD = xp.where(given, d_D[:, None] * d_D / d**2, 0.0)
     gradient = g_D + xp.where(given, g_s, 0.0) * s_D
     Hessian = H_DD + H_Ds[:, None] * s_D + s_D[:, None] * H_Ds + H_ss * s_D[:, None] * s_D + g_s * s_DD
-    jacobian, curvature, start, k = [], [], 0, z.shape[0]
-    column = 0
-    for M, F, part in zip(chart.maps, factors, parts, strict=True):
-        q, own = len(F), len(part)
-        slopes = xp.stack(
-            [(M[a] * F[b][:, None] + F[a][:, None] * M[b]).sum(0) for a, b in pairs_of(q)]
-        )  # (pairs, k_t, B)
-        jacobian.append(_amid(slopes, column, k, 1))
-        along = [
-            gradient[start + n] * ((M[a][:, :, None] * M[b][:, None] + M[b][:, :, None] * M[a][:, None]).sum(0))
-            for n, (a, b) in enumerate(pairs_of(q))
-        ]
-        curvature.append(_amid(_amid(sum(along), column, k, 0), column, k, 1))
-        start += q * (q + 1) // 2
-        column += own
-    J = xp.concatenate(jacobian)
+    return AtEntries(at.value, gradient, Hessian)
+
+
+def by_coordinates(at: AtEntries, J: Array, curvature: Array) -> tuple[Array, Array]:
+    """Gradient and Hessian by coordinates of which the entries of D have derivatives ``J (J, k, B)``, and ``curvature
+    (k, k, B)`` along the gradient."""
     back = linalg.transpose(J)
-    g_z = linalg.matmul(back, gradient[:, None])[:, 0]
-    H_z = linalg.matmul(back, linalg.matmul(Hessian, J)) + sum(curvature)
-    alive = chart.alive
-    H_z = xp.where(alive[:, None] & alive, H_z, xp.eye(k, dtype=z.dtype)[..., None])
-    outside = (chart.positive & (z <= 0)).any(0)
-    return xp.where(outside, xp.inf, at.value), xp.where(alive, g_z, 0.0), H_z
+    gradient = linalg.matmul(back, at.gradient[:, None])[:, 0]
+    return gradient, linalg.matmul(back, linalg.matmul(at.Hessian, J)) + curvature
 
 
 def _amid(x: Array, first: int, size: int, axis: int) -> Array:
