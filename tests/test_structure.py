@@ -41,8 +41,8 @@ ASKED = {
     "mixjax.products": {
         "CrossProducts", "Layout", "check_products", "pad", "stack", "cross_products", "Rows", "rows_of", "Responses",
         "ClusterProducts", "by_cluster", "Accumulator", "Dependent", "has_closed_form",
-        "in_lanes_held", "is_small_held", "most_dense_held", "FamilyRows", "places_of", "rows_in", "VisitRows", "visit_rows",
-        "MOST_DENSE_DRAWS", "MOST_DENSE_LANES", "sizes_of",
+        "in_lanes_held", "is_small_held", "most_dense_held", "FamilyRows", "places_of", "rows_in", "VisitRows",
+        "visit_rows", "MOST_DENSE_DRAWS", "MOST_DENSE_LANES", "sizes_of",
     },
     "mixjax.estimation": {
         "Estimates", "fit", "estimate_with", "estimate_many", "newton_steps", "KEEP", "EngineName", "check_engine",
