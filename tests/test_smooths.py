@@ -10,7 +10,9 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.optimize
 from conftest import HERE
+from dense import covariance
 from dense import criterion as dense_criterion
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -358,9 +360,28 @@ def test_what_is_refused_by_name(name):
         REFUSED[name](larger())
 
 
+def test_profile_intervals_end_where_a_dense_likelihood_has_risen_by_their_quantile():
+    fit = larger().refit(reml=False)
+    design, (sd_g, sd_s, sigma) = fit.record.design, fit.variance_parameters()["estimate"]
+    frame = fit.confint(["sd|s(x)", "sigma"])
+
+    def deviance(sds):
+        V = covariance(design, [np.atleast_2d(sds[0] ** 2), sds[1] ** 2 * np.eye(design.terms[1].Z.shape[1])], sds[2])
+        white = np.linalg.solve(np.linalg.cholesky(V), np.column_stack([design.X, design.y]))
+        left = white[:, -1] - white[:, :-1] @ np.linalg.lstsq(white[:, :-1], white[:, -1], rcond=None)[0]
+        return len(V) * np.log(2 * np.pi) + np.linalg.slogdet(V)[1] + left @ left
+
+    start = np.array([sd_g, sd_s, sigma])
+    for row, place in (("sd|s(x)", 1), ("sigma", 2)):
+        for value in frame.loc[row]:
+            found = scipy.optimize.minimize(
+                lambda u, value=value, place=place: deviance(np.insert(np.exp(u), place, value)),
+                np.log(np.delete(start, place)), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-8},
+            )  # fmt: skip
+            assert found.fun - fit.criterion == pytest.approx(1.959963984540054**2, abs=1e-5)
+
+
 def test_other_refusals():
-    with pytest.raises(ValueError, match="unstructured or diagonal"):
-        larger().confint()
     with pytest.raises(ValueError, match="has one level"):
         larger().influence("s(x)")
     with pytest.raises(ValueError, match=r"mixjax\.bayes of a model with a smooth"):
