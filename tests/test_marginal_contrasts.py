@@ -94,8 +94,9 @@ def test_contrasts_are_emmeans(name, ddf, entry):
     found = means.contrasts(entry["method"], "none")
     compare(found, entry, COLUMNS, scale_of(name))
     default = {"dunnettx": "dunnett"}.get(entry["default"], entry["default"])
-    note = means.contrasts(entry["method"]).attrs["notes"][0]
-    assert ("not adjusted" if default == "none" else f"adjusted by {default} ") in note
+    if ddf == DDF[0]:
+        note = means.contrasts(entry["method"]).attrs["notes"][0]
+        assert ("not adjusted" if default == "none" else f"adjusted by {default} ") in note
 
 
 @pytest.mark.parametrize(("name", "ddf", "entry"), entries("adjusted"))

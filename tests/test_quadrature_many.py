@@ -251,7 +251,7 @@ def test_long_responses_whose_tiles_are_small():
     group = np.repeat(np.arange(100), 12)
     X = np.column_stack([np.ones(1200), np.tile(np.linspace(-1, 1, 12), 100)])
     design = mj.Design(y=np.zeros(1200), X=X, terms=(mj.RandomTerm(Z=np.ones((1200, 1)), group=group, n_groups=100),))
-    eta = -3.5 + 0.5 * X[:, 1] + 0.25 * rng.standard_normal((80, 100))[:, group]
+    eta = -3.5 + 0.5 * X[:, 1] + 0.25 * rng.standard_normal((48, 100))[:, group]
     Y = (rng.random(eta.shape) < 1 / (1 + np.exp(-eta))).astype(float)
     rows = mj.rows(design, "binomial", Y)
     by_jax, by_numpy = (
