@@ -31,6 +31,11 @@ R = TypeVar("R")
 _NUMPYS_OWN = (np.ndarray, np.generic, bool, int, float, type(None))
 
 
+# glibc gives freed arrays of more than 128 kB back to the system, and pages each new one in again: a quarter of the
+# time of many medium ones. It raises that size by itself once a larger one was freed, up to 32 MB; so one is.
+np.empty(31 * 2**20, np.uint8)
+
+
 def namespace(*arrays: Any) -> Any:
     """``numpy`` where all arrays are NumPy's or plain numbers, else ``jax.numpy``. None says nothing."""
     for array in arrays:

@@ -108,17 +108,24 @@ def factor_of(lambdas: list[Array], layout: Layout, f: int) -> Array:
     return stack_of(entries)
 
 
-def dots(a: Array, b: Array, axes: int) -> Array:
+def dots(a: Array, b: Array, axes: int, symmetric: bool = False) -> Array:
     """``sum a_s b_t`` over all axes but the first and the last: ``(S, ..., L), (T, ..., L) -> (S, T, L)``.
 
     Args:
-        axes: how many are summed over.
+        axes: how many are summed over. symmetric: s and t may change places.
     """
     xp = namespace(a, b)
     if a.shape[-1] == b.shape[-1] == 1:
         return (a.reshape(len(a), -1) @ b.reshape(len(b), -1).T)[..., None]
     if xp is np:
-        return np.stack([np.stack([(u * v).sum(tuple(range(axes))) for v in b]) for u in a])
+        over = tuple(range(axes))
+        if symmetric:
+            found = np.empty((len(a), len(b), a.shape[-1]))
+            for s, u in enumerate(a):
+                for t in range(s, len(b)):
+                    found[s, t] = found[t, s] = (u * b[t]).sum(over)
+            return found
+        return np.stack([np.stack([(u * v).sum(over) for v in b]) for u in a])
     return (a[:, None] * b[None]).sum(tuple(range(2, 2 + axes)))
 
 

@@ -67,6 +67,49 @@ def _times(M: Array, v: Array) -> Array:
     )
 
 
+def _gain_of_two(L: Array, A: Array) -> LevelGain:
+    """Of two effects a level, with ``D = L L'``: inverses written out, without a difference of what is nearly alike."""
+    xp = namespace(L, A)
+    D = linalg.matmul(L, linalg.transpose(L))
+    det_D, det_A = (L[0, 0] * L[1, 1] - L[0, 1] * L[1, 0]) ** 2, A[0, 0] * A[1, 1] - A[0, 1] * A[0, 1]
+    P = linalg.matmul(A, D)
+    M = 1.0 + P[0, 0] + P[1, 1] + det_D * det_A  # |I + A D|
+    over = 1.0 / M
+
+    def symmetric(a: Array, b: Array, c: Array) -> Array:
+        return xp.stack([xp.stack([a, b]), xp.stack([b, c])])
+
+    K = symmetric(
+        (D[0, 0] + det_D * A[1, 1]) * over, (D[0, 1] - det_D * A[0, 1]) * over, (D[1, 1] + det_D * A[0, 0]) * over
+    )
+    N = symmetric(
+        (A[0, 0] + det_A * D[1, 1]) * over, (A[0, 1] - det_A * D[0, 1]) * over, (A[1, 1] + det_A * D[0, 0]) * over
+    )
+    R = xp.stack([
+        xp.stack([(1.0 + P[1, 1]) * over, -P[0, 1] * over]), xp.stack([-P[1, 0] * over, (1.0 + P[0, 0]) * over])
+    ])  # fmt: skip
+    return LevelGain(A, K, R, N, xp.log(M).sum(0))
+
+
+def _of_two(gain: LevelGain, dA: Array, pairs: list[tuple[int, int]]) -> tuple[Array, Array]:
+    """``RR`` and ``NN`` of :class:`Traces` of two effects a level: of symmetric matrices three entries say all."""
+    xp, R, N = namespace(dA), gain.R, gain.N
+    changes = xp.stack([dA[0, 0], dA[0, 1], dA[1, 1]], 1)  # (T, 3, m, L)
+    twice = {(a, b): 1.0 if a == b else 2.0 for a, b in pairs}
+    weights = xp.stack([
+        twice[a, b] * xp.stack([R[a, 0] * R[b, 0], R[a, 0] * R[b, 1] + R[a, 1] * R[b, 0], R[a, 1] * R[b, 1]])
+        for a, b in pairs
+    ])  # fmt: skip
+    entries = xp.stack([N[0, 0], N[0, 1], N[1, 1]])
+    products = dots(entries, entries, 1, symmetric=True)
+    place = {(0, 0): 0, (0, 1): 1, (1, 0): 1, (1, 1): 2}
+    NN = [
+        [twice[c, d] * sum(products[place[c, u], place[v, d]] for u, v in orders_of(a, b)) for c, d in pairs]
+        for a, b in pairs
+    ]
+    return dots(changes, weights, 2), xp.stack([xp.stack(row) for row in NN])
+
+
 @dataclass(frozen=True)
 class OneFactor:
     """All effects belong to levels of one factor: everything is a matrix ``(q, q)`` a level. A JAX pytree.
@@ -165,6 +208,8 @@ class OneFactor:
 
     def gain(self, lambdas: list[Array], A: Array) -> LevelGain:
         L = factor_of(lambdas, self.layout, 0)[:, :, None]
+        if len(L) == 2:
+            return _gain_of_two(L, A)
         one = linalg.eye(len(L), A)
         if len(L) == 1:
             D = L * L
@@ -205,14 +250,16 @@ class OneFactor:
         if q == 1:
             KdA = K[0, 0] * dA[0, 0]
             RR = (R[0, 0] ** 2 * dA[0, 0]).sum(-2)[:, None]
-            return Traces(dots(KdA, KdA, 1), RR, (gain.N[0, 0] ** 2).sum(0)[None, None])
+            return Traces(dots(KdA, KdA, 1, symmetric=True), RR, (gain.N[0, 0] ** 2).sum(0)[None, None])
         KdA = linalg.matmul(K, dA)
         flat = [KdA[a, b] for a in range(q) for b in range(q)]
         turned = [KdA[b, a] for a in range(q) for b in range(q)]
         xp = namespace(KdA)
-        KK = dots(xp.stack(flat, 1), xp.stack(turned, 1), 2)
+        KK = dots(xp.stack(flat, 1), xp.stack(turned, 1), 2, symmetric=True)
+        if q == 2:
+            return Traces(KK, *_of_two(gain, dA, self.pairs))
         RdAR = linalg.matmul(linalg.matmul(R, dA), linalg.transpose(R)).sum(-2)
-        RR = namespace(RdAR).moveaxis(_of_direction(RdAR, self.pairs), 0, 1)
+        RR = xp.moveaxis(_of_direction(RdAR, self.pairs), 0, 1)
         NN = []
         for a, b in self.pairs:
             NEN = sum(gain.N[:, u][:, None] * gain.N[v][None] for u, v in orders_of(a, b)).sum(2)

@@ -8,12 +8,13 @@ the next Newton step of the modes, by Taylor's series. What follows the sums cos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from mixjax.covariance import stack_of
+from mixjax.covariance import pairs_of, stack_of
 from mixjax.engine.effects import Effects
 from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_model import Columns, Key, Model
@@ -65,27 +66,36 @@ class _Moments:
     def __call__(self, i: int, *columns: int) -> Array:
         return self.sums[i][self.columns.key(*columns)]
 
-    def moved(self, delta: Array) -> None:
-        """At predictors moved by ``z'delta``, ``delta (q, m, L)``, as far as the sums reach."""
-        self.sums = [{key: self.foretold(i, key, delta) for key in own} for i, own in enumerate(self.sums)]
+    def moved(self, taylor: Taylor) -> None:
+        """At predictors moved by ``z'delta``, as far as the sums reach."""
+        self.sums = [{key: self.foretold(i, key, taylor) for key in own} for i, own in enumerate(self.sums)]
 
-    def foretold(self, i: int, key: Key, delta: Array) -> Array:
+    def foretold(self, i: int, key: Key, taylor: Taylor) -> Array:
         """One of the sums where predictors have moved."""
-        z, own = self.columns.z, self.sums[i][key]
-        total, factor = own, 1.0
+        z, total = self.columns.z, self.sums[i][key]
         for step in range(1, len(self.sums) - i):
-            factor = factor * step
-            term: Any = None
-            for places in np.ndindex(*(len(z),) * step):
+            for places, factor in taylor[step].items():
                 more = self.columns.key(*key, *(z[a] for a in places))
                 if more not in self.sums[i + step]:
                     return total
-                part = self.sums[i + step][more]
-                for a in places:
-                    part = part * delta[a]
-                term = part if term is None else term + part
-            total = total + term / factor
+                total = total + self.sums[i + step][more] * factor
         return total
+
+
+# Per order and effects, in ascending order: the product of their moves over the factorials of how often each is there.
+Taylor = list[dict[tuple[int, ...], Array]]
+
+
+def taylor_of(delta: Array, order: int) -> Taylor:
+    """Of moves ``delta (q, m, L)`` of a level's effects, up to an order."""
+    found: Taylor = [{}, {(a,): own for a, own in enumerate(delta)}]
+    for _ in range(1, order):
+        found.append({
+            (*places, a): before * delta[a] * (1.0 / (places.count(a) + 1))
+            for places, before in found[-1].items()
+            for a in range(places[-1], len(delta))
+        })  # fmt: skip
+    return found
 
 
 def moment_form(
@@ -106,7 +116,7 @@ def moment_form(
     P = [_Moments(effects, columns, own, 0) for own in at.by_psi]
 
     def matrix(M: _Moments, i: int, *more: int) -> Array:
-        return stack_of([[M(i, z[a], z[b], *more) for b in range(q)] for a in range(q)])
+        return _symmetric(q, lambda a, b: M(i, z[a], z[b], *more))
 
     # The modes.
     gain = effects.gain(lambdas, matrix(S, 2))
@@ -114,24 +124,27 @@ def moment_form(
     new_v, b, inner = step_of_modes(effects, gain, g, start, v, longest)
     # The sums are known there too, so that a second step takes no row.
     step = b - start
-    A = stack_of([[S.foretold(2, columns.key(u, w), step) for w in z] for u in z])
-    slope = -xp.stack([S.foretold(1, (a,), step) for a in z])
+    taylor = taylor_of(step, 3)
+    A = _symmetric(q, lambda a, b: S.foretold(2, columns.key(z[a], z[b]), taylor))
+    slope = -xp.stack([S.foretold(1, (a,), taylor) for a in z])
     again_v, again, left = step_of_modes(effects, effects.gain(lambdas, A), slope, b, new_v, longest)
     small = inner < 1.0
     # Taylor's series leaves the fourth power of the first step.
     left = xp.where(small, left + inner * inner, inner)
     new_v, again = xp.where(small, again_v, new_v), xp.where(small, again, b)
+    taylor = taylor_of(again - start, 4)
     for M in (S, *P):
-        M.moved(again - start)
+        M.moved(taylor)
     b, inner = again, left
 
     gain = effects.gain(lambdas, matrix(S, 2))
     K = gain.K
+    both_ways = {(a, c): K[a, c] if a == c else 2.0 * K[a, c] for a, c in pairs_of(q)}
     g = -xp.stack([S(1, a) for a in z])
 
     def with_K(M: _Moments, i: int, *more: int) -> Array:
         """``sum K_ab sums[z_a z_b more]``."""
-        return sum(K[a, c] * M(i, z[a], z[c], *more) for a in range(q) for c in range(q))
+        return sum(own * M(i, z[a], z[c], *more) for (a, c), own in both_ways.items())
 
     e = xp.stack([with_K(S, 3, a) for a in z])
     Ke = gain.solve(e)
@@ -155,8 +168,9 @@ def moment_form(
 
     # Changes of A, and what moves beside them.
     dA = []
+    by_z = [matrix(S, 3, z[c]) for c in range(q)]
     for d in range(T):
-        parts = [S3 * db[d, c] for c, S3 in enumerate(matrix(S, 3, z[c]) for c in range(q))]
+        parts = [S3 * db[d, c] for c, S3 in enumerate(by_z)]
         change = sum(parts[1:], parts[0])
         if d < p:
             change = change + matrix(S, 3, x[d])
@@ -173,7 +187,7 @@ def moment_form(
     omega: dict[Key, Array] = {}
     for u, w in {columns.key(u, w) for u in columns.s for w in columns.s}:
         omega[u, w] = with_K(S, 4, u, w) - sum(Ke[a] * S(3, z[a], u, w) for a in range(q))
-    omega_zz = stack_of([[omega[columns.key(u, w)] for w in z] for u in z])
+    omega_zz = _symmetric(q, lambda a, b: omega[columns.key(z[a], z[b])])
     along = [(omega_zz * db[d][None]).sum(1) for d in range(T)]  # omega_zz db (q, m, L)
 
     def quadratic(d: int, e: int) -> Array:
@@ -239,6 +253,12 @@ def moment_form(
         value, xp.stack(gradient), symmetric(H, T), symmetric(fisher, n) if n else none, scores
     )  # fmt: skip
     return new_v, b, inner, form
+
+
+def _symmetric(q: int, entry: Callable[[int, int], Array]) -> Array:
+    """``(q, q, ...)`` from the entries a <= b."""
+    own = {(a, b): entry(a, b) for a, b in pairs_of(q)}
+    return stack_of([[own[min(a, b), max(a, b)] for b in range(q)] for a in range(q)])
 
 
 def _square(q: int) -> list[tuple[int, int]]:

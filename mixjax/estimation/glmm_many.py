@@ -45,7 +45,7 @@ KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iteration
 # Of these the Hessian at the minimum itself is needed.
 FROM_HESSIAN = ("vcov", "vcov_all")
 # Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most.
-TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**16, 512
+TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES = 2**15, 2**17, 512
 # A device has no cache to stay in, and takes long vectors: 128 MB for each row function.
 TILE_NUMBERS_ON_DEVICE, MOST_LANES_ON_DEVICE = 2**24, 2**15
 LEAST_LANES = 16
