@@ -108,7 +108,7 @@ def genes(B: int, overdispersed: bool) -> tuple[pd.DataFrame, np.ndarray]:
 
 def bacteria(B: int) -> tuple[pd.DataFrame, np.ndarray]:
     """220 tests for H. influenzae of 50 children (MASS): the same response again and again."""
-    table = pd.read_csv(ROOT / "tests" / "data" / "bacteria.csv")
+    table = pd.read_csv(ROOT / "mixjax" / "datasets" / "bacteria.csv")
     y = (table["y"] == "y").to_numpy(float)
     return table[["trt", "late", "ID"]], np.tile(y, (B, 1))
 
