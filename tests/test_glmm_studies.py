@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from glmm_cases import fit_of
 
 import mixjax as mj
@@ -262,8 +263,25 @@ def test_studies_of_fits_with_formulas_of_psi(inflated):
     for name in ("disp~arm[T.a]", "zi~site[v]"):
         np.testing.assert_allclose(columns[name], many.sdcor[name], rtol=1e-5, atol=1e-6)
     assert {"se(x)", "p(x)"} <= set(columns)
+    # Wald's test of a coefficient, by each fit's own covariance.
+    Y = truth.simulate(studied_key(truth, 4), 12)
+    for i in (0, 7):
+        one = mj.glmm(FORMULA, dispersed().assign(y=Y[i]), "nbinom", dispformula="~ arm", ziformula="~ 0 + site")
+        for name in ("disp~arm[T.a]", "zi~site[v]"):
+            se = np.sqrt(one.vcov_all.loc[name, name])
+            assert columns[f"se({name})"][i] == pytest.approx(se, rel=1e-5)
+            p = 2 * scipy.stats.norm.sf(abs(columns[name][i] / columns[f"se({name})"][i]))
+            assert columns[f"p({name})"][i] == pytest.approx(p, rel=1e-10)
     # Another family is fitted without the formulas.
     other = mj.study(truth, FORMULA, replicates=4, key=4, family="poisson", progress=False)
     assert not any(name.startswith(("zi", "disp", "size")) for name in other.raw())
-    power = mj.power(truth, FORMULA, "x", replicates=12, key=4, progress=False)
-    assert np.isfinite(power.to_frame()["power"]).all()
+    shares = {
+        test: float(mj.power(truth, FORMULA, test, replicates=12, key=4, progress=False).to_frame()["power"].iloc[0])
+        for test in ("x", "zi~site[v]")
+    }
+    assert all(shares[test] == (columns[f"p({test})"] < 0.05).mean() for test in shares)
+    against = mj.study(truth, FORMULA, null={"zi~site[v]": -1.0}, replicates=4, key=4, progress=False).raw()
+    z = (against["zi~site[v]"] + 1.0) / against["se(zi~site[v])"]
+    np.testing.assert_allclose(against["p(zi~site[v])"], 2 * scipy.stats.norm.sf(abs(z)), rtol=1e-10)
+    with pytest.raises(mj.DataError, match=r"there is no fixed effect 'zi~sight'.*zi~site\[v\]"):
+        mj.power(truth, FORMULA, "zi~sight", replicates=4, progress=False)

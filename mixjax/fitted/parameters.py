@@ -135,6 +135,13 @@ def parameters_of_family(labels: Labels, family: Family, psi: np.ndarray) -> tup
     return names, values, slopes
 
 
+def formula_coefficients(labels: Labels, family: Family) -> dict[str, int]:
+    """Coefficients of the formulas of a family's parameters, ``zi~x``, and their places in psi."""
+    names = parameters_of_family(labels, family, np.zeros(sum(len(own) or 1 for own in labels.psi)))[0]
+    is_own = [bool(own) for own in labels.psi for _ in own or "1"]
+    return {name: place for place, (name, own) in enumerate(zip(names, is_own, strict=True)) if own}
+
+
 def coefficient_names(labels: Labels, family: Family) -> list[str]:
     """Of psi ``(s,)`` as it is estimated: ``log size``, ``zi~x``."""
     names = parameters_of_family(labels, family, np.zeros(sum(len(own) or 1 for own in labels.psi) or family.n_psi))[0]

@@ -85,7 +85,7 @@ def bayes_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
     # No draw on one side: less than half a draw's share.
     p_value = np.maximum(2.0 * np.minimum(above, 1.0 - above), 1.0 / DRAWS)
     nothing = np.full((B, p), np.nan)
-    return Fits(est, named_apart(fixed, others), found[:, p : 2 * p], nothing, _no_deviances, p_value, above)
+    return Fits(est, named_apart(fixed, others), found[:, p : 2 * p], nothing, _no_deviances, p=p_value, above=above)
 
 
 def _refuse(task: Task, model: Model, mesh: object) -> None:

@@ -12,7 +12,7 @@ from mixjax.estimation.glmm import GLMMEstimates
 from mixjax.estimation.glmm_many import KEEP, glmm_estimate_many
 from mixjax.families import Family
 from mixjax.fitted.names import names_of_variances
-from mixjax.fitted.parameters import parameters_of_family
+from mixjax.fitted.parameters import formula_coefficients, parameters_of_family
 from mixjax.optimise.results import failed
 from mixjax.products.family_rows import FamilyRows, rows_in
 from mixjax.studies.task import Fits, Model, Task, named_apart
@@ -30,7 +30,8 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
     family = model.family
     assert isinstance(family, Family)
     _check_trials(family, model, Y)
-    keep, fits = (*KEEP, "Sigma", "vcov"), task.fits or len(Y)
+    coefficients = formula_coefficients(model.labels, family) if model.labels.psi else {}
+    keep, fits = (*KEEP, "Sigma", "vcov", *["vcov_all"] * bool(coefficients)), task.fits or len(Y)
 
     def fitted(rows: FamilyRows, engine: EngineName) -> GLMMEstimates:
         return glmm_estimate_many(rows, keep=keep, engine=engine, fits=fits, nagq=task.nagq)
@@ -48,8 +49,10 @@ def family_fits(task: Task, model: Model, Y: np.ndarray, mesh: object) -> Fits:
     others = others.assign(**dict(zip(names, own, strict=True)))
     with np.errstate(invalid="ignore"):
         se = np.sqrt(np.diagonal(est.vcov, axis1=1, axis2=2))
+        p = fixed.shape[1]
+        further = {name: np.sqrt(est.vcov_all[:, p + j, p + j]) for name, j in coefficients.items()}
     criterion = np.where(failed(est.result), np.nan, est.criterion)
-    return Fits(est, named_apart(fixed, others), se, np.full(se.shape, np.inf), lambda: criterion)
+    return Fits(est, named_apart(fixed, others), se, np.full(se.shape, np.inf), lambda: criterion, further)
 
 
 def _check_trials(family: Family, model: Model, Y: np.ndarray) -> None:

@@ -16,13 +16,15 @@ import pandas as pd
 from scipy import stats
 
 from mixjax.checks import some_of
-from mixjax.design import RepeatedDesign
+from mixjax.design import Labels, RepeatedDesign
 from mixjax.estimation.batch import batch_axes
 from mixjax.estimation.choice import EngineName, chosen_engine
 from mixjax.estimation.estimate import Estimates
 from mixjax.estimation.many import KEEP
+from mixjax.families import Family
 from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.names import Spellings
+from mixjax.fitted.parameters import formula_coefficients
 from mixjax.inference.fixed.contrasts import Contrast, kenward_roger, satterthwaite, two_sided, wald
 from mixjax.inference.fixed.many import errors_of_many, in_lanes
 from mixjax.inference.random.likelihood_ratio import mixture_p
@@ -68,7 +70,9 @@ def outcomes(task: Task, first: int, count: int, mesh: Any = None) -> dict[str, 
     columns: dict[str, np.ndarray] = {}
     fits = {}
     models = {name: _model(formula, tables, task.options) for name, formula in task.models.items()}
-    effects = list(dict.fromkeys(name for model in models.values() for name in model.labels.fixed))
+    effects = list(
+        dict.fromkeys(name for model in models.values() for name in tested_names(model.labels, model.family))
+    )
     known = Spellings(effects)
     if nothing := [name for name in task.null if name not in known]:
         raise ValueError(f"null names {some_of(nothing)}, and the fixed effects are {some_of(effects)}")
@@ -100,6 +104,13 @@ def _model(formula: str, tables: list[pd.DataFrame], options: Mapping[str, Any])
                 "predictors whose categories are all there in every draw, or x='fixed'"
             )
     return Model([design for design, _ in found], found[0][1], options.get("family"))
+
+
+def tested_names(labels: Labels, family: Family | None) -> tuple[str, ...]:
+    """What a fit has a test of: fixed effects, and coefficients of the formulas of a family's parameters."""
+    if family is None or not labels.psi:
+        return labels.fixed
+    return (*labels.fixed, *formula_coefficients(labels, family))
 
 
 def _fits_of(task: Task, model: Model) -> Callable[[Task, Model, np.ndarray, Any], Fits]:
@@ -144,6 +155,11 @@ def _columns_of(task: Task, model: Model, fits: Fits) -> dict[str, np.ndarray]:
             p = two_sided((est.beta[:, j] - null[j]) / se[:, j], df[:, j]) if fits.p is None else fits.p[:, j]
         of_test = [("se", se[:, j]), ("df", df[:, j]), ("p", p)]
         for column, values in of_test if fits.above is None else [*of_test, ("above", fits.above[:, j])]:
+            columns[f"{column}({name})"] = np.where(lost, np.nan, values)
+    for name, own_se in fits.further.items():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = two_sided((parameters[name] - float(task.null.get(name, 0.0))) / own_se, np.full(len(own_se), np.inf))
+        for column, values in (("se", own_se), ("df", np.full(len(own_se), np.inf)), ("p", p)):
             columns[f"{column}({name})"] = np.where(lost, np.nan, values)
     if task.statistic is not None:
         statistic = Statistic(task.statistic, jax.tree.map(lambda a: a[0], est))

@@ -77,7 +77,8 @@ def power(
     Args:
         source, grid, replicates, key: as for :func:`mixjax.study`.
         model: formula to fit; or dict name -> formula of two models, the smaller first, for a likelihood ratio test.
-        test: fixed effect that is tested against ``null=``, 0 if not given; ``"lrt"`` or ``"mixture"`` of two models:
+        test: fixed effect, or coefficient of a formula of the family's parameters (``"zi~x"``, ``"disp~x"``), that is
+            tested against ``null=``, 0 if not given; ``"lrt"`` or ``"mixture"`` of two models:
             chi-square, or the mixture of chi-squares for a variance.
         alpha: level of the test. level: of the interval around the power.
         ``**options``: of :func:`mixjax.study`: ``ddf``, ``null``, ``reml``, ``store``, ``executor``, ...

@@ -34,7 +34,7 @@ from mixjax.simulation import as_key
 from mixjax.studies.describe import describe
 from mixjax.studies.grid import cell_of, combinations, named, source_of, warn_of_ignored
 from mixjax.studies.measures import MEASURES, OTHERS, TEST, split, summarise, untested
-from mixjax.studies.outcomes import BLOCK, outcomes
+from mixjax.studies.outcomes import BLOCK, outcomes, tested_names
 from mixjax.studies.scenario import design_of
 from mixjax.studies.store import Store, missing
 from mixjax.studies.task import Task
@@ -251,7 +251,8 @@ def study(
         reml: criterion of linear fits; generalised ones are by maximum likelihood.
         ddf: of the tests and intervals of the fixed effects: ``"wald"``, ``"satterthwaite"`` or ``"kenward-roger"``.
             None: Satterthwaite's, of generalised models Wald's.
-        null: fixed effect -> value under the tested hypothesis, 0 where not named.
+        null: fixed effect, or coefficient of ``dispformula=`` or ``ziformula=``, -> value under the tested hypothesis,
+            0 where not named.
         compared: pairs ``(smaller, larger)`` of models, tested by likelihood ratio: chi-square, and the mixture of
             chi-squares where its weights are known.
         statistic: JAX function of one :class:`~mixjax.Estimates` (of generalised models :class:`~mixjax.GLMMEstimates`)
@@ -468,12 +469,12 @@ def _estimates(names: set[str]) -> list[str]:
 def names_of_effects(
     source: Any, formula: str, grid: Any, family: Any = None, link: str | None = None, size: Any = None
 ) -> tuple[str, ...]:
-    """Fixed effects of a model in the first cell of a grid, from its predictors alone: nothing is fitted."""
+    """What a model in the first cell of a grid has tests of, from its predictors alone: nothing is fitted."""
     values = combinations(grid)[0]
     own_family = None if family is None else family_of(family, link)
     own = Task(source_of(source, values, OPTIONS), {}, None, family=own_family, size=size)
     with _Named(values):
-        return _labels_of(formula, own).fixed
+        return tested_names(_labels_of(formula, own), own.options.get("family"))
 
 
 def _labels_of(formula: str, task: Task) -> Labels:

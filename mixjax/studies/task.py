@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +102,7 @@ class Fits(NamedTuple):
         estimates: with a leading axis. parameters: name -> estimates ``(B,)``, those of variances after the fixed
             effects. se, df: of the fixed effects ``(B, p)``. deviances: computes those by ML ``(B,)``, NaN where a fit
             failed.
+        further: name -> standard errors ``(B,)`` of coefficients of a family's formulas, which are tested by Wald's z.
         p: ``(B, p)`` where they are no t tests: twice the smaller tail probability beside the null. above: ``(B, p)``
             posterior probabilities that a fixed effect is above it.
     """
@@ -110,6 +112,7 @@ class Fits(NamedTuple):
     se: np.ndarray
     df: np.ndarray
     deviances: Callable[[], np.ndarray]
+    further: Mapping[str, np.ndarray] = MappingProxyType({})
     p: np.ndarray | None = None
     above: np.ndarray | None = None
 
