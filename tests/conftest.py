@@ -16,9 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Programs inside JAX's transformations cannot choose this themselves (mixjax/machine.py): half the time to compile. XLA
-# ends a process that gives it a flag it does not know, as it does not know this one since jaxlib 0.11.2.
+# ends a process that gives it a flag it does not know, as it does not know the first since jaxlib 0.11.2. Workers share
+# the cores: threads of the compiler's own cost more than they bring.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false" * ([*map(int, version("jaxlib").split(".")[:3])] < [0, 11, 2])
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * ([*map(int, version("jaxlib").split(".")[:3])] < [0, 11, 2]),
 )
 # LLVM at its least, as JAX's own tests have it: compiling is most of what a test costs, what is compiled is the same.
 # tests/test_engines.py compiles as users do. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has all tests do so.

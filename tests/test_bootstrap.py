@@ -127,7 +127,7 @@ def test_ml_fits_are_refitted_by_ml():
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_and_number_do_not_change_a_bit(kind, engine):
     whole = bootstrap(slopes(), 2024, 4_000, kind, engine=engine).replicates
-    for n, chunk in [(700, 37), (700, 256), (1, None)]:
+    for n, chunk in [(400, 37), (400, 256), (1, None)]:
         part = bootstrap(slopes(), 2024, n, kind, chunk=chunk, engine=engine).replicates
         pd.testing.assert_frame_equal(part, whole[:n], check_exact=True)
     pd.testing.assert_frame_equal(slopes_bootstrap(kind).replicates, whole, rtol=1e-9)

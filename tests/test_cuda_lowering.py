@@ -271,7 +271,7 @@ def program(name):
     return PROGRAMS[name]()
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_cuda_lowering(name, precision):
     text = lowered(*program(name), wide=precision == "float64")

@@ -84,7 +84,12 @@ CALLS = """
 
 
 @pytest.mark.parametrize(
-    "before", ["mj.estimate(stats)", "fit.simulate(1, 3)", "import jax; jax.numpy.ones(3)"], ids=["fit", "draws", "own"]
+    "before",
+    [
+        pytest.param("mj.estimate(stats)", id="fit"),
+        pytest.param("fit.simulate(1, 3)", id="draws", marks=pytest.mark.slow),
+        pytest.param("import jax; jax.numpy.ones(3)", id="own"),
+    ],
 )
 def test_what_needs_jax_is_refused_after_jax_was_used(before):
     """Whoever used it; what NumPy does needs no threads of XLA's."""

@@ -66,16 +66,16 @@ def test_zeros_of_counts_are_tested():
 
 
 def test_tests_hold_their_level():
-    """Of 100 responses of the model each, at the 10 % level; parameters known, so that the level is exact."""
+    """Of 60 responses of the model each, at the 10 % level; parameters known, so that the level is exact."""
     fit = fit_of("epil_nbinom2")
     names = ("uniformity", "dispersion", "outliers", "zeros")
     p = {name: [] for name in (*names, "simulation")}
-    for i, y in enumerate(fit.simulate(7, 100)):
+    for i, y in enumerate(fit.simulate(7, 60)):
         record = with_response(fit, y)
         tests = mj.GLMMFit(record).quantile_residuals(key=100 + i, n=39).tests()
         for name in names:
             p[name].append(tests.loc[name, "p_value"])
-        if i < 50:
+        if i < 30:
             p["simulation"].append(mj.GLMMFit(record).overdispersion(key=100 + i, n=39).loc["simulation", "p_value"])
     for values in p.values():
         values = np.array(values)
