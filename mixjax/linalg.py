@@ -85,7 +85,7 @@ def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> Array:
     if alone_A and (alone_B or B.shape[-1] == 1):
         return (A.reshape(a, i) @ B.reshape(b, -1)).reshape(a, *B.shape[1:])
     if alone_B and A.shape[-1] == 1:
-        return np.moveaxis(np.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
+        return np.matmul(B.reshape(i, k).T, A.reshape(a, i, -1)).reshape(a, k, *A.shape[2:])
     if alone_A:
         return over_first(A.reshape(A.shape[:2]).T, B)
     if A.shape[1] <= STACKED_UP_TO or alone_B:

@@ -64,6 +64,8 @@ def row_values(name: str, values: Any, index: pd.Index | None, n: int, numbers: 
     """The same as an array ``(n,)``; ``numbers`` says that it must be one of floats: truth values are 0 and 1."""
     if isinstance(values, str):
         raise DataError(f"{name} must be numbers, one for each of the {n} rows, got {values!r}")
+    if type(values) is np.ndarray and values.dtype == np.float64 and values.shape == (n,):
+        return values.copy()  # what all else becomes
     column = row_column(name, values, index, n)
     if not numbers:
         return column.to_numpy()
