@@ -12,6 +12,7 @@ from designs import Structure, random_design
 
 import mixjax as mj
 from mixjax import covariance as cov
+from mixjax.engine import level_effects
 from mixjax.engine.laplace import Point, objective
 from mixjax.engine.laplace_fit import INNER_LAST, chain, find_modes, form_at, joint_Hessian
 from mixjax.engine.laplace_model import columns_of
@@ -212,3 +213,25 @@ def test_numpy_and_jax_agree_in_lanes_that_do_not_meet():
         np.testing.assert_allclose(a[..., [0, 2]], b[..., [0, 2]], rtol=0, atol=SAME * np.abs(b).max())
     for form in beside:
         assert np.isnan(form.value[1])
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_matrices_of_two_effects_are_those_of_linear_algebra(xp):
+    """Also of a singular covariance; and where a level's curvature is no minimum the determinant is not a number."""
+    rng = np.random.default_rng(4)
+    B = rng.normal(size=(2, 2, 5, 3))
+    A = np.einsum("acml,bcml->abml", B, B)
+    L = rng.normal(size=(2, 2, 1, 3)) * np.array([[1.0, 0.0], [1.0, 1.0]])[..., None, None]
+    L[1, 1, 0, 1] = 0.0
+    with jax.enable_x64(True), silently():
+        gain = level_effects._gain_of_two(xp.asarray(L), xp.asarray(A))
+        lost = level_effects._gain_of_two(xp.asarray(L), xp.asarray(-1e4 * A))
+    assert np.isnan(lost.logdet).all()
+    for m in range(5):
+        for lane in range(3):
+            D, a = L[:, :, 0, lane] @ L[:, :, 0, lane].T, A[..., m, lane]
+            K = D @ np.linalg.inv(np.eye(2) + a @ D)
+            for found, wanted in ((gain.K, K), (gain.R, np.eye(2) - a @ K), (gain.N, a - a @ K @ a)):
+                np.testing.assert_allclose(found[..., m, lane], wanted, rtol=1e-9, atol=1e-11)
+    both = np.eye(2) + np.einsum("abml,bcl->mlac", A, np.einsum("abl,cbl->acl", L[:, :, 0], L[:, :, 0]))
+    np.testing.assert_allclose(gain.logdet, np.linalg.slogdet(both)[1].sum(0), rtol=1e-10)

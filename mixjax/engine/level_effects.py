@@ -88,7 +88,8 @@ def _gain_of_two(L: Array, A: Array) -> LevelGain:
     R = xp.stack([
         xp.stack([(1.0 + P[1, 1]) * over, -P[0, 1] * over]), xp.stack([-P[1, 0] * over, (1.0 + P[0, 0]) * over])
     ])  # fmt: skip
-    return LevelGain(A, K, R, N, xp.log(M).sum(0))
+    # Two negative eigenvalues have a positive product.
+    return LevelGain(A, K, R, N, xp.log(xp.where(2.0 + P[0, 0] + P[1, 1] > 0, M, -1.0)).sum(0))
 
 
 def _of_two(gain: LevelGain, dA: Array, pairs: list[tuple[int, int]]) -> tuple[Array, Array]:
