@@ -77,7 +77,7 @@ def test_three_means_in_two_dimensions_are_the_range(df):
 @pytest.mark.parametrize("df", [3.0, 20.0, np.inf])
 @pytest.mark.parametrize("rho", [0.0, 0.3, -0.7, 0.99])
 def test_two_statistics_one_factor_and_angles_agree(rho, df):
-    """Two correlated statistics: by the angle in their plane, and by a common factor."""
+    """Two correlated statistics: by the angle in their plane, and by a common factor; SciPy's is a random integral."""
     B = root_of(np.array([[1, rho], [rho, 1]]))
     t = np.array([1.0, 2.2, 3.7])
     loadings = np.sqrt(abs(rho)) * np.array([1.0, np.sign(rho) or 1.0])
