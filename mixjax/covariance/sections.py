@@ -25,8 +25,8 @@ from mixjax.machine import Array, silently
 # Fisher's z, or what else has no bounds, of a correlation where a search begins, at most.
 MOST_TURNED = 5.0
 # Steps by which a value is found, at first and from nearby, and how near to it they must lead; how near to the end of a
-# correlation's range, where it has no slope, is looked.
-STEPS, INNER, EXACT, BESIDE = 60, 12, 1e-13, 1e-6
+# correlation's range, where it has no slope, is looked; and from how near no start needs to be looked for.
+STEPS, INNER, EXACT, BESIDE, NEAR = 60, 12, 1e-13, 1e-6, 1e-3
 # Evaluations on one bent section, after which a search goes on with another through where it stands; and how often.
 ON_ONE, TIMES = 6, 30
 # Parameters of a structure of the user's own at which it is seen what is reported of them at last.
@@ -202,13 +202,14 @@ def _across(structure: Structure, parameter: NaturalParameter, value: float, x: 
     place = structure.natural.index(parameter)
     low, high = range_of(parameter, structure)
     value = float(np.clip(value, low + BESIDE, high - BESIDE))
-    if parameter.kind == "real":
+    start: np.ndarray | None = x
+    if abs(natural_derivatives(structure, x[:, None], 1)[0][0, place] - value) <= NEAR * max(1.0, abs(value)):
+        pass  # as where a search goes on
+    elif parameter.kind == "real":
         assert isinstance(structure, Written)
         start = _reporting(structure, parameter, value, x)
     elif parameter.kind == "cor":
         start = _correlated(structure, place, value, x)
-    else:
-        start = x
     if start is None:
         return None
     for _ in range(STEPS):
