@@ -409,7 +409,7 @@ def test_single_values_stand_in_all_rows():
                                    "ok": [True] * 2, "y": [1.0, 2.0]}  # fmt: skip
     assert len(to_pandas(data, ["g"])) == 2  # others count the rows
     assert len(to_pandas({"g": "a"}, ["g"])) == 1
-    with pytest.raises(mj.DataError, match=r"columns of different length: x \(2,\), y \(3,\)"):
+    with pytest.raises(mj.DataError, match=r"different lengths: 'x' \(2,\), 'y' \(3,\)"):
         to_pandas({"x": [1, 2], "y": pl.Series([1, 2, 3])}, ["x", "y"])
 
 

@@ -235,7 +235,7 @@ def test_single_values_of_a_dict_stand_for_all_rows():
     # A column that this prediction does not read counts rows all the same.
     population = predict(fit, {"f": "lo", "x": 0.5, "g": [level, level, level]}, random=False)
     close(population, [predict(fit, {"f": "lo", "x": 0.5}, random=False).iloc[0]] * 3, 1e-14)
-    with pytest.raises(DataError, match=r"columns of different length: f \(3,\), x \(2,\)"):
+    with pytest.raises(DataError, match=r"different lengths: 'f' \(3,\), 'x' \(2,\)"):
         predict(fit, {"f": ["lo"] * 3, "x": [0.5, 1.5], "g": level})
 
 

@@ -173,3 +173,10 @@ def test_one_program_for_similar_designs():
         other = random_design(STRUCTURES["one factor, q=2, weights"], seed=2, n=n)
         simulate_responses(other, *parameters(other, 1), 1, 3)
     assert simulation._draws._cache_size() == before
+
+
+@pytest.mark.parametrize("random", ["foo", "", ["new"], None])
+def test_a_fit_draws_random_effects_anew_or_as_predicted_and_nothing_else(random):
+    fit = mj.lmm("Yield ~ 1 + (1 | Batch)", mj.datasets.load("Dyestuff"))
+    with pytest.raises(ValueError, match="random must be 'new'"):
+        fit.simulate(1, 2, random=random)

@@ -193,7 +193,7 @@ class Fitted(FitStatistics):
                 self.design, est.beta, est.sigma, est.Sigma, key, n, first, random=random, b=est.b
             )
         design, Sigma = with_curves(self.design, self.labels, est.Sigma, est.b)
-        return simulate_responses(design, est.beta, est.sigma, Sigma, key, n, first)
+        return simulate_responses(design, est.beta, est.sigma, Sigma, key, n, first, random=random)
 
     def refitted(self, reml: bool) -> Fitted:
         """The same data fitted by this criterion; itself where that is its own."""

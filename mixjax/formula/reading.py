@@ -113,7 +113,8 @@ def _of_equal_length(data: dict[str, Any], columns: list[str]) -> tuple[dict[str
     ]  # fmt: skip
     rows = {name: len(read.get(name, data[name])) for name in counted}
     if len(set(rows.values())) > 1:
-        raise DataError(f"columns of different length: {', '.join(f'{name} ({rows[name]},)' for name in sorted(rows))}")
+        each = ", ".join(f"'{name}' ({rows[name]},)" for name in sorted(rows))
+        raise DataError(f"the columns of the table have different lengths: {each}")
     n = next(iter(rows.values()), 1)
     return {name: [read[name]] * n if name in single else read[name] for name in columns}, n
 
