@@ -575,3 +575,15 @@ def test_nulls_and_nan_in_one_column_are_missing_each_in_its_row(make, everywher
     null = np.arange(9) % 4 == 2
     column = to_pandas({"x": make(values, null)}, ["x"])["x"]
     np.testing.assert_array_equal(column.to_numpy(float), np.where(null, np.nan, values))
+
+
+@pytest.mark.parametrize("at", [3, 60])
+def test_text_among_numbers_is_seen_across_chunks(at):
+    """A first chunk of few rows alone would make a factor of all; names that somebody declared stay names."""
+    rng = np.random.default_rng(0)
+    z = [f"{i % 9}.{i:02d}" if i else "n/a" for i in range(120)]
+    table = pd.DataFrame({"y": rng.normal(size=120), "x": rng.normal(size=120), "z": z, "g": np.arange(120) % 8})
+    with pytest.raises(mj.DataError, match=r"column 'z' holds text in .*'n/a'.*pandas.to_numeric"):
+        mj.lmm("y ~ x + z + (1 | g)", [table[:at], table[at:]])
+    few = table.assign(z=pd.Categorical(np.where(np.arange(120) % 12, (np.arange(120) % 12).astype(str), "n/a")))
+    assert len(mj.lmm("y ~ x + z + (1 | g)", [few[:at], few[at:]]).fixef) == 13

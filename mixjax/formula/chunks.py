@@ -28,6 +28,7 @@ from mixjax.formula.table import (
     is_text,
     level_name,
     refuse_dates,
+    refuse_numbers_among_levels,
     refuse_numbers_among_text,
     refuse_unknown,
 )
@@ -161,6 +162,10 @@ class ChunkReader:
     def begin(self, first: Any, categories: Mapping[str, list[Any]]) -> None:
         """Settle the columns by the first table and the categories of all tables."""
         self.categories = dict(categories)
+        own = to_pandas(first, [name for name in hardly_factors(self.parsed, {}) if name in self.categories])
+        for name in own:
+            if is_text(own[name]):
+                refuse_numbers_among_levels(str(name), self.categories[str(name)])
         for levels in self.groups.values():
             levels.take(self.categories)
         frame = self.frame(first, count=False)

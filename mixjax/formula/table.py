@@ -6,7 +6,7 @@ import datetime
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
@@ -197,6 +197,19 @@ def refuse_numbers_among_text(frame: Table, names: Iterable[str]) -> None:
                 f"column '{name}' holds {text.content()}; if its values are names, make it a category (in the formula: "
                 "C(...))"
             )
+
+
+def refuse_numbers_among_levels(name: str, levels: Sequence[Any]) -> None:
+    """The same of a column that comes in chunks, by the values of all of them."""
+    names = [level for level in levels if isinstance(level, str)]
+    text = TextColumn(pd.Series(names, dtype=object))
+    if len(names) == len(levels) and len(names) > MANY and text.mostly_numbers() and not text.only_numbers():
+        odd = next(level for level in names if not TextColumn(pd.Series([level], dtype=object)).only_numbers())
+        raise DataError(
+            f"column '{name}' holds text in some chunk (as {odd!r}), all others are numbers: mend the table, or use "
+            "pandas.to_numeric(..., errors='coerce') to make such cells missing; if its values are names, make it a "
+            "category (in the formula: C(...))"
+        )
 
 
 def warn_of_numeric_factors(frame: Table, names: Iterable[str]) -> None:
