@@ -475,3 +475,10 @@ def test_marginaleffects_takes_a_fit(covariate):
     ours = emtrends(covariate, "recipe", "temp", ddf="wald").to_frame()
     np.testing.assert_allclose(slopes["estimate"], ours["estimate"], rtol=1e-6)
     np.testing.assert_allclose(slopes["std_error"], ours["std_error"], rtol=1e-6)
+
+
+def test_a_single_number_of_numpys_is_a_value():
+    fit = mj.lmm("Reaction ~ Days + (1 | Subject)", mj.datasets.load("sleepstudy"))
+    frames = [fit.emmeans("Days", at={"Days": value}).to_frame() for value in (2.0, np.array(2.0), np.float64(2.0))]
+    assert frames[0].equals(frames[1])
+    assert frames[0].equals(frames[2])

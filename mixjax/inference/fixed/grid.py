@@ -230,7 +230,8 @@ def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
         model.refuse_made(name, False)
         return model.factors[name] if name in model.factors else [float(np.mean(model.frame[name].to_numpy(float)))]
     one = at[name] is None or isinstance(at[name], str) or np.ndim(at[name]) == 0
-    given = np.asarray([at[name]] if one else at[name], object).tolist() if one or np.ndim(at[name]) == 1 else None
+    alone = at[name].item() if one and isinstance(at[name], np.ndarray) else at[name]
+    given = np.asarray([alone] if one else at[name], object).tolist() if one or np.ndim(at[name]) == 1 else None
     if given is None or any(isinstance(value, list | tuple | dict | set) for value in given):
         raise DataError(f"at= for '{name}' must be a value or a list of values, got {at[name]!r}")
     given = list(dict.fromkeys(given))
