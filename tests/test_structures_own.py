@@ -1,5 +1,8 @@
 """Covariances that a user writes, against those that are built in."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +90,22 @@ def test_parameters_as_they_are():
         for each in ("own", "ar1")
     ]
     assert glmm[0] == pytest.approx(glmm[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("rho", [1 + 1e-8, np.nan])
+def test_at_a_limit_of_what_is_reported_there_are_plain_intervals(rho, monkeypatch):
+    """No parameters are reported as a number beyond it; and beside a variance of zero nothing is known of them."""
+    fit = mj.lmm("y ~ t + named(0 + visit | subject)", three())
+    known = fit.record.variance_parameters
+    estimate = known.estimate.copy()
+    estimate[1] = rho
+    covariance = known.covariance if np.isfinite(rho) else known.covariance * np.nan
+    monkeypatch.setitem(
+        vars(fit.record), "variance_parameters", replace(known, estimate=estimate, covariance=covariance)
+    )
+    with nullcontext() if np.isfinite(rho) else pytest.warns(mj.InferenceWarning, match="no Wald interval"):
+        ends = fit.confint(method="wald").loc["rho|subject"]
+    same(ends, rho + 1.959963984540054 * np.sqrt(covariance[1, 1]) * np.array([-1, 1]))
 
 
 def test_what_is_reported_together_has_plain_intervals():

@@ -74,7 +74,12 @@ def _reported(
         if not isinstance(structure, Written) or structure.own.natural is None:
             continue
         places = [i for i, own in enumerate(parameters) if own.term == t and own.natural.kind == "real"]
-        p = structure.parameters_of(estimate[places], np.full(len(places), 0.1))
+        if not np.isfinite(se[places]).all():
+            continue
+        try:
+            p = structure.parameters_of(estimate[places], np.full(len(places), 0.1))
+        except ValueError:  # by rounding they lie beyond a limit, which no parameters reach
+            continue
         start = np.ones(structure.n_scales)
         slopes = np.asarray(structure.reported(np.concatenate([start, p]))[1])
         if (slopes == np.diag(slopes.diagonal())).all():
