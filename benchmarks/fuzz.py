@@ -902,6 +902,7 @@ class Reading:
             re.sub(r"\s+", "", "".join(t for _, t in tokens))
             .replace("^", "**")
             .replace("`", "")
+            .replace("as.factor(", "C(")
             .replace("factor(", "C(")
         )
         self.values[text] = value
@@ -1469,13 +1470,14 @@ def argument(rng: Rng) -> None:
     what, call, words, good, bad = pick(rng, argument_cases())
     is_bad = not good or rng.random() < 0.75
     value = pick(rng, bad if is_bad else good)
-    k = 0 if what.split()[0] in ("test", "emmeans", "confint", "refit_many") else int(rng.integers(2))
+    k = 0 if what.split()[0] in ("test", "emmeans", "confint", "refit", "refit_many") else int(rng.integers(2))
     shown = re.sub(r"\s+", " ", repr(value))[:100]
     say(call=what, value=shown, fit=k, good=not is_bad)
+    names = [f"'{name}'" for name in re.findall(r"\w+", value)] if isinstance(value, str) else []
     try:
         found = attempt(
             lambda: call(own_fit(k), value),
-            [*words, *COMMON, str(value)[:30] or "''"],
+            [*words, *COMMON, str(value)[:30] or "''", *names],
         )
     except Verdict as verdict:
         if not is_bad and verdict.args[0] == "refused":

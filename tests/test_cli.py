@@ -391,6 +391,7 @@ UNREADABLE = [
     ("--groups", "8,x", "'x' is not a whole number"),
     ("--groups", "8.5", "'8.5' is not a whole number"),
     ("--groups", "60:10", "'60:10' is empty: it ends before it begins"),
+    ("--groups", "10,20,10", "'10,20,10' names a number twice"),
     ("--groups", "10:60:0", "must be 1 or more, got 0"),
     ("--groups", "10:60:-10", "must be 1 or more, got -10"),
     ("--groups", "10:60:10:2", "is not first:last or first:last:step"),

@@ -587,3 +587,15 @@ def test_text_among_numbers_is_seen_across_chunks(at):
         mj.lmm("y ~ x + z + (1 | g)", [table[:at], table[at:]])
     few = table.assign(z=pd.Categorical(np.where(np.arange(120) % 12, (np.arange(120) % 12).astype(str), "n/a")))
     assert len(mj.lmm("y ~ x + z + (1 | g)", [few[:at], few[at:]]).fixef) == 13
+
+
+@pytest.mark.parametrize("role", ["y", "x", "g", "w"])
+def test_truth_values_among_numbers_are_seen_across_chunks(role):
+    """As in one table: True is no number among numbers, whichever chunk has it."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"y": rng.normal(size=60), "x": rng.normal(size=60), "g": np.arange(60) % 6})
+    table = table.assign(w=1.0).astype({role: object})
+    table.loc[:19, role] = [bool(i % 2) or role == "w" for i in range(20)]
+    for chunks in ([table[:20], table[20:]], [table[20:], table[:20]], [table]):
+        with pytest.raises(mj.DataError, match=f"'{role}'.*truth values"):
+            mj.lmm("y ~ x + (1 | g)", chunks, weights="w")

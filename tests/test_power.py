@@ -130,6 +130,7 @@ def test_wilson_intervals():
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4]}, target=0.01), "target must lie"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", [4, 5]), "one name with its sizes"),
         (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": "45"}), "must be a list of sizes"),
+        (lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [45, 60, 45]}), "has 45 twice"),
         (
             lambda: mj.power_curve(trial, TRIAL, "treated", {"clusters": [4.0]}),
             "must be an integer, 1 or more, got 4.0",

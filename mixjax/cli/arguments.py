@@ -285,7 +285,10 @@ def _integer(low: int, high: float = math.inf) -> Callable[[str], int]:
 def _sizes(text: str) -> Sequence[int]:
     """``10:60:10``, both ends, or ``10,20,40``."""
     if ":" not in text:
-        return [_integer(2)(part) for part in text.split(",")]
+        listed = [_integer(2)(part) for part in text.split(",")]
+        if len(set(listed)) < len(listed):
+            raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+        return listed
     parts = text.split(":")
     if len(parts) > 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not first:last or first:last:step")

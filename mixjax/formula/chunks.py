@@ -149,6 +149,7 @@ class ChunkReader:
         self.categories: dict[str, list[Any]] = {}
         self.n_rows, self.n_missing = 0, 0
         self.missing: dict[str, int] = {}
+        self.truths: dict[str, bool] = {}
         self.groups = {part.group.name: Levels(part.group) for part in self.parsed.random}
 
     def categorical_columns(self, table: Any) -> list[str]:
@@ -216,6 +217,7 @@ class ChunkReader:
                     self.missing[str(column)] = self.missing.get(str(column), 0) + int(k)
         if count:
             self.n_rows += len(missing)
+        self._refuse_truths_among_numbers(frame)
         frame = as_numbers(frame, self.computed)
         check_finite(frame)
         for name in self.effects if len(frame) else ():
@@ -232,6 +234,15 @@ class ChunkReader:
                 )
             frame = frame.assign(**{name: pd.Categorical.from_codes(codes, categories=pd.Index(values))})
         return frame
+
+    def _refuse_truths_among_numbers(self, frame: pd.DataFrame) -> None:
+        for name in self.used if len(frame) else ():
+            true = pd.api.types.is_bool_dtype(frame[name].infer_objects())
+            if self.truths.setdefault(name, true) != true:
+                raise DataError(
+                    f"column '{name}' holds truth values in one chunk and others in another: make numbers, or truth "
+                    "values, of all of them"
+                )
 
     def rows(self, table: Any) -> Chunk:
         """One chunk as arrays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -288,7 +289,10 @@ def power_curve(
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise ValueError(f"over[{name!r}] must be a list of sizes, got {values!r}")
     listed = check_list(f"over[{name!r}]", values, MOST_CELLS)
-    sizes = sorted({check_count(f"over[{name!r}]", value, 1) for value in listed})
+    sizes = sorted(check_count(f"over[{name!r}]", value, 1) for value in listed)
+    for size, following in itertools.pairwise(sizes):
+        if size == following:
+            raise ValueError(f"over[{name!r}] has {size} twice: name every size once")
     if not sizes:
         raise ValueError(f"over[{name!r}] is empty: name sizes")
     if target is not None and not alpha < target < 1:
