@@ -9,13 +9,16 @@ kind of end a sample is looked at again, alone:
 * any other end counts as unexplained, and is printed.
 
     python benchmarks/generalized_sweep.py [--fits 2000] [--sample 20]
+    python benchmarks/generalized_sweep.py --fits 200000 --sample 100    # a million
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +33,8 @@ def design(levels: int, rows: int, q: int, seed: int) -> mj.Design:
     return mj.Design(y=np.zeros(levels * rows), X=X, terms=(term,))
 
 
+PART = 20_000
+FALLING = (mj.Result.SEPARATED, mj.Result.UNBOUNDED)
 # name: family, levels, rows a level, effects, intercept, standard deviation
 DESIGNS = {
     "logistic, 40 x 10": ("binomial", 40, 10, 1, -0.5, 1.0),
@@ -40,8 +45,8 @@ DESIGNS = {
 }
 
 
-def responses(d: mj.Design, family: str, intercept: float, sd: float, B: int) -> np.ndarray:
-    rng = np.random.default_rng(7)
+def responses(d: mj.Design, family: str, intercept: float, sd: float, B: int, part: int) -> np.ndarray:
+    rng = np.random.default_rng((7, part))
     group, Z = np.asarray(d.terms[0].group), np.asarray(d.terms[0].Z)
     b = sd * rng.normal(size=(B, d.terms[0].n_groups, Z.shape[1])) * np.array([1.0, 0.5])[: Z.shape[1]]
     eta = intercept + 0.6 * np.asarray(d.X)[:, 1] + np.einsum("bnq,nq->bn", b[:, group], Z)
@@ -67,32 +72,44 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, (family, levels, rows, q, intercept, sd) in DESIGNS.items():
         d = design(levels, rows, q, seed=1)
-        data = mj.rows(d, family, responses(d, family, intercept, sd, arguments.fits))
-        start = time.perf_counter()
-        found = mj.glmm_estimate_many(data, engine=arguments.engine)
-        seconds = time.perf_counter() - start
-        codes = {mj.Result(code).name: int(n) for code, n in enumerate(np.bincount(found.result)) if n}
-        unexplained, lower = [], []
-        for code in np.unique(found.result):
-            mine = np.flatnonzero(found.result == code)
-            for i in mine[:: max(1, len(mine) // arguments.sample)]:
-                one = replace(data, y=data.y[i])
-                if mj.Result(code).is_solution:
-                    ends = [mj.glmm_estimate(one, start=theta) for theta in other_starts(q)]
-                    best = min((e.criterion for e in ends if e.converged), default=np.inf)
-                    if best < found.criterion[i] - 1e-7:
-                        lower.append((int(i), float(found.criterion[i] - best)))
-                elif mj.Result(code) in (mj.Result.SEPARATED, mj.Result.UNBOUNDED):
-                    alone = mj.glmm_estimate(one)
-                    if alone.converged and alone.criterion < found.criterion[i] + 1e-6:
-                        unexplained.append((int(i), mj.Result(code).name, "alone it converges"))
-                else:
-                    unexplained.append((int(i), mj.Result(code).name))
+        ends: Counter[str] = Counter()
+        sampled: Counter[str] = Counter()
+        singular, seconds = 0, 0.0
+        unexplained: list[str] = []
+        for part, first in enumerate(range(0, arguments.fits, PART)):
+            B = min(PART, arguments.fits - first)
+            data = mj.rows(d, family, responses(d, family, intercept, sd, B, part))
+            start = time.perf_counter()
+            found = mj.glmm_estimate_many(data, engine=arguments.engine)
+            seconds += time.perf_counter() - start
+            singular += int(found.singular.sum())
+            for code in np.unique(found.result):
+                mine, kind = np.flatnonzero(found.result == code), mj.Result(code)
+                ends[kind.name] += len(mine)
+                share = -(-arguments.sample * B // arguments.fits) if kind.is_solution else arguments.sample
+                for i in mine[:: max(1, len(mine) // share)][: arguments.sample - sampled[kind.name]]:
+                    sampled[kind.name] += 1
+                    if said := _looked_at_again(replace(data, y=data.y[i]), kind, float(found.criterion[i]), q):
+                        unexplained.append(f"{first + i}: {kind.name}, {said}")
+                if not (kind.is_solution or kind in FALLING):
+                    unexplained += [f"{first + i}: {kind.name}" for i in mine]
         print(
-            f"{name}: {codes}, singular {int(found.singular.sum())}, {1e3 * seconds / arguments.fits:.2g} ms a fit; "
-            f"lower from other starts {lower}; unexplained {unexplained}",
+            f"{name}: {dict(ends)}, singular {singular}, {1e3 * seconds / arguments.fits:.2g} ms a fit; "
+            f"looked at again {dict(sampled)}; unexplained {unexplained}",
             flush=True,
         )
+
+
+def _looked_at_again(one: Any, kind: mj.Result, criterion: float, q: int) -> str:
+    """What is wrong with an end, or nothing."""
+    if kind.is_solution:
+        ends = [mj.glmm_estimate(one, start=theta) for theta in other_starts(q)]
+        best = min((e.criterion for e in ends if e.converged), default=np.inf)
+        return f"lower by {criterion - best:.2g} from another start" if best < criterion - 1e-7 else ""
+    if kind in FALLING:
+        alone = mj.glmm_estimate(one)
+        return "alone it converges" if alone.converged and alone.criterion < criterion + 1e-6 else ""
+    return ""
 
 
 if __name__ == "__main__":

@@ -415,6 +415,8 @@ def test_calibration(monkeypatch):
     own = mj.priors(sigma=mj.prior.half_normal(80), sd=mj.prior.half_normal(80))
     found = mj.sbc(DYE, table("Dyestuff"), own, replicates=40, draws=49, key=4)
     assert found.ranks.shape == (40, 3)
+    assert repr(found).endswith("40 data sets from the prior, ranks among 49 draws")
+    assert "| sigma |" in found.to_markdown()
     assert found.ranks.min(axis=None) >= 0
     assert found.ranks.max(axis=None) <= 49
     assert (found.uniformity()["p_value"] > 0.001).all()

@@ -180,7 +180,7 @@ def test_tables():
     assert list(frame.columns) == ["term", "estimate", "bias", "std_error", "used"]
     np.testing.assert_allclose(frame["bias"], result.replicates.mean() - result.estimate)
     np.testing.assert_allclose(frame["std_error"], result.replicates.std(ddof=1))
-    text = str(result)
+    text = repr(result)
     assert text == result.summary()
     assert "Cases bootstrap" in text
     assert f"4000 replicates, 4000 converged, {result.counts['singular']} singular, 0 failed" in text

@@ -231,6 +231,7 @@ def test_prior_predictive():
     again = mj.prior_predictive(SLEEP, table("sleepstudy"), draws=400, key=3)
     assert np.array_equal(drawn.y, again.y)
     assert drawn.y.shape == (400, 180)
+    assert repr(drawn).endswith("400 draws from the prior, each with a data set of 180 rows")
     assert list(drawn.parameters) == [
         "Intercept", "Days", "sd_Intercept|Subject", "cor_Days.Intercept|Subject", "sd_Days|Subject", "sigma",
     ]  # fmt: skip

@@ -227,6 +227,8 @@ class Bootstrap(Reported):
     def __str__(self) -> str:
         return self.summary()
 
+    __repr__ = __str__
+
 
 # --- what is kept of a refit ----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from mixjax.estimation.residual import correlation_of
 from mixjax.fitted.names import names_apart
 from mixjax.formula.build import build
 from mixjax.formula.context import caller_context
+from mixjax.markup import Report, Reported
 from mixjax.sampling.charts import Chart
 from mixjax.sampling.effects import fresh_effects
 from mixjax.sampling.model_priors import ModelPriors, TermPriors
@@ -22,11 +23,12 @@ from mixjax.sampling.names import names_of
 from mixjax.sampling.prior import LKJ, Normal
 from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import key_words, random_columns
+from mixjax.tables import frame_report
 
 
-@dataclass(frozen=True)
-class PriorPredictive:
-    """Draws from the prior.
+@dataclass(frozen=True, eq=False, repr=False)
+class PriorPredictive(Reported):
+    """Draws from the prior. ``print()`` shows the parameters' quantiles.
 
     Attributes:
         parameters: data frame, a row for each draw, a column for each parameter.
@@ -37,6 +39,15 @@ class PriorPredictive:
     parameters: pd.DataFrame
     y: np.ndarray
     b: tuple[np.ndarray, ...]
+
+    def __repr__(self) -> str:
+        return self._report().text()
+
+    def _report(self) -> Report:
+        frame = self.parameters.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).T
+        frame.columns = ["5 %", "25 %", "median", "75 %", "95 %"]
+        draws, rows = self.y.shape
+        return frame_report(frame, notes=[f"{draws} draws from the prior, each with a data set of {rows} rows"])
 
 
 def prior_predictive(

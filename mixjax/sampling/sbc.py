@@ -19,6 +19,7 @@ from mixjax.formula.build import build
 from mixjax.formula.checks import check_identifiable
 from mixjax.formula.context import caller_context
 from mixjax.machine import float64, n_cores
+from mixjax.markup import Report, Reported
 from mixjax.products.responses import Responses
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts, pad
@@ -31,7 +32,7 @@ from mixjax.sampling.names import names_of
 from mixjax.sampling.predictive import draw_parameters, respond
 from mixjax.sampling.priors import Priors, default_priors
 from mixjax.simulation import key_words
-from mixjax.tables import NotedTable
+from mixjax.tables import NotedTable, frame_report
 from mixjax.waiting import Waiting
 
 # Proposals of a round that fits a mixture, and rounds; draws of each of four chains of NUTS, where that is needed, of
@@ -50,9 +51,11 @@ class Bands(NamedTuple):
     least: np.ndarray
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration(Reported):
     """Ranks of the parameters that data sets were made with among draws from their posteriors.
+
+    ``print()`` shows :meth:`uniformity`.
 
     Attributes:
         ranks: data frame, a row for each data set, a column for each parameter: how many of the draws are smaller, 0 to
@@ -67,7 +70,7 @@ class Calibration:
     khat: np.ndarray
     by_nuts: np.ndarray
 
-    def uniformity(self) -> pd.DataFrame:
+    def uniformity(self) -> NotedTable:
         """A test of every parameter: ``mean_rank`` (0.5 where nothing is biased), ``largest`` difference between the
         distribution of the ranks and the uniform one, ``p_value`` of a test that looks at all points of it (Sailynoja,
         Buerkner & Vehtari 2022, Stat. Comput. 32, 32)."""
@@ -83,6 +86,13 @@ class Calibration:
         by_nuts = f"; {self.by_nuts.sum()} of them by NUTS" if self.by_nuts.any() else ""
         note = f"{len(self.ranks)} data sets from the prior, ranks among {self.draws} draws{by_nuts}"
         return NotedTable(frame, (note,))
+
+    def __repr__(self) -> str:
+        return repr(self.uniformity())
+
+    def _report(self) -> Report:
+        tests = self.uniformity()
+        return frame_report(tests, (), tests.attrs["notes"])
 
     def ecdf(self, level: float = 0.95) -> pd.DataFrame:
         """The distribution functions of the ranks less the uniform one: a row for each point between 0 and 1, a column

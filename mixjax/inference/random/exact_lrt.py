@@ -58,6 +58,8 @@ class ExactTest(Reported):
     def __str__(self) -> str:
         return "\n".join([*self._lines(), *self.notes])
 
+    __repr__ = __str__
+
     def _report(self) -> Report:
         return Report(self._lines(), self.notes)
 
