@@ -91,7 +91,7 @@ def eigh(H: Array) -> tuple[Array, Array]:
 def _numpys_eigh(H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     finite = np.isfinite(H.sum((0, 1)))
     values, vectors = np.linalg.eigh(matrices(H if finite.all() else np.where(finite, H, 0.0)))
-    values, vectors = np.moveaxis(values, -1, 0), of_matrices(vectors)
+    values, vectors = values.transpose(values.ndim - 1, *range(values.ndim - 1)), of_matrices(vectors)
     if finite.all():
         return values, vectors
     return np.where(finite, values, np.nan), np.where(finite, vectors, np.nan)

@@ -47,8 +47,16 @@ def transpose(A: Array) -> Array:
 
 def eye(q: int, like: Array) -> Array:
     """The identity ``(q, q, 1, ...)``, with as many axes and of the kind of a stack ``(q, q, ...)``."""
-    one = namespace(like).eye(q, dtype=like.dtype)
+    xp = namespace(like)
+    one = _numpys_eye(q, like.dtype) if xp is np else xp.eye(q, dtype=like.dtype)
     return one.reshape(q, q, *(1,) * (like.ndim - 2))
+
+
+@cache
+def _numpys_eye(q: int, dtype: np.dtype[Any]) -> np.ndarray:
+    one = np.eye(q, dtype=dtype)
+    one.flags.writeable = False
+    return one
 
 
 def matmul(A: Array, B: Array) -> Array:
@@ -104,11 +112,11 @@ def over_first(A: Array, B: Array) -> Array:
 
 def matrices(A: np.ndarray) -> np.ndarray:
     """``(i, j, ...) -> (..., i, j)``, each matrix in one piece."""
-    return np.ascontiguousarray(np.moveaxis(A, (0, 1), (-2, -1)))
+    return np.ascontiguousarray(A.transpose(*range(2, A.ndim), 0, 1))
 
 
 def of_matrices(A: np.ndarray) -> np.ndarray:
-    return np.moveaxis(A, (-2, -1), (0, 1))
+    return A.transpose(A.ndim - 2, A.ndim - 1, *range(A.ndim - 2))
 
 
 def _align(A: Array, B: Array) -> tuple[Array, Array]:

@@ -439,7 +439,7 @@ class HomogeneousCompoundSymmetry(Structure):
 def cut(x: Array, structures: tuple[Structure, ...]) -> list[Array]:
     """The coordinates of every term, from those of all."""
     sizes = [s.k for s in structures]
-    return cut_by_sizes(x, sizes, f"the coordinates have shape {np.shape(x)}; {structures} need")
+    return cut_by_sizes(x, sizes, lambda: f"the coordinates have shape {np.shape(x)}; {structures} need")
 
 
 def factors_of(x: Array, structures: tuple[Structure, ...]) -> list[Array]:

@@ -6,6 +6,8 @@ diagonal, whatever the structure of D.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -73,7 +75,7 @@ def theta_of_lambdas(lambdas: list[Array]) -> Array:
 def split_theta(theta: Array, qs: tuple[int, ...]) -> list[Array]:
     """theta of every term, from theta of all; the terms have ``qs`` effects."""
     return cut_by_sizes(
-        theta, [n_theta(q) for q in qs], f"theta has shape {np.shape(theta)}; terms with {qs} effects need"
+        theta, [n_theta(q) for q in qs], lambda: f"theta has shape {np.shape(theta)}; terms with {qs} effects need"
     )
 
 
@@ -90,11 +92,11 @@ def n_effects(k: int) -> int:
     return q
 
 
-def cut_by_sizes(x: Array, sizes: list[int], wrong: str) -> list[Array]:
-    """The pieces of a vector; ``wrong`` begins the message for one of another length."""
-    ends = np.cumsum(sizes)
-    if np.shape(x)[:1] != (int(sum(sizes)),):
-        raise ValueError(f"{wrong} ({int(sum(sizes))},)")
+def cut_by_sizes(x: Array, sizes: list[int], wrong: Callable[[], str]) -> list[Array]:
+    """The pieces of a vector; ``wrong()`` begins the message for one of another length."""
+    ends = list(itertools.accumulate(sizes))
+    if np.shape(x)[:1] != (sum(sizes),):
+        raise ValueError(f"{wrong()} ({sum(sizes)},)")
     return [x[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 

@@ -174,7 +174,7 @@ class Moments:
 
 
 def _lanes_first(V: np.ndarray) -> np.ndarray:
-    return np.moveaxis(V, -1, 0)
+    return V.transpose(3, 0, 1, 2)
 
 
 # Numbers of the products of all rows with several matrices at once.
@@ -203,7 +203,7 @@ def _pull_back_rows(V: np.ndarray, UU: np.ndarray, Uy: np.ndarray, yy: np.ndarra
     V = _lanes_first(V)
     L, C, q, r = V.shape
     Psi = np.empty((yy.shape[0], r, r), V.dtype)
-    Psi[:, :-1, :-1], Psi[:, -1, -1] = np.moveaxis(UU, -1, 0), yy
+    Psi[:, :-1, :-1], Psi[:, -1, -1] = UU.transpose(2, 0, 1), yy
     Psi[:, :-1, -1] = Psi[:, -1, :-1] = Uy.T
     half = (V.reshape(L, C * q, r) @ Psi).reshape(-1, C, q, r)
     if q == 1:

@@ -75,6 +75,8 @@ class _Point(NamedTuple):
     H: Array
     eigenvalues: Array  # of H among the free coordinates, ascending; fixed ones count as curvature 1
     eigenvectors: Array
+    distance: Array  # how far the minimum is, in units of the curvature
+    semidefinite: Array
 
 
 class State(NamedTuple):
@@ -143,15 +145,14 @@ def is_semidefinite(eigenvalues: Array) -> Array:
     return eigenvalues.min(0) >= -curvature_tolerance(eigenvalues.dtype) * xp.abs(eigenvalues).max(0)
 
 
-def has_converged(gradient: Array, eigenvalues: Array, eigenvectors: Array) -> Array:
+def has_converged(at: _Point) -> Array:
     """The one definition of convergence: scaled gradient below tolerance, Hessian positive semidefinite.
 
     :func:`minimise` also stops, as converged, where the contraction of its steps says that the next point will be
     within :func:`foretold_tolerance`, which saves an evaluation; and where rounding leaves nothing to gain: less than
     some thirty roundings of the value are promised, and a step lowers neither the value nor the gradient.
     """
-    small = scaled_gradient(gradient, eigenvalues, eigenvectors) <= gradient_tolerance(gradient.dtype)
-    return small & is_semidefinite(eigenvalues)
+    return (at.distance <= gradient_tolerance(at.g.dtype)) & at.semidefinite
 
 
 def by_differentiation(fun: Callable[[Array], Array]) -> Evaluate:
@@ -203,7 +204,7 @@ def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
     # The first trial is the start itself, and a start of infinite value accepts anything.
     eye = xp.broadcast_to(xp.eye(k, dtype=dtype)[..., None], (k, k, lanes))
     free = xp.ones((k, lanes), bool)
-    nowhere = _Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye)
+    nowhere = _Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye, full(0.0), full(True, bool))
     return State(
         at=nowhere, trial=x0, trial_free=free, predicted=full(0.0), radius=radius, candidate=full(-1, int),
         before=full(0.0), settled=full(simplify is None, bool), at_rounding=full(False, bool), iterations=full(0, int),
@@ -222,13 +223,12 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     ratio = (at.f - new.f + noise) / (state.predicted + noise)
     # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
     # the curvature is negative: there the gradient grows on the way down.)
-    distance, distance_new = _distance(at), _distance(new)
-    promised = xp.maximum(state.predicted, 0.5 * distance**2)
-    judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & is_semidefinite(at.eigenvalues)
+    promised = xp.maximum(state.predicted, 0.5 * at.distance**2)
+    judged_by_gradient = (promised < 100 * value_tolerance(dtype)) & at.semidefinite
     judged_by_gradient = judged_by_gradient & xp.isfinite(at.f)
     # In a flat and curved valley the gradient grows where the value still falls.
     gained = (at.f - new.f > 10 * noise) & (ratio > 0.1)
-    closer = (distance_new < distance) | gained
+    closer = (new.distance < at.distance) | gained
     good_step = finite & xp.where(judged_by_gradient, closer, ratio > 1e-3)
     is_step = state.candidate < 0
     accept = good_step
@@ -241,10 +241,10 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     radius = xp.where(ratio < 0.25, 0.25 * length, radius)
     radius = xp.where(judged_by_gradient & ~gained, xp.where(closer, state.radius, 0.25 * length), radius)
     radius = xp.where(finite, radius, 0.25 * length)
-    newton = is_step & is_semidefinite(at.eigenvalues) & (length < 0.99 * state.radius) & xp.isfinite(at.f)
+    newton = is_step & at.semidefinite & (length < 0.99 * state.radius) & xp.isfinite(at.f)
     moved = state._replace(
         at=where(accept, new, at),
-        before=xp.where(accept, xp.where(newton, distance, 0.0), state.before),
+        before=xp.where(accept, xp.where(newton, at.distance, 0.0), state.before),
         radius=xp.where(is_step, radius, state.radius),
         at_rounding=is_step & finite & judged_by_gradient & ~closer & (state.predicted < 30 * noise),
         iterations=state.iterations + 1,
@@ -258,12 +258,11 @@ def solution_of(state: State) -> Solution:
     at = state.at
     # state.trial is a Newton step beyond the point that was found converged: second-order convergence for free.
     converged = state.result == int(Result.CONVERGED)
-    distance = _distance(at)
-    foretold = foretold_distance(distance, state.before)
-    foretold = xp.where(converged & (distance > gradient_tolerance(distance.dtype)), foretold, xp.inf)
-    value = xp.where(xp.isfinite(foretold), at.f - 0.5 * distance**2, at.f)
+    foretold = foretold_distance(at.distance, state.before)
+    foretold = xp.where(converged & (at.distance > gradient_tolerance(at.f.dtype)), foretold, xp.inf)
+    value = xp.where(xp.isfinite(foretold), at.f - 0.5 * at.distance**2, at.f)
     x = xp.where(converged, state.trial, at.x)
-    return Solution(x, value, at.free, _kink(at), xp.minimum(distance, foretold), state.iterations, state.result)
+    return Solution(x, value, at.free, _kink(at), xp.minimum(at.distance, foretold), state.iterations, state.result)
 
 
 def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
@@ -282,10 +281,9 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
         return where(keep, new, at)
 
     at = fori_loop(simplify.n_candidates, attempt, _point(evaluate, x, xp.ones(x.shape, bool)), xp)
-    converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
-    result = xp.where(converged, int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
+    result = xp.where(has_converged(at), int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
     result = xp.where(xp.isfinite(at.f), result, int(Result.NOT_FINITE))
-    return Solution(at.x, at.f, at.free, _kink(at), _distance(at), xp.zeros(lanes, int), result)
+    return Solution(at.x, at.f, at.free, _kink(at), at.distance, xp.zeros(lanes, int), result)
 
 
 class Direct(NamedTuple):
@@ -375,10 +373,9 @@ def _next_trial(state: State, simplify: Simplify | None, max_iterations: int) ->
     at = state.at
     rounding = 100 * np.finfo(at.x.dtype).eps
     # At the floor of rounding no step brings the gradient closer to zero: nothing is left to gain.
-    converged = has_converged(at.g, at.eigenvalues, at.eigenvectors)
-    converged = converged | (state.at_rounding & is_semidefinite(at.eigenvalues))
-    foretold = foretold_distance(_distance(at), state.before) <= foretold_tolerance(at.x.dtype)
-    foretold = foretold & is_semidefinite(at.eigenvalues)
+    converged = has_converged(at) | (state.at_rounding & at.semidefinite)
+    foretold = foretold_distance(at.distance, state.before) <= foretold_tolerance(at.x.dtype)
+    foretold = foretold & at.semidefinite
     step, predicted = _trust_region_step(at.g, at.eigenvalues, at.eigenvectors, state.radius)
     trial, free, candidate, settled = at.x + xp.where(at.free, step, 0.0), at.free, state.candidate, state.settled
     if simplify is not None:
@@ -430,13 +427,9 @@ def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
     xp = namespace(x)
     f, g, H = evaluate(x)
     among = free[:, None] & free[None]
-    eye = linalg.eye(len(x), H)
-    return _Point(x, free, f, xp.where(free, g, 0.0), H, *decompositions.eigh(xp.where(among, H, eye)))
-
-
-def _distance(at: _Point) -> Array:
-    """How far the minimum is, in units of the curvature."""
-    return scaled_gradient(at.g, at.eigenvalues, at.eigenvectors)
+    values, vectors = decompositions.eigh(xp.where(among, H, linalg.eye(len(x), H)))
+    g = xp.where(free, g, 0.0)
+    return _Point(x, free, f, g, H, values, vectors, scaled_gradient(g, values, vectors), is_semidefinite(values))
 
 
 def _no_curvature(at: _Point) -> Array:
