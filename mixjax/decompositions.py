@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixjax.linalg import matrices, of_matrices
-from mixjax.machine import Array, fori_loop, namespace
+from mixjax.machine import Array, fori_loop, namespace, set_at
 
 # Matrices by their entries (i, j), each a vector over the stack.
 _Entries = dict[tuple[int, int], Array]
@@ -36,16 +36,17 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
     q = F.shape[0]
     columns = []
     rest = F
+    lengths = (F * F).sum(1)
     for j in range(q):
         row = rest[j]
         square = (row * row).sum(0)
-        independent = square > rtol**2 * (F[j] * F[j]).sum(0)
+        independent = square > rtol**2 * lengths[j]
         length = xp.sqrt(xp.where(independent, square, 1.0))
         unit = xp.where(independent, row / length, 0.0)
         column = (rest * unit).sum(1)
-        below = (xp.arange(q) >= j).reshape(q, *(1,) * (F.ndim - 2))
-        columns.append(xp.where(below, column, 0.0))
-        rest = rest - column[:, None] * unit
+        columns.append(set_at(column, slice(j), 0.0))
+        if j + 1 < q:
+            rest = rest - column[:, None] * unit
     return xp.stack(columns, axis=1)
 
 

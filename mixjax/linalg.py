@@ -190,6 +190,14 @@ def _lapack(char: str) -> tuple[Any, Any]:
 
 def _written_out(M: Array) -> tuple[Array, Array]:
     """Gauss-Jordan elimination in place. The pivots of a positive definite matrix need no exchange of rows."""
+    if isinstance(M, np.ndarray) and len(M) == 2:
+        a, b, d = M[0, 0], M[0, 1], M[1, 1]
+        pivot = d - b * (b / a)
+        inverse = np.empty_like(M)
+        inverse[1, 1] = 1.0 / pivot
+        inverse[0, 1] = inverse[1, 0] = -(b / a) / pivot
+        inverse[0, 0] = (d / a) / pivot
+        return inverse, np.log(a) + np.log(pivot)
     logdet = namespace(M).zeros(M.shape[2:], M.dtype)
     for k in range(M.shape[0]):
         pivot = M[k, k]

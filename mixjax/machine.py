@@ -49,6 +49,11 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def broadcast_to(x: Any, shape: tuple[int, ...]) -> Any:
+    """x in that shape; NumPy takes as long for what has it already as for ten sums."""
+    return x if x.shape == shape else namespace(x).broadcast_to(x, shape)
+
+
 def set_at(x: Any, index: Any, value: Any) -> Any:
     """A copy of x with ``value`` at ``index``."""
     if isinstance(x, np.ndarray) and namespace(value) is np:

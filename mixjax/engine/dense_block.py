@@ -14,7 +14,7 @@ from mixjax.covariance import stack_of
 from mixjax.engine.crossed import AnyMoments
 from mixjax.engine.first_factor import First, Lambdas, Spot, directions_of, dot, orders_of, sum_of
 from mixjax.engine.profiled import Profiled
-from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
+from mixjax.machine import Array, as_laid_out, broadcast_to, cond, namespace, set_at
 from mixjax.products.sizes import MOST_DENSE
 
 # Smallest standard deviation ratio in a basis of Z down to which the inverse of D is used.
@@ -85,8 +85,7 @@ def finish(
         XX_inverse, logdet_XX = linalg.inverse_logdet(XX)
         delta = linalg.matmul(XX_inverse, Xy[:, None])[:, 0]
         rss = yy - (Xy * delta).sum(0)
-        eye = xp.broadcast_to(linalg.eye(p, XX), XX.shape)
-        T_X = xp.concatenate([T_X, eye])
+        T_X = xp.concatenate([T_X, broadcast_to(linalg.eye(p, XX), XX.shape)])
         c = pad_rows(c, u) - linalg.matmul(T_X, delta[:, None])[:, 0]
     else:
         XX_inverse, logdet_XX, delta, rss = XX, xp.zeros_like(yy), Xy, yy

@@ -114,6 +114,11 @@ class Engine:
             return crossed_moments(self.stats, self.where)
         return moments_of(self.stats) if has_closed_form(self.stats) else None
 
+    @cached_property
+    def equations(self) -> Any:
+        """What :func:`~mixjax.engine.curvature.minque_equations` says of the design; no response changes it."""
+        return curvature.minque_equations(self.moments)
+
     def _closed_solution(self, x: Array) -> tuple[Profiled, list[Array]]:
         lanes, by_factor = curvature.profile_and_modes(x[:, None], self.moments, self.reml)
         places = self.stats.layout.terms

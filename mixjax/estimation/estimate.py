@@ -115,7 +115,7 @@ def fit(engine: Engine, start: Array | None = None) -> Estimates:
     data, start = (engine, start) if at_once else jax.lax.stop_gradient((engine, start))
     stats, structures = data.stats, data.stats.layout.structures
     if start is None and isinstance(data.moments, Moments) and not data.is_vast:
-        x0 = minque_start(data.moments)
+        x0 = minque_start(data.moments, data.equations)
     else:
         x0 = start_in_bases(stats, start)[:, None]
     solution = Solution(*(a[..., 0] for a in search.run(data.evaluate, x0, structures)))

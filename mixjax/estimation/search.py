@@ -55,7 +55,7 @@ def begin(x0: Array, structures: tuple[Structure, ...], iterations: Array | int 
         free=xp.ones(x0.shape, bool),
         kink=xp.zeros(lanes, bool),
         scaled_gradient=xp.full(lanes, xp.inf, x0.dtype),
-        iterations=xp.broadcast_to(xp.asarray(iterations, int), lanes),
+        iterations=xp.zeros(lanes, int) + iterations,
         result=xp.full(lanes, int(Result.NOT_FINITE)),
     )
     return Search(_begin_at(x0, structures), xp.zeros(lanes, bool), nothing, xp.zeros(lanes, bool))

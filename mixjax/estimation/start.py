@@ -8,20 +8,24 @@ from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.covariance import HIGHEST, LOWEST, pairs_of
 from mixjax.engine.curvature import minque_equations
+from mixjax.engine.first_factor import Spot
 from mixjax.engine.moments import Moments
-from mixjax.machine import Array, namespace, set_at
+from mixjax.machine import Array, broadcast_to, is_nowhere, namespace, set_at
 from mixjax.products.sums import CrossProducts
 
 
-def minque_start(moments: Moments) -> Array:
+def minque_start(moments: Moments, of_design: tuple[Array, Array, list[Spot]] | None = None) -> Array:
     """MINQUE(0) of all variances and covariances: coordinates ``(k, B)`` in the bases of the products.
 
     The quadratic forms ``y'M V_j M y``, M the projection that takes the fixed effects out, have expectations linear in
     the covariances (Searle, Casella & McCulloch 1992, Variance Components, section 11.3). Solved, and clipped to
     reasonable ratios. In balanced designs this is the REML estimate itself, wherever that is not singular.
+
+    Args:
+        of_design: what :func:`~mixjax.engine.curvature.minque_equations` gives, where it is known.
     """
     xp = namespace(moments.UU)
-    equations, traces, spots = minque_equations(moments)
+    equations, traces, spots = of_design or minque_equations(moments)
     d = sum(q * m for _, q, m in moments.dense)
     XX, XdX = moments.UU[d:, d:], moments.UU[:d, d:]
     p = XX.shape[0]
@@ -42,7 +46,7 @@ def minque_start(moments: Moments) -> Array:
         at += q * m
         forms |= {(f, (a, b)): (effects[a] * effects[b]).sum(0) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)}
     rhs = xp.stack([*(forms[spot] for spot in spots), rss])
-    df = xp.broadcast_to(moments.n - p, traces.shape[1:])
+    df = broadcast_to(moments.n - p, traces.shape[1:])
     lhs = xp.concatenate(
         [
             xp.concatenate([equations, traces[:, None]], axis=1),
@@ -63,8 +67,10 @@ def minque_start(moments: Moments) -> Array:
         parts.append(vectors * root[None])
     structures = moments.layout.structures
     x = cov.near(parts, structures)
-    fallback = cov.wide_start(1.0, structures, x)
-    return xp.where(xp.isfinite(x).all(0), x, fallback[:, None])
+    finite = xp.isfinite(x).all(0)
+    if is_nowhere(~finite):
+        return x
+    return xp.where(finite, x, cov.wide_start(1.0, structures, x)[:, None])
 
 
 def _solve_scaled(lhs: Array, rhs: Array) -> Array:

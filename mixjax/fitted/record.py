@@ -214,7 +214,7 @@ class Fitted(FitStatistics):
         check_noise(own, np.asarray(design.X), rows.Q, design.weights, labels.response)
         if labels.response in labels.frame:
             labels = replace(labels, frame=labels.frame.assign(**{labels.response: y}))
-        return fit_rows(rows, labels, self.reml if reml is None else reml, None, self.search)
+        return fit_rows(rows, labels, self.reml if reml is None else reml, None, self.search, self.engine)
 
     def with_design(self, design: Design, labels: Labels) -> Fitted:
         """Another model of the same response, fitted by the same criterion."""
@@ -277,20 +277,30 @@ def fit_design(design: Design, labels: Labels, reml: bool = True, start: Any = N
     return fit_rows(rows_of(design), labels, reml, start, optimizer)
 
 
-def fit_rows(rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any) -> Fitted:
-    """As :func:`fit_design`, of rows in their bases."""
+def fit_rows(
+    rows: Rows, labels: Labels, reml: bool, start: Any, optimizer: Any, before: Engine | None = None
+) -> Fitted:
+    """As :func:`fit_design`, of rows in their bases. ``before``: the engine of another response of theirs."""
     refuse_trials(rows.design)
     refuse_kernels(rows.design, "mixjax.fit_design")
-    return fit_products(rows.stats, labels, reml, start, optimizer, rows.design)
+    return fit_products(rows.stats, labels, reml, start, optimizer, rows.design, before)
 
 
 def fit_products(
-    stats: CrossProducts, labels: Labels, reml: bool, start: Any, optimizer: Any, design: Design | None = None
+    stats: CrossProducts,
+    labels: Labels,
+    reml: bool,
+    start: Any,
+    optimizer: Any,
+    design: Design | None = None,
+    before: Engine | None = None,
 ) -> Fitted:
-    """As :func:`fit_design`, from the cross-products on."""
+    """As :func:`fit_design`, from the cross-products on. ``before``: as for :func:`fit_rows`."""
     start = check_start(start)
     if optimizer is None:
         engine = engine_of(stats, reml)
+        if before is not None and "equations" in vars(before):
+            vars(engine)["equations"] = before.equations
         est = engine.run(fit, start)
     else:
         with float64():

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mixjax import decompositions, linalg
-from mixjax.machine import Array, fori_loop, is_nowhere, namespace, while_loop
+from mixjax.machine import Array, broadcast_to, fori_loop, is_nowhere, namespace, while_loop
 from mixjax.optimise.results import Result
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
         return xp.full(lanes, value, of)
 
     # The first trial is the start itself, and a start of infinite value accepts anything.
-    eye = xp.broadcast_to(xp.eye(k, dtype=dtype)[..., None], (k, k, lanes))
+    eye = broadcast_to(linalg.eye(k, x0[None]), (k, k, lanes))
     free = xp.ones((k, lanes), bool)
     nowhere = _Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye, full(0.0), full(True, bool))
     return State(
@@ -448,6 +448,8 @@ def _kink(at: _Point) -> Array:
     """Some fixed coordinate, or a direction among them, without curvature."""
     xp = namespace(at.f)
     fixed = ~at.free
+    if is_nowhere(fixed):
+        return xp.zeros_like(at.f, bool)
     eye = linalg.eye(len(at.H), at.H)
     block = xp.where(fixed[:, None] & fixed[None], at.H, xp.abs(at.H).max((0, 1)) * eye)
     return fixed.any(0) & ~decompositions.is_positive(block - 100 * _no_curvature(at) * eye)
