@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixjax.linalg import matrices, of_matrices
-from mixjax.machine import Array, fori_loop, namespace, set_at
+from mixjax.linalg import is_factored, matrices, of_matrices
+from mixjax.machine import Array, fori_loop, namespace, set_at, stack
 
 # Matrices by their entries (i, j), each a vector over the stack.
 _Entries = dict[tuple[int, int], Array]
@@ -47,7 +47,7 @@ def lower_factor(F: Array, rtol: Array | float) -> Array:
         columns.append(set_at(column, slice(j), 0.0))
         if j + 1 < q:
             rest = rest - column[:, None] * unit
-    return xp.stack(columns, axis=1)
+    return stack(columns).swapaxes(0, 1)
 
 
 def eigh(H: Array) -> tuple[Array, Array]:
@@ -130,6 +130,8 @@ def _exchange(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def is_positive(H: Array) -> Array:
     """Which of the symmetric ``H (k, k, m)`` are positive definite: ``(m,)``, by the pivots of Gaussian elimination."""
     xp = namespace(H)
+    if xp is np and len(H) > 1 and H.shape[2:] == (1,):
+        return np.array([is_factored(H[:, :, 0])])
     positive = xp.ones(H.shape[2:], bool)
     while H.shape[0]:
         pivot = H[0, 0]

@@ -165,6 +165,12 @@ def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return half.T @ half, 2.0 * np.log(factor.diagonal()).sum()
 
 
+def is_factored(M: np.ndarray) -> bool:
+    """Whether LAPACK finds NumPy's symmetric ``M (n, n)`` positive definite."""
+    factor, failed = _lapack(M.dtype.char)[0](M, lower=True)
+    return not failed and bool(np.isfinite(factor[-1, -1]))
+
+
 def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`_eliminate`, in place."""
     diagonal = np.einsum("ii...->i...", M)
@@ -193,7 +199,7 @@ def _written_out(M: Array) -> tuple[Array, Array]:
     if isinstance(M, np.ndarray) and len(M) == 2:
         a, b, d = M[0, 0], M[0, 1], M[1, 1]
         pivot = d - b * (b / a)
-        inverse = np.empty_like(M)
+        inverse = np.empty(M.shape, M.dtype)  # in that order of memory, or lanes would be summed in others
         inverse[1, 1] = 1.0 / pivot
         inverse[0, 1] = inverse[1, 0] = -(b / a) / pivot
         inverse[0, 0] = (d / a) / pivot

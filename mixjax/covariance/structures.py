@@ -341,7 +341,7 @@ class Unstructured(Structure):
         """The singular values of Lambda, ascending: the rank falls to q - 1, q - 2, ..."""
         if self.q == 2 and isinstance(x, np.ndarray):  # a sum and a difference of two lengths
             largest = 0.5 * (np.hypot(x[0] + x[2], x[1]) + np.hypot(x[0] - x[2], x[1]))
-            return np.stack([np.abs(x[0] * x[2]) / np.where(largest > 0, largest, 1.0), largest])
+            return np.array([np.abs(x[0] * x[2]) / np.where(largest > 0, largest, 1.0), largest])
         return decompositions.orthogonal_columns(self.factor(x))[1][::-1]
 
     def reduced(self, x: Array, c: Array) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mixjax.machine import Array, namespace
+from mixjax.machine import Array, namespace, stack
 
 # Limits of the standard deviation ratios that a start may have, in the basis of Z. Zero would be a stationary point.
 LOWEST, HIGHEST = 0.1, 100.0
@@ -103,9 +103,10 @@ def cut_by_sizes(x: Array, sizes: list[int], wrong: Callable[[], str]) -> list[A
 def stack_of(entries: list[list[Array | None]]) -> Array:
     """A matrix ``(q, q, ...)`` from its entries ``(...)``, None for zero."""
     some = next(entry for row in entries for entry in row if entry is not None)
-    xp = namespace(some)
-    zero = xp.zeros_like(some)
-    flat = xp.stack([zero if entry is None else entry for row in entries for entry in row])
+    if len(entries) == 1:
+        return some[None, None]
+    zero = namespace(some).zeros_like(some)
+    flat = stack([zero if entry is None else entry for row in entries for entry in row])
     return flat.reshape(len(entries), len(entries), *flat.shape[1:])
 
 

@@ -60,7 +60,7 @@ from mixjax.engine.first_factor import (
 )
 from mixjax.engine.moments import Moments
 from mixjax.engine.profiled import Profiled
-from mixjax.machine import Array, as_laid_out, cond, namespace, set_at
+from mixjax.machine import Array, as_laid_out, cond, namespace, set_at, stack
 from mixjax.products.sums import Layout
 
 
@@ -103,7 +103,7 @@ def profile_and_modes(
     if levels is not None:
         first = eliminate_first(lambdas[f1], levels)
     left, q = (levels or moments).rows_times(rest.c), len(lambdas[f1])
-    modes = {f1: namespace(x).stack([sum_of(first.K[a, b] * left[b] for b in range(q)) for a in range(q)])}
+    modes = {f1: stack([sum_of(first.K[a, b] * left[b] for b in range(q)) for a in range(q)])}
     start = 0
     for f, q, m in moments.dense:
         modes[f] = -rest.c[start : start + q * m].reshape(q, m, -1)

@@ -29,7 +29,7 @@ import numpy as np
 
 from mixjax.engine.effects import CurvedEffects, dots
 from mixjax.families import Derivatives, Expected
-from mixjax.machine import Array, namespace
+from mixjax.machine import Array, broadcast_to, namespace, stack
 
 
 class Data(NamedTuple):
@@ -124,7 +124,7 @@ def closed_form(
     shape = c1.shape
 
     def stacked(parts: list[Array]) -> Array:
-        return xp.stack([xp.broadcast_to(part, shape) for part in parts])
+        return stack([broadcast_to(part, shape) for part in parts])
 
     def total(values: Array) -> Array:
         return values.sum(tuple(range(-1 - rows, -1)))
@@ -160,15 +160,14 @@ def closed_form(
     by_weights = total(k * dW)
     explicit = [2.0 * total(c1 * column) for column in data.X] + [2.0 * total(part[0]) for part in at.by_psi]
     of_D = effects.traces_of_N(of_det) - _inner(Eg, g, own)
-    gradient = by_weights + xp.concatenate([xp.stack(explicit), of_D] if explicit else [of_D])
+    gradient = by_weights + xp.concatenate([stack(explicit), of_D] if explicit else [of_D])
 
     # Second derivatives: of the penalised likelihood, ...
     top = 2.0 * dots(push, t, rows) if pushes else None
     low = -2.0 * dots(Eg, scores, own)
     if top is not None:
-        extra = _explicit(xp, data, at, total, p, s)
         n = p + s
-        top = xp.concatenate([top[:, :n] + extra, top[:, n:]], 1) if s else top
+        top = xp.concatenate([top[:, :n] + _explicit(xp, data, at, total, p, s), top[:, n:]], 1) if s else top
         Hessian = xp.concatenate([top, xp.concatenate([xp.swapaxes(top[:, n:], 0, 1), low[:, n:]], 1)])
         fisher = top[:, :n]
     else:
@@ -272,7 +271,7 @@ def _explicit(xp: Any, data: Data, at: Derivatives, total: Any, p: int, s: int) 
             entries[j][p + i] = 2.0 * total(data.X[j] * at.by_psi[i][1])
         for j in range(s):
             entries[p + i][p + j] = 2.0 * total(at.by_psi_twice[i][j][0])
-    return xp.stack([xp.stack(row) for row in entries])
+    return stack([stack(row) for row in entries])
 
 
 def _in_corner(xp: Any, M: Array, before: int) -> Array:

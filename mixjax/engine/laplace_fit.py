@@ -212,7 +212,7 @@ def inverse_among_fixed(model: Model, form: ClosedForm) -> Array:
             xp.concatenate([fisher[:p, :p], xp.zeros((p, n - p, *own.shape[2:]))], 1),
             xp.concatenate([xp.zeros((n - p, p, *own.shape[2:])), own], 1),
         ])  # fmt: skip
-    diagonal = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(n)])))
+    diagonal = xp.sqrt(xp.abs(H[np.arange(n), np.arange(n)]))
     definite = decompositions.is_positive(H - 1e-12 * diagonal[:, None] * diagonal[None] * linalg.eye(n, H))
     inverse: Array = linalg.inverse_logdet(xp.where(definite, H, fisher))[0]
     return inverse

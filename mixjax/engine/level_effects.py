@@ -14,7 +14,7 @@ import numpy as np
 from mixjax import linalg
 from mixjax.covariance import pairs_of, stack_of
 from mixjax.engine.effects import Traces, directions_of, dots, factor_of, orders_of
-from mixjax.machine import Array, namespace
+from mixjax.machine import Array, namespace, stack
 from mixjax.products.family_rows import FamilyRows
 from mixjax.products.sums import Layout
 
@@ -24,21 +24,22 @@ MOST_EMPTY = 0.5
 
 def _moves(values: Array, pairs: list[tuple[int, int]]) -> Array:
     """``E v`` of every direction: ``v (q, ...) -> (J, q, ...)``."""
-    xp = namespace(values)
-    zero = xp.zeros_like(values[0])
+    if len(values) == 1:
+        return values[None]
+    zero = namespace(values).zeros_like(values[0])
     q, found = len(values), []
     for a, b in pairs:
         column = [zero] * q
         column[a] = values[b]
         if a != b:
             column[b] = values[a]
-        found.append(xp.stack(column))
-    return xp.stack(found)
+        found.append(stack(column))
+    return stack(found)
 
 
 def _of_direction(M: Array, pairs: list[tuple[int, int]]) -> Array:
     """``tr(M E)`` of symmetric ``M (q, q, ...) -> (J, ...)``."""
-    return namespace(M).stack([M[a, b] if a == b else M[a, b] + M[b, a] for a, b in pairs])
+    return stack([M[a, b] if a == b else M[a, b] + M[b, a] for a, b in pairs])
 
 
 class LevelGain(NamedTuple):
@@ -77,7 +78,7 @@ def _gain_of_two(L: Array, A: Array) -> LevelGain:
     over = 1.0 / M
 
     def symmetric(a: Array, b: Array, c: Array) -> Array:
-        return xp.stack([xp.stack([a, b]), xp.stack([b, c])])
+        return stack([stack([a, b]), stack([b, c])])
 
     K = symmetric(
         (D[0, 0] + det_D * A[1, 1]) * over, (D[0, 1] - det_D * A[0, 1]) * over, (D[1, 1] + det_D * A[0, 0]) * over
@@ -85,8 +86,8 @@ def _gain_of_two(L: Array, A: Array) -> LevelGain:
     N = symmetric(
         (A[0, 0] + det_A * D[1, 1]) * over, (A[0, 1] - det_A * D[0, 1]) * over, (A[1, 1] + det_A * D[0, 0]) * over
     )
-    R = xp.stack([
-        xp.stack([(1.0 + P[1, 1]) * over, -P[0, 1] * over]), xp.stack([-P[1, 0] * over, (1.0 + P[0, 0]) * over])
+    R = stack([
+        stack([(1.0 + P[1, 1]) * over, -P[0, 1] * over]), stack([-P[1, 0] * over, (1.0 + P[0, 0]) * over])
     ])  # fmt: skip
     # Two negative eigenvalues have a positive product.
     return LevelGain(A, K, R, N, xp.log(xp.where(2.0 + P[0, 0] + P[1, 1] > 0, M, -1.0)).sum(0))
@@ -97,18 +98,18 @@ def _of_two(gain: LevelGain, dA: Array, pairs: list[tuple[int, int]]) -> tuple[A
     xp, R, N = namespace(dA), gain.R, gain.N
     changes = xp.stack([dA[0, 0], dA[0, 1], dA[1, 1]], 1)  # (T, 3, m, L)
     twice = {(a, b): 1.0 if a == b else 2.0 for a, b in pairs}
-    weights = xp.stack([
-        twice[a, b] * xp.stack([R[a, 0] * R[b, 0], R[a, 0] * R[b, 1] + R[a, 1] * R[b, 0], R[a, 1] * R[b, 1]])
+    weights = stack([
+        twice[a, b] * stack([R[a, 0] * R[b, 0], R[a, 0] * R[b, 1] + R[a, 1] * R[b, 0], R[a, 1] * R[b, 1]])
         for a, b in pairs
     ])  # fmt: skip
-    entries = xp.stack([N[0, 0], N[0, 1], N[1, 1]])
+    entries = stack([N[0, 0], N[0, 1], N[1, 1]])
     products = dots(entries, entries, 1, symmetric=True)
     place = {(0, 0): 0, (0, 1): 1, (1, 0): 1, (1, 1): 2}
     NN = [
         [twice[c, d] * sum(products[place[c, u], place[v, d]] for u, v in orders_of(a, b)) for c, d in pairs]
         for a, b in pairs
     ]
-    return dots(changes, weights, 2), xp.stack([xp.stack(row) for row in NN])
+    return dots(changes, weights, 2), stack([stack(row) for row in NN])
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class OneFactor:
 
     def effects(self, w: Array) -> Array:
         """``Z'w``."""
+        if len(self.Z) == 1:
+            return self.by_level(w * self.Z[0])[..., None, :, :]
         return namespace(w, self.Z).stack([self.by_level(w * self.Z[a]) for a in range(len(self.Z))], axis=-3)
 
     def normal(self, w: Array) -> Array:
@@ -265,7 +268,7 @@ class OneFactor:
         for a, b in self.pairs:
             NEN = sum(gain.N[:, u][:, None] * gain.N[v][None] for u, v in orders_of(a, b)).sum(2)
             NN.append(_of_direction(NEN, self.pairs))
-        return Traces(KK, RR, xp.stack(NN))
+        return Traces(KK, RR, stack(NN))
 
 
 jax.tree_util.register_dataclass(OneFactor, data_fields=["Z", "index", "starts", "level"], meta_fields=["m", "layout"])

@@ -14,7 +14,7 @@ from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.bases import Basis
 from mixjax.covariance import Structure, rank_tolerance
-from mixjax.machine import Array, is_nowhere, namespace, while_loop
+from mixjax.machine import Array, is_nowhere, namespace, stack, while_loop
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
@@ -172,12 +172,11 @@ class OwnFactors(NamedTuple):
 
 def own_factors(x: Array, bases: tuple[Basis, ...], layout: Layout) -> OwnFactors:
     """From the optimiser's coordinates ``(k, ...)`` to the user's columns; axes behind the first may be absent."""
-    xp = namespace(x)
     factors = zip(bases, cov.factors_of(x, layout.structures), layout.structures, strict=True)
     pairs = [own_factor(basis.R_inv, F, s.rank) for basis, F, s in factors]
     lambdas = [factor for factor, _ in pairs]
     smooth = [s.has_derivatives(factor) for s, factor in zip(layout.structures, lambdas, strict=True)]
-    return OwnFactors(lambdas, xp.stack([d for _, d in pairs]).any(0), xp.stack(smooth).all(0))
+    return OwnFactors(lambdas, stack([d for _, d in pairs]).any(0), stack(smooth).all(0))
 
 
 def own_factor(R_inv: Array, Lambda: Array, full: int) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from mixjax.covariance import HIGHEST, LOWEST, pairs_of
 from mixjax.engine.curvature import minque_equations
 from mixjax.engine.first_factor import Spot
 from mixjax.engine.moments import Moments
-from mixjax.machine import Array, broadcast_to, is_nowhere, namespace, set_at
+from mixjax.machine import Array, broadcast_to, is_nowhere, namespace, set_at, stack
 from mixjax.products.sums import CrossProducts
 
 
@@ -45,7 +45,7 @@ def minque_start(moments: Moments, of_design: tuple[Array, Array, list[Spot]] | 
         effects = e[at : at + q * m].reshape(q, m, -1)
         at += q * m
         forms |= {(f, (a, b)): (effects[a] * effects[b]).sum(0) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)}
-    rhs = xp.stack([*(forms[spot] for spot in spots), rss])
+    rhs = stack([*(forms[spot] for spot in spots), rss])
     df = broadcast_to(moments.n - p, traces.shape[1:])
     lhs = xp.concatenate(
         [
@@ -77,7 +77,7 @@ def _solve_scaled(lhs: Array, rhs: Array) -> Array:
     """Equations ``(k, k, L)`` of very different size, solved for ``rhs (k, B)``; an unsolvable system does not fail."""
     xp = namespace(lhs)
     k = lhs.shape[0]
-    diagonal = xp.stack([lhs[j, j] for j in range(k)])
+    diagonal = lhs[np.arange(k), np.arange(k)]
     scale = xp.sqrt(xp.maximum(diagonal, np.finfo(lhs.dtype).tiny))
     scaled = lhs / scale[:, None] / scale[None]
     ridge = 1e4 * np.finfo(lhs.dtype).eps * linalg.eye(k, lhs)
