@@ -159,7 +159,16 @@ def from_start(command: list[str], env: dict[str, str]) -> float:
 
 
 def main() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    with tempfile.TemporaryDirectory() as bytecode:
+        run(bytecode)
+
+
+def run(bytecode: str) -> None:
+    # Modules are compiled to bytecode when a package is installed; where that is switched off they would be now.
+    without = ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if name not in without}
+    env["PYTHONPYCACHEPREFIX"] = bytecode
+    subprocess.run([sys.executable, __file__, "--child"], capture_output=True, env=env)
     done = subprocess.run([sys.executable, __file__, "--child"], capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(done.stderr[-3_000:])

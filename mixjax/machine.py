@@ -29,6 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _NUMPYS_OWN = (np.ndarray, np.generic, bool, int, float, type(None))
+_ndarray = np.ndarray  # asked for hundreds of times in a fit
 
 
 # glibc gives freed arrays of more than 128 kB back to the system, and pages each new one in again: a quarter of the
@@ -39,7 +40,7 @@ np.empty(31 * 2**20, np.uint8)
 def namespace(*arrays: Any) -> Any:
     """``numpy`` where all arrays are NumPy's or plain numbers, else ``jax.numpy``. None says nothing."""
     for array in arrays:
-        if not isinstance(array, _NUMPYS_OWN):
+        if type(array) is not _ndarray and not isinstance(array, _NUMPYS_OWN):
             return jnp
     return np
 

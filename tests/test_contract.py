@@ -391,7 +391,7 @@ def test_what_methods_of_a_fit_give():
     assert fit.optimizer._fields == ("name", "iterations", "gradient_norm", "message")
     assert fit.marginal_cov([0, 1]).shape == (2, 2)
     assert type(fit.refit(reml=False)) is mj.LMMFit
-    assert type(fit.refit_many(np.asarray(fit.fitted)[None] + 1.0)) is mj.BatchFit
+    assert isinstance(fit.refit_many(np.asarray(fit.fitted)[None] + 1.0), mj.BatchFit)
     assert all(leaf.dtype in (np.float64, np.bool_, np.int64, np.int32) for leaf in jax.tree.leaves(fit.estimates))
 
 

@@ -8,6 +8,7 @@ formulas are the same: what differs is :func:`times` and its like. The notation 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cache, reduce
 from typing import Any, NamedTuple
@@ -134,15 +135,22 @@ def weights_of(first: First, own: list[tuple[int, int]] | None = None) -> list[A
         K: np.ndarray = first.K[rows, columns][:, :, None]
         if not own:
             return K
-        a, b = np.array(own).T
-        Fa, Fb = first.F[a][:, rows], first.F[b][:, columns]  # (J, pairs, C, B)
-        E = Fa * Fb
-        if (a != b).any():
-            E = E + np.where((a != b)[:, None, None, None], first.F[b][:, rows] * first.F[a][:, columns], 0.0)
-        return np.concatenate([K, np.moveaxis(E, 0, 2)], axis=2)
+        a, b, off = _both(tuple(own))
+        Fa, Fb = first.F[a], first.F[b]
+        E = Fa[:, rows] * Fb[:, columns]  # (J, pairs, C, B)
+        if off is not None:
+            E = E + off * (Fb[:, rows] * Fa[:, columns])
+        return np.concatenate([K, E.transpose(1, 2, 0, 3)], axis=2)
     matrices = [first.K, *(_congruence(first.F, pair) for pair in own)]
     xp = namespace(first.K[0, 0])
     return [xp.stack([matrix[pair] for matrix in matrices], axis=1) for pair in pairs]
+
+
+@cache
+def _both(own: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """First and second effects of directions ``(J,)``, and 1 where they differ, ``(J, 1, 1, 1)``; None: nowhere."""
+    a, b = np.array(own).T
+    return a, b, (a != b)[:, None, None, None] * 1.0 if (a != b).any() else None
 
 
 def _congruence(F: Entries, pair: tuple[int, int]) -> Entries:
@@ -155,11 +163,15 @@ def _congruence(F: Entries, pair: tuple[int, int]) -> Entries:
 
 def _symmetric(pulled: list[Array] | np.ndarray) -> Tiny:
     """The matrices whose sums ``S_ab + S_ba`` are given by pair."""
-    q = int((np.sqrt(8 * len(pulled) + 1) - 1) / 2)
+    q = (math.isqrt(8 * len(pulled) + 1) - 1) // 2
     if isinstance(pulled, np.ndarray):
-        halves = np.array([1.0 if a == b else 0.5 for a, b in pairs_of(q)], pulled.dtype)
-        return (halves[:, None, None] * pulled)[position(q)]
+        return (_halves(q).astype(pulled.dtype, copy=False) * pulled)[position(q)]
     return Entries({(a, b): x if a == b else 0.5 * x for (a, b), x in zip(pairs_of(q), pulled, strict=True)})
+
+
+@cache
+def _halves(q: int) -> np.ndarray:
+    return np.array([1.0 if a == b else 0.5 for a, b in pairs_of(q)])[:, None, None]
 
 
 def upper(A: Tiny) -> Array:
@@ -221,8 +233,10 @@ def of_levels(
     FQF, N = upper(times(times(F, _symmetric(pulled)), Ft, True)), upper(first.N)
     N_and_Y = _sums_of_products(N, 2.0 * FQF - count * N)
     at, twice, products = _first_directions(tuple(own), pairs_of(size_of(first.N)))
-    moved = sum_of(N_and_Y[row, column] * weight.astype(N.dtype)[..., None] for row, column, weight in products)
-    return twice.astype(N.dtype)[:, None] * (count * N - FQF).sum(1)[at], moved
+    moved = sum_of(
+        N_and_Y[row, column] * weight.astype(N.dtype, copy=False)[..., None] for row, column, weight in products
+    )
+    return twice.astype(N.dtype, copy=False)[:, None] * (count * N - FQF).sum(1)[at], moved
 
 
 def _sums_of_products(X: Array, Y: Array) -> Array:

@@ -190,13 +190,24 @@ def own_factor(R_inv: Array, Lambda: Array, full: int) -> tuple[Array, Array]:
     """
     xp = namespace(Lambda)
     rtol = rank_tolerance(Lambda.dtype)
-    rank = (decompositions.lower_factor(Lambda, rtol) != 0).any(0).sum(0)
+    rank = _rank(Lambda, rtol)
     deficient = rank < len(Lambda)
     own = linalg.matmul(R_inv, Lambda)
     longest = (Lambda * Lambda).sum(1).max(0)
     rounding = rtol**2 * xp.abs(R_inv).sum(1) ** 2 * longest
     own = xp.where((deficient & ((own * own).sum(1) <= rounding))[:, None], 0.0, own)
     return decompositions.lower_factor(own, xp.where(deficient, rtol, 0.0)), rank < full
+
+
+def _rank(Lambda: Array, rtol: float) -> Array:
+    """Of factors ``(q, q, ...)``, judged row by row as :func:`~mixjax.decompositions.lower_factor` does."""
+    q = len(Lambda)
+    if isinstance(Lambda, np.ndarray) and not any(Lambda[i, i + 1 :].any() for i in range(q - 1)):
+        # In a triangle whose diagonal is clear, a row's diagonal is what the rows above it leave of it.
+        squares, i = Lambda * Lambda, np.arange(q)
+        if (squares[i, i] > rtol**2 * squares.sum(1)).all():
+            return np.full(Lambda.shape[2:], q)
+    return (decompositions.lower_factor(Lambda, rtol) != 0).any(0).sum(0)
 
 
 def result_code(solution: Solution, own: OwnFactors) -> Array:

@@ -12,7 +12,6 @@ from mixjax.checks import InferenceWarning, warn
 from mixjax.estimation.glmm_many import KEEP
 from mixjax.face.generalized_summary import check_ratios
 from mixjax.fitted import parameters
-from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.generalized import GeneralizedFitted
 from mixjax.fitted.names import names_apart, responses_of_rows
 from mixjax.fitted.options import BOOTSTRAPS, DROP1, INTERVALS, RATIOS, option
@@ -25,6 +24,7 @@ from mixjax.resampling.bootstrap import Bootstrap
 from mixjax.resampling.bootstrap import bootstrap as run_bootstrap
 
 if TYPE_CHECKING:
+    from mixjax.face.batches import ModelBatch
     from mixjax.inference.fixed.marginal_means import MarginalMeans
     from mixjax.inference.fixed.robust_family import FamilyRobust
     from mixjax.inference.random.profile import Profile
@@ -349,7 +349,7 @@ class GeneralizedInferring:
         """
         return run_bootstrap(self.record, key, n, kind, statistic, chunk, progress, modes=modes, engine=engine)
 
-    def refit_many(self, Y: Any, ranef: bool = False, engine: Literal["auto", "numpy", "jax"] = "auto") -> BatchFit:
+    def refit_many(self, Y: Any, ranef: bool = False, engine: Literal["auto", "numpy", "jax"] = "auto") -> ModelBatch:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.glmm_estimate_many`.
 
         Args:
@@ -361,7 +361,8 @@ class GeneralizedInferring:
             engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where that pays.
 
         Returns:
-            :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
+            :class:`~mixjax.face.batches.ModelBatch`: frames with one row per response, counts of what went wrong, and
+            ``.test(L)``.
 
         Raises:
             DataError: another shape, or values that are none of the family's.
@@ -377,7 +378,9 @@ class GeneralizedInferring:
         Y = responses_of_rows(labels, Y)
         check_many(Y, record.design.size, labels.response, record.family)
         est = record.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), engine)
-        return BatchFit(est, labels, record.layout.structures, record.family)
+        from mixjax.face.batches import ModelBatch
+
+        return ModelBatch(est, labels, record.layout.structures, record.family, self, Y)
 
     def simulate(self, key: Any, n: int, random: Literal["new", "fitted"] = "new") -> np.ndarray:
         """Responses ``(n, nobs)`` drawn from the fit, of a binomial family counts of successes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from mixjax.estimation.many import KEEP
 from mixjax.face.summary import Summary, VarCorr, glance, tidy
 from mixjax.face.with_diagnostics import Diagnosing
 from mixjax.face.with_inference import Inferring
-from mixjax.fitted.batch import BatchFit, with_fixed
+from mixjax.fitted.batch import with_fixed
 from mixjax.fitted.kernels import fit_kernel_rows
 from mixjax.fitted.names import modes_by_group, responses_of_rows, term_names, values_of_fit
 from mixjax.fitted.options import ddf_of
@@ -35,6 +35,9 @@ from mixjax.inference.fixed.contrasts import ddf_note, t_tests
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
 from mixjax.streams import cross_products_from
+
+if TYPE_CHECKING:
+    from mixjax.face.batches import ModelBatch
 
 
 def lmm(
@@ -469,7 +472,7 @@ class LMMFit(Inferring, Diagnosing):
         chunk: int | None = None,
         ranef: bool = False,
         engine: Literal["auto", "numpy", "jax"] = "auto",
-    ) -> BatchFit:
+    ) -> ModelBatch:
         """The same model fitted to many responses, for example simulated ones; see :func:`mixjax.estimate_many`.
 
         Args:
@@ -483,9 +486,13 @@ class LMMFit(Inferring, Diagnosing):
             engine: ``"numpy"`` or ``"jax"``; ``"auto"`` compiles a program where that pays.
 
         Returns:
-            :class:`~mixjax.fitted.batch.BatchFit`: frames with one row per response, and counts of what went wrong.
+            :class:`~mixjax.face.batches.ModelBatch`: frames with one row per response, counts of what went wrong, and
+            ``.test(L, ddf)``.
         """
         Y = responses_of_rows(self.labels, Y)
         check_options(self.reml if reml is None else reml, None)
         est = self._fitted.fit_many(Y, (*KEEP, "Sigma", "vcov", *["b"] * ranef), reml, engine, chunk)
-        return BatchFit(est, self.labels, self.stats.layout.structures)
+        reml = self.reml if reml is None else reml
+        from mixjax.face.batches import ModelBatch
+
+        return ModelBatch(est, self.labels, self.stats.layout.structures, None, self, Y, reml)

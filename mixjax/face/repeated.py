@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +13,6 @@ from mixjax.design import RepeatedDesign
 from mixjax.estimation.repeated import RepeatedEstimates
 from mixjax.face.repeated_summary import RepeatedSummary, VisitCovariances, repeated_glance, repeated_tidy
 from mixjax.fitted import parameters
-from mixjax.fitted.batch import BatchFit
 from mixjax.fitted.names import responses_of_rows, values_of_fit
 from mixjax.fitted.options import INTERVALS, ddf_of, option
 from mixjax.fitted.repeated import RepeatedFitted, fit_visit_rows
@@ -23,13 +21,13 @@ from mixjax.formula.context import caller_context
 from mixjax.formula.repeated import RepeatedLabels, build_repeated
 from mixjax.inference.fixed import hypotheses
 from mixjax.inference.fixed.contrasts import check_ddf, ddf_note, t_tests
-from mixjax.inference.fixed.repeated_many import f_tests_of_many, t_tests_of_many
 from mixjax.inference.wald import wald_intervals
 from mixjax.prediction.repeated import predict
 from mixjax.products.visits import visit_rows
 from mixjax.resampling.repeated import bootstrap_visits
 
 if TYPE_CHECKING:
+    from mixjax.face.batches import RepeatedBatch
     from mixjax.inference.fixed.marginal_means import MarginalMeans
 
 
@@ -454,53 +452,11 @@ class MMRMFit:
         """
         Y = responses_of_rows(self.labels, Y)
         est = self._fitted.fit_many(Y)
+        from mixjax.face.batches import RepeatedBatch
+
         return RepeatedBatch(est, self.labels, self._fitted.structures, None, self, Y)  # type: ignore[arg-type]
 
     def bootstrap(self, key: Any, n: int) -> pd.DataFrame:
         """Parametric bootstrap: all parameters of n refits to responses drawn from the fit, one row each; refits that
         failed are left out, with a warning."""
         return bootstrap_visits(self._fitted, key, n)
-
-
-@dataclass(frozen=True, repr=False)
-class RepeatedBatch(BatchFit):
-    """Many fits of one model for repeated measures; see :class:`~mixjax.fitted.batch.BatchFit`.
-
-    Attributes:
-        fit: the model. Y: ``(B, nobs)`` its responses.
-    """
-
-    fit: MMRMFit | None = None
-    Y: np.ndarray | None = None
-
-    def _family_parameters(self) -> dict[str, np.ndarray]:
-        return {}
-
-    @property
-    def sigma(self) -> pd.Series:
-        """Not there; see ``sdcor``."""
-        raise AttributeError("repeated measures have no single sigma: sdcor has the standard deviations")
-
-    def test(self, L: Any, ddf: str | None = None, joint: bool | None = None) -> pd.DataFrame:
-        """The tests of :meth:`MMRMFit.test` in every fit, batch by batch.
-
-        Args:
-            L: as there. ddf: None for the fit's own.
-            joint: one F test of all rows; None: of several rows.
-
-        Returns:
-            DataFrame with one row per response: of one hypothesis estimate, std_error, df, statistic, p_value; of
-            several together num_df, den_df, statistic, p_value; of several one by one columns (hypothesis, ...). NaN
-            where a fit failed.
-        """
-        assert self.fit is not None
-        assert self.Y is not None
-        record, method = self.fit.record, self.fit._method(ddf)
-        weights, rhs, names = hypotheses.contrast_matrix(record, L)
-        est: Any = self.estimates
-        if joint if joint is not None else len(weights) > 1:
-            return f_tests_of_many(record.rows, record.reml, self.Y, est, weights, rhs, method)
-        found = t_tests_of_many(record.rows, record.reml, self.Y, est, weights, rhs, method)
-        index = pd.RangeIndex(len(self), name="replicate")
-        frames = [pd.DataFrame({name: a[:, i] for name, a in found.items()}, index) for i in range(len(names))]
-        return frames[0] if len(frames) == 1 else pd.concat(frames, axis=1, keys=names)
