@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -51,8 +52,9 @@ TILE_NUMBERS_ON_DEVICE, MOST_LANES_ON_DEVICE = 2**24, 2**15
 LEAST_LANES = 16
 # Distance from the minimum, in standard errors, from which one exact Newton step is enough.
 NEAR = 1e-4
-# Lanes of the full search, and of one call of a program in it; on a device as many as a tile has.
-SEARCHED, PROBED = 256, 64
+# Lanes of the full search, whose own work by NumPy costs the same for few, and of one call of a program in it; on a
+# device as many as a tile has.
+SEARCHED, PROBED = 1024, 64
 # Seconds for which NumPy may work before a program, which takes 3 to 10 to compile, is worth it.
 COMPILING = 4.0
 
@@ -189,6 +191,8 @@ class _Lanes:
         lanes = int(max(LEAST_LANES, min(most, numbers // self.index.size)))
         self.lanes = 1 << (lanes.bit_length() - 1)
         self.searched, self.probed = (self.lanes, self.lanes) if device else (SEARCHED, PROBED)
+        self.lock = Lock()
+        self.compiled_once: set[Callable[..., Any]] = set()
 
     def of(self, at: np.ndarray) -> Model:
         """The model of replicates ``at``, in lanes."""
@@ -229,15 +233,13 @@ class _Lanes:
             self._over(work_on, range(0, len(going), self.lanes))
         if left:
             at, state = _side_by_side(left)
-            order = np.argsort(at)
-            queue = list(lanes_of((at, state.x, state.fixed, state.iterations), order))
-        else:
-            queue = [np.zeros(0, int)]
+            queue = list(lanes_of((at, state.x, state.fixed, state.iterations), np.argsort(at)))
+            size = min(self.searched, max(self.probed, -(-len(at) // n_workers())))
 
-        def look(first: int) -> None:
-            self._search(*(part[..., first : first + self.searched] for part in queue))
+            def look(first: int) -> None:
+                self._search(*(part[..., first : first + size] for part in queue))
 
-        self._over(look, range(0, len(queue[0]), self.searched))
+            self._over(look, range(0, len(at), size))
         return GLMMEstimates._make(self.arrays.get(name) for name in GLMMEstimates._fields)
 
     def _directly(self, at: np.ndarray, state: Direct | None, start: Any, steps: int, least: float = INSIDE) -> Direct:
@@ -255,23 +257,25 @@ class _Lanes:
         return lanes_of(found, np.arange(len(at)))  # type: ignore[no-any-return]
 
     def _run(self, fun: Callable[..., Any], *args: Any) -> Any:
-        if self.compiled:
-            with float64():
-                return _program(fun)(*args)
-        with silently():
-            return fun(*args)
+        if not self.compiled:
+            with silently():
+                return fun(*args)
+        with float64():
+            if fun in self.compiled_once:
+                return _PROGRAMS[fun](*args)
+            with self.lock:  # other threads wait for what the first one compiles
+                found = _PROGRAMS[fun](*args)
+            self.compiled_once.add(fun)
+            return found
 
     def _over(self, work: Callable[[int], None], firsts: range) -> None:
-        """The first one alone: it compiles, and makes the arrays that the others fill."""
-        for first in firsts[:1]:
-            work(first)
-        workers = n_workers()
-        if workers == 1:
-            for first in firsts[1:]:
+        workers = min(n_workers(), len(firsts))
+        if workers < 2:
+            for first in firsts:
                 work(first)
             return
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, firsts[1:]))
+            list(pool.map(work, firsts))
 
     # --- the full search
 
@@ -454,14 +458,11 @@ class _Lanes:
         """Values of replicates ``at``, lanes last."""
         for name in self.keep:
             value_ = jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 0), values[name])
-            if name not in self.arrays:
-                self.arrays[name] = jax.tree.map(lambda a: np.empty((self.B, *a.shape[1:]), a.dtype), value_)
+            with self.lock:
+                if name not in self.arrays:
+                    self.arrays[name] = jax.tree.map(lambda a: np.empty((self.B, *a.shape[1:]), a.dtype), value_)
             for whole, part in zip(jax.tree.leaves(self.arrays[name]), jax.tree.leaves(value_), strict=True):
                 whole[at] = part
-
-
-def _program(fun: Callable[..., Any]) -> Callable[..., Any]:
-    return _PROGRAMS[fun]
 
 
 _PROGRAMS: dict[Callable[..., Any], Callable[..., Any]] = {

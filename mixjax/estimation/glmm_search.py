@@ -47,12 +47,16 @@ class Ends(NamedTuple):
 
 # Evaluations of a lane for one point of the outer search, beyond which it is lost; of all at most.
 MOST_REFINED, MOST_TICKS = 30, 300
-# Twice what the inner and the middle step promise where a point counts as evaluated, and at the end.
-ENOUGH, ENOUGH_LAST = (1e-7, 1e-6), (1e-9, 1e-9)
+# Twice what the inner and the middle step promise where a point counts as evaluated: near the end, far away where the
+# outer search gains 1 or more, and at the end itself.
+ENOUGH, ENOUGH_FAR, ENOUGH_LAST = (1e-7, 1e-6), (1e-3, 1e-2), (1e-9, 1e-9)
 # A lane whose modes overflow although their steps are shorter than this is lost.
 LEAST_LONGEST = 0.1
 # The middle search of a lane is in trouble where the value has risen by this much.
 RISEN = 0.1
+# Modes that were foretold for a point and promise more than this there are sought from zero; and fixed effects go back
+# to those of the point before where so many evaluations have not brought the modes near.
+WILD, PATIENCE = 100.0, 10
 
 Prober = Callable[[Array, Array, Array, Array, np.ndarray], tuple[Any, ...]]
 
@@ -63,7 +67,8 @@ class _Lane(NamedTuple):
     Attributes:
         fixed, v: where to evaluate next, at ``x (k, L)``. refined: ``(L,)`` evaluations of x so far. value, inner: the
             last ones. longest: step of the modes, halved where they swing.
-        last: ``(L,)`` the outer search is done, and x is its end. secant: of quadrature, else None.
+        last: ``(L,)`` the outer search is done, and x is its end. secant: of quadrature, else None. safe: ``fixed`` at
+            the point before.
     """
 
     x: Array
@@ -74,6 +79,7 @@ class _Lane(NamedTuple):
     longest: Array
     inner: Array
     last: Array
+    safe: Array
     secant: Secant | None = None
 
 
@@ -145,6 +151,7 @@ def search_lanes(
         zeros + LONGEST,
         zeros + np.inf,
         zeros > 0,
+        fixed,
         _no_secant(n + len(x), L) if by_quadrature else None,
     )
     for _ in range(MOST_TICKS):
@@ -156,7 +163,7 @@ def search_lanes(
         step, decrement = newton_step(model, form) if n else (lane.fixed, np.zeros(len(at)))
         finite = np.isfinite(form.value) & np.isfinite(form.gradient).all(0) & np.isfinite(decrement)
         finite = finite & np.isfinite(form.Hessian).all((0, 1)) & np.isfinite(v).all(tuple(range(v.ndim - 1)))
-        enough = [np.where(lane.last, b, a) for a, b in zip(ENOUGH, ENOUGH_LAST, strict=True)]
+        enough = _enough(outer, lane.last)
         ready = finite & (inner <= enough[0]) & (decrement <= enough[1])
         risen = (lane.refined > 5) & (form.value > lane.value + RISEN) & (np.maximum(inner, lane.inner) < 1e-3)
         # Far from the modes the closed form says nothing, and need not be finite.
@@ -169,11 +176,13 @@ def search_lanes(
         move = np.where(near, cut(model, step) * step, 0.0) if n else step
         next_v = np.where(near, v + linalg_sum(move, form.scores[:n]), v) if n else v
         # Where densities overflow modes are sought from zero again, in shorter steps.
-        next_v = np.where(astray, 0.0, next_v)
+        back = (lane.refined == PATIENCE) & ~near
+        wild = back | ((lane.refined == 0) & (inner > WILD))
+        next_v = np.where(astray | wild, 0.0, next_v)
         swings = astray | ((inner > EARLY) & (inner > 0.7 * lane.inner))
-        longest = np.where(swings, 0.5 * lane.longest, lane.longest)
-        stay = _Lane(lane.x, lane.fixed + move, next_v, lane.refined + 1, form.value, longest, inner, lane.last,
-                     secant)  # fmt: skip
+        longest = np.where(wild, LONGEST, np.where(swings, 0.5 * lane.longest, lane.longest))
+        stay = _Lane(lane.x, np.where(back, lane.safe, lane.fixed + move), next_v, lane.refined + 1, form.value,
+                     longest, inner, lane.last, lane.safe, secant)  # fmt: skip
 
         # Lanes that are evaluated.
         g, H, slopes = reduced(model, form, step)
@@ -200,6 +209,7 @@ def search_lanes(
         goes = _Lane(
             next_x, lane.fixed + np.where(far, step, moved_), np.where(far, 0.0, new_v), np.zeros(len(at), int),
             np.full(len(at), np.inf), np.full(len(at), LONGEST), np.full(len(at), np.inf), outer.done,
+            lane.fixed + step,
             None if secant is None else where(restarted, _no_secant(len(secant.at), len(at)), secant),
         )  # fmt: skip
         ended = (ready & lane.last) | lost
@@ -217,6 +227,18 @@ def search_lanes(
         if len(still) < len(at):
             at, outer, lane = at[still], lanes_of(outer, still, len(at)), lanes_of(lane, still, len(at))
     return found
+
+
+def _enough(outer: search.Search, last: np.ndarray) -> list[np.ndarray]:
+    """See :data:`ENOUGH`, lane by lane: a step of the outer search that promises much, and its first point, need no
+    more digits than what they promise has; candidates and ends need all."""
+    state = outer.state
+    promised = np.where(state.iterations == 0, 1.0, np.where(state.candidate < 0, state.predicted, 0.0))
+    part = np.clip(promised, 0.0, 1.0) ** 2
+    return [
+        np.where(last, end, np.maximum(least, most * part))
+        for least, most, end in zip(ENOUGH, ENOUGH_FAR, ENOUGH_LAST, strict=True)
+    ]
 
 
 def _no_secant(size: int, lanes: int) -> Secant:
