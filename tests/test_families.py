@@ -485,3 +485,29 @@ def test_responses_that_cannot_be(name, y, size, match):
 def test_counts_that_are_not_whole_are_told(name, size):
     with pytest.warns(mj.DataWarning, match="not whole"):
         family_of(name).check(np.array([0.0, 1.5, 3.0]), size, "y")
+
+
+@pytest.mark.parametrize("name", ["poisson", "nbinom"])
+@pytest.mark.parametrize("odd", ["whole", "a half", "missing", "one large", "psi by row"])
+def test_what_is_looked_up_by_count_is_what_is_computed(name, odd):
+    """Of many rows in lanes, as of a few: the same functions of the same numbers."""
+    family = getattr(make, name)()
+    rng = np.random.default_rng(4)
+    y = rng.negative_binomial(2.0, 0.2, (1200, 5)).astype(float)
+    eta = rng.normal(1.0, 1.0, y.shape)
+    psi = (np.linspace(-1.0, 4.0, 5),) if family.n_psi else ()
+    if odd == "a half":
+        y[3, 1] = 2.5
+    elif odd == "missing":
+        y[3, 1] = np.nan
+    elif odd == "one large":
+        y[3, 1] = 2e7
+    elif odd == "psi by row":
+        psi = tuple(p + np.linspace(0.0, 0.1, 1200)[:, None] for p in psi)
+    whole = [family.density(eta, y, None, psi), *jax.tree.leaves(family.derivatives(eta, y, None, psi))]
+    for rows in (slice(0, 10), slice(600, 610)):
+        of = tuple(p[rows] if p.ndim > 1 else p for p in psi)
+        parts = [family.density(eta[rows], y[rows], None, of)]
+        parts += jax.tree.leaves(family.derivatives(eta[rows], y[rows], None, of))
+        for one, other in zip(whole, parts, strict=True):
+            np.testing.assert_allclose(one[rows], other, rtol=1e-14, atol=1e-14)

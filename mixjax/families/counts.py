@@ -21,6 +21,7 @@ from mixjax.families.special import (
     log1p_minus_share,
     log_rising,
     log_rising_by_log,
+    of_counts,
     xlogy,
 )
 from mixjax.machine import Array, namespace
@@ -67,7 +68,7 @@ class Poisson(Counts):
     def density(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> Array:
         _, eta, y = as_floats(eta, y)
         mu, product = self._log_mean(eta, y)
-        return mu - product + gammaln(y + 1)
+        return mu - product + of_counts(_log_factorial, y)[0]
 
     def kernel(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> tuple[Array, Array]:
         if self.link != "log":
@@ -120,6 +121,18 @@ class Poisson(Counts):
         return np.where(k < 0, 0.0, special.gammaincc(np.maximum(k, 0.0) + 1.0, mu))
 
 
+def _log_factorial(y: Array) -> tuple[Array]:
+    return (gammaln(y + 1),)
+
+
+def _log_ways(y: Array, k: Array) -> tuple[Array]:
+    return (gammaln(y + 1) - log_rising(y, k),)
+
+
+def _log_ways_by_log(y: Array, k: Array) -> tuple[Array, Array, Array]:
+    return (*_log_ways(y, k), *log_rising_by_log(y, k))
+
+
 class NegativeBinomial(Counts):
     """Negative binomial counts with quadratic variance, NB2: ``mu + mu^2 / k``, size ``k = exp(psi)``.
 
@@ -138,15 +151,16 @@ class NegativeBinomial(Counts):
     def density(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> Array:
         xp, eta, y, log_k = as_floats(eta, y, psi[0])
         k = xp.exp(log_k)
+        (of_y,) = of_counts(_log_ways, y, k)
         mu, product = self._log_mean(eta, y)
-        return (y + k) * xp.log1p(mu / k) - product + gammaln(y + 1) - log_rising(y, k)
+        return (y + k) * xp.log1p(mu / k) - product + of_y
 
     def derivatives(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> Derivatives:
         xp, eta, y, log_k = as_floats(eta, y, psi[0])
         k = xp.exp(log_k)
-        c = self.density(eta, y, None, (log_k,))
-        mu = self._log_mean(eta, y)[0]
-        rising1, rising2 = log_rising_by_log(y, k)
+        of_y, rising1, rising2 = of_counts(_log_ways_by_log, y, k)
+        mu, product = self._log_mean(eta, y)
+        c = (y + k) * xp.log1p(mu / k) - product + of_y
         w, total = mu / k, k + mu
         # s = mu / (mu + k), r = 1 - s, v = s r
         r, s = 1 / (1 + w), mu / total

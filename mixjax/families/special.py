@@ -7,6 +7,7 @@ chosen by ``where`` of arguments that are safe in both, so that no derivative is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 
 # Stirling's series of ten terms is exact to rounding from here on, with four of its derivatives: the eleventh term of
 # the fourth, B_22 23 24 / 2 / 12^22 of it, is 3e-18. Smaller arguments are moved up by as much.
 STIRLING = 12
+# Numbers from which functions of counts are looked up, and how many of them there are for each entry of the table.
+COUNTED, LEAST_SHARE = 4096, 8
 # log1p(u) - u is summed below this: above, the difference loses no more than three bits.
 SMALL = 0.25
 
@@ -42,6 +45,30 @@ def as_floats(eta: Any, *others: Any) -> tuple[Any, ...]:
                 other = other.astype(eta.dtype)
         found.append(other)
     return tuple(found)
+
+
+def of_counts(fun: Callable[..., tuple[Array, ...]], y: Array, *k: Array) -> tuple[Array, ...]:
+    """``fun(y, *k)``, arrays each. By NumPy, of many whole y: computed once for every count up to the largest, and
+    looked up; the same numbers.
+
+    Args:
+        y: ``(..., L)``. k: nothing, or a parameter: one number, or one a lane, ``(L,)``; of others nothing is looked
+            up.
+    """
+    if namespace(y, *k) is not np or np.ndim(y) == 0 or y.size < COUNTED:
+        return fun(y, *k)
+    lanes = np.size(k[0]) if k else 1
+    if k and (lanes not in (1, y.shape[-1]) or any(length != 1 for length in np.shape(k[0])[:-1])):
+        return fun(y, *k)
+    with np.errstate(invalid="ignore"):
+        index = y.astype(np.intp)
+    counts = int(index.max()) + 1
+    if not 0 < counts * lanes * LEAST_SHARE <= y.size or index.min() < 0 or (index != y).any():
+        return fun(y, *k)
+    table = fun(np.arange(counts, dtype=y.dtype)[:, None], *(np.reshape(one, (1, lanes)) for one in k))
+    if lanes > 1:
+        index = index * lanes + np.arange(lanes)
+    return tuple(np.take(part.reshape(-1), index) for part in table)
 
 
 def gammaln(x: Array) -> Array:
@@ -86,31 +113,42 @@ def log1p_minus(u: Array) -> Array:
 
     With ``r = u / (2 + u)``, ``log(1 + u) = 2 atanh(r)`` and ``u - 2 r = u r``.
     """
-    xp = namespace(u)
-    small = u < SMALL
-    near = xp.where(small, u, 0.0)
-    r = near / (2 + near)
+    return _by_size(u, SMALL, _log1p_minus_near, lambda far: namespace(far).log1p(far) - far)
+
+
+def _log1p_minus_near(u: Array) -> Array:
+    r = u / (2 + u)
     square, total = r * r, 0.0
     for odd in range(21, 2, -2):
         total = total * square + 1 / odd
-    far = xp.where(small, 1.0, u)
-    return xp.where(small, -near * r + 2 * r * square * total, xp.log1p(far) - far)
+    return -u * r + 2 * r * square * total
+
+
+def _by_size(u: Array, limit: float, near: Callable[[Array], Array], far: Callable[[Array], Array]) -> Array:
+    """``near(u)`` below the limit, ``far(u)`` elsewhere; many of NumPy's by what is needed of each alone."""
+    xp = namespace(u)
+    small = u < limit
+    if xp is np and np.size(u) >= COUNTED:
+        found: Array = far(u)
+        found[small] = near(u[small])
+        return found
+    return xp.where(small, near(xp.where(small, u, 0.0)), far(xp.where(small, 1.0, u)))
 
 
 def log1p_minus_share(w: Array) -> Array:
     """``log(1 + w) - w / (1 + w)`` for w >= 0, with relative digits: about ``w^2 / 2`` near 0."""
-    xp = namespace(w)
-    small = w < 1
-    near, far = xp.where(small, w, 0.0), xp.where(small, 1.0, w)
-    return xp.where(small, log1p_minus(near) + near * near / (1 + near), xp.log1p(far) - far / (1 + far))
+    return _by_size(
+        w, 1.0, lambda near: log1p_minus(near) + near * near / (1 + near),
+        lambda far: namespace(far).log1p(far) - far / (1 + far),
+    )  # fmt: skip
 
 
 def entropy(u: Array) -> Array:
     """``(1 + u) log(1 + u) - u`` for u >= 0, with relative digits: about ``u^2 / 2`` near 0."""
-    xp = namespace(u)
-    small = u < 1
-    near, far = xp.where(small, u, 0.0), xp.where(small, 1.0, u)
-    return xp.where(small, (1 + near) * log1p_minus(near) + near * near, (1 + far) * xp.log1p(far) - far)
+    return _by_size(
+        u, 1.0, lambda near: (1 + near) * log1p_minus(near) + near * near,
+        lambda far: (1 + far) * namespace(far).log1p(far) - far,
+    )  # fmt: skip
 
 
 def _series(x: Array, order: int) -> Array:
