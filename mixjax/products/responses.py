@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,11 @@ from mixjax.products.rows import Rows
 from mixjax.products.sizes import has_closed_form
 from mixjax.products.sums import ClassProducts, CrossProducts
 
-# Numbers that one block of responses may hold, so that a few passes over it stay in the cache.
-BLOCK = 2**19
+# Numbers that one block of responses may hold, so that a few passes over it stay in the cache, and how many responses.
+BLOCK, MOST = 2**20, 4096
+# BLAS rounds the last columns of a product in another way than the others: responses that come in parts of so many have
+# the same place in a product as when all come at once, whatever the size of blocks above it.
+SAME_PLACE = 1024
 # Multiplications of a product that OpenBLAS does without waking threads of its own, which ours would wait for.
 ONE_THREAD = 2**18
 
@@ -54,12 +58,17 @@ class Responses:
         if classes is not None:
             class_Uy, class_yy = np.empty((*classes.Uy_shape, B)), np.empty((*classes.yy_shape, B))
 
+        # A thread's own, once: new memory costs as much as a pass over it.
+        kept_memory = local()
+
         def work(start: int) -> None:
             at = slice(start, start + size)
             some = Y[at]
             kept = slice(0, len(some))
+            if not hasattr(kept_memory, "of"):
+                kept_memory.of = np.empty((n, size)), np.empty(ONE_THREAD)
             with np.errstate(invalid="ignore"):
-                residual, coefficients = _least_squares_of_many(rows, some, size)
+                residual, coefficients = _least_squares_of_many(rows, some, kept_memory.of)
                 yy[at] = np.einsum("ib,ib->b", residual, residual)[kept]
             beta0[:, at] = coefficients[:, kept]
             for f, (total, sums, m) in enumerate(zip(Zy, self._Z_sums, rows.levels, strict=False)):
@@ -70,12 +79,13 @@ class Responses:
                 Uy, squares = classes.of(Zy[shared.layout.chain[0]][..., at])
                 class_Uy[..., at], class_yy[..., at] = Uy, squares
 
-        size = max(1, min(2048, 1 << max(0, (BLOCK // n).bit_length() - 1)))
+        workers = 1 if rows.known else n_cores()  # with known covariances, large products have threads of their own
+        most = min(MOST, _power_of_two(BLOCK // n))
+        size = min(most, max(SAME_PLACE, _power_of_two(B // (2 * workers))))
         if size >= B:
             work(0)
         else:
-            # Large products have threads of their own.
-            with ThreadPoolExecutor(1 if rows.known else n_cores()) as pool:
+            with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(work, range(0, B, size)))
 
         def first(a: np.ndarray) -> np.ndarray:
@@ -91,6 +101,11 @@ class Responses:
         )
 
 
+def _power_of_two(number: int) -> int:
+    """The largest one up to a number, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
 def _sparse_transpose(Z: np.ndarray, group: Any, m: int) -> scipy.sparse.csr_matrix:
     """``(q m, n)``: its product with y is Z'y, effect by effect and level by level."""
     n, q = Z.shape
@@ -99,13 +114,20 @@ def _sparse_transpose(Z: np.ndarray, group: Any, m: int) -> scipy.sparse.csr_mat
     return scipy.sparse.csr_matrix((Z.ravel(), (rows, columns)), shape=(q * m, n))
 
 
-def _least_squares_of_many(rows: Rows, Y: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _least_squares_of_many(
+    rows: Rows, Y: np.ndarray, memory: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Residuals ``(n, size)`` of responses ``(b, n)`` on X, and the coefficients taken out ``(p, size)``.
 
     As for one response, but X is taken out once: what is left of it is of the order of rounding y itself, and
     counts as zero. Blocks have one size, b or more, so that the last bits do not depend on how many responses there
     are.
+
+    Args:
+        memory: ``(n, size)``, to write the residuals to, and numbers for fitted values.
     """
+    y, fitted = memory
+    size = y.shape[1]
     Q, sqrt_w, X = rows.Q, rows.sqrt_w, np.asarray(rows.design.X)
     if rows.design.offset is not None:
         Y = Y - np.asarray(rows.design.offset)
@@ -114,22 +136,22 @@ def _least_squares_of_many(rows: Rows, Y: np.ndarray, size: int) -> tuple[np.nda
     level = np.zeros(size)
     if constant is not None:
         level[:b] = Y.mean(axis=1)
-    y = np.empty((n, size))
     y[:, b:] = 0.0
     np.subtract(Y.T, level[:b], out=y[:, :b])
     if sqrt_w is not None:
         y *= sqrt_w[:, None]
     p = Q.shape[1]
-    coefficients = np.empty((p, size))
-    beta0 = np.empty((p, size))
-    # A power of two, so that a response has the same place in a product whichever block of 1024 it comes with: BLAS
-    # rounds the last columns of a product in another way than the others.
-    step = 1 << max(0, (ONE_THREAD // max(1, n * p)).bit_length() - 1)
-    for at in range(0, size, step):
-        part, taken = y[:, at : at + step], coefficients[:, at : at + step]
-        np.matmul(Q.T, part, out=taken)
-        part -= Q @ taken
-        np.matmul(rows.X_basis.R_inv, taken, out=beta0[:, at : at + step])
+    taken, beta0 = np.zeros((p, size)), np.empty((p, size))
+    wide = min(size, SAME_PLACE)
+    high = max(1, ONE_THREAD // (wide * max(1, p)))
+    for at in (slice(left, left + wide) for left in range(0, size, wide)):
+        for top in range(0, n, high):
+            taken[:, at] += Q[top : top + high].T @ y[top : top + high, at]
+        for top in range(0, n, high):
+            part = y[top : top + high, at]
+            part -= np.matmul(Q[top : top + high], taken[:, at], out=fitted[: part.size].reshape(part.shape))
+        for top in range(0, p, high):
+            beta0[top : top + high, at] = rows.X_basis.R_inv[top : top + high] @ taken[:, at]
     if constant is not None:
         beta0[constant] += level / X[0, constant]
     return y, beta0
