@@ -38,6 +38,11 @@ WRITTEN_OUT = 128
 STACKED_UP_TO = 6
 # Stacks up to this size are inverted by elimination over lanes, larger ones by LAPACK, one by one.
 STACK_ELIMINATED_UP_TO = 12
+# Matrices from this size on are inverted where they stand, since new memory, and the threads that a product wakes, cost
+# more than the work they save; rows of a piece of them that stays in the cache.
+IN_PLACE, PIECE = 96, 128
+# Multiplications of a product from which BLAS uses threads.
+OWN_THREADS = 2**13
 
 
 def transpose(A: Array) -> Array:
@@ -86,12 +91,31 @@ def _sum_of_products(A: Array, B: Array) -> Array:
     return sum((A[:, None, j] * B[None, j] for j in range(1, A.shape[1])), A[:, None, 0] * B[None, 0])
 
 
+def product(A: Array, B: Array) -> Array:
+    """``A @ B`` of plain matrices.
+
+    NumPy's large ones by the BLAS of SciPy's LAPACK: NumPy has one of its own, and the threads of the one that waits
+    take the cores from the other.
+    """
+    if namespace(A, B) is not np or A.size * B.shape[1] < OWN_THREADS or A.dtype != B.dtype:
+        return A @ B
+    # B'A' in LAPACK's order of memory.
+    sides, turned = zip(*((x, 1) if x.flags.f_contiguous else (x.T, 0) for x in (B, A)), strict=True)
+    found: Array = _gemm(A.dtype.char)(1.0, *sides, trans_a=turned[0], trans_b=turned[1]).T
+    return found
+
+
+@cache
+def _gemm(char: str) -> Any:
+    return scipy.linalg.get_blas_funcs("gemm", dtype=np.dtype(char))
+
+
 def _numpys_matmul(A: np.ndarray, B: np.ndarray) -> Array:
     """BLAS sees matrices only, no lanes: what it makes of a column depends on how many there are."""
     (a, i), (b, k) = A.shape[:2], B.shape[:2]
     alone_A, alone_B = A.size == a * i, B.size == b * k
     if alone_A and (alone_B or B.shape[-1] == 1):
-        return (A.reshape(a, i) @ B.reshape(b, -1)).reshape(a, *B.shape[1:])
+        return product(A.reshape(a, i), B.reshape(b, -1)).reshape(a, *B.shape[1:])
     if alone_B and A.shape[-1] == 1:
         return np.matmul(B.reshape(i, k).T, A.reshape(a, i, -1)).reshape(a, k, *A.shape[2:])
     if alone_A:
@@ -156,13 +180,27 @@ def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    factorise, invert = _lapack(M.dtype.char)
-    factor, failed = factorise(M, lower=True)
+    factorise, invert, square = _lapack(M.dtype.char)
+    factor, failed = factorise(M.T, lower=True)  # in LAPACK's order of memory
     if failed or not np.isfinite(factor[-1, -1]):
         return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
-    # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
-    half = invert(factor, lower=True)[0]
-    return half.T @ half, 2.0 * np.log(factor.diagonal()).sum()
+    logdet = 2.0 * np.log(factor.diagonal()).sum()
+    half = invert(factor, lower=True, overwrite_c=True)[0]
+    if len(M) < IN_PLACE:
+        # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
+        return half.T @ half, logdet
+    return _mirrored(square(half, lower=True, overwrite_c=True)[0]).T, logdet
+
+
+def _mirrored(lower: np.ndarray) -> np.ndarray:
+    """The symmetric matrix of its lower triangle, in place, piece by piece: each stays in the cache."""
+    starts = range(0, len(lower), PIECE)
+    for i in starts:
+        for j in range(0, i, PIECE):
+            lower[j : j + PIECE, i : i + PIECE] = lower[i : i + PIECE, j : j + PIECE].T
+        corner = np.tril(lower[i : i + PIECE, i : i + PIECE])
+        lower[i : i + PIECE, i : i + PIECE] = corner + np.tril(corner, -1).T
+    return lower
 
 
 def is_factored(M: np.ndarray) -> bool:
@@ -189,8 +227,8 @@ def _eliminate_at_once(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _lapack(char: str) -> tuple[Any, Any]:
-    found: tuple[Any, Any] = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), dtype=np.dtype(char))
+def _lapack(char: str) -> tuple[Any, Any, Any]:
+    found: tuple[Any, Any, Any] = scipy.linalg.get_lapack_funcs(("potrf", "trtri", "lauum"), dtype=np.dtype(char))
     return found
 
 

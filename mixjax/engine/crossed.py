@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jax.sharding import PartitionSpec
 
 from mixjax.covariance import pairs_of
@@ -36,7 +38,7 @@ class CrossedMoments:
         value: ``(q, E)`` of the entries. right: ``(q, p + 1, C)`` products with the basis of X and y.
         where: which effects meet where.
         products: of the list, per pair a <= b of effects ``(R, 8)``: ``x_a y_b + x_b y_a``, or ``x_a y_a``.
-        pair_level: ``(R, 8)`` their levels.
+        pair_level: ``(R, 8)`` their levels. None of NumPy's, which has both in ``by_target``.
         UU, Uy, yy, n, sum_log_weights, X_logdet, dense, layout: as in Moments.
     """
 
@@ -56,6 +58,12 @@ class CrossedMoments:
     dense: tuple[tuple[int, int, int], ...]
     layout: Layout
 
+    @cached_property
+    def by_target(self) -> _ByTarget:
+        """NumPy's list of pairs as sparse matrices, of targets and levels: ten times as fast as sums of runs."""
+        assert self.where.pairs is not None
+        return _by_target(self.value, self.where, self.where.pairs, self.A.shape[2], self.n_dense)
+
     @property
     def n_dense(self) -> int:
         """Number of dense effects."""
@@ -68,7 +76,7 @@ class CrossedMoments:
             *(self._contract([w[:, k, 0] for w in weights]) for k in range(weights[0].shape[1])), strict=True
         )
         xp = namespace(self.UU, UU[0])
-        return xp.stack(UU, axis=2)[..., None], xp.stack(Uy, axis=1)[..., None], xp.stack(yy)[:, None]
+        return xp.moveaxis(xp.stack(UU), 0, 2)[..., None], xp.stack(Uy, axis=1)[..., None], xp.stack(yy)[:, None]
 
     def _contract(self, W: list[Array]) -> tuple[Array, Array, Array]:
         """For one matrix, by its entries ``(C,)`` per pair of effects."""
@@ -128,16 +136,26 @@ class CrossedMoments:
 
     def _list_sums(self, pairs: PairList, W: list[Array]) -> Array:
         d = self.n_dense
+        if namespace(self.value, *W) is np:
+            found = sum(x @ w for x, w in zip(self.by_target.products, W, strict=True))
+            among = np.zeros((d, d), found.dtype)
+            left, right = self.by_target.left, self.by_target.right
+            among[left, right] = among[right, left] = found
+            return among
 
         def sums(products: tuple[Array, ...], level: Array, target: Array, W: list[Array]) -> Array:
             of_runs = sum((x * w[level]).sum(1) for x, w in zip(products, W, strict=True))
             return segment_sum(of_runs, target, d * d, is_sorted=True)
 
-        lower = self._add_up(sums, (self.products, self.pair_level, pairs.target), W).reshape(d, d)
+        lower = self._add_up(sums, (*self._runs(pairs), pairs.target), W).reshape(d, d)
         return lower + namespace(lower).tril(lower, -1).T
 
     def _list_traces(self, pairs: PairList, Psi: Array) -> list[Array]:
         C = self.A.shape[2]
+        if namespace(self.value, Psi) is np:
+            left, right = self.by_target.left, self.by_target.right
+            weight = Psi[left, right] * np.where(left == right, 1.0, 2.0)
+            return [x.T @ weight for x in self.by_target.products]
 
         def traces(products: tuple[Array, ...], level: Array, pairs: PairList, Psi: Array) -> list[Array]:
             twice = namespace(Psi).where(pairs.left == pairs.right, 1.0, 2.0)
@@ -145,7 +163,12 @@ class CrossedMoments:
             weight = at_target[:, None] * twice
             return [segment_sum((x * weight).reshape(-1), level.reshape(-1), C) for x in products]
 
-        return self._add_up(traces, (self.products, self.pair_level, pairs), Psi)
+        return self._add_up(traces, (*self._runs(pairs), pairs), Psi)
+
+    def _runs(self, pairs: PairList) -> tuple[tuple[Array, ...], Array]:
+        if self.products is not None and self.pair_level is not None:
+            return self.products, self.pair_level
+        return _products(self.value, pairs), _level_of(self.where, pairs, self.A.shape[2])
 
     def _add_up(self, sums: Callable[..., T], parts: tuple[Any, ...], whole: Any) -> T:
         """``sums(*parts, whole)``; where devices share the parts, each works off its own, and the results add up."""
@@ -278,8 +301,8 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         value=value,
         right=xp.concatenate([factors[first].ZX, factors[first].Zy[:, None]], axis=1),
         where=where,
-        products=None if where.pairs is None else _products(value, where.pairs),
-        pair_level=None if where.pairs is None else _level_of(where, where.pairs, A.shape[2]),
+        products=None if where.pairs is None or xp is np else _products(value, where.pairs),
+        pair_level=None if where.pairs is None or xp is np else _level_of(where, where.pairs, A.shape[2]),
         UU=UU[..., None],
         Uy=xp.concatenate([side[:, -1], xp.asarray(stats.Xy)])[:, None],
         yy=xp.asarray(stats.yy)[None],
@@ -300,6 +323,28 @@ def _sum_flat(values: Array, index: AnyArray, size: int) -> Array:
     return segment_sum(values.reshape(-1), flat.reshape(-1), values.shape[0] * size).reshape(-1, size)
 
 
+class _ByTarget(NamedTuple):
+    """The list of pairs: targets ``left >= right (T,)``, and per pair of effects the products ``(T, C)``, sparse."""
+
+    left: np.ndarray
+    right: np.ndarray
+    products: list[scipy.sparse.csr_array]
+
+
+def _by_target(value: np.ndarray, where: Incidence, pairs: PairList, C: int, d: int) -> _ByTarget:
+    present = pairs.left < len(where.level)
+    left, right = pairs.left[present], pairs.right[present]
+    of_run = pairs.target[pairs.target < d * d]
+    first = np.append(0, np.flatnonzero(of_run[1:] != of_run[:-1]) + 1)  # of every distinct target
+    ends = np.append(0, np.cumsum(present.sum(1)))
+    start = np.append(ends[first], ends[-1]).astype(np.int32)
+    products = [
+        scipy.sparse.csr_array((x, where.level[left], start), shape=(len(first), C))
+        for x in _products_of(value[:, left], value[:, right])
+    ]
+    return _ByTarget(of_run[first] // d, of_run[first] % d, products)
+
+
 def _level_of(where: Incidence, pairs: PairList, m: int) -> Array:
     """The level of every pair; of padding, whose products are zero, any."""
     xp = namespace(where.level, pairs.left)
@@ -308,9 +353,12 @@ def _level_of(where: Incidence, pairs: PairList, m: int) -> Array:
 
 
 def _products(value: Array, pairs: PairList) -> tuple[Array, ...]:
-    left, right = (take_or_zero(value, side, axis=1) for side in (pairs.left, pairs.right))
+    return _products_of(*(take_or_zero(value, side, axis=1) for side in (pairs.left, pairs.right)))
+
+
+def _products_of(left: Array, right: Array) -> tuple[Array, ...]:
     return tuple(
-        left[a] * right[a] if a == b else left[a] * right[b] + left[b] * right[a] for a, b in pairs_of(len(value))
+        left[a] * right[a] if a == b else left[a] * right[b] + left[b] * right[a] for a, b in pairs_of(len(left))
     )
 
 

@@ -393,12 +393,14 @@ def _scalar_derivatives(
     ATJT = xp.einsum("pq,qrj->prj", A, TJT)
     Vs = [V[:, :, j] for j in range(V.shape[2])]
     transposed = [as_laid_out(v.T).reshape(-1) for v in Vs]  # read along rows
-    CJCJ = xp.stack([xp.stack([v.reshape(-1) @ t for t in transposed]) for v in Vs])
+    CJCJ = xp.stack([xp.stack([xp.einsum("i,i->", v.reshape(-1), t) for t in transposed]) for v in Vs])
     CJCJ = CJCJ + with_X * (2.0 * xp.einsum("pq,dqj,dpl->jl", A, JT[:d], KJT) + xp.einsum("pqj,qpl->jl", ATJT, ATJT))
     JcCJc = Jc[:d].T @ K_times(Jc[:d]) + TJc.T @ A @ TJc
 
     T_d, c_d, TA = T[:d], c[:d], T[:d] @ A
-    Psi = l[:, None] * W * l + xp.concatenate([with_X * TA, s * c_d[:, None]], 1) @ xp.column_stack([T_d, c_d]).T
+    Psi = l[:, None] * W * l + linalg.product(
+        xp.concatenate([with_X * TA, s * c_d[:, None]], 1), xp.column_stack([T_d, c_d]).T
+    )
     side = xp.column_stack([with_X * TA + s * xp.outer(c_d, c[d:]), s * c_d])
     last = xp.append(c[d:], 1.0)
     corner = s * xp.outer(last, last) + with_X * xp.pad(A, ((0, 1), (0, 1)))
@@ -443,7 +445,8 @@ def _scalar_derivatives(
 
 
 def _product(A: Array, B: Array) -> Array:
-    return namespace(A, B).tensordot(A, B, 1)
+    """``(i, j)`` times ``(j, ...)``."""
+    return linalg.product(A, B.reshape(len(B), -1)).reshape(len(A), *B.shape[1:])
 
 
 # From so many dense effects on, the large product that only the Hessian needs is formed in single precision.
@@ -456,7 +459,7 @@ def _rough_product(A: Array, B: Array) -> Array:
         return _product(A, B)
     rough = A.astype(np.float32), B.astype(np.float32)
     if namespace(A, B) is np:
-        return np.tensordot(*rough, 1).astype(A.dtype)
+        return _product(*rough).astype(A.dtype)
     return jnp.tensordot(*rough, 1, precision="highest").astype(A.dtype)
 
 
