@@ -180,16 +180,22 @@ def _numpys_inverse_logdet(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_lapack(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    factorise, invert, square = _lapack(M.dtype.char)
-    factor, failed = factorise(M.T, lower=True)  # in LAPACK's order of memory
+    factor, failed = _lapack(M.dtype.char)[0](M.T, lower=True)  # in LAPACK's order of memory
     if failed or not np.isfinite(factor[-1, -1]):
         return np.full_like(M, np.nan), np.full((), np.nan, M.dtype)
     logdet = 2.0 * np.log(factor.diagonal()).sum()
+    return inverse_of_factor(factor), logdet
+
+
+def inverse_of_factor(factor: np.ndarray) -> np.ndarray:
+    """The inverse of a symmetric matrix from NumPy's lower Cholesky factor of it, which is lost."""
+    _, invert, square = _lapack(factor.dtype.char)
     half = invert(factor, lower=True, overwrite_c=True)[0]
-    if len(M) < IN_PLACE:
+    if len(half) < IN_PLACE:
         # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
-        return half.T @ half, logdet
-    return _mirrored(square(half, lower=True, overwrite_c=True)[0]).T, logdet
+        inverse: np.ndarray = half.T @ half
+        return inverse
+    return _mirrored(square(half, lower=True, overwrite_c=True)[0]).T
 
 
 def _mirrored(lower: np.ndarray) -> np.ndarray:

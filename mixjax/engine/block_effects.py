@@ -23,6 +23,8 @@ from mixjax.products.sums import Layout
 MOST_FULL = 0.2
 # Matrices of no more numbers than this are full always: to make a sparse one takes as long as to multiply them.
 LEAST_SPARSE = 10_000
+# The longest list of pairs that meet at a level, 20 bytes each.
+MOST_NEAR = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +59,31 @@ class Pattern:
 
     def gram(self, left: Array, right: Array) -> Array:
         """``sum_a U_a'V_a (d, d)`` of matrices by their numbers ``(q, k)``."""
-        found = np.zeros((self.d, self.d))
-        for u, v in zip(left, right, strict=True):
-            product = self.matrix(u).T @ self.matrix(v)
-            found += product.toarray() if self.is_sparse else product
-        return found
+        found: Any = sum(self.matrix(u).T @ self.matrix(v) for u, v in zip(left, right, strict=True))
+        return np.asarray(found.toarray() if self.is_sparse else found)
 
-    def at_pairs(self, full: Array) -> Array:
-        """Numbers of the pairs, of ``(m, d)``."""
-        return full[self.rows, self.cols]
+    @cached_property
+    def _near(self) -> tuple[Array, Array, Array] | None:
+        """Of every pair those of its level, as a sparse matrix ``(k, k)`` has them: where its rows start, its columns,
+        and places in ``(d, d)``. None where they are many."""
+        count = np.bincount(self.rows, minlength=self.m)
+        near = int((count.astype(np.int64) ** 2).sum())
+        if not self.is_sparse or near > min(MOST_NEAR, MOST_FULL * len(self.rows) * self.d):
+            return None
+        of_pair = count[self.rows]
+        start = np.append(0, np.cumsum(of_pair))
+        others = np.arange(near) + np.repeat(self._starts[self.rows] - start[:-1], of_pair)
+        places = np.repeat(self.cols * self.d, of_pair) + self.cols[others]
+        return start.astype(np.int32), others.astype(np.int32), places
+
+    def times(self, full: Array) -> Callable[[Array], Array]:
+        """Products of matrices, by their numbers ``(r, k)``, with one symmetric ``full (d, d)``: their numbers at the
+        pairs."""
+        if self._near is None:
+            return lambda values: np.stack([(self.matrix(own) @ full)[self.rows, self.cols] for own in values])
+        start, others, places = self._near
+        near = sparse.csr_array((full.reshape(-1)[places], others, start), shape=(len(self.rows),) * 2)
+        return lambda values: np.stack([near @ own for own in values])
 
     def by_level(self, values: Array) -> Array:
         """Sums over the pairs of every level."""
@@ -104,29 +122,33 @@ class BlockGain:
     @cached_property
     def Kd(self) -> Array:
         """``Lambda (I + Lambda'S Lambda)^{-1} Lambda'``."""
-        half = scipy.linalg.solve_triangular(
-            self.factor, self.times_root(np.eye(self.pattern.d), True), lower=True, check_finite=False
-        )
-        return half.T @ half
+        inverse = linalg.inverse_of_factor(self.factor.copy(order="F"))
+        return self.times_root(self.times_root(inverse, False).T, False)
 
     def Kd_times(self, V: Array) -> Array:
         """``Kd V``, ``V (d, c)``; without the inverse where that is not there yet."""
         if "Kd" in vars(self):
-            return self.Kd @ V
+            return linalg.product(self.Kd, V)
         solved = scipy.linalg.cho_solve((self.factor, True), self.times_root(V, True), check_finite=False)
         return self.times_root(solved, False)
 
     @cached_property
     def SK(self) -> Array:
-        return self.S @ self.Kd
+        return linalg.product(self.S, self.Kd)
 
     @cached_property
     def Fd(self) -> Array:
-        return np.eye(self.pattern.d) - self.SK
+        F = -self.SK
+        F[np.diag_indices(len(F))] += 1.0
+        return F
 
     @cached_property
     def N22(self) -> Array:
-        return self.S - self.SK @ self.S
+        return self.S - linalg.product(self.SK, self.S)
+
+    @cached_property
+    def times_Kd(self) -> Callable[[Array], Array]:
+        return self.pattern.times(self.Kd)
 
     @cached_property
     def T(self) -> Array:
@@ -134,9 +156,9 @@ class BlockGain:
         return self.levels_times(self.F1, self.A.side)
 
     @cached_property
-    def TK(self) -> list[Array]:
-        """Per effect ``F1 A12 Kd (m, d)``."""
-        return [self.pattern.matrix(own) @ self.Kd for own in self.T]
+    def TK(self) -> Array:
+        """``F1 A12 Kd (q, k)``."""
+        return self.times_Kd(self.T)
 
     @cached_property
     def TKT(self) -> Array:
@@ -144,18 +166,17 @@ class BlockGain:
         return self.products(self.TK, self.T)
 
     @cached_property
-    def HK(self) -> list[Array]:
-        return [self.pattern.matrix(own) @ self.Kd for own in self.H]
+    def HK(self) -> Array:
+        return self.times_Kd(self.H)
 
     def levels_times(self, M: Array, values: Array) -> Array:
         """``M_i V_i`` level by level, ``M (q, q, m)``, V by its numbers ``(q, k)``."""
         rows = self.pattern.rows
         return np.stack([sum(M[a, b, rows] * values[b] for b in range(len(values))) for a in range(len(M))])
 
-    def products(self, full: list[Array], values: Array) -> Array:
-        """``U_i V_i'`` level by level ``(q, q, m)``, of full ``(m, d)`` and numbers of the pairs."""
-        at = [self.pattern.at_pairs(u) for u in full]
-        return np.stack([np.stack([self.pattern.by_level(u * v) for v in values]) for u in at])
+    def products(self, left: Array, right: Array) -> Array:
+        """``U_i V_i'`` level by level ``(q, q, m)``."""
+        return np.stack([np.stack([self.pattern.by_level(u * v) for v in right]) for u in left])
 
     def times_A(self, b: Array) -> Array:
         """Effects ``(..., N, 1)``."""
@@ -245,16 +266,15 @@ class Crossed:
     def normal(self, w: Array) -> BlockMatrix:
         flat = w[..., 0].reshape(-1, w.shape[-2])
         q, m, d, k, T = len(self.Z1), self.m, self.d, len(self.pattern.rows), len(flat)
-        first, side, dense = np.empty((T, q, q, m)), np.empty((T, q, k)), np.empty((T, d, d))
+        first, side, dense = np.empty((T, q, q, m)), np.empty((T, q, k)), np.zeros((T, d, d))
         for i, own in enumerate(flat):
             for a, b in pairs_of(q):
                 first[i, a, b] = first[i, b, a] = np.bincount(self.level, own * self.Z1[a] * self.Z1[b], m)
             for a in range(q):
                 side[i, a] = np.bincount(self._side_index, (own * self.Z1[a] * self.Zd).reshape(-1), k)
             values = np.concatenate([own * self.Zd[c] * self.Zd[e] for c, e in pairs_of(len(self.Zd))])
-            half = np.bincount(self._dense_index, values, d * d).reshape(d, d)
-            dense[i] = half + half.T
-            dense[i][np.diag_indices(d)] = half.diagonal()
+            low, high, index = self._dense_pairs
+            dense[i, low, high] = dense[i, high, low] = np.bincount(index, values, len(low))
         shape = w.shape[:-2]
         return BlockMatrix(first.reshape(*shape, q, q, m), side.reshape(*shape, q, k), dense.reshape(*shape, d, d))
 
@@ -274,11 +294,12 @@ class Crossed:
         return self._pairs[1]
 
     @cached_property
-    def _dense_index(self) -> Array:
-        """Of pairs c <= e: in the upper triangle, so that each pair of effects is counted once."""
-        low = [np.minimum(self.at[c], self.at[e]) for c, e in pairs_of(len(self.at))]
-        high = [np.maximum(self.at[c], self.at[e]) for c, e in pairs_of(len(self.at))]
-        return np.concatenate(low) * self.d + np.concatenate(high)
+    def _dense_pairs(self) -> tuple[Array, Array, Array]:
+        """Pairs of dense effects that meet, and which of them pairs c <= e of every row's columns are."""
+        low = np.concatenate([np.minimum(self.at[c], self.at[e]) for c, e in pairs_of(len(self.at))])
+        high = np.concatenate([np.maximum(self.at[c], self.at[e]) for c, e in pairs_of(len(self.at))])
+        places, index = np.unique(low * self.d + high, return_inverse=True)
+        return places // self.d, places % self.d, index.reshape(-1)
 
     # --- units: all effects move together
 
@@ -295,12 +316,15 @@ class Crossed:
 
     def _times_dense(self, lambdas: list[Array], V: Array, transpose: bool = False) -> Array:
         """``Lambda V`` or ``Lambda' V`` of the dense effects, ``V (d, c)``."""
-        parts = []
+        found = np.empty((self.d, V.shape[1]))
         for f, q, m, start in self.blocks:
             Lambda = factor_of(lambdas, self.layout, f)[..., 0]
-            own = V[start : start + q * m].reshape(q, -1)
-            parts.append(((Lambda.T if transpose else Lambda) @ own).reshape(q * m, V.shape[1]))
-        return np.concatenate(parts)
+            own, into = V[start : start + q * m], found[start : start + q * m]
+            if q == 1:
+                np.multiply(own, Lambda[0, 0], out=into)
+            else:
+                into[:] = ((Lambda.T if transpose else Lambda) @ own.reshape(q, -1)).reshape(into.shape)
+        return found
 
     def times_D(self, lambdas: list[Array], v: Array) -> Array:
         q, m = len(self.Z1), self.m
@@ -317,14 +341,16 @@ class Crossed:
         F1 = linalg.eye(q, K1) - linalg.matmul(A.first, K1)
         rows = self.pattern.rows
         H = np.stack([sum(K1[a, b, rows] * A.side[b] for b in range(q)) for a in range(q)])
-        S = A.dense - self.pattern.gram(A.side, H)
-        S = 0.5 * (S + S.T)
+        half = A.dense - self.pattern.gram(A.side, H)
+        S = half + half.T
+        S *= 0.5
 
         def times_root(V: Array, transpose: bool) -> Array:
             return self._times_dense(lambdas, V, transpose)
 
-        M = np.eye(d) + times_root(times_root(S, True).T, True)
-        factor, failed = scipy.linalg.lapack.dpotrf(0.5 * (M + M.T), lower=1, clean=1)
+        M = times_root(times_root(S, True).T, True)
+        M[np.diag_indices(d)] += 1.0
+        factor, failed = scipy.linalg.lapack.dpotrf(M.T, lower=1, clean=1, overwrite_a=1)
         if failed or not np.isfinite(factor[-1, -1]):
             factor = np.full_like(M, np.nan)
         logdet = np.array([logdets.sum() + 2.0 * np.log(factor.diagonal()).sum()])
@@ -336,9 +362,9 @@ class Crossed:
         found = np.zeros(len(self.level))
         for a, b in pairs_of(q):
             found += (1.0 if a == b else 2.0) * self.Z1[a] * self.Z1[b] * W[a, b, self.level]
-        for c, at in zip(self.Zd, self.at, strict=True):
+        for c, pair in zip(self.Zd, self._side_index.reshape(self.at.shape), strict=True):
             for a in range(q):
-                found -= 2.0 * self.Z1[a] * c * gain.HK[a][self.level, at]
+                found -= 2.0 * self.Z1[a] * c * gain.HK[a, pair]
         for c, e in pairs_of(len(self.Zd)):
             found += (1.0 if c == e else 2.0) * self.Zd[c] * self.Zd[e] * gain.Kd[self.at[c], self.at[e]]
         return found[:, None]
@@ -394,40 +420,41 @@ class Crossed:
 
     def traces(self, gain: BlockGain, dW: Array) -> Traces:
         pattern, spots = gain.pattern, self._spots()
-        q, n_T, J = len(self.Z1), len(dW), len(spots)
+        n_T, J = len(dW), len(spots)
         K1, F1, Kd = gain.K1, gain.F1, gain.Kd
-        G = [pattern.at_pairs(own) for own in gain.TK]
         # tr(R'E R dA) of a change of the dense block alone is its inner product with these.
         grams = {
             j: sum(pattern.gram(gain.T[u][None], gain.T[v][None]) for u, v in spot)
             for j, (first, spot) in enumerate(spots)
             if first
         }
-        KJ = {j: Kd @ own for j, own in grams.items()}
+        KJ = {j: linalg.product(Kd, own) for j, own in grams.items()}
         sides = [
-            KJ[j] @ Kd if first else sum(gain.Fd[u].T @ gain.Fd[v] for u, v in spot)
+            linalg.product(KJ[j], Kd) if first else sum(linalg.product(gain.Fd[u].T, gain.Fd[v]) for u, v in spot)
             for j, (first, spot) in enumerate(spots)
         ]
-        RR, KS, flat_K, turned, P, KP = np.empty((n_T, J)), [], [], [], [], []
+        RR, KS, flat_K, turned, P, KP = np.empty((n_T, J)), np.empty((n_T, self.d, self.d)), [], [], [], []
         for i in range(n_T):
             dA = self.normal(dW[i])
-            own = dA.side - gain.levels_times(dA.first, gain.H)  # (V'dA)_1 by level, transposed
-            s = dA.dense - pattern.gram(dA.side, gain.H) - pattern.gram(gain.H, own)
-            s = 0.5 * (s + s.T)
+            moved = gain.levels_times(dA.first, gain.H)
+            own = dA.side - moved  # (V'dA)_1 by level, transposed
+            half = pattern.gram(gain.H, dA.side - 0.5 * moved)
+            s = dA.dense
+            s -= half
+            s -= half.T
             K1dA = linalg.matmul(K1, dA.first)
             flat_K.append(K1dA.reshape(-1))
             turned.append(K1dA.swapaxes(0, 1).reshape(-1))
-            P.append(np.concatenate([pattern.at_pairs(pattern.matrix(own[a]) @ Kd) for a in range(q)]))
+            P.append(gain.times_Kd(own).reshape(-1))
             KP.append(gain.levels_times(K1, own).reshape(-1))
-            KS.append(Kd @ s)
+            KS[i] = linalg.product(Kd, s)
             RAR = linalg.matmul(linalg.matmul(F1, dA.first), linalg.transpose(F1)).sum(-1)
             Fown = gain.levels_times(F1, own)
             for j, (first, spot) in enumerate(spots):
-                RR[i, j] = (s * sides[j]).sum()
+                RR[i, j] = _inner(s, sides[j])
                 if first:
-                    RR[i, j] += sum(RAR[u, v] - 2.0 * (Fown[u] * G[v]).sum() for u, v in spot)
-        KK = np.stack(flat_K) @ np.stack(turned).T + 2.0 * np.stack(P) @ np.stack(KP).T
-        KK = KK + np.array([[(u * v.T).sum() for v in KS] for u in KS])
+                    RR[i, j] += sum(RAR[u, v] - 2.0 * (Fown[u] * gain.TK[v]).sum() for u, v in spot)
+        KK = np.stack(flat_K) @ np.stack(turned).T + 2.0 * np.stack(P) @ np.stack(KP).T + _traces_of_products(KS)
         return Traces(KK[..., None], RR[..., None], self._NN(gain, grams, KJ, sides)[..., None])
 
     def _NN(self, gain: BlockGain, grams: dict[int, Array], KJ: dict[int, Array], sides: list[Array]) -> Array:
@@ -444,9 +471,9 @@ class Crossed:
                         for a, b in spot
                         for c, e in other_spot
                     )
-                    found[i, j] = by_level + (KJ[i] * KJ[j].T).sum()
+                    found[i, j] = by_level + _inner(KJ[i], KJ[j].T)
                 elif first:
-                    found[i, j] = found[j, i] = (grams[i] * sides[j]).sum()
+                    found[i, j] = found[j, i] = _inner(grams[i], sides[j])
         self._fill_dense(found, gain.N22)
         return found
 
@@ -465,6 +492,23 @@ class Crossed:
                 for i, (u, v) in own:
                     for j, (a, b) in others:
                         found[i, j] = sum(sums[d, c, s, t] for s, t in orders_of(u, v) for c, d in orders_of(a, b))
+
+
+def _inner(A: Array, B: Array) -> Array:
+    return np.einsum("ij,ij->", A, B)
+
+
+# Rows of a piece of matrices that stays in the cache.
+PIECE = 64
+
+
+def _traces_of_products(A: Array) -> Array:
+    """``tr(A_i A_j) (T, T)`` of ``(T, d, d)``."""
+    found = np.zeros((len(A), len(A)))
+    for start in range(0, A.shape[1], PIECE):
+        rows, columns = A[:, start : start + PIECE], A[:, :, start : start + PIECE].swapaxes(1, 2)
+        found += linalg.product(rows.reshape(len(A), -1), columns.reshape(len(A), -1).T)
+    return found
 
 
 def crossed(rows: FamilyRows) -> Crossed:
