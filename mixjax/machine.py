@@ -174,6 +174,9 @@ QUICK = {"xla_cpu_use_fusion_emitters": False}
 # For programs over lanes, of which each core runs its own. Wide vectors are worth a quarter of the run time where the
 # processor has them (docs/performance.md).
 LANES = {**QUICK, "xla_cpu_prefer_vector_width": 512, "xla_cpu_multi_thread_eigen": False}
+# For those that sum over rows within levels: YNNPACK, to which XLA leaves reductions, takes half as long again for
+# these, though it is the faster one for sums over levels.
+LANES_OF_ROWS = {**LANES, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 # Options that this XLA turned out not to know: fusion emitters have had none since jaxlib 0.11.2.

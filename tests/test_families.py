@@ -1,5 +1,6 @@
 """Families: densities and their derivatives, against JAX, SciPy, quadrature and 50 digits."""
 
+from dataclasses import replace
 from decimal import Decimal, getcontext
 from functools import partial
 
@@ -511,3 +512,24 @@ def test_what_is_looked_up_by_count_is_what_is_computed(name, odd):
         parts += jax.tree.leaves(family.derivatives(eta[rows], y[rows], None, of))
         for one, other in zip(whole, parts, strict=True):
             np.testing.assert_allclose(one[rows], other, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["poisson", "binomial", "nbinom", "gamma", "beta"])
+def test_densities_without_their_constants(name):
+    """Nothing but the value changes, by what depends on the response alone."""
+    family = family_of(name)
+    bare = replace(family, normalised=False)
+    rng = np.random.default_rng(6)
+    eta, size = rng.normal(size=(3, 7)), np.full(7, 9.0) if name == "binomial" else None
+    y = rng.integers(1, 9, 7) / (10.0 if name == "beta" else 1.0)
+    psi = tuple(0.3 * np.ones(family.n_psi))
+    whole, part = family.derivatives(eta, y, size, psi), bare.derivatives(eta, y, size, psi)
+    constant = np.broadcast_to(family.constant(y, size), y.shape)
+    assert (name in ("poisson", "binomial")) == bool(constant.any())
+    expected = whole.by_eta[0] - (constant if name in ("poisson", "binomial") else 0.0)
+    np.testing.assert_allclose(part.by_eta[0], expected, rtol=0, atol=1e-14 * 100)
+    np.testing.assert_array_equal(bare.density(eta, y, size, psi), part.by_eta[0])
+    for one, other in zip(jax.tree.leaves(whole)[1:], jax.tree.leaves(part)[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert family != bare
+    assert repr(family) == repr(bare)

@@ -36,10 +36,10 @@ from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature, zero_roots
 from mixjax.estimation.glmm_quadrature_lanes import falls_to_zero, joint_of
 from mixjax.estimation.glmm_search import Ends, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
-from mixjax.machine import LANES, Array, float64, is_concrete, jit, lanes_of, n_workers, on_device, silently
+from mixjax.machine import LANES_OF_ROWS, Array, float64, is_concrete, jit, lanes_of, n_workers, on_device, silently
 from mixjax.optimise.newton import gradient_tolerance, is_semidefinite
 from mixjax.optimise.results import Result
-from mixjax.products.family_rows import FamilyRows, cells
+from mixjax.products.family_rows import FamilyRows, cells, constant_of
 from mixjax.waiting import Waiting
 
 KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iterations", "grad_norm", "result")
@@ -182,7 +182,10 @@ class _Lanes:
 
     def __init__(self, rows: FamilyRows, model: Model, Y: np.ndarray, keep: Sequence[str], compiled_: bool,
                  nagq: int):  # fmt: skip
+        # Terms of the responses alone come to the values last.
+        model = replace(model, family=replace(model.family, normalised=False))
         self.rows, self.model, self.Y, self.keep, self.compiled, self.nagq = rows, model, Y, keep, compiled_, nagq
+        self.size = None if rows.size is None else np.asarray(rows.size)
         self.B, self.exact = len(Y), any(name in keep for name in FROM_HESSIAN)
         self.arrays: dict[str, Any] = {}
         self.index = filled(np.asarray(model.effects.index))  # type: ignore[attr-defined]
@@ -428,7 +431,7 @@ class _Lanes:
             "theta": cov.theta_of_lambdas(own.lambdas),
             "beta": rows.X_basis.R_inv @ fixed[:p],
             "psi": rows.psi_of_bases(fixed[p:]),
-            "criterion": value,
+            "criterion": value + 2.0 * constant_of(rows.family, self.Y[at], self.size, rows.weights),
             "converged": np.isin(code, [int(one) for one in Result if one.is_solution]),
             "singular": own.deficient,
             "iterations": iterations,
@@ -468,12 +471,12 @@ class _Lanes:
 
 
 _PROGRAMS: dict[Callable[..., Any], Callable[..., Any]] = {
-    begin_directly: partial(jit, compiler_options=LANES, static_argnums=(1, 2))(begin_directly),
-    go_on: partial(jit, compiler_options=LANES, static_argnums=(3, 4, 5))(go_on),
-    probe: partial(jit, compiler_options=LANES)(probe),
-    probe_by_quadrature: partial(jit, compiler_options=LANES, static_argnums=(5,))(probe_by_quadrature),
-    joint_of: partial(jit, compiler_options=LANES, static_argnums=(4,))(joint_of),
-    falls_to_zero: partial(jit, compiler_options=LANES, static_argnums=(2,))(falls_to_zero),
+    begin_directly: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(1, 2))(begin_directly),
+    go_on: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(3, 4, 5))(go_on),
+    probe: partial(jit, compiler_options=LANES_OF_ROWS)(probe),
+    probe_by_quadrature: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(5,))(probe_by_quadrature),
+    joint_of: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(4,))(joint_of),
+    falls_to_zero: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(2,))(falls_to_zero),
 }
 
 

@@ -11,7 +11,7 @@ from mixjax import covariance as cov
 from mixjax import decompositions, linalg
 from mixjax.covariance import pairs_of, stack_of
 from mixjax.engine.block_effects import Crossed
-from mixjax.engine.effects import dots, orders_of
+from mixjax.engine.effects import orders_of
 from mixjax.engine.laplace_fit import LONGEST, curvature_of_psi, cut
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
@@ -48,7 +48,7 @@ def fixed_start(model: Model, lanes: int) -> Array:
     Linear Models, section 2.5), parameters of the family by their moments."""
     whole, model = model, _plain(model)
     data, family, p = model.data, model.family, model.p
-    xp, rows = namespace(data.y), model.effects.row_axes
+    xp = namespace(data.y)
     eta = family.eta_start(data.y, 1.0 if data.size is None else data.size)
     shape = (*eta.shape[:-1], lanes)
     eta = xp.broadcast_to(eta, shape)
@@ -59,15 +59,14 @@ def fixed_start(model: Model, lanes: int) -> Array:
         return _psi_coefficients(whole, eta)
     delta = xp.zeros((p, lanes), eta.dtype)
     target = eta if data.offset is None else eta - data.offset
+    upper = pairs_of(p)
+    squares = xp.stack([data.X[i] * data.X[j] for i, j in upper])
+    place = np.array([[upper.index((min(i, j), max(i, j))) for j in range(p)] for i in range(p)])
     for i in range(1 + STEPS):
-        w = _curvature(model, eta, psi)
-        weighted = xp.stack([xp.broadcast_to(w * column, shape) for column in data.X])
-        XX = dots(weighted, xp.broadcast_to(data.X, (p, *shape)), rows)
-        if i == 0:
-            rhs = (weighted * target).sum(tuple(range(1, 1 + rows)))
-        else:
-            c1 = model.derivatives(eta, psi).by_eta[1]
-            rhs = -(c1 * data.X).sum(tuple(range(1, 1 + rows)))
+        w = xp.broadcast_to(_curvature(model, eta, psi), shape)
+        XX = _over_rows(squares, w)[place]
+        c1 = -w * target if i == 0 else model.derivatives(eta, psi).by_eta[1]
+        rhs = -_over_rows(data.X, xp.broadcast_to(c1, shape))
         ridge = 1e-10 * xp.stack([XX[j, j] for j in range(p)]).max(0) * linalg.eye(p, XX)
         step = linalg.matmul(linalg.inverse_logdet(XX + ridge)[0], rhs[:, None])[:, 0]
         step = xp.where(xp.isfinite(step).all(0), step, 0.0)
@@ -79,6 +78,14 @@ def fixed_start(model: Model, lanes: int) -> Array:
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
     fixed = xp.concatenate([delta, _psi_coefficients(whole, eta)]) if whole.n_psi else delta
     return fixed if whole is model else _without_effects(whole, fixed)
+
+
+def _over_rows(columns: Array, values: Array) -> Array:
+    """``(S, L)`` sums of ``columns (S, *rows, 1)`` times ``values (*rows, L)``."""
+    xp = namespace(columns, values)
+    if xp is np or columns.shape[-1] > 1:
+        return xp.stack([(column * values).sum(tuple(range(values.ndim - 1))) for column in columns])
+    return columns.reshape(len(columns), -1) @ values.reshape(-1, values.shape[-1])
 
 
 def _without_effects(model: Model, fixed: Array) -> Array:

@@ -13,7 +13,7 @@ from mixjax.checks import DataError, warn
 from mixjax.families import sampling
 from mixjax.families.family import Derivatives, Expected, Family, check_numbers
 from mixjax.families.links import logit_failure, minus_logs, minus_logs_derivatives
-from mixjax.families.special import as_floats, gammaln, xlogy
+from mixjax.families.special import as_floats, gammaln, log_factorial, xlogy
 from mixjax.machine import Array
 
 
@@ -36,18 +36,26 @@ class Binomial(Family):
     def density(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()) -> Array:
         _, eta, y, size = as_floats(eta, y, size)
         a, b = minus_logs(self.link, eta)
-        return y * a + _failures(y, size) * b - _log_choose(y, size)
+        return y * a + _failures(y, size) * b + self._constant(y, size)
 
     def derivatives(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()) -> Derivatives:
         _, eta, y, size = as_floats(eta, y, size)
         a, b = minus_logs_derivatives(self.link, eta)
         if self.link == "logit":  # a - b is -eta: one product a derivative less
             n = 1.0 if size is None else size
-            c = n * b[0] - y * eta - _log_choose(y, size)
+            c = n * b[0] - y * eta + self._constant(y, size)
             return Derivatives((c, n * b[1] - y, n * b[2], n * b[3], n * b[4]))
         failures = _failures(y, size)
         c, *others = (y * one + failures * other for one, other in zip(a, b, strict=True))
-        return Derivatives((c - _log_choose(y, size), *others))
+        return Derivatives((c + self._constant(y, size), *others))
+
+    def constant(self, y: Array, size: Array | None) -> Array | float:
+        if size is None:
+            return 0.0
+        return log_factorial(y) + log_factorial(size - y) - gammaln(size + 1)
+
+    def _constant(self, y: Array, size: Array | None) -> Array | float:
+        return self.constant(y, size) if self.normalised else 0.0
 
     def kernel(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()) -> tuple[Array, Array]:
         _, eta, y, size = as_floats(eta, y, size)
@@ -153,9 +161,3 @@ class Binomial(Family):
 
 def _failures(y: Array, size: Array | None) -> Array:
     return (1.0 if size is None else size) - y
-
-
-def _log_choose(y: Array, size: Array | None) -> Array:
-    if size is None:
-        return 0.0
-    return gammaln(size + 1) - gammaln(y + 1) - gammaln(size - y + 1)

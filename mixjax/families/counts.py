@@ -19,6 +19,7 @@ from mixjax.families.special import (
     bounded_exp,
     gammaln,
     log1p_minus_share,
+    log_factorial,
     log_rising,
     log_rising_by_log,
     of_counts,
@@ -68,7 +69,10 @@ class Poisson(Counts):
     def density(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> Array:
         _, eta, y = as_floats(eta, y)
         mu, product = self._log_mean(eta, y)
-        return mu - product + of_counts(_log_factorial, y)[0]
+        return mu - product + (self.constant(y, size) if self.normalised else 0.0)
+
+    def constant(self, y: Array, size: Array | None = None) -> Array:
+        return log_factorial(y)
 
     def kernel(self, eta: Array, y: Array, size: Array | None = None, psi: Sequence[Array] = ()) -> tuple[Array, Array]:
         if self.link != "log":
@@ -119,10 +123,6 @@ class Poisson(Counts):
     def cdf(self, y: np.ndarray, eta: np.ndarray, size: np.ndarray | None, psi: Sequence[Any] = ()) -> np.ndarray:
         k, mu = np.floor(y), np.asarray(self.mean(eta))
         return np.where(k < 0, 0.0, special.gammaincc(np.maximum(k, 0.0) + 1.0, mu))
-
-
-def _log_factorial(y: Array) -> tuple[Array]:
-    return (gammaln(y + 1),)
 
 
 def _log_ways(y: Array, k: Array) -> tuple[Array]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class Family(ABC):
 
     Attributes:
         link: how the mean depends on eta, one of :attr:`links`.
+        normalised: False leaves :meth:`constant` out of densities.
         name: of the family. links: those it has, the default first. psi_names: its own parameters as users see them;
             psi is the logarithm of each.
 
@@ -81,6 +82,7 @@ class Family(ABC):
     """
 
     link: str
+    normalised: bool = field(default=True, kw_only=True, repr=False)
 
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]]
@@ -123,6 +125,11 @@ class Family(ABC):
     @abstractmethod
     def derivatives(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> Derivatives:
         """``c`` and its derivatives in closed form; arguments as in :meth:`density`."""
+
+    def constant(self, y: Array, size: Array | None) -> Array | float:
+        """The terms of ``c`` that depend on the response alone, where they take time; 0 elsewhere. Many evaluations
+        with the same responses need them once."""
+        return 0.0
 
     def kernel(self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]) -> tuple[Array, Array]:
         """``c`` but for what eta does not change, and its slope by eta: what quadrature asks at every node."""

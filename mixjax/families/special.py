@@ -71,6 +71,11 @@ def of_counts(fun: Callable[..., tuple[Array, ...]], y: Array, *k: Array) -> tup
     return tuple(np.take(part.reshape(-1), index) for part in table)
 
 
+def log_factorial(y: Array) -> Array:
+    """``log Gamma(y + 1)``, of many whole y by NumPy looked up."""
+    return of_counts(lambda y: (gammaln(y + 1),), y)[0]
+
+
 def gammaln(x: Array) -> Array:
     """``log |Gamma(x)|``."""
     return special.gammaln(x) if namespace(x) is np else jax.scipy.special.gammaln(x)

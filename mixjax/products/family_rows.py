@@ -262,6 +262,14 @@ def _scaled(basis: Basis, unit: float) -> Basis:
     return Basis(basis.R / unit, basis.R_inv * unit, basis.logdet - basis.R.shape[0] * np.log(unit))
 
 
+def constant_of(family: Family, Y: np.ndarray, size: np.ndarray | None, weights: Any) -> np.ndarray:
+    """``(B,)`` terms of the responses ``(B, n)`` alone in minus their log-likelihoods."""
+    own = family.constant(Y, size)
+    if np.ndim(own) == 0:
+        return np.zeros(len(Y))
+    return np.asarray(np.sum(own if weights is None else own * np.asarray(weights), -1))
+
+
 class Cells(NamedTuple):
     """Rows that are alike, summed: see :func:`cells`.
 
@@ -310,10 +318,9 @@ def cells(rows: FamilyRows) -> Cells | None:
     else:
         size, counts = None, summed(weights)
         y = summed(Y * weights) / counts
-    family, one = rows.family, np.zeros(1)
-    of_rows = (weights * family.density(one, Y, rows.size, ())).sum(-1)
-    of_cells = family.density(one, y, size, ())
-    constant = of_rows - (of_cells if counts is None else counts * of_cells).sum(-1)
+    # All that depends on the parameters is the same.
+    trials = None if rows.size is None else np.asarray(rows.size)
+    constant = constant_of(rows.family, Y, trials, rows.weights) - constant_of(rows.family, y, size, counts)
     alone = np.ndim(rows.y) == 1
     small = replace(
         rows,
