@@ -46,8 +46,8 @@ KEEP = ("theta", "beta", "psi", "criterion", "converged", "singular", "iteration
 # Of these the Hessian at the minimum itself is needed.
 FROM_HESSIAN = ("vcov", "vcov_all")
 # Numbers of a row function of a tile of lanes, in programs and for NumPy, and lanes at most; twice as many where there
-# are few parameters, and with them few such functions that should stay in the cache.
-TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES, FEW = 2**15, 2**17, 512, 4
+# are few parameters, and with them few such functions that should stay in the cache; half as many by quadrature.
+TILE_NUMBERS, TILE_NUMBERS_AT_ONCE, MOST_LANES, FEW = 2**16, 2**17, 512, 4
 # A device has no cache to stay in, and takes long vectors: 128 MB for each row function.
 TILE_NUMBERS_ON_DEVICE, MOST_LANES_ON_DEVICE = 2**24, 2**15
 LEAST_LANES = 16
@@ -190,7 +190,7 @@ class _Lanes:
         self.arrays: dict[str, Any] = {}
         self.index = filled(np.asarray(model.effects.index))  # type: ignore[attr-defined]
         device = compiled_ and on_device()
-        in_programs = TILE_NUMBERS * (2 if model.n_fixed + model.layout.k <= FEW else 1)
+        in_programs = TILE_NUMBERS * (2 if model.n_fixed + model.layout.k <= FEW else 1) // (2 if nagq > 1 else 1)
         numbers = TILE_NUMBERS_ON_DEVICE if device else in_programs if compiled_ else TILE_NUMBERS_AT_ONCE
         most = MOST_LANES_ON_DEVICE if device else MOST_LANES
         lanes = int(max(LEAST_LANES, min(most, numbers // self.index.size)))

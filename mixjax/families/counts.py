@@ -160,12 +160,13 @@ class NegativeBinomial(Counts):
         k = xp.exp(log_k)
         of_y, rising1, rising2 = of_counts(_log_ways_by_log, y, k)
         mu, product = self._log_mean(eta, y)
-        c = (y + k) * xp.log1p(mu / k) - product + of_y
         w, total = mu / k, k + mu
         # s = mu / (mu + k), r = 1 - s, v = s r
         r, s = 1 / (1 + w), mu / total
         v, excess = r * s, mu - y
-        bent = k * log1p_minus_share(w)
+        share = log1p_minus_share(w)
+        c = (y + k) * (share + s) - product + of_y
+        bent = k * share
         c_psi = bent - y * s - rising1
         c_psi_psi = bent - mu * v + y * v - rising2
         if self.link == "log":
