@@ -248,7 +248,8 @@ class _Deletions:
         x, fixed = self._wide(self.x, len(at)), self._wide(self.fixed, len(at))
         # A search that begins at zero finds a stationary point there.
         x = np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x)
-        ends = search_lanes(self.model, x, fixed, np.zeros(len(at), int), prober)
+        nothing = np.zeros((*self.model.effects.effect_shape, len(at)))
+        ends = search_lanes(self.model, x, fixed, nothing, np.zeros(len(at), int), prober)
         fine = np.flatnonzero(~ends.lost)
         if len(fine):
             own = lanes_of(ends, fine)

@@ -238,7 +238,7 @@ class _Lanes:
             self._over(work_on, range(0, len(going), self.lanes))
         if left:
             at, state = _side_by_side(left)
-            queue = list(lanes_of((at, state.x, state.fixed, state.iterations), np.argsort(at)))
+            queue = list(lanes_of((at, state.x, state.fixed, state.v, state.iterations), np.argsort(at)))
             size = min(self.searched, max(self.probed, -(-len(at) // n_workers())))
 
             def look(first: int) -> None:
@@ -284,7 +284,7 @@ class _Lanes:
 
     # --- the full search
 
-    def _search(self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, before: np.ndarray) -> None:
+    def _search(self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, v: np.ndarray, before: np.ndarray) -> None:
         several = self.nagq > 1 and len(x) > 1
         fun, more = (probe_by_quadrature, (self.nagq,)) if several else (probe, ())
 
@@ -304,7 +304,8 @@ class _Lanes:
             fixed = np.where(np.isfinite(fixed).all(0), fixed, 0.0)
             # A search that begins at zero finds a stationary point there.
             x = np.where(np.isfinite(x), np.where(np.abs(x) < search.NEAR_ZERO, search.NEAR_ZERO, x), 0.5)
-            ends = search_lanes(self.model, x, fixed, before, prober, several)
+            v = np.where(np.isfinite(v).all(tuple(range(v.ndim - 1))), v, 0.0)
+            ends = search_lanes(self.model, x, fixed, v, before, prober, several)
             if several:
                 ends = self._confirmed(at, ends)
             lost = self._by_quadrature(at, ends) if self.nagq > 1 and not several else ends.lost

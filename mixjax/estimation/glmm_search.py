@@ -125,8 +125,9 @@ def _with_quadrature(
 
 
 def search_lanes(
-    model: Model, x: np.ndarray, fixed: np.ndarray, iterations: np.ndarray, prober: Prober, by_quadrature: bool = False
-) -> Ends:
+    model: Model, x: np.ndarray, fixed: np.ndarray, v: np.ndarray, iterations: np.ndarray, prober: Prober,
+    by_quadrature: bool = False,
+) -> Ends:  # fmt: skip
     """The search of :func:`mixjax.estimation.search.advance` in lanes that do not wait for each other: in every round
     a lane either goes on at its point, until modes and fixed effects are found there, or takes a step of the outer
     search. By NumPy, but for ``prober(x, fixed, v, longest, lanes)``, which is :func:`probe` of some lanes, or
@@ -145,7 +146,7 @@ def search_lanes(
     lane = _Lane(
         outer.state.trial,
         fixed,
-        np.zeros((*shape, L)),
+        v,
         zeros.astype(int),
         zeros + np.inf,
         zeros + LONGEST,
