@@ -195,10 +195,10 @@ def inverse_of_factor(factor: np.ndarray) -> np.ndarray:
         # Not potri, which wakes the threads of BLAS for matrices of eight rows and waits longer for them than it works.
         inverse: np.ndarray = half.T @ half
         return inverse
-    return _mirrored(square(half, lower=True, overwrite_c=True)[0]).T
+    return mirrored(square(half, lower=True, overwrite_c=True)[0]).T
 
 
-def _mirrored(lower: np.ndarray) -> np.ndarray:
+def mirrored(lower: np.ndarray) -> np.ndarray:
     """The symmetric matrix of its lower triangle, in place, piece by piece: each stays in the cache."""
     starts = range(0, len(lower), PIECE)
     for i in starts:

@@ -19,6 +19,7 @@ import numpy as np
 import scipy.sparse
 from jax.sharding import PartitionSpec
 
+from mixjax import linalg
 from mixjax.covariance import pairs_of
 from mixjax.design import AnyArray
 from mixjax.engine.incidence import Incidence, LevelBlocks, PairList
@@ -87,17 +88,11 @@ class CrossedMoments:
         corner = xp.einsum("arc,asc->rs", right, self.right)
         at_entries = take_or_zero(right, self.where.level, axis=2)  # (q, p + 1, E)
         side = _sum_flat((self.value[:, None] * at_entries).sum(0), self.where.column, d).T  # (d, p + 1)
-        among = xp.zeros((d, d), full.dtype)
-        if self.where.pairs is not None:
-            among = among + self._list_sums(self.where.pairs, W)
+        parts = [self._list_sums(self.where.pairs, W)] if self.where.pairs is not None else []
         if self.where.blocks is not None:
-            among = among + self._block_sums(self.where.blocks, full)
-        UU = xp.concatenate(
-            [
-                xp.concatenate([among, side[:, :-1]], axis=1),
-                xp.concatenate([side[:, :-1].T, corner[:-1, :-1]], axis=1),
-            ]
-        )
+            parts.append(self._block_sums(self.where.blocks, full))
+        among = sum(parts[1:], parts[0]) if parts else xp.zeros((d, d), full.dtype)
+        UU = _bordered(among, side[:, :-1], corner[:-1, :-1])
         return UU, xp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
 
     def pull_back(self, UU: Array, Uy: Array, yy: Array) -> Any:
@@ -206,7 +201,8 @@ class CrossedMoments:
                 at_levels = take_or_zero(full, block.levels, axis=2)  # (q, q, c)
                 WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
                 B = B.reshape(-1, d)
-                return [row + B[:, a:b].T @ WB[:, :b] for row, (a, b) in zip(lower, pairwise(edges), strict=True)], None
+                products = (linalg.product(B[:, a:b].T, WB[:, :b]) for a, b in pairwise(edges))
+                return [row + product for row, product in zip(lower, products, strict=True)], None
 
             start = [namespace(value).zeros((b - a, b), value.dtype) for a, b in pairwise(edges)]
             lower: list[Array] = scan(add, start, blocks)[0]
@@ -214,6 +210,11 @@ class CrossedMoments:
 
         rows = self._add_up(sums, (blocks,), (self.value, full))
         xp = namespace(rows[0])
+        if xp is np:
+            found = np.empty((d, d), full.dtype)
+            for row, (a, b) in zip(rows, pairwise(edges), strict=True):
+                found[a:b, :b] = row
+            return linalg.mirrored(found)
         lower = xp.concatenate([xp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
         return xp.tril(lower) + xp.tril(lower, -1).T
 
@@ -225,7 +226,7 @@ class CrossedMoments:
 
             def traces(_: None, block: LevelBlocks) -> tuple[None, Array]:
                 B = self._dense_block(block, value)
-                BPsi = (B.reshape(-1, d) @ Psi).reshape(B.shape)
+                BPsi = linalg.product(B.reshape(-1, d), Psi).reshape(B.shape)
                 of_pairs = [(BPsi[a] * B[b]).sum(1) * (1.0 if a == b else 2.0) for a, b in pairs_of(q)]
                 return None, namespace(value).stack(of_pairs)
 
@@ -286,12 +287,7 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
     p = stats.XX.shape[0]
     borders = [xp.concatenate([factors[f].ZX, factors[f].Zy[:, None]], axis=1) for f, _, _ in dense]
     side = xp.concatenate([xp.moveaxis(border, 1, -1).reshape(-1, p + 1) for border in borders])
-    UU = xp.concatenate(
-        [
-            xp.concatenate([G, side[:, :-1]], axis=1),
-            xp.concatenate([side[:, :-1].T, xp.asarray(stats.XX)], axis=1),
-        ]
-    )
+    UU = _bordered(G, side[:, :-1], xp.asarray(stats.XX))
     value = xp.concatenate(values, axis=1)[:, where.source]
     value = xp.where(where.column < d, value, 0.0)
     A = xp.asarray(factors[first].ZZ)
@@ -312,6 +308,16 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
         dense=dense,
         layout=replace(layout, chain=(first,), dense=tuple(others)),
     )
+
+
+def _bordered(among: Array, side: Array, corner: Array) -> Array:
+    """The symmetric matrix of its blocks ``(d, d)``, ``(d, p)`` and ``(p, p)``."""
+    xp, d, p = namespace(among, side, corner), len(among), len(corner)
+    if xp is np:
+        found = np.empty((d + p, d + p), among.dtype)
+        found[:d, :d], found[:d, d:], found[d:, :d], found[d:, d:] = among, side, side.T, corner
+        return found
+    return xp.concatenate([xp.concatenate([among, side], axis=1), xp.concatenate([side.T, corner], axis=1)])
 
 
 def _sum_flat(values: Array, index: AnyArray, size: int) -> Array:

@@ -435,7 +435,7 @@ def _scalar_derivatives(
     products = within - with_X * (2.0 * crossing - low)
     among = 2.0 * s * Ee.T @ Omega_Ee - curve * xp.outer(eEe, eEe) - products
     FJT = _rows(1.0 / l**2, KJT)
-    FJF = (V * W[:, :, None]).sum(1) / l[:, None] ** 2
+    FJF = xp.einsum("dej,de->dj", V, W) / l[:, None] ** 2
     spread = xp.einsum("dpj,dp->dj", FJT, half), xp.einsum("dp,pqj,dq->dj", half, TJT, half)
     mixed = by_factor(FJF - with_X * (2.0 * spread[0] - spread[1])).T  # (j, f)
     LJc = _rows(1.0 / l**2, K_times(Jc[:d])) - half @ TJc
