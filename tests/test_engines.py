@@ -81,9 +81,9 @@ def test_estimates_agree(name, reml):
         assert (ours.result, bool(ours.singular)) == (theirs.result, bool(theirs.singular))
         b_theirs = [b[: len(a)] for a, b in zip(ours.b, theirs.b, strict=True)]  # without the levels of the padding
         for a, b in ((ours.theta, theirs.theta), (ours.sigma, theirs.sigma), *zip(ours.b, b_theirs, strict=True)):
-            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * np.abs(b).max())
         error = np.sqrt(np.diag(theirs.vcov))
-        assert np.abs((ours.beta - theirs.beta) / error).max() < 1e-8
+        assert np.abs((ours.beta - theirs.beta) / error).max() < 1e-11
 
 
 def batch(kind):
@@ -110,9 +110,11 @@ def test_batches_agree(kind):
     np.testing.assert_allclose(ours.criterion, theirs.criterion, rtol=1e-12)
     np.testing.assert_array_equal(ours.result, theirs.result)
     np.testing.assert_array_equal(ours.singular, theirs.singular)
+    # Where matrices are each fit's own the ways may part by an evaluation: ends are good to 1e-9 standard errors.
+    tolerance = 1e-9 if kind == "stacked" else 1e-11
     for name in ("theta", "beta", "sigma", "vcov", "Sigma", "b"):
         for a, b in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
     start = theirs.theta[0] + 0.1
     from_there = mj.estimate_many(stats, start=start, engine="numpy")
     np.testing.assert_allclose(from_there.criterion, theirs.criterion, rtol=1e-10)
