@@ -97,7 +97,7 @@ def product(A: Array, B: Array) -> Array:
     NumPy's large ones by the BLAS of SciPy's LAPACK: NumPy has one of its own, and the threads of the one that waits
     take the cores from the other.
     """
-    if namespace(A, B) is not np or A.size * B.shape[1] < OWN_THREADS or A.dtype != B.dtype:
+    if namespace(A, B) is not np or A.size * B.shape[1] < OWN_THREADS or A.dtype != B.dtype or A.dtype.char not in "fd":
         return A @ B
     # B'A' in LAPACK's order of memory.
     sides, turned = zip(*((x, 1) if x.flags.f_contiguous else (x.T, 0) for x in (B, A)), strict=True)
