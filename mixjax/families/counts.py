@@ -160,25 +160,25 @@ class NegativeBinomial(Counts):
         k = xp.exp(log_k)
         of_y, rising1, rising2 = of_counts(_log_ways_by_log, y, k)
         mu, product = self._log_mean(eta, y)
-        w, total = mu / k, k + mu
+        w, excess, A = mu / k, mu - y, y + k
         # s = mu / (mu + k), r = 1 - s, v = s r
-        r, s = 1 / (1 + w), mu / total
-        v, excess = r * s, mu - y
-        share = log1p_minus_share(w)
-        c = (y + k) * (share + s) - product + of_y
-        bent = k * share
+        r = 1 / (1 + w)
+        s = w * r
+        v, share = r * s, log1p_minus_share(w)
+        c = A * (share + s) - product + of_y
+        bent, excess_v = k * share, excess * v
         c_psi = bent - y * s - rising1
-        c_psi_psi = bent - mu * v + y * v - rising2
+        c_psi_psi = bent - excess_v - rising2
         if self.link == "log":
             v1, v2 = v * (r - s), v * (1 - 6 * v)
-            A = y + k
+            mu_v, mu_v1, excess_v1, excess_v2 = mu * v, mu * v1, excess * v1, excess * v2
             by_eta = (c, excess * r, A * v, A * v1, A * v2)
-            by_psi = (c_psi, excess * v, mu * v + excess * v1, mu * (v + 2 * v1) + excess * v2)
-            twice = (c_psi_psi, -excess * v1, -(mu * v1 + excess * v2))
+            by_psi = (c_psi, excess_v, mu_v + excess_v1, mu_v + 2 * mu_v1 + excess_v2)
+            twice = (c_psi_psi, -excess_v1, -(mu_v1 + excess_v2))
             return Derivatives(by_eta, (by_psi,), ((twice,),))
         nothing = mu == 0
         inverse = xp.where(nothing, 0.0, 1 / xp.where(nothing, 1.0, mu))
-        q = 1 / total
+        q = 1 / (k + mu)
         A, y_mu = (y + k) * q * q, y * inverse * inverse
         means = (
             c,
