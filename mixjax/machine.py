@@ -161,6 +161,21 @@ def as_laid_out(x: Any) -> Any:
     return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else jax.lax.optimization_barrier(x)
 
 
+def in_memory(parts: Sequence[Any]) -> Any:
+    """:func:`stack` of parts that are computed once: XLA for CPUs computes anew for every reader what is not in memory,
+    but leaves stacks of more than eight parts alone."""
+    if namespace(*parts) is np:
+        return np.array(parts)
+    n = len(parts)
+    return jax.lax.optimization_barrier(jnp.stack([*parts, *[parts[0]] * (9 - n)]))[:n]
+
+
+def once(x: Any) -> Any:
+    """x, which many elements of a larger array are made of: XLA for CPUs computes it anew for each of them, as long as
+    it takes no division. What is not finite becomes NaN."""
+    return x if isinstance(x, np.ndarray) else x / jnp.where(jnp.isfinite(x), 1.0, jnp.nan)
+
+
 def silently() -> AbstractContextManager[None]:
     """The scope in which NumPy does what XLA does: what is not a number is NaN, and nothing is said of it."""
     return np.errstate(all="ignore")

@@ -20,6 +20,8 @@ from mixjax.products.sums import Layout
 
 # Rows in a rectangle (levels, rows of a level) where empty places are not more than this part of the rows.
 MOST_EMPTY = 0.5
+# Rows of a level at most, the logarithms of whose factors up to 2 are summed as one of their product.
+MOST_FACTORS = 1000
 
 
 def _moves(values: Array, pairs: list[tuple[int, int]]) -> Array:
@@ -138,6 +140,11 @@ class OneFactor:
     def effect_shape(self) -> tuple[int, ...]:
         return (len(self.Z), self.m)
 
+    @property
+    def has_few_rows(self) -> bool:
+        """The product of a row function up to 2 over a level is a number."""
+        return self.starts is None and np.shape(self.index)[1] <= MOST_FACTORS
+
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
         return [pair for _, pair in directions_of(self.layout)]
@@ -245,10 +252,7 @@ class OneFactor:
 
     def traces(self, gain: LevelGain, dW: Array) -> Traces:
         """Args: dW: ``(T, *rows, L)``, of which ``dA = Z' diag(dW) Z``."""
-        return self.traces_of(gain, self.normal(dW))
-
-    def traces_of(self, gain: LevelGain, dA: Array) -> Traces:
-        """Args: dA: ``(q, q, T, m, L)``."""
+        dA = self.normal(dW)  # (q, q, T, m, L)
         q = len(self.Z)
         K, R = gain.K[:, :, None], gain.R[:, :, None]
         if q == 1:

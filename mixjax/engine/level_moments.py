@@ -8,19 +8,21 @@ the next Newton step of the modes, by Taylor's series. What follows the sums cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax
 import numpy as np
 
 from mixjax.covariance import pairs_of, stack_of
-from mixjax.engine.effects import Effects
+from mixjax.engine.effects import Effects, orders_of
 from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_model import Columns, Key, Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.families import Derivatives
-from mixjax.machine import Array, as_laid_out, namespace
+from mixjax.machine import Array, as_laid_out, in_memory, namespace
 
 Sums = dict[Key, Array]
 
@@ -108,11 +110,16 @@ def moment_form(
     assert columns is not None
     psi = fixed[model.p :]
     start = effects.times_D(lambdas, v)
-    at: Derivatives = model.derivatives(model.predictor(fixed, start), psi)
-    at = _laid_out(at)
+    eta = model.predictor(fixed, start)
+    at: Derivatives = _laid_out(model.derivatives(eta, psi))
     xp, q, p, s = namespace(start), len(columns.z), len(columns.x), len(at.by_psi)
     z, x = columns.z, columns.x
     S = _Moments(effects, columns, at.by_eta, 0)
+    # One logarithm a level; XLA leaves out those of rows, NumPy has them already.
+    factored = model.factored(eta, psi) if xp is not np and effects.has_few_rows else None
+    if factored is not None:
+        value, factor, _ = factored
+        S.sums[0][()] = effects.by_level(value) + xp.log(factor.prod(-2))
     P = [_Moments(effects, columns, own, 0) for own in at.by_psi]
 
     def matrix(M: _Moments, i: int, *more: int) -> Array:
@@ -137,132 +144,200 @@ def moment_form(
         M.moved(taylor)
     b, inner = again, left
 
+    # What many sums take is kept in memory, entry by entry, each once: XLA would compute it anew for every one of them.
+    S.sums = _kept(S.sums)
+    for M in P:
+        M.sums = _kept(M.sums)
     gain = effects.gain(lambdas, matrix(S, 2))
-    K = gain.K
+    n, J = p + s, len(effects.pairs)
+    T, every = n + J, range(q)
+    K, R, N = _kept([_entries(gain.K), _entries(gain.R), _entries(gain.N)])
     both_ways = {(a, c): K[a, c] if a == c else 2.0 * K[a, c] for a, c in pairs_of(q)}
-    g = -xp.stack([S(1, a) for a in z])
+    g = [-S(1, a) for a in z]
 
     def with_K(M: _Moments, i: int, *more: int) -> Array:
         """``sum K_ab sums[z_a z_b more]``."""
-        return sum(own * M(i, z[a], z[c], *more) for (a, c), own in both_ways.items())
+        return _sum(own * M(i, z[a], z[c], *more) for (a, c), own in both_ways.items())
 
-    e = xp.stack([with_K(S, 3, a) for a in z])
-    Ke = gain.solve(e)
-    f = effects.moved(e - gain.times_A(Ke))
-    Eg = effects.moved(g)
-    db_D = Eg - gain.solve(gain.times_A(Eg))
-    dg_D = -gain.times_A(db_D)
-    n, J = p + s, len(Eg)
-    pushes = [xp.stack([S(2, a, i) for a in z]) for i in x] + [xp.stack([M(1, a) for a in z]) for M in P]
-    if pushes:
-        h = xp.stack(pushes)  # (p + s, q, m, L)
-        db = xp.concatenate([-gain.solve(h), db_D])
-        scores = xp.concatenate([-(h + gain.times_A(db[:n])), dg_D])
-    else:
-        db, scores = db_D, dg_D
-    T = n + J
-
-    def total(values: Array) -> Array:
-        """Over levels."""
-        return values.sum(-2)
+    e = [with_K(S, 3, a) for a in z]
+    Ke, Re = _kept([_dot(K, e), _dot(R, e)])
+    h = [[S(2, a, i) for a in z] for i in x] + [[M(1, a) for a in z] for M in P]
+    moves = [_moved_by(pair, g) for pair in effects.pairs]
+    # R'E g and -N E g; -K h and -R h.
+    db = [[-own for own in _dot(K, h_d)] for h_d in h] + [_dot(R, move, turned=True) for move in moves]
+    scores = [[-own for own in _dot(R, h_d)] for h_d in h] + [[-own for own in _dot(N, move)] for move in moves]
+    db, scores = _kept([db, scores])
 
     # Changes of A, and what moves beside them.
-    dA = []
-    by_z = [matrix(S, 3, z[c]) for c in range(q)]
+    dA, KdA, RdAR = [], [], []
     for d in range(T):
-        parts = [S3 * db[d, c] for c, S3 in enumerate(by_z)]
-        change = sum(parts[1:], parts[0])
-        if d < p:
-            change = change + matrix(S, 3, x[d])
-        elif d < n:
-            change = change + matrix(P[d - p], 2)
-        dA.append(change)
-    KdA = [(K * change).sum((0, 1, 2)) for change in dA]
-    explicit = [2.0 * total(S(1, i)) for i in x] + [2.0 * total(M(0)) for M in P]
-    of_D = effects.traces_of_N(gain) - (Eg * g).sum((1, 2))
-    gradient = [KdA[d] + (explicit[d] if d < n else of_D[d - n]) for d in range(T)]
+        change = {(a, c): _sum(S(3, z[a], z[c], z[u]) * db[d][u] for u in every) for a, c in pairs_of(q)}
+        if d < n:
+            beside = partial(S, 3, x[d]) if d < p else partial(P[d - p], 2)
+            change = {(a, c): own + beside(z[a], z[c]) for (a, c), own in change.items()}
+        dA.append({(a, c): change[min(a, c), max(a, c)] for a in every for c in every})
+    dA = _kept(dA)
+    for change in dA:
+        KdA.append(_product(K, change))
+        RdA = _product(R, change)
+        RdAR.append({(a, c): _sum(RdA[a, u] * R[c, u] for u in every) for a, c in pairs_of(q)})
+    KdA, RdAR = _kept([KdA, RdAR])
 
-    # Second derivatives. Symmetric: entries d <= e.
-    traces = effects.traces_of(gain, xp.stack(dA, 2))
     omega: dict[Key, Array] = {}
     for u, w in {columns.key(u, w) for u in columns.s for w in columns.s}:
-        omega[u, w] = with_K(S, 4, u, w) - sum(Ke[a] * S(3, z[a], u, w) for a in range(q))
-    omega_zz = _symmetric(q, lambda a, b: omega[columns.key(z[a], z[b])])
-    along = [(omega_zz * db[d][None]).sum(1) for d in range(T)]  # omega_zz db (q, m, L)
+        omega[u, w] = with_K(S, 4, u, w) - _sum(Ke[a] * S(3, z[a], u, w) for a in every)
+    omega = _kept(omega)
+    # omega t, by the columns of Z.
+    pulls = []
+    for d in range(T):
+        pull = [_sum(omega[columns.key(z[a], z[c])] * db[d][c] for c in every) for a in every]
+        pulls.append([own + omega[columns.key(z[a], x[d])] for a, own in enumerate(pull)] if d < p else pull)
+    pulls = _kept(pulls)
 
-    def quadratic(d: int, e: int) -> Array:
-        """``sum omega t^d t^e``."""
-        found = (db[e] * along[d]).sum(0)
-        if d < p:
-            found = found + sum(omega[columns.key(x[d], z[a])] * db[e, a] for a in range(q))
-        if e < p:
-            found = found + sum(omega[columns.key(x[e], z[a])] * db[d, a] for a in range(q))
-        if d < p and e < p:
-            found = found + omega[columns.key(x[d], x[e])]
-        return total(found)
-
-    def with_psi(i: int, e: int) -> Array:
+    def beside_psi(i: int, e: int) -> Array:
         """``sum (k c3_psi - kappa c2_psi) t^e``."""
         M = P[i]
 
         def own(u: int) -> Array:
-            return with_K(M, 3, u) - sum(Ke[a] * M(2, z[a], u) for a in range(q))
+            return with_K(M, 3, u) - _sum(Ke[a] * M(2, z[a], u) for a in every)
 
-        found = sum(own(z[a]) * db[e, a] for a in range(q))
-        return total(found + own(x[e]) if e < p else found)
+        found = _sum(own(z[a]) * db[e][a] for a in every)
+        return found + own(x[e]) if e < p else found
 
-    H: dict[tuple[int, int], Array] = {}
+    def of_direction(M: dict[tuple[int, int], Array], pair: tuple[int, int]) -> Array:
+        """``tr(M E)`` of a symmetric matrix."""
+        return M[pair] if pair[0] == pair[1] else 2.0 * M[pair]
+
+    # Everything by level, summed over levels at the end. Second derivatives are symmetric: entries d <= e.
+    slopes = []
+    for d in range(T):
+        slope = _sum(KdA[d][a, a] for a in every)
+        if d < n:
+            slopes.append(slope + 2.0 * (S(1, x[d]) if d < p else P[d - p](0)))
+        else:
+            pair = effects.pairs[d - n]
+            slopes.append(slope + of_direction(N, pair) - _inner(moves[d - n], g))
+    bends: dict[tuple[int, int], Array] = {}
     fisher: dict[tuple[int, int], Array] = {}
     for d in range(T):
         for e_ in range(d, T):
+            # In place where NumPy can.
+            entry = _inner(pulls[d], db[e_])
+            for a in every:
+                for c in every:
+                    entry -= KdA[d][a, c] * KdA[e_][c, a]
+            if e_ < p:
+                for a in every:
+                    entry += omega[columns.key(x[e_], z[a])] * db[d][a]
+                entry += omega[columns.key(x[d], x[e_])]
             if d < n:
-                first = 2.0 * total((h[d] * db[e_]).sum(0))
+                first = _inner(h[d], db[e_])
                 if d < p and e_ < p:
-                    first = first + 2.0 * total(S(2, x[d], x[e_]))
+                    first += S(2, x[d], x[e_])
                 elif d < p and e_ < n:
-                    first = first + 2.0 * total(P[e_ - p](1, x[d]))
+                    first += P[e_ - p](1, x[d])
                 elif e_ < n:
-                    first = first + 2.0 * total(effects.by_level(at.by_psi_twice[d - p][e_ - p][0]))
-            else:
-                first = -2.0 * (Eg[d - n] * scores[e_]).sum((0, 1))
-            if e_ < n:
-                fisher[d, e_] = first
-            entry = first - traces.KK[d, e_] + quadratic(d, e_)
+                    first += effects.by_level(at.by_psi_twice[d - p][e_ - p][0])
+                first *= 2.0
+                if e_ < n:
+                    fisher[d, e_] = first
+                entry += first
             if e_ >= n:
-                entry = entry + traces.RR[d, e_ - n] + (f[e_ - n] * scores[d]).sum((0, 1))
+                pair = effects.pairs[e_ - n]
+                entry += of_direction(RdAR[d], pair) + _inner(_moved_by(pair, Re), scores[d])
             if d >= n:
-                entry = entry + traces.RR[e_, d - n] + (f[d - n] * scores[e_]).sum((0, 1)) - traces.NN[d - n, e_ - n]
+                pair = effects.pairs[d - n]
+                rest = [own - 2.0 * score for own, score in zip(Re, g, strict=True)]
+                entry += of_direction(RdAR[e_], pair) + _inner(_moved_by(pair, rest), scores[e_])
+                entry -= _trace_of_moves(N, pair, effects.pairs[e_ - n])
             if p <= d < n:
-                entry = entry + with_psi(d - p, e_)
+                entry += beside_psi(d - p, e_)
             if p <= e_ < n:
-                entry = entry + with_psi(e_ - p, d)
+                entry += beside_psi(e_ - p, d)
             if p <= d < n and p <= e_ < n:
                 second = at.by_psi_twice[d - p][e_ - p]
-                weights = [effects.by_level(second[2] * effects.Z[a] * effects.Z[c]) for a, c in _square(q)]
-                entry = entry + total(sum(K[a, c] * w for (a, c), w in zip(_square(q), weights, strict=True)))
-                entry = entry - total(sum(Ke[a] * effects.by_level(second[1] * effects.Z[a]) for a in range(q)))
-            H[d, e_] = entry
+                entry += _sum(
+                    own * effects.by_level(second[2] * effects.Z[a] * effects.Z[c]) for (a, c), own in both_ways.items()
+                )
+                entry -= _sum(Ke[a] * effects.by_level(second[1] * effects.Z[a]) for a in every)
+            bends[d, e_] = entry
+
+    totals = _over_levels([*slopes, *bends.values(), 2.0 * S(0) + effects.unit_dots(new_v, b)])
+    H = dict(zip(bends, totals[T:], strict=False))
+    fisher = dict(zip(fisher, _over_levels(list(fisher.values())), strict=True))
+    value = totals[-1] + gain.logdet
 
     def symmetric(entries: dict[tuple[int, int], Array], size: int) -> Array:
         rows = [xp.stack([entries[min(i, j), max(i, j)] for j in range(size)]) for i in range(size)]
         return xp.stack(rows)
 
-    value = 2.0 * total(S(0)) + effects.unit_dots(new_v, b).sum(0) + gain.logdet
     none = xp.zeros((0, 0, *value.shape), value.dtype)
     form = ClosedForm(
-        value, xp.stack(gradient), symmetric(H, T), symmetric(fisher, n) if n else none, scores
+        value, xp.stack(totals[:T]), symmetric(H, T), symmetric(fisher, n) if n else none,
+        in_memory([own for move in scores for own in move]).reshape(T, *v.shape),
     )  # fmt: skip
     return new_v, b, inner, form
+
+
+# A matrix or vector of a level by its entries, each ``(m, L)``: XLA makes one loop of what is done to them, and of
+# arrays that they are stacked in it makes many.
+Entries = dict[tuple[int, int], Array]
+
+
+def _entries(M: Array) -> Entries:
+    return {(a, c): M[a, c] for a in range(len(M)) for c in range(len(M))}
+
+
+def _dot(M: Entries, v: list[Array | None], turned: bool = False) -> list[Array]:
+    """``M v``, or ``M'v``; None is zero."""
+    known = [c for c, own in enumerate(v) if own is not None]
+    return [_sum((M[c, a] if turned else M[a, c]) * v[c] for c in known) for a in range(len(v))]
+
+
+def _product(M: Entries, W: Entries) -> Entries:
+    q = max(M)[0] + 1
+    return {(a, c): _sum(M[a, u] * W[u, c] for u in range(q)) for a in range(q) for c in range(q)}
+
+
+def _sum(parts: Iterable[Array]) -> Array:
+    """Without the zero that Python's own begins with, one more pass for NumPy."""
+    return reduce(add, parts)
+
+
+def _inner(v: list[Array | None], w: list[Array]) -> Array:
+    return _sum(a * c for a, c in zip(v, w, strict=True) if a is not None)
+
+
+def _moved_by(pair: tuple[int, int], v: list[Array]) -> list[Array | None]:
+    """``E v`` of a direction."""
+    a, c = pair
+    found: list[Array | None] = [None] * len(v)
+    found[a], found[c] = v[c], v[a]
+    return found
+
+
+def _trace_of_moves(N: Entries, one: tuple[int, int], other: tuple[int, int]) -> Array:
+    """``tr(N E N E')`` of two directions."""
+    return _sum(N[d, a] * N[b, c] for a, b in orders_of(*one) for c, d in orders_of(*other))
+
+
+def _kept(tree: Any) -> Any:
+    """Each array in memory once."""
+    leaves = jax.tree.leaves(tree)
+    return tree if namespace(leaves[0]) is np else jax.tree.map(as_laid_out, tree)
+
+
+def _over_levels(parts: list[Array]) -> list[Array]:
+    """Sums of each over its levels ``(m, L)``."""
+    if not parts or namespace(parts[0]) is np:
+        return [part.sum(-2) for part in parts]
+    return list(in_memory(parts).sum(-2))
 
 
 def _symmetric(q: int, entry: Callable[[int, int], Array]) -> Array:
     """``(q, q, ...)`` from the entries a <= b."""
     own = {(a, b): entry(a, b) for a, b in pairs_of(q)}
     return stack_of([[own[min(a, b), max(a, b)] for b in range(q)] for a in range(q)])
-
-
-def _square(q: int) -> list[tuple[int, int]]:
-    return [(a, c) for a in range(q) for c in range(q)]
 
 
 def _laid_out(at: Derivatives) -> Derivatives:

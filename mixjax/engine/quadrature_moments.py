@@ -28,9 +28,6 @@ from mixjax.engine.quadrature import (
 )
 from mixjax.machine import Array, as_laid_out, fori_loop, namespace
 
-# Rows of a level at most, the logarithms of whose factors up to 2 are summed as one of their product.
-MOST_FACTORS = 1000
-
 
 def moment_correction(
     model: Model, rule: Rule, lambdas: list[Array], Lambda: Array, fixed: Array, b: Array
@@ -63,7 +60,7 @@ def moment_correction(
 
     def at_node(eta: Array) -> tuple[Array, Array]:
         """Densities summed by level, and slopes."""
-        factored = model.factored(eta, psi) if _has_few_rows(effects) else None
+        factored = model.factored(eta, psi) if effects.has_few_rows else None
         if factored is None:
             c, slope = _in_memory(model.kernel(eta, psi))
             return effects.by_level(c), slope
@@ -136,10 +133,6 @@ def moment_correction(
     by_D, by_factor = of_covariances(effects, Lambda, scaled, A, g, f, M, V)
     fixed_ = xp.stack(by_fixed) if by_fixed else xp.zeros((0, begin.shape[-1]), begin.dtype)
     return Correction(-2.0 * xp.log(total).sum(0), fixed_, by_D, by_factor)
-
-
-def _has_few_rows(effects: Any) -> bool:
-    return effects.starts is None and np.shape(effects.index)[1] <= MOST_FACTORS
 
 
 def _in_memory(values: tuple[Array, ...]) -> tuple[Array, ...]:

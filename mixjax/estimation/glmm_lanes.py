@@ -28,7 +28,7 @@ from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.engine.quadrature_moments import added
 from mixjax.estimation import search
 from mixjax.estimation.glmm_start import covariance_start, fixed_start
-from mixjax.machine import Array, cond, namespace, while_loop
+from mixjax.machine import Array, cond, namespace, once, while_loop
 from mixjax.optimise.newton import (
     curvature_tolerance,
     foretold_distance,
@@ -211,7 +211,7 @@ def advance(
     step = xp.where(early, 0.0, step)
     next_x, next_fixed = x + part * step[n:], fixed + part * step[:n]
     D, next_D = (free_entries(covariances(own, layout)) for own in (x, next_x))
-    change = xp.concatenate([part * step[:n], next_D - D])
+    change = once(xp.concatenate([part * step[:n], next_D - D]))
     next_v = xp.where(early, v, v + linalg_sum(change, form.scores))
     plain = search.is_plain(next_x, layout.structures, least=least)
     if rule is None:
