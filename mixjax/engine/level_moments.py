@@ -22,9 +22,12 @@ from mixjax.engine.laplace_curvature import ClosedForm
 from mixjax.engine.laplace_model import Columns, Key, Model
 from mixjax.engine.level_effects import OneFactor
 from mixjax.families import Derivatives
-from mixjax.machine import Array, as_laid_out, in_memory, namespace
+from mixjax.machine import Array, as_laid_out, in_memory, namespace, once
 
 Sums = dict[Key, Array]
+
+# Sums of a row function for which XLA may compute it anew.
+FEW_SUMS = 8
 
 
 # Longest step of a level's modes, in root mean squares of the predictor: full ones can overshoot for ever.
@@ -60,6 +63,8 @@ class _Moments:
         self.sums: list[Sums] = []
         for order, own in enumerate(functions, first):
             found = {}
+            if len(reach[order]) > FEW_SUMS:
+                own = once(own)
             for key in reach[order]:
                 product = columns.products[key] if key else None
                 found[key] = effects.by_level(own if product is None else own * product)

@@ -152,7 +152,8 @@ def start_of(rows: FamilyRows, model: Model, start: np.ndarray | None) -> tuple[
     data."""
     fixed = fixed_start(model, 1)
     if start is None:
-        return fixed, covariance_start(model, fixed)
+        x0, fixed = covariance_start(model, fixed)
+        return fixed, x0
     lambdas = cov.lambdas_of_theta(np.asarray(start, np.float64), rows.layout.qs)
     inside = [(Z.R @ own)[..., None] for Z, own in zip(rows.Z_bases, lambdas, strict=True)]
     x0 = cov.near(inside, rows.layout.structures)

@@ -41,8 +41,8 @@ from mixjax.optimise.newton import (
 ROUNDS = (4, 2, 2, 4)
 # A lane with a standard deviation below this, in the basis of Z, leaves the direct steps for the full search.
 INSIDE = 0.05
-# Where the inner step promised more than this, it is repeated before anything else moves.
-EARLY = 1.0
+# Where the inner step promised more than this a level, or 1, it is repeated before anything else moves.
+EARLY = 0.1
 # Twice what the inner step may still promise where a search ends: modes are then good to its square.
 INNER = 1e-9
 # Of quadrature: an update counts where residual and step have at least this cosine.
@@ -106,12 +106,16 @@ class Direct(NamedTuple):
     secant: Secant | None = None
 
 
+def early_of(model: Model) -> float:
+    """See :data:`EARLY`."""
+    return max(1.0, EARLY * model.effects.effect_shape[-1])
+
+
 def begin(model: Model, lanes: int, rule: Rule | None = None, start: tuple[Array, Array] | None = None) -> Direct:
     """From x and fixed, or from the model without random effects, and moments of its scores."""
     xp = namespace(model.data.y)
     if start is None:
-        fixed = fixed_start(model, lanes)
-        x = covariance_start(model, fixed)
+        x, fixed = covariance_start(model, fixed_start(model, lanes))
     else:
         x, fixed = start
     zero = xp.zeros(lanes, fixed.dtype)
@@ -204,7 +208,7 @@ def advance(
         part = xp.minimum(part, cut(model, step[:n]))
     noise = 100 * np.finfo(dtype).eps * xp.maximum(1.0, xp.abs(f))
     fell = (state.value - f + noise > 1e-3 * (state.predicted + noise)) | ~sure
-    early = inner > EARLY
+    early = inner > early_of(model)
     part = xp.where(early, 0.0, part)
     sound = definite & fell & xp.isfinite(f) & xp.isfinite(step).all(0)
     sound = xp.where(early, (inner < 1e3) & xp.isfinite(v).all(tuple(range(v.ndim - 1))), sound)
@@ -256,7 +260,7 @@ def _added(model: Model, rule: Rule, fixed: Array, x: Array, v: Array, inner: Ar
     def nothing() -> tuple[Array, Array]:
         return xp.zeros_like(inner), xp.zeros((len(fixed) + len(x), len(inner)), inner.dtype)
 
-    near = inner <= EARLY
+    near = inner <= early_of(model)
     value, slope = cond(near.any(), lambda: added(model, rule, fixed, x, b), nothing)
     return xp.where(near, value, 0.0), xp.where(near, slope, 0.0)
 

@@ -25,7 +25,7 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_moments import LONGEST
 from mixjax.estimation import search
-from mixjax.estimation.glmm_lanes import EARLY, Secant
+from mixjax.estimation.glmm_lanes import Secant, early_of
 from mixjax.estimation.glmm_quadrature import zero_roots
 from mixjax.estimation.glmm_start import far_of
 from mixjax.machine import Array, lanes_of
@@ -142,7 +142,7 @@ def search_lanes(
     found: Ends = jax.tree.map(lambda a: np.array(a, order="C"), empty)
     at = np.arange(L)
     outer = search.begin(x, structures, iterations)
-    zeros = np.zeros(L)
+    zeros, early = np.zeros(L), early_of(model)
     lane = _Lane(
         outer.state.trial,
         fixed,
@@ -168,7 +168,7 @@ def search_lanes(
         ready = finite & (inner <= enough[0]) & (decrement <= enough[1])
         risen = (lane.refined > 5) & (form.value > lane.value + RISEN) & (np.maximum(inner, lane.inner) < 1e-3)
         # Far from the modes the closed form says nothing, and need not be finite.
-        near = inner < EARLY
+        near = inner < early
         astray = ~np.isfinite(v).all(tuple(range(v.ndim - 1))) | ~np.isfinite(inner)
         hopeless = (near & ~finite) | (astray & (lane.longest < LEAST_LONGEST))
         lost = ~ready & (hopeless | risen | (lane.refined >= MOST_REFINED))
@@ -180,7 +180,7 @@ def search_lanes(
         back = (lane.refined == PATIENCE) & ~near
         wild = back | ((lane.refined == 0) & (inner > WILD))
         next_v = np.where(astray | wild, 0.0, next_v)
-        swings = astray | ((inner > EARLY) & (inner > 0.7 * lane.inner))
+        swings = astray | ((inner > early) & (inner > 0.7 * lane.inner))
         longest = np.where(wild, LONGEST, np.where(swings, 0.5 * lane.longest, lane.longest))
         stay = _Lane(lane.x, np.where(back, lane.safe, lane.fixed + move), next_v, lane.refined + 1, form.value,
                      longest, inner, lane.last, lane.safe, secant)  # fmt: skip
