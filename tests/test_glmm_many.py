@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import mixjax as mj
+from mixjax.estimation import glmm_many
 from mixjax.estimation.glmm import fit_rows
 from mixjax.products.family_rows import cells
 
@@ -58,6 +59,62 @@ def test_many_are_as_one(family, q):
         np.testing.assert_allclose(fits.vcov[i], one.vcov, rtol=1e-4)
         np.testing.assert_allclose(fits.eta[i], one.eta, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(fits.b[0][i], one.b[0], rtol=1e-4, atol=1e-5)
+
+
+def singular_design(kind):
+    """12 levels of 5 rows, whose random effects are small: most fits are singular."""
+    rng = np.random.default_rng(6)
+    group, x = np.repeat(np.arange(12), 5), rng.normal(size=(60, 2))
+    ones = np.ones((60, 1))
+    Z = {"(1 | g)": [ones], "(x | g)": [np.column_stack([ones, x[:, 0]])], "(x + w | g)": [np.column_stack([ones, x])],
+         "(1 | g) + (0 + x | g)": [ones, x[:, :1]]}[kind]  # fmt: skip
+    terms = tuple(mj.RandomTerm(Z=own, group=group, n_groups=12) for own in Z)
+    return mj.Design(y=np.zeros(60), X=np.column_stack([ones, x[:, 0]]), terms=terms)
+
+
+@pytest.mark.parametrize("kind", ["(1 | g)", "(x | g)", "(x + w | g)", "(1 | g) + (0 + x | g)"])
+@pytest.mark.parametrize("family", [mj.families.binomial(), mj.families.poisson()], ids=lambda family: family.name)
+def test_singular_fits_are_those_of_single_searches(family, kind, monkeypatch):
+    d = singular_design(kind)
+    rng = np.random.default_rng(7)
+    eta = 0.2 + 0.5 * d.X[:, 1] + 0.3 * rng.normal(size=(40, 12))[:, np.asarray(d.terms[0].group)]
+    Y = (
+        (rng.random(eta.shape) < 1 / (1 + np.exp(-eta))) * 1.0
+        if family.name == "binomial"
+        else rng.poisson(np.exp(eta))
+    )
+    searched = []
+    whole = glmm_many._Lanes._search
+    monkeypatch.setattr(glmm_many._Lanes, "_search", lambda self, at, *a: (searched.extend(at), whole(self, at, *a)))
+    keep = ("theta", "beta", "criterion", "singular", "result", "vcov", "iterations")
+    fits = mj.glmm_estimate_many(mj.rows(d, family, Y * 1.0), keep=keep, engine="numpy")
+    assert fits.singular.sum() > 10
+    # The full search is for what direct steps cannot do, not for what is singular.
+    assert fits.singular[searched].sum() <= 0.2 * fits.singular.sum()
+    for i, y in enumerate(Y * 1.0):
+        one = fit_rows(mj.rows(d, family, y))
+        assert fits.result[i] == one.result
+        assert fits.singular[i] == one.singular
+        np.testing.assert_allclose(fits.criterion[i], one.criterion, rtol=0, atol=1e-8)
+        if one.converged:
+            np.testing.assert_allclose(fits.beta[i], one.beta, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(fits.theta[i], one.theta, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(fits.vcov[i], one.vcov, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("replicate", [671, 1239, 1802])
+def test_a_singular_minimum_that_is_not_the_least(replicate):
+    """Direct steps fall into a singular minimum; the second search, from large variances, finds a lower one."""
+    group, x = np.repeat(np.arange(15), 6), np.random.default_rng(3).normal(size=90)
+    rng = np.random.default_rng([4, replicate])
+    b = rng.normal(size=(15, 2)) * [0.5, 0.2]
+    y = rng.poisson(np.exp(0.3 + 0.6 * x + b[group, 0] + b[group, 1] * x)).astype(float)
+    X = np.column_stack([np.ones(90), x])
+    d = mj.Design(y=y, X=X, terms=(mj.RandomTerm(Z=X, group=group, n_groups=15),))
+    fits = mj.glmm_estimate_many(mj.rows(d, "poisson", y[None]), engine="numpy")
+    rows = mj.rows(d, "poisson", y)
+    assert not fits.singular[0]
+    np.testing.assert_allclose(fits.criterion[0], fit_rows(rows).criterion, rtol=0, atol=1e-8)
 
 
 def test_engines_agree():

@@ -38,7 +38,7 @@ from mixjax.optimise.newton import (
 )
 
 # Steps of a tile, after which lanes that go on are gathered from all tiles into new ones.
-ROUNDS = (4, 2, 2, 4)
+ROUNDS = (4, 2, 2, 4, 8)
 # A lane with a standard deviation below this, in the basis of Z, leaves the direct steps for the full search.
 INSIDE = 0.05
 # Where the inner step promised more than this a level, or 1, it is repeated before anything else moves.
@@ -88,7 +88,8 @@ class Direct(NamedTuple):
     Attributes:
         x: ``(k, L)``. fixed: ``(p + s, L)``. v: ``(*effects, L)``, all of the next point. value, predicted, before,
         distance, iterations, going, converged: ``(L,)``. step: ``(p + s + k, L)`` Newton's last, of fixed and x, and
-        Hessian: ``(p + s + k, p + s + k, L)`` by them, both at the last evaluation. secant: of quadrature, else None.
+        Hessian: ``(p + s + k, p + s + k, L)`` by them, both at the last evaluation.
+        free: ``(k, L)`` coordinates that move; the others are zero. secant: of quadrature, else None.
     """
 
     x: Array
@@ -103,6 +104,7 @@ class Direct(NamedTuple):
     converged: Array
     step: Array
     Hessian: Array
+    free: Array
     secant: Secant | None = None
 
 
@@ -124,7 +126,8 @@ def begin(model: Model, lanes: int, rule: Rule | None = None, start: tuple[Array
     size = len(fixed) + len(x)
     step, H = xp.zeros((size, lanes), fixed.dtype), xp.zeros((size, size, lanes), fixed.dtype)
     secant = None if rule is None else Secant(xp.zeros_like(step), xp.zeros_like(step), xp.zeros_like(H), no)
-    return Direct(x, fixed, v, zero + xp.inf, zero, zero, zero + xp.inf, xp.zeros(lanes, int), ~no, no, step, H, secant)
+    return Direct(x, fixed, v, zero + xp.inf, zero, zero, zero + xp.inf, xp.zeros(lanes, int), ~no, no, step, H,
+                  xp.ones(x.shape, bool), secant)  # fmt: skip
 
 
 def first_modes(model: Model, x: Array, fixed: Array) -> Array:
@@ -197,9 +200,17 @@ def advance(
         scale = xp.sqrt(xp.abs(xp.stack([H[i, i] for i in range(len(H))])))
         secant = secant.updated(xp.concatenate([fixed, x]), slope, scale, sure)
         f, g, H = f + value, g + slope, H + secant.Hessian
-    flat = xp.sqrt(curvature_tolerance(dtype)) * xp.stack([H[i, i] for i in range(len(H))])
-    definite = decompositions.is_positive(H - linalg.eye(len(H), H) * flat)
-    step = -linalg.matmul(linalg.inverse_logdet(H)[0], g[:, None])[:, 0]
+    among = xp.concatenate([xp.ones((n, *state.free.shape[1:]), bool), state.free])
+    g = xp.where(among, g, 0.0)
+    H_free = xp.where(among[:, None] & among[None], H, linalg.eye(len(H), H))
+    flat = xp.sqrt(curvature_tolerance(dtype)) * xp.stack([H_free[i, i] for i in range(len(H))])
+    definite = decompositions.is_positive(H_free - linalg.eye(len(H), H) * flat)
+    # Else steps are shorter where the curvature is not that of a minimum: by Gershgorin's bound of the eigenvalues.
+    size = xp.abs(H_free)
+    beside = size.sum(1) - xp.stack([size[i, i] for i in range(len(H))])
+    own = xp.stack([H_free[i, i] for i in range(len(H))])
+    shift = xp.where(definite | (xp.arange(len(H)) < n)[:, None], 0.0, xp.maximum(1.01 * beside - own, 0.0))
+    step = -linalg.matmul(linalg.inverse_logdet(H_free + linalg.eye(len(H), H) * shift)[0], g[:, None])[:, 0]
     decrement = -(g * step).sum(0)
     distance = xp.sqrt(xp.maximum(decrement, 0.0))
     length = xp.sqrt((step[n:] ** 2).sum(0))
@@ -210,14 +221,14 @@ def advance(
     fell = (state.value - f + noise > 1e-3 * (state.predicted + noise)) | ~sure
     early = inner > early_of(model)
     part = xp.where(early, 0.0, part)
-    sound = definite & fell & xp.isfinite(f) & xp.isfinite(step).all(0)
+    sound = fell & xp.isfinite(f) & xp.isfinite(step).all(0)
     sound = xp.where(early, (inner < 1e3) & xp.isfinite(v).all(tuple(range(v.ndim - 1))), sound)
     step = xp.where(early, 0.0, step)
     next_x, next_fixed = x + part * step[n:], fixed + part * step[:n]
     D, next_D = (free_entries(covariances(own, layout)) for own in (x, next_x))
     change = once(xp.concatenate([part * step[:n], next_D - D]))
     next_v = xp.where(early, v, v + linalg_sum(change, form.scores))
-    plain = search.is_plain(next_x, layout.structures, least=least)
+    plain = search.is_plain(next_x, layout.structures, least=least) | ~state.free.all(0)
     if rule is None:
         foretold, enough = foretold_distance(distance, state.before), foretold_tolerance(dtype)
     else:
@@ -228,15 +239,15 @@ def advance(
     foretold = xp.where(inner <= INNER, foretold, xp.inf)
     reached = (distance <= gradient_tolerance(dtype)) & (inner <= INNER)
     converged = reached if exact else reached | (foretold <= enough)
-    converged = sound & plain & converged
+    converged = sound & definite & plain & converged
     new = Direct(
         x=next_x, fixed=next_fixed, v=next_v,
         value=xp.where(converged & ~reached, f - 0.5 * decrement, xp.where(sure, f, xp.inf)),
         predicted=xp.where(sure, (part - 0.5 * part**2) * decrement, 0.0),
-        before=xp.where((part < 1.0) | (inner > 1e-6), 0.0, distance),
+        before=xp.where((part < 1.0) | (inner > 1e-6) | ~definite, 0.0, distance),
         distance=xp.where(converged & ~reached, foretold, distance),
         iterations=state.iterations, going=sound & plain & ~converged, converged=converged, step=step, Hessian=H,
-        secant=secant,
+        free=state.free, secant=secant,
     )  # fmt: skip
     back_to = state._replace(going=xp.zeros_like(state.going))
     new = where(sound, new, back_to)._replace(iterations=state.iterations + 1)

@@ -18,6 +18,7 @@ from mixjax.engine.coordinates import coordinates_in
 from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.engine.level_effects import filled
 from mixjax.engine.quadrature import check_nodes
+from mixjax.estimation import glmm_edges as edges
 from mixjax.estimation import search
 from mixjax.estimation.choice import EngineName, check_engine
 from mixjax.estimation.glmm import (
@@ -205,39 +206,12 @@ class _Lanes:
         return replace(self.model, data=self.model.data._replace(y=np.ascontiguousarray(y)))
 
     def fits(self) -> GLMMEstimates:
-        left: list[tuple[np.ndarray, Direct]] = []
-
-        def put(at: np.ndarray, state: Direct) -> None:
-            """What has converged is stored, the others wait."""
-            done = np.flatnonzero(state.converged)
-            if len(done):
-                self._put_direct(at[done], lanes_of(state, done))
-            rest = np.flatnonzero(~state.converged)
-            if len(rest):
-                left.append((at[rest], lanes_of(state, rest)))
-
-        def work(first: int) -> None:
-            at = np.arange(first, min(first + self.lanes, self.B))
-            put(at, self._directly(at, None, None, ROUNDS[0]))
-
-        self._over(work, range(0, self.B, self.lanes))
-        for steps in ROUNDS[1:]:
-            if not left:
-                break
-            at, state = _side_by_side(left)
-            going = np.flatnonzero(state.going)
-            stopped = np.flatnonzero(~state.going)
-            left = [(at[stopped], lanes_of(state, stopped))] if len(stopped) else []
-            # In the order of the data: whichever thread came first.
-            going = going[np.argsort(at[going])]
-
-            def work_on(first: int, at: Any = at, state: Any = state, going: Any = going, steps: int = steps) -> None:
-                own = going[first : first + self.lanes]
-                put(at[own], self._directly(at[own], lanes_of(state, own), None, steps))
-
-            self._over(work_on, range(0, len(going), self.lanes))
-        if left:
-            at, state = _side_by_side(left)
+        left = self._steps(np.arange(self.B), None, self._put_direct)
+        if left is not None and self.nagq == 1 and any(s.n_reductions > 0 for s in self.model.layout.structures):
+            with silently():
+                left = self._edges(*left)
+        if left is not None:
+            at, state = left
             queue = list(lanes_of((at, state.x, state.fixed, state.v, state.iterations), np.argsort(at)))
             size = min(self.searched, max(self.probed, -(-len(at) // n_workers())))
 
@@ -246,6 +220,83 @@ class _Lanes:
 
             self._over(look, range(0, len(at), size))
         return GLMMEstimates._make(self.arrays.get(name) for name in GLMMEstimates._fields)
+
+    def _steps(
+        self, at: np.ndarray, state: Direct | None, put: Callable[[np.ndarray, Direct], None], least: float = INSIDE
+    ) -> tuple[np.ndarray, Direct] | None:
+        """Direct steps of replicates ``at``, from their states or from the beginning, tile by tile: what converges is
+        put, the others come back."""
+        left: list[tuple[np.ndarray, Direct]] = []
+        going = np.arange(len(at))
+        rest: tuple[np.ndarray, Direct] | None = None
+
+        def work(first: int, steps: int) -> None:
+            own = going[first : first + self.lanes]
+            found = self._directly(at[own], None if state is None else lanes_of(state, own), None, steps, least)
+            done, others = np.flatnonzero(found.converged), np.flatnonzero(~found.converged)
+            if len(done):
+                put(at[own][done], lanes_of(found, done))
+            if len(others):
+                left.append((at[own][others], lanes_of(found, others)))
+
+        for steps in ROUNDS:
+            self._over(partial(work, steps=steps), range(0, len(going), self.lanes))
+            if not left:
+                return None
+            rest = at, state = _side_by_side(left)
+            going, stopped = np.flatnonzero(state.going), np.flatnonzero(~state.going)
+            left = [(at[stopped], lanes_of(state, stopped))] if len(stopped) else []
+            if not len(going):
+                break
+        return rest
+
+    def _edges(self, at: np.ndarray, state: Direct) -> tuple[np.ndarray, Direct] | None:
+        """Singular fits among those left by direct steps are stored, and the others come back: see
+        :mod:`mixjax.estimation.glmm_edges`."""
+        model, structures = self.model, self.model.layout.structures
+
+        def steps(at: np.ndarray, state: Direct, least: float = INSIDE) -> Direct:
+            """Every replicate's state, in the order of ``at``."""
+            if not len(at):
+                return state
+            found: list[tuple[np.ndarray, Direct]] = []
+            rest = self._steps(at, state, lambda *done: found.append(done), least)
+            return edges.matched(at, _side_by_side(found if rest is None else [*found, rest]))
+
+        def ends(at: np.ndarray, state: Direct) -> Direct:
+            """After as many reductions of rank as it takes."""
+            for i in range(sum(s.n_reductions for s in structures)):
+                falls = ~state.converged if i == 0 else state.converged & edges.has_small(model, state)
+                some = np.flatnonzero(falls & ~search.is_plain(state.x, structures, least=INSIDE))
+                if not len(some):
+                    break
+                own = steps(at[some], edges.of_less_rank(model, lanes_of(state, some)))
+                for whole, part in zip(jax.tree.leaves(state), jax.tree.leaves(own), strict=True):
+                    whole[..., some] = part
+            settled = edges.is_settled(model, state)
+            return state._replace(value=np.where(settled, state.value, np.inf), converged=settled)
+
+        one = ends(at, jax.tree.map(np.array, state))
+        singular = np.flatnonzero(one.converged)
+        if len(singular):
+            own = lanes_of(one, singular)
+            other = ends(at[singular], steps(at[singular], edges.from_far(model, own)))
+            own = edges.better_of(own, other)
+            for regular, put in ((True, self._put_direct), (False, self._put_edges)):
+                some = np.flatnonzero(other.converged & (own.free.all(0) == regular))
+                if len(some):
+                    put(at[singular][some], lanes_of(own, some))
+            one.converged[singular] = other.converged
+        rest = np.flatnonzero(~one.converged)
+        # Near an edge, but not on it.
+        near = rest[~search.is_plain(state.x[:, rest], structures, least=INSIDE)]
+        if len(near):
+            own = steps(at[near], edges.resumed(lanes_of(state, near)), search.NEAR_ZERO)
+            done = np.flatnonzero(own.converged)
+            if len(done):
+                self._put_direct(at[near][done], lanes_of(own, done))
+                rest = np.setdiff1d(rest, near[done])
+        return (at[rest], lanes_of(state, rest)) if len(rest) else None
 
     def _directly(self, at: np.ndarray, state: Direct | None, start: Any, steps: int, least: float = INSIDE) -> Direct:
         """Direct steps of replicates ``at``, from a state or from the beginning."""
@@ -392,6 +443,9 @@ class _Lanes:
         gradient, H = (np.concatenate(parts, -1) for parts in zip(*found, strict=True))
         return gradient, H
 
+    def _put_edges(self, at: np.ndarray, state: Direct) -> None:
+        self._put_searched(at, edges.ends_of(self.model, state))
+
     def _put_searched(self, at: np.ndarray, ends: Ends) -> None:
         solution = ends.solution
         own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
@@ -473,7 +527,7 @@ class _Lanes:
 
 _PROGRAMS: dict[Callable[..., Any], Callable[..., Any]] = {
     begin_directly: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(1, 2))(begin_directly),
-    go_on: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(3, 4, 5))(go_on),
+    go_on: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(3, 4))(go_on),
     probe: partial(jit, compiler_options=LANES_OF_ROWS)(probe),
     probe_by_quadrature: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(5,))(probe_by_quadrature),
     joint_of: partial(jit, compiler_options=LANES_OF_ROWS, static_argnums=(4,))(joint_of),

@@ -82,9 +82,7 @@ def advance(
     if is_nowhere(ended):
         return search._replace(state=state)
     new, best = newton.solution_of(state), search.best
-    # What D does not depend on at the end, as a correlation beside a variance of zero, is not free either.
-    parts = zip(structures, cov.cut(new.x, structures), strict=True)
-    new = new._replace(free=new.free & xp.concatenate([s.moving(part) for s, part in parts]))
+    new = new._replace(free=new.free & moving(new.x, structures))
     converged, had = new.result == int(Result.CONVERGED), best.result == int(Result.CONVERGED)
     lower = new.value < best.value - newton.value_tolerance(new.value.dtype)
     take = ended & (~search.again | (converged & (~had | lower)))
@@ -142,9 +140,7 @@ def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
     starts = np.cumsum([0, *(s.n_reductions for s in structures)])
 
     def worthwhile(x: Array) -> Array:
-        xp = namespace(x)
-        parts = zip(structures, cov.cut(x, structures), strict=True)
-        sizes = xp.concatenate([s.sizes(part) for s, part in parts])
+        sizes = sizes_of(x, structures)
         return (sizes < NEAR_ZERO) & (sizes > 0)
 
     def candidate(x: Array, c: Array) -> tuple[Array, Array]:
@@ -154,6 +150,19 @@ def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
         return xp.concatenate(xs), xp.concatenate(frees)
 
     return Simplify(int(starts[-1]), worthwhile, candidate)
+
+
+def sizes_of(x: Array, structures: tuple[Structure, ...]) -> Array:
+    """``(n_reductions, B)``: what each reduction would set to zero."""
+    parts = zip(structures, cov.cut(x, structures), strict=True)
+    return namespace(x).concatenate([s.sizes(part) for s, part in parts])
+
+
+def moving(x: Array, structures: tuple[Structure, ...]) -> Array:
+    """``(k, B)`` coordinates on which covariances depend at x: others, as a correlation beside a variance of zero, are
+    not free at an end."""
+    parts = zip(structures, cov.cut(x, structures), strict=True)
+    return namespace(x).concatenate([s.moving(part) for s, part in parts])
 
 
 class OwnFactors(NamedTuple):

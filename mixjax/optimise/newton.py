@@ -234,7 +234,7 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     accept = good_step
     if not is_nowhere(~is_step):
         # A candidate is judged with every coordinate free: its zeros must be a minimum, not a saddle.
-        good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
+        good_candidate = finite & (new.f <= at.f + value_tolerance(dtype)) & is_minimum(new.H, new.f)
         accept = xp.where(is_step, good_step, good_candidate)
     length = xp.sqrt(((state.trial - at.x) ** 2).sum(0))
     radius = xp.where(ratio > 0.75, xp.maximum(state.radius, 3.0 * length), state.radius)
@@ -262,7 +262,15 @@ def solution_of(state: State) -> Solution:
     foretold = xp.where(converged & (at.distance > gradient_tolerance(at.f.dtype)), foretold, xp.inf)
     value = xp.where(xp.isfinite(foretold), at.f - 0.5 * at.distance**2, at.f)
     x = xp.where(converged, state.trial, at.x)
-    return Solution(x, value, at.free, _kink(at), xp.minimum(at.distance, foretold), state.iterations, state.result)
+    return Solution(
+        x,
+        value,
+        at.free,
+        has_kink(at.H, at.f, at.free),
+        xp.minimum(at.distance, foretold),
+        state.iterations,
+        state.result,
+    )
 
 
 def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
@@ -277,13 +285,13 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
     def attempt(c: Array, at: _Point) -> _Point:
         candidate, free = simplify.candidate(at.x, xp.full(lanes, c))
         new = _point(evaluate, candidate, free)
-        keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & _fixed_is_semidefinite(new)
+        keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & is_minimum(new.H, new.f)
         return where(keep, new, at)
 
     at = fori_loop(simplify.n_candidates, attempt, _point(evaluate, x, xp.ones(x.shape, bool)), xp)
     result = xp.where(has_converged(at), int(Result.CONVERGED), int(Result.MAX_ITERATIONS))
     result = xp.where(xp.isfinite(at.f), result, int(Result.NOT_FINITE))
-    return Solution(at.x, at.f, at.free, _kink(at), at.distance, xp.zeros(lanes, int), result)
+    return Solution(at.x, at.f, at.free, has_kink(at.H, at.f, at.free), at.distance, xp.zeros(lanes, int), result)
 
 
 class Direct(NamedTuple):
@@ -432,27 +440,27 @@ def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
     return _Point(x, free, f, g, H, values, vectors, scaled_gradient(g, values, vectors), is_semidefinite(values))
 
 
-def _no_curvature(at: _Point) -> Array:
+def _no_curvature(H: Array, value: Array) -> Array:
     """The rounding of a curvature that is zero: relative to the largest, and to the value itself."""
-    xp = namespace(at.f)
-    smallest = curvature_tolerance(at.H.dtype)
-    return smallest * (xp.abs(at.H).max((0, 1)) + xp.maximum(1.0, xp.abs(at.f)))
+    xp = namespace(value)
+    smallest = curvature_tolerance(H.dtype)
+    return smallest * (xp.abs(H).max((0, 1)) + xp.maximum(1.0, xp.abs(value)))
 
 
-def _fixed_is_semidefinite(at: _Point) -> Array:
-    """The Hessian, fixed coordinates included, is positive semidefinite up to rounding."""
-    return decompositions.is_positive(at.H + _no_curvature(at) * linalg.eye(len(at.H), at.H))
+def is_minimum(H: Array, value: Array) -> Array:
+    """A Hessian ``(k, k, B)``, of coordinates that are fixed too, is positive semidefinite up to rounding."""
+    return decompositions.is_positive(H + _no_curvature(H, value) * linalg.eye(len(H), H))
 
 
-def _kink(at: _Point) -> Array:
+def has_kink(H: Array, value: Array, free: Array) -> Array:
     """Some fixed coordinate, or a direction among them, without curvature."""
-    xp = namespace(at.f)
-    fixed = ~at.free
+    xp = namespace(value)
+    fixed = ~free
     if is_nowhere(fixed):
-        return xp.zeros_like(at.f, bool)
-    eye = linalg.eye(len(at.H), at.H)
-    block = xp.where(fixed[:, None] & fixed[None], at.H, xp.abs(at.H).max((0, 1)) * eye)
-    return fixed.any(0) & ~decompositions.is_positive(block - 100 * _no_curvature(at) * eye)
+        return xp.zeros_like(value, bool)
+    eye = linalg.eye(len(H), H)
+    block = xp.where(fixed[:, None] & fixed[None], H, xp.abs(H).max((0, 1)) * eye)
+    return fixed.any(0) & ~decompositions.is_positive(block - 100 * _no_curvature(H, value) * eye)
 
 
 def _trust_region_step(g: Array, eigenvalues: Array, eigenvectors: Array, radius: Array) -> tuple[Array, Array]:
