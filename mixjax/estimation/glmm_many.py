@@ -424,12 +424,8 @@ class _Lanes:
             state = state._replace(Hessian=self._joint(at, state.fixed, state.x, state.v)[1])
         code = np.full(len(at), int(Result.CONVERGED))
         code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code, state.Hessian)
-        modes = None
-        if "b" in self.keep or "eta" in self.keep:
-            lambdas = cov.factors_of(state.x, self.model.layout.structures)
-            modes = self.model.effects.times_D(lambdas, state.v)
         self._put(at, state.x, state.fixed, state.value, state.iterations, state.distance, code, state.Hessian,
-                  np.ones(state.x.shape, bool), modes)  # fmt: skip
+                  np.ones(state.x.shape, bool), state.v)  # fmt: skip
 
     def _joint(self, at: np.ndarray, *end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradients and Hessians at ends by quadrature: fixed, x, v."""
@@ -450,9 +446,8 @@ class _Lanes:
         solution = ends.solution
         own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
         code = self._endless(ends.step, solution.x, solution.free, np.asarray(result_code(solution, own)), ends.Hessian)
-        b = self.model.effects.times_D(cov.factors_of(solution.x, self.model.layout.structures), ends.v)
         self._put(at, solution.x, ends.fixed, ends.value, solution.iterations, solution.scaled_gradient, code,
-                  ends.Hessian, solution.free, b)  # fmt: skip
+                  ends.Hessian, solution.free, ends.v)  # fmt: skip
 
     def _put_single(self, i: int) -> None:
         """A replicate that lanes do not serve, by the search of a single fit."""
@@ -478,7 +473,7 @@ class _Lanes:
 
     def _put(
         self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,
-        distance: np.ndarray, code: np.ndarray, H: np.ndarray, free: np.ndarray, b: np.ndarray | None,
+        distance: np.ndarray, code: np.ndarray, H: np.ndarray, free: np.ndarray, v: np.ndarray,
     ) -> None:  # fmt: skip
         rows, n, p = self.rows, self.model.n_fixed, self.model.p
         own = own_factors(x, _wide(rows.Z_bases), rows.layout)
@@ -506,7 +501,8 @@ class _Lanes:
             inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
             covariance = 2.0 * np.einsum("ij,jkl,mk->iml", to_user, inverse, to_user)
             values |= {"vcov": covariance[:p, :p], "vcov_all": covariance}
-        if b is not None:
+        if {"b", "eta"} & set(self.keep):
+            b = self.model.effects.times_D(cov.factors_of(x, self.model.layout.structures), v)
             lanes = range(len(at))
             terms = [modes_by_term(rows, self.model, b[..., i : i + 1]) for i in lanes]
             values["b"] = tuple(np.stack(part, -1) for part in zip(*terms, strict=True))
