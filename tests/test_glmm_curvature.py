@@ -16,6 +16,7 @@ from mixjax.engine import level_effects
 from mixjax.engine.laplace import Point, objective
 from mixjax.engine.laplace_fit import INNER_LAST, chain, find_modes, form_at, joint_Hessian
 from mixjax.engine.laplace_model import columns_of
+from mixjax.engine.level_effects import filled
 from mixjax.engine.level_moments import moment_form
 from mixjax.estimation.glmm import model_of
 from mixjax.machine import jit, silently
@@ -235,3 +236,34 @@ def test_matrices_of_two_effects_are_those_of_linear_algebra(xp):
                 np.testing.assert_allclose(found[..., m, lane], wanted, rtol=1e-9, atol=1e-11)
     both = np.eye(2) + np.einsum("abml,bcl->mlac", A, np.einsum("abl,cbl->acl", L[:, :, 0], L[:, :, 0]))
     np.testing.assert_allclose(gain.logdet, np.linalg.slogdet(both)[1].sum(0), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "counts", [[4] * 6, [1, 2, 6, 6, 9, 0], [1, 1, 1, 2, 2, 17]], ids=["balanced", "empty", "long"]
+)
+@pytest.mark.parametrize(("family", "q"), [("binomial", 1), ("nbinom", 2)])
+def test_columns_that_are_constant_within_levels(family, q, counts):
+    """The form by moments leaves them out of its sums over rows; the form by rows does not know of them."""
+    rng = np.random.default_rng(11)
+    group = rng.permutation(np.repeat(np.arange(6), counts))
+    X = np.column_stack([np.ones(N), rng.normal(size=6)[group], group % 2.0, rng.normal(size=N)])
+    term = mj.RandomTerm(Z=X[:, [0, 3][:q]], group=group, n_groups=6)
+    y = (rng.binomial(1, 0.5, N) if family == "binomial" else rng.poisson(2.0, N)).astype(float)
+    weights = rng.uniform(0.5, 2.0, N) if q == 2 else None
+    rows = mj.rows(mj.Design(y=y, X=X, terms=(term,), weights=weights), family)
+    # In a basis of X that mixes columns none would be constant.
+    with silently():
+        model = model_of(rows)
+        own = model.data.X.copy()
+        index = np.asarray(model.effects.index)
+        own[:] = np.moveaxis(X[filled(index)], -1, 0)[..., None]
+        model = replace(model, data=model.data._replace(X=own))
+        columns = columns_of(model.effects, model.data)
+        assert [i for i in columns.x if i in columns.constant] == list(columns.x[:3])
+        x = np.full(len(point_of(rows, "regular")[1]), 0.7)
+        fixed = 0.3 * rng.normal(size=model.n_fixed)
+        lambdas, modes = modes_at(model, fixed, x)
+        expected = form_at(model, lambdas, fixed[:, None], modes)
+        *_, form = moment_form(replace(model, columns=columns), lambdas, fixed[:, None], modes.v)
+    for a, b in zip(jax.tree.leaves(form), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=SAME * np.abs(b).max())

@@ -30,12 +30,15 @@ class Columns:
 
     Attributes:
         products: per key the product of its columns ``(*rows, 1)``; of all-one columns None.
-        x, z: which distinct column each of X's and Z's is; static.
+        levels: the same of columns that are constant within levels, ``(m, 1)``.
+        x, z: which distinct column each of X's and Z's is; constant: those that are so; static.
     """
 
     products: dict[Key, Array | None]
+    levels: dict[Key, Array | None]
     x: tuple[int, ...]
     z: tuple[int, ...]
+    constant: tuple[int, ...] = ()
 
     def key(self, *columns: int) -> Key:
         return tuple(sorted(columns))
@@ -43,6 +46,10 @@ class Columns:
     @property
     def s(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(self.x + self.z))
+
+    def split(self, key: Key) -> tuple[Key, Key]:
+        """Columns that are constant within levels, which sums by level leave alone, and the others."""
+        return tuple(i for i in key if i in self.constant), tuple(i for i in key if i not in self.constant)
 
     def keys(self, zs: int, ss: int) -> list[Key]:
         """Of the products of so many columns of Z and so many of any."""
@@ -54,7 +61,7 @@ class Columns:
         return sorted(found)
 
 
-jax.tree_util.register_dataclass(Columns, data_fields=["products"], meta_fields=["x", "z"])
+jax.tree_util.register_dataclass(Columns, data_fields=["products", "levels"], meta_fields=["x", "z", "constant"])
 
 
 def columns_of(effects: CurvedEffects, data: Data) -> Columns | None:
@@ -72,19 +79,32 @@ def columns_of(effects: CurvedEffects, data: Data) -> Columns | None:
 
     z = tuple(place(np.asarray(column)) for column in effects.Z)
     x = tuple(place(np.asarray(column)) for column in data.X)
-    plan = Columns({}, x, z)
+    firsts = [column[:, :1] if effects.starts is None else column[effects.starts] for column in known]
+    spread = [first if effects.starts is None else first[np.asarray(effects.level)] for first in firsts]
+    constant = tuple(
+        i for i, column in enumerate(known) if np.abs(column - spread[i]).max() <= 1e-14 * np.abs(column).max()
+    )
+    plan = Columns({}, {}, x, z, constant)
     needed = {key for zs, ss in ((0, 1), (0, 2), (1, 2), (2, 2)) for key in plan.keys(zs, ss)}
     if len(needed) > MOST_SUMS:
         return None
     weights = data.weights
     full = 1.0 if weights is None else np.where(weights > 0, 1.0, np.nan)
-    products: dict[Key, Array | None] = {}
-    for key in sorted(needed):
-        product = np.ones_like(known[0])
+
+    def product_of(key: Key, columns: list[np.ndarray], full: Any) -> Array | None:
+        product = np.ones_like(columns[0])
         for i in key:
-            product = product * known[i]
-        products[key] = None if np.nanmax(np.abs(product * full - 1.0)) <= 1e-12 else product
-    return Columns(products, x, z)
+            product = product * columns[i]
+        return None if np.nanmax(np.abs(product * full - 1.0)) <= 1e-12 else product
+
+    of_levels = [first.reshape(effects.m, 1) for first in firsts]
+    return Columns(
+        {key: product_of(key, known, full) for key in sorted(needed)},
+        {key: product_of(key, of_levels, 1.0) for key in sorted({plan.split(key)[0] for key in needed})},
+        x,
+        z,
+        constant,
+    )
 
 
 @dataclass(frozen=True)

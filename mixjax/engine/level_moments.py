@@ -53,7 +53,8 @@ def step_of_modes(
 
 
 class _Moments:
-    """Sums by level of row functions ``c1, c2, ...`` times products of columns: ``sums[i][key] (m, L)``."""
+    """Sums by level of row functions ``c1, c2, ...`` times products of columns: ``sums[i][key] (m, L)``, by keys of
+    columns that are not constant within levels."""
 
     def __init__(self, effects: OneFactor, columns: Columns, functions: tuple[Array, ...], first: int):
         """``functions`` are the derivatives number ``first``, ``first + 1``, ... by eta."""
@@ -63,29 +64,39 @@ class _Moments:
         self.sums: list[Sums] = []
         for order, own in enumerate(functions, first):
             found = {}
-            if len(reach[order]) > FEW_SUMS:
+            keys = sorted({columns.split(key)[1] for key in reach[order]})
+            if len(keys) > FEW_SUMS:
                 own = once(own)
-            for key in reach[order]:
+            for key in keys:
                 product = columns.products[key] if key else None
                 found[key] = effects.by_level(own if product is None else own * product)
             self.sums.append(found)
 
     def __call__(self, i: int, *columns: int) -> Array:
-        return self.sums[i][self.columns.key(*columns)]
+        constant, key = self.columns.split(self.columns.key(*columns))
+        return self._times(constant, self.sums[i][key])
+
+    def _times(self, constant: Key, total: Array) -> Array:
+        factor = self.columns.levels[constant]
+        return total if factor is None else total * factor
 
     def moved(self, taylor: Taylor) -> None:
         """At predictors moved by ``z'delta``, as far as the sums reach."""
-        self.sums = [{key: self.foretold(i, key, taylor) for key in own} for i, own in enumerate(self.sums)]
+        self.sums = [{key: self._foretold(i, key, taylor) for key in own} for i, own in enumerate(self.sums)]
 
-    def foretold(self, i: int, key: Key, taylor: Taylor) -> Array:
+    def foretold(self, i: int, columns: Key, taylor: Taylor) -> Array:
         """One of the sums where predictors have moved."""
+        constant, key = self.columns.split(columns)
+        return self._times(constant, self._foretold(i, key, taylor))
+
+    def _foretold(self, i: int, key: Key, taylor: Taylor) -> Array:
         z, total = self.columns.z, self.sums[i][key]
         for step in range(1, len(self.sums) - i):
             for places, factor in taylor[step].items():
-                more = self.columns.key(*key, *(z[a] for a in places))
+                constant, more = self.columns.split(self.columns.key(*key, *(z[a] for a in places)))
                 if more not in self.sums[i + step]:
                     return total
-                total = total + self.sums[i + step][more] * factor
+                total = total + self._times(constant, self.sums[i + step][more]) * factor
         return total
 
 
