@@ -247,6 +247,7 @@ def test_columns_that_are_constant_within_levels(family, q, counts):
     rng = np.random.default_rng(11)
     group = rng.permutation(np.repeat(np.arange(6), counts))
     X = np.column_stack([np.ones(N), rng.normal(size=6)[group], group % 2.0, rng.normal(size=N)])
+    X = X[:, : 2 + q]  # none that is not constant, and one
     term = mj.RandomTerm(Z=X[:, [0, 3][:q]], group=group, n_groups=6)
     y = (rng.binomial(1, 0.5, N) if family == "binomial" else rng.poisson(2.0, N)).astype(float)
     weights = rng.uniform(0.5, 2.0, N) if q == 2 else None

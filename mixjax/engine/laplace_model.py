@@ -100,7 +100,7 @@ def columns_of(effects: CurvedEffects, data: Data) -> Columns | None:
     of_levels = [first.reshape(effects.m, 1) for first in firsts]
     return Columns(
         {key: product_of(key, known, full) for key in sorted(needed)},
-        {key: product_of(key, of_levels, 1.0) for key in sorted({plan.split(key)[0] for key in needed})},
+        {key: product_of(key, of_levels, 1.0) for key in sorted({(), *(plan.split(key)[0] for key in needed)})},
         x,
         z,
         constant,
