@@ -209,7 +209,7 @@ def advance(
     size = xp.abs(H_free)
     beside = size.sum(1) - xp.stack([size[i, i] for i in range(len(H))])
     own = xp.stack([H_free[i, i] for i in range(len(H))])
-    shift = xp.where(definite | (xp.arange(len(H)) < n)[:, None], 0.0, xp.maximum(1.01 * beside - own, 0.0))
+    shift = xp.where(definite | (xp.arange(len(H)) < model.p)[:, None], 0.0, xp.maximum(1.01 * beside - own, 0.0))
     step = -linalg.matmul(linalg.inverse_logdet(H_free + linalg.eye(len(H), H) * shift)[0], g[:, None])[:, 0]
     decrement = -(g * step).sum(0)
     distance = xp.sqrt(xp.maximum(decrement, 0.0))
