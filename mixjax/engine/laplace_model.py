@@ -114,7 +114,8 @@ class Model:
     Attributes:
         effects, data: of the rows. family: static. expected: the determinant has the expected curvature.
         columns: of X and Z, where sums by level serve (:mod:`mixjax.engine.level_moments`), else None.
-        unit: as of the rows; static.
+        unit: as of the rows; static. trials: of every row of a binomial family, 0 where they differ or are not known to
+            be the same; static.
     """
 
     effects: CurvedEffects
@@ -123,6 +124,7 @@ class Model:
     expected: bool
     columns: Columns | None = None
     unit: float = 1.0
+    trials: float = 0.0
 
     @property
     def layout(self) -> Layout:
@@ -197,10 +199,13 @@ class Model:
         )  # fmt: skip
         return found
 
-    def factored(self, eta: Array, psi: Array) -> tuple[Array, Array, Array] | None:
-        """:meth:`mixjax.families.Family.factored` where rows have no weights."""
-        data = self.data
-        return self.family.factored(eta, data.y, data.size, self.psi_by_row(psi)) if data.weights is None else None
+    def factored(self, eta: Array, psi: Array) -> tuple[Array, Array, Array, float] | None:
+        """:meth:`mixjax.families.Family.factored` where rows have no weights and as many trials, and these."""
+        data, trials = self.data, 1.0 if self.data.size is None else self.trials
+        if data.weights is not None or not trials:
+            return None
+        found = self.family.factored(eta, data.y, data.size, self.psi_by_row(psi))
+        return None if found is None else (*found, trials)
 
     def expected_curvature(self, eta: Array, psi: Array) -> Expected:
         found: Expected = self.family.expected(eta, self.data.size, self.psi_by_row(psi))
@@ -214,5 +219,5 @@ class Model:
 
 
 jax.tree_util.register_dataclass(
-    Model, data_fields=["effects", "data", "columns"], meta_fields=["family", "expected", "unit"]
+    Model, data_fields=["effects", "data", "columns"], meta_fields=["family", "expected", "unit", "trials"]
 )

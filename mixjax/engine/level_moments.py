@@ -134,8 +134,8 @@ def moment_form(
     # One logarithm a level; XLA leaves out those of rows, NumPy has them already.
     factored = model.factored(eta, psi) if xp is not np and effects.has_few_rows else None
     if factored is not None:
-        value, factor, _ = factored
-        S.sums[0][()] = effects.by_level(value) + xp.log(factor.prod(-2))
+        value, factor, _, trials = factored
+        S.sums[0][()] = effects.by_level(value) + trials * xp.log(factor.prod(-2))
     P = [_Moments(effects, columns, own, 0) for own in at.by_psi]
 
     def matrix(M: _Moments, i: int, *more: int) -> Array:

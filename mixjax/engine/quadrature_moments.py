@@ -64,8 +64,9 @@ def moment_correction(
         if factored is None:
             c, slope = _in_memory(model.kernel(eta, psi))
             return effects.by_level(c), slope
-        value, factor, slope = _in_memory(factored)
-        return effects.by_level(value) + xp.log(factor.prod(-2)), slope
+        *rows, trials = factored
+        value, factor, slope = _in_memory(tuple(rows))
+        return effects.by_level(value) + trials * xp.log(factor.prod(-2)), slope
 
     begin = at_node(eta)[0]
     weight, *others = without_middle(rule)

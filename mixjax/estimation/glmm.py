@@ -96,7 +96,8 @@ def model_of(rows: FamilyRows, curvature: str = "observed") -> Model:
         weights = np.where(empty[..., None], 0.0, 1.0 if weights is None else weights)
     psi = tuple(at(own, columns=True) for own in rows.psi_columns)
     data = Data(at(rows.y), at(rows.size), weights, at(rows.offset), at(rows.Q, columns=True), psi)
-    return Model(effects, data, rows.family, curvature == "expected", unit=rows.unit)
+    trials = 0.0 if rows.size is None or np.ptp(rows.size) > 0 else float(np.max(rows.size))
+    return Model(effects, data, rows.family, curvature == "expected", unit=rows.unit, trials=trials)
 
 
 def _index(effects: OneFactor | Crossed, n: int) -> np.ndarray:

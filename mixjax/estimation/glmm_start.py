@@ -16,15 +16,16 @@ from mixjax.engine.effects import orders_of
 from mixjax.engine.laplace_fit import LONGEST, curvature_of_psi, cut
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_effects import OneFactor
+from mixjax.families.links import LINEAR, mean_derivatives
 from mixjax.machine import Array, namespace
 from mixjax.optimise.newton import where
 from mixjax.products.family_rows import POSITIVE
 
-# Scoring steps of the model without random effects. Limits of the standard deviations, in the bases of Z, in units of
-# the predictor's scale.
-STEPS = 2
+# Scoring steps of the model without random effects; fewer of binomial ones, whose first is the better one.
+STEPS, STEPS_FROM_SHARES = 2, 1
 # The same of models whose parameters have formulas, or extra zeros, after those.
 REFINED = 12
+# Limits of the standard deviations, in the bases of Z, in units of the predictor's scale.
 LEAST, MOST = 0.2, 2.0
 # The largest beside extra zeros: levels of zeros alone have two explanations, and from far out the search finds the
 # wrong one.
@@ -55,8 +56,9 @@ def fixed_start(model: Model, lanes: int) -> Array:
     whole, model = model, _plain(model)
     data, family, p = model.data, model.family, model.p
     xp = namespace(data.y)
-    eta = family.eta_start(data.y, 1.0 if data.size is None else data.size)
-    shape = (*eta.shape[:-1], lanes)
+    shape = (*data.y.shape[:-1], lanes)
+    of_shares = _from_one_share(model) if family.name == "binomial" and p else None
+    eta = family.eta_start(data.y, 1.0 if data.size is None else data.size) if of_shares is None else of_shares[0]
     eta = xp.broadcast_to(eta, shape)
     psi = xp.zeros((family.n_psi, lanes), eta.dtype)
     if family.n_psi:
@@ -68,8 +70,8 @@ def fixed_start(model: Model, lanes: int) -> Array:
     upper = pairs_of(p)
     squares = xp.stack([data.X[i] * data.X[j] for i, j in upper])
     place = np.array([[upper.index((min(i, j), max(i, j))) for j in range(p)] for i in range(p)])
-    for i in range(1 + STEPS):
-        w = xp.broadcast_to(_curvature(model, eta, psi), shape)
+    for i in range(1 + (STEPS if of_shares is None else STEPS_FROM_SHARES)):
+        w = of_shares[1] if i == 0 and of_shares is not None else xp.broadcast_to(_curvature(model, eta, psi), shape)
         XX = _over_rows(squares, w)[place]
         c1 = -w * target if i == 0 else model.derivatives(eta, psi).by_eta[1]
         rhs = -_over_rows(data.X, xp.broadcast_to(c1, shape))
@@ -84,6 +86,18 @@ def fixed_start(model: Model, lanes: int) -> Array:
         eta = data.predictor(delta, xp.zeros(shape, eta.dtype))
     fixed = xp.concatenate([delta, _psi_coefficients(whole, eta)]) if whole.n_psi else delta
     return fixed if whole is model else _without_effects(whole, fixed)
+
+
+def _from_one_share(model: Model) -> tuple[Array, Array]:
+    """Of binomial rows, what a scoring step from the same share for all fits by least squares, and its weights, which
+    are the same in every lane."""
+    data, rows = model.data, tuple(range(model.effects.row_axes))
+    xp, size = namespace(data.y), 1.0 if data.size is None else data.size
+    w = data.weighted(size + xp.zeros((*data.X.shape[1:-1], 1), data.X.dtype))
+    share = (w * data.y / size).sum(rows) / w.sum(rows)
+    least = 0.5 / w.sum(rows)
+    eta = LINEAR[model.family.link](xp.clip(share, least, 1.0 - least))
+    return eta + (data.y / size - share) / mean_derivatives(model.family.link, eta)[0], w
 
 
 def _over_rows(columns: Array, values: Array) -> Array:

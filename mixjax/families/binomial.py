@@ -70,12 +70,13 @@ class Binomial(Family):
     def factored(
         self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array] = ()
     ) -> tuple[Array, Array, Array] | None:
-        if self.link != "logit" or size is not None:
+        if self.link != "logit":
             return None
-        xp, eta, y = as_floats(eta, y)
+        xp, eta, y, size = as_floats(eta, y, size)
+        n = 1.0 if size is None else size
         e = xp.exp(-xp.abs(eta))
         large = 1.0 / (1.0 + e)
-        return xp.maximum(eta, 0.0) - y * eta, 1.0 + e, xp.where(eta >= 0, large, e * large) - y
+        return n * xp.maximum(eta, 0.0) - y * eta, 1.0 + e, n * xp.where(eta >= 0, large, e * large) - y
 
     def expected(self, eta: Array, size: Array | None, psi: Sequence[Array] = ()) -> Expected:
         _, eta, size = as_floats(eta, size)

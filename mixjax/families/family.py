@@ -139,8 +139,8 @@ class Family(ABC):
     def factored(
         self, eta: Array, y: Array, size: Array | None, psi: Sequence[Array]
     ) -> tuple[Array, Array, Array] | None:
-        """:meth:`kernel` as ``value + log factor`` with a factor from 1 to 2, and the slope, where a sum over rows is
-        so had with one logarithm of their product; else None."""
+        """:meth:`kernel` as ``value + n log factor`` of n trials, with a factor from 1 to 2, and the slope, where a sum
+        over rows is so had with one logarithm of their product; else None."""
         return None
 
     @abstractmethod
