@@ -1,8 +1,9 @@
 """Many fits of one generalised linear mixed model: responses of one design in lanes.
 
 As for linear models, direct Newton steps come first, tile by tile, over all parameters at once, with one inner step for
-the modes each: the modes of the next point are foretold. Most replicates need no more than five. Those that do, for a
-boundary, a saddle or a hard start, queue for the full search (:mod:`mixjax.estimation.glmm_search`).
+the modes each: the modes of the next point are foretold. Most replicates need no more than five. Those whose
+covariances lose rank go on among covariances of less (:mod:`mixjax.estimation.glmm_edges`); what is left then queues
+for the full search (:mod:`mixjax.estimation.glmm_search`).
 """
 
 from __future__ import annotations

@@ -230,7 +230,8 @@ def covariance_start(model: Model, fixed: Array) -> tuple[Array, Array]:
     else:
         assert isinstance(effects, Crossed)
         roots = _of_diagonals(g, A, effects, float(np.min(scale)), most)
-    c2 = ATTENUATION.get(model.family.link, 0.0)
+    # Of crossed factors each by itself has some of what the others vary.
+    c2 = ATTENUATION.get(model.family.link, 0.0) if isinstance(effects, OneFactor) else 0.0
     if c2:
         # That, too, is D on the scale of means.
         variance = sum((root * root).sum((0, 1)) for root in roots)
