@@ -57,8 +57,8 @@ NEAR = 1e-4
 # Lanes of the full search, whose own work by NumPy costs the same for few, and of one call of a program in it; on a
 # device as many as a tile has.
 SEARCHED, PROBED = 1024, 64
-# Seconds for which NumPy may work before a program, which takes 3 to 10 to compile, is worth it.
-COMPILING = 4.0
+# Seconds for which NumPy may work before a program, which takes 1.5 to 5 to compile, is worth it.
+COMPILING = 2.0
 
 
 def glmm_estimate_many(
@@ -149,16 +149,16 @@ def _check_nagq(nagq: Any, curvature: str, data: FamilyRows) -> None:
 def pays_to_compile(fits: int, model: Model, nagq: int = 1) -> bool:
     """Whether so many fits take NumPy longer than :data:`COMPILING`.
 
-    Microseconds of a fit, measured on one core: ``150 + 0.3 n T`` for n rows and T directions, with several effects a
-    level ``800 + 0.5 n T``, within a factor of two; of quadrature a quarter for every row and node.
+    Microseconds of a fit, measured on one core: ``100 + 0.1 n T`` for n rows and T directions, with several effects a
+    level ``300 + 0.25 n T``, within a factor of two; of quadrature 0.15 for every row and node.
     """
     if model.family.n_psi:  # their functions are slower compiled than by SciPy: 236 and 70 ms for 4 000 rows of nbinom
         return False
     n = int(np.prod(model.data.X.shape[1:])) if model.p else int(np.prod(np.shape(model.data.y)))
     T = model.n_fixed + model.layout.k
     nodes = nagq ** len(model.effects.Z) if nagq > 1 else 0  # type: ignore[attr-defined]
-    own = 150.0 + 0.3 * n * T if len(model.effects.Z) == 1 else 800.0 + 0.5 * n * T  # type: ignore[attr-defined]
-    return fits * (own + 0.25 * n * nodes) > 1e6 * COMPILING
+    own = 100.0 + 0.1 * n * T if len(model.effects.Z) == 1 else 300.0 + 0.25 * n * T  # type: ignore[attr-defined]
+    return fits * (own + 0.15 * n * nodes) > 1e6 * COMPILING
 
 
 def _one_by_one(data: FamilyRows, model: Model, Y: np.ndarray, curvature: str, keep: Sequence[str]) -> GLMMEstimates:
