@@ -117,6 +117,28 @@ def test_a_singular_minimum_that_is_not_the_least(replicate):
     np.testing.assert_allclose(fits.criterion[0], fit_rows(rows).criterion, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("counts", [
+    "122051224344000132111021001155322464100002011111512331100111130022041021130200006000120101",
+    "423252151145000453201021101000704965104302343122110110404003241131160250151502005000020002",
+])  # fmt: skip
+@pytest.mark.usefixtures("x64")
+def test_a_regular_minimum_that_is_not_the_least(counts):
+    """Direct steps end at a regular minimum; one beside it, of less rank, is lower."""
+    rng, group = np.random.default_rng(1), np.repeat(np.arange(15), 6)
+    X = np.column_stack([np.ones(90), rng.normal(size=90)])
+    y = np.array([float(count) for count in counts])
+    design = mj.Design(y=y, X=X, terms=(mj.RandomTerm(Z=X, group=group, n_groups=15),))
+    fits = mj.glmm_estimate_many(mj.rows(design, "poisson", y[None]), engine="numpy")
+    assert fits.singular[0]
+    regular = fit_rows(mj.rows(design, "poisson", y), start=np.array([0.4, 0.0, 0.2]))
+    assert fits.criterion[0] < regular.criterion - 0.06
+    first, second, nothing = fits.theta[0]
+    assert nothing == 0
+    point = mj.GLMMParams(beta=fits.beta[0], chol=(np.array([np.log(first), second, -25.0]),))
+    loglik = float(mj.glmm_loglik(point, mj.rows(design, "poisson", y)))
+    np.testing.assert_allclose(fits.criterion[0], -2.0 * loglik, rtol=0, atol=1e-8)
+
+
 def test_engines_agree():
     d, family = design(1), mj.families.binomial()
     rows = mj.rows(d, family, responses(d, family, 40))

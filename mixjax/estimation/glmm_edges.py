@@ -22,6 +22,9 @@ from mixjax.machine import lanes_of
 from mixjax.optimise.newton import Solution, has_kink, is_minimum, value_tolerance
 from mixjax.optimise.results import Result
 
+# Standard errors between a regular end and less rank within which the minimum there is looked at.
+DOUBT = 1.5
+
 
 def _anew(state: Direct, x: np.ndarray, free: np.ndarray, v: np.ndarray) -> Direct:
     """Before the first evaluation at x; evaluations so far count on."""
@@ -62,6 +65,22 @@ def has_small(model: Model, state: Direct) -> np.ndarray:
     sizes = search.sizes_of(state.x, model.layout.structures)
     found: np.ndarray = ((sizes > 0) & (sizes < search.NEAR_ZERO)).any(0)
     return found
+
+
+def is_doubtful(model: Model, state: Direct) -> np.ndarray:
+    """``(L,)`` regular ends so near to less rank, in standard errors of what would be lost, that there may be a lower
+    minimum there."""
+    structures = model.layout.structures
+
+    def smallest(x: np.ndarray) -> np.ndarray:
+        sizes = search.sizes_of(x, structures)
+        return np.where(sizes > 0, sizes, np.inf).min(0)  # type: ignore[no-any-return]
+
+    slopes = np.stack([smallest(state.x + h) - smallest(state.x - h) for h in 1e-4 * np.eye(len(state.x))[..., None]])
+    slopes = slopes / 2e-4
+    covariance = 2.0 * linalg.inverse_logdet(_profiled(model, state))[0]
+    variance = (slopes * linalg.matmul(covariance, slopes[:, None])[:, 0]).sum(0)
+    return ~(smallest(state.x) ** 2 > DOUBT**2 * variance)  # type: ignore[no-any-return]
 
 
 def better_of(one: Direct, other: Direct) -> Direct:

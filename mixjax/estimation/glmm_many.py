@@ -71,7 +71,8 @@ def glmm_estimate_many(
 ) -> GLMMEstimates:
     """Fit many responses of one design by Laplace's approximation, or by adaptive Gauss-Hermite quadrature.
 
-    The same optima as :func:`mixjax.glmm_estimate` finds, to 1e-6 standard errors. Models with one grouping factor are
+    The same optima as :func:`mixjax.glmm_estimate` finds, to 1e-6 standard errors, but where one of both ends in a
+    minimum that is not the least: here some of those are noticed that lie beside a singular one. Models with one grouping factor are
     fitted side by side; others one after the other, from the first one's covariances and Hessian: which response comes
     first moves their estimates within that.
 
@@ -206,9 +207,24 @@ class _Lanes:
         return replace(self.model, data=self.model.data._replace(y=np.ascontiguousarray(y)))
 
     def fits(self) -> GLMMEstimates:
-        left = self._steps(np.arange(self.B), None, self._put_direct)
-        if left is not None and self.nagq == 1 and any(s.n_reductions > 0 for s in self.model.layout.structures):
+        reducible = self.nagq == 1 and any(s.n_reductions > 0 for s in self.model.layout.structures)
+        doubtful: list[tuple[np.ndarray, Direct]] = []
+
+        def put(at: np.ndarray, state: Direct) -> None:
             with silently():
+                doubt = edges.is_doubtful(self.model, state) if reducible else np.zeros(len(at), bool)
+            for some, do in ((np.flatnonzero(~doubt), self._put_direct), (np.flatnonzero(doubt), later)):
+                if len(some):
+                    do(at[some], lanes_of(state, some))
+
+        def later(*found: Any) -> None:
+            doubtful.append(found)
+
+        left = self._steps(np.arange(self.B), None, put)
+        with silently():
+            if doubtful:
+                self._settle_doubt(*_side_by_side(doubtful))
+            if left is not None and reducible:
                 left = self._edges(*left)
         if left is not None:
             at, state = left
@@ -251,48 +267,61 @@ class _Lanes:
                 break
         return rest
 
+    def _steps_of_all(self, at: np.ndarray, state: Direct, least: float = INSIDE) -> Direct:
+        """Every replicate's state after direct steps, in the order of ``at``."""
+        if not len(at):
+            return state
+        found: list[tuple[np.ndarray, Direct]] = []
+        rest = self._steps(at, state, lambda *done: found.append(done), least)
+        return edges.matched(at, _side_by_side(found if rest is None else [*found, rest]))
+
+    def _ends(self, at: np.ndarray, state: Direct) -> Direct:
+        """After as many reductions of rank as it takes; what is then no minimum has an infinite value."""
+        model, structures = self.model, self.model.layout.structures
+        state = jax.tree.map(np.array, state)
+        for i in range(sum(s.n_reductions for s in structures)):
+            falls = ~state.converged if i == 0 else state.converged & edges.has_small(model, state)
+            some = np.flatnonzero(falls & ~search.is_plain(state.x, structures, least=INSIDE))
+            if not len(some):
+                break
+            own = self._steps_of_all(at[some], edges.of_less_rank(model, lanes_of(state, some)))
+            for whole, part in zip(jax.tree.leaves(state), jax.tree.leaves(own), strict=True):
+                whole[..., some] = part
+        settled = edges.is_settled(model, state)
+        return state._replace(value=np.where(settled, state.value, np.inf), converged=settled)
+
+    def _settle_doubt(self, at: np.ndarray, state: Direct) -> None:
+        """Regular ends are stored, or the minima beside them of less rank, where these are lower."""
+        there = self._steps_of_all(at, edges.of_less_rank(self.model, state))
+        settled = edges.is_settled(self.model, there)
+        there = there._replace(value=np.where(settled, there.value, np.inf))
+        self._put_either(at, edges.better_of(state, there))
+
+    def _put_either(self, at: np.ndarray, state: Direct) -> None:
+        for regular, put in ((True, self._put_direct), (False, self._put_edges)):
+            some = np.flatnonzero(state.free.all(0) == regular)
+            if len(some):
+                put(at[some], lanes_of(state, some))
+
     def _edges(self, at: np.ndarray, state: Direct) -> tuple[np.ndarray, Direct] | None:
         """Singular fits among those left by direct steps are stored, and the others come back: see
         :mod:`mixjax.estimation.glmm_edges`."""
         model, structures = self.model, self.model.layout.structures
 
-        def steps(at: np.ndarray, state: Direct, least: float = INSIDE) -> Direct:
-            """Every replicate's state, in the order of ``at``."""
-            if not len(at):
-                return state
-            found: list[tuple[np.ndarray, Direct]] = []
-            rest = self._steps(at, state, lambda *done: found.append(done), least)
-            return edges.matched(at, _side_by_side(found if rest is None else [*found, rest]))
-
-        def ends(at: np.ndarray, state: Direct) -> Direct:
-            """After as many reductions of rank as it takes."""
-            for i in range(sum(s.n_reductions for s in structures)):
-                falls = ~state.converged if i == 0 else state.converged & edges.has_small(model, state)
-                some = np.flatnonzero(falls & ~search.is_plain(state.x, structures, least=INSIDE))
-                if not len(some):
-                    break
-                own = steps(at[some], edges.of_less_rank(model, lanes_of(state, some)))
-                for whole, part in zip(jax.tree.leaves(state), jax.tree.leaves(own), strict=True):
-                    whole[..., some] = part
-            settled = edges.is_settled(model, state)
-            return state._replace(value=np.where(settled, state.value, np.inf), converged=settled)
-
-        one = ends(at, jax.tree.map(np.array, state))
+        one = self._ends(at, state)
         singular = np.flatnonzero(one.converged)
         if len(singular):
             own = lanes_of(one, singular)
-            other = ends(at[singular], steps(at[singular], edges.from_far(model, own)))
+            other = self._ends(at[singular], self._steps_of_all(at[singular], edges.from_far(model, own)))
             own = edges.better_of(own, other)
-            for regular, put in ((True, self._put_direct), (False, self._put_edges)):
-                some = np.flatnonzero(other.converged & (own.free.all(0) == regular))
-                if len(some):
-                    put(at[singular][some], lanes_of(own, some))
+            done = np.flatnonzero(other.converged)
+            self._put_either(at[singular][done], lanes_of(own, done))
             one.converged[singular] = other.converged
         rest = np.flatnonzero(~one.converged)
         # Near an edge, but not on it.
         near = rest[~search.is_plain(state.x[:, rest], structures, least=INSIDE)]
         if len(near):
-            own = steps(at[near], edges.resumed(lanes_of(state, near)), search.NEAR_ZERO)
+            own = self._steps_of_all(at[near], edges.resumed(lanes_of(state, near)), search.NEAR_ZERO)
             done = np.flatnonzero(own.converged)
             if len(done):
                 self._put_direct(at[near][done], lanes_of(own, done))
