@@ -72,9 +72,9 @@ def glmm_estimate_many(
     """Fit many responses of one design by Laplace's approximation, or by adaptive Gauss-Hermite quadrature.
 
     The same optima as :func:`mixjax.glmm_estimate` finds, to 1e-6 standard errors, but where one of both ends in a
-    minimum that is not the least: here some of those are noticed that lie beside a singular one. Models with one grouping factor are
-    fitted side by side; others one after the other, from the first one's covariances and Hessian: which response comes
-    first moves their estimates within that.
+    minimum that is not the least: here some of those are noticed that lie beside a singular one. Models with one
+    grouping factor are fitted side by side; others one after the other, from the first one's covariances and Hessian:
+    which response comes first moves their estimates within that.
 
     Args:
         data: ``mj.rows(design, family, Y)`` with ``Y (B, n)``. curvature: as in :func:`mixjax.glmm_estimate`.
