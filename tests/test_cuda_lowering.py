@@ -22,7 +22,7 @@ import mixjax as mj
 from mixjax import simulation
 from mixjax.engine.engine import Engine
 from mixjax.engine.incidence import incidence
-from mixjax.estimation import blocks, glmm_many, many
+from mixjax.estimation import blocks, glmm_tiles, many
 from mixjax.estimation.estimate import fit
 from mixjax.estimation.lane_program import fit_block
 from mixjax.inference.fixed import contrasts
@@ -193,11 +193,11 @@ def lanes_of_glmm(name, nagq=1):
     """A step of the fits: how the first is begun, and how they go on."""
 
     def of_herds():
-        fun = {fun.__name__: fun for fun in glmm_many._PROGRAMS}
+        fun = {fun.__name__: fun for fun in glmm_tiles._PROGRAMS}
         begin = fun["begin_directly"]
         with on_a_device():
             (model, lanes, nodes, start), _ = caught(
-                glmm_many._PROGRAMS, begin, lambda: mj.glmm_estimate_many(herds().many, engine="jax", nagq=nagq)
+                glmm_tiles._PROGRAMS, begin, lambda: mj.glmm_estimate_many(herds().many, engine="jax", nagq=nagq)
             )
         if name == "begin":
             return lambda model: begin(model, lanes, nodes, start), model
@@ -323,8 +323,8 @@ def test_blocks_and_tiles_are_a_device_s():
     assert gpu.block == 4 * gpu.lanes
     with on_a_device():
         (model, lanes, *_), _ = caught(
-            glmm_many._PROGRAMS,
-            {fun.__name__: fun for fun in glmm_many._PROGRAMS}["begin_directly"],
+            glmm_tiles._PROGRAMS,
+            {fun.__name__: fun for fun in glmm_tiles._PROGRAMS}["begin_directly"],
             lambda: mj.glmm_estimate_many(herds().many, engine="jax"),
         )
     assert lanes >= 2**12

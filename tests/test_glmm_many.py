@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mixjax as mj
-from mixjax.estimation import glmm_many
+from mixjax.estimation import glmm_tiles
 from mixjax.estimation.glmm import fit_rows
 from mixjax.products.family_rows import cells
 
@@ -84,8 +84,8 @@ def test_singular_fits_are_those_of_single_searches(family, kind, monkeypatch):
         else rng.poisson(np.exp(eta))
     )
     searched = []
-    whole = glmm_many._Lanes._search
-    monkeypatch.setattr(glmm_many._Lanes, "_search", lambda self, at, *a: (searched.extend(at), whole(self, at, *a)))
+    whole = glmm_tiles.Tiles._search
+    monkeypatch.setattr(glmm_tiles.Tiles, "_search", lambda self, at, *a: (searched.extend(at), whole(self, at, *a)))
     keep = ("theta", "beta", "criterion", "singular", "result", "vcov", "iterations")
     fits = mj.glmm_estimate_many(mj.rows(d, family, Y * 1.0), keep=keep, engine="numpy")
     assert fits.singular.sum() > 10

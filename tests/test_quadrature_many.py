@@ -12,9 +12,9 @@ from mixjax.engine.laplace_model import columns_of
 from mixjax.engine.quadrature import correction, product_rule
 from mixjax.engine.quadrature_moments import moment_correction
 from mixjax.estimation.glmm import model_of
-from mixjax.estimation.glmm_many import _Lanes
 from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature
 from mixjax.estimation.glmm_quadrature_lanes import falls_to_zero
+from mixjax.estimation.glmm_tiles import Tiles
 from mixjax.machine import silently
 
 BINOMIAL, POISSON, NBINOM, GAMMA = (
@@ -74,7 +74,7 @@ def model_in_lanes(d, family, Y):
     rows = mj.rows(d, family, Y[0])
     model = model_of(rows)
     model = replace(model, columns=columns_of(model.effects, model.data))
-    return _Lanes(rows, model, Y, ("theta",), False, 5).of(np.arange(len(Y)))
+    return Tiles(rows, model, Y, ("theta",), False, 5).of(np.arange(len(Y)))
 
 
 def test_what_falls_to_zero():
