@@ -160,14 +160,10 @@ def moment_form(
         M.moved(taylor)
     b, inner = again, left
 
-    # What many sums take is kept in memory, entry by entry, each once: XLA would compute it anew for every one of them.
-    S.sums = _kept(S.sums)
-    for M in P:
-        M.sums = _kept(M.sums)
     gain = effects.gain(lambdas, matrix(S, 2))
     n, J = p + s, len(effects.pairs)
     T, every = n + J, range(q)
-    K, R, N = _kept([_entries(gain.K), _entries(gain.R), _entries(gain.N)])
+    K, R, N = _entries(gain.K), _entries(gain.R), _entries(gain.N)
     both_ways = {(a, c): K[a, c] if a == c else 2.0 * K[a, c] for a, c in pairs_of(q)}
     g = [-S(1, a) for a in z]
 
@@ -176,13 +172,12 @@ def moment_form(
         return _sum(own * M(i, z[a], z[c], *more) for (a, c), own in both_ways.items())
 
     e = [with_K(S, 3, a) for a in z]
-    Ke, Re = _kept([_dot(K, e), _dot(R, e)])
+    Ke, Re = _dot(K, e), _dot(R, e)
     h = [[S(2, a, i) for a in z] for i in x] + [[M(1, a) for a in z] for M in P]
     moves = [_moved_by(pair, g) for pair in effects.pairs]
     # R'E g and -N E g; -K h and -R h.
     db = [[-own for own in _dot(K, h_d)] for h_d in h] + [_dot(R, move, turned=True) for move in moves]
     scores = [[-own for own in _dot(R, h_d)] for h_d in h] + [[-own for own in _dot(N, move)] for move in moves]
-    db, scores = _kept([db, scores])
 
     # Changes of A, and what moves beside them.
     dA, KdA, RdAR = [], [], []
@@ -192,23 +187,19 @@ def moment_form(
             beside = partial(S, 3, x[d]) if d < p else partial(P[d - p], 2)
             change = {(a, c): own + beside(z[a], z[c]) for (a, c), own in change.items()}
         dA.append({(a, c): change[min(a, c), max(a, c)] for a in every for c in every})
-    dA = _kept(dA)
     for change in dA:
         KdA.append(_product(K, change))
         RdA = _product(R, change)
         RdAR.append({(a, c): _sum(RdA[a, u] * R[c, u] for u in every) for a, c in pairs_of(q)})
-    KdA, RdAR = _kept([KdA, RdAR])
 
     omega: dict[Key, Array] = {}
     for u, w in {columns.key(u, w) for u in columns.s for w in columns.s}:
         omega[u, w] = with_K(S, 4, u, w) - _sum(Ke[a] * S(3, z[a], u, w) for a in every)
-    omega = _kept(omega)
     # omega t, by the columns of Z.
     pulls = []
     for d in range(T):
         pull = [_sum(omega[columns.key(z[a], z[c])] * db[d][c] for c in every) for a in every]
         pulls.append([own + omega[columns.key(z[a], x[d])] for a, own in enumerate(pull)] if d < p else pull)
-    pulls = _kept(pulls)
 
     def beside_psi(i: int, e: int) -> Array:
         """``sum (k c3_psi - kappa c2_psi) t^e``."""
@@ -335,12 +326,6 @@ def _moved_by(pair: tuple[int, int], v: list[Array]) -> list[Array | None]:
 def _trace_of_moves(N: Entries, one: tuple[int, int], other: tuple[int, int]) -> Array:
     """``tr(N E N E')`` of two directions."""
     return _sum(N[d, a] * N[b, c] for a, b in orders_of(*one) for c, d in orders_of(*other))
-
-
-def _kept(tree: Any) -> Any:
-    """Each array in memory once."""
-    leaves = jax.tree.leaves(tree)
-    return tree if namespace(leaves[0]) is np else jax.tree.map(as_laid_out, tree)
 
 
 def _over_levels(parts: list[Array]) -> list[Array]:
