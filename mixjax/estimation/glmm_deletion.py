@@ -34,10 +34,10 @@ from mixjax.engine.laplace_model import Model, columns_of
 from mixjax.engine.level_effects import OneFactor
 from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.estimation import search
-from mixjax.estimation.glmm import ENDLESS, GLMMEstimates, is_flat, model_of
+from mixjax.estimation.glmm import GLMMEstimates, model_of
 from mixjax.estimation.glmm_lanes import probe
 from mixjax.estimation.glmm_quadrature import Joint, joint_at
-from mixjax.estimation.glmm_search import search_lanes, solve_free
+from mixjax.estimation.glmm_search import SOLUTIONS, endless, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import lanes_of, silently
 from mixjax.optimise.newton import curvature_tolerance, gradient_tolerance
@@ -51,8 +51,6 @@ TILE_NUMBERS, LEAST_LANES, MOST_LANES = 2**15, 8, 256
 DIRECT_STEPS, SURE, RISEN = 12, 1e-4, 1e-7
 # Longest one step of the coordinates of the covariances, relative to their length and at least.
 REGION, LEAST_LENGTH = 0.5, 0.2
-
-SOLUTIONS = tuple(int(code) for code in Result if code.is_solution)
 
 
 class Deleted(NamedTuple):
@@ -222,7 +220,9 @@ class _Deletions:
                 new_x, new_fixed, values, own_H, own_free, last, _ = lanes_of(ends, np.flatnonzero(reached))
                 # A minimum, where coordinates that are held at zero have curvature too.
                 fine = is_convex(own_H, np.ones_like(own_free), n)
-                code = self._endless(last, new_x, own_free, np.full(len(fine), int(Result.CONVERGED)), own_H)
+                code = endless(
+                    self.model, self.rows.Q, last, new_x, own_free, np.full(len(fine), int(Result.CONVERGED)), own_H
+                )
                 kept, counts = np.flatnonzero(fine), np.full(int(fine.sum()), count)
                 if len(kept):
                     parts = lanes_of((new_x, new_fixed, values, own_H, own_free), kept)
@@ -256,24 +256,10 @@ class _Deletions:
             solution = own.solution
             factors = own_factors(solution.x, _wide_bases(self.rows), self.rows.layout)
             code = np.asarray(result_code(solution, factors))
-            code = self._endless(own.step, solution.x, solution.free, code, own.Hessian)
+            code = endless(self.model, self.rows.Q, own.step, solution.x, solution.free, code, own.Hessian)
             self._put(at[fine], solution.x, own.fixed, own.value, solution.iterations, code, own.Hessian, solution.free)
         for u in at[ends.lost]:
             self.alone(int(u), refit)
-
-    def _endless(
-        self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
-    ) -> np.ndarray:
-        """See :func:`mixjax.estimation.glmm._endless`."""
-        n, p = self.model.n_fixed, self.model.p
-        eta = np.abs(self.rows.Q @ step[:p]).max(0, initial=0.0)
-        psi = np.abs(step[p:n]).max(0, initial=0.0)
-        far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
-        solved = np.isin(code, SOLUTIONS)
-        code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
-        inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        separated = (eta > ENDLESS * self.model.unit) | is_flat(self.model, inverse)
-        return np.asarray(np.where(solved & separated, int(Result.SEPARATED), code))
 
     # --- by quadrature, one after the other
 
@@ -299,7 +285,7 @@ class _Deletions:
             step = -solve_free(H, gradient[:, None], free, n)[:, 0]
             if np.sqrt(max(-float((gradient * step).sum()), 0.0)) <= gradient_tolerance(H.dtype):
                 value, code = np.array([at.value]), np.array([int(Result.CONVERGED)])
-                code = self._endless(step, at.x, free, code, H)
+                code = endless(self.model, self.rows.Q, step, at.x, free, code, H)
                 self._put(np.array([u]), at.x + step[n:], at.fixed + step[:n], value, np.array([count]), code, H, free)
                 return True
             step = step * shortest(model, at.x, step)

@@ -25,11 +25,13 @@ from mixjax.engine.laplace_fit import (
 from mixjax.engine.laplace_model import Model
 from mixjax.engine.level_moments import LONGEST
 from mixjax.estimation import search
+from mixjax.estimation.glmm import ENDLESS, is_flat
 from mixjax.estimation.glmm_lanes import Secant, early_of
 from mixjax.estimation.glmm_quadrature import zero_roots
 from mixjax.estimation.glmm_start import far_of
 from mixjax.machine import Array, lanes_of
 from mixjax.optimise.newton import Solution, where
+from mixjax.optimise.results import Result
 
 
 class Ends(NamedTuple):
@@ -45,6 +47,7 @@ class Ends(NamedTuple):
     lost: Array
 
 
+SOLUTIONS = tuple(int(code) for code in Result if code.is_solution)
 # Evaluations of a lane for one point of the outer search, beyond which it is lost; of all at most.
 MOST_REFINED, MOST_TICKS = 30, 300
 # Twice what the inner and the middle step promise where a point counts as evaluated: near the end, far away where the
@@ -250,6 +253,26 @@ def _no_secant(size: int, lanes: int) -> Secant:
 def _known(evaluated: tuple[Array, Array, Array], _: Array) -> tuple[Array, Array, Array]:
     """What the outer search would evaluate."""
     return evaluated
+
+
+def endless(
+    model: Model, Q: np.ndarray, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
+) -> np.ndarray:
+    """Codes ``(L,)`` of ends, some of which run to infinity: see :func:`mixjax.estimation.glmm._endless`.
+
+    Args:
+        Q: ``(n, p)`` columns of X. step: ``(p + s + k, L)`` Newton's last. x, free: ``(k, L)``. code: ``(L,)``.
+        H: ``(p + s + k, p + s + k, L)``.
+    """
+    n, p = model.n_fixed, model.p
+    eta = np.abs(Q @ step[:p]).max(0, initial=0.0)
+    psi = np.abs(step[p:n]).max(0, initial=0.0)
+    far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
+    solved = np.isin(code, SOLUTIONS)
+    code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
+    inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
+    separated = (eta > ENDLESS * model.unit) | is_flat(model, inverse)
+    return np.asarray(np.where(solved & separated, int(Result.SEPARATED), code))
 
 
 def solve_free(H: np.ndarray, rhs: np.ndarray, free: np.ndarray, n: int) -> np.ndarray:

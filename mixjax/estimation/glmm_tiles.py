@@ -21,17 +21,15 @@ from mixjax.engine.level_effects import filled
 from mixjax.estimation import glmm_edges as edges
 from mixjax.estimation import search
 from mixjax.estimation.glmm import (
-    ENDLESS,
     GLMMEstimates,
     fit_rows,
     in_order,
-    is_flat,
     modes_by_term,
 )
 from mixjax.estimation.glmm_lanes import INSIDE, ROUNDS, Direct, begin_directly, go_on, probe, probe_by_quadrature
 from mixjax.estimation.glmm_quadrature import fit_rows_by_quadrature, zero_roots
 from mixjax.estimation.glmm_quadrature_lanes import falls_to_zero, joint_of
-from mixjax.estimation.glmm_search import Ends, search_lanes, solve_free
+from mixjax.estimation.glmm_search import SOLUTIONS, Ends, endless, search_lanes, solve_free
 from mixjax.estimation.search import own_factors, result_code
 from mixjax.machine import LANES_OF_ROWS, Array, float64, jit, lanes_of, n_workers, on_device, silently
 from mixjax.optimise.newton import gradient_tolerance, is_semidefinite
@@ -327,7 +325,7 @@ class Tiles:
         if self.nagq > 1 and self.exact:
             state = state._replace(Hessian=self._joint(at, state.fixed, state.x, state.v)[1])
         code = np.full(len(at), int(Result.CONVERGED))
-        code = self._endless(state.step, state.x, np.ones(state.x.shape, bool), code, state.Hessian)
+        code = endless(self.model, self.rows.Q, state.step, state.x, np.ones(state.x.shape, bool), code, state.Hessian)
         self._put(at, state.x, state.fixed, state.value, state.iterations, state.distance, code, state.Hessian,
                   np.ones(state.x.shape, bool), state.v)  # fmt: skip
 
@@ -349,7 +347,15 @@ class Tiles:
     def _put_searched(self, at: np.ndarray, ends: Ends) -> None:
         solution = ends.solution
         own = own_factors(solution.x, _wide(self.rows.Z_bases), self.rows.layout)
-        code = self._endless(ends.step, solution.x, solution.free, np.asarray(result_code(solution, own)), ends.Hessian)
+        code = endless(
+            self.model,
+            self.rows.Q,
+            ends.step,
+            solution.x,
+            solution.free,
+            np.asarray(result_code(solution, own)),
+            ends.Hessian,
+        )
         self._put(at, solution.x, ends.fixed, ends.value, solution.iterations, solution.scaled_gradient, code,
                   ends.Hessian, solution.free, ends.v)  # fmt: skip
 
@@ -359,21 +365,6 @@ class Tiles:
         one = fit_rows(rows) if self.nagq == 1 else fit_rows_by_quadrature(rows, self.nagq)
         self._store(np.array([i]), {name: jax.tree.map(lambda a: np.asarray(a)[..., None], getattr(one, name))
                                     for name in self.keep})  # fmt: skip
-
-    def _endless(
-        self, step: np.ndarray, x: np.ndarray, free: np.ndarray, code: np.ndarray, H: np.ndarray
-    ) -> np.ndarray:
-        """See :func:`mixjax.estimation.glmm._endless`."""
-        n, p = self.model.n_fixed, self.model.p
-        eta = np.abs(self.rows.Q @ step[:p]).max(0, initial=0.0)
-        psi = np.abs(step[p:n]).max(0, initial=0.0)
-        far = ((np.abs(step[n:]) > ENDLESS * np.maximum(1.0, np.abs(x))) & free).any(0)
-        solved = np.isin(code, [int(one) for one in Result if one.is_solution])
-        code = np.where(solved & ((psi > ENDLESS) | far), int(Result.UNBOUNDED), code)
-        inverse = solve_free(H, np.broadcast_to(np.eye(len(H))[..., None], H.shape), free, n)
-        return np.where(
-            solved & ((eta > ENDLESS * self.model.unit) | is_flat(self.model, inverse)), int(Result.SEPARATED), code
-        )
 
     def _put(
         self, at: np.ndarray, x: np.ndarray, fixed: np.ndarray, value: np.ndarray, iterations: np.ndarray,
@@ -386,7 +377,7 @@ class Tiles:
             "beta": rows.X_basis.R_inv @ fixed[:p],
             "psi": rows.psi_of_bases(fixed[p:]),
             "criterion": value + 2.0 * constant_of(rows.family, self.Y[at], self.size, rows.weights),
-            "converged": np.isin(code, [int(one) for one in Result if one.is_solution]),
+            "converged": np.isin(code, SOLUTIONS),
             "singular": own.deficient,
             "iterations": iterations,
             "grad_norm": distance,
