@@ -58,13 +58,20 @@ def test_start_of_wrong_length_is_refused():
 
 @pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.adam(0.05)], ids=["lbfgs", "adam"])
 def test_optax(optimizer):
-    fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optimizer)
+    fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optimizer, start=[0.5, 0.0, 0.5])
     reference = fit_of("sleepstudy_slopes", "REML")
     assert fit.converged
     assert fit.optimizer.name == "optax"
     np.testing.assert_allclose(fit.theta, reference.theta, rtol=1e-6)
     np.testing.assert_allclose(fit.criterion, reference.criterion, atol=1e-8)
     assert fit.refit(table("sleepstudy")["Reaction"] * 2).optimizer.name == "optax"
+
+
+def test_optax_that_starts_at_the_minimum_stays():
+    """Of a balanced design the moments' estimates are the minimum."""
+    fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optax.adam(0.05))
+    assert fit.converged
+    np.testing.assert_allclose(fit.theta, fit_of("sleepstudy_slopes", "REML").theta, rtol=1e-6)
 
 
 def test_optax_ends_on_the_boundary():
@@ -76,7 +83,7 @@ def test_optax_ends_on_the_boundary():
 
 def test_optax_that_stops_early_warns():
     with pytest.warns(mj.ConvergenceWarning, match="did not converge after 5000 iterations"):
-        fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optax.sgd(1e-7))
+        fit = mj.lmm(FORMULA, table("sleepstudy"), optimizer=optax.sgd(1e-7), start=[0.5, 0.0, 0.5])
     assert not fit.converged
     assert "NOT CONVERGED" in str(fit.summary())
     assert "NOT CONVERGED" in repr(fit)

@@ -394,7 +394,7 @@ def test_a_fit_that_does_not_converge_is_warned_of_where_it_was_asked_for(few):
         return optax.sgd(0.0)
 
     with pytest.warns(mj.ConvergenceWarning) as caught:
-        fit = mj.lmm("y ~ a + (1 | g)", few, optimizer=still())
+        fit = mj.lmm("y ~ a + (1 | g)", few, optimizer=still(), start=[2.0])
     with pytest.warns(mj.ConvergenceWarning) as again:
         fit.refit(reml=False)
     assert caught[0].filename == again[0].filename == __file__

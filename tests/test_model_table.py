@@ -325,7 +325,7 @@ def test_a_correlation_beside_a_zero_variance_is_nan():
 def test_fits_that_did_not_converge_are_marked():
     optax = pytest.importorskip("optax")
     with pytest.warns(mj.ConvergenceWarning):
-        fit = fit_in(table("sleepstudy"), "Reaction ~ Days + (1 | Subject)", optimizer=optax.sgd(0.0))
+        fit = fit_in(table("sleepstudy"), "Reaction ~ Days + (1 | Subject)", optimizer=optax.sgd(0.0), start=[2.0])
     models = mj.table({"still": fit})
     assert cells_of(models)["Converged"] == ["no"]
     assert any(note.startswith("still NOT CONVERGED: ") for note in models.notes)

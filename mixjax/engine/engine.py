@@ -27,6 +27,7 @@ from mixjax.engine.incidence import Incidence, incidence
 from mixjax.engine.modes import conditional_modes
 from mixjax.engine.moments import Moments, moments_of
 from mixjax.engine.profiled import Profiled
+from mixjax.engine.quadratic_forms import Expected, expected_of
 from mixjax.engine.whole import Whole, whole
 from mixjax.machine import Array, compiled, float64, namespace, silently
 from mixjax.optimise.newton import by_differentiation
@@ -115,9 +116,9 @@ class Engine:
         return moments_of(self.stats) if has_closed_form(self.stats) else None
 
     @cached_property
-    def equations(self) -> Any:
-        """What :func:`~mixjax.engine.curvature.minque_equations` says of the design; no response changes it."""
-        return curvature.minque_equations(self.moments)
+    def expected(self) -> Expected:
+        """What quadratic forms of the design expect; no response changes it."""
+        return expected_of(self.stats)
 
     def _closed_solution(self, x: Array) -> tuple[Profiled, list[Array]]:
         lanes, by_factor = curvature.profile_and_modes(x[:, None], self.moments, self.reml)

@@ -16,11 +16,10 @@ from mixjax.design import AnyArray
 from mixjax.engine.criterion import in_bases, warn_of_float32
 from mixjax.engine.engine import AtOnce, Engine
 from mixjax.engine.incidence import incidence
-from mixjax.engine.moments import Moments
 from mixjax.estimation import search
 from mixjax.estimation.implicit import as_minimum
 from mixjax.estimation.search import OwnFactors, own_factors, result_code
-from mixjax.estimation.start import minque_start, moment_start
+from mixjax.estimation.start import start_of_products
 from mixjax.machine import Array, compiled, namespace
 from mixjax.optimise.newton import Solution, judge
 from mixjax.optimise.results import Result
@@ -114,10 +113,7 @@ def fit(engine: Engine, start: Array | None = None) -> Estimates:
     at_once = isinstance(engine, AtOnce)
     data, start = (engine, start) if at_once else jax.lax.stop_gradient((engine, start))
     stats, structures = data.stats, data.stats.layout.structures
-    if start is None and isinstance(data.moments, Moments) and not data.is_vast:
-        x0 = minque_start(data.moments, data.equations)
-    else:
-        x0 = start_in_bases(stats, start)[:, None]
+    x0 = start_of_products(stats, data.expected) if start is None else start_in_bases(stats, start)[:, None]
     solution = Solution(*(a[..., 0] for a in search.run(data.evaluate, x0, structures)))
     own = own_factors(solution.x, stats.Z_bases, stats.layout)
     solution = solution._replace(result=result_code(solution, own))
@@ -185,10 +181,10 @@ def _settle(engine: Engine, x: Array) -> Solution:
 
 
 def start_in_bases(stats: CrossProducts, start: Array | None) -> Array:
-    """The optimiser's coordinates of a start given as theta, or of the moment estimates."""
+    """The optimiser's coordinates of a start given as theta, or by MINQUE(0)."""
     layout = stats.layout
     if start is None:
-        return cov.near(moment_start(stats), layout.structures)
+        return start_of_products(stats)[:, 0]
     start = namespace(start, stats.XX).asarray(start, stats.XX.dtype)
     return cov.near(in_bases(cov.lambdas_of_theta(start, layout.qs), stats), layout.structures)
 

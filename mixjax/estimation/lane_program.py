@@ -21,7 +21,7 @@ from mixjax import linalg
 from mixjax.covariance import LOWEST
 from mixjax.design import AnyArray
 from mixjax.engine.lanes import Lanes
-from mixjax.engine.moments import Moments, RowSums
+from mixjax.engine.moments import Moments
 from mixjax.engine.scalar_lanes import serves
 from mixjax.estimation import search
 from mixjax.estimation.search import Search, own_factors, result_code
@@ -87,9 +87,7 @@ def sizes_for(moments: Moments, platform: str) -> Sizes:
 
 def direct_steps(moments: Moments) -> int:
     """How many come first. A direct step costs half of a full one, but a tile takes as many as its slowest lane: few
-    where they are dear, and none where every lane has matrices of its own: it then goes the way of a single fit."""
-    if isinstance(moments.sums, RowSums):
-        return 0
+    where they are dear. The structure alone decides, so that NumPy and XLA go the same way."""
     return 5 if moments.A.shape[0] < 3 and not moments.dense else 1
 
 

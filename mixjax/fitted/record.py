@@ -299,8 +299,8 @@ def fit_products(
     start = check_start(start)
     if optimizer is None:
         engine = engine_of(stats, reml)
-        if before is not None and "equations" in vars(before):
-            vars(engine)["equations"] = before.equations
+        if before is not None and "expected" in vars(before):
+            vars(engine)["expected"] = before.expected
         est = engine.run(fit, start)
     else:
         with float64():

@@ -41,11 +41,16 @@ def minimise_with(
         x, opt_state, _, count = state
         value, gradient = jax.value_and_grad(objective)(x)
         updates, opt_state = full.update(gradient, opt_state, x, value=value, grad=gradient, value_fn=objective)
+        # Adam's first step is as long for a gradient that is nothing but rounding as for any other.
+        updates = jax.tree.map(lambda u: jnp.where(is_small(gradient), 0.0, u), updates)
         return optax.apply_updates(x, updates), opt_state, gradient, count + 1
+
+    def is_small(gradient: Array) -> Array:
+        return jnp.abs(gradient).max() <= tolerance
 
     def goes_on(state: Any) -> Any:
         _, _, gradient, count = state
-        return (count < max_steps) & ~(jnp.abs(gradient).max() <= tolerance) & ~jnp.isnan(gradient).any()
+        return (count < max_steps) & ~is_small(gradient) & ~jnp.isnan(gradient).any()
 
     start = (x0, full.init(x0), jnp.full_like(x0, jnp.inf), jnp.array(0))
     x, _, _, count = jax.lax.while_loop(goes_on, step, start)
