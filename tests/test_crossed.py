@@ -69,7 +69,9 @@ def test_against_automatic_differentiation(name, how, monkeypatch):
         np.testing.assert_allclose([f2[0], f3[0]], f, rtol=1e-12)
         np.testing.assert_allclose(g2[:, 0], g, rtol=1e-9, atol=1e-11 * np.abs(H).max())
         np.testing.assert_allclose(H2[..., 0], H, rtol=1e-9, atol=1e-11 * np.abs(H).max())
-        at_once = AtOnce(jax.tree.map(np.asarray, stats), reml, where).run(AtOnce.evaluate, theta[:, None])
+        numbers = jax.tree.map(np.asarray, stats)
+        engine = AtOnce(numbers, reml, incidence(numbers, at_once=True))
+        at_once = engine.run(AtOnce.evaluate, theta[:, None])
         for numpys, xlas in zip(at_once, (f2, g2, H2), strict=True):
             assert isinstance(numpys, np.ndarray)
             np.testing.assert_allclose(numpys, xlas, rtol=1e-10, atol=1e-12 * np.abs(xlas).max())

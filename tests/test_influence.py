@@ -141,7 +141,7 @@ def test_large_crossed_designs_go_one_by_one_over_sparse_rows(monkeypatch, how):
     monkeypatch.setattr("mixjax.products.sizes.MOST_DENSE_AT_ONCE", 0)
     monkeypatch.setattr("mixjax.products.sizes.MOST_COLUMNS", -1)
     taken = []
-    monkeypatch.setattr(engine, "incidence", lambda stats: taken.append(incidence(stats)) or taken[-1])
+    monkeypatch.setattr(engine, "incidence", lambda *args, **how: taken.append(incidence(*args, **how)) or taken[-1])
     other = influence(fitted, "sample", how)
     assert 1 <= len(taken) < len(usual.units)
     assert all(taken)

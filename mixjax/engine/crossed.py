@@ -73,14 +73,19 @@ class CrossedMoments:
     def contract(self, weights: Any) -> tuple[Array, Array, Array]:
         """As :meth:`mixjax.engine.moments.Moments.contract`: ``sum_i [U_i z_i]' W_i [U_i z_i]``, j matrices W."""
         # One at a time: slices of what is stacked last cost nothing, strided ones a copy of the dense block each.
-        UU, Uy, yy = zip(
-            *(self._contract([w[:, k, 0] for w in weights]) for k in range(weights[0].shape[1])), strict=True
-        )
-        xp = namespace(self.UU, UU[0])
-        return xp.moveaxis(xp.stack(UU), 0, 2)[..., None], xp.stack(Uy, axis=1)[..., None], xp.stack(yy)[:, None]
+        matrices = [[w[:, k, 0] for w in weights] for k in range(weights[0].shape[1])]
+        xp, u = namespace(self.UU, weights[0]), len(self.UU)
+        if xp is np:  # each where it belongs, so that no copy of a dense block is made
+            UU = np.empty((len(matrices), u, u), self.UU.dtype)
+            found = [self._contract(W, out) for W, out in zip(matrices, UU, strict=True)]
+        else:
+            found = [self._contract(W) for W in matrices]
+            UU = xp.stack([found_UU for found_UU, _, _ in found])
+        _, Uy, yy = zip(*found, strict=True)
+        return xp.moveaxis(UU, 0, 2)[..., None], xp.stack(Uy, axis=1)[..., None], xp.stack(yy)[:, None]
 
-    def _contract(self, W: list[Array]) -> tuple[Array, Array, Array]:
-        """For one matrix, by its entries ``(C,)`` per pair of effects."""
+    def _contract(self, W: list[Array], out: np.ndarray | None = None) -> tuple[Array, Array, Array]:
+        """For one matrix, by its entries ``(C,)`` per pair of effects; NumPy's into ``out``."""
         q, d = self.value.shape[0], self.n_dense
         xp = namespace(self.value, W[0])
         full = xp.stack(W)[_position(q)]  # (q, q, C)
@@ -88,12 +93,32 @@ class CrossedMoments:
         corner = xp.einsum("arc,asc->rs", right, self.right)
         at_entries = take_or_zero(right, self.where.level, axis=2)  # (q, p + 1, E)
         side = _sum_flat((self.value[:, None] * at_entries).sum(0), self.where.column, d).T  # (d, p + 1)
-        parts = [self._list_sums(self.where.pairs, W)] if self.where.pairs is not None else []
-        if self.where.blocks is not None:
-            parts.append(self._block_sums(self.where.blocks, full))
-        among = sum(parts[1:], parts[0]) if parts else xp.zeros((d, d), full.dtype)
-        UU = _bordered(among, side[:, :-1], corner[:-1, :-1])
+        if out is None:
+            parts = [self._list_sums(self.where.pairs, W)] if self.where.pairs is not None else []
+            if self.where.blocks is not None:
+                parts.append(self._block_sums(self.where.blocks, full))
+            among = sum(parts[1:], parts[0]) if parts else xp.zeros((d, d), full.dtype)
+        else:
+            among = out[:d, :d]
+            self._put_among(W, full, among)
+        UU = _bordered(among, side[:, :-1], corner[:-1, :-1], out)
         return UU, xp.concatenate([side[:, -1], corner[:-1, -1]]), corner[-1, -1]
+
+    def _put_among(self, W: list[np.ndarray], full: np.ndarray, among: np.ndarray) -> None:
+        """NumPy's sums among the dense effects; the lower triangle first."""
+        if self.where.blocks is None:
+            among[:] = 0.0
+        else:
+            edges = _edges(self.n_dense)
+            for i, block in enumerate(map(LevelBlocks._make, zip(*self.where.blocks, strict=True))):
+                B, WB = self._weighted_block(block, self.value, full)
+                for a, b in pairwise(edges):
+                    part = linalg.product(B[:, a:b].T, WB[:, :b])
+                    among[a:b, :b] = part if i == 0 else among[a:b, :b] + part
+        if self.where.pairs is not None:
+            left, right, products = self.by_target
+            among[left, right] += sum(x @ w for x, w in zip(products, W, strict=True))
+        linalg.mirrored(among)
 
     def pull_back(self, UU: Array, Uy: Array, yy: Array) -> Any:
         """As :meth:`mixjax.engine.moments.Moments.pull_back`: ``[U_i z_i] Psi [U_i z_i]'`` of every level."""
@@ -131,12 +156,6 @@ class CrossedMoments:
 
     def _list_sums(self, pairs: PairList, W: list[Array]) -> Array:
         d = self.n_dense
-        if namespace(self.value, *W) is np:
-            found = sum(x @ w for x, w in zip(self.by_target.products, W, strict=True))
-            among = np.zeros((d, d), found.dtype)
-            left, right = self.by_target.left, self.by_target.right
-            among[left, right] = among[right, left] = found
-            return among
 
         def sums(products: tuple[Array, ...], level: Array, target: Array, W: list[Array]) -> Array:
             of_runs = sum((x * w[level]).sum(1) for x, w in zip(products, W, strict=True))
@@ -189,18 +208,23 @@ class CrossedMoments:
             return rows.reshape(q, c, d)
         return jnp.zeros((q, c * d), value.dtype).at[:, block.place].set(value, mode="drop").reshape(q, c, d)
 
+    def _weighted_block(self, block: LevelBlocks, value: Array, full: Array) -> tuple[Array, Array]:
+        """Rows of one block ``(q c, d)``, and the same times the levels' matrices ``full (q, q, C)``."""
+        d = self.n_dense
+        B = self._dense_block(block, value)
+        at_levels = take_or_zero(full, block.levels, axis=2)  # (q, q, c)
+        WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
+        return B.reshape(-1, d), WB
+
     def _block_sums(self, blocks: LevelBlocks, full: Array) -> Array:
         d = self.n_dense
-        edges = [round(d * i / 4) for i in range(5)]  # of column blocks: what lies above the diagonal is mirrored
+        edges = _edges(d)
 
         def sums(blocks: LevelBlocks, whole: tuple[Array, Array]) -> list[Array]:
             value, full = whole
 
             def add(lower: list[Array], block: LevelBlocks) -> tuple[list[Array], None]:
-                B = self._dense_block(block, value)
-                at_levels = take_or_zero(full, block.levels, axis=2)  # (q, q, c)
-                WB = (at_levels[..., None] * B[None]).sum(1).reshape(-1, d)
-                B = B.reshape(-1, d)
+                B, WB = self._weighted_block(block, value, full)
                 products = (linalg.product(B[:, a:b].T, WB[:, :b]) for a, b in pairwise(edges))
                 return [row + product for row, product in zip(lower, products, strict=True)], None
 
@@ -210,11 +234,6 @@ class CrossedMoments:
 
         rows = self._add_up(sums, (blocks,), (self.value, full))
         xp = namespace(rows[0])
-        if xp is np:
-            found = np.empty((d, d), full.dtype)
-            for row, (a, b) in zip(rows, pairwise(edges), strict=True):
-                found[a:b, :b] = row
-            return linalg.mirrored(found)
         lower = xp.concatenate([xp.pad(row, ((0, 0), (0, d - row.shape[1]))) for row in rows])
         return xp.tril(lower) + xp.tril(lower, -1).T
 
@@ -310,13 +329,17 @@ def crossed_moments(stats: CrossProducts, where: Incidence) -> CrossedMoments:
     )
 
 
-def _bordered(among: Array, side: Array, corner: Array) -> Array:
-    """The symmetric matrix of its blocks ``(d, d)``, ``(d, p)`` and ``(p, p)``."""
-    xp, d, p = namespace(among, side, corner), len(among), len(corner)
-    if xp is np:
-        found = np.empty((d + p, d + p), among.dtype)
-        found[:d, :d], found[:d, d:], found[d:, :d], found[d:, d:] = among, side, side.T, corner
-        return found
+def _edges(d: int) -> list[int]:
+    """Of blocks of columns: what lies above the diagonal is mirrored."""
+    return [round(d * i / 4) for i in range(5)]
+
+
+def _bordered(among: Array, side: Array, corner: Array, out: np.ndarray | None = None) -> Array:
+    """The symmetric matrix of its blocks ``(d, d)``, ``(d, p)`` and ``(p, p)``; ``out`` has the first one already."""
+    xp, d = namespace(among, side, corner), len(among)
+    if out is not None:
+        out[:d, d:], out[d:, :d], out[d:, d:] = side, side.T, corner
+        return out
     return xp.concatenate([xp.concatenate([among, side], axis=1), xp.concatenate([side.T, corner], axis=1)])
 
 
@@ -338,17 +361,14 @@ class _ByTarget(NamedTuple):
 
 
 def _by_target(value: np.ndarray, where: Incidence, pairs: PairList, C: int, d: int) -> _ByTarget:
-    present = pairs.left < len(where.level)
-    left, right = pairs.left[present], pairs.right[present]
-    of_run = pairs.target[pairs.target < d * d]
-    first = np.append(0, np.flatnonzero(of_run[1:] != of_run[:-1]) + 1)  # of every distinct target
-    ends = np.append(0, np.cumsum(present.sum(1)))
-    start = np.append(ends[first], ends[-1]).astype(np.int32)
+    left, right, target = pairs
+    first = np.append(0, np.flatnonzero(target[1:] != target[:-1]) + 1)  # of every distinct target
+    start = np.append(first, len(target)).astype(np.int32)
     products = [
         scipy.sparse.csr_array((x, where.level[left], start), shape=(len(first), C))
         for x in _products_of(value[:, left], value[:, right])
     ]
-    return _ByTarget(of_run[first] // d, of_run[first] % d, products)
+    return _ByTarget(target[first] // d, target[first] % d, products)
 
 
 def _level_of(where: Incidence, pairs: PairList, m: int) -> Array:

@@ -7,6 +7,7 @@ of the elimination. Coordinates x are the optimiser's, in the bases of the produ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from mixjax.engine.moments import Moments, moments_of
 from mixjax.engine.profiled import Profiled
 from mixjax.engine.quadratic_forms import Expected, expected_of
 from mixjax.engine.whole import Whole, whole
-from mixjax.machine import Array, compiled, float64, namespace, silently
+from mixjax.machine import Array, compiled, float64, memory_kept, namespace, silently
 from mixjax.optimise.newton import by_differentiation
 from mixjax.products.rows import Rows
 from mixjax.products.sizes import has_closed_form, has_many_directions, is_small
@@ -139,7 +140,7 @@ class AtOnce(Engine):
     precision, and models that :func:`~mixjax.products.sizes.is_small` says yes to, or that have an incidence."""
 
     def run(self, fun: Callable[..., T], *args: Any) -> T:
-        with silently():
+        with silently(), memory_kept() if self.where is not None else nullcontext():
             return fun(self, *args)
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
@@ -195,7 +196,7 @@ def engine_of(stats: CrossProducts, reml: bool, at_once: bool = True) -> Engine:
     if numpys and is_small(stats):
         return AtOnce(stats, bool(reml))
     stats = pad(stats)
-    where = incidence(stats)
+    where = incidence(stats, at_once=numpys)
     if numpys and where is not None and where.mesh is None:
         return AtOnce(stats, bool(reml), where)
     return Engine(stats, np.bool_(reml), where)

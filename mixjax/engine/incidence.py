@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.sparse
 from jax.sharding import Mesh
 
 from mixjax.design import AnyArray
@@ -42,7 +43,7 @@ MOST_EFFECTS = 5
 
 
 class PairList(NamedTuple):
-    """All pairs of entries at one level, in runs of up to eight with one target.
+    """All pairs of entries at one level: NumPy's one by one, ``(R,)``, XLA's in runs of up to eight with one target.
 
     Runs are summed by vector operations; only their sums are scattered, which costs ten times as much each.
 
@@ -89,8 +90,10 @@ jax.tree_util.register_dataclass(
 )
 
 
-def incidence(stats: CrossProducts) -> Incidence | None:
+def incidence(stats: CrossProducts, at_once: bool = False) -> Incidence | None:
     """The incidence of a crossed design whose dense block is large, or small beside very many levels; else None.
+
+    ``at_once``: for NumPy, where no devices share the data.
 
     None also where the indices are traced, for then there is nothing to look up, and where a parent of the first factor
     would make the dense block too large.
@@ -143,7 +146,9 @@ def incidence(stats: CrossProducts) -> Incidence | None:
     per_level = np.bincount(level, minlength=m)
     short = _worth_a_list(per_level, q * d**2 + NUMBER_COST * q * d)
     listed = short[level]
-    pairs = _pair_list(np.flatnonzero(listed), level, column, d, n_devices) if listed.any() else None
+    pairs = _pair_list(np.flatnonzero(listed), level, column, d) if listed.any() else None
+    if pairs is not None and not (at_once and mesh is None):
+        pairs = _in_runs(pairs, _bucket(len(level)), d, n_devices)
     blocks = _level_blocks(np.flatnonzero(~listed), level, column, d, q, n_devices) if not listed.all() else None
     if mesh is not None:
         pairs, blocks = split_first_axis((pairs, blocks), mesh)
@@ -211,33 +216,40 @@ def _pad(x: np.ndarray, size: int, value: int) -> np.ndarray:
     return np.concatenate([x, np.full(size - len(x), value)]).astype(np.int32)
 
 
-def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int, n_devices: int) -> PairList:
-    """Of the chosen entries, which are sorted by level and column."""
-    own, column = level[chosen], column[chosen].astype(np.int64)
-    begin = np.searchsorted(own, own)  # of every entry's level
-    partners = np.arange(len(own)) - begin + 1
-    n_pairs = int(partners.sum())
-    number = np.arange(n_pairs, dtype=np.int32)
-    left = np.repeat(np.arange(len(own), dtype=np.int32), partners)
-    right = number - np.repeat((np.cumsum(partners) - partners - begin).astype(np.int32), partners)
-    # Sorted by target, which takes 31 bits, with the number of the pair behind it: twice as fast as an argsort.
-    key = (column * d << 32)[left]
-    key += (column << 32)[right]
-    key += number
-    key.sort()
-    order, target = key.astype(np.int32), (key >> 32).astype(np.int32)
-    first = np.flatnonzero(target[1:] != target[:-1]) + 1  # of every distinct target
-    first = np.concatenate([[0], first])
-    count = np.diff(first, append=n_pairs)
-    distinct = target[first]
-    runs = -(-count // RUN)  # of every target
-    slot = number + np.repeat(((np.cumsum(runs) - runs) * RUN - first).astype(np.int32), count)
+def _pair_list(chosen: np.ndarray, level: np.ndarray, column: np.ndarray, d: int) -> PairList:
+    """Of the chosen entries, which are sorted by level and column; one after the other."""
+    own, column, n = level[chosen], column[chosen], len(chosen)
+    # Entries on the right by column; beside each, those of its level from itself on. Grouped by the column of the left
+    # one, in the order they come in, they are then sorted by target: by counting, three times as fast as a sort.
+    right = np.argsort(column, kind="stable").astype(np.int32)
+    partners = (np.searchsorted(own, own, side="right") - np.arange(n))[right]
+    first = np.cumsum(partners) - partners
+    left = np.arange(partners.sum(), dtype=np.int32)
+    left -= np.repeat((first - right).astype(np.int32), partners)
+    places = column.astype(np.int32)[left], np.repeat(np.arange(n, dtype=np.int32), partners)
+    pairs = scipy.sparse.coo_array((left, places), shape=(d, n))
+    pairs.has_canonical_format = True
+    grouped = pairs.tocsr()
+    left, right = grouped.data, right[grouped.indices]
+    target = np.repeat(np.arange(d, dtype=np.int32) * np.int32(d), np.diff(grouped.indptr))
+    target += column.astype(np.int32)[right]
     chosen = chosen.astype(np.int32)
+    return PairList(chosen[left], chosen[right], target)
+
+
+def _in_runs(pairs: PairList, nowhere: int, d: int, n_devices: int) -> PairList:
+    """``nowhere``: what stands for no entry."""
+    target = pairs.target
+    first = np.append(0, np.flatnonzero(target[1:] != target[:-1]) + 1)  # of every distinct target
+    count = np.diff(first, append=len(target))
+    runs = -(-count // RUN)  # of every target
+    slot = np.arange(len(target), dtype=np.int32)
+    slot += np.repeat(((np.cumsum(runs) - runs) * RUN - first).astype(np.int32), count)
     size = _multiple(_bucket(int(runs.sum())), n_devices)
-    entries = np.full((2, size * RUN), _bucket(len(level)), np.int32)
-    entries[0, slot], entries[1, slot] = chosen[left[order]], chosen[right[order]]
+    entries = np.full((2, size * RUN), nowhere, np.int32)
+    entries[0, slot], entries[1, slot] = pairs.left, pairs.right
     both = entries.reshape(2, size, RUN)
-    return PairList(both[0], both[1], _pad(np.repeat(distinct, runs), size, d * d))
+    return PairList(both[0], both[1], _pad(np.repeat(target[first], runs), size, d * d))
 
 
 def _level_blocks(
