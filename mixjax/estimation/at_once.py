@@ -13,6 +13,7 @@ import numpy as np
 
 from mixjax import decompositions
 from mixjax.covariance import Structure
+from mixjax.engine.curvature import minque_equations
 from mixjax.engine.lanes import Lanes
 from mixjax.engine.moments import RowSums
 from mixjax.engine.scalar_lanes import serves
@@ -48,11 +49,12 @@ def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: b
         found = Solution(*(np.array(a) for a in search.begin(np.zeros((k, count)), structures).best))
         x = np.zeros((k, count))
         is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
+        shared = minque_equations(lanes.moments) if start is None and lanes.moments.UU.shape[-1] == 1 else None
         for first in range(0, count, tile):
             at = np.arange(first, min(first + tile, count))
             padded = padded_lanes(at)
             own = lanes_of(lanes, padded, N)
-            begun = minque_start(own.moments) if start is None else start_in_lanes(start[:, padded], own)
+            begun = minque_start(own.moments, shared) if start is None else start_in_lanes(start[:, padded], own)
             state = begin_directly(np.array(np.broadcast_to(begun, (k, len(padded)))))
             x[:, at] = state.x[:, : len(at)]
             for _ in range(direct_steps(lanes.moments)):

@@ -15,15 +15,18 @@ from mixjax.machine import Array, broadcast_to, is_nowhere, namespace, stack
 from mixjax.products.sums import CrossProducts, Layout
 
 
-def minque_start(moments: Moments) -> Array:
+def minque_start(moments: Moments, of_design: tuple[Array, Array, list[Spot]] | None = None) -> Array:
     """MINQUE(0) of all variances and covariances: coordinates ``(k, B)`` in the bases of the products.
 
     The quadratic forms ``y'M V_j M y``, M the projection that takes the fixed effects out, have expectations linear in
     the covariances (Searle, Casella & McCulloch 1992, Variance Components, section 11.3). Solved, and clipped to
     reasonable ratios. In balanced designs this is the REML estimate itself, wherever that is not singular.
+
+    Args:
+        of_design: what :func:`~mixjax.engine.curvature.minque_equations` gives, where it is known.
     """
     xp = namespace(moments.UU)
-    equations, traces, spots = minque_equations(moments)
+    equations, traces, spots = of_design or minque_equations(moments)
     d = sum(q * m for _, q, m in moments.dense)
     XX, XdX = moments.UU[d:, d:], moments.UU[:d, d:]
     p = XX.shape[0]
