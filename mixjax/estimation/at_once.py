@@ -49,7 +49,8 @@ def fit_lanes(lanes: Lanes, count: int, start: np.ndarray | None, one_minimum: b
         found = Solution(*(np.array(a) for a in search.begin(np.zeros((k, count)), structures).best))
         x = np.zeros((k, count))
         is_plain = partial(search.is_plain, structures=structures, least=INSIDE)
-        shared = minque_equations(lanes.moments) if start is None and lanes.moments.UU.shape[-1] == 1 else None
+        is_shared = start is None and lanes.moments.UU.shape[-1] < N
+        shared = minque_equations(lanes.moments) if is_shared else None
         for first in range(0, count, tile):
             at = np.arange(first, min(first + tile, count))
             padded = padded_lanes(at)
