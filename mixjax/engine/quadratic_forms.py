@@ -51,18 +51,14 @@ def expected_of(stats: CrossProducts) -> Expected:
     for f, (ZZ, ZX) in enumerate((xp.asarray(products.ZZ), xp.asarray(products.ZX)) for products in stats.factors):
         q, _, m = ZX.shape
         half.append(xp.swapaxes(xp.swapaxes(ZX, 1, 2) @ C, 1, 2))
-        Q = (half[f][:, None] * ZX[None]).sum(2)
+        Q = _by_way_of_X(half[f], ZX, ZZ)
         S[f, f] = _traces(E[f], ZZ, ZZ - 2.0 * Q, E[f])
         across = (half[f].reshape(-1, m) @ ZX.reshape(-1, m).T).reshape(q, p, q, p)
         by_X.append(xp.einsum("jab,apbr->jpr", E[f], across))
         traces.append(xp.einsum("jab,ab->j", E[f], (ZZ - Q).sum(-1)))
     for (s, t), (rows, cols, N) in zip(layout.pairs, stats.pairs, strict=True):
         N, left, right = xp.asarray(N), half[s], xp.asarray(stats.factors[t].ZX)
-
-        def add(r: Any, Q: Array, left: Array = left, right: Array = right, at: Any = (rows, cols)) -> Array:
-            return Q + take_or_zero(left[:, r], at[0], 1)[:, None] * take_or_zero(right[:, r], at[1], 1)[None]
-
-        part = _traces(E[s], N, N - 2.0 * fori_loop(p, add, xp.zeros_like(N), xp), E[t])
+        part = _traces(E[s], N, N - 2.0 * _by_way_of_X(left, right, N, rows, cols), E[t])
         S[s, t] = S[s, t] + part + part.T if s == t else part  # pairs of one factor's levels stand once
         S[t, s] = S[s, t].T
     rows_of = []
@@ -78,6 +74,21 @@ def _symmetric(pairs: list[tuple[int, int]], q: int, dtype: Any) -> np.ndarray:
     for j, (a, b) in enumerate(pairs):
         E[j, a, b] = E[j, b, a] = 1.0
     return E
+
+
+def _by_way_of_X(left: Array, right: Array, like: Array, rows: Any = None, cols: Any = None) -> Array:
+    """``(q_s, q_t, pairs)``: products of ``left (q_s, p, m_s)`` and ``right (q_t, p, m_t)`` summed over X's p columns,
+    one after the other, so that no array has columns and pairs of levels both."""
+
+    def side(of: Array, r: Any, at: Any) -> Array:
+        return of[:, r] if at is None else take_or_zero(of[:, r], at, 1)
+
+    def add(r: Any, Q: Array) -> Array:
+        return Q + side(left, r, rows)[:, None] * side(right, r, cols)[None]
+
+    xp = namespace(like)
+    Q: Array = fori_loop(left.shape[1], add, xp.zeros_like(like), xp)
+    return Q
 
 
 def _traces(E: np.ndarray, N: Array, M: Array, F: np.ndarray) -> Array:
