@@ -75,15 +75,15 @@ def matmul(A: Array, B: Array) -> Array:
         A, B = _align(A, B)
     inner = A.shape[1]
     xp = namespace(A, B)
-    if xp is np and inner > 0:
+    if not (A.size and B.size):
+        return xp.zeros((A.shape[0], B.shape[1], *np.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
+    if xp is np:
         return _numpys_matmul(A, B)
     # One stack that stands alone is a plain matrix; beyond small sizes written-out sums would be long programs.
-    if inner and (inner > WRITTEN_OUT or B.shape[-1] == 1) and math.prod(A.shape[2:]) == 1:
+    if (inner > WRITTEN_OUT or B.shape[-1] == 1) and math.prod(A.shape[2:]) == 1:
         return (A.reshape(A.shape[:2]) @ B.reshape(inner, -1)).reshape(A.shape[0], *B.shape[1:])
     if inner > WRITTEN_OUT and math.prod(B.shape[2:]) == 1:
         return jnp.moveaxis(jnp.tensordot(A, B.reshape(B.shape[:2]), ((1,), (0,))), -1, 1)
-    if inner == 0:
-        return xp.zeros((A.shape[0], B.shape[1], *np.broadcast_shapes(A.shape[2:], B.shape[2:])), A.dtype)
     return _sum_of_products(A, B)
 
 

@@ -178,8 +178,8 @@ def scan(step: Callable[[Any, Any], Any], state: Any, over: Any) -> Any:
 
 
 def fori_loop(n: int, step: Callable[[Any, Any], Any], state: Any, xp: Any) -> Any:
-    """``lax.fori_loop`` from 0, or Python's under NumPy."""
-    if xp is not np:
+    """``lax.fori_loop`` from 0, or Python's under NumPy. No steps are not traced: they may look into nothing."""
+    if xp is not np and n:
         return jax.lax.fori_loop(0, n, step, state)
     for i in range(n):
         state = step(i, state)

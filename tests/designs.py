@@ -49,7 +49,7 @@ def random_design(structure: Structure, seed: int, n: int = N, p: int = P) -> mj
         if relation != "same":
             Z[:, 0] = 1.0
         terms.append(mj.RandomTerm(Z=Z, group=group, n_groups=m))
-    X = np.column_stack([np.ones(n), rng.normal(size=(n, p - 1))])
+    X = np.column_stack([np.ones(n), rng.normal(size=(n, max(p - 1, 0)))])[:, :p]
     return mj.Design(
         y=rng.normal(size=n) + 0.7 * groups[0] % 3,
         X=X,

@@ -263,11 +263,17 @@ def test_models_too_large_for_numpy_are_tested_by_jax(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(b).max())
 
 
-def test_no_fixed_effects():
-    fit = mj.lmm("Yield ~ 0 + (1 | Batch)", table("Dyestuff"))
+@pytest.mark.parametrize("formula", ["0 + (1 | Subject)", "0 + (Days | Subject) + (1 | when)",
+                                     "0 + (Days | Subject) + (Days | when)"])  # fmt: skip
+def test_no_fixed_effects(formula):
+    data = table("sleepstudy")
+    data = data.assign(when=(data["Days"] * 7 + np.arange(len(data)) // 10) % 6)
+    a, b = np.random.default_rng(1).normal(0.0, (50.0, 10.0), (6, 2)).T
+    data["Reaction"] += a[data["when"]] + b[data["when"]] * data["Days"]
+    fit = mj.lmm("Reaction ~ " + formula, data)
     info = fit.record.information
     assert info.vcov.shape == (0, 0)
-    assert info.slopes.shape == (2, 0, 0)
+    assert info.slopes.shape == (len(fit.theta) + 1, 0, 0)
     assert np.isfinite(fit.confint(method="wald").to_numpy()).all()
     for function in (mj.wald, mj.satterthwaite, mj.kenward_roger):
         assert function(fit.estimates, fit.stats, np.zeros((0, 0))).p.shape == (0,)

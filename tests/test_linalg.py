@@ -1,5 +1,9 @@
 """NumPy's large matrices: inverses where they stand, and products by the BLAS of LAPACK."""
 
+import itertools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,6 +59,20 @@ def test_products_in_every_order_of_memory(dtype, turn_A, turn_B, i, j, k):
     wide[1:-1, 2:-1] = A
     np.testing.assert_array_equal(linalg.product(wide[1:-1, 2:-1], B).shape, (i, k))
     np.testing.assert_allclose(linalg.product(wide[1:-1, 2:-1], B), found, rtol=0, atol=4 * j * EPS[dtype] * 30)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("trailing", [((4,), (1,)), ((1, 4), (3, 1)), ((3, 1), (3, 4)), ((1, 1), (1, 1)), ((4,), ())])
+def test_products_broadcast_also_where_there_is_nothing(xp, trailing):
+    """A design without fixed effects has matrices of no rows, and as many lanes as any other."""
+    for i, j, k in itertools.product((0, 1, 2, 9), repeat=3):
+        rng = np.random.default_rng(i + 10 * j + 100 * k)
+        A, B = rng.normal(size=(i, j, *trailing[0])), rng.normal(size=(j, k, *trailing[1]))
+        wanted = np.einsum("ij...,jk...->ik...", A, B)
+        with jax.enable_x64(True):
+            found = linalg.matmul(xp.asarray(A), xp.asarray(B))
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, atol=4 * j * EPS[np.float64] * 16)
 
 
 def test_products_of_whole_numbers_stay_whole():
