@@ -8,6 +8,7 @@ import pytest
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Simplify, by_differentiation
 from mixjax.optimise.results import Result
+from mixjax.optimise.straight import straight
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -90,6 +91,54 @@ def test_direct_steps_stop_where_the_value_rises():
     assert not bool(state.converged[0])
     assert not bool(state.going[0])
     assert abs(float(state.x[0, 0])) <= 0.5, "back at the best point"
+
+
+FUNCTIONS = {  # function, start, radius, whether that is the end of the search
+    "quadratic": (lambda x: 0.5 * ((x - 3.0) ** 2).sum(), [0.0, 1.0], 100.0, True),
+    "convex": (lambda x: jnp.cosh(x - 0.3).sum() + 0.1 * (x[0] * x[1]) ** 2, [0.9, -0.4], 3.0, True),
+    "the region widens": (lambda x: (x - jnp.log(x)).sum(), [0.3], 0.22, True),
+    "rounding": (lambda x: 1e9 + 0.5 * ((x - 1.0) ** 2).sum() + 0.1 * (x**4).sum(), [1.3, 0.7], 3.0, True),
+    "beyond the region": (lambda x: jnp.cosh(x - 1.0).sum(), [2.5, 1.0], 0.1, False),
+    "a valley": (lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2, [-1.2, 1.0], 1.0, False),
+    "a saddle": (lambda x: x[0] ** 2 - x[1] ** 2 + 0.25 * x[1] ** 4, [0.0, 0.0], 1.0, False),
+    "the value rises": (lambda x: jnp.sqrt(1.0 + (10.0 * x**2).sum()), [0.5], 1e4, False),
+    "into infinity": (lambda x: (x - jnp.log(x)).sum(), [10.0], 500.0, False),
+    "not a number": (lambda x: jnp.log(x).sum() * jnp.nan, [1.0, 1.0], 1.0, True),
+    "without end": (lambda x: jnp.exp(-x).sum(), [0.0], 9.0, False),
+    "flat": (lambda x: (x**6).sum(), [1.0], 9.0, False),
+    "a simpler point": (lambda x: ((x**2).sum() - 1e-5) ** 2, [0.01], 9.0, False),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_plain_steps_are_those_of_the_search(name):
+    """The same points by the same evaluations, each made once; the search goes on where they end."""
+    fun, x0, radius, ends = FUNCTIONS[name]
+    calls = []
+
+    def evaluate(x):
+        calls.append(x)
+        return tuple(np.asarray(a) for a in by_differentiation(fun)(jnp.asarray(x)))
+
+    zero = Simplify(1, lambda x: (np.abs(x) < 0.05)[:1], lambda x, c: (np.zeros_like(x), np.zeros(x.shape, bool)))
+    begun = newton.begin(np.array(x0)[:, None], np.full(1, radius), zero)
+    found = []
+    for begin in (straight, newton.advance):
+        calls.clear()
+        with np.errstate(all="ignore"):
+            state = begin(begun, evaluate, zero)
+            assert begin is newton.advance or bool(state.done[0]) == ends
+            while not state.done[0]:
+                state = newton.advance(state, evaluate, zero, 40)
+        assert len(calls) == state.iterations[0]
+        found.append((newton.solution_of(state), np.concatenate(calls, axis=1)))
+    (one, ways), (other, known_ways) = found
+    for field in ("result", "iterations", "free", "kink"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+    np.testing.assert_allclose(ways, known_ways, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(one.x, other.x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(one.value, other.value, rtol=1e-12)
+    np.testing.assert_allclose(one.scaled_gradient, other.scaled_gradient, rtol=1e-3, atol=1e-11)
 
 
 def test_the_last_evaluation_is_foretold(monkeypatch):

@@ -18,6 +18,7 @@ from mixjax.machine import Array, is_nowhere, namespace, stack, while_loop
 from mixjax.optimise import newton
 from mixjax.optimise.newton import Evaluate, Simplify, Solution
 from mixjax.optimise.results import Result
+from mixjax.optimise.straight import straight
 from mixjax.products.sums import Layout
 
 # Singular values of Lambda (in the basis of Z, so free of scale) below this are worth an attempt to set them to zero.
@@ -76,8 +77,15 @@ def advance(
         far: standard deviation, in the basis of Z, from which a second search comes down.
         most: evaluations of each search.
     """
-    xp = namespace(search.done)
     state = newton.advance(search.state, evaluate, rank_reductions(structures), most)
+    return _judged(search, state, structures, one_minimum, far)
+
+
+def _judged(
+    search: Search, state: newton.State, structures: tuple[Structure, ...], one_minimum: Array | bool, far: float
+) -> Search:
+    """The searches with their new state: where one has ended, that is the end, or another begins."""
+    xp = namespace(search.done)
     ended = state.done & ~search.done
     if is_nowhere(ended):
         return search._replace(state=state)
@@ -111,9 +119,13 @@ def run(
     most: int = MOST_ITERATIONS,
 ) -> Solution:
     """Search until every lane is done."""
+    begun = begin(x0, structures)
+    if namespace(x0) is np and x0.shape[1] == 1:
+        state = straight(begun.state, evaluate, rank_reductions(structures))
+        begun = _judged(begun, state, structures, False, far)
     goes_on = lambda search: ~search.done.all()  # noqa: E731
     step = lambda search: advance(search, evaluate, structures, far=far, most=most)  # noqa: E731
-    best: Solution = while_loop(goes_on, step, begin(x0, structures), namespace(x0)).best
+    best: Solution = while_loop(goes_on, step, begun, namespace(x0)).best
     return best
 
 

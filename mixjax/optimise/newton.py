@@ -67,7 +67,9 @@ class Simplify(NamedTuple):
     candidate: Callable[[Array, Array], tuple[Array, Array]]
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
+    """An evaluated point of every lane."""
+
     x: Array
     free: Array
     f: Array
@@ -82,7 +84,7 @@ class _Point(NamedTuple):
 class State(NamedTuple):
     """Where every search stands. ``done (B,)`` says which have ended."""
 
-    at: _Point
+    at: Point
     trial: Array
     trial_free: Array
     predicted: Array  # decrease that the quadratic model promises for the trial
@@ -121,6 +123,12 @@ def foretold_tolerance(dtype: DTypeLike) -> float:
     return 1e-9 if np.finfo(dtype).bits == 64 else -1.0
 
 
+def noise_of(value: Array | float, dtype: DTypeLike) -> Array:
+    """What rounding may do to a value: a hundred roundings of it."""
+    xp = namespace(value)
+    return 100 * np.finfo(dtype).eps * xp.maximum(1.0, xp.abs(value))
+
+
 def value_tolerance(dtype: DTypeLike) -> float:
     """Rise of the value that a simplification may cost: 1e-9 in float64, 1e-3 in float32."""
     return 1e-9 if np.finfo(dtype).bits == 64 else 1e-3
@@ -145,7 +153,7 @@ def is_semidefinite(eigenvalues: Array) -> Array:
     return eigenvalues.min(0) >= -curvature_tolerance(eigenvalues.dtype) * xp.abs(eigenvalues).max(0)
 
 
-def has_converged(at: _Point) -> Array:
+def has_converged(at: Point) -> Array:
     """The one definition of convergence: scaled gradient below tolerance, Hessian positive semidefinite.
 
     :func:`minimise` also stops, as converged, where the contraction of its steps says that the next point will be
@@ -204,7 +212,7 @@ def begin(x0: Array, radius: Array, simplify: Simplify | None = None) -> State:
     # The first trial is the start itself, and a start of infinite value accepts anything.
     eye = broadcast_to(linalg.eye(k, x0[None]), (k, k, lanes))
     free = xp.ones((k, lanes), bool)
-    nowhere = _Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye, full(0.0), full(True, bool))
+    nowhere = Point(x0, free, full(xp.inf), xp.zeros_like(x0), eye, xp.ones_like(x0), eye, full(0.0), full(True, bool))
     return State(
         at=nowhere, trial=x0, trial_free=free, predicted=full(0.0), radius=radius, candidate=full(-1, int),
         before=full(0.0), settled=full(simplify is None, bool), at_rounding=full(False, bool), iterations=full(0, int),
@@ -216,10 +224,9 @@ def advance(state: State, evaluate: Evaluate, simplify: Simplify | None = None, 
     """One evaluation in every lane, and the next trial. Lanes that are done do not change."""
     xp = namespace(state.trial)
     at, dtype = state.at, state.trial.dtype
-    rounding = 100 * np.finfo(dtype).eps
     new = _point(evaluate, state.trial, state.trial_free)
     finite = xp.isfinite(new.f) & xp.isfinite(new.g).all(0) & xp.isfinite(new.H).all((0, 1))
-    noise = rounding * xp.maximum(1.0, xp.abs(new.f))
+    noise = noise_of(new.f, dtype)
     ratio = (at.f - new.f + noise) / (state.predicted + noise)
     # A decrease this small drowns in the rounding of the value; the gradient keeps its digits longer. (Not where
     # the curvature is negative: there the gradient grows on the way down.)
@@ -282,7 +289,7 @@ def judge(evaluate: Evaluate, x: Array, simplify: Simplify) -> Solution:
     xp = namespace(x)
     lanes, dtype = x.shape[1], x.dtype
 
-    def attempt(c: Array, at: _Point) -> _Point:
+    def attempt(c: Array, at: Point) -> Point:
         candidate, free = simplify.candidate(at.x, xp.full(lanes, c))
         new = _point(evaluate, candidate, free)
         keep = simplify.worthwhile(at.x)[c] & (new.f <= at.f + value_tolerance(dtype)) & is_minimum(new.H, new.f)
@@ -351,7 +358,7 @@ def advance_directly(state: Direct, evaluate: Evaluate, is_plain: Callable[[Arra
     decrement = -(g * step).sum(0)
     distance = xp.sqrt(xp.maximum(decrement, 0.0))
     part = xp.minimum(1.0, region * xp.sqrt((at * at).sum(0) / (step * step).sum(0)))
-    noise = 100 * np.finfo(dtype).eps * xp.maximum(1.0, xp.abs(f))
+    noise = noise_of(f, dtype)
     fell = state.value - f + noise > 1e-3 * (state.predicted + noise)
     sound = definite & fell & xp.isfinite(f) & xp.isfinite(step).all(0)
     x = at + part * step
@@ -431,13 +438,13 @@ def where(condition: Array, a: T, b: T) -> T:
     return chosen
 
 
-def _point(evaluate: Evaluate, x: Array, free: Array) -> _Point:
+def _point(evaluate: Evaluate, x: Array, free: Array) -> Point:
     xp = namespace(x)
     f, g, H = evaluate(x)
     among = free[:, None] & free[None]
     values, vectors = decompositions.eigh(xp.where(among, H, linalg.eye(len(x), H)))
     g = xp.where(free, g, 0.0)
-    return _Point(x, free, f, g, H, values, vectors, scaled_gradient(g, values, vectors), is_semidefinite(values))
+    return Point(x, free, f, g, H, values, vectors, scaled_gradient(g, values, vectors), is_semidefinite(values))
 
 
 def _no_curvature(H: Array, value: Array) -> Array:
