@@ -65,7 +65,7 @@ def test_products_in_every_order_of_memory(dtype, turn_A, turn_B, i, j, k):
 @pytest.mark.parametrize("trailing", [((4,), (1,)), ((1, 4), (3, 1)), ((3, 1), (3, 4)), ((1, 1), (1, 1)), ((4,), ())])
 def test_products_broadcast_also_where_there_is_nothing(xp, trailing):
     """A design without fixed effects has matrices of no rows, and as many lanes as any other."""
-    for i, j, k in itertools.product((0, 1, 2, 9), repeat=3):
+    for i, j, k in itertools.product((0, 1, 2, 9) if xp is np else (0, 2), repeat=3):
         rng = np.random.default_rng(i + 10 * j + 100 * k)
         A, B = rng.normal(size=(i, j, *trailing[0])), rng.normal(size=(j, k, *trailing[1]))
         wanted = np.einsum("ij...,jk...->ik...", A, B)

@@ -54,8 +54,11 @@ def test_traces_are_those_of_dense_matrices(name, p):
     np.testing.assert_allclose(expected.traces, traces, rtol=1e-12, atol=1e-12 * traces.max())
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("p", [0, 3])
+@pytest.mark.parametrize(
+    ("name", "p"),
+    [*((name, 3) for name in ALL), ("one factor, q=2, weights", 0), ("nested chain of three", 0),
+     ("crossed, three factors, weights", 0), ("two terms on both", 0)],
+)  # fmt: skip
 def test_starts_agree(name, p):
     """From products and from moments, by NumPy and compiled: to rounding, times the condition of the equations."""
     for seed in range(3):
