@@ -11,7 +11,7 @@ import jax
 from mixjax.machine import n_cores
 
 # What pyproject.toml asks for, and the optional packages that a call may use.
-NEEDED = ("jax", "jaxlib", "optax", "numpy", "pandas", "formulaic", "scipy")
+NEEDED = ("jax", "jaxlib", "optax", "numpy", "pandas", "formulaic", "ml_dtypes", "scipy")
 OPTIONAL = (
     "pyarrow", "polars", "dask", "distributed", "tqdm", "matplotlib", "blackjax", "arviz", "scikit-learn",
     "equinox", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin",

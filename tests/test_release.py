@@ -88,7 +88,7 @@ def test_the_recipe_asks_for_what_the_project_asks_for():
         block = re.search(rf"^  {key}:.*\n((?:    - .*\n)+)", recipe, flags=re.MULTILINE)[1]
         return dict(re.findall(r"- ([\w-]+) >=(\S+)", block))
 
-    bounds = dict(re.findall(r"([\w-]+)>=([\w.]+)", " ".join(PROJECT["dependencies"])))
+    bounds = dict(re.findall(r"([\w-]+)>=([\w.,!=]+)", " ".join(PROJECT["dependencies"])))
     assert listed("run") == {"python": PROJECT["requires-python"].removeprefix(">="), **bounds}
     extras = {k: v for k, v in PROJECT["optional-dependencies"].items() if k not in ("docs", "test", "cuda")}
     optional = dict(re.findall(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", " ".join(chain(*extras.values()))))
