@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixjax.optimise import newton
-from mixjax.optimise.newton import Simplify, by_differentiation
+from mixjax.optimise.newton import Simplify, Solution, State, by_differentiation
 from mixjax.optimise.results import Result
 from mixjax.optimise.straight import straight
 
@@ -121,17 +121,17 @@ def test_plain_steps_are_those_of_the_search(name):
         return tuple(np.asarray(a) for a in by_differentiation(fun)(jnp.asarray(x)))
 
     zero = Simplify(1, lambda x: (np.abs(x) < 0.05)[:1], lambda x, c: (np.zeros_like(x), np.zeros(x.shape, bool)))
-    begun = newton.begin(np.array(x0)[:, None], np.full(1, radius), zero)
-    found = []
-    for begin in (straight, newton.advance):
+    x0, found = np.array(x0)[:, None], []
+    for plain in (True, False):
         calls.clear()
         with np.errstate(all="ignore"):
-            state = begin(begun, evaluate, zero)
-            assert begin is newton.advance or bool(state.done[0]) == ends
-            while not state.done[0]:
+            state = straight(x0, radius, evaluate, zero) if plain else newton.begin(x0, np.full(1, radius), zero)
+            assert not plain or (isinstance(state, Solution) or bool(state.done[0])) == ends
+            while isinstance(state, State) and not state.done[0]:
                 state = newton.advance(state, evaluate, zero, 40)
-        assert len(calls) == state.iterations[0]
-        found.append((newton.solution_of(state), np.concatenate(calls, axis=1)))
+        solution = newton.solution_of(state) if isinstance(state, State) else state
+        assert len(calls) == solution.iterations[0]
+        found.append((solution, np.concatenate(calls, axis=1)))
     (one, ways), (other, known_ways) = found
     for field in ("result", "iterations", "free", "kink"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

@@ -119,10 +119,13 @@ def run(
     most: int = MOST_ITERATIONS,
 ) -> Solution:
     """Search until every lane is done."""
-    begun = begin(x0, structures)
     if namespace(x0) is np and x0.shape[1] == 1:
-        state = straight(begun.state, evaluate, rank_reductions(structures))
-        begun = _judged(begun, state, structures, False, far)
+        found = straight(x0, float(_first_region(x0)[0]), evaluate, rank_reductions(structures))
+        if isinstance(found, Solution):  # with clear curvature in every coordinate, so that all are moving
+            return found
+        begun = _judged(begin(x0, structures), found, structures, False, far)
+    else:
+        begun = begin(x0, structures)
     goes_on = lambda search: ~search.done.all()  # noqa: E731
     step = lambda search: advance(search, evaluate, structures, far=far, most=most)  # noqa: E731
     best: Solution = while_loop(goes_on, step, begun, namespace(x0)).best
@@ -142,9 +145,12 @@ def best_of(ends: list[Solution]) -> Solution:
 
 
 def _begin_at(x0: Array, structures: tuple[Structure, ...]) -> newton.State:
+    return newton.begin(x0, _first_region(x0), rank_reductions(structures))
+
+
+def _first_region(x0: Array) -> Array:
     xp = namespace(x0)
-    length = xp.sqrt((x0 * x0).sum(0))
-    return newton.begin(x0, xp.maximum(REGION * length, LEAST_REGION), rank_reductions(structures))
+    return xp.maximum(REGION * xp.sqrt((x0 * x0).sum(0)), LEAST_REGION)
 
 
 def rank_reductions(structures: tuple[Structure, ...]) -> Simplify:
