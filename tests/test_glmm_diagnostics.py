@@ -109,13 +109,24 @@ def test_pearson_s_ratio_by_hand():
     assert found.loc["simulation", "p_value"] == pytest.approx(above)
 
 
-@pytest.mark.parametrize("model", ["salamanders_presence", "owls_slopes", "grouseticks"])
+def unequal(extra, seed=5):
+    """Counts of successes of 5 to 19 trials in 18 groups of unequal size; ``extra`` is what rows vary beyond."""
+    rng = np.random.default_rng(seed)
+    g, x, size = rng.integers(0, 18, 240), rng.normal(2.0, 1.5, 240), rng.integers(5, 20, 240)
+    eta = -1.5 + 0.4 * x + rng.normal(0.0, 1.2, 18)[g] + rng.normal(0.0, extra, 240)
+    s = rng.binomial(size, 1 / (1 + np.exp(-eta)))
+    return mj.glmm(
+        "s ~ x + (1 | g)", pd.DataFrame({"g": g, "x": x, "size": size, "s": s}), family="binomial", size="size"
+    )
+
+
+@pytest.mark.parametrize("model", ["salamanders_presence", "owls_slopes", "grouseticks", "groups of unequal size"])
 def test_modes_of_other_responses(model):
     """Stationary points of the penalised likelihood: ``Sigma^-1 b = -Z'c'``, by rows and levels."""
-    fit = fit_of(model)
+    fit = unequal(0.0) if model == "groups of unequal size" else fit_of(model)
     record = fit.record
     rows, design = record.rows, record.design
-    Y = fit.simulate(5, 2)
+    Y = fit.simulate(5, 20 if model == "groups of unequal size" else 2)
     eta = predictors_at_modes(rows, record.estimates, Y)
     for y, own in zip(Y, eta, strict=True):
         c1 = rows.family.derivatives(own, y, rows.size, list(fit.estimates.psi)).by_eta[1]
@@ -124,6 +135,24 @@ def test_modes_of_other_responses(model):
             score = np.stack([np.bincount(term.group, -c1 * z, term.n_groups) for z in np.asarray(term.Z).T], 1)
             total = total + (np.asarray(term.Z) * (score @ Sigma)[term.group]).sum(1)
         np.testing.assert_allclose(own, total, rtol=1e-4, atol=1e-4)
+
+
+def test_trials_that_vary_too_much_are_found_and_others_are_not():
+    """An empty place of a short group must not have the response of a row with more trials than its own."""
+    fit = unequal(0.8)
+    found = fit.overdispersion(key=1)
+    assert (found["p_value"] < 0.01).all()
+    # Against refits, whose parameters move too, which takes up a little.
+    squares = [(fit.refit(y).residuals("pearson") ** 2).sum() for y in fit.simulate(1, 10)]
+    ratio = (fit.residuals("pearson") ** 2).sum() / np.mean(squares)
+    assert found.loc["simulation", "statistic"] == pytest.approx(ratio, rel=0.1)
+    # Of responses of the model, parameters known, a tenth is found at the 10 % level.
+    true = unequal(0.0)
+    again = [mj.GLMMFit(with_response(true, y)).overdispersion(key=i, n=39) for i, y in enumerate(true.simulate(7, 40))]
+    p = np.array([found.loc["simulation", "p_value"] for found in again])
+    assert stats.binom.sf((p <= 0.1).sum() - 1, 40, 0.1) > 1e-3
+    assert p.mean() > 0.4
+    assert np.mean([found.loc["simulation", "statistic"] for found in again]) == pytest.approx(1.0, abs=0.05)
 
 
 def test_counts_that_vary_too_much_are_found_and_others_are_not():

@@ -31,7 +31,7 @@ from mixjax.engine.laplace_fit import (
     linalg_sum,
 )
 from mixjax.engine.laplace_model import Model, columns_of
-from mixjax.engine.level_effects import OneFactor
+from mixjax.engine.level_effects import OneFactor, filled
 from mixjax.engine.quadrature import Rule, product_rule
 from mixjax.estimation import search
 from mixjax.estimation.glmm import GLMMEstimates, model_of
@@ -119,7 +119,7 @@ class _Deletions:
         self.rows, self.unit, self.deleted, self.U = rows, unit, deleted, len(deleted)
         model, lanes = model_of(rows, curvature), True
         if isinstance(model.effects, OneFactor):
-            index = np.maximum(model.effects.index, 0)
+            index = filled(np.asarray(model.effects.index))
             if not model.expected:
                 model = replace(model, columns=columns_of(model.effects, model.data))
         else:

@@ -19,7 +19,7 @@ from mixjax.covariance.held import Held, with_correlation, with_deviation
 from mixjax.covariance.sections import TIMES
 from mixjax.engine.laplace_fit import INNER_LAST, MIDDLE_LAST, MOST_PSI, evaluate, nothing_known
 from mixjax.engine.laplace_model import Model
-from mixjax.engine.level_effects import OneFactor
+from mixjax.engine.level_effects import OneFactor, filled
 from mixjax.estimation import search
 from mixjax.estimation.glmm import GLMMEstimates, model_of
 from mixjax.estimation.glmm_start import FAR, MOST_ITERATIONS
@@ -216,8 +216,8 @@ class HeldSearch:
 
 def _placed(model: Model, values: np.ndarray) -> np.ndarray:
     """Values ``(n,)`` of the rows where the model has them: ``(*rows, 1)``."""
-    index = model.effects.index if isinstance(model.effects, OneFactor) else np.arange(len(values))
-    return np.asarray(values[np.maximum(index, 0)][..., None])
+    index = filled(np.asarray(model.effects.index)) if isinstance(model.effects, OneFactor) else np.arange(len(values))
+    return np.asarray(values[index][..., None])
 
 
 class _End(NamedTuple):

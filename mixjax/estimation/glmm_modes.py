@@ -9,7 +9,7 @@ import numpy as np
 from mixjax import covariance as cov
 from mixjax.engine.component_effects import in_lanes
 from mixjax.engine.laplace_fit import INNER, find_modes
-from mixjax.engine.level_effects import OneFactor
+from mixjax.engine.level_effects import OneFactor, filled
 from mixjax.estimation.glmm import GLMMEstimates, in_order, model_of
 from mixjax.machine import silently
 from mixjax.products.family_rows import FamilyRows
@@ -24,7 +24,7 @@ def predictors_at_modes(rows: FamilyRows, est: GLMMEstimates, Y: np.ndarray) -> 
     with silently():
         model = model_of(rows)
         one_factor = isinstance(model.effects, OneFactor)
-        index = np.maximum(model.effects.index, 0) if isinstance(model.effects, OneFactor) else np.arange(rows.n)
+        index = filled(np.asarray(model.effects.index)) if isinstance(model.effects, OneFactor) else np.arange(rows.n)
         lanes = max(1, min(MOST_LANES, TILE_NUMBERS // index.size))
         if not one_factor:
             beside = in_lanes(rows)

@@ -39,7 +39,7 @@ def fit_plain(rows: FamilyRows) -> Plain:
     with silently():
         model = model_of(own)
         index = np.asarray(model.effects.index)  # type: ignore[attr-defined]
-        y = np.moveaxis(Y[:, np.maximum(index, 0)], 0, -1)
+        y = np.moveaxis(Y[:, index], 0, -1)
         model = replace(model, data=model.data._replace(y=np.ascontiguousarray(y)))
         v = np.zeros((*model.effects.effect_shape, len(Y)))
         found = profile(model, [np.zeros((1, 1, len(Y)))], fixed_start(model, len(Y)), v, INNER_LAST, MIDDLE)
