@@ -382,3 +382,31 @@ def test_a_refit_to_one_value_is_refused():
     fit = mj.lmm("Reaction ~ 0 + Days + (Days | Subject)", data)
     with pytest.raises(mj.DataError, match=r"the response 'Reaction' is constant \(3\)"):
         fit.refit(np.full(180, 3.0))
+
+
+@pytest.mark.parametrize("fit", [mj.lmm, mj.mmrm, mj.build_design, lambda *a: mj.glmm(*a, family="poisson")])
+def test_a_table_before_the_formula(fit):
+    data = pd.DataFrame({"y": [1, 2, 3], "g": list("aab")})
+    with pytest.raises(mj.FormulaError, match="comes before the table, got DataFrame"):
+        fit(data, "y ~ 1 + (1 | g)")
+
+
+@pytest.mark.parametrize("fit", [mj.lmm, lambda *a: mj.glmm(*a, family="poisson")])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ([1, 2, 3], "list of int"),
+        (("y", "g"), "tuple of str"),
+        ([{"y": 1, "g": "a"}, {"y": 2, "g": "b"}], "list of dict"),
+    ],
+)
+def test_lists_that_are_no_tables(fit, data, what):
+    with pytest.raises(mj.DataError, match=f"a {what} is no table: pandas.DataFrame"):
+        fit("y ~ 1 + (1 | g)", data)
+
+
+def test_columns_that_the_fixed_effects_do_not_have():
+    data = pd.DataFrame({"y": np.arange(12.0) ** 2, "x": list("ab") * 6, "z": 1.0, "g": list("aabbccaabbcc")})
+    fit = mj.lmm("y ~ x + (1 | g)", data)
+    with pytest.raises(mj.DataError, match=r"the fixed effects have no column 'z' \(spec\); columns: x"):
+        fit.emmeans("z")

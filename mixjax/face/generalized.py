@@ -35,6 +35,7 @@ from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
 from mixjax.formula.own_formulas import refuse_without_parameter
+from mixjax.formula.parse import check_text
 from mixjax.products.family_rows import rows_in
 
 
@@ -120,6 +121,7 @@ def glmm(
         inflated = zero_inflated(own)
     check_likelihood(curvature, nagq, reml)
     theta = check_start(start)
+    check_text(formula)
     if is_stream(data):
         raise DataError(
             "a generalised linear mixed model needs its rows again and again, and data in chunks are read once: pass a "

@@ -31,6 +31,7 @@ from mixjax.formula.checks import check_identifiable as refuse_unidentified
 from mixjax.formula.checks import check_number_of_effects
 from mixjax.formula.chunks import is_stream
 from mixjax.formula.context import caller_context
+from mixjax.formula.parse import check_text
 from mixjax.inference.fixed.contrasts import ddf_note, t_tests
 from mixjax.products.rows import rows_of
 from mixjax.products.sums import CrossProducts
@@ -108,6 +109,7 @@ def lmm(
     check_options(reml, optimizer)
     if dispersion is not None or residual is not None:
         refuse_beside_residuals(data, optimizer)
+    check_text(formula)
     if is_stream(data):
         if subset is not None:
             raise DataError("subset= needs a whole table; select the rows of every chunk yourself")

@@ -26,7 +26,7 @@ from mixjax.formula.checks import (
 from mixjax.formula.context import Context, caller_context, is_trusted, resolve
 from mixjax.formula.evaluate import Learnt, columns_of, evaluate, numbers
 from mixjax.formula.own_formulas import own_columns, parse_own
-from mixjax.formula.parse import ParsedFormula, with_structures
+from mixjax.formula.parse import ParsedFormula, check_text, with_structures
 from mixjax.formula.parse import parse as parse_formula
 from mixjax.formula.random_terms import TermColumns, random_terms, with_own_groups
 from mixjax.formula.reading import column_names, read_columns
@@ -134,6 +134,7 @@ def build(
         family: without extra zeros. of_parameters: formulas of its parameters, ``"dispformula"`` and ``"ziformula"``;
             of a linear model ``"dispersion"``. residual: correlation of a linear model's residuals.
     """
+    check_text(formula)
     check_family(family, size)
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data, family, of_parameters, residual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,22 @@ def is_stream(data: Any) -> bool:
     """Whether ``data`` is a source of tables and not one table."""
     if isinstance(data, str | Path) or _is_dask(data) or _is_dataset(data):
         return True
+    if isinstance(data, list | tuple) and any(_is_no_table(part) for part in data):
+        raise DataError(
+            f"a {type(data).__name__} of {type(next(filter(_is_no_table, data))).__name__} is no table: "
+            "pandas.DataFrame(rows) makes one of records; of chunks each must be a table"
+        )
     return isinstance(data, list | tuple | Iterator) or (
         isinstance(data, Iterable) and not isinstance(data, Mapping) and not hasattr(data, "columns")
         and not hasattr(data, "column_names") and not hasattr(data, "dtype")
     )  # fmt: skip
+
+
+def _is_no_table(part: Any) -> bool:
+    """A number, a text, or a record: a mapping whose values are those of one row."""
+    if isinstance(part, Mapping):
+        return bool(part) and all(np.ndim(value) == 0 for value in part.values())
+    return part is None or isinstance(part, str | bytes | Number | np.generic)
 
 
 def can_repeat(source: Any) -> bool:

@@ -161,9 +161,17 @@ def parse(text: str, columns: Collection[str] = ()) -> ParsedFormula:
     Raises:
         FormulaError: with the culprit and what to write instead.
     """
-    if not isinstance(text, str):
-        raise FormulaError(f"the formula must be text such as 'y ~ x + (x | g)', got {type(text).__name__}")
+    check_text(text)
     return _parse(text, frozenset(columns))
+
+
+def check_text(formula: Any) -> None:
+    """Raise where a formula is no text."""
+    if not isinstance(formula, str):
+        raise FormulaError(
+            "the formula must be text such as 'y ~ x + (x | g)' and comes before the table, got "
+            f"{type(formula).__name__}"
+        )
 
 
 @lru_cache(maxsize=64)  # many tables are read by one formula

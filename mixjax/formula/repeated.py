@@ -17,7 +17,7 @@ from mixjax.formula.build import full_rank, offsets_of, read_formula, used_rows,
 from mixjax.formula.checks import ORDERED, check_noise, check_varies, check_weights, warn_of_order
 from mixjax.formula.context import is_trusted
 from mixjax.formula.evaluate import columns_of, numbers
-from mixjax.formula.parse import Group, ParsedFormula, RandomPart
+from mixjax.formula.parse import Group, ParsedFormula, RandomPart, check_text
 from mixjax.formula.reading import column_names, read_columns
 from mixjax.formula.state import FormulaState, kinds_of
 from mixjax.formula.table import combinations
@@ -78,6 +78,7 @@ def build_repeated(
     Raises:
         FormulaError, DataError: with the name of the culprit.
     """
+    check_text(formula)
     available = column_names(data)
     parsed, known = read_formula(formula, available, caller, is_trusted(trusted), data)
     if parsed.smooths:

@@ -24,7 +24,9 @@ DECIMAL_COMMA = re.compile(r"\s*[+-]?(?:\d{1,3}(?:\.\d{3})+|\d*),\d+(?:[eE][+-]?
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?\s*")
 
 
-def refuse_unknown(name: str, available: list[str], where: str, data: Any = None) -> NoReturn:
+def refuse_unknown(
+    name: str, available: list[str], where: str, data: Any = None, lacking: str = "there is no column"
+) -> NoReturn:
     """Raise DataError for a name that is no column, with the nearest ones that are."""
     name = str(name)
     if isinstance(data, pd.DataFrame) and name in data.index.names:
@@ -36,7 +38,7 @@ def refuse_unknown(name: str, available: list[str], where: str, data: Any = None
         nearest = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
         close = [column for near in nearest for column in available if column.casefold() == near]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"columns: {', '.join(available)}"
-    raise DataError(f"there is no column '{name}' ({where}); {hint}")
+    raise DataError(f"{lacking} '{name}' ({where}); {hint}")
 
 
 def row_column(name: str, values: Any, index: pd.Index | None, n: int) -> pd.Series:

@@ -221,7 +221,7 @@ def check_names(model: FixedPart, names: Sequence[str], where: str) -> None:
             raise DataError(
                 f"'{name}' ({where}) is a grouping factor of the random effects, not among the fixed effects"
             )
-        refuse_unknown(name, model.variables, where)
+        refuse_unknown(name, model.variables, where, lacking="the fixed effects have no column")
 
 
 def _values(model: FixedPart, name: str, at: Mapping[str, Any]) -> list[Any]:
