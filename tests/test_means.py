@@ -190,6 +190,31 @@ def test_a_stencil_is_exact_for_polynomials_of_degree_four():
             assert means._stencil(moved) @ nodes**power == 12 * (power == 1)
 
 
+def test_offsets_of_the_formula_and_beside_it_are_one():
+    """As in emmeans: with their mean over the rows, unless a variable of theirs is given."""
+    data = table("sleepstudy").assign(late=lambda d: d.Days > 4, t=lambda d: 1.0 + d.Days**2, s=lambda d: np.sqrt(d.t))
+    inside = mj.lmm("Reaction ~ late + offset(sqrt(t)) + (1 | Subject)", data)
+    beside = mj.lmm("Reaction ~ late + (1 | Subject)", data, offset="s")
+    ours, theirs = inside.emmeans("late"), beside.emmeans("late")
+    np.testing.assert_allclose(ours.to_frame()["estimate"], theirs.to_frame()["estimate"], rtol=1e-10)
+    assert str(ours) == str(theirs)
+    assert f"offset = {data.s.mean():.6g}" in str(ours)
+    given = inside.emmeans("late", at={"t": 4.0})
+    assert "t = 4" in str(given)
+    assert "offset" not in str(given)
+    moved = ours.to_frame()["estimate"] - data.s.mean() + 2.0
+    np.testing.assert_allclose(given.to_frame()["estimate"], moved, rtol=1e-10)
+    by = inside.emmeans("late", by="t", at={"t": [4.0, 9.0]}).to_frame()["estimate"].to_numpy().reshape(2, 2)
+    np.testing.assert_allclose(by[1] - by[0], 1.0, rtol=1e-8)
+    # A variable of the fixed effects too is held at its mean there, and its offset at the offset's.
+    both = mj.lmm("Reaction ~ late + t + offset(sqrt(t)) + (1 | Subject)", data)
+    same = mj.lmm("Reaction ~ late + t + (1 | Subject)", data, offset="s")
+    a, b = (fit.emmeans("late").to_frame()["estimate"] for fit in (both, same))
+    np.testing.assert_allclose(a, b, rtol=1e-10)
+    slope = both.emtrends("late", "t", at={"t": 4.0}).to_frame()["estimate"]
+    np.testing.assert_allclose(slope, both.fixef["t"] + 0.25, rtol=1e-8)
+
+
 def test_offsets_are_known_parts_of_the_mean():
     data = table("sleepstudy").assign(known=lambda d: 3.0 * d.Days + np.arange(len(d)) / 10, late=lambda d: d.Days > 4)
     formula = "Reaction ~ late + (1 | Subject)"

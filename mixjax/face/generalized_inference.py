@@ -166,7 +166,8 @@ class GeneralizedInferring:
             spec: a factor, a list of factors, ``"arm * visit"`` for the cells of both, ``"arm | visit"`` for arms
                 within the levels of visit, ``"1"`` for the overall mean. What is not named is averaged over.
             by: factors within whose levels contrasts are made, as behind the bar.
-            at: variable -> value or values to use instead of the mean, or of all levels.
+            at: variable -> value or values to use instead of the mean, or of all levels. Offsets count with their
+                mean over the rows, those of the formula unless a variable that they read is given.
             scale: ``"link"``: of the linear predictor. ``"response"``: means of the median subject; contrasts are odds
                 ratios (logit), ratios (log) or differences. None: the first, or the second with ``integrate=True``.
             integrate: average means over the random effects: the population's means; contrasts are differences.

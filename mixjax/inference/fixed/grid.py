@@ -73,11 +73,28 @@ class FixedPart:
             # emmeans' default as well: a covariate of two values is averaged over both.
             if levels is not None or self.frame[name].nunique() <= 2:
                 self.factors[name] = sorted(self.frame[name].unique().tolist()) if levels is None else levels
-        # Of an offset= only the sum with those of the formula is known. It counts with its mean, as in emmeans.
+        # Of an offset= only the sum with those of the formula is known.
         total = None if fitted.kept is None else fitted.design.offset
         own = self.state.offset_of(self.frame)
-        self.mean_offset = 0.0 if total is None else float(np.mean(np.asarray(total) - own))
+        self._given_offset = 0.0 if total is None else float(np.mean(np.asarray(total) - own))
+        self.choose(())
         self.dependence = self.state.dependence(self.frame)
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Variables that have values of their own in a grid: offsets of the formula that read one are evaluated there.
+        Others, and an ``offset=``, count with their mean over the rows, as in emmeans: of ``offset(log(exposure))``
+        that is the mean of the logarithms."""
+        moving = tuple(one for one in self.state.offsets if not set(names).isdisjoint(one[0].columns))
+        held = tuple(one for one in self.state.offsets if set(names).isdisjoint(one[0].columns))
+        self.moving = replace(self.state, offsets=moving)
+        self.mean_offset = self._given_offset
+        if held:
+            self.mean_offset += float(np.mean(replace(self.state, offsets=held).offset_of(self.frame)))
+        self.has_mean_offset = bool(held) or self._given_offset != 0.0
+        read = {name for part in self.parts for name in part.effects.columns}
+        read |= {name for e, _ in moving for name in e.columns}
+        # Nothing but offsets that count with their mean reads these.
+        self.idle = {name for name in self.variables if name not in read}
 
     def is_number(self, name: str) -> bool:
         """Any number makes sense to the formula, which makes no factor of it."""
@@ -138,7 +155,7 @@ class FixedPart:
         """Rows of the model matrix. Factors of the grid hold levels, other columns numbers."""
         table = self._table(grid)
         try:
-            return ModelRows(self.state.fixed.of(table, ""), self.state.offset_of(table) + self.mean_offset)
+            return ModelRows(self.state.fixed.of(table, ""), self.moving.offset_of(table) + self.mean_offset)
         except (FormulaError, DataError) as error:
             raise DataError(
                 f"the formula cannot be evaluated at {described(grid)} (change it with at=): {error}"
@@ -266,7 +283,7 @@ class Grid(NamedTuple):
 
 
 def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) -> Grid:
-    averaged = [name for name in model.variables if name not in shown]
+    averaged = [name for name in model.variables if name not in shown and name not in model.idle]
     for name in shown:
         model.refuse_made(name, True)
         if name not in model.factors and name not in at:
@@ -274,6 +291,7 @@ def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) ->
                 f"'{name}' is numeric: give its values, at={{'{name}': [...]}}, or take its slope with emtrends"
             )
     values = {name: _values(model, name, at) for name in (*shown, *averaged)}
+    values |= {name: _values(model, name, at)[:1] for name in model.idle}
     size = int(np.prod([float(len(v)) for v in values.values()]))
     if size > MOST_ROWS:
         raise DataError(f"the reference grid has {size} rows (limit {MOST_ROWS}): fix some variables with at=")
@@ -283,6 +301,7 @@ def reference_grid(model: FixedPart, shown: list[str], at: Mapping[str, Any]) ->
             cells[name] = pd.Series(list(cells[name]), dtype=model.frame[name].dtype)
     over = [name for name in averaged if len(values[name]) > 1]
     fixed = [f"{name} = {as_text(values[name][0])}" for name in averaged if len(values[name]) == 1]
+    fixed += [f"offset = {as_text(model.mean_offset)}"] if model.has_mean_offset else []
     others = "; ".join(filter(None, (f"averaged over {', '.join(over)}" if over else "", ", ".join(fixed))))
     return Grid(cells, _crossed(values), others, over)
 

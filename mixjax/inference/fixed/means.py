@@ -154,6 +154,7 @@ def means_over_grid(
     if both := [name for name in names if name in groups]:
         raise ValueError(f"{', '.join(map(repr, both))} cannot be both what is compared and by=, within which it is")
     check_names(model, list(at), "at=")
+    model.choose([*names, *groups, *at, *([var] if var else [])])
     shown = [*groups, *(name for name in names if name not in groups)]
     grid = reference_grid(model, shown, at)
     rows = rows_of(grid.table)
