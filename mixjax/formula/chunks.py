@@ -38,7 +38,11 @@ INTERCEPT = "Intercept"
 
 
 def is_stream(data: Any) -> bool:
-    """Whether ``data`` is a source of tables and not one table."""
+    """Whether ``data`` is a source of tables and not one table.
+
+    Raises:
+        DataError: a list of what is no table: records, numbers, texts.
+    """
     if isinstance(data, str | Path) or _is_dask(data) or _is_dataset(data):
         return True
     if isinstance(data, list | tuple) and any(_is_no_table(part) for part in data):
